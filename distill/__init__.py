@@ -1,0 +1,41 @@
+"""Teach a small model to predict what a large one predicts.
+
+``new_student`` cuts a student out of its teacher, ``train`` distils, ``generate_conversations``
+lets a teacher write the text to learn from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mistill.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from distill.conversations import generate_conversations as generate_conversations
+    from distill.generate_settings import GenerateSettings as GenerateSettings
+    from distill.losses import forward_kl as forward_kl
+    from distill.student import new_student as new_student
+    from distill.student_settings import StudentSettings as StudentSettings
+    from distill.train_settings import TrainSettings as TrainSettings
+    from distill.training import train as train
+
+_HOMES = {
+    "GenerateSettings": "distill.generate_settings",
+    "StudentSettings": "distill.student_settings",
+    "TrainSettings": "distill.train_settings",
+    "forward_kl": "distill.losses",
+    "generate_conversations": "distill.conversations",
+    "new_student": "distill.student",
+    "train": "distill.training",
+}
+
+__all__ = [
+    "GenerateSettings",
+    "StudentSettings",
+    "TrainSettings",
+    "forward_kl",
+    "generate_conversations",
+    "new_student",
+    "train",
+]
+__getattr__ = lazy_exports(__name__, _HOMES)

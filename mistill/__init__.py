@@ -1,0 +1,48 @@
+"""Make a large language model small enough to chat on a laptop.
+
+What the steps ``distill``, ``quantize``, ``export`` and ``benchmarks`` share, and all that a
+laptop needs to chat. Importing it loads neither PyTorch nor transformers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from mistill.lazy import lazy_exports
+
+# ONNX Runtime reports usage to its maker unless this is set before it is first imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from mistill.chat import ChatBot as ChatBot
+    from mistill.errors import MistillError as MistillError
+    from mistill.folder import FolderInfo as FolderInfo
+    from mistill.folder import open_folder as open_folder
+    from mistill.language_model import LanguageModel as LanguageModel
+    from mistill.language_model import open_model as open_model
+    from mistill.source import save_model as save_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ChatBot": "mistill.chat",
+    "FolderInfo": "mistill.folder",
+    "LanguageModel": "mistill.language_model",
+    "MistillError": "mistill.errors",
+    "open_folder": "mistill.folder",
+    "open_model": "mistill.language_model",
+    "save_model": "mistill.source",
+}
+
+__all__ = [  # noqa: PLE0604
+    "ChatBot",
+    "FolderInfo",
+    "LanguageModel",
+    "MistillError",
+    "__version__",
+    "open_folder",
+    "open_model",
+    "save_model",
+]
+__getattr__ = lazy_exports(__name__, _HOMES)

@@ -1,0 +1,83 @@
+"""Every error that a user of mistill can meet.
+
+    MistillError
+    ├── SettingsError (also ValueError)     a setting or an argument outside its range
+    ├── FolderError                         a folder is missing, broken, or not what a step reads
+    │   └── TargetExistsError               an output that would be overwritten
+    ├── TextError                           no text, or text that cannot be read
+    ├── VocabularyError                     no tokenizer or template, or two vocabularies that differ
+    ├── ArchitectureError                   a model of a kind that mistill does not read
+    ├── ExportError                         an exported graph that does not say what its source says
+    ├── ContextError                        a conversation longer than the model's context
+    ├── TrainingError                       a student that got worse, or a loss that is not a number
+    ├── RecipeError                         a recipe that cannot be run
+    └── MissingExtraError (also ImportError)  an optional library that is not installed
+
+The command line prints any of these as one line and exits with 2. Everything else is a bug of
+ours and keeps its traceback. A message says what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MistillError(Exception):
+    """Base of every error that a user of mistill can meet."""
+
+
+class SettingsError(MistillError, ValueError):
+    """A setting or an argument is outside its range."""
+
+
+class FolderError(MistillError):
+    """A folder is missing, broken, or not of the form that a step reads."""
+
+
+class TargetExistsError(FolderError):
+    """The output exists already and ``overwrite`` was not asked for."""
+
+
+class TextError(MistillError):
+    """There is no text, or it cannot be read."""
+
+
+class VocabularyError(MistillError):
+    """A tokenizer or a chat template is missing, or two vocabularies differ."""
+
+
+class ArchitectureError(MistillError):
+    """The model is of a kind that mistill does not read."""
+
+
+class ExportError(MistillError):
+    """An exported graph does not say what its source says."""
+
+
+class ContextError(MistillError):
+    """A conversation does not fit the model's context."""
+
+
+class TrainingError(MistillError):
+    """A student got worse, or the loss is not a number."""
+
+
+class RecipeError(MistillError):
+    """A recipe cannot be run."""
+
+
+class MissingExtraError(MistillError, ImportError):
+    """An optional library is not installed."""
+
+
+def missing_extra(library: str, extra: str) -> MissingExtraError:
+    """Name the extra of mistill that installs a missing library.
+
+    Args:
+        library: The library that could not be imported.
+        extra: The extra of mistill that installs it.
+
+    Returns:
+        The error to raise.
+    """
+    return MissingExtraError(
+        f"{library} is not installed; install it with: pip install 'mistill[{extra}]'"
+    )

@@ -1,0 +1,85 @@
+"""What the settings of every step have in common.
+
+A step's settings are one frozen, keyword-only dataclass. It holds the defaults and the checks;
+its docstring's ``Attributes`` section is the help text of the command line. The Python API, the
+command line and the recipe are all built from it, so that a default is written once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mistill.errors import SettingsError
+
+SettingsT = TypeVar("SettingsT")
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a setting.
+
+    Args:
+        condition: Whether the setting is good.
+        message: What was expected, what was found, what to do.
+
+    Raises:
+        SettingsError: If the condition does not hold.
+    """
+    if not condition:
+        raise SettingsError(message)
+
+
+def settings_from(
+    settings_class: type[SettingsT], settings: SettingsT | None, options: Mapping[str, Any]
+) -> SettingsT:
+    """The settings of a step, from an object or from keywords, never from both.
+
+    Args:
+        settings_class: The dataclass of the step.
+        settings: An object of that class, or None.
+        options: Fields of that class by name.
+
+    Returns:
+        The object given, or a new one with the options.
+
+    Raises:
+        SettingsError: If both are given, or if an option is not a field of the class.
+    """
+    if settings is not None:
+        if options:
+            raise SettingsError(
+                f"give either settings or the options {', '.join(sorted(options))}, not both"
+            )
+        return settings
+    known = [field.name for field in fields(settings_class)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+            raise SettingsError(f"{settings_class.__name__} has no option {name}{hint}")
+    return settings_class(**options)
+
+
+def settings_dict(settings: Any) -> dict[str, Any]:
+    """Settings as a JSON document would hold them: paths as strings, tuples as lists.
+
+    Args:
+        settings: An object of a settings dataclass.
+
+    Returns:
+        Field names and plain values, in the order of the class.
+    """
+    return {name: _plain(value) for name, value in asdict(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value

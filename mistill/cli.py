@@ -1,0 +1,456 @@
+"""The command ``mistill``: parse, call the Python API, print.
+
+Options come from the settings dataclasses of the steps, so that a default is written once.
+An error that a user can meet is printed as one line and ends with 2; anything else is a bug of
+ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import json as json_library
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError
+from rich.console import Console
+
+from benchmarks import BenchSettings
+from distill import GenerateSettings, StudentSettings, TrainSettings
+from export import OnnxSettings
+from mistill import __version__
+from mistill.chat import ChatSettings
+from mistill.errors import MissingExtraError, MistillError
+from mistill.folder import open_folder
+from quantize import GptqSettings, Nf4Settings, RoundingSettings
+
+Texts = Annotated[tuple[str, ...], Parameter(negative=())]
+Flat = Parameter(name="*")
+
+app = App(
+    name="mistill",
+    version=__version__,
+    help="Make a large language model small enough to chat on a laptop.",
+    help_format="plaintext",
+)
+quantize_app = App(name="quantize", help="Make a smaller copy of a model folder.")
+app.command(quantize_app)
+
+
+@app.command
+def teacher(
+    source: str, target: Path, /, *, overwrite: bool = False, json: bool = False
+) -> dict[str, Any]:
+    """Make a plain model folder of a teacher, wherever it comes from.
+
+    Args:
+        source: A Hub id, a model folder, a GGUF file, or @smollm2 for the embedded teacher.
+        target: The folder to make.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from mistill.source import save_model
+
+    return _made(save_model(source, target, overwrite=overwrite), json)
+
+
+@app.command
+def generate(
+    teacher: str,
+    prompts: Path,
+    target: Path,
+    /,
+    *,
+    settings: Annotated[GenerateSettings, Flat] = GenerateSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Let a teacher write training conversations from a file of prompts.
+
+    Args:
+        teacher: The model that answers.
+        prompts: A text file with one prompt a line.
+        target: The .jsonl file to write; an interrupted run resumes.
+        settings: How the teacher writes.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from distill import generate_conversations
+
+    made = generate_conversations(teacher, prompts, target, settings=settings, overwrite=overwrite)
+    with made.open(encoding="utf-8") as lines:
+        count = sum(1 for _ in lines)
+    return _say({"path": str(made), "conversations": count}, f"{count} conversations", made, json)
+
+
+@app.command
+def student(
+    teacher: str,
+    target: Path,
+    /,
+    *,
+    texts: Texts = (),
+    settings: Annotated[StudentSettings, Flat] = StudentSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Cut a student out of its teacher, or make a fresh one with its vocabulary.
+
+    Args:
+        teacher: The model to start from.
+        target: The folder to make.
+        texts: Text to measure the layers' influence on.
+        settings: Which layers to keep.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from distill import new_student
+
+    made = new_student(
+        teacher, target, texts=texts or None, settings=settings, overwrite=overwrite
+    )
+    return _made(made, json)
+
+
+@app.command
+def distill(
+    student: Path,
+    target: Path,
+    /,
+    *,
+    teacher: str,
+    texts: Texts,
+    held_out: Texts = (),
+    settings: Annotated[TrainSettings, Flat] = TrainSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Teach a student to predict what its teacher predicts; an interrupted run resumes.
+
+    Args:
+        student: The folder of the student to train.
+        target: The folder to make.
+        teacher: The model to learn from.
+        texts: Text to learn on.
+        held_out: Text to judge the student on; part of the texts if not given.
+        settings: How to train.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from distill import train
+
+    made = train(
+        student,
+        target,
+        teacher=teacher,
+        texts=texts,
+        held_out=held_out or None,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    return _made(made, json)
+
+
+@quantize_app.command
+def gptq(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    texts: Texts,
+    settings: Annotated[GptqSettings, Flat] = GptqSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Round weights to 4 or 8 bits, making up for each error in the columns that follow.
+
+    Args:
+        source: A float model folder.
+        target: The folder to make.
+        texts: Text to calibrate on.
+        settings: The grid and the method.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from quantize import to_gptq
+
+    made = to_gptq(source, target, texts=texts, settings=settings, overwrite=overwrite)
+    return _made(made, json)
+
+
+@quantize_app.command
+def rounding(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    settings: Annotated[RoundingSettings, Flat] = RoundingSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Round weights to the nearest point of the same grid: the baseline.
+
+    Args:
+        source: A float model folder.
+        target: The folder to make.
+        settings: The grid.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from quantize import to_rounding
+
+    return _made(to_rounding(source, target, settings=settings, overwrite=overwrite), json)
+
+
+@quantize_app.command
+def nf4(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    settings: Annotated[Nf4Settings, Flat] = Nf4Settings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Store weights as bitsandbytes' 4-bit normal floats.
+
+    Args:
+        source: A float model folder.
+        target: The folder to make.
+        settings: Whether the scales are quantized too.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from quantize import to_nf4
+
+    return _made(to_nf4(source, target, settings=settings, overwrite=overwrite), json)
+
+
+@app.command
+def export(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    settings: Annotated[OnnxSettings, Flat] = OnnxSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Make an ONNX folder that is fast on a CPU.
+
+    Args:
+        source: A float, GPTQ or NF4 folder.
+        target: The folder to make.
+        settings: What the graph looks like.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from export import to_onnx
+
+    return _made(to_onnx(source, target, settings=settings, overwrite=overwrite), json)
+
+
+@app.command
+def inspect(folder: Path, /, *, json: bool = False) -> int:
+    """Show what a folder is, how it was made, and what is wrong with it.
+
+    Args:
+        folder: Any folder of the road.
+        json: End with one line of JSON.
+
+    Returns:
+        0 for a sound folder, 1 for one with problems.
+    """
+    from mistill.inspection import inspect_folder
+
+    found = inspect_folder(folder)
+    Console().print(found.panel())
+    if json:
+        print(json_library.dumps(found.to_dict()))
+    return 1 if found.problems else 0
+
+
+@app.command
+def bench(
+    *models: Path,
+    texts: Texts,
+    reference: Path | None = None,
+    out: Path | None = None,
+    settings: Annotated[BenchSettings, Flat] = BenchSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Compare folders: size, quality, speed and memory, in one table.
+
+    Args:
+        models: The folders to compare.
+        texts: Held-out text to judge them on.
+        reference: The model that the others are held against; the first if not given.
+        out: A folder for the report: JSON, Markdown, HTML and a picture.
+        settings: How much to measure.
+        overwrite: Replace the report if it exists.
+        json: End with one line of JSON.
+    """
+    from benchmarks import compare
+    from mistill.folder import refuse_existing
+
+    if out is not None:
+        refuse_existing(out, overwrite)
+    report = compare(models, texts=texts, reference=reference, settings=settings)
+    Console().print(report.table())
+    if out is not None:
+        report.save(out, overwrite=overwrite)
+        print(f"report: {out / 'report.html'}")
+    if json:
+        print(json_library.dumps(report.to_dict()))
+
+
+@app.command
+def chat(
+    folder: Path,
+    /,
+    *,
+    system: str | None = None,
+    threads: int | None = None,
+    settings: Annotated[ChatSettings, Flat] = ChatSettings(),
+) -> None:
+    """Talk to a chatbot; lines from a pipe are answered one by one.
+
+    Args:
+        folder: An ONNX folder, or a model folder where PyTorch is installed.
+        system: What the chatbot is told before the conversation.
+        threads: Threads to compute with; all processors that may be used if not given.
+        settings: How it picks its words.
+    """
+    from mistill.terminal_chat import run_terminal_chat
+
+    run_terminal_chat(folder, system=system, threads=threads, settings=settings)
+
+
+@app.command
+def run(recipe: Path, /, *, out: Path | None = None, json: bool = False) -> None:
+    """Run a recipe: skip what is done, resume what was interrupted.
+
+    Args:
+        recipe: A TOML file with a table per step.
+        out: The folder for all outputs; the recipe's own ``out`` if not given.
+        json: End with one line of JSON.
+    """
+    from mistill.recipe import read_recipe, run_recipe
+
+    outputs = run_recipe(read_recipe(recipe, out=out), Console())
+    if json:
+        print(json_library.dumps({name: str(path) for name, path in outputs.items()}))
+
+
+@app.command
+def demo(
+    *, size: Literal["quick", "normal", "full"] = "normal", out: Path | None = None
+) -> None:
+    """Run the whole road on the embedded teacher; an interrupted demo resumes.
+
+    Args:
+        size: ``quick`` takes under 4 minutes, ``normal`` under 12, ``full`` about an hour.
+        out: The folder for all outputs; ``demo``, ``demo-quick`` or ``demo-full`` if not given.
+    """
+    from mistill.demo import run_demo
+
+    run_demo(size, out, Console())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words of the command; those of the process if None.
+
+    Returns:
+        The exit code: 0, 1 for a finding, 2 for bad input, 130 for an interruption.
+    """
+    logging.basicConfig(level=logging.WARNING, format="mistill: %(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        result = app(
+            arguments,
+            exit_on_error=False,
+            print_error=False,
+            help_on_error=False,
+            result_action="return_value",
+        )
+    except (MistillError, CycloptsError) as error:
+        return _refuse(error)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "datasets", "safetensors", "onnx_ir"):
+            raise
+        return _refuse(
+            MissingExtraError(
+                f"{error.name} is not installed; this command needs: "
+                "pip install 'mistill[compress]'"
+            )
+        )
+    except KeyboardInterrupt:
+        print("mistill: interrupted; the same command resumes or starts again", file=sys.stderr)
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"mistill: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _made(path: Path, json: bool) -> dict[str, Any]:
+    """Say what a step has made."""
+    info = open_folder(path)
+    facts = {
+        "path": str(path),
+        "form": info.form,
+        "layers": info.layers,
+        "parameters": info.parameters,
+        "weight_bytes": info.weight_bytes,
+        "bits_per_weight": info.bits_per_weight,
+    }
+    words = (
+        f"{info.form} folder, {info.layers} layers, {info.parameters / 1e6:.1f} M parameters, "
+        f"{info.weight_bytes / 1e6:.1f} MB ({info.bits_per_weight:.2f} bits a weight)"
+    )
+    return _say(facts, words, path, json)
+
+
+def _say(facts: dict[str, Any], words: str, path: Path, json: bool) -> dict[str, Any]:
+    print(f"{path}: {words}")
+    if json:
+        print(json_library.dumps(facts))
+    return facts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

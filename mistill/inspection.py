@@ -1,0 +1,189 @@
+"""What a folder is, how it was made, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistill.errors import FolderError, MistillError
+from mistill.folder import FolderInfo, describe, fingerprint, problems, read_lineage
+from mistill.vocabulary import load_vocabulary
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_FORMS = {
+    "model": "float model folder",
+    "gptq": "GPTQ folder",
+    "nf4": "NF4 folder",
+    "onnx": "ONNX folder",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found in a folder.
+
+    Attributes:
+        path: The folder.
+        info: What it holds, or None if it is too broken to say.
+        problems: What keeps it from being used, in words.
+        notes: What works but should be known.
+        lineage: The steps that led to it.
+        fingerprint: A short name for its content.
+    """
+
+    path: Path
+    info: FolderInfo | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    lineage: tuple[dict[str, Any], ...]
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as JSON values.
+
+        Returns:
+            One entry per field; sizes in bytes.
+        """
+        info = None
+        if self.info is not None:
+            info = {
+                "form": self.info.form,
+                "architecture": self.info.architecture,
+                "vocabulary_size": self.info.vocabulary_size,
+                "layers": self.info.layers,
+                "hidden_size": self.info.hidden_size,
+                "parameters": self.info.parameters,
+                "weight_bytes": self.info.weight_bytes,
+                "size_bytes": self.info.size_bytes,
+                "bits_per_weight": self.info.bits_per_weight,
+                "context_length": self.info.context_length,
+                "quantization": self.info.quantization,
+            }
+        return {
+            "path": str(self.path),
+            "info": info,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "lineage": list(self.lineage),
+            "fingerprint": self.fingerprint,
+        }
+
+    def panel(self) -> RenderableType:
+        """The finding for people.
+
+        Returns:
+            Something that rich prints.
+        """
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        parts: list[RenderableType] = []
+        if self.info is not None:
+            parts.append(_facts(self.info, self.fingerprint))
+        if self.lineage:
+            table = Table("step", "from", "settings and facts", "date", title="how it was made")
+            for entry in self.lineage:
+                table.add_row(
+                    str(entry.get("step")),
+                    Path(str(entry.get("source") or "")).name,
+                    Text(_words(entry)),
+                    str(entry.get("date", ""))[:16].replace("T", " "),
+                )
+            parts.append(table)
+        parts.extend(Text(f"! {problem}", style="bold red") for problem in self.problems)
+        parts.extend(Text(f"- {note}", style="yellow") for note in self.notes)
+        if not self.problems:
+            parts.append(Text("nothing is wrong with it", style="green"))
+        return Group(*parts)
+
+
+def inspect_folder(path: str | Path) -> Inspection:
+    """Look at a folder without loading its weights.
+
+    Args:
+        path: Any folder of the road.
+
+    Returns:
+        What was found; problems do not raise.
+
+    Raises:
+        FolderError: If there is no such folder.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FolderError(f"{path} is not a folder; give the folder of a model")
+    wrong = problems(folder)
+    info = None
+    lineage: tuple[dict[str, Any], ...] = ()
+    try:
+        lineage = tuple(read_lineage(folder))
+    except FolderError as error:
+        wrong.append(str(error))
+    if not wrong:
+        info = describe(folder)
+    return Inspection(
+        path=folder,
+        info=info,
+        problems=tuple(wrong),
+        notes=tuple(_notes(folder, lineage)) if info is not None else (),
+        lineage=lineage,
+        fingerprint=fingerprint(folder),
+    )
+
+
+def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> list[str]:
+    found = []
+    try:
+        vocabulary = load_vocabulary(folder)
+    except MistillError as error:
+        return [str(error)]
+    if not vocabulary.end_ids:
+        found.append("it names no end-of-turn token, so that a chatbot would never stop")
+    if not vocabulary.has_template:
+        found.append("it has no chat template: good for text, not for chat")
+    if not lineage:
+        found.append("it has no lineage: mistill did not make it")
+    return found
+
+
+def _facts(info: FolderInfo, name: str) -> RenderableType:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    quantization = info.quantization or {}
+    rows = {
+        "what": f"{_FORMS[info.form]}, {info.architecture}, {info.layers} layers of width "
+        f"{info.hidden_size}",
+        "parameters": f"{info.parameters / 1e6:,.1f} M",
+        "weights": f"{info.weight_bytes / 1e6:,.1f} MB, {info.bits_per_weight:.2f} bits a weight",
+        "all files": f"{info.size_bytes / 1e6:,.1f} MB",
+        "vocabulary": f"{info.vocabulary_size:,} tokens",
+        "context": f"{info.context_length:,} positions",
+        "fingerprint": name[:16],
+    }
+    if quantization:
+        shown = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
+        words = [f"{key} {quantization[key]}" for key in shown if key in quantization]
+        rows["quantized as"] = ", ".join([str(quantization.get("quant_method")), *words])
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/bold]", value)
+    return table
+
+
+def _words(entry: Mapping[str, Any]) -> str:
+    """Settings and facts of a step in a few words."""
+    known = ("step", "settings", "source", "source_fingerprint", "versions", "date")
+    pairs = dict(entry.get("settings") or {})
+    pairs |= {key: value for key, value in entry.items() if key not in known}
+    shown = []
+    for key, value in pairs.items():
+        if value is None or value == [] or isinstance(value, dict):
+            continue
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        shown.append(f"{key} {text if len(text) <= 60 else text[:57] + '...'}")
+    return ", ".join(shown)

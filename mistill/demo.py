@@ -1,0 +1,67 @@
+"""The whole road on the embedded teacher, from nothing to a chatbot and a report.
+
+The demo is a recipe, one of three that differ in how much they train. It resumes like any recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from mistill.recipe import read_recipe, run_recipe
+
+Size = Literal["quick", "normal", "full"]
+
+_RECIPES: dict[Size, tuple[str, str]] = {
+    "quick": ("demo-quick.toml", "under 4 minutes"),
+    "normal": ("demo.toml", "under 12 minutes"),
+    "full": ("demo-full.toml", "about an hour"),
+}
+
+
+def run_demo(size: Size, out: str | Path | None, console: Console) -> Path:
+    """Run the whole road and say where the report and the chatbot are.
+
+    Args:
+        size: Which of the three recipes.
+        out: The folder for all outputs; the recipe's own if None.
+        console: Where to say what happens.
+
+    Returns:
+        The folder of the report.
+    """
+    name, duration = _RECIPES[size]
+    started = time.monotonic()
+    with as_file(files("mistill") / "data" / name) as file:
+        recipe = read_recipe(file, out=out)
+        console.print(
+            f"The whole road on SmolLM2-135M-Instruct takes {duration} on two cores; it resumes "
+            f"if it is interrupted. Recipe: {file}"
+        )
+        outputs = run_recipe(recipe, console)
+    report = outputs["report"]
+    minutes = (time.monotonic() - started) / 60
+    samples = json.loads((report / "report.json").read_text("utf-8")).get("samples") or {}
+    for prompt, replies in samples.items():
+        console.rule(prompt, align="left")
+        for model, reply in replies.items():
+            console.print(f"[bold]{model}[/bold]: ", end="")
+            console.print(reply, markup=False, highlight=False)
+    console.print((report / "report.md").read_text("utf-8"), markup=False, highlight=False)
+    console.rule()
+    console.print(f"Done in {minutes:.1f} minutes.", highlight=False)
+    console.print(f"report:  {_short(report / 'report.html')}", highlight=False, soft_wrap=True)
+    console.print(
+        f"chat:    mistill chat {_short(outputs['chatbot'])}", highlight=False, soft_wrap=True
+    )
+    return report
+
+
+def _short(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,0 +1,159 @@
+"""A recipe skips what is done, redoes what changed and what depends on it, and survives a kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mistill.errors import RecipeError, TargetExistsError
+from mistill.folder import fingerprint
+from mistill.recipe import read_recipe, run_recipe
+
+ROAD = """
+out = "road"
+
+[base]
+step = "teacher"
+source = "{teacher}"
+
+[small]
+step = "student"
+teacher = "base"
+choose = "even"
+layers = 2
+
+[rounded]
+step = "rounding"
+source = "small"
+group_size = 32
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "road.toml"
+    file.write_text(ROAD.format(teacher=teacher))
+    return file
+
+
+def run(file: Path) -> dict[str, str]:
+    """Run a recipe and return what was said of every step."""
+    said = io.StringIO()
+    run_recipe(read_recipe(file), Console(file=said, width=200))
+    return dict(line.split(maxsplit=1) for line in said.getvalue().splitlines())
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_a_recipe_makes_every_output_and_then_skips_them(recipe_file, tmp_path):
+    assert run(recipe_file) == {"base": "teacher", "small": "student", "rounded": "rounding"}
+    assert json.loads((tmp_path / "road/small/config.json").read_text())["num_hidden_layers"] == 2
+    assert (tmp_path / "road/rounded/lineage.json").is_file()
+    dates = {file: file.stat().st_mtime_ns for file in (tmp_path / "road").rglob("*")}
+    assert set(run(recipe_file).values()) == {"done before"}
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "road").rglob("*")} == dates
+
+
+def test_a_changed_setting_redoes_what_depends_on_it_and_says_so(recipe_file, tmp_path):
+    run(recipe_file)
+    change(recipe_file, "layers = 2", "layers = 3")
+    said = run(recipe_file)
+    assert said["base"] == "done before"
+    assert "layers changed from 2 to 3" in said["small"]
+    assert said["rounded"] == "rounding (its source changed)"
+    assert json.loads((tmp_path / "road/rounded/config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_a_changed_last_step_leaves_the_others_alone(recipe_file):
+    run(recipe_file)
+    change(recipe_file, "group_size = 32", "group_size = 16")
+    said = run(recipe_file)
+    assert said["small"] == "done before"
+    assert said["rounded"] == "rounding (group_size changed from 32 to 16)"
+
+
+def test_an_output_that_is_gone_or_tampered_with_is_made_again(recipe_file, tmp_path):
+    run(recipe_file)
+    before = fingerprint(tmp_path / "road/small")
+    (tmp_path / "road/small/config.json").write_text("{}")
+    assert "its output was changed" in run(recipe_file)["small"]
+    assert fingerprint(tmp_path / "road/small") == before
+    (tmp_path / "road/small").rename(tmp_path / "moved")
+    assert "its output is gone" in run(recipe_file)["small"]
+    assert fingerprint(tmp_path / "road/small") == before
+
+
+def test_a_folder_that_the_recipe_did_not_make_is_not_touched(recipe_file, tmp_path):
+    (tmp_path / "road/small").mkdir(parents=True)
+    (tmp_path / "road/small/precious.txt").write_text("precious")
+    with pytest.raises(TargetExistsError, match="not made by this recipe"):
+        run(recipe_file)
+    assert (tmp_path / "road/small/precious.txt").read_text() == "precious"
+
+
+def test_a_recipe_killed_at_any_moment_ends_with_the_same_outputs(recipe_file, tmp_path):
+    run(recipe_file)
+    names = ("base", "small", "rounded")
+    expected = {name: fingerprint(tmp_path / "road" / name) for name in names}
+    command = [sys.executable, "-m", "mistill.cli", "run", str(recipe_file), "--out", "killed"]
+    chance = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(chance.uniform(1.0, 6.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for name in names:
+            if (tmp_path / "killed" / name).exists():
+                assert fingerprint(tmp_path / "killed" / name) == expected[name]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert {name: fingerprint(tmp_path / "killed" / name) for name in names} == expected
+    left = [name for name in os.listdir(tmp_path / "killed") if name.startswith(".")]
+    assert left == [".recipe-state.json"]
+
+
+def test_texts_are_found_beside_the_recipe(tmp_path, teacher, chats):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "my.jsonl").write_bytes(chats.read_bytes())
+    (folder / "r.toml").write_text(
+        f'[q]\nstep = "gptq"\nsource = "{teacher}"\ntexts = ["my.jsonl", "@demo-train"]\n'
+    )
+    (step,) = read_recipe(folder / "r.toml").steps
+    assert step.inputs["texts"] == [str(folder / "my.jsonl"), "@demo-train"]
+
+
+def test_a_damaged_state_is_named(recipe_file, tmp_path):
+    run(recipe_file)
+    (tmp_path / "road/.recipe-state.json").write_text("{")
+    with pytest.raises(RecipeError, match="is damaged"):
+        run(recipe_file)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-quick", "demo-full"])
+def test_the_shipped_recipes_are_sound(name):
+    import mistill
+
+    recipe = read_recipe(Path(mistill.__file__).parent / "data" / f"{name}.toml")
+    kinds = [step.kind.name for step in recipe.steps]
+    assert kinds[:3] == ["teacher", "student", "distill"]
+    assert {"gptq", "rounding", "nf4", "export"} <= set(kinds)
+    assert kinds[-1] == "bench"
+    assert recipe.steps[-1].name == "report"
+    assert recipe.out.name == name

@@ -1,0 +1,217 @@
+"""The sampler against the definitions written out, and against transformers."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mistill.errors import SettingsError
+from mistill.sampling import (
+    Sampler,
+    SamplingSettings,
+    above_top_p,
+    candidates,
+    draw,
+    penalize_repetition,
+)
+from tests.reference import sampling as slow
+
+V = 300
+SEEN = [3, 8, 21, 150, 299]
+GRID = [
+    {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for temperature, top_k, top_p, min_p in product(
+        (0.3, 1.0, 2.5), (0, 1, 7, 400), (0.2, 0.9, 1.0), (0.0, 0.1, 1.0)
+    )
+]
+
+
+def some_logits(seed: int = 0, size: int = V) -> NDArray[np.float32]:
+    return (np.random.default_rng(seed).normal(size=size) * 3).astype(np.float32)
+
+
+def dense(
+    logits: NDArray[np.float32], penalty: float = 1.0, seen: list[int] | None = None, **options: Any
+) -> NDArray[np.float64]:
+    """Our distribution, spread over the whole vocabulary."""
+    settings = SamplingSettings(repetition_penalty=penalty, **options)
+    if penalty != 1:
+        logits = penalize_repetition(logits, np.array(seen), penalty)
+    ids, probabilities = candidates(logits, settings)
+    spread = np.zeros(logits.size)
+    spread[ids] = probabilities
+    return spread
+
+
+def of_transformers(
+    logits: NDArray[np.float32], penalty: float, seen: list[int], options: dict[str, Any]
+) -> NDArray[np.float64]:
+    steps: list[Any] = [
+        RepetitionPenaltyLogitsProcessor(penalty),
+        TemperatureLogitsWarper(options["temperature"]),
+    ]
+    if options["top_k"]:
+        steps.append(TopKLogitsWarper(options["top_k"]))
+    if options["top_p"] < 1:
+        steps.append(TopPLogitsWarper(options["top_p"]))
+    steps.append(MinPLogitsWarper(options["min_p"]))
+    scores = LogitsProcessorList(steps)(torch.tensor([seen]), torch.from_numpy(logits.copy())[None])
+    return torch.softmax(scores[0].double(), dim=-1).numpy()
+
+
+@pytest.mark.parametrize("options", GRID, ids=str)
+def test_the_distribution_is_the_one_of_the_definitions(options: dict[str, Any]) -> None:
+    logits = some_logits()
+    for penalty in (1.0, 1.3, 0.7):
+        ours = dense(logits, penalty, SEEN, **options)
+        by_hand = slow.distribution(
+            logits.tolist(), repetition_penalty=penalty, seen=SEEN, **options
+        )
+        # Logits are float32 in one and Python floats in the other: 1e-7 of numbers up to 40.
+        np.testing.assert_allclose(ours, by_hand, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", GRID, ids=str)
+def test_the_distribution_is_the_one_of_transformers(options: dict[str, Any]) -> None:
+    logits = some_logits(1)
+    for penalty in (1.0, 1.3):
+        ours = dense(logits, penalty, SEEN, **options)
+        theirs = of_transformers(logits, penalty, SEEN, options)
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_logits_that_tie_at_the_edge_of_top_k_are_all_kept_as_in_transformers() -> None:
+    logits = np.array([1, 5, 3, 3, 3, 0], np.float32)
+    options = {"temperature": 1.0, "top_k": 2, "top_p": 1.0, "min_p": 0.0}
+    ours = dense(logits, **options)
+    assert np.flatnonzero(ours).tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(ours, of_transformers(logits, 1.0, [0], options), atol=1e-7)
+
+
+def test_top_p_needs_no_sort_of_the_vocabulary_and_finds_the_same_tokens() -> None:
+    """A flat distribution reaches far beyond the first tokens that are looked at."""
+    for seed, spread in ((0, 0.01), (1, 1.0), (2, 6.0)):
+        generator = np.random.default_rng(seed)
+        odds = np.exp(generator.normal(size=30_000) * spread)
+        probabilities = odds / odds.sum()
+        order = np.argsort(-probabilities)
+        reached = np.cumsum(probabilities[order])
+        for p in (0.001, 0.5, 0.97, 1.0):
+            expected = order[: int((reached < p).sum()) + 1]
+            assert above_top_p(probabilities, p).tolist() == expected.tolist()
+
+
+def test_temperature_zero_takes_the_most_probable_token() -> None:
+    choose = Sampler(SamplingSettings(temperature=0))
+    for seed in range(20):
+        logits = some_logits(seed)
+        assert choose(logits) == logits.argmax()
+
+
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow() -> None:
+    logits = some_logits() * 1000
+    for smallest in (1e-3, 1e-30):
+        spread = dense(logits, temperature=smallest, top_k=0, top_p=1.0, min_p=0.0)
+        assert spread[logits.argmax()] == 1.0
+
+
+def test_logits_of_minus_infinity_are_never_drawn() -> None:
+    logits = some_logits()
+    allowed = [5, 17, 203]
+    masked = np.full(V, -np.inf, np.float32)
+    masked[allowed] = logits[allowed]
+    for options in GRID[:12]:
+        choose = Sampler(SamplingSettings(seed=0, **options))
+        assert {choose(masked) for _ in range(30)} <= set(allowed)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
+    logits = some_logits(4, 12)
+    settings = SamplingSettings(temperature=1.5, top_k=8, top_p=0.95, min_p=0.02)
+    expected = np.array(
+        slow.distribution(logits.tolist(), temperature=1.5, top_k=8, top_p=0.95, min_p=0.02)
+    )
+    generator = np.random.default_rng(0)
+    among = candidates(logits, settings)
+    draws = 20_000
+    counts = np.bincount([draw(among, generator) for _ in range(draws)], minlength=12)
+    # Five standard deviations of a binomial count.
+    assert np.all(np.abs(counts - draws * expected) <= 5 * np.sqrt(draws * expected) + 1e-9)
+    assert counts[expected == 0].sum() == 0
+
+
+def test_the_ends_of_the_random_numbers_stay_within_the_candidates() -> None:
+    class Fixed:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def random(self) -> float:
+            return self.value
+
+    among = candidates(some_logits(), SamplingSettings(top_k=5, top_p=1.0, min_p=0.0))
+    assert draw(among, Fixed(0.0)) == among.ids[0]  # type: ignore[arg-type]
+    assert draw(among, Fixed(np.nextafter(1, 0))) == among.ids[-1]  # type: ignore[arg-type]
+
+
+def test_a_seed_repeats_a_reply_and_another_seed_does_not() -> None:
+    logits = [some_logits(step) for step in range(40)]
+
+    def reply(seed: int | None) -> list[int]:
+        choose = Sampler(SamplingSettings(temperature=1.5, top_k=0, top_p=1, min_p=0, seed=seed))
+        return [choose(step) for step in logits]
+
+    assert reply(7) == reply(7)
+    assert reply(7) != reply(8)
+    assert reply(None) != reply(None)
+
+
+def test_the_penalty_counts_the_prompt_and_what_the_sampler_chose_itself() -> None:
+    logits = np.array([4.0, 3.9, 3.8, -1.0], np.float32)
+    choose = Sampler(SamplingSettings(temperature=0, repetition_penalty=1.5), seen=[1])
+    assert [choose(logits) for _ in range(4)] == [0, 2, 0, 0]
+    assert choose(np.array([-1.0, -1.2, -1.3, -1.4], np.float32)) == 3
+    plain = Sampler(SamplingSettings(temperature=0), seen=[0])
+    assert [plain(logits) for _ in range(3)] == [0, 0, 0]
+
+
+def test_the_sampler_leaves_the_logits_as_they_are() -> None:
+    logits = some_logits()
+    before = logits.copy()
+    choose = Sampler(SamplingSettings(repetition_penalty=1.2, seed=0), seen=range(V))
+    for _ in range(5):
+        choose(logits)
+    np.testing.assert_array_equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("min_p", -0.01),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("nan")),
+        ("seed", -3),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(option: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=option):
+        SamplingSettings(**{option: value})  # type: ignore[arg-type]

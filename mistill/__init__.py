@@ -35,7 +35,7 @@ _HOMES = {
     "save_model": "mistill.source",
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "ChatBot",
     "FolderInfo",
     "LanguageModel",

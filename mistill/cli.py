@@ -119,9 +119,7 @@ def student(
     """
     from distill import new_student
 
-    made = new_student(
-        teacher, target, texts=texts or None, settings=settings, overwrite=overwrite
-    )
+    made = new_student(teacher, target, texts=texts or None, settings=settings, overwrite=overwrite)
     return _made(made, json)
 
 
@@ -311,7 +309,7 @@ def bench(
     """Compare folders: size, quality, speed and memory, in one table.
 
     Args:
-        models: The folders to compare.
+        *models: The folders to compare.
         texts: Held-out text to judge them on.
         reference: The model that the others are held against; the first if not given.
         out: A folder for the report: JSON, Markdown, HTML and a picture.
@@ -372,9 +370,7 @@ def run(recipe: Path, /, *, out: Path | None = None, json: bool = False) -> None
 
 
 @app.command
-def demo(
-    *, size: Literal["quick", "normal", "full"] = "normal", out: Path | None = None
-) -> None:
+def demo(*, size: Literal["quick", "normal", "full"] = "normal", out: Path | None = None) -> None:
     """Run the whole road on the embedded teacher; an interrupted demo resumes.
 
     Args:

@@ -1,11 +1,11 @@
 """Every error that a user of mistill can meet.
 
     MistillError
-    ├── SettingsError (also ValueError)     a setting or an argument outside its range
+    ├── SettingsError (also ValueError)   a setting or an argument outside its range
     ├── FolderError                         a folder is missing, broken, or not what a step reads
     │   └── TargetExistsError               an output that would be overwritten
     ├── TextError                           no text, or text that cannot be read
-    ├── VocabularyError                     no tokenizer or template, or two vocabularies that differ
+    ├── VocabularyError                     no tokenizer or template, or two that differ
     ├── ArchitectureError                   a model of a kind that mistill does not read
     ├── ExportError                         an exported graph that does not say what its source says
     ├── ContextError                        a conversation longer than the model's context

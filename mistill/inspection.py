@@ -144,7 +144,7 @@ def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> list[str]:
         return [str(error)]
     if not vocabulary.end_ids:
         found.append("it names no end-of-turn token, so that a chatbot would never stop")
-    if not vocabulary.has_template:
+    if vocabulary.chat_template is None:
         found.append("it has no chat template: good for text, not for chat")
     if not lineage:
         found.append("it has no lineage: mistill did not make it")

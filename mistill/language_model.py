@@ -61,8 +61,8 @@ class LanguageModel(Protocol):
             ids: The prompt, at least one token.
             choose: Picks a token from the logits (V,) of the last position.
 
-        Yields:
-            Token ids.
+        Returns:
+            Token ids, one at a time.
         """
 
 

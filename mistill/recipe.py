@@ -215,9 +215,7 @@ def step_kinds() -> dict[str, StepKind]:
             texts=("texts",),
             run=gptq,
         ),
-        StepKind(
-            name="rounding", settings=quantize.RoundingSettings, models=source, run=rounding
-        ),
+        StepKind(name="rounding", settings=quantize.RoundingSettings, models=source, run=rounding),
         StepKind(name="nf4", settings=quantize.Nf4Settings, models=source, run=nf4),
         StepKind(name="export", settings=export.OnnxSettings, models=source, run=to_onnx),
         StepKind(

@@ -114,16 +114,20 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
         "tokenizer.json is missing",
         remove("student/tokenizer.json"),
     ),
-    "weights cut short": ("export student out", "cut short", cut("student/model.safetensors", 9999)),
+    "weights cut short": (
+        "export student out",
+        "cut short",
+        cut("student/model.safetensors", 9999),
+    ),
     "a damaged config": ("export student out", "not valid JSON", write("student/config.json", "{")),
     "a damaged tokenizer": (DISTILL, "tokenizer", write("student/tokenizer.json", "{}")),
     "pickled weights only": (
         "quantize rounding student out --group-size 32",
         "safetensors only",
-        lambda place: (place / "student/model.safetensors").rename(
-            place / "student/pytorch_model.bin"
-        )
-        and None,
+        lambda place: (
+            (place / "student/model.safetensors").rename(place / "student/pytorch_model.bin")
+            and None
+        ),
     ),
     "an unknown architecture": (
         "export student out",

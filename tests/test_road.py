@@ -145,8 +145,10 @@ def test_the_chatbot_answers_through_python_and_through_a_pipe(road):
     bot = ChatBot(road / "chatbot", temperature=0, max_new_tokens=12)
     reply = "".join(bot.reply("What is a mistral?"))
     done = subprocess.run(
-        [sys.executable, "-m", "mistill.cli", "chat", str(road / "chatbot"), "--temperature", "0"]
-        + ["--max-new-tokens", "12"],
+        [
+            *(sys.executable, "-m", "mistill.cli", "chat", str(road / "chatbot")),
+            *("--temperature", "0", "--max-new-tokens", "12"),
+        ],
         input="What is a mistral?\n",
         capture_output=True,
         text=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -124,7 +123,7 @@ def test_a_recipe_killed_at_any_moment_ends_with_the_same_outputs(recipe_file, t
                 assert fingerprint(tmp_path / "killed" / name) == expected[name]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert {name: fingerprint(tmp_path / "killed" / name) for name in names} == expected
-    left = [name for name in os.listdir(tmp_path / "killed") if name.startswith(".")]
+    left = [file.name for file in (tmp_path / "killed").iterdir() if file.name.startswith(".")]
     assert left == [".recipe-state.json"]
 
 

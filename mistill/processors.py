@@ -1,0 +1,62 @@
+"""How many threads a process may use: the machine's processors are often not all its own.
+
+ONNX Runtime counts the cores of the machine. A container with a quota, or a process held to some
+processors, then has more threads than processors, and threads that wait for one another by
+spinning take the time of those that work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def usable_threads(root: Path = Path("/")) -> int:
+    """Threads that can run at once in this process.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are; another root is for tests.
+
+    Returns:
+        The processors that this process may run on, or its share of them if a control group
+        limits it; at least 1.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    return max(1, int(min([processors, *_quotas(root)])))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Processors granted by every control group that this process is in, of either version."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(mount):
+                break
+            quota = _quota(folder)
+            if quota is not None:
+                yield quota
+
+
+def _quota(folder: Path) -> float | None:
+    """Processors granted by one control group: time that it may use in each period of time."""
+    try:
+        if (folder / "cpu.max").is_file():
+            used, period = (folder / "cpu.max").read_text().split()
+        else:
+            used = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+    except OSError:
+        return None
+    return None if used in ("max", "-1") else int(used) / int(period)

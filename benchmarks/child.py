@@ -1,0 +1,236 @@
+"""A process that opens one folder and does nothing else, so that its memory can be told.
+
+Started as ``python -m benchmarks.child FOLDER``. It reads one JSON object per line from stdin and
+answers each with one on stdout, until stdin ends:
+
+    {"do": "prepare"}                                      import what the folder needs
+    {"do": "open"}                                         load the model
+    {"do": "turn", "prompt": [...], "new_tokens": 48, "seconds": 5.0}
+                                                           read, write, and say how long it took
+    {"do": "score", "ids": [...], "kept": [...], "write": PATH or "against": PATH}
+                                                           losses; divergences from stored logits
+    {"do": "memory"}                                       the kernel's count of this process
+
+An answer with the key ``error`` says what went wrong. Whatever a library prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from benchmarks.fidelity import agreements, divergences
+from benchmarks.footprint import own_memory
+from benchmarks.latency import FEWEST_TOKENS, Turn, time_turn, turn_from_ticks
+from benchmarks.passages import Passage
+from benchmarks.perplexity import token_losses
+from mistill.folder import open_folder
+from mistill.language_model import LanguageModel, open_model
+
+
+class Worker:
+    """One folder, and the measurements that can be asked of it.
+
+    Attributes:
+        folder: The folder.
+        threads: Threads that its engine computes with.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder = folder
+        self.threads = threads
+        self._model: LanguageModel | None = None
+
+    @property
+    def model(self) -> LanguageModel:
+        """The running model, once it is open."""
+        assert self._model is not None, "the first request is to open the model"
+        return self._model
+
+    def prepare(self) -> dict[str, Any]:
+        """Import what the folder needs, so that opening it times the opening only.
+
+        Returns:
+            The form of the folder.
+        """
+        form = open_folder(self.folder).form
+        if form == "onnx":
+            import mistill.engine  # noqa: F401
+        elif importlib.util.find_spec("torch"):
+            import mistill.pytorch  # noqa: F401
+        return {"form": form}
+
+    def open(self) -> dict[str, Any]:
+        """Load the model.
+
+        Returns:
+            How long it took, and the number of logits.
+        """
+        start = time.perf_counter()
+        self._model = open_model(self.folder, threads=self.threads)
+        seconds = time.perf_counter() - start
+        return {"load_seconds": seconds, "vocabulary_size": self.model.vocabulary_size}
+
+    def turn(
+        self, prompt: list[int], new_tokens: int, seconds: float, transformers: bool = False
+    ) -> dict[str, Any]:
+        """Read a prompt and write.
+
+        Args:
+            prompt: Token ids.
+            new_tokens: Tokens to write.
+            seconds: When a slow model stops.
+            transformers: Let transformers' own generate write instead of our loop.
+
+        Returns:
+            The times.
+        """
+        if transformers:
+            turn = time_generate(self.model, prompt, new_tokens=new_tokens, seconds=seconds)
+        else:
+            turn = time_turn(
+                self.model, prompt, new_tokens=new_tokens, seconds=seconds, clock=time.perf_counter
+            )
+        return asdict(turn)
+
+    def score(
+        self, ids: list[int], kept: list[bool], write: str | None = None, against: str | None = None
+    ) -> dict[str, Any]:
+        """Predict a passage.
+
+        Args:
+            ids: Token ids of the passage.
+            kept: Which of the tokens after the first count.
+            write: File to store the logits of the kept positions in.
+            against: File with the reference's logits of those positions.
+
+        Returns:
+            The loss of each token and, with a reference, its divergence and agreement.
+        """
+        passage = Passage(np.asarray(ids, np.int64), np.asarray(kept, bool))
+        logits = self.model.logits(passage.ids[None])[0, :-1][passage.kept]
+        scores: dict[str, Any] = {"losses": token_losses(logits, passage.targets).tolist()}
+        if write is not None:
+            np.save(write, logits)
+        if against is not None:
+            reference = np.load(against, mmap_mode="r")
+            scores["divergences"] = divergences(reference, logits).tolist()
+            scores["agreements"] = agreements(reference, logits).astype(int).tolist()
+        return scores
+
+    def memory(self) -> dict[str, Any]:
+        """Look at this process.
+
+        Returns:
+            Its peak and present size.
+        """
+        return asdict(own_memory())
+
+
+class _Stopwatch:
+    """A streamer of transformers that notes when every token arrives."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.ticks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def elapsed(self) -> float:
+        return self.ticks[-1] - self.ticks[0]
+
+
+def time_generate(
+    model: Any, prompt: Sequence[int], *, new_tokens: int, seconds: float
+) -> Turn:
+    """Let transformers' own greedy ``generate`` write, and note when every token arrives.
+
+    Args:
+        model: A PyTorch model of ours, whose ``model`` is that of transformers.
+        prompt: Token ids.
+        new_tokens: Tokens to write, the first one included; the end of a turn does not stop it.
+        seconds: A slow model stops after this long, but never before 8 tokens.
+
+    Returns:
+        The times.
+    """
+    import torch
+
+    ids = torch.tensor([list(prompt)])
+    stopwatch = _Stopwatch()
+
+    def late(written: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        enough = written.shape[1] - len(prompt) >= FEWEST_TOKENS
+        return torch.tensor([enough and stopwatch.elapsed() > seconds])
+
+    with torch.inference_mode():
+        model.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            stopping_criteria=[late],
+            streamer=stopwatch,
+        )
+    # generate hands the prompt to the streamer first, just before it computes.
+    return turn_from_ticks(len(prompt), stopwatch.ticks)
+
+
+def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
+    """Answer requests until there are no more.
+
+    Args:
+        worker: Who does what is asked.
+        requests: One JSON object per line.
+        answers: One JSON object per line.
+    """
+    for line in requests:
+        request = json.loads(line)
+        action = {
+            "prepare": worker.prepare,
+            "open": worker.open,
+            "turn": worker.turn,
+            "score": worker.score,
+            "memory": worker.memory,
+        }[request.pop("do")]
+        try:
+            answer = action(**request)
+        except Exception as error:
+            answer = {
+                "error": type(error).__name__,
+                "message": str(error),
+                "traceback": traceback.format_exc(),
+            }
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Serve one folder on stdin and stdout."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.child")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args()
+    # Libraries print; the answers get a channel of their own, and everything else goes to stderr.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        serve(Worker(arguments.folder, arguments.threads), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

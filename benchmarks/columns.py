@@ -1,0 +1,257 @@
+"""The figures of a comparison, each with its unit, its meaning and its way of being written.
+
+The terminal, the Markdown, the page and the summary in the JSON all take their columns from here,
+so that a figure is called the same and means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.comparison import Comparison, ModelResult
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One figure of every model.
+
+    Attributes:
+        key: Its name in the JSON summary, with the unit.
+        title: Its name for people.
+        unit: Its unit for people; may be empty.
+        meaning: What it is, in a sentence.
+        figure: Takes it from a result; None where the model has none.
+        spread: How far it may be off: plus and minus, or the quartiles; None where unknown.
+        write: Turns the figure into text.
+        better: Which end is the better one.
+        compact: Whether it is also shown where room is short.
+    """
+
+    key: str
+    title: str
+    unit: str
+    meaning: str
+    figure: Callable[[ModelResult], float | None]
+    write: Callable[[float], str]
+    better: Literal["lower", "higher"]
+    spread: Callable[[ModelResult], float | tuple[float, float] | None] = lambda _: None
+    compact: bool = True
+
+    def text(self, model: ModelResult) -> str:
+        """The figure of one model.
+
+        Args:
+            model: The result.
+
+        Returns:
+            Text; a dash where there is no figure.
+        """
+        value = self.figure(model)
+        return "–" if value is None else self.write(value)
+
+    def spread_text(self, model: ModelResult) -> str:
+        """How far the figure of one model may be off.
+
+        Args:
+            model: The result.
+
+        Returns:
+            ``± 0.12`` or ``41–44``; empty where nothing is known.
+        """
+        spread = self.spread(model)
+        if spread is None:
+            return ""
+        if isinstance(spread, tuple):
+            return "–".join(map(self.write, spread))
+        scale = 100 if self.unit == "%" else 1
+        return f"± {significant(spread * scale, 2)}"
+
+
+def columns_of(comparison: Comparison) -> tuple[Column, ...]:
+    """The columns that have a figure for at least one model.
+
+    Args:
+        comparison: The result.
+
+    Returns:
+        Columns, in the order of reading.
+    """
+    return tuple(
+        column
+        for column in COLUMNS
+        if any(column.figure(model) is not None for model in comparison.models)
+    )
+
+
+def summary(model: ModelResult) -> dict[str, Any]:
+    """The derived figures of one model, for scripts that do not want to derive them.
+
+    Args:
+        model: The result.
+
+    Returns:
+        Figures by key; a spread is beside its figure, under ``KEY_spread``.
+    """
+    record: dict[str, Any] = {"weight_bytes": model.footprint.weight_bytes}
+    for column in COLUMNS:
+        record[column.key] = column.figure(model)
+        spread = column.spread(model)
+        if spread is not None:
+            record[f"{column.key}_spread"] = spread
+    return record
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, without an exponent where it can be avoided.
+
+    Args:
+        value: The number.
+        digits: Digits to keep.
+
+    Returns:
+        Text such as ``0.00312``, ``17.4`` or ``1,234``.
+    """
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -5:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else significant(value)
+
+
+def _percent(value: float) -> str:
+    return f"{value * 100:.1f}"
+
+
+COLUMNS = (
+    Column(
+        key="size_mb",
+        title="Size",
+        unit="MB",
+        meaning="Bytes on disk of the files that hold weights, in millions.",
+        figure=lambda model: model.footprint.weight_bytes / MEGABYTE,
+        write=_rate,
+        better="lower",
+    ),
+    Column(
+        key="bits_per_weight",
+        title="Bits per weight",
+        unit="",
+        meaning="Those bytes in bits, divided by the weights of the dense model that the folder "
+        "stands for; scales, zeros and tables are counted.",
+        figure=lambda model: model.footprint.bits_per_weight,
+        write=lambda value: f"{value:.2f}",
+        better="lower",
+    ),
+    Column(
+        key="perplexity",
+        title="Perplexity",
+        unit="",
+        meaning="e to the mean negative log-probability of each token of the text; ± is its "
+        "standard error (delta method, between passages).",
+        figure=lambda model: model.perplexity.value,
+        write=significant,
+        better="lower",
+        spread=lambda model: model.perplexity.standard_error,
+    ),
+    Column(
+        key="mean_kl_nats",
+        title="KL",
+        unit="nats",
+        meaning="Mean of KL(reference || model) per token over the whole vocabulary: 0 for a model "
+        "that says exactly what the reference says; ± is its standard error, between passages.",
+        figure=lambda model: model.fidelity and model.fidelity.mean_kl,
+        write=significant,
+        better="lower",
+        spread=lambda model: model.fidelity and model.fidelity.kl_standard_error,
+    ),
+    Column(
+        key="kl_99th_percentile_nats",
+        title="Worst 1%",
+        unit="nats",
+        meaning="The divergence that one token in a hundred exceeds: the 99th percentile of KL.",
+        figure=lambda model: model.fidelity and model.fidelity.kl_99th_percentile,
+        write=significant,
+        better="lower",
+        compact=False,
+    ),
+    Column(
+        key="top1_agreement",
+        title="Same token",
+        unit="%",
+        meaning="How often the model and the reference hold the same token for the most probable; "
+        "± is its standard error, between passages.",
+        figure=lambda model: model.fidelity and model.fidelity.top1_agreement,
+        write=_percent,
+        better="higher",
+        spread=lambda model: model.fidelity and model.fidelity.agreement_standard_error,
+    ),
+    Column(
+        key="first_token_ms",
+        title="First token",
+        unit="ms",
+        meaning="From the prompt being handed over to the first token: median of the rounds.",
+        figure=lambda model: model.latency.first_token_seconds * 1000,
+        write=_whole,
+        better="lower",
+    ),
+    Column(
+        key="prompt_tokens_per_second",
+        title="Reading",
+        unit="tok/s",
+        meaning="Prompt tokens by the time to the first token: median of the rounds, and "
+        "quartiles.",
+        figure=lambda model: model.latency.prompt_tokens_per_second,
+        write=_rate,
+        better="higher",
+        spread=lambda model: model.latency.prompt_quartiles[::2],
+    ),
+    Column(
+        key="decode_tokens_per_second",
+        title="Writing",
+        unit="tok/s",
+        meaning="Tokens written per second after the first: median of the rounds, and quartiles.",
+        figure=lambda model: model.latency.decode_tokens_per_second,
+        write=_rate,
+        better="higher",
+        spread=lambda model: model.latency.decode_quartiles[::2],
+    ),
+    Column(
+        key="transformers_decode_tokens_per_second",
+        title="transformers",
+        unit="tok/s",
+        meaning="The same, written by transformers' own greedy generate: float folders only.",
+        figure=lambda model: (
+            model.transformers_latency and model.transformers_latency.decode_tokens_per_second
+        ),
+        write=_rate,
+        better="higher",
+        spread=lambda model: (
+            model.transformers_latency and model.transformers_latency.decode_quartiles[::2]
+        ),
+        compact=False,
+    ),
+    Column(
+        key="peak_memory_mb",
+        title="Memory",
+        unit="MB",
+        meaning="The most that a process which ran only this model ever held, in millions of "
+        "bytes: Python, libraries, weights and cache.",
+        figure=lambda model: model.footprint.peak_memory_bytes / MEGABYTE,
+        write=_whole,
+        better="lower",
+    ),
+)

@@ -1,0 +1,295 @@
+"""What a comparison found: raw samples, from which every figure is derived.
+
+One JSON document holds all of it. The table, the Markdown, the page and the picture are drawn
+from it, and can be drawn again from a file that was saved.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from benchmarks.fidelity import Fidelity
+from benchmarks.footprint import Footprint
+from benchmarks.latency import Latency, Turn
+from benchmarks.machine import Machine
+from benchmarks.perplexity import Perplexity
+from benchmarks.settings import BenchSettings
+from mistill.errors import FolderError, SettingsError
+from mistill.folder import creating
+from mistill.settings import settings_dict
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = "mistill-comparison-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredText:
+    """The text that every model had to predict.
+
+    Attributes:
+        sources: Where it came from, as given.
+        fingerprint: SHA-256 of the tokens and of which of them count.
+        passages: Pieces that were scored at once.
+        tokens_read: Tokens in all passages.
+        tokens_scored: Those that had to be predicted.
+    """
+
+    sources: tuple[str, ...]
+    fingerprint: str
+    passages: int
+    tokens_read: int
+    tokens_scored: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult:
+    """What was found about one model.
+
+    Attributes:
+        name: The shortest end of its path that tells it from the others.
+        form: ``model`` (float weights), ``gptq``, ``nf4`` or ``onnx``.
+        architecture: Such as ``mistral``.
+        layers: Decoder layers.
+        hidden_size: Width of the residual stream.
+        lineage: The steps that made the folder, first step first.
+        fingerprint: A short name for the folder's content.
+        footprint: Room on disk and in memory.
+        perplexity: Surprise at the text.
+        fidelity: Distance from the reference; None for the reference itself.
+        latency: Time to begin an answer and to write it.
+        transformers_latency: The same prompts through transformers' own greedy ``generate``, for
+            float folders; else None.
+    """
+
+    name: str
+    form: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    lineage: tuple[dict[str, Any], ...]
+    fingerprint: str
+    footprint: Footprint
+    perplexity: Perplexity
+    fidelity: Fidelity | None
+    latency: Latency
+    transformers_latency: Latency | None
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL(reference || model) per token in nats; 0 for the reference itself."""
+        return 0.0 if self.fidelity is None else self.fidelity.mean_kl
+
+    @property
+    def kind(self) -> str:
+        """What runs which weights, in two or three words."""
+        return {
+            "model": "PyTorch float",
+            "gptq": "PyTorch GPTQ",
+            "nf4": "PyTorch NF4",
+            "onnx": "ONNX Runtime",
+        }[self.form]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Several models measured in one run, on the same text, taking turns.
+
+    Attributes:
+        date: When it was finished, in UTC.
+        duration_seconds: How long it took.
+        settings: How much was measured.
+        machine: What it was measured on.
+        text: What the models had to predict.
+        reference: Name of the model that the others are held against; it need not be among them.
+        models: The results, in the order given.
+        samples: Prompt to the reply of each model, if any were given.
+    """
+
+    date: str
+    duration_seconds: float
+    settings: BenchSettings
+    machine: Machine
+    text: ScoredText
+    reference: str
+    models: tuple[ModelResult, ...]
+    samples: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> ModelResult:
+        """The result of one model.
+
+        Args:
+            name: Its name in this comparison.
+
+        Returns:
+            The result.
+
+        Raises:
+            KeyError: If there is no such model.
+        """
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(f"{name!r} is not among {', '.join(model.name for model in self.models)}")
+
+    def speedup(self, name: str, over: str) -> float:
+        """How much faster one model writes than transformers' ``generate`` on another.
+
+        Args:
+            name: The model.
+            over: A float folder of this comparison.
+
+        Returns:
+            Ratio of the medians of tokens written per second.
+
+        Raises:
+            SettingsError: If transformers' ``generate`` was not timed on the other.
+        """
+        rival = self[over].transformers_latency
+        if rival is None:
+            raise SettingsError(
+                f"transformers' generate was not timed on {over}; it is on float folders, with "
+                "transformers_generate on"
+            )
+        return self[name].latency.decode_tokens_per_second / rival.decode_tokens_per_second
+
+    def to_json(self) -> str:
+        """The whole result as one JSON document, raw samples and figures derived from them.
+
+        Returns:
+            JSON text.
+        """
+        return json.dumps(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole result as plain values, raw samples and figures derived from them.
+
+        Returns:
+            What the JSON document holds.
+        """
+        from benchmarks.columns import summary
+
+        document = {"schema": SCHEMA, **asdict(self), "settings": settings_dict(self.settings)}
+        for record, model in zip(document["models"], self.models, strict=True):
+            record["summary"] = summary(model)
+        return document
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a document that ``to_json`` wrote.
+
+        Args:
+            text: JSON text.
+
+        Returns:
+            The same comparison.
+
+        Raises:
+            FolderError: If the text is not such a document.
+        """
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FolderError(f"the report is not valid JSON: {error}") from error
+        found = document.pop("schema", None) if isinstance(document, dict) else None
+        if found != SCHEMA:
+            raise FolderError(f"the report should have the schema {SCHEMA}, not {found}")
+        return cls(
+            **{
+                **document,
+                "settings": BenchSettings(**document["settings"]),
+                "machine": Machine(
+                    **{
+                        **document["machine"],
+                        "instructions": tuple(document["machine"]["instructions"]),
+                    }
+                ),
+                "text": ScoredText(
+                    **{**document["text"], "sources": tuple(document["text"]["sources"])}
+                ),
+                "models": tuple(map(_model_from, document["models"])),
+            }
+        )
+
+    def table(self) -> Table:
+        """The figures as a table for the terminal.
+
+        Returns:
+            A table of rich.
+        """
+        from benchmarks.table import terminal_table
+
+        return terminal_table(self)
+
+    def to_markdown(self) -> str:
+        """The figures as Markdown, with the conditions that they hold under.
+
+        Returns:
+            Markdown text.
+        """
+        from benchmarks.table import markdown
+
+        return markdown(self)
+
+    def to_html(self) -> str:
+        """One page that holds everything it needs and asks for nothing from outside.
+
+        Returns:
+            HTML text.
+        """
+        from benchmarks.page import html
+
+        return html(self)
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the report: ``report.json``, ``report.md``, ``report.html`` and ``figure.png``.
+
+        Args:
+            folder: The folder to be made.
+            overwrite: Whether an existing folder is replaced.
+
+        Returns:
+            The folder.
+        """
+        from benchmarks.picture import draw, to_png
+
+        with creating(folder, overwrite) as partial:
+            (partial / "report.json").write_text(self.to_json(), "utf-8")
+            (partial / "report.md").write_text(self.to_markdown(), "utf-8")
+            (partial / "report.html").write_text(self.to_html(), "utf-8")
+            (partial / "figure.png").write_bytes(to_png(draw(self)))
+        return Path(folder)
+
+
+def _model_from(record: dict[str, Any]) -> ModelResult:
+    fields = {name: value for name, value in record.items() if name != "summary"}
+    fidelity = fields["fidelity"]
+    rival = fields["transformers_latency"]
+    return ModelResult(
+        **{
+            **fields,
+            "lineage": tuple(fields["lineage"]),
+            "footprint": Footprint(**fields["footprint"]),
+            "perplexity": Perplexity(losses=_nested(fields["perplexity"]["losses"])),
+            "fidelity": fidelity and Fidelity(**{k: _nested(v) for k, v in fidelity.items()}),
+            "latency": _latency_from(fields["latency"]),
+            "transformers_latency": rival and _latency_from(rival),
+        }
+    )
+
+
+def _latency_from(record: dict[str, Any]) -> Latency:
+    return Latency(
+        turns=tuple(
+            Turn(**{**turn, "token_seconds": tuple(turn["token_seconds"])})
+            for turn in record["turns"]
+        )
+    )
+
+
+def _nested(values: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(map(tuple, values))

@@ -1,0 +1,72 @@
+"""How much room a model takes, on disk and in memory."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """The room that one model takes.
+
+    Attributes:
+        parameters: Weights of the dense model that the folder stands for; a shared table counts
+            once.
+        weight_bytes: Bytes of the files that hold weights.
+        folder_bytes: Bytes of all files, tokenizer and records included.
+        load_seconds: Time to open the folder, libraries already loaded, files in the page cache.
+        peak_memory_bytes: Most memory that a process which ran only this model ever held: Python,
+            libraries, weights and cache.
+        resident_memory_bytes: What that process still held after writing.
+    """
+
+    parameters: int
+    weight_bytes: int
+    folder_bytes: int
+    load_seconds: float
+    peak_memory_bytes: int
+    resident_memory_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk for each weight of the dense model, scales and tables counted."""
+        return self.weight_bytes * 8 / self.parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Memory of a process.
+
+    Attributes:
+        peak_bytes: The most that it ever held in physical memory.
+        resident_bytes: What it holds now.
+    """
+
+    peak_bytes: int
+    resident_bytes: int
+
+
+def own_memory() -> Memory:
+    """Memory of this process, as the kernel counts it.
+
+    On Linux these are VmHWM and VmRSS. ``ru_maxrss`` is not used there: a child inherits it from
+    the process that started it, so a small child of a large parent looks large.
+
+    Returns:
+        Peak and present size.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        text = status.read_text("ascii", errors="replace")
+        kibibytes = dict(re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB$", text, re.MULTILINE))
+        return Memory(
+            peak_bytes=int(kibibytes["VmHWM"]) * 1024, resident_bytes=int(kibibytes["VmRSS"]) * 1024
+        )
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_bytes = peak if sys.platform == "darwin" else peak * 1024
+    return Memory(peak_bytes=peak_bytes, resident_bytes=peak_bytes)

@@ -1,0 +1,373 @@
+"""Compare models: each in a process of its own, all in one run, taking turns.
+
+First every model is opened. Then they write, round after round, each once in a round: a machine
+that slows down slows all of them down, and ratios stay true. Last they are scored on the same text,
+passage by passage: the reference stores its logits of a passage in a file, the others hold theirs
+against it, and the next passage overwrites it, so that disk and memory stay bounded however long
+the text is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import Child, start_children
+from benchmarks.comparison import Comparison, ModelResult, ScoredText
+from benchmarks.fidelity import Fidelity
+from benchmarks.footprint import Footprint
+from benchmarks.latency import FEWEST_TOKENS, Latency, Turn
+from benchmarks.machine import describe_machine
+from benchmarks.passages import Passage, cut_passages, cut_prompts, fingerprint_of
+from benchmarks.perplexity import Perplexity
+from benchmarks.settings import BenchSettings
+from mistill.errors import SettingsError, VocabularyError
+from mistill.folder import FolderInfo, fingerprint, open_folder, read_lineage
+from mistill.processors import usable_threads
+from mistill.progress import Tracker, track
+from mistill.settings import settings_from
+from mistill.vocabulary import load_vocabulary, same_vocabulary
+
+Models = str | Path | Sequence[str | Path]
+Samples = Mapping[str, Mapping[str, str]]
+
+
+def compare(
+    models: Models,
+    *,
+    texts: Models,
+    reference: str | Path | None = None,
+    samples: Samples | None = None,
+    settings: BenchSettings | None = None,
+    **options: Any,
+) -> Comparison:
+    """Say what each model costs and what it is worth: size, memory, speed, quality.
+
+    Quality is perplexity and the distance from a reference, token by token, on the same text.
+    Speed and memory are those of a process that runs only that model.
+
+    Args:
+        models: Folders of any form, or anything else that names a model, such as a Hub id.
+        texts: Held-out text: files, Hub data sets, ``@demo-held-out``.
+        reference: The model that the others are held against; by default the first. It need not
+            be among them.
+        samples: Prompt to the reply of each model, to be shown in the report.
+        settings: How much is measured, and with how many threads.
+        **options: Fields of ``BenchSettings``, instead of ``settings``.
+
+    Returns:
+        All samples and what follows from them.
+
+    Raises:
+        SettingsError: If there is no model, one is given twice, or one has too short a context.
+        VocabularyError: If two models do not share a vocabulary.
+        FolderError: If a folder is missing or broken.
+        TextError: If there is nothing to predict in the text.
+    """
+    began = time.monotonic()
+    settings = settings_from(BenchSettings, settings, options)
+    subjects = _open_subjects(models, reference)
+    judge = next(subject for subject in subjects if subject.is_reference)
+    _check_context(subjects, settings)
+    _check_vocabularies(judge, subjects)
+    passages = read_passages(texts, judge.info.path, settings, subjects)
+    threads = settings.threads or usable_threads()
+    machine = describe_machine(threads)
+    _measure(subjects, passages, settings, threads)
+    results = tuple(_result(subject) for subject in subjects if subject.is_listed)
+    return Comparison(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        duration_seconds=time.monotonic() - began,
+        settings=settings,
+        machine=machine,
+        text=ScoredText(
+            sources=tuple(map(_last_part, _listed(texts))),
+            fingerprint=fingerprint_of(passages),
+            passages=len(passages),
+            tokens_read=sum(len(passage.ids) for passage in passages),
+            tokens_scored=sum(len(passage.targets) for passage in passages),
+        ),
+        reference=judge.name,
+        models=results,
+        samples={prompt: dict(replies) for prompt, replies in (samples or {}).items()},
+    )
+
+
+@dataclass
+class _Subject:
+    """One model and what has been found about it so far."""
+
+    given: str
+    info: FolderInfo
+    is_listed: bool
+    is_reference: bool = False
+    name: str = ""
+    answers: dict[str, Any] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+    transformers_turns: list[Turn] = field(default_factory=list)
+    losses: list[tuple[float, ...]] = field(default_factory=list)
+    divergences: list[tuple[float, ...]] = field(default_factory=list)
+    agreements: list[tuple[int, ...]] = field(default_factory=list)
+
+
+# --- before anything large is loaded ------------------------------------------------------------
+
+
+def _open_subjects(models: Models, reference: str | Path | None) -> list[_Subject]:
+    given = _listed(models)
+    if not given:
+        raise SettingsError("there is no model to measure; give at least one folder")
+    subjects = [_Subject(str(model), open_folder(_folder_of(model)), True) for model in given]
+    paths = [subject.info.path.resolve() for subject in subjects]
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
+            raise SettingsError(f"{given[place]} is given twice; give every model once")
+    if reference is None:
+        judge = subjects[0]
+    else:
+        folder = open_folder(_folder_of(reference))
+        place = paths.index(folder.path.resolve()) if folder.path.resolve() in paths else None
+        judge = _Subject(str(reference), folder, False) if place is None else subjects[place]
+    judge.is_reference = True
+    if not judge.is_listed:
+        subjects.append(judge)
+    names = short_names([subject.given for subject in subjects])
+    for subject, name in zip(subjects, names, strict=True):
+        subject.name = name
+    return subjects
+
+
+def _listed(given: Models) -> list[str | Path]:
+    return [given] if isinstance(given, str | Path) else list(given)
+
+
+def _folder_of(model: str | Path) -> Path:
+    path = Path(model).expanduser()
+    if path.exists() and path.is_dir():
+        return path
+    from mistill.source import resolve_model
+
+    return resolve_model(model)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The shortest end of each path that tells it from the others.
+
+    Args:
+        paths: Paths, all different.
+
+    Returns:
+        Names, all different: the last part, with as many parts before it as are needed.
+    """
+    parts = [Path(path).expanduser().absolute().parts for path in paths]
+    names = []
+    for own in parts:
+        length = 1
+        while sum(other[-length:] == own[-length:] for other in parts) > 1 and length < len(own):
+            length += 1
+        names.append("/".join(own[-length:]))
+    return names
+
+
+def _check_context(subjects: Sequence[_Subject], settings: BenchSettings) -> None:
+    needed = settings.prompt_tokens + settings.new_tokens
+    for subject in subjects:
+        if subject.is_listed and subject.info.context_length < needed:
+            raise SettingsError(
+                f"{subject.given} holds {subject.info.context_length} positions, and prompt_tokens "
+                f"and new_tokens ask for {settings.prompt_tokens} + {settings.new_tokens}; ask for "
+                "fewer"
+            )
+
+
+def _check_vocabularies(judge: _Subject, subjects: Sequence[_Subject]) -> None:
+    """Refuse models whose predictions cannot be compared token by token."""
+    known = load_vocabulary(judge.info.path)
+    for subject in subjects:
+        if subject is judge:
+            continue
+        sizes = subject.info.vocabulary_size, judge.info.vocabulary_size
+        if sizes[0] != sizes[1]:
+            raise VocabularyError(
+                f"{subject.given} predicts {sizes[0]} tokens and {judge.given} {sizes[1]}; compare "
+                "models that share a vocabulary"
+            )
+        differences = same_vocabulary(known, load_vocabulary(subject.info.path))
+        if differences:
+            raise VocabularyError(
+                f"{subject.given} and {judge.given} do not share a vocabulary: "
+                f"{'; '.join(differences)}"
+            )
+
+
+def read_passages(
+    texts: Models, folder: Path, settings: BenchSettings, subjects: Sequence[_Subject] = ()
+) -> list[Passage]:
+    """Read text and cut it into what is scored at once.
+
+    Args:
+        texts: Files, Hub data sets, ``@demo-held-out``.
+        folder: Whose vocabulary and template to read it with.
+        settings: How much to read.
+        subjects: Models whose context no passage may exceed.
+
+    Returns:
+        Passages.
+    """
+    from mistill.text import read_documents
+
+    contexts = [subject.info.context_length for subject in subjects]
+    return cut_passages(
+        read_documents(texts, load_vocabulary(folder)),
+        context_length=min([settings.context_length, *contexts]),
+        scored_tokens=settings.scored_tokens,
+    )
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def _measure(
+    subjects: Sequence[_Subject],
+    passages: Sequence[Passage],
+    settings: BenchSettings,
+    threads: int,
+) -> None:
+    folders = [subject.info.path for subject in subjects]
+    listed = sum(subject.is_listed for subject in subjects)
+    work = len(subjects) * (1 + len(passages)) + listed * (1 + settings.rounds)
+    with track("comparing", work, "step") as tracker, start_children(folders, threads) as children:
+        pairs = list(zip(subjects, children, strict=True))
+        for subject, child in pairs:
+            subject.answers["open"] = child.ask("open")
+            tracker.advance(note=f"open {subject.name}")
+        _check_widths(subjects)
+        _take_turns([pair for pair in pairs if pair[0].is_listed], passages, settings, tracker)
+        _score(pairs, passages, tracker)
+
+
+def _check_widths(subjects: Sequence[_Subject]) -> None:
+    widths = {subject.given: subject.answers["open"]["vocabulary_size"] for subject in subjects}
+    if len(set(widths.values())) > 1:
+        words = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise VocabularyError(f"the models have different numbers of logits: {words}")
+
+
+def _take_turns(
+    pairs: Sequence[tuple[_Subject, Child]],
+    passages: Sequence[Passage],
+    settings: BenchSettings,
+    tracker: Tracker,
+) -> None:
+    """Let every model write once in each round; a first, short round warms them up.
+
+    Memory is read after the first round, before transformers' own loop has run in the process.
+    """
+    warm_up, *prompts = cut_prompts(
+        passages, length=settings.prompt_tokens, count=1 + settings.rounds
+    )
+    request = {"new_tokens": settings.new_tokens, "seconds": settings.turn_seconds}
+    few = {**request, "new_tokens": min(FEWEST_TOKENS, settings.new_tokens)}
+    for subject, child in pairs:
+        child.ask("turn", prompt=warm_up, **few)
+        tracker.advance(note=f"warm up {subject.name}")
+    for number, prompt in enumerate(prompts):
+        for subject, child in _rotated(pairs, number):
+            subject.turns.append(_turn(child.ask("turn", prompt=prompt, **request)))
+            if number == 0:
+                subject.answers["memory"] = child.ask("memory")
+            if settings.transformers_generate and subject.info.form == "model":
+                if number == 0:
+                    child.ask("turn", prompt=warm_up, transformers=True, **few)
+                answer = child.ask("turn", prompt=prompt, transformers=True, **request)
+                subject.transformers_turns.append(_turn(answer))
+            tracker.advance(note=f"round {number + 1}, {subject.name}")
+
+
+def _rotated(
+    pairs: Sequence[tuple[_Subject, Child]], number: int
+) -> Sequence[tuple[_Subject, Child]]:
+    """Begin each round with another model, so that none always follows the same one's heat."""
+    start = number % len(pairs)
+    return [*pairs[start:], *pairs[:start]]
+
+
+def _turn(answer: Mapping[str, Any]) -> Turn:
+    return Turn(
+        prompt_tokens=answer["prompt_tokens"],
+        first_token_seconds=_short(answer["first_token_seconds"]),
+        token_seconds=tuple(map(_short, answer["token_seconds"])),
+    )
+
+
+def _score(
+    pairs: Sequence[tuple[_Subject, Child]], passages: Sequence[Passage], tracker: Tracker
+) -> None:
+    """Score every passage with every model, the reference first."""
+    in_order = sorted(pairs, key=lambda pair: not pair[0].is_reference)
+    with tempfile.TemporaryDirectory(prefix="mistill-") as folder:
+        stored = str(Path(folder) / "logits.npy")
+        for number, passage in enumerate(passages):
+            request = {"ids": passage.ids.tolist(), "kept": passage.kept.tolist()}
+            for subject, child in in_order:
+                role = "write" if subject.is_reference else "against"
+                answer = child.ask("score", **request, **{role: stored})
+                subject.losses.append(tuple(map(_short, answer["losses"])))
+                if not subject.is_reference:
+                    subject.divergences.append(tuple(map(_short, answer["divergences"])))
+                    subject.agreements.append(tuple(answer["agreements"]))
+                tracker.advance(note=f"passage {number + 1}/{len(passages)}, {subject.name}")
+
+
+def _short(value: float) -> float:
+    """Six significant digits: more than any of these measurements holds, and a smaller file."""
+    return float(f"{value:.6g}")
+
+
+def _without_places(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A step of the lineage, without the places on this machine that it names."""
+    settings = entry.get("settings") or {}
+    shown = {**entry, "settings": {name: _last_part(value) for name, value in settings.items()}}
+    return {**shown, "source": _last_part(entry.get("source"))}
+
+
+def _last_part(value: Any) -> Any:
+    """The file name of an absolute path; anything else as it is, paths as text."""
+    if isinstance(value, str | Path):
+        return Path(value).name if Path(value).is_absolute() else str(value)
+    return value
+
+
+def _result(subject: _Subject) -> ModelResult:
+    info, answers = subject.info, subject.answers
+    turns = subject.transformers_turns
+    return ModelResult(
+        name=subject.name,
+        form=info.form,
+        architecture=info.architecture,
+        layers=info.layers,
+        hidden_size=info.hidden_size,
+        lineage=tuple(map(_without_places, read_lineage(info.path))),
+        fingerprint=fingerprint(info.path),
+        footprint=Footprint(
+            parameters=info.parameters,
+            weight_bytes=info.weight_bytes,
+            folder_bytes=info.size_bytes,
+            load_seconds=_short(answers["open"]["load_seconds"]),
+            peak_memory_bytes=answers["memory"]["peak_bytes"],
+            resident_memory_bytes=answers["memory"]["resident_bytes"],
+        ),
+        perplexity=Perplexity(losses=tuple(subject.losses)),
+        fidelity=None
+        if subject.is_reference
+        else Fidelity(
+            divergences=tuple(subject.divergences), agreements=tuple(subject.agreements)
+        ),
+        latency=Latency(turns=tuple(subject.turns)),
+        transformers_latency=Latency(turns=tuple(turns)) if turns else None,
+    )

@@ -1,0 +1,99 @@
+"""How surprised a model is by text that it did not write.
+
+T is positions, V vocabulary. Logits stay float32; every sum over the vocabulary is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.uncertainty import mean_of, standard_error_of_mean
+
+_ELEMENTS_AT_ONCE = 1 << 19  # 2 MiB of float32: a few rows of logits that stay in the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """The surprise of one model at every token that it had to predict.
+
+    Attributes:
+        losses: Negative log-probability of each token, in nats, passage by passage.
+    """
+
+    losses: tuple[tuple[float, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were predicted."""
+        return sum(map(len, self.losses))
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean negative log-probability per token, in nats."""
+        return mean_of(self.losses)
+
+    @property
+    def value(self) -> float:
+        """The perplexity: e to the mean loss."""
+        return math.exp(self.mean_loss)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the perplexity, by the delta method.
+
+        The derivative of e^m is e^m, so it is the perplexity times the standard error of the mean
+        loss, which is taken between passages (``benchmarks.uncertainty``).
+        """
+        error = standard_error_of_mean(self.losses)
+        return None if error is None else self.value * error
+
+
+def token_losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Negative log-probability of the token that came next, in nats.
+
+    Args:
+        logits: Shape (T, V).
+        targets: Shape (T,), the tokens that came next.
+
+    Returns:
+        Shape (T,).
+    """
+    chosen = logits[np.arange(len(targets)), targets].astype(np.float64)
+    return log_normalizers(logits) - chosen
+
+
+def log_normalizers(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Log of the sum of the exponentials of each row.
+
+    Args:
+        logits: Shape (T, V).
+
+    Returns:
+        Shape (T,).
+    """
+    normalizers = np.empty(len(logits), np.float64)
+    for rows in row_blocks(*logits.shape):
+        largest = logits[rows].max(axis=1, keepdims=True)
+        total = np.exp(logits[rows] - largest).sum(axis=1, dtype=np.float64)
+        normalizers[rows] = largest[:, 0] + np.log(total)
+    return normalizers
+
+
+def row_blocks(rows: int, width: int) -> Iterator[slice]:
+    """Cut a matrix into blocks of rows that fit a processor's cache.
+
+    Args:
+        rows: Number of rows.
+        width: Number of columns.
+
+    Yields:
+        Slices of rows, in order.
+    """
+    step = max(1, _ELEMENTS_AT_ONCE // width)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)

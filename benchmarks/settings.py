@@ -1,0 +1,57 @@
+"""What can be set about a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mistill.settings import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """How much is measured, and with how many threads.
+
+    Attributes:
+        scored_tokens: Tokens of the text that every model has to predict, for perplexity and KL.
+        context_length: Longest passage that is scored at once; longer documents are cut.
+        rounds: Times that every model is asked to write, all models taking turns.
+        prompt_tokens: Length of the prompt in each round.
+        new_tokens: Tokens written in each round.
+        turn_seconds: A slow model stops writing after this long, but never before 8 tokens.
+        threads: Threads that every engine computes with; by default one for each processor that
+            this process may use.
+        transformers_generate: Time transformers' own generate on float folders as well.
+    """
+
+    scored_tokens: int = 4000
+    context_length: int = 1024
+    rounds: int = 3
+    prompt_tokens: int = 128
+    new_tokens: int = 48
+    turn_seconds: float = 5.0
+    threads: int | None = None
+    transformers_generate: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            self.scored_tokens >= 1, f"scored_tokens must be at least 1, not {self.scored_tokens}"
+        )
+        require(
+            self.context_length >= 2,
+            f"context_length must be at least 2, not {self.context_length}: the first token of a "
+            "passage is never predicted",
+        )
+        require(self.rounds >= 1, f"rounds must be at least 1, not {self.rounds}")
+        require(
+            self.prompt_tokens >= 1, f"prompt_tokens must be at least 1, not {self.prompt_tokens}"
+        )
+        require(
+            self.new_tokens >= 2,
+            f"new_tokens must be at least 2, not {self.new_tokens}: speed is measured after the "
+            "first",
+        )
+        require(self.turn_seconds > 0, f"turn_seconds must be above 0, not {self.turn_seconds}")
+        require(
+            self.threads is None or self.threads >= 1,
+            f"threads must be at least 1, not {self.threads}",
+        )

@@ -1,0 +1,216 @@
+"""A comparison as a table: for the terminal, and in Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks.columns import Column, columns_of
+from benchmarks.comparison import Comparison, ModelResult
+from benchmarks.frontier import dominators
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def terminal_table(comparison: Comparison) -> Table:
+    """The figures that matter most, as narrow as they can be.
+
+    Args:
+        comparison: The result.
+
+    Returns:
+        A table of rich.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        caption=f"{conditions(comparison)}\n* another model is closer, faster and smaller",
+        caption_justify="left",
+    )
+    columns = [column for column in columns_of(comparison) if column.compact]
+    table.add_column("", overflow="fold")
+    for column in columns:
+        heads = "\n".join(f"{column.title} ".split())
+        table.add_column(f"{heads}\n[dim]{column.unit}[/dim]", justify="right", no_wrap=True)
+    beaten = dominators(comparison.models)
+    for model in comparison.models:
+        star = "*" if beaten[model.name] else ""
+        name = Text(f"{model.name}{star}", style="dim" if star else "bold")
+        table.add_row(name, *(_cell(column, model) for column in columns))
+    return table
+
+
+def _cell(column: Column, model: ModelResult) -> str:
+    with_error = column.key in ("perplexity", "mean_kl_nats")
+    spread = f" [dim]{column.spread_text(model)}[/dim]" if with_error else ""
+    return column.text(model) + spread
+
+
+def markdown(comparison: Comparison) -> str:
+    """All figures, what they mean, and the conditions that they hold under.
+
+    Args:
+        comparison: The result.
+
+    Returns:
+        Markdown text.
+    """
+    columns = columns_of(comparison)
+    beaten = dominators(comparison.models)
+    heads = [f"{column.title}{f' ({column.unit})' if column.unit else ''}" for column in columns]
+    lines = [
+        "# Comparison",
+        "",
+        f"{conditions(comparison)}.",
+        "",
+        f"| model | {' | '.join(heads)} |",
+        f"|---|{'---:|' * len(columns)}",
+    ]
+    for model in comparison.models:
+        cells = [
+            " ".join(filter(None, [column.text(model), _bracketed(column.spread_text(model))]))
+            for column in columns
+        ]
+        star = "\\*" if beaten[model.name] else ""
+        lines.append(f"| {_escaped(model.name)}{star} | {' | '.join(cells)} |")
+    lines += ["", "\\* another model is at least as close, as fast and as small.", ""]
+    lines += [f"- **{column.title}.** {column.meaning}" for column in columns]
+    lines += ["", "## Where each comes from", ""]
+    lines += [
+        f"- **{_escaped(model.name)}** ({model.kind}): {_escaped(road(model))}"
+        for model in comparison.models
+    ]
+    lines += ["", "## Conditions", ""]
+    lines += [f"- {name}: {_escaped(value)}" for name, value in conditions_in_full(comparison)]
+    for prompt, replies in comparison.samples.items():
+        lines += ["", f"## “{_escaped(prompt)}”", ""]
+        lines += [f"- **{_escaped(name)}**: {_escaped(reply)}" for name, reply in replies.items()]
+    return "\n".join(lines) + "\n"
+
+
+def conditions(comparison: Comparison) -> str:
+    """Machine, text and date in a line.
+
+    Args:
+        comparison: The result.
+
+    Returns:
+        The line, without a full stop.
+    """
+    machine, text = comparison.machine, comparison.text
+    threads = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
+    return (
+        f"{machine.processor}, {threads}; {text.tokens_scored:,} tokens of "
+        f"{', '.join(text.sources)}; reference {comparison.reference}; {comparison.date[:10]}"
+    )
+
+
+def conditions_in_full(comparison: Comparison) -> list[tuple[str, str]]:
+    """Everything that the figures depend on, besides the models.
+
+    Args:
+        comparison: The result.
+
+    Returns:
+        Names and values.
+    """
+    machine, text, settings = comparison.machine, comparison.text, comparison.settings
+    cores = "" if machine.cores is None else f"{machine.cores} cores, "
+    load = "" if machine.load_average is None else f"; load {machine.load_average:.2f} at the start"
+    return [
+        ("Processor", f"{machine.processor}{' (virtual machine)' if machine.virtual else ''}"),
+        ("Instructions", ", ".join(machine.instructions) or "not known"),
+        (
+            "Cores",
+            f"{cores}{machine.processors} logical processors, {machine.usable_processors} usable, "
+            f"{machine.threads} used{load}",
+        ),
+        ("Frequency governor", machine.governor or "not available"),
+        ("Memory", f"{machine.memory_bytes / 2**30:.1f} GiB"),
+        ("System", machine.system),
+        ("Versions", ", ".join(f"{name} {value}" for name, value in machine.versions.items())),
+        (
+            "Text",
+            f"{', '.join(text.sources)}: {text.tokens_scored:,} of {text.tokens_read:,} tokens "
+            f"scored in {text.passages} passages of at most {settings.context_length}; "
+            f"fingerprint {text.fingerprint[:16]}",
+        ),
+        (
+            "Speed",
+            f"{settings.rounds} rounds after a warm-up, all models taking turns; prompts of "
+            f"{settings.prompt_tokens} tokens, {settings.new_tokens} tokens written greedily, at "
+            f"most {settings.turn_seconds:g} s a turn",
+        ),
+        ("Date", f"{comparison.date}, {comparison.duration_seconds:.0f} s in all"),
+    ]
+
+
+def road(model: ModelResult) -> str:
+    """The steps that made a model, with the settings that tell it from others.
+
+    Args:
+        model: The result.
+
+    Returns:
+        Such as ``teacher (@smollm2) → student (layers 22) → gptq (bits 4, group_size 64)``.
+    """
+    return " → ".join(
+        f"{step}{f' ({settings})' if settings else ''}" for step, settings in road_steps(model)
+    )
+
+
+def road_steps(model: ModelResult) -> list[tuple[str, str]]:
+    """The steps that made a model.
+
+    Args:
+        model: The result.
+
+    Returns:
+        The name of each step, and the settings that tell it from others in words.
+    """
+    if not model.lineage:
+        return [("a folder without a lineage", "")]
+    return [
+        (str(entry.get("step", "?")), _telling(entry.get("settings") or {}))
+        for entry in model.lineage
+    ]
+
+
+_TELLING = (
+    *("source", "layers", "tokens", "bits", "group_size", "symmetric", "double_quantization"),
+    *("precision", "head_bits"),
+)
+
+
+def _telling(settings: dict[str, object]) -> str:
+    shown = []
+    for name in _TELLING:
+        value = settings.get(name)
+        if value is None or value == "auto":
+            continue
+        words = name.replace("_", " ")
+        if isinstance(value, bool):
+            shown.append(words if value else f"not {words}")
+        elif name == "source":
+            shown.append(str(value).rsplit("/", 1)[-1])
+        elif name in ("layers", "tokens") and not isinstance(value, list):
+            shown.append(f"{value:,} {words}" if isinstance(value, int) else f"{words} {value}")
+        elif isinstance(value, list):
+            shown.append(f"{len(value)} {words}")
+        else:
+            shown.append(f"{words} {value}")
+    return ", ".join(shown)
+
+
+def _bracketed(text: str) -> str:
+    return f"({text})" if text and not text.startswith("±") else text
+
+
+def _escaped(text: str) -> str:
+    """Keep Markdown from reading marks in names and replies."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,0 +1,756 @@
+"""Training from folder to folder: gradients, schedules, resumption, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import distill
+from distill import evaluation, trainer, training
+from distill.batches import make_batch
+from distill.evaluation import Evaluation, evaluate
+from distill.losses import forward_kl
+from distill.teacher import LiveTeacher, head_weight, last_hidden_states
+from distill.train_settings import TrainSettings
+from distill.trainer import (
+    DistillationStep,
+    accelerating,
+    accumulate_gradients,
+    blocks_of_step,
+    learning_rate_at,
+    make_optimizer,
+    step_count,
+)
+from distill.training import read_blocks, split_documents
+from mistill.errors import (
+    FolderError,
+    MissingExtraError,
+    SettingsError,
+    TargetExistsError,
+    TextError,
+    TrainingError,
+    VocabularyError,
+)
+from mistill.folder import read_lineage
+from mistill.pytorch import load_pytorch
+from mistill.text import Document, TokenBlocks, read_documents
+from mistill.vocabulary import load_vocabulary
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+QUICK: dict[str, Any] = {
+    "tokens": 1500,
+    "block_length": 64,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "learning_rate": 3e-3,
+    "evaluate_every": 3,
+    "checkpoint_every": 2,
+}
+
+
+def make_blocks(seed: int = 0, rows: int = 4, length: int = 24) -> TokenBlocks:
+    """Blocks of several documents, with padding, and with very different numbers of kept tokens."""
+    generator = np.random.default_rng(seed)
+    documents = np.sort(generator.integers(0, 3, (rows, length)), axis=1).astype(np.int32)
+    documents[-1, length // 2 :] = -1
+    mask = generator.random((rows, length)) < np.linspace(0.05, 0.95, rows)[:, None]
+    mask[0, :] = False
+    mask[0, 3] = documents[0, 3] == documents[0, 2]
+    return TokenBlocks(
+        ids=generator.integers(5, 300, (rows, length)), mask=mask, documents=documents
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def hidden_beside(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+# --- packing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model_type": "mistral", "sliding_window": 4}, {"model_type": "mistral"},
+     {"model_type": "llama"}],
+)  # fmt: skip
+def test_packed_documents_are_read_as_if_each_stood_alone(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = load_pytorch(tiny_model(tmp_path / "model", **options))
+    blocks = make_blocks(rows=3)
+    batch = make_batch(blocks, CPU)
+    with torch.inference_mode():
+        packed = last_hidden_states(model, batch.ids, batch.positions) @ head_weight(model).t()
+        for row in range(3):
+            for document in set(blocks.documents[row].tolist()) - {-1}:
+                columns = np.flatnonzero(blocks.documents[row] == document)
+                alone = model(torch.tensor(blocks.ids[row, columns][None])).logits[0]
+                # float32 sums in another order
+                torch.testing.assert_close(packed[row, columns], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_pairs_each_kept_position_with_the_token_after_it() -> None:
+    blocks = TokenBlocks(
+        ids=np.array([[10, 11, 12, 13, 14, 15]]),
+        mask=np.array([[False, True, True, False, True, False]]),
+        documents=np.array([[0, 0, 0, 1, 1, -1]], dtype=np.int32),
+    )
+    batch = make_batch(blocks, CPU)
+    assert batch.kept.tolist() == [[True, True, False, True, False, False]]
+    assert batch.next_ids.tolist() == [11, 12, 14]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
+
+
+# --- one optimizer step -------------------------------------------------------------------------
+
+
+def step_gradients(
+    student: Path, teacher: Path, blocks: TokenBlocks, **options: Any
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    settings = TrainSettings(batch_size=len(blocks), **options)
+    model = load_pytorch(student)
+    live = LiveTeacher(load_pytorch(teacher))
+    with accelerating(settings, Path()) as accelerator:
+        module = accelerator.prepare(DistillationStep(model, settings))
+        sums = accumulate_gradients(module, live, blocks, settings, accelerator)
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return gradients, sums.tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_step_has_the_gradient_of_the_definition(
+    tmp_path: Path, teacher: Path, tied: bool
+) -> None:
+    student = tiny_model(tmp_path / "student", seed=7, tie_word_embeddings=tied)
+    blocks = make_blocks()
+    ours, (loss, kl, _) = step_gradients(student, teacher, blocks, temperature=2.0)
+
+    model, large = load_pytorch(student), load_pytorch(teacher)
+    batch = make_batch(blocks, CPU)
+    # with a cache, transformers would let attention cross from document to document
+    student_logits = model(batch.ids, position_ids=batch.positions, use_cache=False).logits
+    teacher_logits = large(batch.ids, position_ids=batch.positions, use_cache=False).logits
+    expected = forward_kl(student_logits, teacher_logits, batch.kept, 2.0)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert kl == pytest.approx(expected.item(), rel=1e-5)
+    theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_four_micro_batches_of_one_have_the_gradient_of_two_of_two(
+    model: Path, teacher: Path
+) -> None:
+    blocks = make_blocks()
+    kept = blocks.kept.sum(axis=1)
+    assert kept.min() <= 1, "the micro-batches should be very unequal"
+    assert kept.max() > 10
+    options = {"cross_entropy": 0.2}
+    whole, whole_sums = step_gradients(model, teacher, blocks, micro_batch_size=4, **options)
+    for size in (1, 2):
+        parts, sums = step_gradients(model, teacher, blocks, micro_batch_size=size, **options)
+        assert sums == pytest.approx(whole_sums, rel=1e-5)
+        for name, gradient in whole.items():
+            # float32 sums in another order
+            torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_padding_and_neighbours_change_no_gradient(model: Path, teacher: Path) -> None:
+    generator = np.random.default_rng(3)
+    first, second = generator.integers(5, 300, 10), generator.integers(5, 300, 14)
+
+    def blocks_of(*rows: list[tuple[Any, int]], length: int) -> TokenBlocks:
+        ids = np.zeros((len(rows), length), np.int64)
+        documents = np.full((len(rows), length), -1, np.int32)
+        for row, pieces in enumerate(rows):
+            column = 0
+            for piece, number in pieces:
+                ids[row, column : column + len(piece)] = piece
+                documents[row, column : column + len(piece)] = number
+                column += len(piece)
+        mask = documents >= 0
+        mask[:, 0] = False
+        return TokenBlocks(ids, mask, documents)
+
+    packed = blocks_of([(first, 0), (second, 1)], length=24)
+    apart = blocks_of([(first, 0)], [(second, 1)], length=30)
+    one, one_sums = step_gradients(model, teacher, packed)
+    two, two_sums = step_gradients(model, teacher, apart)
+    assert one_sums == pytest.approx(two_sums, rel=1e-5)
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_step_whose_blocks_cannot_be_shared_among_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import accelerate
+
+    monkeypatch.setattr(
+        accelerate, "PartialState", lambda: SimpleNamespace(num_processes=3, device=CPU)
+    )
+    with (
+        pytest.raises(SettingsError, match=r"3 processes .* multiple of 3"),
+        accelerating(TrainSettings(batch_size=4), Path()),
+    ):
+        pass
+
+
+# --- schedules ----------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_along_half_a_cosine() -> None:
+    settings = TrainSettings(learning_rate=1.0, warmup=0.2)
+    rates = [learning_rate_at(step, 10, settings) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5)
+    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert all(later <= earlier for earlier, later in pairwise(rates[1:]))
+    assert learning_rate_at(0, 1, TrainSettings(learning_rate=1.0)) == 1.0
+
+
+def test_every_epoch_reads_every_block_once_in_an_order_of_its_own() -> None:
+    read = [blocks_of_step(step, 10, 4, seed=1) for step in range(5)]
+    flat = [block for rows in read for block in rows]
+    assert sorted(flat[:10]) == list(range(10))
+    assert sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert flat[:10] != list(range(10))
+    assert blocks_of_step(2, 10, 4, seed=1) == read[2]
+    assert blocks_of_step(2, 10, 4, seed=2) != read[2]
+    assert Counter(blocks_of_step(0, 2, 6, seed=0)) == {0: 3, 1: 3}
+
+
+def test_steps_are_counted_in_text_tokens_without_padding() -> None:
+    blocks = make_blocks(rows=4, length=24)  # 3 * 24 + 12 tokens
+    assert blocks.tokens == 84
+    assert step_count(blocks, TrainSettings(tokens=420, batch_size=2)) == 10
+    assert step_count(blocks, TrainSettings(tokens=1, batch_size=2)) == 1
+
+
+def test_only_matrices_decay(tmp_path: Path) -> None:
+    student = load_pytorch(tiny_model(tmp_path / "student", tie_word_embeddings=True))
+    optimizer = make_optimizer(student, TrainSettings(weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    decayed, spared = (
+        {names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups
+    )
+    assert decayed | spared == set(names.values())
+    assert all("proj" in name for name in decayed)
+    assert "model.embed_tokens.weight" in spared
+    assert all("norm" in name or "embed" in name for name in spared)
+
+
+# --- the whole road -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, teacher: Path, model: Path, chats: Path
+) -> Path:
+    target = tmp_path_factory.mktemp("trained") / "student"
+    return distill.train(model, target, teacher=teacher, texts=chats, **QUICK)
+
+
+def test_a_trained_student_predicts_its_teacher_better(trained: Path) -> None:
+    facts = read_lineage(trained)[-1]
+    assert facts["step"] == "distill"
+    assert facts["after"]["kl"] < 0.8 * facts["before"]["kl"]
+    assert facts["tokens"] == pytest.approx(1500, rel=0.1)
+    assert 0 < facts["kept_positions"] < facts["tokens"]
+    assert facts["settings"]["learning_rate"] == 3e-3
+    assert facts["seconds"] > 0
+
+
+def test_what_was_measured_is_what_lies_on_disk(
+    trained: Path, teacher: Path, model: Path, chats: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    facts = read_lineage(trained)[-1]
+    _, judged = read_blocks(chats, None, load_vocabulary(model), TrainSettings(**QUICK))
+    batches = [make_batch(judged, CPU)]
+    held_out = evaluation.ask_teacher(LiveTeacher(load_pytorch(teacher)), batches)
+    student = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    found = evaluate(student, held_out)
+    assert found.kl == pytest.approx(facts["after"]["kl"], rel=1e-5)
+    assert found.perplexity == pytest.approx(facts["after"]["perplexity"], rel=1e-5)
+    assert found.positions == facts["after"]["positions"]
+    assert load_vocabulary(trained).fingerprint() == load_vocabulary(teacher).fingerprint()
+    assert (trained / "generation_config.json").is_file()
+    assert (trained / "chat_template.jinja").is_file()
+
+
+def test_metrics_are_written_for_every_step_and_every_evaluation(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    judged = [line for line in lines if "held_out" in line]
+    facts = read_lineage(trained)[-1]
+    assert [line["step"] for line in steps] == list(range(1, facts["steps"] + 1))
+    assert judged[0]["step"] == 0
+    assert judged[0]["held_out"] == facts["before"]
+    assert {line["step"] % 3 for line in judged[:-1]} == {0}
+    assert judged[-1]["step"] == facts["steps"]
+    assert min(line["held_out"]["kl"] for line in judged) == facts["after"]["kl"]
+    assert all(line["tokens_per_second"] > 0 and line["gradient_norm"] > 0 for line in steps)
+    assert steps[-1]["tokens"] == facts["tokens"]
+
+
+def test_nothing_is_left_beside_the_target(trained: Path) -> None:
+    assert hidden_beside(trained.parent) == []
+
+
+def test_training_leaves_the_random_numbers_of_the_process_alone(
+    tmp_path: Path, teacher: Path, model: Path, chats: Path
+) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    options = {**QUICK, "tokens": 300}
+    distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, **options)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_weights(
+    tmp_path: Path, teacher: Path, model: Path, chats: Path
+) -> None:
+    options = {**QUICK, "precision": "bfloat16", "tokens": 600}
+    made = distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, **options)
+    assert {tensor.dtype for tensor in weights(made).values()} == {torch.float32}
+    facts = read_lineage(made)[-1]
+    assert facts["after"]["kl"] < facts["before"]["kl"]
+
+
+# --- interruption -------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What no handler of ours catches."""
+
+
+def kill_when(
+    monkeypatch: pytest.MonkeyPatch, home: Any, name: str, calls: int, after: bool
+) -> None:
+    """Make a function die at its n-th call, before or after it does its work."""
+    original: Callable[..., Any] = getattr(home, name)
+    count = 0
+
+    def dying(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == calls and not after:
+            raise Killed
+        result = original(*args, **options)
+        if count == calls:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(home, name, dying)
+
+
+@pytest.fixture(scope="module")
+def dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student whose training draws random numbers, which a checkpoint has to hold."""
+    return tiny_model(tmp_path_factory.mktemp("dropout") / "student", seed=2, attention_dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, teacher: Path, dropout: Path, chats: Path
+) -> Path:
+    target = tmp_path_factory.mktemp("uninterrupted") / "student"
+    return distill.train(dropout, target, teacher=teacher, texts=chats, **QUICK)
+
+
+def assert_same_run(resumed: Path, whole: Path) -> None:
+    ours, theirs = weights(resumed), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    timed = ("tokens_per_second", "seconds")
+    kept = []
+    for folder in (resumed, whole):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        kept.append([{k: v for k, v in line.items() if k not in timed} for line in lines])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    ("home", "name", "calls", "after"),
+    [
+        (trainer, "accumulate_gradients", 1, True),
+        (trainer, "accumulate_gradients", 6, True),
+        (trainer, "save_checkpoint", 2, False),
+        (trainer, "remove_others", 3, False),
+        (trainer, "evaluate", 2, True),
+        (trainer, "evaluate", 3, False),
+        (training, "_finish", 1, False),
+        (training, "publish", 1, False),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    teacher: Path,
+    dropout: Path,
+    chats: Path,
+    uninterrupted: Path,
+    home: Any,
+    name: str,
+    calls: int,
+    after: bool,
+) -> None:
+    target = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        kill_when(patch, home, name, calls, after)
+        with pytest.raises(Killed):
+            distill.train(dropout, target, teacher=teacher, texts=chats, **QUICK)
+    assert not target.exists()
+    steps: list[int] = []
+    original = trainer.accumulate_gradients
+
+    def counting(*args: Any) -> torch.Tensor:
+        steps.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "accumulate_gradients", counting)
+    distill.train(dropout, target, teacher=teacher, texts=chats, **QUICK)
+    assert_same_run(target, uninterrupted)
+    assert hidden_beside(tmp_path) == []
+    if calls > 1 or home is training:
+        assert len(steps) < read_lineage(target)[-1]["steps"], "it began again"
+
+
+def test_a_checkpoint_cut_short_is_not_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    teacher: Path,
+    dropout: Path,
+    chats: Path,
+    uninterrupted: Path,
+) -> None:
+    from accelerate import Accelerator
+
+    target = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        kill_when(patch, Accelerator, "save_state", 2, after=True)
+        with pytest.raises(Killed):
+            distill.train(dropout, target, teacher=teacher, texts=chats, **QUICK)
+    (work,) = (tmp_path / name for name in hidden_beside(tmp_path))
+    assert sorted(path.name for path in work.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4.partial",
+    ]
+    (work / "checkpoint-4.partial" / "pytorch_model.bin").write_bytes(b"")
+    with (work / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 5, "lo')
+    distill.train(dropout, target, teacher=teacher, texts=chats, **QUICK)
+    assert_same_run(target, uninterrupted)
+
+
+def test_a_killed_process_resumes_to_the_same_bits(
+    tmp_path: Path, teacher: Path, dropout: Path, chats: Path, uninterrupted: Path
+) -> None:
+    program = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+import distill
+from distill import trainer
+original, count = trainer.accumulate_gradients, 0
+def dying(*args):
+    global count
+    count += 1
+    if count == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+trainer.accumulate_gradients = dying
+student, target, teacher, texts, options = sys.argv[1:]
+distill.train(student, target, teacher=teacher, texts=texts, **json.loads(options))
+"""
+    target = tmp_path / "student"
+    paths = [str(path) for path in (dropout, target, teacher, chats)]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *paths, json.dumps(QUICK)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not target.exists()
+    assert hidden_beside(tmp_path) == [".student.working"]
+    distill.train(dropout, target, teacher=teacher, texts=chats, **QUICK)
+    assert_same_run(target, uninterrupted)
+
+
+def test_other_settings_do_not_resume_an_interrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Path, model: Path, chats: Path
+) -> None:
+    target = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        kill_when(patch, trainer, "accumulate_gradients", 6, after=False)
+        with pytest.raises(Killed):
+            distill.train(model, target, teacher=teacher, texts=chats, **QUICK)
+    options = {**QUICK, "tokens": 600, "seed": 1}
+    distill.train(model, target, teacher=teacher, texts=chats, **options)
+    lines = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
+    assert next(line["step"] for line in lines if "loss" in line) == 1
+
+
+# --- the student that is kept -------------------------------------------------------------------
+
+
+def test_the_best_student_of_all_evaluations_is_the_one_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Path, model: Path, chats: Path
+) -> None:
+    verdicts = iter([1.0, 0.5, 0.4, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9])
+    seen = []
+
+    def scripted(student: Any, *_: Any) -> Evaluation:
+        seen.append({name: value.clone() for name, value in student.state_dict().items()})
+        return Evaluation(
+            kl=next(verdicts), perplexity=1.0, teacher_perplexity=1.0, agreement=1.0, positions=1
+        )
+
+    monkeypatch.setattr(trainer, "evaluate", scripted)
+    options = {**QUICK, "tokens": 3000}
+    made = distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, **options)
+    facts = read_lineage(made)[-1]
+    assert facts["after"]["kl"] == 0.4
+    assert facts["kept_step"] == 6
+    assert facts["steps"] > 6
+    kept = weights(made)
+    assert all(torch.equal(kept[name], seen[2][name]) for name in kept)
+    assert not all(torch.equal(kept[name], seen[-1][name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 3.0}, r"no better: its held-out KL was \d.* before and \d+"),
+        ({"learning_rate": 1e30}, "step 2 .*lower learning_rate .now 1e\\+30. or raise warmup"),
+    ],
+)
+def test_a_student_that_got_worse_is_a_failure_and_leaves_nothing_behind(
+    tmp_path: Path,
+    teacher: Path,
+    model: Path,
+    chats: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(TrainingError, match=message) as raised:
+        distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, **{**QUICK, **options})
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is refused before a weight is read ----------------------------------------------------
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("mistill.pytorch.load_pytorch", refuse)
+
+
+@pytest.mark.usefixtures("no_loading")
+class TestRefusals:
+    def test_a_student_with_other_tokens(
+        self, tmp_path: Path, teacher: Path, model: Path, chats: Path
+    ) -> None:
+        import shutil
+
+        other = shutil.copytree(model, tmp_path / "other")
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        with pytest.raises(VocabularyError, match=r"2 of .* ids stand for different tokens"):
+            distill.train(other, tmp_path / "out", teacher=teacher, texts=chats)
+
+    def test_a_student_with_another_number_of_rows(
+        self, tmp_path: Path, teacher: Path, chats: Path
+    ) -> None:
+        rows = load_vocabulary(teacher).size
+        other = tiny_model(tmp_path / "other", vocab_size=rows + 8)
+        with pytest.raises(VocabularyError, match=f"{rows + 8} rows against {rows}"):
+            distill.train(other, tmp_path / "out", teacher=teacher, texts=chats)
+
+    def test_a_target_that_exists(
+        self, tmp_path: Path, teacher: Path, model: Path, chats: Path
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        with pytest.raises(TargetExistsError):
+            distill.train(model, tmp_path / "out", teacher=teacher, texts=chats)
+
+    @pytest.mark.parametrize("role", ["student", "teacher"])
+    def test_a_target_that_is_a_source(
+        self, teacher: Path, model: Path, chats: Path, role: str
+    ) -> None:
+        target = {"student": model, "teacher": teacher}[role]
+        with pytest.raises(FolderError, match=f"is the {role} itself"):
+            distill.train(model, target, teacher=teacher, texts=chats, overwrite=True)
+
+    def test_a_missing_folder(self, tmp_path: Path, teacher: Path, chats: Path) -> None:
+        with pytest.raises(FolderError, match="nowhere"):
+            distill.train(tmp_path / "nowhere", tmp_path / "out", teacher=teacher, texts=chats)
+
+    def test_a_quantized_student(
+        self, tmp_path: Path, teacher: Path, model: Path, chats: Path
+    ) -> None:
+        import shutil
+
+        quantized = shutil.copytree(model, tmp_path / "quantized")
+        config = json.loads((quantized / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+        (quantized / "config.json").write_text(json.dumps(config))
+        with pytest.raises(FolderError, match="gptq weights, which cannot be trained"):
+            distill.train(quantized, tmp_path / "out", teacher=teacher, texts=chats)
+
+    def test_empty_texts(self, tmp_path: Path, teacher: Path, model: Path, chats: Path) -> None:
+        empty = tmp_path / "empty.txt"
+        empty.write_text("\n \n")
+        with pytest.raises(TextError, match="empty"):
+            distill.train(model, tmp_path / "out", teacher=teacher, texts=empty)
+        with pytest.raises(TextError, match="empty"):
+            distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, held_out=empty)
+
+    def test_text_too_short_to_share(self, tmp_path: Path, teacher: Path, model: Path) -> None:
+        short = tmp_path / "short.txt"
+        short.write_text("A wind.")
+        with pytest.raises(TextError, match="give held_out texts or more text"):
+            distill.train(model, tmp_path / "out", teacher=teacher, texts=short)
+
+    def test_text_that_predicts_nothing(
+        self, tmp_path: Path, teacher: Path, model: Path, chats: Path
+    ) -> None:
+        short = tmp_path / "short.txt"
+        short.write_text("A")
+        with pytest.raises(TextError, match="the texts hold nothing to be predicted"):
+            distill.train(model, tmp_path / "out", teacher=teacher, texts=short, held_out=chats)
+
+    def test_blocks_longer_than_the_context(
+        self, tmp_path: Path, teacher: Path, model: Path, chats: Path
+    ) -> None:
+        with pytest.raises(SettingsError, match=r"block_length of 513 .* context of 512"):
+            distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, block_length=513)
+
+    def test_tensorboard_where_it_is_not_installed(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        teacher: Path,
+        model: Path,
+        chats: Path,
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+        with pytest.raises(MissingExtraError, match=r"mistill\[tensorboard\]"):
+            distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, tensorboard=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 0},
+        {"block_length": 1},
+        {"batch_size": 0},
+        {"batch_size": 4, "micro_batch_size": 3},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"warmup": 1.5},
+        {"weight_decay": -0.1},
+        {"max_gradient_norm": 0.0},
+        {"temperature": 0.0},
+        {"cross_entropy": 1.1},
+        {"held_out_share": 1.0},
+        {"held_out_tokens": 0},
+        {"evaluate_every": -1},
+        {"checkpoint_every": -1},
+        {"loss_memory_mib": 0.0},
+        {"precision": "float16"},
+        {"seed": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(options: dict[str, Any]) -> None:
+    name = list(options)[-1]
+    with pytest.raises(SettingsError, match=f"^{name} should"):
+        TrainSettings(**options)
+
+
+# --- held-out text ------------------------------------------------------------------------------
+
+
+def documents_of(*sizes: int) -> list[Document]:
+    return [
+        Document(np.full(size, number, np.int64), np.ones(size, bool))
+        for number, size in enumerate(sizes)
+    ]
+
+
+def test_held_out_documents_are_whole_and_a_share_of_the_tokens() -> None:
+    documents = documents_of(*[10] * 40)
+    learnt, judged = split_documents(documents, 0.2, seed=0)
+    assert sum(len(document.ids) for document in judged) == 80
+    assert {int(document.ids[0]) for document in learnt + judged} == set(range(40))
+    assert len(learnt) + len(judged) == 40
+    again = split_documents(documents, 0.2, seed=0)[1]
+    assert [d.ids[0] for d in again] == [d.ids[0] for d in judged]
+    other = split_documents(documents, 0.2, seed=1)[1]
+    assert [d.ids[0] for d in other] != [d.ids[0] for d in judged]
+
+
+def test_a_document_larger_than_the_share_is_not_held_out() -> None:
+    learnt, judged = split_documents(documents_of(1000, 5, 5), 0.05, seed=0)
+    assert [len(document.ids) for document in learnt] == [1000]
+    assert sorted(int(document.ids[0]) for document in judged) == [1, 2]
+
+
+def test_the_end_of_a_single_document_is_held_out() -> None:
+    (learnt,), (judged,) = split_documents(documents_of(1000), 0.05, seed=0)
+    assert (len(learnt.ids), len(judged.ids)) == (950, 50)
+
+
+def test_held_out_text_is_read_evenly_up_to_its_limit(model: Path, chats: Path) -> None:
+    vocabulary = load_vocabulary(model)
+    settings = TrainSettings(block_length=64, held_out_tokens=192)
+    _, whole = read_blocks(
+        chats, chats, vocabulary, TrainSettings(block_length=64, held_out_tokens=10**6)
+    )
+    _, judged = read_blocks(chats, chats, vocabulary, settings)
+    assert len(whole) > 6
+    assert len(judged) == 3
+    rows = [int(np.flatnonzero((whole.ids == row).all(axis=1))[0]) for row in judged.ids]
+    assert rows[0] == 0
+    assert rows[-1] == len(whole) - 1
+    assert abs(rows[1] - (len(whole) - 1) / 2) <= 1
+    assert whole.tokens == sum(len(d.ids) for d in read_documents(chats, vocabulary))

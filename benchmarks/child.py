@@ -17,13 +17,14 @@ An answer with the key ``error`` says what went wrong. Whatever a library prints
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,6 +38,19 @@ from benchmarks.passages import Passage
 from benchmarks.perplexity import token_losses
 from mistill.folder import open_folder
 from mistill.language_model import LanguageModel, open_model
+
+# transformers imports what a name needs when it is first asked for that name.
+_PYTORCH = (
+    ("torch", "nn"),
+    ("transformers", "LlamaForCausalLM"),
+    ("mistill.pytorch", "PytorchModel"),
+)
+_LIBRARIES: dict[str, tuple[tuple[str, str], ...]] = {
+    "model": _PYTORCH,
+    "gptq": _PYTORCH,
+    "nf4": (*_PYTORCH, ("bitsandbytes", "nn")),
+    "onnx": (("mistill.engine", "OnnxModel"),),
+}
 
 
 class Worker:
@@ -65,10 +79,10 @@ class Worker:
             The form of the folder.
         """
         form = open_folder(self.folder).form
-        if form == "onnx":
-            import mistill.engine  # noqa: F401
-        elif importlib.util.find_spec("torch"):
-            import mistill.pytorch  # noqa: F401
+        for library, name in _LIBRARIES[form]:
+            # What is missing is for open_model to say, in words.
+            if importlib.util.find_spec(library.partition(".")[0]):
+                getattr(importlib.import_module(library), name)
         return {"form": form}
 
     def open(self) -> dict[str, Any]:
@@ -154,9 +168,7 @@ class _Stopwatch:
         return self.ticks[-1] - self.ticks[0]
 
 
-def time_generate(
-    model: Any, prompt: Sequence[int], *, new_tokens: int, seconds: float
-) -> Turn:
+def time_generate(model: Any, prompt: Sequence[int], *, new_tokens: int, seconds: float) -> Turn:
     """Let transformers' own greedy ``generate`` write, and note when every token arrives.
 
     Args:
@@ -201,15 +213,15 @@ def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
     """
     for line in requests:
         request = json.loads(line)
-        action = {
+        actions: dict[str, Callable[..., dict[str, Any]]] = {
             "prepare": worker.prepare,
             "open": worker.open,
             "turn": worker.turn,
             "score": worker.score,
             "memory": worker.memory,
-        }[request.pop("do")]
+        }
         try:
-            answer = action(**request)
+            answer = actions[request.pop("do")](**request)
         except Exception as error:
             answer = {
                 "error": type(error).__name__,

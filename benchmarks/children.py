@@ -37,7 +37,15 @@ class Child:
         self._process = subprocess.Popen(
             # -P keeps the current folder out of the module path: a folder of the user's named
             # "benchmarks" or "mistill" there must not be taken for ours.
-            [sys.executable, "-P", "-m", "benchmarks.child", str(folder), "--threads", str(threads)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "benchmarks.child",
+                str(folder),
+                "--threads",
+                str(threads),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,

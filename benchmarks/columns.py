@@ -9,11 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from benchmarks.comparison import Comparison, ModelResult
+from benchmarks.fidelity import Fidelity
+from benchmarks.latency import Latency
 
 MEGABYTE = 1e6
+EN_DASH = "\u2013"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Column:
             Text; a dash where there is no figure.
         """
         value = self.figure(model)
-        return "–" if value is None else self.write(value)
+        return EN_DASH if value is None else self.write(value)
 
     def spread_text(self, model: ModelResult) -> str:
         """How far the figure of one model may be off.
@@ -61,13 +66,13 @@ class Column:
             model: The result.
 
         Returns:
-            ``± 0.12`` or ``41–44``; empty where nothing is known.
+            ``± 0.12`` or ``41 to 44`` with a dash; empty where nothing is known.
         """
         spread = self.spread(model)
         if spread is None:
             return ""
         if isinstance(spread, tuple):
-            return "–".join(map(self.write, spread))
+            return EN_DASH.join(map(self.write, spread))
         scale = 100 if self.unit == "%" else 1
         return f"± {significant(spread * scale, 2)}"
 
@@ -97,7 +102,7 @@ def summary(model: ModelResult) -> dict[str, Any]:
     Returns:
         Figures by key; a spread is beside its figure, under ``KEY_spread``.
     """
-    record: dict[str, Any] = {"weight_bytes": model.footprint.weight_bytes}
+    record: dict[str, Any] = {"slow_token_ms": model.latency.slow_token_seconds * 1000}
     for column in COLUMNS:
         record[column.key] = column.figure(model)
         spread = column.spread(model)
@@ -134,6 +139,22 @@ def _rate(value: float) -> str:
 
 def _percent(value: float) -> str:
     return f"{value * 100:.1f}"
+
+
+def _outer(quartiles: tuple[float, float, float]) -> tuple[float, float]:
+    return quartiles[0], quartiles[2]
+
+
+def _fidelity(take: Callable[[Fidelity], T]) -> Callable[[ModelResult], T | None]:
+    """The same of a result, None for the reference."""
+    return lambda model: None if model.fidelity is None else take(model.fidelity)
+
+
+def _rival(take: Callable[[Latency], T]) -> Callable[[ModelResult], T | None]:
+    """The same of a result, None where transformers' generate was not timed."""
+    return lambda model: (
+        None if model.transformers_latency is None else take(model.transformers_latency)
+    )
 
 
 COLUMNS = (
@@ -173,17 +194,17 @@ COLUMNS = (
         unit="nats",
         meaning="Mean of KL(reference || model) per token over the whole vocabulary: 0 for a model "
         "that says exactly what the reference says; ± is its standard error, between passages.",
-        figure=lambda model: model.fidelity and model.fidelity.mean_kl,
+        figure=_fidelity(lambda found: found.mean_kl),
         write=significant,
         better="lower",
-        spread=lambda model: model.fidelity and model.fidelity.kl_standard_error,
+        spread=_fidelity(lambda found: found.kl_standard_error),
     ),
     Column(
         key="kl_99th_percentile_nats",
         title="Worst 1%",
         unit="nats",
         meaning="The divergence that one token in a hundred exceeds: the 99th percentile of KL.",
-        figure=lambda model: model.fidelity and model.fidelity.kl_99th_percentile,
+        figure=_fidelity(lambda found: found.kl_99th_percentile),
         write=significant,
         better="lower",
         compact=False,
@@ -194,10 +215,10 @@ COLUMNS = (
         unit="%",
         meaning="How often the model and the reference hold the same token for the most probable; "
         "± is its standard error, between passages.",
-        figure=lambda model: model.fidelity and model.fidelity.top1_agreement,
+        figure=_fidelity(lambda found: found.top1_agreement),
         write=_percent,
         better="higher",
-        spread=lambda model: model.fidelity and model.fidelity.agreement_standard_error,
+        spread=_fidelity(lambda found: found.agreement_standard_error),
     ),
     Column(
         key="first_token_ms",
@@ -217,7 +238,7 @@ COLUMNS = (
         figure=lambda model: model.latency.prompt_tokens_per_second,
         write=_rate,
         better="higher",
-        spread=lambda model: model.latency.prompt_quartiles[::2],
+        spread=lambda model: _outer(model.latency.prompt_quartiles),
     ),
     Column(
         key="decode_tokens_per_second",
@@ -227,21 +248,17 @@ COLUMNS = (
         figure=lambda model: model.latency.decode_tokens_per_second,
         write=_rate,
         better="higher",
-        spread=lambda model: model.latency.decode_quartiles[::2],
+        spread=lambda model: _outer(model.latency.decode_quartiles),
     ),
     Column(
         key="transformers_decode_tokens_per_second",
         title="transformers",
         unit="tok/s",
         meaning="The same, written by transformers' own greedy generate: float folders only.",
-        figure=lambda model: (
-            model.transformers_latency and model.transformers_latency.decode_tokens_per_second
-        ),
+        figure=_rival(lambda timed: timed.decode_tokens_per_second),
         write=_rate,
         better="higher",
-        spread=lambda model: (
-            model.transformers_latency and model.transformers_latency.decode_quartiles[::2]
-        ),
+        spread=_rival(lambda timed: _outer(timed.decode_quartiles)),
         compact=False,
     ),
     Column(

@@ -53,9 +53,7 @@ class Fidelity:
         return standard_error_of_mean(self.agreements)
 
 
-def divergences(
-    reference: NDArray[np.float32], logits: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """KL(reference || model) at each position, in nats.
 
     With p the reference's distribution, r and c the two models' logits and Z their normalizers,

@@ -71,9 +71,7 @@ def describe_machine(threads: int) -> Machine:
     """
     cpuinfo = _CPUINFO.read_text("utf-8", errors="replace") if _CPUINFO.is_file() else ""
     flags = set(" ".join(_fields(cpuinfo, "flags") + _fields(cpuinfo, "Features")).split())
-    places = set(
-        zip(_fields(cpuinfo, "physical id"), _fields(cpuinfo, "core id"), strict=False)
-    )
+    places = set(zip(_fields(cpuinfo, "physical id"), _fields(cpuinfo, "core id"), strict=False))
     names = _fields(cpuinfo, "model name")
     return Machine(
         processor=names[0] if names else platform.processor() or platform.machine(),

@@ -127,15 +127,14 @@ def _open_subjects(models: Models, reference: str | Path | None) -> list[_Subjec
     for place, path in enumerate(paths):
         if path in paths[:place]:
             raise SettingsError(f"{given[place]} is given twice; give every model once")
-    if reference is None:
-        judge = subjects[0]
-    else:
+    judge = subjects[0]
+    if reference is not None:
         folder = open_folder(_folder_of(reference))
-        place = paths.index(folder.path.resolve()) if folder.path.resolve() in paths else None
-        judge = _Subject(str(reference), folder, False) if place is None else subjects[place]
+        if folder.path.resolve() not in paths:
+            paths.append(folder.path.resolve())
+            subjects.append(_Subject(str(reference), folder, False))
+        judge = subjects[paths.index(folder.path.resolve())]
     judge.is_reference = True
-    if not judge.is_listed:
-        subjects.append(judge)
     names = short_names([subject.given for subject in subjects])
     for subject, name in zip(subjects, names, strict=True):
         subject.name = name
@@ -365,9 +364,7 @@ def _result(subject: _Subject) -> ModelResult:
         perplexity=Perplexity(losses=tuple(subject.losses)),
         fidelity=None
         if subject.is_reference
-        else Fidelity(
-            divergences=tuple(subject.divergences), agreements=tuple(subject.agreements)
-        ),
+        else Fidelity(divergences=tuple(subject.divergences), agreements=tuple(subject.agreements)),
         latency=Latency(turns=tuple(subject.turns)),
         transformers_latency=Latency(turns=tuple(turns)) if turns else None,
     )

@@ -101,12 +101,14 @@ def cut_prompts(passages: Sequence[Passage], *, length: int, count: int) -> list
     start = 0
     for _ in range(count):
         ahead = (start + np.arange(len(tokens))) % len(tokens)
-        fresh = [place for place in ahead if int(tokens[place]) not in used]
+        fresh = [int(place) for place in ahead if int(tokens[place]) not in used]
         if not fresh:
             used = {prompts[-1][0]}
-            fresh = [place for place in ahead if int(tokens[place]) not in used] or [start]
-        start = int(fresh[0])
-        prompts.append([int(token) for token in tokens.take(start + np.arange(length), mode="wrap")])
+            fresh = [int(place) for place in ahead if int(tokens[place]) not in used]
+        start = fresh[0] if fresh else start
+        prompts.append(
+            [int(token) for token in tokens.take(start + np.arange(length), mode="wrap")]
+        )
         used.add(prompts[-1][0])
         start = (start + length) % len(tokens)
     return prompts

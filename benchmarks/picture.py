@@ -103,8 +103,9 @@ def draw(comparison: Comparison) -> list[Mark]:
     beaten = dominators(models)
     discs = [_disc(model, models, across, down, bool(beaten[model.name])) for model in models]
     marks: list[Mark] = [*_frame(comparison, across, down), *_frontier(models, across, down)]
+    largest_first = sorted(discs, key=lambda disc: -disc.radius)
+    marks += largest_first
     marks += [stroke for model in models for stroke in _spreads(model, across, down)]
-    marks += sorted(discs, key=lambda disc: -disc.radius)
     marks += _names(discs)
     return marks
 
@@ -244,7 +245,9 @@ def _frame(comparison: Comparison, across: Scale, down: Scale) -> list[Mark]:
     for tick in down.ticks:
         y = down.place(tick)
         marks.append(Stroke(((LEFT, y), (RIGHT, y)), "grid"))
-        marks.append(Words((LEFT - 12, y + 4.5), significant(tick, 1 if tick < 1 else 2), "tick", "end"))
+        marks.append(
+            Words((LEFT - 12, y + 4.5), significant(tick, 1 if tick < 1 else 2), "tick", "end")
+        )
     if down.zero is not None:
         marks.append(Stroke(((LEFT, down.zero), (RIGHT, down.zero)), "zero"))
         marks.append(Words((LEFT - 12, down.zero + 4.5), "0", "tick", "end"))
@@ -312,7 +315,9 @@ def _spreads(model: ModelResult, across: Scale, down: Scale) -> list[Mark]:
     marks: list[Mark] = [Stroke(((across.place(low), y), (across.place(high), y)), "spread")]
     error = model.fidelity and model.fidelity.kl_standard_error
     if error and model.mean_kl > NOISE_NATS:
-        ends = [down.place(max(model.mean_kl + sign * error, NOISE_NATS * 1.01)) for sign in (1, -1)]
+        ends = [
+            down.place(max(model.mean_kl + sign * error, NOISE_NATS * 1.01)) for sign in (1, -1)
+        ]
         marks.append(Stroke(((x, ends[0]), (x, ends[1])), "spread"))
     return marks
 
@@ -329,13 +334,15 @@ def _names(discs: Sequence[Disc]) -> list[Mark]:
     marks: list[Mark] = []
     for disc in sorted(discs, key=lambda disc: (disc.hollow, disc.radius)):
         wide = _width(disc.name, "name")
-        box, point = min(
-            _places(disc, wide), key=lambda place: _cost(place[0], disc, taken)
-        )
+        box, point = min(_places(disc, wide), key=lambda place: _cost(place[0], disc, taken))
         taken.append(box)
         middle = (box[0] + box[2]) / 2
         if point is not None:
-            marks.append(Stroke((point, (min(max(point[0], box[0]), box[2]), (box[1] + box[3]) / 2)), "leader"))
+            marks.append(
+                Stroke(
+                    (point, (min(max(point[0], box[0]), box[2]), (box[1] + box[3]) / 2)), "leader"
+                )
+            )
         role = "beaten-name" if disc.hollow else "name"
         marks.append(Words((middle, box[3] - 4.5), disc.name, role, "middle", name=disc.name))
     return marks
@@ -486,9 +493,7 @@ def to_png(marks: Sequence[Mark]) -> bytes:
         if isinstance(mark, Stroke):
             colour, width, style = _LINES[mark.role]
             xs, ys = zip(*mark.points, strict=True)
-            axes.add_line(
-                Line2D(xs, ys, color=colour, lw=width * points, ls=style, zorder=order)
-            )
+            axes.add_line(Line2D(xs, ys, color=colour, lw=width * points, ls=style, zorder=order))
         elif isinstance(mark, Disc):
             colour = _FILLS[mark.role]
             fill = "none" if mark.hollow or mark.role == "any-size" else f"{colour}d0"

@@ -1,4 +1,4 @@
-"""A comparison made by hand: seven stops of a road, with figures of the size that real ones have."""
+"""A comparison made by hand: seven stops of a road, with figures as real ones have them."""
 
 from __future__ import annotations
 

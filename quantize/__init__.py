@@ -1,0 +1,41 @@
+"""A smaller copy of a model folder.
+
+``to_gptq`` quantizes to 4 or 8 bits with calibration text, ``to_rounding`` without, ``to_nf4`` to
+bitsandbytes' NormalFloat. ``quantize_weight`` is GPTQ itself: tensors in, codes out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mistill.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from quantize.folders import to_gptq as to_gptq
+    from quantize.folders import to_rounding as to_rounding
+    from quantize.gptq import quantize_weight as quantize_weight
+    from quantize.nf4 import to_nf4 as to_nf4
+    from quantize.settings import GptqSettings as GptqSettings
+    from quantize.settings import Nf4Settings as Nf4Settings
+    from quantize.settings import RoundingSettings as RoundingSettings
+
+_HOMES = {
+    "GptqSettings": "quantize.settings",
+    "Nf4Settings": "quantize.settings",
+    "RoundingSettings": "quantize.settings",
+    "quantize_weight": "quantize.gptq",
+    "to_gptq": "quantize.folders",
+    "to_nf4": "quantize.nf4",
+    "to_rounding": "quantize.folders",
+}
+
+__all__ = [
+    "GptqSettings",
+    "Nf4Settings",
+    "RoundingSettings",
+    "quantize_weight",
+    "to_gptq",
+    "to_nf4",
+    "to_rounding",
+]
+__getattr__ = lazy_exports(__name__, _HOMES)

@@ -1,0 +1,215 @@
+"""Run calibration text through a model one layer at a time, quantizing each layer on the way.
+
+GPTQ needs, for every matrix, the mean of x x^T over its inputs x. A layer of Llama or Mistral has
+four different inputs: of q, k and v; of o; of gate and up; of down. ``walk_layer`` computes a layer
+in these four stages and hands each stage's inputs to a visitor before its matrices are used. A
+visitor that quantizes them in place is GPTQ's "true sequential" order, and costs no second forward
+pass: every stage computes with the quantized matrices of the stages before it.
+
+Only one layer is in memory, with the hidden states of the text between two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mistill.errors import FolderError
+from mistill.pytorch import empty_model, read_tensors
+from mistill.text import TokenBlocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Matrices that share their inputs, in the order in which a layer uses them.
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+MATRICES = tuple(name for stage in STAGES for name in stage)
+
+# Tokens that pass through a layer at once.
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass
+class Batch:
+    """Some blocks of text on their way through the layers.
+
+    Attributes:
+        hidden: Shape (B, T, D), float32: the hidden states before the next layer.
+        mask: Bool, shape (B, 1, T, T), True where a position (row) sees another (column).
+        rotary: Cosines and sines of the positions, each (B, T, head width).
+        kept: Bool, shape (B, T), True where there is text and not padding.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    rotary: tuple[Tensor, Tensor]
+    kept: Tensor
+
+
+# Called with the names of the matrices of a stage and the inputs (tokens, K) of every batch.
+Visit = Callable[[Sequence[str], list[Tensor]], None]
+
+
+class LayeredModel:
+    """A float model folder whose layers are read one by one."""
+
+    def __init__(self, folder: Path, config: PreTrainedConfig) -> None:
+        """Look at a folder; nothing is read yet.
+
+        Args:
+            folder: A sound float folder.
+            config: Its config, from ``mistill.pytorch.plain_config``.
+        """
+        self.folder = folder
+        self.config = config
+        # A module of the library for each layer, without memory for its weights.
+        self._layers = cast(Any, empty_model(config)).model.layers
+        self._rotary = type(cast(Any, empty_model(config)).model.rotary_emb)(config)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def layer(self, index: int) -> nn.Module:
+        """Read a decoder layer.
+
+        Args:
+            index: From 0.
+
+        Returns:
+            The layer in float32 and eval mode; it belongs to the caller.
+        """
+        layer = self._layers[index]
+        self._layers[index] = None
+        tensors = read_tensors(self.folder, f"model.layers.{index}.")
+        layer.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+        return cast(nn.Module, layer.eval().requires_grad_(False))
+
+    def embed(self, blocks: TokenBlocks) -> list[Batch]:
+        """Turn blocks of text into what enters the first layer.
+
+        Args:
+            blocks: N blocks of T tokens.
+
+        Returns:
+            The blocks in batches of about two thousand tokens.
+        """
+        table = read_tensors(self.folder, "model.embed_tokens.")["weight"]
+        step = max(1, _TOKENS_AT_ONCE // blocks.block_length)
+        return [
+            self._batch(blocks[start : start + step], table)
+            for start in range(0, len(blocks), step)
+        ]
+
+    def _batch(self, blocks: TokenBlocks, table: Tensor) -> Batch:
+        hidden = functional.embedding(torch.from_numpy(blocks.ids), table).float()
+        documents = torch.from_numpy(blocks.documents)
+        rotary = self._rotary(hidden, torch.from_numpy(blocks.position_ids))
+        window = getattr(self.config, "sliding_window", None)
+        return Batch(hidden, visible(documents, window), rotary, documents >= 0)
+
+
+def visible(documents: Tensor, sliding_window: int | None = None) -> Tensor:
+    """Which positions see which: those of the same document, up to themselves.
+
+    Args:
+        documents: Shape (B, T), the document of each position.
+        sliding_window: How many positions one sees, itself among them; None for all.
+
+    Returns:
+        Bool, shape (B, 1, T, T).
+    """
+    places = torch.arange(documents.shape[1])
+    distance = places[:, None] - places[None, :]
+    seen = distance >= 0
+    if sliding_window is not None:
+        seen &= distance < sliding_window
+    return ((documents[:, :, None] == documents[:, None, :]) & seen)[:, None]
+
+
+@torch.no_grad()
+def walk_layer(layer: nn.Module, batches: Sequence[Batch], visit: Visit) -> list[Tensor]:
+    """Compute a layer of Llama or Mistral in four stages, showing the inputs of each.
+
+    Args:
+        layer: A decoder layer in float32.
+        batches: What enters it.
+        visit: Called before a stage's matrices are used; it may change their weights.
+
+    Returns:
+        The hidden states after the layer, one tensor (B, T, D) per batch.
+    """
+    parts = cast(Any, layer)
+    attention, mlp = parts.self_attn, parts.mlp
+    o_proj = attention.o_proj
+
+    def show(stage: int, inputs: Sequence[Tensor]) -> None:
+        visit(STAGES[stage], [x[batch.kept] for x, batch in zip(inputs, batches, strict=True)])
+
+    normed = [parts.input_layernorm(batch.hidden) for batch in batches]
+    show(0, normed)
+    attention.o_proj = nn.Identity()
+    attended = [
+        attention(x, position_embeddings=batch.rotary, attention_mask=batch.mask)[0]
+        for x, batch in zip(normed, batches, strict=True)
+    ]
+    attention.o_proj = o_proj
+    del normed
+    show(1, attended)
+    hidden = [batch.hidden + o_proj(x) for x, batch in zip(attended, batches, strict=True)]
+    del attended
+    normed = [parts.post_attention_layernorm(x) for x in hidden]
+    show(2, normed)
+    gated = [mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
+    del normed
+    show(3, gated)
+    return [x + mlp.down_proj(y) for x, y in zip(hidden, gated, strict=True)]
+
+
+def mean_outer_product(inputs: Sequence[Tensor]) -> Tensor:
+    """The mean of x x^T over all inputs: the Hessian of GPTQ, but for a factor of two.
+
+    Args:
+        inputs: Tensors (tokens, K).
+
+    Returns:
+        Shape (K, K), float32.
+
+    Raises:
+        FolderError: If the inputs hold something that is not a number.
+    """
+    tokens = sum(len(x) for x in inputs)
+    width = inputs[0].shape[1]
+    H = torch.zeros(width, width)
+    for x in inputs:
+        H.addmm_(x.T, x, alpha=1 / tokens)
+    if not H.isfinite().all():
+        raise FolderError(
+            "the model computes values that are not finite numbers on the calibration text; "
+            "its weights are damaged, or its training diverged"
+        )
+    return H
+
+
+def matrices(layer: nn.Module, names: Sequence[str]) -> Iterator[nn.Linear]:
+    """The linear modules of a layer.
+
+    Args:
+        layer: A decoder layer.
+        names: Names from ``MATRICES``.
+
+    Yields:
+        The modules, in the order of the names.
+    """
+    for name in names:
+        yield cast(nn.Linear, layer.get_submodule(name))

@@ -1,0 +1,254 @@
+"""Open the float folder that is to be quantized, and write the folder that comes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mistill.errors import FolderError, SettingsError
+from mistill.folder import open_folder, read_json, read_lineage, write_atomically
+from mistill.gptq_layout import WORD_BITS, CheckpointFormat, GptqFormat, QuantizedWeight, pack
+from mistill.pytorch import check_weights, empty_model, plain_config, require_readable
+from mistill.source import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+REPORT_FILE = "quantize_report.json"
+
+_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A float model folder that can be quantized.
+
+    Attributes:
+        folder: The folder.
+        config: Its config.
+        matrices: Inputs and outputs (K, N) of the linear modules in its layers, by name.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    matrices: dict[str, tuple[int, int]]
+
+
+def open_float(source: str | Path) -> FloatModel:
+    """Open a folder to be quantized, reading no weight.
+
+    Args:
+        source: A model folder, a Hub id, or whatever else names a float model.
+
+    Returns:
+        The folder and the matrices in its layers.
+
+    Raises:
+        FolderError: If the folder is broken, or quantized already.
+        ArchitectureError: If it is neither Llama nor Mistral.
+    """
+    info = open_folder(resolve_model(source))
+    if info.form != "model":
+        steps = read_lineage(info.path)
+        origin = steps[-1].get("source") if steps else None
+        raise FolderError(
+            f"{source} is {info.form} already; quantize the float model it was made from"
+            + (f", {origin}" if origin else "")
+        )
+    require_readable(info)
+    config = plain_config(info.path)
+    check_weights(info.path, config)
+    linears = {
+        name: (module.in_features, module.out_features)
+        for name, module in empty_model(config).named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("model.layers.")
+    }
+    return FloatModel(info.path, config, linears)
+
+
+def require_fit(model: FloatModel, bits: int, group_size: int) -> None:
+    """Refuse a grid that does not fit every matrix.
+
+    Args:
+        model: The model to be quantized.
+        bits: Bits per code.
+        group_size: Columns per group, -1 for the whole row.
+
+    Raises:
+        SettingsError: If groups do not divide a matrix, or its codes do not fill whole words.
+    """
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for name, shape in model.matrices.items():
+        kind = name.rpartition(".")[2]
+        if kind not in kinds.setdefault(shape, []):
+            kinds[shape].append(kind)
+    lanes = WORD_BITS // bits
+    common = math.gcd(*(inputs for inputs, _ in kinds))
+    for (inputs, outputs), names in kinds.items():
+        if group_size != -1 and inputs % group_size:
+            largest = max(size for size in (16, 32, 64, 128, 1) if common % size == 0)
+            raise SettingsError(
+                f"group_size {group_size} does not divide the {inputs} inputs of "
+                f"{', '.join(names)}; take "
+                + (f"{largest}, or -1 for the whole row" if largest > 1 else "-1")
+            )
+        if inputs % lanes or outputs % lanes:
+            raise SettingsError(
+                f"{bits}-bit codes are stored {lanes} to a word, which the {inputs} inputs and "
+                f"{outputs} outputs of {', '.join(names)} do not fill; take 8 bits or NF4"
+            )
+
+
+class TensorWriter:
+    """Writes tensors to safetensors files of a bounded size, in the order given.
+
+    A context manager; when it ends, the last file and, if there are several, the index are written.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
+        """Begin with no file.
+
+        Args:
+            folder: Where to write.
+            shard_bytes: Size at which a new file is begun.
+        """
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._finish()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor.
+
+        Args:
+            name: Its name in the file.
+            tensor: Any type.
+        """
+        if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def add_quantized(
+        self, module: str, weight: QuantizedWeight, checkpoint_format: CheckpointFormat
+    ) -> None:
+        """Write the four tensors of a quantized matrix.
+
+        Args:
+            module: Name of the linear module.
+            weight: Its codes.
+            checkpoint_format: How zeros are stored.
+        """
+        for name, array in pack(weight, checkpoint_format).items():
+            self.add(f"{module}.{name}", torch.from_numpy(array))
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        self._shards.append(list(self._pending))
+        file = self._folder / f"shard-{len(self._shards)}.safetensors"
+        save_file(self._pending, file, metadata={"format": "pt"})
+        self._pending, self._pending_bytes = {}, 0
+
+    def _finish(self) -> None:
+        self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, names in enumerate(self._shards, 1):
+            name = f"model-{number:05}-of-{count:05}.safetensors"
+            if count == 1:
+                name = "model.safetensors"
+            (self._folder / f"shard-{number}.safetensors").rename(self._folder / name)
+            weight_map.update(dict.fromkeys(names, name))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            write_atomically(
+                self._folder / "model.safetensors.index.json", json.dumps(index, indent=2)
+            )
+
+
+def write_config(source: Path, target: Path, layout: GptqFormat, **facts: Any) -> None:
+    """Write the config of a quantized model: its parent's, and how it was quantized.
+
+    Args:
+        source: The float folder.
+        target: The folder being made.
+        layout: How the tensors are to be read.
+        **facts: Further entries of ``quantization_config``.
+    """
+    from mistill import __version__
+
+    config = read_json(source / "config.json")
+    facts["meta"] = {"quantizer": [f"mistill:{__version__}"]}
+    config["quantization_config"] = layout.to_config(**facts)
+    write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleReport:
+    """What quantizing one matrix cost.
+
+    Attributes:
+        name: The linear module.
+        loss: Mean squared error of an output on the calibration text; None without such text.
+        damping: Share of the Hessian's mean diagonal that was added to it; None likewise.
+        dead_columns: Inputs that were always zero; None likewise.
+        seconds: Wall time; None where it was not taken for each matrix.
+    """
+
+    name: str
+    loss: float | None = None
+    damping: float | None = None
+    dead_columns: int | None = None
+    seconds: float | None = None
+
+
+def write_report(target: Path, modules: list[ModuleReport], kept: list[str], **facts: Any) -> None:
+    """Keep beside the weights what quantizing each of them cost.
+
+    Args:
+        target: The folder being made.
+        modules: One entry per quantized matrix.
+        kept: Tensors that stayed as they were.
+        **facts: What holds for all of them.
+    """
+    report = {**facts, "modules": [asdict(module) for module in modules], "kept": kept}
+    write_atomically(target / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+
+
+def tensor_kinds(names: Iterable[str]) -> list[str]:
+    """Names of tensors with a star for the number of their layer, each once.
+
+    Args:
+        names: Names as in a file.
+
+    Returns:
+        Kinds in the order in which they were met.
+    """
+    kinds = (
+        ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names
+    )
+    return list(dict.fromkeys(kinds))

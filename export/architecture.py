@@ -1,0 +1,154 @@
+"""What a decoder's config.json says about its graph, and what our graph cannot say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.errors import ArchitectureError
+
+ARCHITECTURES = ("llama", "mistral")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Architecture:
+    """A Llama or Mistral decoder, as far as a graph needs to know it.
+
+    Attributes:
+        model_type: ``llama`` or ``mistral``.
+        vocabulary_size: Rows of the embedding, V.
+        hidden_size: Width of the residual stream, D.
+        layers: Decoder layers.
+        heads: Query heads.
+        kv_heads: Key and value heads; each serves heads / kv_heads query heads.
+        head_dim: Width of a head; need not be hidden_size / heads.
+        intermediate_size: Width of the feed-forward layer.
+        norm_epsilon: What the root mean square is kept away from 0 by.
+        max_positions: Longest context that the model was made for.
+        sliding_window: Positions that a query sees, itself included; None for all.
+        tied: Whether the output head is the embedding.
+        frequencies: Shape (head_dim / 2,), radians per position of each rotary pair.
+    """
+
+    model_type: str
+    vocabulary_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_epsilon: float
+    max_positions: int
+    sliding_window: int | None
+    tied: bool
+    frequencies: NDArray[np.float32]
+
+
+def read_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Read a config.json.
+
+    Args:
+        config: The whole document.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        ArchitectureError: If the model computes something that the graph would not.
+    """
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ArchitectureError(
+            f"export builds graphs for {' and '.join(ARCHITECTURES)} models, this one is "
+            f"{model_type!r}"
+        )
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ArchitectureError(f"export knows the activation silu, this model uses {activation!r}")
+    heads = int(config["num_attention_heads"])
+    hidden_size = int(config["hidden_size"])
+    head_dim = int(config.get("head_dim") or hidden_size // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise ArchitectureError(f"{heads} query heads cannot share {kv_heads} key/value heads")
+    if head_dim % 8:
+        raise ArchitectureError(
+            f"ONNX Runtime's attention needs heads whose width divides by 8, this model's are "
+            f"{head_dim} wide"
+        )
+    return Architecture(
+        model_type=model_type,
+        vocabulary_size=int(config["vocab_size"]),
+        hidden_size=hidden_size,
+        layers=int(config["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=int(config["intermediate_size"]),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        max_positions=int(config["max_position_embeddings"]),
+        sliding_window=_sliding_window(config),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        frequencies=_frequencies(config, head_dim),
+    )
+
+
+def rotary_tables(
+    frequencies: NDArray[np.float32], positions: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosine and sine of every rotary angle (Su et al., 2021, https://arxiv.org/abs/2104.09864).
+
+    The angle is a float32 product, as in the models' own code, so that late positions agree too.
+
+    Args:
+        frequencies: Shape (head_dim / 2,), radians per position.
+        positions: Length of the tables.
+
+    Returns:
+        Two tables of shape (positions, head_dim / 2).
+    """
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    """A Llama has no window, whatever its config carries along."""
+    window = config.get("sliding_window") if config["model_type"] == "mistral" else None
+    return None if window is None else int(window)
+
+
+def _frequencies(config: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
+    # transformers 5 writes rope_parameters; older files hold rope_theta and rope_scaling.
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    base = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise ArchitectureError("export does not know models that rotate only part of a head")
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies: NDArray[np.float32] = (1.0 / np.float32(base) ** exponents).astype(np.float32)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return (frequencies / float(rope["factor"])).astype(np.float32)
+    if kind == "llama3":
+        return _llama3_frequencies(frequencies, rope)
+    raise ArchitectureError(
+        f"export knows the rotary embeddings default, linear and llama3, this model uses {kind!r}"
+    )
+
+
+def _llama3_frequencies(
+    frequencies: NDArray[np.float32], rope: Mapping[str, Any]
+) -> NDArray[np.float32]:
+    """Slow waves are stretched by a factor, fast ones kept, those between blended (Llama 3.1)."""
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    turns = float(rope["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    blended = kept * frequencies + (1 - kept) * frequencies / float(rope["factor"])
+    return np.asarray(blended, np.float32)

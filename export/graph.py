@@ -1,0 +1,394 @@
+"""A Llama or Mistral decoder as an ONNX graph that ONNX Runtime runs fast on a CPU.
+
+One layer is nine nodes:
+
+    q, k and v in one product -> GroupQueryAttention (rotary embedding and cache inside) -> o
+    -> SkipSimplifiedLayerNormalization -> gate and up in one product -> silu(gate) * up -> down
+    -> SkipSimplifiedLayerNormalization
+
+Products are ``MatMul`` for float weights and ``MatMulNBits`` for codes. What follows the last
+attention is computed for the positions from ``first_logit`` on only, by default the last one.
+
+    inputs    input_ids (batch, sequence), attention_mask (batch, total),
+              past_key_values.{layer}.{key,value} (batch, kv_heads, past, head_dim),
+              first_logit (1,), which may be left out
+    outputs   logits (batch, kept, vocabulary), present.{layer}.{key,value}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.architecture import Architecture, rotary_tables
+from export.blocks import BlockWeight, can_stack, stack
+from export.settings import GraphOptions
+from export.weights import EMBEDDING, HEAD, FolderWeights, Linear, Weight
+from export.writer import MICROSOFT, GraphWriter
+from mistill.progress import track
+
+_ALL = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Values that every layer reads."""
+
+    last_positions: ir.Value
+    total_length: ir.Value
+    cosine: ir.Value
+    sine: ir.Value
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The embedding as initializers, for a tied head to read too."""
+
+    rows: ir.Value
+    scales: ir.Value | None
+    blocks: BlockWeight | None
+
+
+def write_decoder(
+    architecture: Architecture,
+    weights: FolderWeights,
+    writer: GraphWriter,
+    options: GraphOptions,
+) -> None:
+    """Write the graph and its weights, layer by layer.
+
+    Args:
+        architecture: The decoder.
+        weights: Its weights.
+        writer: Where the graph goes.
+        options: Context length and precision of tables.
+    """
+    _Decoder(architecture, weights, writer, options).write()
+
+
+class _Decoder:
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: FolderWeights,
+        writer: GraphWriter,
+        options: GraphOptions,
+    ) -> None:
+        self.architecture = architecture
+        self.weights = weights
+        self.writer = writer
+        self.options = options
+        self._gathered: dict[tuple[ir.Value, bytes], ir.Value] = {}
+
+    def write(self) -> None:
+        architecture, writer = self.architecture, self.writer
+        ids = writer.input("input_ids", np.int64, ["batch", "sequence"])
+        mask = writer.input("attention_mask", np.int64, ["batch", "total"])
+        shared = self._shared(mask)
+        hidden, table = self._embedding(ids)
+        normed = writer.node(
+            "SimplifiedLayerNormalization",
+            [hidden, self._norm("model.layers.0.input_layernorm")],
+            "layers.0.attention.norm",
+            epsilon=architecture.norm_epsilon,
+            axis=-1,
+        )
+        with track("export", architecture.layers, "layers") as progress:
+            for layer in range(architecture.layers):
+                prefix = f"model.layers.{layer}"
+                attended = self._attention(normed, layer, shared)
+                if layer == architecture.layers - 1:
+                    first_logit = writer.optional_input("first_logit", np.array([-1], np.int64))
+                    hidden, attended = self._keep([hidden, attended], first_logit)
+                output = self._product(
+                    attended, [f"{prefix}.self_attn.o_proj"], f"layers.{layer}.o"
+                )
+                normed, hidden = self._add_and_norm(
+                    hidden, output, f"{prefix}.post_attention_layernorm", f"layers.{layer}.mlp"
+                )
+                output = self._feed_forward(normed, layer)
+                following = (
+                    f"model.layers.{layer + 1}.input_layernorm"
+                    if layer + 1 < architecture.layers
+                    else "model.norm"
+                )
+                normed, hidden = self._add_and_norm(
+                    hidden, output, following, f"layers.{layer + 1}.attention"
+                )
+                progress.advance()
+        logits = self._head(normed, table)
+        # One position, as by default: by this, onnxruntime-genai knows how many to expect.
+        writer.output(logits, "logits", ["batch", 1, architecture.vocabulary_size])
+        writer.save(architecture.model_type)
+
+    def _shared(self, mask: ir.Value) -> _Shared:
+        writer = self.writer
+        one = writer.constant("one", np.array([1], np.int64))
+        lengths = writer.node("ReduceSum", [mask, one], "lengths", keepdims=0)
+        last = writer.node("Sub", [lengths, one], "last_positions.int64")
+        shape = writer.node("Shape", [mask], "total_length.shape", start=1, end=2)
+        total = writer.node("Squeeze", [shape], "total_length.int64")
+        cosine, sine = rotary_tables(self.architecture.frequencies, self.options.context_length)
+        return _Shared(
+            last_positions=writer.node("Cast", [last], "last_positions", to=ir.DataType.INT32),
+            total_length=writer.node("Cast", [total], "total_length", to=ir.DataType.INT32),
+            cosine=writer.stored("rotary.cosine", cosine),
+            sine=writer.stored("rotary.sine", sine),
+        )
+
+    # --- embedding and head ---------------------------------------------------------------------
+
+    def _embedding(self, ids: ir.Value) -> tuple[ir.Value, _Table]:
+        """The residual stream before the first layer, and the table that a tied head may share."""
+        weight = self.weights.table(EMBEDDING, self.options.embedding_bits)
+        writer = self.writer
+        if not isinstance(weight, BlockWeight):
+            table = writer.stored("embedding.weight", weight)
+            return writer.node("Gather", [table, ids], "embedding", axis=0), _Table(
+                table, None, None
+            )
+        # The table has one axis for blocks and one for the columns of a block, as MatMulNBits
+        # wants it: a tied head reads the same initializer, and no copy is made in memory.
+        table = writer.stored("embedding.codes", weight.codes)
+        scales = writer.stored("embedding.scales", weight.scales[..., None])
+        gathered = writer.node(
+            "GatherBlockQuantized",
+            [table, ids, scales],
+            "embedding.blocks",
+            domain=MICROSOFT,
+            bits=weight.bits,
+            block_size=weight.block_size,
+            gather_axis=0,
+            quantize_axis=2,
+        )
+        padded = weight.codes.shape[1] * weight.block_size
+        shape = writer.constant("embedding.shape", np.array([0, 0, padded], np.int64))
+        hidden = writer.node("Reshape", [gathered, shape], "embedding")
+        if padded > weight.columns:
+            hidden = self._slice(hidden, 0, weight.columns, 2, "embedding.unpadded")
+        flat = writer.constant("embedding.scales.shape", np.array([-1], np.int64))
+        flat_scales = writer.node("Reshape", [scales, flat], "embedding.scales.flat")
+        return hidden, _Table(table, flat_scales, weight)
+
+    def _head(self, hidden: ir.Value, table: _Table) -> ir.Value:
+        options = self.options
+        if not self.architecture.tied:
+            return self._multiply(
+                hidden, self.weights.table(HEAD, options.head_bits), None, "logits"
+            )
+        if options.head_bits != options.embedding_bits:
+            weight = self.weights.table(EMBEDDING, options.head_bits)
+            return self._multiply(hidden, weight, None, "logits")
+        if table.blocks is None or table.scales is None:
+            return self.writer.node(
+                "FusedMatMul", [hidden, table.rows], "logits", domain=MICROSOFT, transB=1
+            )
+        return self._multiply_blocks(hidden, table.blocks, table.rows, table.scales, None, "logits")
+
+    # --- a layer ----------------------------------------------------------------------------------
+
+    def _attention(self, normed: ir.Value, layer: int, shared: _Shared) -> ir.Value:
+        architecture, writer = self.architecture, self.writer
+        prefix = f"model.layers.{layer}.self_attn"
+        names = [f"{prefix}.{part}_proj" for part in ("q", "k", "v")]
+        packed = self._product(normed, names, f"layers.{layer}.qkv")
+        cache: list[int | str] = ["batch", architecture.kv_heads, "past", architecture.head_dim]
+        past = [
+            writer.input(f"past_key_values.{layer}.{part}", np.float32, cache)
+            for part in ("key", "value")
+        ]
+        attended, *present = writer.nodes(
+            "GroupQueryAttention",
+            [
+                packed,
+                None,
+                None,
+                *past,
+                shared.last_positions,
+                shared.total_length,
+                shared.cosine,
+                shared.sine,
+            ],
+            f"layers.{layer}.attention",
+            [
+                f"layers.{layer}.attention",
+                *(f"present.{layer}.{part}" for part in ("key", "value")),
+            ],
+            domain=MICROSOFT,
+            num_heads=architecture.heads,
+            kv_num_heads=architecture.kv_heads,
+            scale=1 / math.sqrt(architecture.head_dim),
+            do_rotary=1,
+            local_window_size=architecture.sliding_window or -1,
+        )
+        for value in present:
+            assert value.name is not None
+            cache = ["batch", architecture.kv_heads, "total", architecture.head_dim]
+            writer.output(value, value.name, cache)
+        return attended
+
+    def _feed_forward(self, normed: ir.Value, layer: int) -> ir.Value:
+        writer, prefix = self.writer, f"model.layers.{layer}.mlp"
+        gate = self.weights.linear(f"{prefix}.gate_proj")
+        up = self.weights.linear(f"{prefix}.up_proj")
+        down = self.weights.linear(f"{prefix}.down_proj")
+        if isinstance(down.weight, BlockWeight) and down.weight.order is not None:
+            # The rows of gate and up are put in the order in which down wants its columns.
+            order = down.weight.order
+            gate, up = _take_rows(gate, order), _take_rows(up, order)
+            down = replace(down, weight=replace(down.weight, order=None))
+        both = self._multiply_linears(normed, [gate, up], f"layers.{layer}.gate_up")
+        split = writer.nodes(
+            "Split",
+            [both],
+            f"layers.{layer}.split",
+            [f"layers.{layer}.gate", f"layers.{layer}.up"],
+            axis=-1,
+            num_outputs=2,
+        )
+        # x * sigmoid(x) in one node.
+        silu = writer.node(
+            "QuickGelu", [split[0]], f"layers.{layer}.silu", domain=MICROSOFT, alpha=1.0
+        )
+        product = writer.node("Mul", [silu, split[1]], f"layers.{layer}.gated")
+        return self._multiply_linears(product, [down], f"layers.{layer}.down")
+
+    def _add_and_norm(
+        self, hidden: ir.Value, update: ir.Value, norm: str, name: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """Add to the residual stream; return it normed and as it is."""
+        normed, _, _, total = self.writer.nodes(
+            "SkipSimplifiedLayerNormalization",
+            [hidden, update, self._norm(norm)],
+            f"{name}.norm",
+            [f"{name}.norm", "", "", f"{name}.residual"],
+            domain=MICROSOFT,
+            epsilon=self.architecture.norm_epsilon,
+        )
+        return normed, total
+
+    def _norm(self, module: str) -> ir.Value:
+        return self.writer.stored(f"{module}.weight", self.weights.floats(f"{module}.weight"))
+
+    # --- products ---------------------------------------------------------------------------------
+
+    def _product(self, value: ir.Value, modules: Sequence[str], name: str) -> ir.Value:
+        return self._multiply_linears(value, [self.weights.linear(m) for m in modules], name)
+
+    def _multiply_linears(self, value: ir.Value, linears: Sequence[Linear], name: str) -> ir.Value:
+        """The outputs of layers that read one input, side by side; one product if they allow it."""
+        merged = _merge(linears)
+        if merged is not None:
+            return self._multiply(value, merged.weight, merged.bias, name)
+        parts = [
+            self._multiply(value, linear.weight, linear.bias, f"{name}.{number}")
+            for number, linear in enumerate(linears)
+        ]
+        return self.writer.node("Concat", parts, name, axis=-1)
+
+    def _multiply(
+        self, value: ir.Value, weight: Weight, bias: NDArray[np.float32] | None, name: str
+    ) -> ir.Value:
+        writer = self.writer
+        if isinstance(weight, BlockWeight):
+            codes = writer.stored(f"{name}.codes", weight.codes)
+            scales = writer.stored(f"{name}.scales", weight.scales)
+            return self._multiply_blocks(value, weight, codes, scales, bias, name)
+        matrix = writer.stored(f"{name}.weight", weight.T)
+        if bias is None:
+            return writer.node("MatMul", [value, matrix], name)
+        product = writer.node("MatMul", [value, matrix], f"{name}.product")
+        return writer.node("Add", [product, writer.stored(f"{name}.bias", bias)], name)
+
+    def _multiply_blocks(
+        self,
+        value: ir.Value,
+        weight: BlockWeight,
+        codes: ir.Value,
+        scales: ir.Value,
+        bias: NDArray[np.float32] | None,
+        name: str,
+    ) -> ir.Value:
+        writer = self.writer
+        if weight.order is not None:
+            value = self._gather_columns(value, weight.order, name)
+        inputs: list[ir.Value | None] = [value, codes, scales]
+        zeros = weight.packed_zeros()
+        if zeros is not None or bias is not None:
+            inputs.append(None if zeros is None else writer.stored(f"{name}.zeros", zeros))
+        if bias is not None:
+            inputs += [None, writer.stored(f"{name}.bias", bias)]
+        return writer.node(
+            "MatMulNBits",
+            inputs,
+            name,
+            domain=MICROSOFT,
+            bits=weight.bits,
+            block_size=weight.block_size,
+            K=weight.columns,
+            N=weight.rows,
+            accuracy_level=self.options.accuracy_level,
+        )
+
+    def _gather_columns(self, value: ir.Value, order: NDArray[np.int64], name: str) -> ir.Value:
+        """Put the input of a matrix in the order of its columns; matrices that agree share it."""
+        key = (value, order.tobytes())
+        if key not in self._gathered:
+            indices = self.writer.stored(f"{name}.order", order.astype(np.int32))
+            self._gathered[key] = self.writer.node(
+                "Gather", [value, indices], f"{name}.ordered", axis=-1
+            )
+        return self._gathered[key]
+
+    def _keep(self, values: Sequence[ir.Value], first: ir.Value) -> list[ir.Value]:
+        """The positions from the first whose logits are wanted on."""
+        end = self.writer.constant("end", np.array([_ALL], np.int64))
+        axis = self.writer.constant("sequence_axis", np.array([1], np.int64))
+        return [
+            self.writer.node("Slice", [value, first, end, axis], f"{value.name}.kept")
+            for value in values
+        ]
+
+    def _slice(self, value: ir.Value, start: int, end: int, axis: int, name: str) -> ir.Value:
+        bounds = [
+            self.writer.constant(f"{name}.{part}", np.array([number], np.int64))
+            for part, number in (("start", start), ("end", end), ("axis", axis))
+        ]
+        return self.writer.node("Slice", [value, *bounds], name)
+
+
+def _merge(linears: Sequence[Linear]) -> Linear | None:
+    """Layers as one, their rows below one another; None if their weights differ in kind."""
+    weight: Weight
+    blocks = [linear.weight for linear in linears if isinstance(linear.weight, BlockWeight)]
+    floats = [linear.weight for linear in linears if not isinstance(linear.weight, BlockWeight)]
+    if not blocks:
+        weight = np.concatenate(floats)
+    elif not floats and can_stack(blocks):
+        weight = stack(blocks)
+    else:
+        return None
+    if all(linear.bias is None for linear in linears):
+        return Linear(weight, None)
+    biases = [
+        np.zeros(_rows(linear.weight), np.float32) if linear.bias is None else linear.bias
+        for linear in linears
+    ]
+    return Linear(weight, np.concatenate(biases))
+
+
+def _take_rows(linear: Linear, order: NDArray[np.int64]) -> Linear:
+    weight = linear.weight
+    return Linear(
+        weight.take_rows(order) if isinstance(weight, BlockWeight) else weight[order],
+        None if linear.bias is None else linear.bias[order],
+    )
+
+
+def _rows(weight: Weight) -> int:
+    return weight.rows if isinstance(weight, BlockWeight) else len(weight)

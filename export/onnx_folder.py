@@ -1,0 +1,161 @@
+"""``export.to_onnx``: from a model folder to an ONNX folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.architecture import Architecture, read_architecture
+from export.genai import GENAI_FILE, genai_config
+from export.manifest import bytes_per_token, checksums
+from export.parity import TEXT, can_compare, measure_parity, require_parity
+from export.settings import DEFAULT_CONTEXT, GraphOptions, OnnxSettings
+from mistill.errors import FolderError, SettingsError, missing_extra
+from mistill.folder import (
+    MANIFEST_FILE,
+    FolderInfo,
+    add_lineage,
+    copy_companions,
+    creating,
+    open_folder,
+    read_json,
+    refuse_existing,
+    write_atomically,
+)
+from mistill.settings import require, settings_dict, settings_from
+from mistill.vocabulary import Vocabulary, load_vocabulary
+
+_log = logging.getLogger(__name__)
+
+
+def to_onnx(
+    source: str | Path,
+    target: str | Path,
+    *,
+    settings: OnnxSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Make an ONNX folder that is fast on a CPU.
+
+    The folder holds the graph and its weights, the tokenizer and the chat template, and opens in
+    ``mistill chat`` and in onnxruntime-genai. Codes of a GPTQ folder go over unchanged. Weights
+    are read and written one matrix at a time. If PyTorch is installed, the graph's logits are
+    compared with PyTorch's on the same weights before the folder appears.
+
+    Args:
+        source: A float, GPTQ or NF4 folder.
+        target: The folder to make.
+        settings: What the graph looks like; or give its fields as keywords.
+        overwrite: Replace the target if it exists.
+        **options: Fields of ``OnnxSettings``.
+
+    Returns:
+        The target.
+
+    Raises:
+        FolderError: If the source is broken or is an ONNX folder already.
+        ArchitectureError: If the model computes what our graph does not.
+        ExportError: If the graph's logits are not PyTorch's.
+    """
+    chosen = settings_from(OnnxSettings, settings, options)
+    path = refuse_existing(target, overwrite)
+    info = open_folder(source)
+    if info.form == "onnx":
+        raise FolderError(f"{source} is an ONNX folder already; give the folder it was made from")
+    config = read_json(info.path / "config.json")
+    architecture = read_architecture(config)
+    resolved, graph = _resolve(chosen, info)
+    vocabulary = load_vocabulary(info.path)
+    for library in ("onnx_ir", "safetensors"):
+        if find_spec(library) is None:
+            raise missing_extra(library.replace("_", "-"), "compress")
+    with creating(path, overwrite) as folder:
+        facts = _write(folder, info, architecture, vocabulary, resolved, graph)
+        copy_companions(info.path, folder)
+        _write_json(folder / "config.json", config)
+        genai = genai_config(
+            architecture, vocabulary, graph.context_length, config.get("pad_token_id")
+        )
+        _write_json(folder / GENAI_FILE, genai)
+        add_lineage(folder, step="export", settings=settings_dict(chosen), source=info.path)
+        manifest = {
+            "format": 1,
+            "parameters": info.parameters,
+            "precision": resolved.precision,
+            **asdict(graph),
+            **facts,
+            "files": checksums(folder),
+        }
+        _write_json(folder / MANIFEST_FILE, manifest)
+    return path
+
+
+def _resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, GraphOptions]:
+    """The settings for a source, with everything that was left open filled in."""
+    if settings.precision in ("int8", "int4") and info.form != "model":
+        raise SettingsError(
+            f"precision {settings.precision} rounds float weights, and {info.path} is a "
+            f"{info.form} folder: leave precision at auto to keep its codes, or export its float "
+            "parent"
+        )
+    context_length = settings.context_length or min(info.context_length, DEFAULT_CONTEXT)
+    require(
+        context_length <= info.context_length,
+        f"context_length is {context_length}, and the model was made for {info.context_length} "
+        "positions",
+    )
+    floats = settings.precision == "float32" or (
+        settings.precision == "auto" and info.form == "model"
+    )
+    options = GraphOptions(
+        context_length=context_length,
+        accuracy_level=settings.accuracy_level,
+        head_bits=settings.head_bits or (32 if floats else 8),
+        embedding_bits=settings.embedding_bits or (32 if floats else 8),
+    )
+    return replace(settings, precision="float32") if floats else settings, options
+
+
+def _write(
+    folder: Path,
+    info: FolderInfo,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    settings: OnnxSettings,
+    options: GraphOptions,
+) -> dict[str, Any]:
+    """Write the graph, compare it with PyTorch, and say what was measured."""
+    from export.graph import write_decoder
+    from export.weights import FolderWeights
+    from export.writer import GraphWriter
+
+    with FolderWeights(info.path, settings) as weights:
+        weights.require(architecture)
+        with GraphWriter(folder) as writer:
+            write_decoder(architecture, weights, writer, options)
+        parity = None
+        if settings.parity_positions > 0 and can_compare():
+            length = min(settings.parity_positions, options.context_length)
+            ids = np.resize(np.array(vocabulary.encode(TEXT), np.int64), length)
+            parity = measure_parity(folder, info.path, architecture, weights, ids, options)
+            layer_bits = {"float32": 32, "int4": 4}.get(settings.precision, 8)
+            coarsest = min(layer_bits, options.head_bits, options.embedding_bits)
+            exact = coarsest == 32 or options.accuracy_level == 0
+            require_parity(parity, exact=exact, bits=coarsest)
+        elif settings.parity_positions > 0:
+            _log.warning("PyTorch is not installed: the graph was not compared with it")
+    return {
+        "bytes_per_token": bytes_per_token(folder),
+        "parity": None if parity is None else asdict(parity),
+    }
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    write_atomically(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

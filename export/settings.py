@@ -1,0 +1,111 @@
+"""How an ONNX folder is made: the settings of ``export.to_onnx``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mistill.settings import require
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+LEGAL_BLOCKS = (16, 32, 64, 128, 256)
+TABLE_BITS = (4, 8, 32)
+DEFAULT_CONTEXT = 4096
+
+# Accuracy level 4 rounds activations in the same blocks. On SmolLM2 that costs a mean KL of 0.0061
+# nats in blocks of 64, 0.0032 in 32, 0.0018 in 16; blocks of 32 read prompts a quarter slower than
+# 64. Beside 4-bit codes, which cost far more than that, speed wins; beside 8-bit ones it does not.
+DEFAULT_BLOCKS = {4: 64, 8: 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxSettings:
+    """Settings of the ONNX export.
+
+    Attributes:
+        precision: ``auto`` keeps what the source holds: float weights as float32, GPTQ codes as
+            they are, NF4 on an 8-bit grid that holds its 16 levels. ``float32`` decodes any
+            source; ``int8`` and ``int4`` round a float source.
+        head_bits: Bits of the output head, 4, 8 or 32 (float32). Left out, it is 8 beside
+            quantized layers and 32 beside float ones.
+        embedding_bits: Bits of the input embedding, as for the head. A tied head shares the
+            embedding's table when both have the same bits.
+        block_size: Most input columns that share a scale: 16, 32, 64, 128 or 256. Longer groups of
+            the source are split, which changes no weight; smaller blocks cost bytes and time and
+            make the rounding of activations finer. Left out, it is 64 for 4-bit codes and 32 for
+            8-bit ones.
+        accuracy_level: 4 multiplies in 8-bit integers, with activations rounded block by block;
+            0 multiplies in float32, which is slow (at 8 bits a hundred times).
+        context_length: Most positions, prompt and answer together. Left out, it is the model's
+            own but at most 4096, since runtimes reserve their cache for all of them.
+        parity_positions: Positions whose logits are compared with PyTorch's before the folder is
+            declared done, if PyTorch is installed; 0 leaves the comparison out.
+    """
+
+    precision: Literal["auto", "float32", "int8", "int4"] = "auto"
+    head_bits: Literal[4, 8, 32] | None = None
+    embedding_bits: Literal[4, 8, 32] | None = None
+    block_size: int | None = None
+    accuracy_level: Literal[0, 4] = 4
+    context_length: int | None = None
+    parity_positions: int = 48
+
+    def largest_block(self, bits: int) -> int:
+        """Most columns that share a scale.
+
+        Args:
+            bits: Bits per code, 4 or 8.
+
+        Returns:
+            A legal block size.
+        """
+        return self.block_size or DEFAULT_BLOCKS[bits]
+
+    def __post_init__(self) -> None:
+        require(
+            self.precision in ("auto", "float32", "int8", "int4"),
+            f"precision must be auto, float32, int8 or int4, got {self.precision!r}",
+        )
+        for name in ("head_bits", "embedding_bits"):
+            bits = getattr(self, name)
+            require(
+                bits is None or bits in TABLE_BITS,
+                f"{name} must be 4, 8 or 32, got {bits!r}",
+            )
+        require(
+            self.block_size is None or self.block_size in LEGAL_BLOCKS,
+            f"block_size must be one of {', '.join(map(str, LEGAL_BLOCKS))}, "
+            f"got {self.block_size!r}",
+        )
+        require(
+            self.accuracy_level in (0, 4),
+            "accuracy_level must be 4 (8-bit activations) or 0 (float activations), "
+            f"got {self.accuracy_level!r}",
+        )
+        require(
+            self.context_length is None or self.context_length >= 1,
+            f"context_length must be at least 1, got {self.context_length!r}",
+        )
+        require(
+            self.parity_positions == 0 or self.parity_positions >= 2,
+            f"parity_positions must be 0 or at least 2, got {self.parity_positions!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions:
+    """What a graph does not learn from the model.
+
+    Attributes:
+        context_length: Positions that the rotary tables reach.
+        accuracy_level: 4 or 0, for every product of codes.
+        head_bits: Bits of the output head.
+        embedding_bits: Bits of the embedding.
+    """
+
+    context_length: int
+    accuracy_level: int
+    head_bits: int
+    embedding_bits: int

@@ -1,0 +1,244 @@
+"""The weights of a folder, read one at a time and without PyTorch.
+
+Files are mapped, not loaded: a tensor is in memory while it is being used. What a linear layer
+becomes is decided here: float weights stay, GPTQ codes and NF4 levels become blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.architecture import Architecture
+from export.blocks import BlockWeight, blocks_of_codes, blocks_of_nf4, round_to_blocks
+from export.settings import OnnxSettings
+from mistill.errors import FolderError, missing_extra
+from mistill.folder import read_json, safetensors_header, weight_files
+from mistill.gptq_layout import TENSOR_NAMES, read_quantization, unpack
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+NORM = "model.norm"
+
+FloatWeight = NDArray[np.float32]
+Weight = FloatWeight | BlockWeight
+
+_NF4_STATE = "quant_state.bitsandbytes__nf4"
+_ROUNDED_BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8}
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear layer: y = x W^T + b.
+
+    Attributes:
+        weight: Float matrix of shape (N, K), or the same in blocks.
+        bias: Shape (N,), or None.
+    """
+
+    weight: Weight
+    bias: FloatWeight | None
+
+
+class FolderWeights:
+    """The tensors of a float, GPTQ or NF4 folder, in the form that the export asks for.
+
+    A context manager: the files are mapped until it ends.
+    """
+
+    def __init__(self, folder: Path, settings: OnnxSettings) -> None:
+        """Read the headers.
+
+        Args:
+            folder: A sound model folder.
+            settings: Which precision to bring the weights to.
+        """
+        self._settings = settings
+        self._gptq = read_quantization(read_json(folder / "config.json"))
+        self._home = {
+            name: file for file in weight_files(folder) for name in safetensors_header(file)
+        }
+        self._open = ExitStack()
+        self._files: dict[Path, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.clear()
+        self._open.close()
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._home
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Read one tensor as it is stored.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            FolderError: If there is none.
+        """
+        if name not in self._home:
+            raise FolderError(f"the weights hold no tensor {name}; the model folder is incomplete")
+        file = self._home[name]
+        if file not in self._files:
+            self._files[file] = self._open.enter_context(_open_safetensors(file))
+        tensor: NDArray[Any] = self._files[file].get_tensor(name)
+        return tensor
+
+    def floats(self, name: str) -> FloatWeight:
+        """Read one tensor as float32.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The tensor.
+        """
+        return self.tensor(name).astype(np.float32)
+
+    def require(self, architecture: Architecture) -> None:
+        """Refuse a folder that lacks weights, before any of them is read.
+
+        Args:
+            architecture: What the weights should make up.
+
+        Raises:
+            FolderError: If some are missing; the message names them.
+        """
+        modules = [EMBEDDING, NORM, *_layer_modules(architecture)]
+        if not architecture.tied:
+            modules.append(HEAD)
+        missing = [
+            module
+            for module in modules
+            if not self.has(f"{module}.weight") and not self.has(f"{module}.qweight")
+        ]
+        if missing:
+            more = f" and {len(missing) - 3} more" if missing[3:] else ""
+            raise FolderError(
+                f"the weights lack {', '.join(missing[:3])}{more}; the model folder is incomplete"
+            )
+
+    def changes(self, module: str) -> bool:
+        """Whether the export rounds a linear layer, so that it is no longer the source's.
+
+        Args:
+            module: Its name, without the tensor's own.
+
+        Returns:
+            True for float layers that are rounded and for NF4, whose levels move to a grid.
+        """
+        if self._settings.precision == "float32" or self.has(f"{module}.qweight"):
+            return False
+        return self._settings.precision != "auto" or self.has(f"{module}.weight.{_NF4_STATE}")
+
+    def linear(self, module: str) -> Linear:
+        """Read a linear layer of the decoder.
+
+        Args:
+            module: Its name, without the tensor's own.
+
+        Returns:
+            The layer in the precision asked for.
+        """
+        bias = self.floats(f"{module}.bias") if self.has(f"{module}.bias") else None
+        if bias is not None and not bias.any():
+            bias = None  # some quantizers write zeros where the model has no bias
+        precision = self._settings.precision
+        weight = self._stored(module)
+        if isinstance(weight, BlockWeight) and precision == "float32":
+            weight = weight.dequantize()
+        elif not isinstance(weight, BlockWeight) and precision in _ROUNDED_BITS:
+            weight = self._round(weight, _ROUNDED_BITS[precision])
+        return Linear(weight, bias)
+
+    def table(self, module: str, bits: int) -> Weight:
+        """Read the embedding or the output head.
+
+        Args:
+            module: Its name, without the tensor's own.
+            bits: 4, 8 or 32.
+
+        Returns:
+            The table; one that the source holds as codes keeps them unless 32 bits are asked for.
+        """
+        weight = self._stored(module)
+        if isinstance(weight, BlockWeight):
+            return weight.dequantize() if bits == 32 else weight
+        return weight if bits == 32 else self._round(weight, bits)
+
+    def _stored(self, module: str) -> Weight:
+        if self.has(f"{module}.qweight"):
+            return self._gptq_blocks(module)
+        if self.has(f"{module}.weight.{_NF4_STATE}"):
+            return self._nf4_blocks(module)
+        return self.floats(f"{module}.weight")
+
+    def _round(self, weight: FloatWeight, bits: int) -> BlockWeight:
+        return round_to_blocks(weight, bits, self._settings.largest_block(bits))
+
+    def _gptq_blocks(self, module: str) -> BlockWeight:
+        form = self._gptq
+        if form is None:
+            raise FolderError(
+                f"{module} is stored as GPTQ codes, but config.json has no quantization_config"
+            )
+        names = [name for name in TENSOR_NAMES if self.has(f"{module}.{name}")]
+        tensors = {name: self.tensor(f"{module}.{name}") for name in names}
+        weight = unpack(tensors, form.bits, form.group_size, form.checkpoint_format)
+        return blocks_of_codes(weight, self._settings.largest_block(form.bits))
+
+    def _nf4_blocks(self, module: str) -> BlockWeight:
+        """Blocks of what bitsandbytes saved, whose scales may be quantized themselves."""
+        prefix = f"{module}.weight"
+        state = json.loads(self.tensor(f"{prefix}.{_NF4_STATE}").tobytes())
+        maxima = self.tensor(f"{prefix}.absmax")
+        if self.has(f"{prefix}.nested_absmax"):
+            nested = self.floats(f"{prefix}.nested_quant_map")[maxima]
+            scales = self.floats(f"{prefix}.nested_absmax").repeat(state["nested_blocksize"])
+            maxima = nested * scales[: len(nested)] + np.float32(state["nested_offset"])
+        rows, columns = state["shape"]
+        return blocks_of_nf4(
+            self.tensor(prefix).reshape(-1),
+            self.floats(f"{prefix}.quant_map"),
+            maxima.astype(np.float32),
+            (rows, columns),
+            self._settings.largest_block(8),
+        )
+
+
+def _layer_modules(architecture: Architecture) -> list[str]:
+    parts = [f"self_attn.{part}_proj" for part in "qkvo"]
+    parts += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    parts += ["input_layernorm", "post_attention_layernorm"]
+    return [
+        f"model.layers.{layer}.{part}" for layer in range(architecture.layers) for part in parts
+    ]
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+        from safetensors import safe_open
+    except ModuleNotFoundError as error:
+        raise missing_extra("safetensors", "compress") from error
+    return safe_open(file, framework="numpy")

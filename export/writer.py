@@ -1,0 +1,223 @@
+"""An ONNX file that is written while it is being described.
+
+Large tensors go to the data file the moment they are known and are then forgotten, so that a
+model never is in memory as a whole. The same calls in the same order give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.settings import DATA_FILE, MODEL_FILE
+
+MICROSOFT = "com.microsoft"
+
+_OPSETS = {"": 21, MICROSOFT: 1}
+_IR_VERSION = 10
+_PAGE_BYTES = 4096
+_LINE_BYTES = 64
+
+
+class GraphWriter:
+    """Collects nodes, and writes tensors to the data file as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the data file.
+
+        Args:
+            folder: Where model.onnx and its data file go.
+        """
+        self._folder = folder
+        self._data = (folder / DATA_FILE).open("wb")
+        self._nodes: list[ir.Node] = []
+        self._initializers: list[ir.Value] = []
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._data.close()
+
+    def input(self, name: str, dtype: type[np.generic], shape: Sequence[int | str]) -> ir.Value:
+        """Declare an input of the graph.
+
+        Args:
+            name: Its name.
+            dtype: Type of its elements.
+            shape: Sizes, or names of sizes that vary.
+
+        Returns:
+            The value.
+        """
+        value = ir.Value(name=name, type=_tensor_type(dtype), shape=ir.Shape(shape))
+        self._inputs.append(value)
+        return value
+
+    def optional_input(self, name: str, default: NDArray[Any]) -> ir.Value:
+        """Declare an input that has a value unless a run gives it another.
+
+        Args:
+            name: Its name.
+            default: Its value.
+
+        Returns:
+            The value.
+        """
+        value = self.constant(name, default)
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
+        """Declare a float32 output of the graph.
+
+        Args:
+            value: What it returns.
+            name: Its name.
+            shape: Sizes, or names of sizes that vary.
+        """
+        value.name = name
+        value.type = _tensor_type(np.float32)
+        value.shape = ir.Shape(shape)
+        self._outputs.append(value)
+
+    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Keep a small tensor in model.onnx itself.
+
+        Args:
+            name: Its name.
+            array: Its value.
+
+        Returns:
+            The value.
+        """
+        return self._initializer(ir.tensor(array, name=name))
+
+    def stored(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Write a tensor to the data file.
+
+        Large ones begin at a page, so that they can be mapped; small ones at a cache line.
+
+        Args:
+            name: Its name.
+            array: Its value.
+
+        Returns:
+            The value.
+        """
+        alignment = _PAGE_BYTES if array.nbytes >= _PAGE_BYTES else _LINE_BYTES
+        self._data.write(bytes(-self._data.tell() % alignment))
+        offset = self._data.tell()
+        self._data.write(np.ascontiguousarray(array).data)
+        tensor = ir.ExternalTensor(
+            DATA_FILE,
+            offset,
+            array.nbytes,
+            ir.DataType.from_numpy(array.dtype),
+            name=name,
+            shape=ir.Shape(array.shape),
+            base_dir=self._folder,
+        )
+        return self._initializer(tensor)
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        domain: str = "",
+        **attributes: int | float | str,
+    ) -> ir.Value:
+        """Add a node of one output.
+
+        Args:
+            operator: Its type.
+            inputs: What it reads; None for an optional input that is left out.
+            name: Its name, and its output's.
+            domain: Where the operator is defined.
+            **attributes: What else it is told.
+
+        Returns:
+            The output.
+        """
+        return self.nodes(operator, inputs, name, [name], domain=domain, **attributes)[0]
+
+    def nodes(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        outputs: Sequence[str],
+        *,
+        domain: str = "",
+        **attributes: int | float | str,
+    ) -> Sequence[ir.Value]:
+        """Add a node of several outputs.
+
+        Args:
+            operator: Its type.
+            inputs: What it reads; None for an optional input that is left out.
+            name: Its name.
+            outputs: Names of what it computes; an empty name for one that nobody reads.
+            domain: Where the operator is defined.
+            **attributes: What else it is told.
+
+        Returns:
+            The outputs.
+        """
+        node = ir.node(
+            operator,
+            inputs,
+            attributes=attributes,
+            domain=domain,
+            name=name,
+            outputs=[ir.Value(name=output) for output in outputs],
+        )
+        self._nodes.append(node)
+        return node.outputs
+
+    def save(self, name: str) -> None:
+        """Write model.onnx.
+
+        Args:
+            name: Name of the graph.
+        """
+        self._data.flush()
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=self._initializers,
+            opset_imports=_OPSETS,
+            name=name,
+        )
+        model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="mistill")
+        ir.save(model, self._folder / MODEL_FILE)
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=tensor.name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
+        )
+        self._initializers.append(value)
+        return value
+
+
+def _tensor_type(dtype: type[np.generic]) -> ir.TensorType:
+    return ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))

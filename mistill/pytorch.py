@@ -205,13 +205,21 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
     config = plain_config(info.path)
     check_weights(info.path, config)
     with quiet_transformers():
-        if info.form == "nf4":
-            return _load_nf4(info.path, dtype)
-        if info.form == "gptq":
-            return _load_gptq(info.path, config, dtype)
-        return _model_class(config).from_pretrained(
-            info.path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        model = _load(info, config, dtype)
+    # It would keep gradients from the padding token's row, and that token may be the end of turn.
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None
+    return model
+
+
+def _load(info: FolderInfo, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    if info.form == "nf4":
+        return _load_nf4(info.path, dtype)
+    if info.form == "gptq":
+        return _load_gptq(info.path, config, dtype)
+    return _model_class(config).from_pretrained(
+        info.path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
 
 
 @contextmanager

@@ -377,6 +377,17 @@ def test_the_rotary_base_of_an_old_config_counts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(PytorchModel(old).logits(IDS), PytorchModel(new).logits(IDS))
 
 
+def test_the_padding_token_learns_like_any_other(model: Path) -> None:
+    loaded = load_pytorch(model)
+    assert loaded.config.pad_token_id == 2
+
+    loaded(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+    table = loaded.get_input_embeddings().weight
+    assert isinstance(table.grad, torch.Tensor)
+    assert table.grad[2].count_nonzero()
+
+
 def test_loading_draws_no_bars(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_pytorch(model)
 

@@ -1,0 +1,259 @@
+"""A conversation with a model: its history, and replies that appear as they are written.
+
+Works with every folder of the road. An ONNX folder needs neither PyTorch nor transformers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from mistill.errors import ContextError, VocabularyError
+from mistill.language_model import LanguageModel, open_model
+from mistill.sampling import Sampler, SamplingSettings
+from mistill.settings import require, settings_from
+from mistill.stream_text import TextStream
+from mistill.vocabulary import load_vocabulary
+
+Overflow = Literal["refuse", "slide"]
+Ending = Literal["end of turn", "stop string", "max_new_tokens", "context", "interrupted"]
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(SamplingSettings):
+    """How a chatbot picks its words, and when it stops.
+
+    Attributes:
+        max_new_tokens: Most tokens of one reply.
+        stop: Strings that end a reply and are not part of it.
+        overflow: What to do when the conversation no longer fits the model's context: refuse, or
+            slide on by forgetting the oldest turns.
+    """
+
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    overflow: Overflow = "refuse"
+
+    def __post_init__(self) -> None:
+        """Refuse what no reply can be written with."""
+        super().__post_init__()
+        require(
+            self.max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"
+        )
+        require(
+            not isinstance(self.stop, str), f"stop must be a list of strings, not {self.stop!r}"
+        )
+        require("" not in self.stop, "an empty stop string would end every reply; leave it out")
+        require(
+            self.overflow in get_args(Overflow),
+            f"overflow must be refuse or slide, not {self.overflow!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a reply was.
+
+    Attributes:
+        prompt_tokens: Tokens of the whole conversation up to the reply, whether the model read
+            them anew or had them in its cache.
+        first_token_seconds: From the question to the reply's first token.
+        new_tokens: Tokens of the reply, the one that ends the turn included.
+        tokens_per_second: How fast the tokens after the first came; 0 if there was but one.
+    """
+
+    prompt_tokens: int
+    first_token_seconds: float
+    new_tokens: int
+    tokens_per_second: float
+
+
+class ChatBot:
+    """A model to talk to.
+
+    Attributes:
+        history: The conversation so far: messages with ``role`` and ``content``, the system's
+            first if there is one. It may be changed between replies.
+        settings: How the chatbot picks its words, and when it stops.
+        last_speed: How fast the last reply was; None before there is one.
+        last_ending: Why the last reply ended; None before there is one.
+    """
+
+    history: list[Message]
+    settings: ChatSettings
+    last_speed: Speed | None
+    last_ending: Ending | None
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        system: str | None = None,
+        settings: ChatSettings | None = None,
+        model: LanguageModel | None = None,
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Open a folder to chat with.
+
+        Args:
+            folder: An ONNX folder, or a model folder where PyTorch is installed.
+            system: What the chatbot is told before the conversation.
+            settings: How it picks its words; or give the fields as options.
+            model: The folder as a running model, if it is open already.
+            threads: Threads to compute with; None takes all processors that may be used.
+            **options: Fields of ``ChatSettings``.
+
+        Raises:
+            VocabularyError: If the folder has no chat template.
+        """
+        self.settings = settings_from(ChatSettings, settings, options)
+        self._vocabulary = load_vocabulary(folder)
+        if self._vocabulary.chat_template is None:
+            raise VocabularyError(
+                f"{folder} has no chat template, so it cannot hold a conversation; use a chat "
+                "model, or put a template into chat_template.jinja"
+            )
+        self._model = open_model(folder, threads=threads) if model is None else model
+        self._end_ids = frozenset(self._vocabulary.end_ids)
+        self._system = system
+        self._reply: Generator[str, None, None] | None = None
+        self.last_speed = None
+        self.last_ending = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation, but not what the chatbot was told before it."""
+        self._end_reply()
+        self.history = [] if self._system is None else [_message("system", self._system)]
+        self._forgotten = 0
+        self._generator = np.random.default_rng(self.settings.seed)
+
+    def reply(self, text: str) -> Generator[str, None, None]:
+        """Answer, piece by piece.
+
+        The turn enters the history when the reply ends. A reply that is closed or interrupted
+        enters it as far as it was shown; one of which nothing was shown leaves no trace.
+
+        Args:
+            text: What the user says.
+
+        Returns:
+            A generator of pieces of the reply, none of which is empty or breaks a character.
+
+        Raises:
+            ContextError: If the conversation has become longer than the model's context.
+        """
+        self._end_reply()
+        started = time.perf_counter()
+        question = _message("user", text)
+        prompt = self._prompt(question)
+        self._reply = self._answer(question, prompt, time.perf_counter() - started)
+        return self._reply
+
+    def _answer(
+        self, question: Message, prompt: list[int], seconds_before: float
+    ) -> Generator[str, None, None]:
+        choose = Sampler(self.settings, self._generator, seen=prompt)
+        tokens = self._model.stream(prompt, choose)
+        text = TextStream(self._vocabulary, self.settings.stop)
+        shown: list[str] = []
+        seconds: list[float] = []
+        ending: Ending | None = None
+        try:
+            while ending is None:
+                before = time.perf_counter()
+                token = next(tokens, None)
+                if token is None:
+                    ending = "context"
+                    break
+                seconds.append(time.perf_counter() - before)
+                if token in self._end_ids:
+                    ending = "end of turn"
+                    break
+                shown.append(text.add(token))
+                if text.stopped:
+                    ending = "stop string"
+                elif len(seconds) == self.settings.max_new_tokens:
+                    ending = "max_new_tokens"
+                if shown[-1]:
+                    yield shown[-1]
+            shown.append(text.finish())
+            if shown[-1]:
+                yield shown[-1]
+        finally:
+            self.last_ending = ending or "interrupted"
+            self.last_speed = _speed(len(prompt), seconds_before, seconds)
+            if ending is not None or any(shown):
+                self.history += [question, _message("assistant", "".join(shown))]
+
+    def _end_reply(self) -> None:
+        if self._reply is not None:
+            self._reply.close()
+            self._reply = None
+
+    def _prompt(self, question: Message) -> list[int]:
+        """The conversation as the model reads it, with its oldest turns left out if need be."""
+        context = self._model.context_length
+        forgotten = self._forgotten
+        prompt = self._tokens(forgotten, question)
+        if self.settings.overflow == "slide":
+            room = min(self.settings.max_new_tokens, context // 4)
+            turns = iter(self._turns_after(forgotten))
+            # Half of the context is freed at once, because what is left must be read anew.
+            limit = context - room
+            while len(prompt) > limit and (turn := next(turns, None)) is not None:
+                limit = context // 2
+                forgotten = turn
+                prompt = self._tokens(forgotten, question)
+        if len(prompt) >= context:
+            raise ContextError(
+                f"the conversation has {len(prompt)} tokens and the model's context holds "
+                f"{context}, the reply included; {self._advice(forgotten)}"
+            )
+        self._forgotten = forgotten
+        return prompt
+
+    def _tokens(self, forgotten: int, question: Message) -> list[int]:
+        first = self._first_turn()
+        messages = [*self.history[:first], *self.history[first + forgotten :], question]
+        return self._vocabulary.encode(
+            self._vocabulary.render(messages, add_generation_prompt=True)
+        )
+
+    def _first_turn(self) -> int:
+        """Where the conversation begins in the history: after what the system says."""
+        roles = [message["role"] for message in self.history]
+        return next((place for place, role in enumerate(roles) if role != "system"), len(roles))
+
+    def _turns_after(self, forgotten: int) -> list[int]:
+        """How many messages to leave out so that a turn begins after them, fewest first."""
+        turns = self.history[self._first_turn() :]
+        starts = [place for place, message in enumerate(turns) if message["role"] == "user"]
+        return [place for place in [*starts, len(turns)] if place > forgotten]
+
+    def _advice(self, forgotten: int) -> str:
+        if len(self.history) - self._first_turn() <= forgotten:
+            return "shorten the message"
+        return "begin a new one, or let the oldest turns be forgotten with overflow slide"
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _speed(prompt_tokens: int, seconds_before: float, seconds: list[float]) -> Speed:
+    """Speed from the time that each token of a reply took."""
+    later = sum(seconds[1:])
+    return Speed(
+        prompt_tokens=prompt_tokens,
+        first_token_seconds=seconds_before + sum(seconds[:1]),
+        new_tokens=len(seconds),
+        tokens_per_second=(len(seconds) - 1) / later if later else 0.0,
+    )

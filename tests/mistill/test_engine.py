@@ -1,0 +1,502 @@
+"""The engine against PyTorch, and against itself without its short cuts."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+import export
+from mistill import engine
+from mistill.engine import OnnxModel, common_prefix, verify
+from mistill.errors import ContextError, FolderError, SettingsError
+from mistill.language_model import LanguageModel, open_model
+from mistill.processors import usable_threads
+from tests.tiny import tiny_model
+
+# Two ways of computing one float32 logit of this model differ by 1e-5; of another, by 1e-1.
+SAME = 1e-4
+
+
+@pytest.fixture(scope="module")
+def chatbot(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two-layer model as a float32 ONNX folder; read only."""
+    return export.to_onnx(model, tmp_path_factory.mktemp("onnx") / "chatbot", parity_positions=0)
+
+
+@pytest.fixture(scope="module")
+def torch_model(model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model).eval()
+
+
+def some_ids(count: int, seed: int = 0) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(0, 300, count).tolist()
+    return ids
+
+
+def of_torch(torch_model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = torch_model(torch.from_numpy(ids)).logits.numpy()
+    return logits
+
+
+def next_logits(model: OnnxModel, ids: Sequence[int]) -> NDArray[np.float32]:
+    """The logits that ``stream`` chooses its first token from."""
+    seen = []
+
+    def choose(logits: NDArray[np.float32]) -> int:
+        seen.append(logits.copy())
+        return int(logits.argmax())
+
+    next(model.stream(ids, choose))
+    return seen[0]
+
+
+def poison(model: OnnxModel) -> None:
+    """Ruin every position of the cache that does not count."""
+    used = len(model._cache.ids)
+    for array in model._cache._arrays.values():
+        array[:, :, used:] = 1e30
+
+
+def test_logits_are_those_of_pytorch_at_every_position(chatbot: Path, torch_model: Any) -> None:
+    ids = np.array([some_ids(90, seed) for seed in range(3)])
+    ours = OnnxModel(chatbot, threads=1).logits(ids)
+    theirs = of_torch(torch_model, ids)
+    assert ours.shape == theirs.shape
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, atol=SAME)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "llama", "tie_word_embeddings": True},
+        {"model_type": "mistral", "sliding_window": 16},
+        {"model_type": "mistral", "head_dim": 32},
+    ],
+    ids=["tied llama", "sliding window", "explicit head_dim"],
+)
+def test_other_decoders_give_the_logits_of_pytorch_too(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model(tmp_path / "model", seed=5, **options)
+    monkeypatch.setattr(engine, "CHUNK", 13)
+    ours = OnnxModel(export.to_onnx(folder, tmp_path / "onnx", parity_positions=0), threads=1)
+    ids = some_ids(60)
+    their_model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    theirs = of_torch(their_model, np.array([ids]))
+    np.testing.assert_allclose(ours.logits(np.array([ids])), theirs, atol=SAME)
+    np.testing.assert_allclose(next_logits(ours, ids[:40]), theirs[0, 39], atol=SAME)
+
+
+def test_two_hundred_greedy_tokens_are_those_of_transformers_generate(
+    chatbot: Path, torch_model: Any
+) -> None:
+    prompt = some_ids(30)
+    ours = list(islice(OnnxModel(chatbot, threads=1).stream(prompt), 200))
+    theirs = torch_model.generate(
+        torch.tensor([prompt]), max_new_tokens=200, min_new_tokens=200, do_sample=False
+    )
+    # ``min_new_tokens`` bars the end tokens from transformers' choice, so bar them from ours.
+    assert not {2, 4} & set(ours), "choose another prompt: this one reaches an end token"
+    assert ours == theirs[0, 30:].tolist()
+    assert len(set(ours)) > 20
+
+
+def test_a_prompt_in_chunks_is_the_whole_prompt(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = some_ids(75)
+    whole = OnnxModel(chatbot, threads=1)
+    assert len(ids) <= engine.CHUNK
+    expected, last = whole.logits(np.array([ids])), next_logits(whole, ids)
+    np.testing.assert_allclose(last, expected[0, -1], atol=SAME)
+    for size in (1, 7, 74, 75):
+        monkeypatch.setattr(engine, "CHUNK", size)
+        chunked = OnnxModel(chatbot, threads=1)
+        np.testing.assert_allclose(chunked.logits(np.array([ids])), expected, atol=SAME)
+        chunked._cache.rewind(0)
+        np.testing.assert_allclose(next_logits(chunked, ids), last, atol=SAME)
+
+
+def test_growing_the_cache_changes_nothing(chatbot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = some_ids(9)
+    large = OnnxModel(chatbot, threads=1)
+    expected = list(islice(large.stream(prompt), 300))
+    before = large._cache.size_bytes
+    monkeypatch.setattr(engine, "FIRST_CAPACITY", 5)
+    small = OnnxModel(chatbot, threads=1, context=311)
+    assert small._cache.size_bytes == 0
+    sizes = set()
+    tokens = []
+    for token in islice(small.stream(prompt), 300):
+        tokens.append(token)
+        sizes.add(small._cache.size_bytes)
+        poison(small)
+    assert tokens == expected
+    # 2 layers, keys and values, 2 heads of 16 floats; 5 doubled until 309 fit, at most 311.
+    per_position = 2 * 2 * 2 * 16 * 4
+    assert sizes == {per_position * capacity for capacity in (10, 20, 40, 80, 160, 311)}
+    assert before == per_position * 512
+
+
+def test_the_cache_starts_small_however_long_the_context_is(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model", max_position_embeddings=8192)
+    made = export.to_onnx(folder, tmp_path / "onnx", parity_positions=0, context_length=8192)
+    model = OnnxModel(made, threads=1)
+    next(model.stream([5]))
+    assert model.context_length == 8192
+    assert model._cache.size_bytes == 2 * 2 * 2 * 16 * 4 * 512
+
+
+def test_what_was_taken_back_leaves_no_trace(chatbot: Path) -> None:
+    """Reading on after a rewind is bit for bit reading on without what was taken back."""
+    start, wrong, right = some_ids(40), some_ids(25, 1), some_ids(25, 2)
+    plain = OnnxModel(chatbot, threads=1)
+    next(plain.stream(start))
+    expected = next_logits(plain, start + right)
+    rewound = OnnxModel(chatbot, threads=1)
+    next(rewound.stream(start))
+    next_logits(rewound, start + wrong)
+    read = count_positions(rewound)
+    np.testing.assert_array_equal(next_logits(rewound, start + right), expected)
+    assert read == [25]
+
+
+def count_positions(model: OnnxModel) -> list[int]:
+    """Note how many positions each run of the graph reads from now on."""
+    read: list[int] = []
+    run = model._read
+
+    def noted(tokens: list[int], scores: NDArray[np.float32]) -> None:
+        read.append(len(tokens))
+        run(tokens, scores)
+
+    model._read = noted  # type: ignore[method-assign]
+    return read
+
+
+@pytest.mark.parametrize("shared", [0, 1, 30, 59, 60])
+def test_a_prompt_that_begins_like_the_last_text_gives_the_logits_of_a_cold_start(
+    chatbot: Path, shared: int
+) -> None:
+    first, other = some_ids(60, 3), some_ids(40, 4)
+    second = first[:shared] + other
+    cold = next_logits(OnnxModel(chatbot, threads=1), second)
+    warm = OnnxModel(chatbot, threads=1)
+    next(warm.stream(first))
+    poison(warm)
+    read = count_positions(warm)
+    np.testing.assert_allclose(next_logits(warm, second), cold, atol=SAME)
+    assert read == [40]
+
+
+def test_a_prompt_that_was_read_already_reads_its_last_token_again(chatbot: Path) -> None:
+    prompt = some_ids(60)
+    model = OnnxModel(chatbot, threads=1)
+    expected = list(islice(model.stream(prompt), 20))
+    read = count_positions(model)
+    assert list(islice(model.stream(prompt), 20)) == expected
+    assert read == [1] * 20
+    assert list(islice(model.stream(prompt[:30]), 3)) == list(
+        islice(OnnxModel(chatbot, threads=1).stream(prompt[:30]), 3)
+    )
+
+
+def test_two_streams_may_take_turns_on_one_model(chatbot: Path) -> None:
+    prompts = [some_ids(20, 5), some_ids(31, 6)]
+    alone = [list(islice(OnnxModel(chatbot, threads=1).stream(p), 40)) for p in prompts]
+    model = OnnxModel(chatbot, threads=1)
+    streams = [model.stream(prompt) for prompt in prompts]
+    together: list[list[int]] = [[], []]
+    for turn in range(40):
+        for which in (0, 1) if turn % 3 else (1, 0):
+            together[which].append(next(streams[which]))
+        if turn % 7 == 0:
+            model.logits(np.array([some_ids(5, turn)]))
+    assert together == alone
+
+
+def test_threads_may_share_one_model(chatbot: Path) -> None:
+    prompts = [some_ids(20, seed) for seed in range(4)]
+    model = OnnxModel(chatbot, threads=1)
+    alone = [list(islice(OnnxModel(chatbot, threads=1).stream(p), 30)) for p in prompts]
+    written: list[list[int]] = [[] for _ in prompts]
+
+    def write(which: int) -> None:
+        written[which].extend(islice(model.stream(prompts[which]), 30))
+
+    threads = [threading.Thread(target=write, args=(which,)) for which in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert written == alone
+
+
+@pytest.mark.parametrize("step", ["_bind", "_read", "run"])
+def test_an_interrupt_between_any_two_steps_leaves_the_model_usable(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr(engine, "CHUNK", 8)
+    monkeypatch.setattr(engine, "FIRST_CAPACITY", 8)
+    prompt = some_ids(30)
+    expected = list(islice(OnnxModel(chatbot, threads=1).stream(prompt), 10))
+    for at in range(12):
+        model = OnnxModel(chatbot, threads=1)
+        owner, name = (model._session, "run_with_iobinding") if step == "run" else (model, step)
+        monkeypatch.setattr(owner, name, interrupted_after(getattr(owner, name), at))
+        with pytest.raises(KeyboardInterrupt):
+            list(islice(model.stream(prompt), 10))
+        gc.collect()
+        poison(model)
+        assert list(islice(model.stream(prompt), 10)) == expected
+
+
+def interrupted_after(call: Any, at: int) -> Any:
+    """A function that works, but is interrupted once, right after the call of that number."""
+    count = 0
+
+    def wrapped(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        result = call(*arguments)
+        if count == at + 1:
+            raise KeyboardInterrupt
+        return result
+
+    return wrapped
+
+
+def test_the_stream_ends_when_prompt_and_reply_fill_the_context(chatbot: Path) -> None:
+    model = OnnxModel(chatbot, threads=1, context=50)
+    prompt = some_ids(42)
+    written = list(model.stream(prompt))
+    assert len(written) == 8
+    assert written == list(islice(OnnxModel(chatbot, threads=1).stream(prompt), 8))
+    assert list(model.stream(some_ids(50))) == []
+    assert model.logits(np.array([some_ids(50)])).shape == (1, 50, model.vocabulary_size)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(chatbot: Path) -> None:
+    model = OnnxModel(chatbot, threads=1, context=50)
+    with pytest.raises(ContextError, match="51 tokens and the context holds 50"):
+        model.stream(some_ids(51))
+    with pytest.raises(ContextError):
+        model.logits(np.array([some_ids(51)]))
+    with pytest.raises(ValueError, match="empty"):
+        model.stream([])
+    with pytest.raises(ValueError, match="between 0 and"):
+        model.stream([5, model.vocabulary_size])
+    with pytest.raises(ValueError, match="between 0 and"):
+        model.logits(np.array([[-1, 2]]))
+    with pytest.raises(ValueError, match=r"\(B, T\)"):
+        model.logits(np.array([1, 2]))
+
+
+def test_scores_are_the_callers_own(chatbot: Path) -> None:
+    """Neither written to by later runs nor kept alive by the engine."""
+    model = OnnxModel(chatbot, threads=1)
+    scores = model.logits(np.array([some_ids(20)]))
+    before = scores.copy()
+    list(islice(model.stream(some_ids(10, 1)), 5))
+    model.logits(np.array([some_ids(20, 2)]))
+    np.testing.assert_array_equal(scores, before)
+    alive = weakref.ref(scores)
+    del scores
+    assert alive() is None
+
+
+def test_the_engine_meets_the_protocol_and_opens_by_form(chatbot: Path) -> None:
+    model: LanguageModel = open_model(chatbot, threads=1)
+    assert isinstance(model, OnnxModel)
+    assert model.threads == 1
+    assert model.vocabulary_size == json.loads((chatbot / "config.json").read_text())["vocab_size"]
+    assert model.context_length == 512
+
+
+def test_a_choice_decides_what_is_read_next(chatbot: Path) -> None:
+    model = OnnxModel(chatbot, threads=1)
+    said = iter([7, 8, 9])
+    assert list(islice(model.stream([5, 6], lambda logits: next(said)), 3)) == [7, 8, 9]
+    expected = next_logits(OnnxModel(chatbot, threads=1), [5, 6, 7, 8, 9])
+    np.testing.assert_allclose(next_logits(model, [5, 6, 7, 8, 9]), expected, atol=SAME)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_another_form_of_folder_is_refused(model: Path) -> None:
+    with pytest.raises(FolderError, match="is a model folder, not an ONNX folder"):
+        OnnxModel(model)
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"context": 0}, {"context": 513}], ids=str)
+def test_arguments_out_of_range_are_refused(chatbot: Path, options: dict[str, int]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(options))):
+        OnnxModel(chatbot, **options)
+
+
+@pytest.fixture
+def broken(chatbot: Path, tmp_path: Path) -> Path:
+    """A copy to be broken, whose manifest does not mind."""
+    copy = tmp_path / "broken"
+    shutil.copytree(chatbot, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for name in ("model.onnx", "config.json"):
+        del manifest["files"][name]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def edit_graph(folder: Path, change: Any) -> None:
+    import onnx_ir
+
+    graph = onnx_ir.load(folder / "model.onnx")
+    change(graph.graph)
+    onnx_ir.save(graph, folder / "model.onnx")
+
+
+def test_a_graph_that_lacks_what_is_bound_is_refused_by_name(broken: Path) -> None:
+    def rename(graph: Any) -> None:
+        named = [*graph.inputs, *graph.outputs]
+        for value in named:
+            if value.name in ("past_key_values.1.value", "present.0.key"):
+                value.name = "other." + value.name
+            if value.name == "first_logit":
+                graph.inputs.remove(value)
+
+    edit_graph(broken, rename)
+    with pytest.raises(FolderError) as refused:
+        OnnxModel(broken)
+    message = str(refused.value)
+    assert "the input past_key_values.1.value is missing" in message
+    assert "the input other.past_key_values.1.value is not known" in message
+    assert "the optional input first_logit is missing" in message
+    assert "the output present.0.key is missing" in message
+    assert "\n" not in message
+
+
+def test_a_graph_with_fewer_layers_than_its_config_is_refused(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    config["num_hidden_layers"] = 5
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FolderError, match=r"past_key_values\.2\.key is missing.* and 8 more"):
+        OnnxModel(broken)
+
+
+def test_a_graph_that_cannot_be_read_is_refused_in_one_line(broken: Path) -> None:
+    (broken / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(FolderError, match="cannot open") as refused:
+        OnnxModel(broken)
+    assert "\n" not in str(refused.value)
+
+
+def test_verify_names_the_files_that_changed(chatbot: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(chatbot, copy)
+    verify(copy)
+    data = copy / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(FolderError, match=r"model\.onnx\.data differ"):
+        verify(copy)
+
+
+# --- threads and telemetry ------------------------------------------------------------------------
+
+
+def test_the_session_has_the_threads_that_were_asked_for(chatbot: Path) -> None:
+    model = OnnxModel(chatbot, threads=2)
+    assert model._session.get_session_options().intra_op_num_threads == 2
+    assert OnnxModel(chatbot).threads == usable_threads()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 8),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "250000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "9000000 100000\n"}, 8),
+        (
+            {
+                "proc/self/cgroup": "3:cpu,cpuacct:/box\n2:memory:/box\n",
+                "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_quota_us": "400000\n",
+                "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_period_us": "100000\n",
+            },
+            4,
+        ),
+        (
+            {
+                "proc/self/cgroup": "3:cpu:/box\n",
+                "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+            },
+            8,
+        ),
+    ],
+)
+def test_threads_are_the_processors_and_the_quota_of_the_process(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert usable_threads(tmp_path) == expected
+
+
+def test_running_a_model_reports_nothing_and_leaves_nothing_in_the_home(
+    chatbot: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime would make a database of reports there."""
+    code = (
+        "import sys, itertools, mistill.engine as engine\n"
+        "model = engine.OnnxModel(sys.argv[1], threads=1)\n"
+        "print(*itertools.islice(model.stream([5, 6, 7]), 4))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if "TELEMETRY" not in key}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("XDG_CACHE_HOME", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(chatbot)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout.split()) == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_common_prefix_ends_where_two_texts_part() -> None:
+    assert common_prefix([1, 2, 3], [1, 2, 4, 3]) == 2
+    assert common_prefix([1, 2], [1, 2, 3]) == 2
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([2], [1, 2]) == 0
+
+
+def test_this_is_the_runtime_that_the_engine_was_written_for() -> None:
+    """In-place caches and optional inputs are behaviour that versions may change."""
+    assert tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 31)

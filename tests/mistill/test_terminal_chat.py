@@ -1,0 +1,221 @@
+"""``mistill chat``: from a pipe, and at a terminal that a test holds the other end of."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import export
+from mistill.chat import ChatBot, ChatSettings, Speed
+from mistill.errors import FolderError, SettingsError
+from mistill.terminal_chat import run_terminal_chat, speed_line
+from tests.tiny import tiny_model
+
+SETTINGS = ChatSettings(temperature=0, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def chatbot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chatbot with a long context, that goes on until it is stopped."""
+    folder = tmp_path_factory.mktemp("terminal")
+    model = tiny_model(folder / "model", seed=2, max_position_embeddings=60_000)
+    return export.to_onnx(model, folder / "chatbot", parity_positions=0, context_length=60_000)
+
+
+def piped(
+    lines: str, folder: Path, monkeypatch: pytest.MonkeyPatch, system: str | None = None
+) -> str:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    monkeypatch.setattr(sys, "stdout", out)
+    run_terminal_chat(folder, system=system, threads=1, settings=SETTINGS)
+    return out.getvalue()
+
+
+def test_each_line_of_a_pipe_is_answered_and_only_the_answers_are_written(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot = ChatBot(chatbot, system="Be brief.", settings=SETTINGS, threads=1)
+    expected = "".join(f"{''.join(bot.reply(line))}\n" for line in ("Hello", "And now?"))
+    assert piped("Hello\n\n  And now?", chatbot, monkeypatch, "Be brief.") == expected
+
+
+def test_commands_work_from_a_pipe(
+    chatbot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "saved chat.jsonl"
+    lines = f"Forget this\n/reset\nHello\n/save {file}\nMore\n/save {file}\n/quit\nNever read\n"
+    written = piped(lines, chatbot, monkeypatch)
+    messages = json.loads(file.read_text("utf-8"))["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
+    assert [m["content"] for m in messages[::2]] == ["Hello", "More"]
+    assert written.endswith(f"{messages[1]['content']}\n{messages[3]['content']}\n")
+    assert file.read_text("utf-8").count("\n") == 1
+
+
+def test_a_saved_conversation_can_be_trained_on(
+    chatbot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mistill.text import read_documents
+    from mistill.vocabulary import load_vocabulary
+
+    file = tmp_path / "chat.jsonl"
+    piped(f"Hello\n/save {file}\n", chatbot, monkeypatch)
+    documents = list(read_documents(file, load_vocabulary(chatbot)))
+    assert len(documents) == 1
+    assert documents[0].mask.any()
+
+
+def test_a_file_of_someone_else_is_not_overwritten(
+    chatbot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "precious"
+    file.write_text("mine")
+    with pytest.raises(FolderError, match="exists already"):
+        piped(f"Hello\n/save {file}\n", chatbot, monkeypatch)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["/sing", "/save", "/save  "])
+def test_a_command_that_cannot_be_obeyed_is_refused(
+    command: str, chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SettingsError, match=command.split()[0]):
+        piped(f"{command}\n", chatbot, monkeypatch)
+
+
+def test_a_message_may_begin_with_a_slash(chatbot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
+    expected = "".join(bot.reply("/etc is a folder")) + "\n"
+    assert piped("//etc is a folder\n", chatbot, monkeypatch) == expected
+
+
+def test_a_reader_that_leaves_ends_the_chat_without_a_complaint(chatbot: Path) -> None:
+    code = (
+        "import sys; from mistill.terminal_chat import run_terminal_chat as run; run(sys.argv[1])"
+    )
+    command = f"yes | {sys.executable} -c '{code}' {chatbot} | head -c 5"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        timeout=120,
+    )
+    assert len(done.stdout) == 5
+    assert done.stderr == b""
+
+
+def test_the_speed_line_says_how_fast_and_whether_the_reply_was_cut() -> None:
+    speed = Speed(
+        prompt_tokens=9, first_token_seconds=0.123, new_tokens=48, tokens_per_second=61.28
+    )
+    assert speed_line(speed) == "48 tokens, 61.3 tokens/s, the first after 0.12 s"
+    assert speed_line(speed, "end of turn") == speed_line(speed)
+    assert speed_line(speed, "max_new_tokens").endswith(", cut short at max_new_tokens")
+    assert speed_line(speed, "context").endswith(", the context is full")
+    one = Speed(prompt_tokens=9, first_token_seconds=2, new_tokens=1, tokens_per_second=0)
+    assert speed_line(one, "interrupted") == "1 token, the first after 2.00 s, interrupted"
+
+
+# --- at a terminal --------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A person at a terminal."""
+
+    def __init__(self, process: subprocess.Popen[bytes], keyboard: int) -> None:
+        self.process = process
+        self.screen = ""
+        self._keyboard = keyboard
+
+    def type(self, text: str) -> None:
+        os.write(self._keyboard, text.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+        """Read the screen up to a pattern, and take what was read off it."""
+        until = time.monotonic() + seconds
+        while (found := re.search(pattern, self.screen)) is None:
+            assert time.monotonic() < until, f"no {pattern!r} in {self.screen[-500:]!r}"
+            ready, _, _ = select.select([self._keyboard], [], [], 0.1)
+            if ready:
+                try:
+                    self.screen += os.read(self._keyboard, 65536).decode("utf-8", "replace")
+                except OSError:  # the other end is closed
+                    assert re.search(pattern, self.screen), self.screen[-500:]
+        before, self.screen = self.screen[: found.end()], self.screen[found.end() :]
+        return before
+
+    def leave(self) -> int:
+        """Press Ctrl-D; again if it fell between two readings of the keyboard."""
+        for _ in range(30):
+            self.type("\x04")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(timeout=1)
+        raise AssertionError("Ctrl-D does not end the chat")
+
+
+@pytest.fixture
+def terminal(chatbot: Path, tmp_path: Path) -> Iterator[Terminal]:
+    keyboard, other_end = pty.openpty()
+    code = (
+        "import sys; from mistill.chat import ChatSettings;"
+        "from mistill.terminal_chat import run_terminal_chat as run;"
+        "run(sys.argv[1], threads=1,"
+        " settings=ChatSettings(temperature=0, max_new_tokens=50_000, stop=('never',)))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(chatbot)],
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "dumb"},
+        start_new_session=True,
+    )
+    os.close(other_end)
+    try:
+        yield Terminal(process, keyboard)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(keyboard)
+
+
+def test_a_person_chats_interrupts_saves_and_leaves(terminal: Terminal, tmp_path: Path) -> None:
+    banner = terminal.wait_for("> ")
+    assert "chatbot: /help for help, Ctrl-C stops a reply, Ctrl-D leaves" in banner
+    terminal.type("Hello\n")
+    terminal.wait_for("Hello\r\n")
+    terminal.wait_for(r"(?s).{200}")  # some of the reply
+    os.kill(terminal.process.pid, signal.SIGINT)
+    line = terminal.wait_for(r"(?s)\d+ tokens, .*> ")
+    assert "interrupted" in line
+    assert "tokens/s, the first after" in line.replace("\r\n", " ")
+    terminal.type("/sing\n")
+    assert "there is no command /sing" in terminal.wait_for("lists them").replace("\r\n", " ")
+    terminal.type("/save chat.jsonl\n")
+    terminal.wait_for("Saved to chat.jsonl")
+    messages = json.loads((tmp_path / "chat.jsonl").read_text("utf-8"))["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[1]["content"]
+    terminal.type("/reset\n")
+    terminal.wait_for("forgotten")
+    terminal.type("/help\n")
+    terminal.wait_for("/save FILE")
+    terminal.wait_for("> ")
+    os.kill(terminal.process.pid, signal.SIGINT)  # at the prompt it only clears the line
+    terminal.wait_for("> ")
+    assert terminal.leave() == 0

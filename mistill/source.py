@@ -18,10 +18,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from tokenizers import AddedToken
 
 from mistill.errors import (
     ArchitectureError,
@@ -40,9 +39,7 @@ from mistill.folder import (
     refuse_existing,
     weight_files,
 )
-
-if TYPE_CHECKING:
-    from tokenizers.pre_tokenizers import PreTokenizer
+from mistill.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
 DEFAULT_TEACHER = "@smollm2"
 
@@ -54,26 +51,6 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _UNWANTED = ["consolidated*", "*/*"]
 # Part of the name of what is kept in the cache: raised when a conversion changes.
 _CONVERSION = 1
-
-# How each kind of byte-level vocabulary was cut into words, from llama.cpp's src/llama-vocab.cpp.
-_DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva")
-_GPT2 = ("gpt-2", "mpt", "olmo")
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN_WORDS = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# These two look a whole word up before they merge its pieces.
-_WHOLE_WORDS_FIRST = {
-    "llama-bpe": _LLAMA3_WORDS,
-    "llama3": _LLAMA3_WORDS,
-    "llama-v3": _LLAMA3_WORDS,
-    "tekken": _TEKKEN_WORDS,
-}
 
 
 def resolve_model(source: str | Path) -> Path:
@@ -226,35 +203,57 @@ def _with_tokenizer(folder: Path) -> Path:
     """A folder with a tokenizer.json: itself, or a cached copy of links with one converted."""
     if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
         return folder
-    if find_spec("transformers") is None or find_spec("sentencepiece") is None:
-        raise MissingExtraError(
-            f"{folder} holds only tokenizer.model; to convert it, install: "
-            "pip install 'mistill[compress]'"
+    if find_spec("sentencepiece") is None:
+        raise missing_extra(
+            f"sentencepiece, which the tokenizer.model of {folder} needs,", "compress"
         )
-    key = hashlib.sha256(f"{folder.resolve()}\0{_digest(folder / 'tokenizer.model')}".encode())
+    files = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
+    digests = [_digest(folder / name) for name in files if (folder / name).is_file()]
+    key = hashlib.sha256("\0".join([str(folder.resolve()), *digests]).encode())
     cached = _cache() / "tokenizers" / f"{folder.name}-{key.hexdigest()[:16]}-{_CONVERSION}"
     with _made_once(cached) as partial:
         if partial is not None:
-            _convert_tokenizer(folder, partial)
             for item in folder.iterdir():
-                if not (partial / item.name).exists():
-                    (partial / item.name).symlink_to(item.resolve())
+                (partial / item.name).symlink_to(item.resolve())
+            _convert_tokenizer(folder, partial)
     return cached
 
 
 def _convert_tokenizer(folder: Path, target: Path) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            tokenizer.save_pretrained(target)
-    except Exception as error:  # transformers raises whatever its converters raise
-        raise VocabularyError(
-            f"the tokenizer.model of {folder} cannot be converted: {_first_line(error)}"
-        ) from error
-    if not (target / "tokenizer.json").is_file():
-        raise VocabularyError(f"the tokenizer.model of {folder} has no fast form in transformers")
+    """Write the tokenizer.json that a SentencePiece model and its settings describe."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    pieces = read_sentencepiece(folder / "tokenizer.model")
+    tokenizer = sentencepiece_tokenizer(
+        pieces, str(folder / "tokenizer.model"), legacy=settings.get("legacy") is not False
+    )
+    added = settings.get("added_tokens_decoder", {})
+    for token, entry in sorted(added.items(), key=lambda item: int(item[0])):
+        known = AddedToken(entry["content"], normalized=False, special=bool(entry.get("special")))
+        add = tokenizer.add_special_tokens if known.special else tokenizer.add_tokens
+        add([known])
+        if tokenizer.token_to_id(known.content) != int(token):
+            raise VocabularyError(
+                f"{file} gives {known.content!r} the id {token}, but it would get "
+                f"{tokenizer.token_to_id(known.content)}; the tokens before it are missing"
+            )
+    specials = {}
+    for name, kind in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):
+        value = settings.get(name, pieces.texts[kind])
+        specials[name] = value["content"] if isinstance(value, Mapping) else value
+    adds_bos = settings.get("add_bos_token", True)
+    if adds_bos:
+        begin_with(tokenizer, specials["bos_token"])
+    tokenizer.save(str(target / "tokenizer.json"), pretty=False)
+    # A named class would cut words in its own way; this one takes tokenizer.json as it is.
+    settings |= {
+        **specials,
+        "add_bos_token": adds_bos,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    settings.pop("auto_map", None)
+    (target / file.name).unlink(missing_ok=True)  # a link to the original
+    (target / file.name).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 # --- GGUF ---------------------------------------------------------------------------------------
@@ -277,289 +276,18 @@ def _embedded(name: str) -> Path:
 
 def _convert_once(file: Path) -> Path:
     """The folder made of a GGUF file, kept in the user's cache under the file's checksum."""
-    for library in ("gguf", "safetensors", "transformers"):
+    for library in ("gguf", "safetensors"):
         if find_spec(library) is None:
             raise missing_extra(library, "compress")
+    from mistill.gguf_model import convert_gguf
+
     digest = _digest(file)
     folder = _cache() / "gguf" / f"{file.stem}-{digest[:16]}-{_CONVERSION}"
     with _made_once(folder) as partial:
         if partial is not None:
             _log.info("converting %s, once, into %s", file.name, folder)
-            _convert_gguf(file, partial)
+            convert_gguf(file, partial)
             add_lineage(
                 partial, step="gguf", settings={}, source=None, file=file.name, sha256=digest
             )
     return folder
-
-
-def _convert_gguf(file: Path, target: Path) -> None:
-    """Write a GGUF file as float32 safetensors, config, tokenizer and template."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-    except Exception as error:  # gguf raises whatever numpy raises on a broken file
-        raise FolderError(f"{file} is not a GGUF file, or is damaged: {error}") from error
-    long_ones = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.merges")
-    metadata = {
-        name: field.contents() for name, field in reader.fields.items() if name not in long_ones
-    }
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _gguf_config(file.name, metadata, tensors)
-    ends = _gguf_ends(file.name, metadata)
-    _convert_gguf_tokenizer(file, target, metadata)
-    _write_json(target / "config.json", {**config, "eos_token_id": ends[0]})
-    generation = {"bos_token_id": config["bos_token_id"], "pad_token_id": config["pad_token_id"]}
-    stops = ends if len(ends) > 1 else ends[0]
-    _write_json(target / "generation_config.json", {**generation, "eos_token_id": stops})
-    _convert_gguf_weights(file.name, target, tensors, config)
-
-
-def _gguf_config(
-    name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The config of transformers that a GGUF file's metadata stands for."""
-    if metadata.get("general.architecture") != "llama" or metadata.get("llama.expert_count"):
-        raise ArchitectureError(
-            f"{name} holds a model of the kind {metadata.get('general.architecture')}; of GGUF "
-            "files mistill reads dense llama models, which Mistral 7B is one of"
-        )
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
-        raise ArchitectureError(
-            f"{name} scales its rotary positions, which its GGUF form does not fully describe; "
-            "use the model's safetensors folder"
-        )
-    try:
-        hidden = metadata["llama.embedding_length"]
-        heads = metadata["llama.attention.head_count"]
-        head_dim = metadata.get("llama.attention.key_length", hidden // heads)
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": "float32",
-            "hidden_act": "silu",
-            "hidden_size": hidden,
-            "intermediate_size": metadata["llama.feed_forward_length"],
-            "num_hidden_layers": metadata["llama.block_count"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "max_position_embeddings": metadata["llama.context_length"],
-            "rms_norm_eps": _shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": _shortest(metadata.get("llama.rope.freq_base", 10000.0)),
-            },
-            "attention_bias": False,
-            "mlp_bias": False,
-            "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-            "tie_word_embeddings": "output.weight" not in tensors,
-            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
-        }
-    except (KeyError, TypeError) as error:
-        raise ArchitectureError(f"{name} does not describe a llama model: {error}") from error
-    if metadata.get("llama.rope.dimension_count", head_dim) != head_dim:
-        raise ArchitectureError(f"{name} turns only a part of each head, which mistill does not do")
-    return config
-
-
-def _gguf_ends(name: str, metadata: Mapping[str, Any]) -> list[int]:
-    """Tokens that end a text and a turn, as the file names them."""
-    named = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
-    ends = list(dict.fromkeys(int(end) for end in named if end is not None))
-    if not ends:
-        raise VocabularyError(f"{name} does not say which token ends a text")
-    return ends
-
-
-def _shortest(value: float) -> float:
-    """The number that was meant by a float32, such as 1e-05 by 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-# llama.cpp's names for the tensors of a layer.
-_GGUF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GGUF_TABLES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_SHARD_BYTES = 4 << 30
-
-
-def _gguf_name(name: str) -> str | None:
-    """The name that transformers has for a tensor of a GGUF file."""
-    if name in _GGUF_TABLES:
-        return _GGUF_TABLES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if match is None or match[2] not in _GGUF_LAYER:
-        return None
-    return f"model.layers.{match[1]}.{_GGUF_LAYER[match[2]]}.weight"
-
-
-def _convert_gguf_weights(
-    name: str, target: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]
-) -> None:
-    from safetensors.numpy import save_file
-
-    unknown = sorted(tensor for tensor in tensors if _gguf_name(tensor) is None)
-    if unknown:
-        raise ArchitectureError(
-            f"{name} holds tensors that a llama model has not: {', '.join(unknown[:3])}"
-        )
-    shards: list[list[str]] = [[]]
-    room = _SHARD_BYTES
-    for tensor in tensors.values():
-        size = 4 * int(tensor.n_elements)
-        if size > room and shards[-1]:
-            shards.append([])
-            room = _SHARD_BYTES
-        shards[-1].append(tensor.name)
-        room -= size
-    files: dict[str, str] = {}
-    for number, members in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        file = file if len(shards) > 1 else "model.safetensors"
-        weights = {str(_gguf_name(member)): _floats(tensors[member], config) for member in members}
-        save_file(weights, target / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(weights, file)
-    if len(shards) > 1:
-        total = sum(4 * int(tensor.n_elements) for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        _write_json(target / "model.safetensors.index.json", index)
-
-
-def _floats(tensor: Any, config: Mapping[str, Any]) -> NDArray[np.float32]:
-    """The values of a GGUF tensor, rows in the order of transformers."""
-    from gguf.quants import dequantize
-
-    values: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type)
-    values = values.astype(np.float32, copy=False)
-    if ".attn_q." in tensor.name:
-        return split_halves(values, config["num_attention_heads"])
-    if ".attn_k." in tensor.name:
-        return split_halves(values, config["num_key_value_heads"])
-    return np.ascontiguousarray(values)
-
-
-def split_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Put the rows of each head back in the order that transformers rotates them in.
-
-    llama.cpp keeps the two numbers that are rotated together side by side; transformers keeps
-    the first ones of all pairs in the first half of the head and the second ones in the other.
-
-    Args:
-        weight: Shape (heads * head_dim, D), pairs side by side.
-        heads: Heads of the projection.
-
-    Returns:
-        Shape (heads * head_dim, D), halves.
-    """
-    pairs = weight.reshape(heads, -1, 2, weight.shape[1])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
-
-
-def _convert_gguf_tokenizer(file: Path, target: Path, metadata: Mapping[str, Any]) -> None:
-    from transformers import AutoTokenizer
-
-    words: PreTokenizer | None = None
-    kind, cut = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
-    if kind == "gpt2":
-        words = word_cutter(cut, file.name)
-    elif kind != "llama":
-        raise VocabularyError(
-            f"{file.name} has a vocabulary of the kind {kind}; of GGUF files mistill reads gpt2 "
-            "(byte-level BPE) and llama (SentencePiece) vocabularies"
-        )
-    with _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    if words is not None:
-        definition["pre_tokenizer"] = json.loads(words.__getstate__())
-        definition["model"]["ignore_merges"] = cut in _WHOLE_WORDS_FIRST
-    (target / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), "utf-8")
-    settings = {
-        # A named class would cut words in its own way; this one takes tokenizer.json as it is.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")),
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": metadata["llama.context_length"],
-        **{
-            name: value
-            for name, value in tokenizer.special_tokens_map.items()
-            if isinstance(value, str)
-        },
-    }
-    _write_json(target / "tokenizer_config.json", settings)
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None:
-        (target / "chat_template.jinja").write_text(template, "utf-8")
-
-
-def word_cutter(kind: str, name: str) -> PreTokenizer:
-    """The pre-tokenizer that ``tokenizer.ggml.pre`` of a GGUF file stands for.
-
-    Args:
-        kind: llama.cpp's name for it.
-        name: The file, for the error.
-
-    Returns:
-        What cuts text into words and writes their bytes as printable characters.
-
-    Raises:
-        VocabularyError: If mistill does not know the name: a wrong guess would give the model
-            tokens that it never met.
-    """
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-
-    if kind in _GPT2:
-        return ByteLevel(add_prefix_space=False, use_regex=True)
-    if kind in _DIGITS_THEN_GPT2:
-        return Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
-    if kind in _WHOLE_WORDS_FIRST:
-        return Sequence(
-            [
-                Split(Regex(_WHOLE_WORDS_FIRST[kind]), behavior="isolated"),
-                ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    known = ", ".join(sorted((*_GPT2, *_DIGITS_THEN_GPT2, *_WHOLE_WORDS_FIRST)))
-    raise VocabularyError(
-        f"{name} cuts text into words in a way called {kind!r}, which mistill does not know; "
-        f"known are {known}"
-    )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and notices off the terminal, and leave its settings as they were."""
-    from transformers.utils import logging as theirs
-
-    shown, verbosity = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
-    theirs.disable_progress_bar()
-    theirs.set_verbosity_error()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(verbosity)
-        if shown:
-            theirs.enable_progress_bar()
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

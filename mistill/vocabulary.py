@@ -99,24 +99,25 @@ class Vocabulary:
         """
         self._folder = folder
         self._tokenizer = tokenizer
-        self._definition = definition
-        self._settings = _optional_json(folder / "tokenizer_config.json")
+        self._added = list(definition.get("added_tokens") or [])
+        self._spell = _speller(definition)
+        settings = _optional_json(folder / "tokenizer_config.json")
         config = _optional_json(folder / "config.json")
         tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        #: Rows of the model's embedding, V; some may stand for no token.
+        # Rows of the model's embedding, V; some may stand for no token.
         self.size = int(config.get("vocab_size", tokens))
-        #: The template as it is written in the folder, or None.
-        self.chat_template = _read_template(folder, self._settings)
-        #: bos_token, eos_token and the like, by name.
-        self.special_tokens = _special_tokens(folder, self._settings)
+        # The template as it is written in the folder.
+        self.chat_template = _read_template(folder, settings)
+        # bos_token, eos_token and the like, by name.
+        self.special_tokens = _special_tokens(folder, settings)
         generation = _optional_json(folder / "generation_config.json")
         self.bos_id = self._first_id(
             self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
         )
+        # Whether plain text begins with the token bos_id; a template writes its own.
         self.adds_bos = self.bos_id is not None and _adds_bos(
-            self._settings, processor, str(tokenizer.id_to_token(self.bos_id))
+            settings, processor, str(tokenizer.id_to_token(self.bos_id))
         )
-        """Whether plain text begins with the token ``bos_id``; a template writes its own."""
         self._configured_ends = (*_ids_of(generation), *_ids_of(config))
 
     def __repr__(self) -> str:
@@ -296,7 +297,7 @@ class Vocabulary:
     @cached_property
     def _bytes(self) -> list[bytes]:
         """What each id spells; an id in a gap spells nothing, and trailing padding is absent."""
-        spell = _speller(self._definition)
+        spell = self._spell
         added = {entry["id"]: entry["content"] for entry in self._added}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
         spelled = {token: spell(text) for text, token in vocabulary.items() if token not in added}
@@ -308,10 +309,6 @@ class Vocabulary:
     def _unassigned(self) -> frozenset[int]:
         assigned = set(self._tokenizer.get_vocab(with_added_tokens=True).values())
         return frozenset(set(range(len(self._bytes))) - assigned)
-
-    @cached_property
-    def _added(self) -> list[dict[str, Any]]:
-        return list(self._definition.get("added_tokens") or [])
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

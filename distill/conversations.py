@@ -1,0 +1,356 @@
+"""Let a teacher write the conversations that its student learns from.
+
+A student learns best on what its teacher would say itself (sequence-level distillation, Kim and
+Rush, 2016, https://arxiv.org/abs/1606.07947). Prompts are answered in batches. Each prompt draws
+from its own generator, and a batch is written down whole, so that an interrupted run goes on
+where it stopped and ends with the file that an undisturbed one would have written.
+
+B is batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.generate_settings import GenerateSettings
+from mistill.errors import ContextError, TextError
+from mistill.folder import (
+    fingerprint,
+    open_folder,
+    refuse_existing,
+    working,
+    write_atomically,
+)
+from mistill.progress import track
+from mistill.sampling import Sampler, SamplingSettings
+from mistill.settings import require, settings_dict, settings_from
+from mistill.source import resolve_model
+from mistill.text import Texts, read_prompts
+from mistill.vocabulary import Message, Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
+
+
+class Reply(NamedTuple):
+    """What a teacher said.
+
+    Attributes:
+        ids: Token ids, without the one that ends the turn.
+        finished: Whether the teacher ended its turn itself.
+    """
+
+    ids: list[int]
+    finished: bool
+
+
+def generate_conversations(
+    teacher: str | Path,
+    prompts: Texts,
+    target: str | Path,
+    *,
+    settings: GenerateSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Let a teacher answer prompts, and write the conversations as JSON lines.
+
+    An interrupted run, given again, goes on where it stopped.
+
+    Args:
+        teacher: A folder, a Hub id, a .gguf file, or ``@smollm2``.
+        prompts: A .txt file with a prompt on each line, or rows of prompts (``read_prompts``).
+        target: The .jsonl file to write, a conversation on each line, in the prompts' order.
+        settings: How the teacher writes; or its fields as keywords.
+        overwrite: Whether existing files are replaced.
+        **options: Fields of ``GenerateSettings``.
+
+    Returns:
+        The target.
+
+    Raises:
+        TextError: If there are no prompts, or the teacher ended none of its replies.
+        TargetExistsError: If the target exists and may not be replaced.
+        ContextError: If a prompt leaves no room for a reply.
+    """
+    settings = settings_from(GenerateSettings, settings, options)
+    target = _refuse(target, overwrite)
+    held_out = None if settings.held_out is None else _refuse(settings.held_out, overwrite)
+    require(held_out != target, f"held_out and the target are the same file, {target}")
+    asked = read_prompts(prompts)
+    if settings.system is not None:
+        system = {"role": "system", "content": settings.system}
+        asked = [[system, *(m for m in messages if m["role"] != "system")] for messages in asked]
+    folder = resolve_model(teacher)
+    info = open_folder(folder)
+    vocabulary = load_vocabulary(folder)
+    ids = [_prompt_ids(messages, vocabulary) for messages in asked]
+    _check_room(ids, settings.max_new_tokens, info.context_length)
+
+    key = {
+        "step": "generate",
+        "settings": settings_dict(settings) | {"held_out": None, "held_out_share": None},
+        "teacher": fingerprint(folder),
+        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+    }
+    with working(target, key) as work:
+        replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
+        texts = [(vocabulary.decode(reply.ids).strip(), reply.finished) for reply in replies]
+        kept = [
+            [*messages, {"role": "assistant", "content": said}]
+            for messages, (said, finished) in zip(asked, texts, strict=True)
+            if said and (finished or settings.keep_unfinished)
+        ]
+        _report(texts, len(kept), settings)
+        _publish(kept, target, held_out, settings.held_out_share)
+        shutil.rmtree(work)
+    return target
+
+
+def _refuse(target: str | Path, overwrite: bool) -> Path:
+    path = Path(target).expanduser().absolute()
+    require(path.suffix.lower() == ".jsonl", f"the target must end in .jsonl, not {target}")
+    if overwrite and path.is_file():
+        return path
+    return refuse_existing(path)
+
+
+def _prompt_ids(messages: Sequence[Message], vocabulary: Vocabulary) -> list[int]:
+    return vocabulary.encode(vocabulary.render(messages, add_generation_prompt=True))
+
+
+def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+    needed = len(prompts[longest]) + max_new_tokens
+    if needed > context:
+        raise ContextError(
+            f"prompt {longest + 1} and {max_new_tokens} new tokens need {needed} positions, but "
+            f"the teacher has {context}; shorten the prompt or lower max_new_tokens"
+        )
+
+
+def _report(texts: Sequence[tuple[str, bool]], kept: int, settings: GenerateSettings) -> None:
+    unfinished = sum(not finished for _, finished in texts)
+    empty = sum(not said for said, _ in texts)
+    fate = "kept" if settings.keep_unfinished else "dropped"
+    _log.info(
+        "%d prompts, %d conversations kept; %d replies cut off after %d tokens (%s), %d empty",
+        len(texts),
+        kept,
+        unfinished,
+        settings.max_new_tokens,
+        fate,
+        empty,
+    )
+    if not kept:
+        raise TextError(
+            f"the teacher ended none of its {len(texts)} replies within "
+            f"{settings.max_new_tokens} tokens; raise max_new_tokens, or keep_unfinished"
+        )
+
+
+def _publish(
+    conversations: Sequence[Sequence[Message]],
+    target: Path,
+    held_out: Path | None,
+    held_out_share: float,
+) -> None:
+    """Write the files, each whole or not at all."""
+    rest = list(conversations)
+    if held_out is not None:
+        share = [talk for talk in rest if prompt_share(talk) < held_out_share]
+        rest = [talk for talk in rest if prompt_share(talk) >= held_out_share]
+        held_out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(held_out, _json_lines(share))
+    write_atomically(target, _json_lines(rest))
+
+
+def _json_lines(conversations: Sequence[Sequence[Message]]) -> str:
+    lines = (json.dumps({"messages": talk}, ensure_ascii=False) for talk in conversations)
+    return "".join(line + "\n" for line in lines)
+
+
+def prompt_share(conversation: Sequence[Message]) -> float:
+    """A number from 0 to 1 that depends on what the user says first and on nothing else.
+
+    Args:
+        conversation: Turns.
+
+    Returns:
+        The first 32 bits of the SHA-256 of the user's first turn, divided by 2 to the 32.
+    """
+    asked = next(message["content"] for message in conversation if message["role"] == "user")
+    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:4], "big") / 2**32
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+def _resumed_replies(
+    record: Path,
+    folder: Path,
+    vocabulary: Vocabulary,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerateSettings,
+) -> list[Reply]:
+    """The replies to all prompts, those in the record first, the rest written now."""
+    size = settings.batch_size
+    done = _recorded(record, len(prompts), size)
+    with track("writing conversations", len(prompts), "prompts", done=len(done)) as progress:
+        if len(done) < len(prompts):
+            write = _writer(folder, vocabulary, settings)
+            for start in range(len(done), len(prompts), size):
+                numbers = range(start, min(start + size, len(prompts)))
+                batch = [prompts[number] for number in numbers]
+                replies = write(batch, numbers, progress.advance)
+                _record(record, replies)
+                done += replies
+    return done
+
+
+def _recorded(record: Path, prompts: int, batch_size: int) -> list[Reply]:
+    """Replies of the batches that were written down whole; what follows them is cut off."""
+    if not record.is_file():
+        return []
+    lines = record.read_bytes().split(b"\n")[:-1]  # the last line has an end only if it is whole
+    whole = len(lines) if len(lines) == prompts else len(lines) // batch_size * batch_size
+    kept = lines[:whole]
+    with record.open("r+b") as opened:
+        opened.truncate(sum(len(line) + 1 for line in kept))
+    return [Reply(**json.loads(line)) for line in kept]
+
+
+def _record(record: Path, replies: Sequence[Reply]) -> None:
+    lines = "".join(json.dumps(reply._asdict()) + "\n" for reply in replies)
+    with record.open("ab") as opened:
+        opened.write(lines.encode())
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+_Write = Callable[[Sequence[Sequence[int]], Sequence[int], Callable[[], None]], list[Reply]]
+
+
+def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) -> _Write:
+    """Load a teacher, and return what answers a batch of prompts by their numbers."""
+    import torch
+
+    from mistill.pytorch import load_pytorch
+
+    on_gpu = torch.cuda.is_available()
+    model = load_pytorch(folder, torch.bfloat16 if on_gpu else torch.float32)
+    if on_gpu:
+        cast(torch.nn.Module, model).to("cuda")
+    sampling = SamplingSettings(
+        temperature=settings.temperature, top_p=settings.top_p, top_k=0, min_p=0.0
+    )
+
+    def write(
+        prompts: Sequence[Sequence[int]], numbers: Sequence[int], finished: Callable[[], None]
+    ) -> list[Reply]:
+        samplers = [
+            Sampler(sampling, np.random.default_rng([settings.seed, number])) for number in numbers
+        ]
+        return write_replies(
+            model, prompts, samplers, vocabulary.end_ids, settings.max_new_tokens, finished
+        )
+
+    return write
+
+
+def write_replies(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    choose: Sequence[Callable[[NDArray[np.float32]], int]],
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    finished: Callable[[], None] = lambda: None,
+) -> list[Reply]:
+    """Answer several prompts at once, padded on the left.
+
+    A prompt whose reply has ended leaves the batch, so that a long reply does not keep the short
+    ones computing.
+
+    Args:
+        model: A Llama or Mistral with its head, in eval mode.
+        prompts: B prompts, token ids, none empty.
+        choose: One function for each prompt, from logits (V,) to a token.
+        end_ids: Tokens at which a reply ends.
+        max_new_tokens: Most tokens of a reply.
+        finished: Called once for each reply that ends.
+
+    Returns:
+        B replies.
+    """
+    replies: list[Reply] = [Reply([], False) for _ in prompts]
+    going = list(range(len(prompts)))
+    for logits, leave in _steps(model, prompts, max_new_tokens):
+        tokens = [choose[row](scores) for row, scores in zip(going, logits, strict=True)]
+        stay = []
+        for place, (row, token) in enumerate(zip(going, tokens, strict=True)):
+            if token in end_ids:
+                replies[row] = Reply(replies[row].ids, True)
+                continue
+            replies[row].ids.append(token)
+            if len(replies[row].ids) < max_new_tokens:
+                stay.append(place)
+        for _ in range(len(going) - len(stay)):
+            finished()
+        going = [going[place] for place in stay]
+        leave(stay, [tokens[place] for place in stay])
+    return replies
+
+
+_Leave = Callable[[Sequence[int], Sequence[int]], None]
+
+
+def _steps(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Iterator[tuple[NDArray[np.float32], _Leave]]:
+    """Yield the logits (B, V) of the rows still going, and how to say which go on with what."""
+    import torch
+    from transformers import DynamicCache
+
+    width = max(map(len, prompts))
+    device = model.device
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache = DynamicCache(config=model.config)
+
+    def leave(stay: Sequence[int], tokens: Sequence[int]) -> None:
+        nonlocal ids, seen
+        if len(stay) < len(ids):
+            rows = torch.tensor(stay, dtype=torch.long, device=device)
+            cache.batch_select_indices(rows)
+            seen = seen[rows]
+        ids = torch.tensor(tokens, dtype=torch.long, device=device)[:, None]
+        seen = torch.cat([seen, torch.ones_like(ids)], dim=1)
+
+    while len(ids):
+        positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # Entered anew for each step: across a yield it would leak into the caller.
+        with torch.inference_mode():
+            scores = model(
+                ids,
+                attention_mask=seen,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            logits = scores.float().cpu().numpy()
+        yield logits, leave

@@ -32,6 +32,8 @@ Form = Literal["model", "gptq", "nf4", "onnx"]
 LINEAGE_FILE = "lineage.json"
 MANIFEST_FILE = "manifest.json"
 
+# What tells how a folder was made, with dates and durations, and not what it holds.
+_RECORDS = (LINEAGE_FILE, MANIFEST_FILE, "metrics.jsonl", "quantize_report.json")
 _VERSIONED = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnx-ir", "numpy")
 _COMPANIONS = (
     "tokenizer.json",
@@ -659,8 +661,8 @@ def fingerprint(path: str | Path) -> str:
 
     SHA-256 over the names and sizes of all files, the whole of those up to 1 MiB, and 64 evenly
     spaced pages of larger ones: enough to tell two trained models apart, not to detect a
-    forger. The manifest of an ONNX folder holds full checksums. The lineage does not count,
-    since it holds the date.
+    forger. The manifest of an ONNX folder holds full checksums. Records of how a folder was made
+    do not count: they hold dates and durations.
 
     Args:
         path: A file or a folder.
@@ -672,7 +674,7 @@ def fingerprint(path: str | Path) -> str:
     files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
     digest = hashlib.sha256()
     for file in files:
-        if file.name in (LINEAGE_FILE, MANIFEST_FILE):
+        if file.name in _RECORDS:
             continue
         size = file.stat().st_size
         name = file.relative_to(root).as_posix() if root.is_dir() else "file"

@@ -195,6 +195,8 @@ class OnnxModel:
         self._binding.bind_cpu_input("attention_mask", self._ones[:, :end])
         inputs[0] = tokens
         self._session.run_with_iobinding(self._binding)
+        if scores is not self._next_logits:
+            scores[:] = self._binding.get_outputs()[-1].numpy()
         self._cache.ids += tokens
 
     def _bind_cache(self) -> None:
@@ -214,7 +216,12 @@ class OnnxModel:
             last = scores is self._next_logits
             self._bind("input_ids", inputs)
             self._bind("first_logit", self._last_position if last else self._every_position)
-            self._binding.bind_ortvalue_output("logits", _value(scores))
+            # Bound after the cache, and so the last of the outputs. A graph declares one position,
+            # as it gives by default; ONNX Runtime makes room for more only by itself.
+            if last:
+                self._binding.bind_ortvalue_output("logits", _value(scores))
+            else:
+                self._binding.bind_output("logits")
             self._bound_tokens = inputs
 
     def _bind(self, name: str, array: NDArray[np.int64]) -> None:

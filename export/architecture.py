@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from mistill.errors import ArchitectureError
 
 ARCHITECTURES = ("llama", "mistral")
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+NORM = "model.norm"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +52,33 @@ class Architecture:
     tied: bool
     frequencies: NDArray[np.float32]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The weight that each module must have.
+
+        Returns:
+            Module name to the shape of its weight: (N, K) of a matrix, (D,) of a norm.
+        """
+        width, queries = self.hidden_size, self.heads * self.head_dim
+        keys = self.kv_heads * self.head_dim
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (width,),
+            "self_attn.q_proj": (queries, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, queries),
+            "post_attention_layernorm": (width,),
+            "mlp.gate_proj": (self.intermediate_size, width),
+            "mlp.up_proj": (self.intermediate_size, width),
+            "mlp.down_proj": (width, self.intermediate_size),
+        }
+        table = (self.vocabulary_size, width)
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, NORM: (width,)}
+        if not self.tied:
+            shapes[HEAD] = table
+        for number in range(self.layers):
+            shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+        return shapes
+
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
     """Read a config.json.
@@ -77,9 +107,9 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise ArchitectureError(f"{heads} query heads cannot share {kv_heads} key/value heads")
-    if head_dim % 8:
+    if head_dim % 16:
         raise ArchitectureError(
-            f"ONNX Runtime's attention needs heads whose width divides by 8, this model's are "
+            "ONNX Runtime's attention needs heads whose width divides by 16, this model's are "
             f"{head_dim} wide"
         )
     return Architecture(

@@ -275,7 +275,7 @@ def round_to_blocks(weight: NDArray[np.floating], bits: int, largest_block: int)
     codes = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
     for start in range(0, rows, _ROWS_AT_ONCE):
-        part = weight[start : start + _ROWS_AT_ONCE].astype(np.float32)
+        part = weight[start : start + _ROWS_AT_ONCE].astype(np.float32, copy=False)
         part = np.pad(part, ((0, 0), (0, blocks * block_size - columns)))
         whole, scale = _round(part.reshape(len(part), blocks, block_size), bits)
         codes[start : start + len(part)] = _pack(whole, bits)

@@ -25,10 +25,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.architecture import Architecture, rotary_tables
+from export.architecture import EMBEDDING, HEAD, Architecture, rotary_tables
 from export.blocks import BlockWeight, can_stack, stack
 from export.settings import GraphOptions
-from export.weights import EMBEDDING, HEAD, FolderWeights, Linear, Weight
+from export.weights import FolderWeights, Linear, Weight
 from export.writer import MICROSOFT, GraphWriter
 from mistill.progress import track
 

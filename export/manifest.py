@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.settings import MODEL_FILE
 from mistill.folder import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # These read a few rows of a table, where every other operator reads its weights from end to end.
 _ROW_READERS = {
@@ -50,29 +53,28 @@ def bytes_per_token(folder: Path) -> int:
     import onnx_ir as ir
 
     graph = ir.load(folder / MODEL_FILE).graph
-    whole: set[str] = set()
+    whole: dict[str, int] = {}
     rows = 0
     for node in graph:
         for place, value in enumerate(node.inputs):
-            source = _initializer(value, graph.initializers)
-            if source is None:
+            weight = _weight(value)
+            if weight is None or node.op_type == "Reshape":
                 continue
-            tensor = source.const_value
-            assert tensor is not None
             if place in _ROW_READERS.get(node.op_type, ()):
-                rows += tensor.nbytes // int(tensor.shape[0])
-            elif node.op_type != "Reshape":
-                assert source.name is not None
-                whole.add(source.name)
-    tensors = [graph.initializers[name].const_value for name in whole]
-    return rows + sum(tensor.nbytes for tensor in tensors if tensor is not None)
+                rows += weight.nbytes // weight.shape.numpy()[0]
+            else:
+                whole[str(weight.name)] = weight.nbytes
+    return rows + sum(whole.values())
 
 
-def _initializer(value: Any, initializers: Any) -> Any:
-    """The weight that an operator reads, also through a change of its shape."""
+def _weight(value: ir.Value | None) -> ir.ExternalTensor | None:
+    """The tensor of the data file that an operator reads, also through a change of its shape."""
+    import onnx_ir as ir
+
     if value is None:
         return None
     producer = value.producer()
     if producer is not None and producer.op_type == "Reshape":
         value = producer.inputs[0]
-    return initializers.get(value.name)
+    tensor = None if value is None else value.const_value
+    return tensor if isinstance(tensor, ir.ExternalTensor) else None

@@ -136,8 +136,7 @@ def _write(
     from export.weights import FolderWeights
     from export.writer import GraphWriter
 
-    with FolderWeights(info.path, settings) as weights:
-        weights.require(architecture)
+    with FolderWeights(info.path, architecture, settings) as weights:
         with GraphWriter(folder) as writer:
             write_decoder(architecture, weights, writer, options)
         parity = None

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.architecture import Architecture
+from export.architecture import EMBEDDING, HEAD, Architecture
 from export.blocks import BlockWeight
 from export.settings import MODEL_FILE, GraphOptions
-from export.weights import EMBEDDING, HEAD, FolderWeights, Weight
+from export.weights import FolderWeights, Weight
 from mistill.errors import ExportError
 from mistill.processors import usable_threads
 

@@ -7,6 +7,7 @@ becomes is decided here: float weights stay, GPTQ codes and NF4 levels become bl
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,6 @@ from export.settings import OnnxSettings
 from mistill.errors import FolderError, missing_extra
 from mistill.folder import read_json, safetensors_header, weight_files
 from mistill.gptq_layout import TENSOR_NAMES, read_quantization, unpack
-
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
-NORM = "model.norm"
 
 FloatWeight = NDArray[np.float32]
 Weight = FloatWeight | BlockWeight
@@ -53,18 +50,26 @@ class FolderWeights:
     A context manager: the files are mapped until it ends.
     """
 
-    def __init__(self, folder: Path, settings: OnnxSettings) -> None:
-        """Read the headers.
+    def __init__(self, folder: Path, architecture: Architecture, settings: OnnxSettings) -> None:
+        """Read the headers, and refuse weights that do not make up the architecture.
 
         Args:
             folder: A sound model folder.
+            architecture: What the weights must make up.
             settings: Which precision to bring the weights to.
+
+        Raises:
+            FolderError: If a weight is missing or has another shape; the message names it.
         """
         self._settings = settings
         self._gptq = read_quantization(read_json(folder / "config.json"))
-        self._home = {
-            name: file for file in weight_files(folder) for name in safetensors_header(file)
-        }
+        self._home: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in weight_files(folder):
+            for name, entry in safetensors_header(file).items():
+                self._home[name] = file
+                self._shapes[name] = tuple(entry["shape"])
+        self._check(folder, architecture)
         self._open = ExitStack()
         self._files: dict[Path, Any] = {}
 
@@ -92,12 +97,7 @@ class FolderWeights:
 
         Returns:
             The tensor.
-
-        Raises:
-            FolderError: If there is none.
         """
-        if name not in self._home:
-            raise FolderError(f"the weights hold no tensor {name}; the model folder is incomplete")
         file = self._home[name]
         if file not in self._files:
             self._files[file] = self._open.enter_context(_open_safetensors(file))
@@ -112,31 +112,14 @@ class FolderWeights:
 
         Returns:
             The tensor.
-        """
-        return self.tensor(name).astype(np.float32)
-
-    def require(self, architecture: Architecture) -> None:
-        """Refuse a folder that lacks weights, before any of them is read.
-
-        Args:
-            architecture: What the weights should make up.
 
         Raises:
-            FolderError: If some are missing; the message names them.
+            FolderError: If it holds something that is not a number.
         """
-        modules = [EMBEDDING, NORM, *_layer_modules(architecture)]
-        if not architecture.tied:
-            modules.append(HEAD)
-        missing = [
-            module
-            for module in modules
-            if not self.has(f"{module}.weight") and not self.has(f"{module}.qweight")
-        ]
-        if missing:
-            more = f" and {len(missing) - 3} more" if missing[3:] else ""
-            raise FolderError(
-                f"the weights lack {', '.join(missing[:3])}{more}; the model folder is incomplete"
-            )
+        tensor = self.tensor(name).astype(np.float32, copy=False)
+        if not np.isfinite(tensor).all():
+            raise FolderError(f"{name} holds a value that is not a number; its training failed")
+        return tensor
 
     def changes(self, module: str) -> bool:
         """Whether the export rounds a linear layer, so that it is no longer the source's.
@@ -186,6 +169,26 @@ class FolderWeights:
             return weight.dequantize() if bits == 32 else weight
         return weight if bits == 32 else self._round(weight, bits)
 
+    def _check(self, folder: Path, architecture: Architecture) -> None:
+        wrong = []
+        for module, shape in architecture.shapes().items():
+            name, expected = f"{module}.weight", shape
+            if self.has(f"{module}.qweight"):
+                bits = 32 if self._gptq is None else self._gptq.bits
+                name, expected = f"{module}.qweight", (shape[1] * bits // 32, shape[0])
+            elif self.has(f"{name}.{_NF4_STATE}"):
+                expected = (math.prod(shape) // 2, 1)
+            found = self._shapes.get(name)
+            if found is None:
+                wrong.append(f"{name} is missing")
+            elif found != expected:
+                wrong.append(f"{name} has the shape {found}, not {expected}")
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+            raise FolderError(
+                f"{folder} does not hold the model of its config.json: {', '.join(wrong[:3])}{more}"
+            )
+
     def _stored(self, module: str) -> Weight:
         if self.has(f"{module}.qweight"):
             return self._gptq_blocks(module)
@@ -204,6 +207,7 @@ class FolderWeights:
             )
         names = [name for name in TENSOR_NAMES if self.has(f"{module}.{name}")]
         tensors = {name: self.tensor(f"{module}.{name}") for name in names}
+        tensors["scales"] = self.floats(f"{module}.scales")
         weight = unpack(tensors, form.bits, form.group_size, form.checkpoint_format)
         return blocks_of_codes(weight, self._settings.largest_block(form.bits))
 
@@ -224,15 +228,6 @@ class FolderWeights:
             (rows, columns),
             self._settings.largest_block(8),
         )
-
-
-def _layer_modules(architecture: Architecture) -> list[str]:
-    parts = [f"self_attn.{part}_proj" for part in "qkvo"]
-    parts += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    parts += ["input_layernorm", "post_attention_layernorm"]
-    return [
-        f"model.layers.{layer}.{part}" for layer in range(architecture.layers) for part in parts
-    ]
 
 
 def _open_safetensors(file: Path) -> Any:

@@ -1,0 +1,34 @@
+"""Settings of the export refuse nonsense when they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from export.settings import OnnxSettings
+from mistill.errors import SettingsError
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"precision": "int5"}, "auto, float32, int8 or int4"),
+        ({"head_bits": 16}, "head_bits must be 4, 8 or 32"),
+        ({"embedding_bits": 0}, "embedding_bits must be 4, 8 or 32"),
+        ({"block_size": 24}, "16, 32, 64, 128, 256"),
+        ({"accuracy_level": 1}, "accuracy_level must be 4"),
+        ({"context_length": 0}, "at least 1"),
+        ({"parity_positions": 1}, "0 or at least 2"),
+        ({"parity_positions": -1}, "0 or at least 2"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_refused(option: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        OnnxSettings(**option)
+
+
+def test_blocks_left_out_depend_on_the_bits() -> None:
+    assert [OnnxSettings().largest_block(bits) for bits in (4, 8)] == [64, 32]
+    assert [OnnxSettings(block_size=16).largest_block(bits) for bits in (4, 8)] == [16, 16]

@@ -19,9 +19,10 @@ from tokenizers.decoders import DecodeStream
 import export
 from mistill import chat
 from mistill.chat import ChatBot, ChatSettings
+from mistill.engine import OnnxModel
 from mistill.errors import ContextError, SettingsError, TextError, VocabularyError
 from mistill.language_model import open_model
-from mistill.sampling import SamplingSettings
+from mistill.sampling import Sampler
 from mistill.stream_text import StopStrings, TextStream
 from mistill.vocabulary import Vocabulary, load_vocabulary
 from tests.tiny import SENTENCES, tiny_tokenizer
@@ -145,9 +146,10 @@ def test_special_tokens_are_marks_and_not_text(byte_level: Vocabulary) -> None:
 def test_only_the_first_space_of_sentencepiece_is_not_part_of_the_text(
     sentence_piece: Vocabulary,
 ) -> None:
-    the = sentence_piece._tokenizer.token_to_id("\u2581the")
+    the, he = (sentence_piece._tokenizer.token_to_id(token) for token in ("\u2581the", "he"))
+    assert the is not None
+    assert he is not None
     assert streamed(sentence_piece, [the, the]) == ["the", " the", ""]
-    he = sentence_piece._tokenizer.token_to_id("he")
     assert streamed(sentence_piece, [he, the]) == ["he", " the", ""]
 
 
@@ -494,22 +496,29 @@ def test_an_onnx_folder_and_its_source_say_the_same(chatbot: Path, model: Path) 
     assert len(set(conversations[0][1]["content"])) > 5
 
 
-def test_a_later_turn_reads_only_what_is_new(chatbot: Path) -> None:
-    opened = open_model(chatbot, threads=1)
+def test_a_later_turn_reads_only_what_is_new(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = OnnxModel(chatbot, threads=1)
     bot = ChatBot(chatbot, model=opened, temperature=0, max_new_tokens=30)
     list(bot.reply(SENTENCES[0]))
     assert bot.last_speed is not None
     first = bot.last_speed.prompt_tokens
     read: list[int] = []
-    run = opened._read  # type: ignore[attr-defined]
-    opened._read = lambda *given: (read.append(len(given[0])), run(*given))  # type: ignore[attr-defined]
+    run = opened._read
+
+    def noted(tokens: list[int], scores: NDArray[np.float32]) -> None:
+        read.append(len(tokens))
+        run(tokens, scores)
+
+    monkeypatch.setattr(opened, "_read", noted)
     reply = bot.reply("And now?")
     next(reply)
-    before_more = list(read)
+    before_more = sum(read)
     reply.close()
     # A random model spells its reply in ways that the tokenizer does not, so that may be read
     # again, but nothing before it is.
-    assert sum(before_more) <= bot.last_speed.prompt_tokens - first
+    assert before_more <= bot.last_speed.prompt_tokens - first
     assert first > 20
 
 
@@ -529,18 +538,16 @@ def test_a_seed_repeats_a_conversation(chatbot: Path) -> None:
 
 
 def test_the_penalty_counts_the_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[int]] = []
+    noted: list[list[int]] = []
 
-    class Noting(chat.Sampler):
-        def __init__(self, settings: SamplingSettings, *arguments: Any, seen: Any) -> None:
-            noted.append(list(seen))
-            super().__init__(settings, *arguments, seen=seen)
+    def sampler(*arguments: Any, seen: list[int]) -> Sampler:
+        noted.append(seen)
+        return Sampler(*arguments, seen=seen)
 
-    noted = seen
-    monkeypatch.setattr(chat, "Sampler", Noting)
+    monkeypatch.setattr(chat, "Sampler", sampler)
     bot, model = scripted(folder, ["Hello"], repetition_penalty=1.1)
     list(bot.reply("Hi"))
-    assert seen == model.prompts
+    assert noted == model.prompts
 
 
 # --- what is refused ------------------------------------------------------------------------------

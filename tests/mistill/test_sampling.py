@@ -31,7 +31,7 @@ from tests.reference import sampling as slow
 
 V = 300
 SEEN = [3, 8, 21, 150, 299]
-GRID = [
+GRID: list[dict[str, Any]] = [
     {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for temperature, top_k, top_p, min_p in product(
         (0.3, 1.0, 2.5), (0, 1, 7, 400), (0.2, 0.9, 1.0), (0.0, 0.1, 1.0)
@@ -68,7 +68,8 @@ def of_transformers(
     if options["top_p"] < 1:
         steps.append(TopPLogitsWarper(options["top_p"]))
     steps.append(MinPLogitsWarper(options["min_p"]))
-    scores = LogitsProcessorList(steps)(torch.tensor([seen]), torch.from_numpy(logits.copy())[None])
+    processors: Any = LogitsProcessorList(steps)
+    scores = processors(torch.tensor([seen]), torch.from_numpy(logits.copy())[None])
     return torch.softmax(scores[0].double(), dim=-1).numpy()
 
 
@@ -95,7 +96,7 @@ def test_the_distribution_is_the_one_of_transformers(options: dict[str, Any]) ->
 
 def test_logits_that_tie_at_the_edge_of_top_k_are_all_kept_as_in_transformers() -> None:
     logits = np.array([1, 5, 3, 3, 3, 0], np.float32)
-    options = {"temperature": 1.0, "top_k": 2, "top_p": 1.0, "min_p": 0.0}
+    options: dict[str, Any] = {"temperature": 1.0, "top_k": 2, "top_p": 1.0, "min_p": 0.0}
     ours = dense(logits, **options)
     assert np.flatnonzero(ours).tolist() == [1, 2, 3, 4]
     np.testing.assert_allclose(ours, of_transformers(logits, 1.0, [0], options), atol=1e-7)

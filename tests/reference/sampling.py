@@ -45,8 +45,6 @@ def distribution(
 def normalised(scores: Sequence[float], kept: Collection[int]) -> list[float]:
     """Softmax over the tokens kept, zero elsewhere."""
     most = max(scores[token] for token in kept)
-    odds = [
-        math.exp(score - most) if token in kept else 0.0 for token, score in enumerate(scores)
-    ]
+    odds = [math.exp(score - most) if token in kept else 0.0 for token, score in enumerate(scores)]
     total = sum(odds)
     return [value / total for value in odds]

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mistill.errors import FolderError
+from mistill.gptq_layout import (
+    CheckpointFormat,
+    GptqFormat,
+    QuantizedWeight,
+    pack,
+    quantized_modules,
+    read_quantization,
+    unpack,
+)
+
+FORMATS: tuple[CheckpointFormat, ...] = ("gptq", "gptq_v2")
+
+
+def random_weight(bits: int, group_size: int, seed: int = 0) -> QuantizedWeight:
+    generator = np.random.default_rng(seed)
+    outputs, columns = 24, 64
+    groups = 1 if group_size == -1 else columns // group_size
+    return QuantizedWeight(
+        codes=generator.integers(0, 2**bits, (outputs, columns)).astype(np.uint8),
+        scales=generator.random((outputs, groups)).astype(np.float16),
+        zeros=generator.integers(0, 2**bits, (outputs, groups)).astype(np.uint8),
+        g_idx=(np.arange(columns) // (columns // groups)).astype(np.int32),
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def one_word(codes: list[int], zeros: list[int], bits: int) -> QuantizedWeight:
+    """A square weight whose first row of codes and only row of zeros are given."""
+    size = len(codes)
+    table = np.zeros((size, size), np.uint8)
+    table[0] = codes
+    return QuantizedWeight(
+        codes=table,
+        scales=np.ones((size, 1), np.float16),
+        zeros=np.array(zeros, np.uint8)[:, None],
+        g_idx=np.zeros(size, np.int32),
+        bits=bits,
+        group_size=-1,
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [-1, 16, 32])
+@pytest.mark.parametrize("checkpoint_format", FORMATS)
+def test_what_is_packed_comes_back_equal(
+    bits: int, group_size: int, checkpoint_format: CheckpointFormat
+) -> None:
+    weight = random_weight(bits, group_size)
+    tensors = pack(weight, checkpoint_format)
+    back = unpack(tensors, bits, group_size, checkpoint_format)
+    np.testing.assert_array_equal(back.codes, weight.codes)
+    np.testing.assert_array_equal(back.zeros, weight.zeros)
+    np.testing.assert_array_equal(back.scales, weight.scales)
+    np.testing.assert_array_equal(back.g_idx, weight.g_idx)
+    assert tensors["qweight"].shape == (64 * bits // 32, 24)
+    assert tensors["qzeros"].shape == (weight.scales.shape[1], 24 * bits // 32)
+    assert {name: str(tensor.dtype) for name, tensor in tensors.items()} == {
+        "qweight": "int32",
+        "qzeros": "int32",
+        "scales": "float16",
+        "g_idx": "int32",
+    }
+
+
+def test_eight_codes_share_a_word_with_the_first_one_lowest() -> None:
+    weight = one_word([1, 2, 3, 4, 5, 6, 7, 15], [8] * 8, bits=4)
+    words = pack(weight, "gptq_v2")["qweight"].view(np.uint32)
+    assert words.shape == (1, 8)
+    assert words[0, 0] == 0xF7654321
+
+
+def test_four_8_bit_codes_share_a_word_with_the_first_one_lowest() -> None:
+    weight = one_word([0x11, 0x22, 0x33, 0xFE], [128] * 4, bits=8)
+    assert pack(weight, "gptq_v2")["qweight"].view(np.uint32)[0, 0] == 0xFE332211
+
+
+def test_zeros_are_packed_along_the_outputs_and_less_one_in_the_first_format() -> None:
+    weight = one_word([0] * 8, [8, 9, 8, 8, 8, 8, 8, 15], bits=4)
+    assert pack(weight, "gptq_v2")["qzeros"].view(np.uint32).tolist() == [[0xF8888898]]
+    assert pack(weight, "gptq")["qzeros"].view(np.uint32).tolist() == [[0xE7777787]]
+
+
+def test_a_zero_of_0_borrows_from_its_neighbour_and_gets_it_back() -> None:
+    zeros = [0, 5, 0, 0, 8, 1, 0, 3]
+    weight = one_word([0] * 8, zeros, bits=4)
+    tensors = pack(weight, "gptq")
+    # 0x30180050 - 0x11111111, worked by hand: every lane of 0 becomes 15 and takes one from above.
+    assert tensors["qzeros"].view(np.uint32).tolist() == [[0x1F06EF3F]]
+    assert unpack(tensors, 4, -1, "gptq").zeros[:, 0].tolist() == zeros
+
+
+def test_dequantizing_is_scale_times_code_less_zero() -> None:
+    weight = QuantizedWeight(
+        codes=np.array([[0, 8, 15, 3]], np.uint8),
+        scales=np.array([[0.5, 2.0]], np.float16),
+        zeros=np.array([[8, 3]], np.uint8),
+        g_idx=np.array([0, 0, 1, 1], np.int32),
+        bits=4,
+        group_size=2,
+    )
+    assert weight.dequantize().tolist() == [[-4.0, 0.0, 24.0, 0.0]]
+    assert weight.dequantize().dtype == np.float32
+
+
+def test_g_idx_sends_each_column_to_its_group() -> None:
+    weight = random_weight(4, 16)
+    mixed = QuantizedWeight(
+        weight.codes, weight.scales, weight.zeros, weight.g_idx[::-1].copy(), 4, 16
+    )
+    assert weight.ordered
+    assert not mixed.ordered
+    back = unpack(pack(mixed, "gptq_v2"), 4, 16, "gptq_v2")
+    column, group = 5, int(weight.g_idx[-6])
+    expected = (weight.codes[:, column].astype(float) - weight.zeros[:, group]) * weight.scales[
+        :, group
+    ]
+    np.testing.assert_allclose(back.dequantize()[:, column], expected, rtol=1e-6)
+
+
+def test_a_file_without_g_idx_has_its_groups_in_order() -> None:
+    weight = random_weight(8, 16)
+    tensors = pack(weight, "gptq")
+    del tensors["g_idx"]
+    np.testing.assert_array_equal(unpack(tensors, 8, 16, "gptq").g_idx, weight.g_idx)
+
+
+def test_symmetric_means_every_zero_in_the_middle() -> None:
+    assert one_word([0] * 8, [8] * 8, bits=4).symmetric
+    assert not one_word([0] * 8, [8] * 7 + [7], bits=4).symmetric
+
+
+@pytest.mark.parametrize(("outputs", "columns"), [(12, 64), (24, 60)])
+def test_sizes_that_do_not_fill_whole_words_are_refused(outputs: int, columns: int) -> None:
+    weight = QuantizedWeight(
+        codes=np.zeros((outputs, columns), np.uint8),
+        scales=np.ones((outputs, 1), np.float16),
+        zeros=np.zeros((outputs, 1), np.uint8),
+        g_idx=np.zeros(columns, np.int32),
+        bits=4,
+        group_size=-1,
+    )
+    with pytest.raises(ValueError, match="divide by 8"):
+        pack(weight, "gptq")
+
+
+def test_tensors_of_another_bit_width_are_refused() -> None:
+    tensors = pack(random_weight(8, 16), "gptq")
+    with pytest.raises(FolderError, match="do not belong together at 4 bits"):
+        unpack(tensors, 4, 16, "gptq")
+
+
+def test_a_group_that_is_not_there_is_refused() -> None:
+    tensors = dict(pack(random_weight(4, 16), "gptq"))
+    tensors["g_idx"] = tensors["g_idx"] + np.int32(1)
+    with pytest.raises(FolderError, match="do not belong together"):
+        unpack(tensors, 4, 16, "gptq")
+
+
+def test_the_config_that_is_written_is_read_back() -> None:
+    layout = GptqFormat(bits=8, group_size=32, symmetric=False, checkpoint_format="gptq_v2")
+    config = {"quantization_config": layout.to_config(damp_percent=0.05)}
+    assert config["quantization_config"]["damp_percent"] == 0.05
+    assert read_quantization(json.loads(json.dumps(config))) == layout
+
+
+def test_a_float_or_nf4_config_has_no_gptq_format() -> None:
+    assert read_quantization({"vocab_size": 3}) is None
+    assert read_quantization({"quantization_config": {"quant_method": "bitsandbytes"}}) is None
+
+
+def test_the_newer_name_of_the_format_is_read() -> None:
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 64, "format": "gptq_v2"}
+    layout = read_quantization({"quantization_config": quantization})
+    assert layout is not None
+    assert layout.checkpoint_format == "gptq_v2"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bits": 3}, "4 or 8 bits, this model has 3"),
+        ({"bits": "four"}, "whole numbers"),
+        ({"group_size": None}, "whole numbers"),
+        ({"group_size": 0}, "above 0, or -1"),
+        ({"checkpoint_format": "marlin"}, "'marlin'"),
+        ({"dynamic": {"-:.*down_proj": {}}}, "dynamic"),
+        ({"lm_head": True}, "lm_head"),
+    ],
+)
+def test_a_format_that_cannot_be_read_is_refused_by_name(
+    change: dict[str, object], said: str
+) -> None:
+    quantization = GptqFormat(bits=4, group_size=64).to_config() | change
+    with pytest.raises(FolderError, match=said):
+        read_quantization({"quantization_config": quantization})
+
+
+def test_modules_are_named_by_their_codes() -> None:
+    names = ["a.q_proj.qweight", "a.q_proj.scales", "model.norm.weight", "b.qweight"]
+    assert quantized_modules(names) == ["a.q_proj", "b"]
+
+
+def test_reading_the_layout_loads_no_torch() -> None:
+    code = "import sys, mistill.gptq_layout; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,7 +25,7 @@ class GenerateSettings:
         held_out_share: Share of the prompts whose conversations go there, by a hash of the
             prompt, so that equal prompts never part.
         batch_size: Prompts that the teacher answers at once.
-        seed: Makes the replies repeatable, each prompt's by its own.
+        seed: Makes the replies repeatable; each prompt draws by itself.
     """
 
     max_new_tokens: int = 256

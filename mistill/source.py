@@ -71,7 +71,7 @@ def resolve_model(source: str | Path) -> Path:
     if name.startswith("@"):
         return _convert_once(_embedded(name))
     path = Path(source).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         _refuse_remote_code(path, name)
         return _with_tokenizer(path)
     if path.is_file():

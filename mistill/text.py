@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ SHIPPED = {
 
 _DATA = Path(__file__).parent / "data"
 _FILES = (".txt", ".jsonl", ".json", ".parquet")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]+){0,2}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 
 _ACCEPTED = (
     "messages, conversations, prompt with response or completion, instruction (and input) with "
@@ -82,8 +83,8 @@ class TokenBlocks:
     """Documents packed into blocks of one length, N blocks of T positions.
 
     The logits at position t predict the token at t + 1; ``kept`` says at which positions that
-    counts. To keep documents apart inside a model, give it ``position_ids`` and no attention
-    mask.
+    counts. To keep documents apart inside a transformers model, give it ``position_ids``, no
+    attention mask, and ``use_cache=False``: with a cache it would let them see one another.
 
     Attributes:
         ids: Token ids, int64, shape (N, T); 0 where there is no document.
@@ -266,7 +267,11 @@ def _kind(value: Any) -> str:
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
     # Brackets and stars in a file's own name are no pattern.
-    return _dataset_rows(str(path), "parquet", data_files=glob.escape(str(path)), split="train")
+    file = glob.escape(str(path))
+    with TemporaryDirectory() as cache:  # for a lock that datasets leaves behind
+        yield from _dataset_rows(
+            str(path), "parquet", data_files=file, split="train", cache_dir=cache
+        )
 
 
 def _hub_rows(source: str) -> Iterator[_Row]:

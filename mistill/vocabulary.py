@@ -80,7 +80,19 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
 
 
 class Vocabulary:
-    """What the tokens of a model spell, and how it wants a conversation written."""
+    """What the tokens of a model spell, and how it wants a conversation written.
+
+    ``load_vocabulary`` is the way to get one. ``size`` counts the rows of the model's embedding,
+    V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
+    token ``bos_id``; a template writes its own. ``special_tokens`` holds bos_token, eos_token and
+    the like by name, and ``chat_template`` the template as it is written in the folder.
+
+    Args:
+        folder: Where the configuration files are.
+        tokenizer: Without a post-processor.
+        definition: What tokenizer.json says.
+        processor: The post-processor that was taken out of it.
+    """
 
     def __init__(
         self,
@@ -89,14 +101,6 @@ class Vocabulary:
         definition: Mapping[str, Any],
         processor: Mapping[str, Any] | None,
     ) -> None:
-        """Put a vocabulary together; ``load_vocabulary`` is the way to get one.
-
-        Args:
-            folder: Where the configuration files are.
-            tokenizer: Without a post-processor.
-            definition: What tokenizer.json says.
-            processor: The post-processor that was taken out of it.
-        """
         self._folder = folder
         self._tokenizer = tokenizer
         self._added = list(definition.get("added_tokens") or [])
@@ -104,17 +108,13 @@ class Vocabulary:
         settings = _optional_json(folder / "tokenizer_config.json")
         config = _optional_json(folder / "config.json")
         tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        # Rows of the model's embedding, V; some may stand for no token.
         self.size = int(config.get("vocab_size", tokens))
-        # The template as it is written in the folder.
         self.chat_template = _read_template(folder, settings)
-        # bos_token, eos_token and the like, by name.
         self.special_tokens = _special_tokens(folder, settings)
         generation = _optional_json(folder / "generation_config.json")
         self.bos_id = self._first_id(
             self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
         )
-        # Whether plain text begins with the token bos_id; a template writes its own.
         self.adds_bos = self.bos_id is not None and _adds_bos(
             settings, processor, str(tokenizer.id_to_token(self.bos_id))
         )
@@ -263,7 +263,7 @@ class Vocabulary:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:  # an expression in it may raise anything
             raise TextError(f"the chat template refuses this conversation: {error}") from error
 
     # --- identity -------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from distill.importance import (
     most_influential,
 )
 from mistill.errors import FolderError
-from mistill.pytorch import load_pytorch, read_tensors
+from mistill.pytorch import empty_model, load_pytorch, read_tensors
 from mistill.text import Document, pack
 from tests.reference.block_influence import block_influence
 from tests.tiny import tiny_model
@@ -99,20 +98,22 @@ def test_a_layer_that_does_nothing_has_no_influence(tmp_path: Path) -> None:
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_model(tmp_path / "model", num_hidden_layers=4)
-    alive: list[weakref.ref[torch.Tensor]] = []
-    counts = []
+    skeletons, loaded = [], []
+
+    def keep(config: Any) -> Any:
+        skeletons.append(empty_model(config))
+        return skeletons[-1]
 
     def watch(where: Path, prefix: str) -> dict[str, torch.Tensor]:
-        counts.append(sum(tensor() is not None for tensor in alive))
-        tensors = read_tensors(where, prefix)
-        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
-        return tensors
+        weights = [weight for model in skeletons for weight in model.parameters()]
+        loaded.append(sum(not weight.is_meta for weight in weights))
+        return read_tensors(where, prefix)
 
+    monkeypatch.setattr("distill.importance.empty_model", keep)
     monkeypatch.setattr("distill.importance.read_tensors", watch)
     measure_influence(folder, pack(documents(32), 16))
 
-    assert len(alive) == 1 + 4 * 9
-    assert counts == [0] * 5
+    assert loaded == [0] * 5
 
 
 def test_a_broken_teacher_is_named(tmp_path: Path) -> None:

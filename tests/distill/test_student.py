@@ -104,6 +104,7 @@ def test_a_student_writes_with_its_cache_what_it_writes_without(
     teacher: Path, tmp_path: Path
 ) -> None:
     student = new_student(teacher, tmp_path / "student", choose="even", layers=3)
+    assert read_lineage(student)[-1]["kept_layers"] == [0, 2, 3]
     model = PytorchModel(student)
 
     text = [7, 9, 40]

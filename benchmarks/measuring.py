@@ -25,6 +25,7 @@ from benchmarks.latency import FEWEST_TOKENS, Latency, Turn
 from benchmarks.machine import describe_machine
 from benchmarks.passages import Passage, cut_passages, cut_prompts, fingerprint_of
 from benchmarks.perplexity import Perplexity
+from benchmarks.samples import collect_samples
 from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
 from mistill.folder import FolderInfo, fingerprint, open_folder, read_lineage
@@ -34,7 +35,6 @@ from mistill.settings import settings_from
 from mistill.vocabulary import load_vocabulary, same_vocabulary
 
 Models = str | Path | Sequence[str | Path]
-Samples = Mapping[str, Mapping[str, str]]
 
 
 def compare(
@@ -42,7 +42,6 @@ def compare(
     *,
     texts: Models,
     reference: str | Path | None = None,
-    samples: Samples | None = None,
     settings: BenchSettings | None = None,
     **options: Any,
 ) -> Comparison:
@@ -56,7 +55,6 @@ def compare(
         texts: Held-out text: files, Hub data sets, ``@demo-held-out``.
         reference: The model that the others are held against; by default the first. It need not
             be among them.
-        samples: Prompt to the reply of each model, to be shown in the report.
         settings: How much is measured, and with how many threads.
         **options: Fields of ``BenchSettings``, instead of ``settings``.
 
@@ -75,10 +73,12 @@ def compare(
     judge = next(subject for subject in subjects if subject.is_reference)
     _check_context(subjects, settings)
     _check_vocabularies(judge, subjects)
+    asked = _asked(subjects, settings)
     passages = read_passages(texts, judge.info.path, settings, subjects)
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
     _measure(subjects, passages, settings, threads)
+    samples = collect_samples(asked, settings.sample_prompts, settings.sample_tokens, threads)
     results = tuple(_result(subject) for subject in subjects if subject.is_listed)
     return Comparison(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -94,7 +94,7 @@ def compare(
         ),
         reference=judge.name,
         models=results,
-        samples={prompt: dict(replies) for prompt, replies in (samples or {}).items()},
+        samples=samples,
     )
 
 
@@ -139,6 +139,24 @@ def _open_subjects(models: Models, reference: str | Path | None) -> list[_Subjec
     for subject, name in zip(subjects, names, strict=True):
         subject.name = name
     return subjects
+
+
+def _asked(subjects: Sequence[_Subject], settings: BenchSettings) -> dict[str, Path]:
+    """The models whose replies the report shows, by name."""
+    if not settings.sample_prompts:
+        return {}
+    listed = {subject.name: subject.info.path for subject in subjects if subject.is_listed}
+    unknown = [name for name in settings.sample_models if name not in listed]
+    if unknown:
+        raise SettingsError(
+            f"sample_models names {', '.join(unknown)}, which is not compared; compared are "
+            f"{', '.join(listed)}"
+        )
+    asked = {name: listed[name] for name in settings.sample_models or listed}
+    for name, folder in asked.items():
+        if load_vocabulary(folder).chat_template is None:
+            raise VocabularyError(f"{name} has no chat template, so it cannot be asked anything")
+    return asked
 
 
 def _listed(given: Models) -> list[str | Path]:

@@ -24,6 +24,8 @@ LARGEST_RADIUS, SMALLEST_RADIUS = 40.0, 5.0
 #: A divergence below this is the rounding of float32 sums, not a difference of models.
 NOISE_NATS = 1e-5
 
+_ROOM = 46  # between the ends of the upright axis and the frame: the largest disc fits
+
 Point = tuple[float, float]
 
 
@@ -102,11 +104,12 @@ def draw(comparison: Comparison) -> list[Mark]:
     down = divergence_scale([model.mean_kl for model in models])
     beaten = dominators(models)
     discs = [_disc(model, models, across, down, bool(beaten[model.name])) for model in models]
-    marks: list[Mark] = [*_frame(comparison, across, down), *_frontier(models, across, down)]
+    stairs = _frontier(models, across, down)
+    marks: list[Mark] = [*_frame(comparison, across, down), *stairs]
     largest_first = sorted(discs, key=lambda disc: -disc.radius)
     marks += largest_first
     marks += [stroke for model in models for stroke in _spreads(model, across, down)]
-    marks += _names(discs)
+    marks += _names(discs, [box for stroke in stairs for box in _along(stroke)])
     return marks
 
 
@@ -187,17 +190,18 @@ def divergence_scale(divergences: Sequence[float]) -> Scale:
     """
     real = [value for value in divergences if value > NOISE_NATS]
     if not real or max(real) / min(real) < 20:
-        last = 1.12 * max(real, default=1.0)
+        last = 1.05 * max(real, default=1.0)
         step = _round_step(last / 5)
         ticks = tuple(step * count for count in range(math.floor(last / step) + 1))
-        return Scale(0.0, last, TOP + 44, BOTTOM, False, ticks)
-    first, last = min(real) / 1.6, max(real) * 1.6
+        return Scale(0.0, last, TOP + _ROOM, BOTTOM - _ROOM, False, ticks)
+    first, last = min(real) / 1.2, max(real) * 1.2
     ticks = tuple(tick for tick in _decades(first, last, (1,)) if first <= tick <= last)
     if len(ticks) < 3:
         ticks = tuple(t for t in _decades(first, last, (1, 2, 5)) if first <= t <= last)
     has_zero = any(value <= NOISE_NATS for value in divergences)
-    start = TOP + 92 if has_zero else TOP + 20
-    return Scale(first, last, start, BOTTOM, True, ticks, TOP + 34 if has_zero else None)
+    zero = TOP + _ROOM if has_zero else None
+    start = TOP + 2 * _ROOM if has_zero else TOP + _ROOM
+    return Scale(first, last, start, BOTTOM - _ROOM, True, ticks, zero)
 
 
 def _decades(first: float, last: float, steps: Sequence[float]) -> list[float]:
@@ -279,7 +283,7 @@ def _legend(models: Sequence[ModelResult]) -> list[Mark]:
         x += 21 + _width(model.kind, "legend") + 24
     if any(dominators(models).values()):
         marks.append(Disc((x + 7, 29), 7, "any", hollow=True))
-        words = "beaten in all three by another"
+        words = "beaten by another"
         marks.append(Words((x + 21, 34), words, "legend"))
         x += 21 + _width(words, "legend") + 24
     largest = max(model.footprint.weight_bytes for model in models)
@@ -291,7 +295,7 @@ def _legend(models: Sequence[ModelResult]) -> list[Mark]:
     return marks
 
 
-def _frontier(models: Sequence[ModelResult], across: Scale, down: Scale) -> list[Mark]:
+def _frontier(models: Sequence[ModelResult], across: Scale, down: Scale) -> list[Stroke]:
     """The stairs of speed and fidelity alone: to the right of them, and above, is nothing."""
     best = math.inf
     corners: list[Point] = []
@@ -328,59 +332,70 @@ Box = tuple[float, float, float, float]
 _SIZES = {"name": 15.0, "size": 12.5, "legend": 13.0, "tick": 13.0, "axis-name": 14.0, "hint": 12.5}
 
 
-def _names(discs: Sequence[Disc]) -> list[Mark]:
-    """Write each name where it covers neither a disc nor another name."""
-    taken = [_around(disc) for disc in discs]
+def _names(discs: Sequence[Disc], lines: Sequence[Box]) -> list[Mark]:
+    """Write each name where it covers nothing, with a line to its disc if it is far."""
+    taken = [*lines, *map(_around, discs)]
     marks: list[Mark] = []
     for disc in sorted(discs, key=lambda disc: (disc.hollow, disc.radius)):
-        wide = _width(disc.name, "name")
-        box, point = min(_places(disc, wide), key=lambda place: _cost(place[0], disc, taken))
-        taken.append(box)
-        middle = (box[0] + box[2]) / 2
-        if point is not None:
-            marks.append(
-                Stroke(
-                    (point, (min(max(point[0], box[0]), box[2]), (box[1] + box[3]) / 2)), "leader"
-                )
-            )
+        others = [box for box in taken[len(lines) :] if box != _around(disc)]
+        place = min(_places(disc), key=lambda place: _cost(place, taken, others))
+        taken.append(place.box)
+        if place.leader is not None:
+            marks.append(place.leader)
+        left, _, right, bottom = place.box
         role = "beaten-name" if disc.hollow else "name"
-        marks.append(Words((middle, box[3] - 4.5), disc.name, role, "middle", name=disc.name))
+        middle = (left + right) / 2
+        marks.append(Words((middle, bottom - 4.5), disc.name, role, "middle", name=disc.name))
     return marks
 
 
-def _places(disc: Disc, wide: float) -> list[tuple[Box, Point | None]]:
-    """Boxes for a name around its disc, the best first; far ones come with where a line starts."""
-    x, y = disc.centre
-    tall = 19.0
-    places: list[tuple[Box, Point | None]] = []
+@dataclass(frozen=True)
+class _Place:
+    box: Box
+    distance: float
+    leader: Stroke | None
+
+
+def _places(disc: Disc) -> list[_Place]:
+    """Boxes for a name around its disc, the best first."""
+    (x, y), wide, tall = disc.centre, _width(disc.name, "name"), 19.0
+    places = []
     for distance in (6.0, 26.0, 52.0, 84.0, 120.0):
         out = disc.radius + distance
-        for angle in (0, 180, 90, -90, 45, -45, 135, -135, 22, -22, 158, -158):
+        for angle in (90, -90, 0, 180, 45, -45, 135, -135, 22, -22, 158, -158):
             dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            middle = x + dx * (out + wide / 2), y + dy * (out + tall / 2)
-            if abs(dx) < 0.1:
-                middle = x, middle[1]
+            sideways = 0.0 if abs(dx) < 0.1 else dx * (out + wide / 2)
+            middle = x + sideways, y + dy * (out + tall / 2)
             box = (
                 middle[0] - wide / 2,
                 middle[1] - tall / 2,
                 middle[0] + wide / 2,
                 middle[1] + tall / 2,
             )
-            start = (x + dx * disc.radius, y + dy * disc.radius) if distance > 6 else None
-            places.append((box, start))
+            edge = x + dx * disc.radius, y + dy * disc.radius
+            end = min(max(edge[0], box[0]), box[2]), min(max(edge[1], box[1]), box[3])
+            leader = Stroke((edge, end), "leader") if distance > 6 else None
+            places.append(_Place(box, distance, leader))
     return places
 
 
-def _cost(box: Box, own: Disc, taken: Sequence[Box]) -> float:
-    covered = sum(_overlap(box, other) for other in taken)
+def _cost(place: _Place, taken: Sequence[Box], others: Sequence[Box]) -> float:
+    left, top, right, bottom = place.box
+    covered = sum(_overlap(place.box, other) for other in taken)
     outside = (
-        max(0.0, LEFT + 4 - box[0])
-        + max(0.0, box[2] - RIGHT)
-        + max(0.0, TOP + 2 - box[1])
-        + max(0.0, box[3] - BOTTOM + 2)
+        max(0.0, LEFT + 4 - left)
+        + max(0.0, right - RIGHT)
+        + max(0.0, TOP + 2 - top)
+        + max(0.0, bottom - BOTTOM + 2)
     )
-    middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    return covered * 10 + outside * 200 + 0.5 * math.dist(middle, own.centre)
+    crossed = 0
+    if place.leader is not None:
+        (x0, y0), (x1, y1) = place.leader.points
+        steps = [(x0 + (x1 - x0) * part / 8, y0 + (y1 - y0) * part / 8) for part in range(9)]
+        crossed = sum(
+            box[0] <= x <= box[2] and box[1] <= y <= box[3] for x, y in steps for box in others
+        )
+    return covered * 10 + outside * 200 + crossed * 100 + place.distance * 2
 
 
 def _overlap(one: Box, other: Box) -> float:
@@ -394,9 +409,17 @@ def _around(disc: Disc) -> Box:
     return x - r, y - r, x + r, y + r
 
 
+def _along(stroke: Stroke) -> list[Box]:
+    """Thin boxes around the pieces of a line that runs upright and level."""
+    return [
+        (min(x0, x1) - 2, min(y0, y1) - 2, max(x0, x1) + 2, max(y0, y1) + 2)
+        for (x0, y0), (x1, y1) in pairwise(stroke.points)
+    ]
+
+
 def _width(text: str, role: str) -> float:
     """Width of words, near enough for every font that a page may be read in."""
-    return len(text) * _SIZES[role] * 0.57
+    return len(text) * _SIZES[role] * 0.56
 
 
 # --- drawing ------------------------------------------------------------------------------------
@@ -481,6 +504,7 @@ def to_png(marks: Sequence[Mark]) -> bytes:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
         from matplotlib.patches import Circle
+        from matplotlib.patheffects import withStroke
     except ModuleNotFoundError as error:
         raise missing_extra("matplotlib", "compress") from error
 
@@ -519,6 +543,7 @@ def to_png(marks: Sequence[Mark]) -> bytes:
                 va="center" if mark.turned else "baseline",
                 rotation=90 if mark.turned else 0,
                 zorder=order,
+                path_effects=[withStroke(linewidth=3, foreground="white")] if mark.name else None,
             )
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": "mistill"})

@@ -21,6 +21,10 @@ class BenchSettings:
         threads: Threads that every engine computes with; by default one for each processor that
             this process may use.
         transformers_generate: Time transformers' own generate on float folders as well.
+        sample_prompts: What every model is asked, so that the report shows their replies side by
+            side.
+        sample_models: Names of the models that are asked; all if none is named.
+        sample_tokens: Most tokens of such a reply.
     """
 
     scored_tokens: int = 4000
@@ -31,6 +35,9 @@ class BenchSettings:
     turn_seconds: float = 5.0
     threads: int | None = None
     transformers_generate: bool = True
+    sample_prompts: tuple[str, ...] = ()
+    sample_models: tuple[str, ...] = ()
+    sample_tokens: int = 60
 
     def __post_init__(self) -> None:
         require(
@@ -54,4 +61,7 @@ class BenchSettings:
         require(
             self.threads is None or self.threads >= 1,
             f"threads must be at least 1, not {self.threads}",
+        )
+        require(
+            self.sample_tokens >= 1, f"sample_tokens must be at least 1, not {self.sample_tokens}"
         )

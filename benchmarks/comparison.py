@@ -201,7 +201,12 @@ class Comparison:
         return cls(
             **{
                 **document,
-                "settings": BenchSettings(**document["settings"]),
+                "settings": BenchSettings(
+                    **{
+                        name: tuple(value) if isinstance(value, list) else value
+                        for name, value in document["settings"].items()
+                    }
+                ),
                 "machine": Machine(
                     **{
                         **document["machine"],

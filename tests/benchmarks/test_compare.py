@@ -16,6 +16,7 @@ from benchmarks.comparison import Comparison
 from benchmarks.fidelity import divergences
 from benchmarks.measuring import compare, short_names
 from benchmarks.settings import BenchSettings
+from mistill.chat import ChatBot
 from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
 from mistill.text import read_documents
 from mistill.vocabulary import load_vocabulary
@@ -28,6 +29,7 @@ QUICK = {
     "new_tokens": 4,
     "context_length": 256,
 }
+ASKED = {"sample_prompts": ("Hi",), "sample_models": ("model",), "sample_tokens": 6}
 
 
 class Neighbour:
@@ -61,7 +63,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def comparison(teacher: Path, model: Path, chats: Path) -> Comparison:
     """Two models compared in processes of their own."""
-    return compare([teacher, model], texts=chats, samples={"Hi": {"model": "Ho"}}, **QUICK)
+    return compare([teacher, model], texts=chats, **ASKED, **QUICK)
 
 
 def test_the_first_model_is_the_reference_and_has_no_distance_from_itself(comparison: Comparison):
@@ -122,8 +124,20 @@ def test_the_record_says_what_it_was_measured_on(comparison: Comparison, chats: 
     assert comparison.text.sources == (chats.name,)
     assert comparison.text.tokens_scored == 150
     assert comparison.text.tokens_read > 150
-    assert comparison.settings == BenchSettings(**QUICK)
-    assert comparison.samples == {"Hi": {"model": "Ho"}}
+    assert comparison.settings == BenchSettings(**QUICK, **ASKED)
+
+
+def test_the_samples_are_what_a_chatbot_says(comparison: Comparison, model: Path):
+    bot = ChatBot(model, temperature=0, max_new_tokens=6)
+    said = "".join(bot.reply("Hi")).strip()
+    assert list(comparison.samples) == ["Hi"]
+    assert list(comparison.samples["Hi"]) == ["model"]
+    assert comparison.samples["Hi"]["model"].removesuffix(" \u2026") == said
+
+
+def test_a_sample_of_a_model_that_is_not_compared_is_refused(model: Path, chats: Path):
+    with pytest.raises(SettingsError, match="sample_models names nobody"):
+        compare(model, texts=chats, sample_prompts=("Hi",), sample_models=("nobody",), **QUICK)
 
 
 def test_a_real_comparison_survives_the_round_trip(comparison: Comparison):

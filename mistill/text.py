@@ -366,7 +366,7 @@ def _check_turns(messages: Sequence[Message], place: str) -> None:
         raise TextError(f"the conversation of {place} should begin with the user's turn")
     if spoken[-1] != "assistant":
         raise TextError(
-            f"the conversation of {place} ends with the user's turn, so that nothing answers it"
+            f"the conversation of {place} ends with the user's turn; the assistant's should be last"
         )
     if any(not message["content"].strip() for message in messages if message["role"] != "system"):
         raise TextError(f"the conversation of {place} has an empty turn")

@@ -60,6 +60,8 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
     """
     path = Path(folder).expanduser()
     file = path / "tokenizer.json"
+    if not path.is_dir():
+        raise VocabularyError(f"{folder}: there is no such folder")
     if not file.is_file():
         found = (
             "only tokenizer.model; mistill.save_model makes a folder with tokenizer.json of it"

@@ -410,6 +410,11 @@ def test_a_folder_without_a_readable_tokenizer_is_refused(
         load_vocabulary(tmp_path)
 
 
+def test_a_folder_that_is_not_there_is_said_to_be(tmp_path: Path):
+    with pytest.raises(VocabularyError, match="no such folder"):
+        load_vocabulary(tmp_path / "nowhere")
+
+
 def test_a_vocabulary_of_another_kind_is_refused(bytes_folder: Path, tmp_path: Path):
     wordpiece = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     folder = copied(bytes_folder, tmp_path / "v", decoder=wordpiece)

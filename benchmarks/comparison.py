@@ -7,6 +7,7 @@ from it, and can be drawn again from a file that was saved.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +18,7 @@ from benchmarks.latency import Latency, Turn
 from benchmarks.machine import Machine
 from benchmarks.perplexity import Perplexity
 from benchmarks.settings import BenchSettings
-from mistill.errors import FolderError, SettingsError
+from mistill.errors import FolderError, MissingExtraError, SettingsError
 from mistill.folder import creating
 from mistill.settings import settings_dict
 
@@ -201,12 +202,7 @@ class Comparison:
         return cls(
             **{
                 **document,
-                "settings": BenchSettings(
-                    **{
-                        name: tuple(value) if isinstance(value, list) else value
-                        for name, value in document["settings"].items()
-                    }
-                ),
+                "settings": _settings_from(document["settings"]),
                 "machine": Machine(
                     **{
                         **document["machine"],
@@ -253,6 +249,8 @@ class Comparison:
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the report: ``report.json``, ``report.md``, ``report.html`` and ``figure.png``.
 
+        Without matplotlib the last one is left out, with a warning; the page has the picture.
+
         Args:
             folder: The folder to be made.
             overwrite: Whether an existing folder is replaced.
@@ -266,8 +264,18 @@ class Comparison:
             (partial / "report.json").write_text(self.to_json(), "utf-8")
             (partial / "report.md").write_text(self.to_markdown(), "utf-8")
             (partial / "report.html").write_text(self.to_html(), "utf-8")
-            (partial / "figure.png").write_bytes(to_png(draw(self)))
+            try:
+                (partial / "figure.png").write_bytes(to_png(draw(self)))
+            except MissingExtraError as error:
+                logging.getLogger(__name__).warning("figure.png is left out: %s", error)
         return Path(folder)
+
+
+def _settings_from(record: dict[str, Any]) -> BenchSettings:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
+    return BenchSettings(**values)
 
 
 def _model_from(record: dict[str, Any]) -> ModelResult:

@@ -28,7 +28,7 @@ class BenchSettings:
     """
 
     scored_tokens: int = 4000
-    context_length: int = 1024
+    context_length: int = 512
     rounds: int = 3
     prompt_tokens: int = 128
     new_tokens: int = 48

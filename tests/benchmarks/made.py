@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from benchmarks.comparison import Comparison, ModelResult, ScoredText
@@ -13,7 +15,7 @@ from benchmarks.perplexity import Perplexity
 from benchmarks.settings import BenchSettings
 
 # name, form, megabytes, millions of weights, loss, KL, tokens/s, tokens/s of transformers
-ROAD = (
+ROAD: tuple[tuple[Any, ...], ...] = (
     ("teacher", "model", 538, 134, 2.10, None, 21, 17),
     ("pruned", "model", 425, 106, 3.90, 1.34, 29, 23),
     ("student", "model", 425, 106, 2.72, 0.55, 29, 23),
@@ -59,7 +61,7 @@ def made_comparison(reference: str = "teacher", count: int = 7, samples: bool = 
             tokens_scored=400,
         ),
         reference=reference,
-        models=tuple(made_model(*row, random=random) for row in ROAD[:count]),
+        models=tuple(made_model(random, *row) for row in ROAD[:count]),
         samples={
             "What is a <mistral>?": {
                 "teacher": "A strong, cold wind\nthat blows through the Rhône valley.",
@@ -73,6 +75,7 @@ def made_comparison(reference: str = "teacher", count: int = 7, samples: bool = 
 
 
 def made_model(
+    random: np.random.Generator,
     name: str,
     form: str,
     megabytes: float,
@@ -81,7 +84,6 @@ def made_model(
     kl: float | None,
     speed: float,
     rival: float | None,
-    random: np.random.Generator,
 ) -> ModelResult:
     def nested(mean: float) -> tuple[tuple[float, ...], ...]:
         return tuple(

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 import benchmarks.child
+import export
 from benchmarks.child import Worker
 from benchmarks.children import Child, start_children
 from benchmarks.footprint import own_memory
 from mistill.errors import FolderError, MistillError
 
 REPOSITORY = Path(benchmarks.child.__file__).parents[1]
-TURN = {"prompt": [5, 6, 7, 8], "new_tokens": 4, "seconds": 10.0}
+TURN: dict[str, Any] = {"prompt": [5, 6, 7, 8], "new_tokens": 4, "seconds": 10.0}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_transformers_own_loop_stops_when_its_time_is_up(child: Child):
 def test_a_child_scores_what_the_same_model_scores_here(
     child: Child, model: Path, teacher: Path, tmp_path: Path
 ):
-    passage = {"ids": [9, 8, 7, 6, 5], "kept": [True, False, True, True]}
+    passage: dict[str, Any] = {"ids": [9, 8, 7, 6, 5], "kept": [True, False, True, True]}
     here, judge = Worker(model, 1), Worker(teacher, 1)
     here.open()
     judge.open()
@@ -168,6 +169,21 @@ def test_what_libraries_print_does_not_disturb_the_answers(standalone: dict[str,
         "peak_bytes",
     ]
     assert "hello" in standalone["stderr"]
+
+
+def test_a_chatbots_process_holds_no_pytorch(
+    model: Path, tmp_path: Path, standalone: dict[str, Any]
+):
+    chatbot = export.to_onnx(model, tmp_path / "chatbot", parity_positions=0)
+    with start_children([chatbot], threads=1) as (child,):
+        child.ask("open")
+        child.ask("turn", **TURN)
+        maps = Path(f"/proc/{child._process.pid}/maps").read_text()
+        memory = child.ask("memory")
+
+    assert "libtorch" not in maps
+    assert "onnxruntime" in maps
+    assert memory["peak_bytes"] < standalone["peak_bytes"] / 2
 
 
 def test_memory_of_this_process_grows_with_what_it_holds():

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import export
+import quantize
 from benchmarks import measuring
 from benchmarks.child import Worker
 from benchmarks.comparison import Comparison
@@ -21,7 +23,7 @@ from mistill.errors import FolderError, SettingsError, TextError, VocabularyErro
 from mistill.text import read_documents
 from mistill.vocabulary import load_vocabulary
 
-QUICK = {
+QUICK: dict[str, Any] = {
     "threads": 1,
     "scored_tokens": 150,
     "rounds": 2,
@@ -29,7 +31,7 @@ QUICK = {
     "new_tokens": 4,
     "context_length": 256,
 }
-ASKED = {"sample_prompts": ("Hi",), "sample_models": ("model",), "sample_tokens": 6}
+ASKED: dict[str, Any] = {"sample_prompts": ("Hi",), "sample_models": ("model",), "sample_tokens": 6}
 
 
 class Neighbour:
@@ -186,6 +188,36 @@ def test_a_copy_of_the_reference_has_no_distance_from_it(
     assert found["copy"].fidelity is not None
     assert found["copy"].fidelity.top1_agreement == 1
     assert found["copy"].perplexity == found["teacher"].perplexity
+
+
+@pytest.fixture(scope="module")
+def forms(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The two-layer model in every form of the road."""
+    folder = tmp_path_factory.mktemp("forms")
+    options: dict[str, Any] = {"group_size": 32, "bits": 4}
+    return {
+        "model": model,
+        "gptq": quantize.to_rounding(model, folder / "gptq", **options),
+        "nf4": quantize.to_nf4(model, folder / "nf4"),
+        "onnx": export.to_onnx(model, folder / "onnx", parity_positions=0),
+    }
+
+
+def test_every_form_of_a_model_can_be_compared(
+    asked: list[tuple[str, str]], forms: dict[str, Path], chats: Path
+):
+    found = compare(list(forms.values()), texts=chats, **QUICK)
+
+    assert [result.form for result in found.models] == list(forms)
+    # The same weights in another engine: what is left is the rounding of float32.
+    assert found["onnx"].mean_kl < 1e-8
+    assert found["gptq"].mean_kl > 1e-3
+    assert found["nf4"].mean_kl > 1e-3
+    timed = [name for name in forms if found[name].transformers_latency is not None]
+    assert timed == ["model"]
+    # 4-bit layers beside a 32-bit embedding and head.
+    assert found["gptq"].footprint.bits_per_weight < 25
+    assert len({result.footprint.parameters for result in found.models}) == 1
 
 
 def test_one_model_alone_can_be_measured(asked: list[tuple[str, str]], model: Path, chats: Path):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -235,7 +236,7 @@ def test_the_page_shows_every_model_with_every_figure(comparison: Comparison):
         values = re.findall(r'<td data-value="([^"]*)"', row)
         figures = [column.figure(comparison[name]) for column in COLUMNS]
         assert [float(value) if value else None for value in values] == figures
-    assert page.count("beaten by") == 4
+    assert page.count("<small>beaten by") == 4
     assert "7.3 times smaller than teacher" in page
     assert "5.7 times transformers&#39; generate on student" in page
 
@@ -342,6 +343,20 @@ def test_a_report_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="went away"):
         comparison.save(tmp_path / "report")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_laptop_without_matplotlib_gets_the_rest(
+    comparison: Comparison,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    folder = comparison.save(tmp_path / "report")
+
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".md", ".html"}
+    assert "figure.png is left out: matplotlib is not installed" in caplog.text
 
 
 def test_the_summary_has_every_column(comparison: Comparison):

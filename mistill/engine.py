@@ -124,8 +124,6 @@ class OnnxModel:
                 for start in range(0, len(tokens), CHUNK):
                     end = min(start + CHUNK, len(tokens))
                     self._read(tokens[start:end], scores[row : row + 1, start:end])
-            # The binding holds on to what it was given, and the scores are large.
-            self._bind_tokens(self._token, self._next_logits)
         return scores
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:

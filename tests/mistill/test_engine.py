@@ -273,6 +273,21 @@ def test_an_interrupt_between_any_two_steps_leaves_the_model_usable(
         assert list(islice(model.stream(prompt), 10)) == expected
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_interrupted_prompt_does_not_mislead_the_next_single_token(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    prompt = some_ids(30)
+    model = OnnxModel(chatbot, threads=1)
+    expected = list(islice(model.stream(prompt), 10))
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(model, "_bind", interrupted_after(model._bind, at))
+        next(model.stream(prompt + some_ids(9, 1)))
+    read = count_positions(model)
+    assert list(islice(model.stream(prompt), 10)) == expected
+    assert read == [1] * 10
+
+
 def interrupted_after(call: Any, at: int) -> Any:
     """A function that works, but is interrupted once, right after the call of that number."""
     count = 0

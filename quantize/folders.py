@@ -105,19 +105,17 @@ def to_gptq(
         TensorWriter(partial) as writer,
         track("Quantizing", total=len(model.matrices), unit="matrices") as progress,
     ):
+
+        def store(module: str, result: GptqResult, seconds: float) -> None:
+            writer.add_quantized(module, result.weight, layout.checkpoint_format)
+            reports.append(_report(module, result, seconds))
+            progress.advance(1, module.removeprefix("model.layers."))
+
         layers = LayeredModel(model.folder, model.config)
         batches = layers.embed(blocks)
         kept = _copy_outside(model, writer)
         for index in range(len(layers)):
-            layer = layers.layer(index)
-
-            def store(name: str, result: GptqResult, seconds: float, index: int = index) -> None:
-                module = f"model.layers.{index}.{name}"
-                writer.add_quantized(module, result.weight, layout.checkpoint_format)
-                reports.append(_report(module, result, seconds))
-                progress.advance(1, f"layer {index}")
-
-            quantize_layer(layer, batches, settings, store)
+            quantize_layer(layers.layer(index), index, batches, settings, store)
             kept += _copy_rest(model, index, writer)
         write_config(
             model.folder,
@@ -262,25 +260,39 @@ class _Stage:
     seconds: float
 
 
-# Called with the name of a matrix in its layer, its codes, and the seconds they took.
+# Called with the name of a matrix, its codes, and the seconds they took.
 Store = Callable[[str, GptqResult, float], None]
 
 
 def quantize_layer(
-    layer: nn.Module, batches: Sequence[Batch], settings: GptqSettings, store: Store
+    layer: nn.Module,
+    index: int,
+    batches: Sequence[Batch],
+    settings: GptqSettings,
+    store: Store,
 ) -> None:
     """Quantize the matrices of one layer, and move the calibration text past it.
 
     Args:
         layer: A decoder layer in float32; its weights become those that the codes stand for.
+        index: Its place in the model.
         batches: What enters the layer; afterwards, what leaves it when quantized.
         settings: How to quantize.
         store: Takes each result.
+
+    Raises:
+        FolderError: If the inputs of a matrix are not finite numbers.
     """
+    place = f"model.layers.{index}"
 
     def observe(names: Sequence[str], inputs: list[Tensor]) -> _Stage:
         begun = time.perf_counter()
-        H = _hessian(names, inputs)
+        H = mean_outer_product(inputs)
+        if not H.isfinite().all():
+            raise FolderError(
+                f"the inputs of {place}.{names[0]} are not finite numbers on the calibration text; "
+                "the model's weights are damaged, or its training diverged"
+            )
         return _Stage(names, H, time.perf_counter() - begun)
 
     def solve(stage: _Stage) -> None:
@@ -292,7 +304,7 @@ def quantize_layer(
         seconds = (stage.seconds + time.perf_counter() - begun) / len(modules)
         for name, module, part in zip(stage.names, modules, parts, strict=True):
             module.weight.copy_(torch.from_numpy(part.weight.dequantize()))
-            store(name, part, seconds)
+            store(f"{place}.{name}", part, seconds)
 
     if settings.true_sequential:
         outputs = walk_layer(layer, batches, lambda names, x: solve(observe(names, x)))
@@ -304,13 +316,6 @@ def quantize_layer(
         outputs = walk_layer(layer, batches, lambda names, x: None)
     for batch, hidden in zip(batches, outputs, strict=True):
         batch.hidden = hidden
-
-
-def _hessian(names: Sequence[str], inputs: list[Tensor]) -> Tensor:
-    try:
-        return mean_outer_product(inputs)
-    except FolderError as error:
-        raise FolderError(f"before {', '.join(names)}: {error}") from error
 
 
 def _report(module: str, result: GptqResult, seconds: float) -> ModuleReport:

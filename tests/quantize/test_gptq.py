@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,9 @@ def test_asymmetric_rounding_holds_both_ends_and_zero() -> None:
 
 @pytest.mark.parametrize("order", ["none", "group"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_outputs_change_less_than_by_plain_rounding(order: str, bits: int) -> None:
+def test_outputs_change_less_than_by_plain_rounding(
+    order: Literal["none", "group"], bits: int
+) -> None:
     W, H = weights(32, 128, 7), correlated(128, 7)
     settings = GptqSettings(bits=bits, group_size=32, order=order, scale_search=1)
     found = quantize_weight(W, H, settings).weight.dequantize()
@@ -174,7 +178,8 @@ def test_dead_inputs_get_the_code_of_zero_and_are_counted() -> None:
     dead = [3, 17]
     H[dead] = 0
     H[:, dead] = 0
-    for order in ("none", "group"):
+    orders: tuple[Literal["none", "group"], ...] = ("none", "group")
+    for order in orders:
         result = quantize_weight(W, H, GptqSettings(group_size=16, order=order, scale_search=1))
         assert result.dead_columns == 2
         assert (result.weight.codes[:, dead] == 8).all()

@@ -11,6 +11,7 @@ Only one layer is in memory, with the hidden states of the text between two laye
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,9 @@ class LayeredModel:
         self.folder = folder
         self.config = config
         # A module of the library for each layer, without memory for its weights.
-        self._layers = cast(Any, empty_model(config)).model.layers
-        self._rotary = type(cast(Any, empty_model(config)).model.rotary_emb)(config)
+        empty = cast(Any, empty_model(config)).model
+        self._layers = empty.layers
+        self._rotary = type(empty.rotary_emb)(config)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -91,8 +93,7 @@ class LayeredModel:
         Returns:
             The layer in float32 and eval mode; it belongs to the caller.
         """
-        layer = self._layers[index]
-        self._layers[index] = None
+        layer = copy.deepcopy(self._layers[index])
         tensors = read_tensors(self.folder, f"model.layers.{index}.")
         layer.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
         return cast(nn.Module, layer.eval().requires_grad_(False))

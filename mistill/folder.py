@@ -404,6 +404,8 @@ def form_of(folder: Path, config: Mapping[str, Any]) -> Form:
     quantization = config.get("quantization_config")
     if quantization is None:
         return "model"
+    if not isinstance(quantization, Mapping):
+        raise FolderError(f"quantization_config in {folder} should be an object")
     method = quantization.get("quant_method")
     if method == "gptq":
         return "gptq"
@@ -520,6 +522,11 @@ def _config_problems(folder: Path) -> list[str]:
     )
     missing = [name for name in wanted if name not in config]
     found = [f"config.json lacks {', '.join(missing)}"] if missing else []
+    found += [
+        f"{name} in config.json should be a whole number, not {config[name]!r}"
+        for name in wanted[1:]
+        if name in config and type(config[name]) is not int
+    ]
     try:
         form_of(folder, config)
     except FolderError as error:

@@ -292,3 +292,22 @@ def test_companions_are_copied_and_weights_are_not(model, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"hidden_size": "wide"},
+            "hidden_size in config.json should be a whole number, not 'wide'",
+        ),
+        ({"vocab_size": None}, "vocab_size in config.json should be a whole number, not None"),
+        ({"quantization_config": "gptq"}, "quantization_config .* should be an object"),
+    ],
+)
+def test_a_config_with_values_of_the_wrong_kind_is_refused(model, tmp_path, changes, words):
+    folder = Path(shutil.copytree(model, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(FolderError, match=words):
+        open_folder(folder)

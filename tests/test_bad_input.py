@@ -16,7 +16,7 @@ import pytest
 from mistill.cli import main
 from tests.tiny import tiny_model
 
-Prepare = Callable[[Path], None]
+Prepare = Callable[[Path], object]
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 
 
@@ -58,7 +58,7 @@ def snapshot(folder: Path) -> dict[str, int]:
 
 
 def write(name: str, text: str) -> Prepare:
-    return lambda place: (place / name).write_text(text, "utf-8") and None
+    return lambda place: (place / name).write_text(text, "utf-8")
 
 
 def lines(name: str, *values: object) -> Prepare:

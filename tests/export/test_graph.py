@@ -181,7 +181,7 @@ def test_gptq_logits_are_pytorchs_on_the_dequantized_codes(
 ) -> None:
     form = dict(form)
     options = {"block_size": form.pop("block_size", None)}
-    model = tiny_model(tmp_path / "model", model_type="llama", attention_bias=True)
+    model = tiny_model(tmp_path / "model", model_type="llama", attention_bias=True, mlp_bias=True)
     source, _ = gptq_folder(model, tmp_path / "gptq", bits=bits, symmetric=symmetric, **form)
     ids = random_ids(1, 24)
     exact = to_onnx(

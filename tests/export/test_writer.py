@@ -1,0 +1,56 @@
+"""A graph is written as it is described."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+
+from export.writer import GraphWriter
+
+
+def test_a_graph_computes_what_was_described(tmp_path: Path) -> None:
+    with GraphWriter(tmp_path) as writer:
+        value = writer.input("x", np.float32, ["rows", 2000])
+        factor = writer.optional_input("factor", np.array([3], np.float32))
+        matrix = writer.stored("matrix", np.arange(4000, dtype=np.float32).reshape(2, 2000).T)
+        product = writer.node("MatMul", [value, matrix], "product")
+        writer.output(writer.node("Mul", [product, factor], "scaled"), "y", ["rows", 2])
+        writer.save("test")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    x = np.zeros((1, 2000), np.float32)
+    x[0, 1] = 1
+    assert session.run(["y"], {"x": x})[0].tolist() == [[3.0, 6003.0]]
+    assert session.run(["y"], {"x": x, "factor": np.array([1], np.float32)})[0].tolist() == [
+        [1.0, 2001.0]
+    ]
+
+
+def test_large_tensors_begin_at_a_page_and_small_ones_at_a_line(tmp_path: Path) -> None:
+    arrays: dict[str, NDArray[Any]] = {
+        "first": np.arange(10, dtype=np.int8),
+        "second": np.arange(5000, dtype=np.float32),
+        "third": np.arange(3, dtype=np.float32),
+    }
+    with GraphWriter(tmp_path) as writer:
+        values = [writer.stored(name, array) for name, array in arrays.items()]
+        writer.output(writer.node("Identity", [values[1]], "copy"), "y", [5000])
+        writer.save("test")
+    stored = ir.load(tmp_path / "model.onnx").graph.initializers
+    data = (tmp_path / "model.onnx.data").read_bytes()
+    for name, step in (("first", 64), ("second", 4096), ("third", 64)):
+        tensor = stored[name].const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.offset is not None
+        assert tensor.offset % step == 0
+        content = arrays[name].tobytes()
+        assert data[tensor.offset : tensor.offset + len(content)] == content
+    assert len(data) < 4096 + 20000 + 64 + 12

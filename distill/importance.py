@@ -15,6 +15,7 @@ N is blocks, T positions, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,7 +153,7 @@ def measure_influence(
         watched = (layer for layer in layers if bar.advance() is None)
         influence = block_influence(watched, hidden, documents >= 0)
     for layer, value in enumerate(influence):
-        if not 0 <= value <= 2:
+        if not math.isfinite(value):
             raise FolderError(
                 f"layer {layer} of {teacher} computes values that are not numbers; its weights "
                 "are damaged"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mistill.errors import FolderError
-from mistill.progress import track
+from mistill.progress import Tracker, track
 from mistill.pytorch import empty_model, plain_config, read_tensors
 
 if TYPE_CHECKING:
@@ -143,15 +143,14 @@ def measure_influence(
     device = device or torch.device("cpu")
     documents = torch.from_numpy(blocks.documents).to(device)
     config = plain_config(teacher)
-    layers_total = int(config.num_hidden_layers)
-    with torch.inference_mode(), track("block influence", layers_total, "layers") as bar:
+    total = int(config.num_hidden_layers)
+    with torch.inference_mode(), track("block influence", total, "layers") as bar:
         table = read_tensors(teacher, "model.embed_tokens.")["weight"]
         hidden = table[torch.from_numpy(blocks.ids)].float().to(device)
         del table
         positions = torch.from_numpy(blocks.position_ids).to(device)
-        layers = _each_layer(teacher, config, documents, positions)
-        watched = (layer for layer in layers if bar.advance() is None)
-        influence = block_influence(watched, hidden, documents >= 0)
+        layers = _each_layer(teacher, config, documents, positions, bar)
+        influence = block_influence(layers, hidden, documents >= 0)
     for layer, value in enumerate(influence):
         if not math.isfinite(value):
             raise FolderError(
@@ -162,7 +161,11 @@ def measure_influence(
 
 
 def _each_layer(
-    teacher: Path, config: PreTrainedConfig, documents: Tensor, positions: Tensor
+    teacher: Path,
+    config: PreTrainedConfig,
+    documents: Tensor,
+    positions: Tensor,
+    bar: Tracker,
 ) -> Iterator[Layer]:
     """Load one layer after the other, each freed when the next is asked for."""
     skeleton = empty_model(config).eval().get_decoder()
@@ -186,3 +189,4 @@ def _each_layer(
 
         yield run
         layer.to_empty(device="meta")
+        bar.advance()

@@ -395,6 +395,20 @@ def test_a_conversation_that_outgrows_the_context_is_refused_with_its_size(folde
     assert "".join(bot.reply("Hi")) == "one two three"
 
 
+def test_a_conversation_must_leave_room_for_one_token(folder: Path) -> None:
+    bot, model = scripted(folder, ["one"])
+    list(bot.reply("Hi"))
+    length = len(model.prompts[0])
+    full, _ = scripted(folder, ["one two"], context_length=length)
+    with pytest.raises(ContextError, match="shorten the message"):
+        full.reply("Hi")
+    assert full.history == []
+    nearly, _ = scripted(folder, ["one two"], context_length=length + 1)
+    assert "one".startswith("".join(nearly.reply("Hi")))
+    assert nearly.last_speed is not None
+    assert nearly.last_speed.new_tokens == 1
+
+
 def test_a_reply_that_reaches_the_end_of_the_context_says_so(folder: Path) -> None:
     bot, model = scripted(folder, ["one two three four five six seven"], context_length=40)
     list(bot.reply("Count to ten"))

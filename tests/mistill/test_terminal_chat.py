@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import export
 from mistill.chat import ChatBot, ChatSettings, Speed
 from mistill.errors import FolderError, SettingsError
-from mistill.terminal_chat import run_terminal_chat, speed_line
+from mistill.terminal_chat import _TerminalChat, run_terminal_chat, speed_line
 from tests.tiny import tiny_model
 
 SETTINGS = ChatSettings(temperature=0, max_new_tokens=12)
@@ -128,6 +129,46 @@ def test_the_speed_line_says_how_fast_and_whether_the_reply_was_cut() -> None:
     assert speed_line(speed, "context").endswith(", the context is full")
     one = Speed(prompt_tokens=9, first_token_seconds=2, new_tokens=1, tokens_per_second=0)
     assert speed_line(one, "interrupted") == "1 token, the first after 2.00 s, interrupted"
+
+
+def test_an_interrupt_while_a_piece_is_printed_ends_the_reply(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
+    typed, printed = iter(["Hello", "/quit"]), io.StringIO()
+    console = Console(file=printed, width=200)
+
+    def interrupt(*pieces: str, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "input", lambda prompt: next(typed))
+    monkeypatch.setattr(console, "out", interrupt)
+    _TerminalChat(bot, "chatbot", console).run()
+    assert bot.last_ending == "interrupted"
+    assert len(bot.history) == 2
+    assert "1 token, the first after" in printed.getvalue()
+    assert ", interrupted" in printed.getvalue()
+
+
+def test_control_characters_of_a_reply_do_not_reach_the_terminal(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could rename the window, or rewrite what is above."""
+    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
+
+    def reply(text: str) -> Iterator[str]:
+        bot.last_speed = Speed(
+            prompt_tokens=1, first_token_seconds=1, new_tokens=1, tokens_per_second=1
+        )
+        yield from ["\x1b]0;title\x07ab", "\x9b2J\r\x7fc\n\u00e9\U0001f600"]
+
+    typed, printed = iter(["Hello", "/quit"]), io.StringIO()
+    console = Console(file=printed, width=200, highlight=False)
+    monkeypatch.setattr(bot, "reply", reply)
+    monkeypatch.setattr(console, "input", lambda prompt: next(typed))
+    _TerminalChat(bot, "chatbot", console).run()
+    assert "]0;titleab2Jc\n\u00e9\U0001f600\n" in printed.getvalue()
+    assert "\x1b" not in printed.getvalue()
 
 
 # --- at a terminal --------------------------------------------------------------------------------

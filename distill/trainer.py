@@ -17,11 +17,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill.batches import Batch, make_batch
@@ -32,7 +34,6 @@ from mistill.errors import SettingsError, TrainingError
 from mistill.folder import write_atomically
 from mistill.progress import track
 from mistill.pytorch import quiet_transformers
-from mistill.settings import settings_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,8 +125,9 @@ def accelerating(settings: TrainSettings, logs: Path) -> Iterator[Accelerator]:
     """
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
+    from accelerate.utils import parse_flag_from_env
 
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     micro_batches, left_over = divmod(
         settings.batch_size, settings.micro_batch_size * state.num_processes
     )
@@ -198,11 +200,12 @@ def blocks_of_step(step: int, blocks: int, batch_size: int, seed: int) -> list[i
         ``batch_size`` indices.
     """
     wanted = range(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(blocks)
-        for epoch in {place // blocks for place in wanted}
-    }
-    return [int(orders[place // blocks][place % blocks]) for place in wanted]
+    return [int(_order(blocks, place // blocks, seed)[place % blocks]) for place in wanted]
+
+
+@lru_cache(maxsize=4)
+def _order(blocks: int, epoch: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
 def learning_rate_at(step: int, steps: int, settings: TrainSettings) -> float:
@@ -381,7 +384,8 @@ class _Run:
             self.metrics.keep_until(progress.step)
         clock = started - progress.seconds
 
-        total = sum(self.blocks_of(step).tokens for step in range(self.steps))
+        tokens_per_step = self.training.tokens / len(self.training) * self.settings.batch_size
+        total = round(self.steps * tokens_per_step)
         with track("distilling", total, "tokens", progress.tokens) as bar:
             for step in range(progress.step, self.steps):
                 tokens_before = progress.tokens
@@ -586,12 +590,7 @@ class _Metrics:
         self.file, self.accelerator = work / METRICS_FILE, accelerator
         self.last_kl = math.nan
         if settings.tensorboard:
-            plain = {
-                name: value
-                for name, value in settings_dict(settings).items()
-                if isinstance(value, bool | int | float | str)
-            }
-            accelerator.init_trackers("tensorboard", config=plain)
+            accelerator.init_trackers("tensorboard")
 
     def keep_until(self, step: int) -> None:
         """Drop the lines that a resumed run will write again."""

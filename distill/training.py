@@ -77,7 +77,7 @@ def train(
 
     Raises:
         SettingsError: If a setting is out of range, or a block does not fit the models' context.
-        FolderError: If a folder is missing or broken, or target and source are the same.
+        FolderError: If a folder is missing or broken, or two of the three are the same.
         VocabularyError: If student and teacher do not share every token.
         TextError: If there is too little text.
         TrainingError: If the student got no better, or the loss was not a number.
@@ -95,6 +95,11 @@ def train(
     for info, role in ((student_info, "student"), (teacher_info, "teacher")):
         if info.path.resolve() == target.resolve():
             raise FolderError(f"the target {target} is the {role} itself; choose another target")
+    if fingerprint(student_info.path) == fingerprint(teacher_info.path):
+        raise FolderError(
+            f"{student} and {teacher} are the same model, which has nothing to learn from itself; "
+            "make a student with distill.new_student"
+        )
     vocabulary = _shared_vocabulary(student_info, teacher_info)
     longest = min(student_info.context_length, teacher_info.context_length)
     require(

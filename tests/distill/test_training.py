@@ -213,7 +213,7 @@ def test_a_step_whose_blocks_cannot_be_shared_among_processes_is_refused(
     import accelerate
 
     monkeypatch.setattr(
-        accelerate, "PartialState", lambda: SimpleNamespace(num_processes=3, device=CPU)
+        accelerate, "PartialState", lambda **_: SimpleNamespace(num_processes=3, device=CPU)
     )
     with (
         pytest.raises(SettingsError, match=r"3 processes .* multiple of 3"),
@@ -345,6 +345,19 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights(
     assert {tensor.dtype for tensor in weights(made).values()} == {torch.float32}
     facts = read_lineage(made)[-1]
     assert facts["after"]["kl"] < facts["before"]["kl"]
+
+
+def test_a_teacher_in_four_bits_teaches_too(
+    tmp_path: Path, teacher: Path, model: Path, chats: Path
+) -> None:
+    import quantize
+
+    small = quantize.to_nf4(teacher, tmp_path / "nf4")
+    options = {**QUICK, "tokens": 600}
+    made = distill.train(model, tmp_path / "out", teacher=small, texts=chats, **options)
+    facts = read_lineage(made)[-1]
+    assert facts["after"]["kl"] < facts["before"]["kl"]
+    assert facts["teacher"] == str(small)
 
 
 # --- interruption -------------------------------------------------------------------------------
@@ -620,6 +633,12 @@ class TestRefusals:
         target = {"student": model, "teacher": teacher}[role]
         with pytest.raises(FolderError, match=f"is the {role} itself"):
             distill.train(model, target, teacher=teacher, texts=chats, overwrite=True)
+
+    def test_a_teacher_that_is_the_student(
+        self, tmp_path: Path, teacher: Path, chats: Path
+    ) -> None:
+        with pytest.raises(FolderError, match="same model"):
+            distill.train(teacher, tmp_path / "out", teacher=teacher, texts=chats)
 
     def test_a_missing_folder(self, tmp_path: Path, teacher: Path, chats: Path) -> None:
         with pytest.raises(FolderError, match="nowhere"):

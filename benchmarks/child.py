@@ -7,8 +7,8 @@ answers each with one on stdout, until stdin ends:
     {"do": "open"}                                         load the model
     {"do": "turn", "prompt": [...], "new_tokens": 48, "seconds": 5.0}
                                                            read, write, and say how long it took
-    {"do": "score", "ids": [...], "kept": [...], "write": PATH or "against": PATH}
-                                                           losses; divergences from stored logits
+    {"do": "score", "ids": [...], "kept": [...], "write": PATH, "against": [PATH, ...]}
+                                                           losses; distances from stored logits
     {"do": "memory"}                                       the kernel's count of this process
 
 An answer with the key ``error`` says what went wrong. Whatever a library prints goes to stderr.
@@ -119,7 +119,11 @@ class Worker:
         return asdict(turn)
 
     def score(
-        self, ids: list[int], kept: list[bool], write: str | None = None, against: str | None = None
+        self,
+        ids: list[int],
+        kept: list[bool],
+        write: str | None = None,
+        against: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Predict a passage.
 
@@ -127,20 +131,19 @@ class Worker:
             ids: Token ids of the passage.
             kept: Which of the tokens after the first count.
             write: File to store the logits of the kept positions in.
-            against: File with the reference's logits of those positions.
+            against: Files with other models' logits of those positions.
 
         Returns:
-            The loss of each token and, with a reference, its divergence and agreement.
+            The loss of each token and, for each of the files, its divergence and agreement.
         """
         passage = Passage(np.asarray(ids, np.int64), np.asarray(kept, bool))
         logits = self.model.logits(passage.ids[None])[0, :-1][passage.kept]
         scores: dict[str, Any] = {"losses": token_losses(logits, passage.targets).tolist()}
         if write is not None:
             np.save(write, logits)
-        if against is not None:
-            reference = np.load(against, mmap_mode="r")
-            scores["divergences"] = divergences(reference, logits).tolist()
-            scores["agreements"] = agreements(reference, logits).astype(int).tolist()
+        others = [np.load(file, mmap_mode="r") for file in against]
+        scores["divergences"] = [divergences(other, logits).tolist() for other in others]
+        scores["agreements"] = [agreements(other, logits).astype(int).tolist() for other in others]
         return scores
 
     def memory(self) -> dict[str, Any]:

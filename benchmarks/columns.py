@@ -150,6 +150,11 @@ def _fidelity(take: Callable[[Fidelity], T]) -> Callable[[ModelResult], T | None
     return lambda model: None if model.fidelity is None else take(model.fidelity)
 
 
+def _parent(take: Callable[[Fidelity], T]) -> Callable[[ModelResult], T | None]:
+    """The same of the distance from the parent, None where there is none."""
+    return lambda model: None if model.parent_fidelity is None else take(model.parent_fidelity)
+
+
 def _rival(take: Callable[[Latency], T]) -> Callable[[ModelResult], T | None]:
     """The same of a result, None where transformers' generate was not timed."""
     return lambda model: (
@@ -198,6 +203,18 @@ COLUMNS = (
         write=significant,
         better="lower",
         spread=_fidelity(lambda found: found.kl_standard_error),
+    ),
+    Column(
+        key="mean_parent_kl_nats",
+        title="KL to parent",
+        unit="nats",
+        meaning="The same against the float model that this one was made of: what quantization "
+        "alone has cost.",
+        figure=_parent(lambda found: found.mean_kl),
+        write=significant,
+        better="lower",
+        spread=_parent(lambda found: found.kl_standard_error),
+        compact=False,
     ),
     Column(
         key="kl_99th_percentile_nats",

@@ -62,6 +62,9 @@ class ModelResult:
         footprint: Room on disk and in memory.
         perplexity: Surprise at the text.
         fidelity: Distance from the reference; None for the reference itself.
+        parent: Name of the compared float model that a quantized or exported one was made of;
+            None where there is none.
+        parent_fidelity: Distance from that model: what quantization alone has cost.
         latency: Time to begin an answer and to write it.
         transformers_latency: The same prompts through transformers' own greedy ``generate``, for
             float folders; else None.
@@ -77,6 +80,8 @@ class ModelResult:
     footprint: Footprint
     perplexity: Perplexity
     fidelity: Fidelity | None
+    parent: str | None
+    parent_fidelity: Fidelity | None
     latency: Latency
     transformers_latency: Latency | None
 
@@ -280,7 +285,6 @@ def _settings_from(record: dict[str, Any]) -> BenchSettings:
 
 def _model_from(record: dict[str, Any]) -> ModelResult:
     fields = {name: value for name, value in record.items() if name != "summary"}
-    fidelity = fields["fidelity"]
     rival = fields["transformers_latency"]
     return ModelResult(
         **{
@@ -288,11 +292,18 @@ def _model_from(record: dict[str, Any]) -> ModelResult:
             "lineage": tuple(fields["lineage"]),
             "footprint": Footprint(**fields["footprint"]),
             "perplexity": Perplexity(losses=_nested(fields["perplexity"]["losses"])),
-            "fidelity": fidelity and Fidelity(**{k: _nested(v) for k, v in fidelity.items()}),
+            "fidelity": _fidelity_from(fields["fidelity"]),
+            "parent_fidelity": _fidelity_from(fields["parent_fidelity"]),
             "latency": _latency_from(fields["latency"]),
             "transformers_latency": rival and _latency_from(rival),
         }
     )
+
+
+def _fidelity_from(record: dict[str, Any] | None) -> Fidelity | None:
+    if record is None:
+        return None
+    return Fidelity(**{name: _nested(value) for name, value in record.items()})
 
 
 def _latency_from(record: dict[str, Any]) -> Latency:

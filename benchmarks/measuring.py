@@ -79,7 +79,7 @@ def compare(
     machine = describe_machine(threads)
     _measure(subjects, passages, settings, threads)
     samples = collect_samples(asked, settings.sample_prompts, settings.sample_tokens, threads)
-    results = tuple(_result(subject) for subject in subjects if subject.is_listed)
+    results = tuple(_result(subject, judge) for subject in subjects if subject.is_listed)
     return Comparison(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_seconds=time.monotonic() - began,
@@ -99,6 +99,17 @@ def compare(
 
 
 @dataclass
+class _Distance:
+    """How far a model is from another, passage by passage."""
+
+    divergences: list[tuple[float, ...]] = field(default_factory=list)
+    agreements: list[tuple[int, ...]] = field(default_factory=list)
+
+    def fidelity(self) -> Fidelity:
+        return Fidelity(divergences=tuple(self.divergences), agreements=tuple(self.agreements))
+
+
+@dataclass
 class _Subject:
     """One model and what has been found about it so far."""
 
@@ -111,8 +122,8 @@ class _Subject:
     turns: list[Turn] = field(default_factory=list)
     transformers_turns: list[Turn] = field(default_factory=list)
     losses: list[tuple[float, ...]] = field(default_factory=list)
-    divergences: list[tuple[float, ...]] = field(default_factory=list)
-    agreements: list[tuple[int, ...]] = field(default_factory=list)
+    parent: _Subject | None = None
+    distances: dict[str, _Distance] = field(default_factory=dict)
 
 
 # --- before anything large is loaded ------------------------------------------------------------
@@ -138,7 +149,21 @@ def _open_subjects(models: Models, reference: str | Path | None) -> list[_Subjec
     names = short_names([subject.given for subject in subjects])
     for subject, name in zip(subjects, names, strict=True):
         subject.name = name
+    _find_parents(subjects)
     return subjects
+
+
+def _find_parents(subjects: Sequence[_Subject]) -> None:
+    """Find for every quantized or exported model the float model that it was made of."""
+    floats = {
+        fingerprint(subject.info.path): subject
+        for subject in subjects
+        if subject.info.form == "model"
+    }
+    for subject in subjects:
+        if subject.info.form != "model":
+            sources = [entry["source_fingerprint"] for entry in read_lineage(subject.info.path)]
+            subject.parent = next((floats[s] for s in reversed(sources) if s in floats), None)
 
 
 def _asked(subjects: Sequence[_Subject], settings: BenchSettings) -> dict[str, Path]:
@@ -325,20 +350,41 @@ def _turn(answer: Mapping[str, Any]) -> Turn:
 def _score(
     pairs: Sequence[tuple[_Subject, Child]], passages: Sequence[Passage], tracker: Tracker
 ) -> None:
-    """Score every passage with every model, the reference first."""
-    in_order = sorted(pairs, key=lambda pair: not pair[0].is_reference)
+    """Score every passage with every model, those that others are held against first."""
+    judges = {subject.name for subject, _ in pairs if subject.is_reference}
+    parents = {subject.parent.name for subject, _ in pairs if subject.parent is not None}
+    in_order = sorted(pairs, key=lambda pair: _rank(pair[0].name, judges, parents))
     with tempfile.TemporaryDirectory(prefix="mistill-") as folder:
-        stored = str(Path(folder) / "logits.npy")
+        stored = {
+            name: str(Path(folder) / f"{number}.npy")
+            for number, name in enumerate(sorted(judges | parents))
+        }
         for number, passage in enumerate(passages):
             request = {"ids": passage.ids.tolist(), "kept": passage.kept.tolist()}
             for subject, child in in_order:
-                role = "write" if subject.is_reference else "against"
-                answer = child.ask("score", **request, **{role: stored})
+                others = [name for name in stored if _is_held_against(subject, name, judges)]
+                answer = child.ask(
+                    "score",
+                    **request,
+                    write=stored.get(subject.name),
+                    against=[stored[name] for name in others],
+                )
                 subject.losses.append(tuple(map(_short, answer["losses"])))
-                if not subject.is_reference:
-                    subject.divergences.append(tuple(map(_short, answer["divergences"])))
-                    subject.agreements.append(tuple(answer["agreements"]))
+                for place, name in enumerate(others):
+                    distance = subject.distances.setdefault(name, _Distance())
+                    distance.divergences.append(tuple(map(_short, answer["divergences"][place])))
+                    distance.agreements.append(tuple(answer["agreements"][place]))
                 tracker.advance(note=f"passage {number + 1}/{len(passages)}, {subject.name}")
+
+
+def _rank(name: str, judges: set[str], parents: set[str]) -> int:
+    return 0 if name in judges else 1 if name in parents else 2
+
+
+def _is_held_against(subject: _Subject, name: str, judges: set[str]) -> bool:
+    if subject.name == name:
+        return False
+    return name in judges or (subject.parent is not None and subject.parent.name == name)
 
 
 def _short(value: float) -> float:
@@ -360,9 +406,10 @@ def _last_part(value: Any) -> Any:
     return value
 
 
-def _result(subject: _Subject) -> ModelResult:
+def _result(subject: _Subject, judge: _Subject) -> ModelResult:
     info, answers = subject.info, subject.answers
     turns = subject.transformers_turns
+    parent = subject.parent
     return ModelResult(
         name=subject.name,
         form=info.form,
@@ -380,9 +427,9 @@ def _result(subject: _Subject) -> ModelResult:
             resident_memory_bytes=answers["memory"]["resident_bytes"],
         ),
         perplexity=Perplexity(losses=tuple(subject.losses)),
-        fidelity=None
-        if subject.is_reference
-        else Fidelity(divergences=tuple(subject.divergences), agreements=tuple(subject.agreements)),
+        fidelity=None if subject is judge else subject.distances[judge.name].fidelity(),
+        parent=None if parent is None else parent.name,
+        parent_fidelity=None if parent is None else subject.distances[parent.name].fidelity(),
         latency=Latency(turns=tuple(subject.turns)),
         transformers_latency=Latency(turns=tuple(turns)) if turns else None,
     )

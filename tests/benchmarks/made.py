@@ -127,6 +127,8 @@ def made_model(
                 tuple(int(x) for x in random.random(20) < np.exp(-kl)) for _ in range(20)
             ),
         ),
+        parent=None,
+        parent_fidelity=None,
         latency=latency(speed),
         transformers_latency=None if rival is None else latency(rival),
     )

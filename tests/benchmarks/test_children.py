@@ -64,9 +64,9 @@ def test_a_child_scores_what_the_same_model_scores_here(
     stored = str(tmp_path / "logits.npy")
     reference = judge.score(**passage, write=stored)
 
-    answer = child.ask("score", **passage, against=stored)
+    answer = child.ask("score", **passage, against=[stored])
 
-    assert answer == here.score(**passage, against=stored)
+    assert answer == here.score(**passage, against=[stored])
     assert len(answer["losses"]) == len(reference["losses"]) == 3
     whole = judge.model.logits(np.array([[9, 8, 7, 6, 5]]))[0, [0, 2, 3]]
     assert np.array_equal(np.load(stored), whole)

@@ -220,6 +220,28 @@ def test_every_form_of_a_model_can_be_compared(
     assert len({result.footprint.parameters for result in found.models}) == 1
 
 
+def test_a_quantized_model_is_also_held_against_the_float_model_it_was_made_of(
+    asked: list[tuple[str, str]], forms: dict[str, Path], teacher: Path, chats: Path
+):
+    found = compare([teacher, *forms.values()], texts=chats, **QUICK)
+    alone = compare([forms["model"], forms["gptq"]], texts=chats, **QUICK)
+
+    assert [result.parent for result in found.models] == [None, None, "model", "model", "model"]
+    assert found["gptq"].parent_fidelity == alone["gptq"].fidelity
+    assert found["gptq"].parent_fidelity != found["gptq"].fidelity
+    assert found["model"].parent_fidelity is None
+    assert Comparison.from_json(found.to_json()) == found
+
+
+def test_a_parent_that_is_not_compared_is_nobodys_parent(
+    asked: list[tuple[str, str]], forms: dict[str, Path], teacher: Path, chats: Path
+):
+    found = compare([teacher, forms["gptq"]], texts=chats, **QUICK)
+
+    assert found["gptq"].parent is None
+    assert found["gptq"].parent_fidelity is None
+
+
 def test_one_model_alone_can_be_measured(asked: list[tuple[str, str]], model: Path, chats: Path):
     found = compare(model, texts=chats, settings=BenchSettings(**QUICK))
 

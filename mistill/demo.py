@@ -6,6 +6,8 @@ The demo is a recipe, one of three that differ in how much they train. It resume
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -56,10 +58,16 @@ def run_demo(size: Size, out: str | Path | None, console: Console) -> Path:
     console.rule()
     console.print(f"Done in {minutes:.1f} minutes.", highlight=False)
     console.print(f"report:  {_short(report / 'report.html')}", highlight=False, soft_wrap=True)
-    console.print(
-        f"chat:    mistill chat {_short(outputs['chatbot'])}", highlight=False, soft_wrap=True
-    )
+    command = f"{_our_command()} chat {_short(outputs['chatbot'])}"
+    console.print(f"chat:    {command}", highlight=False, soft_wrap=True)
     return report
+
+
+def _our_command() -> str:
+    """How this shell calls mistill: by name, or by path where it is not on the shell's path."""
+    beside = Path(sys.executable).with_name("mistill")
+    found = shutil.which("mistill")
+    return "mistill" if found or not beside.exists() else str(_short(beside))
 
 
 def _short(path: Path) -> Path:

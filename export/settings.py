@@ -14,9 +14,8 @@ LEGAL_BLOCKS = (16, 32, 64, 128, 256)
 TABLE_BITS = (4, 8, 32)
 DEFAULT_CONTEXT = 4096
 
-# Accuracy level 4 rounds activations in the same blocks. On SmolLM2 that costs a mean KL of 0.0061
-# nats in blocks of 64, 0.0032 in 32, 0.0018 in 16; blocks of 32 read prompts a quarter slower than
-# 64. Beside 4-bit codes, which cost far more than that, speed wins; beside 8-bit ones it does not.
+# Activations are rounded in the same blocks; docs/decisions/0008-blocks-of-the-onnx-graph.md holds
+# what each size costs in KL and in speed.
 DEFAULT_BLOCKS = {4: 64, 8: 32}
 
 

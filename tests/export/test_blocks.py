@@ -187,7 +187,7 @@ def test_nf4_runs_that_reach_into_the_next_row_are_refused() -> None:
 
 def test_stacked_matrices_are_the_matrices_below_one_another() -> None:
     first = blocks_of_codes(
-        quantized_weight(random_weight(8, 64, 1), bits=4, group_size=64, symmetric=False), 64
+        quantized_weight(random_weight(8, 64, 1), bits=4, group_size=32, symmetric=False), 64
     )
     second = round_to_blocks(random_weight(16, 64, 2), 4, 16)
     assert can_stack([first, second])

@@ -6,6 +6,9 @@ import hashlib
 import json
 import logging
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from mistill.errors import (
     VocabularyError,
 )
 from mistill.folder import open_folder, read_lineage
+from mistill.gptq_layout import QuantizedWeight, unpack
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.reference.onnx_runner import OnnxRunner
 from tests.tiny import tiny_model
@@ -300,6 +304,18 @@ def test_a_wrong_graph_is_refused(
         refused(model, tmp_path / "onnx", ExportError, "48 positions", precision=precision)
 
 
+def test_codes_that_are_misread_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off_by_one(*args: Any) -> QuantizedWeight:
+        weight = unpack(*args)
+        return replace(weight, zeros=weight.zeros + np.uint8(1))
+
+    source, _ = gptq_folder(model, tmp_path / "source")
+    monkeypatch.setattr("export.weights.unpack", off_by_one)
+    refused(source, tmp_path / "onnx", ExportError, "48 positions")
+
+
 def test_without_pytorch_the_folder_says_that_it_was_not_compared(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +325,17 @@ def test_without_pytorch_the_folder_says_that_it_was_not_compared(
     assert manifest_of(made)["parity"] is None
     assert "was not compared" in caplog.text
     assert np.isfinite(OnnxRunner(made).logits(np.array([[5, 6, 7]]))).all()
+
+
+def test_neither_pytorch_nor_transformers_is_needed(model: Path, tmp_path: Path) -> None:
+    source, _ = gptq_folder(model, tmp_path / "source")
+    made = tmp_path / "onnx"
+    script = (
+        "import sys; sys.modules |= dict.fromkeys(['torch', 'transformers', 'bitsandbytes']); "
+        f"import export; export.to_onnx({str(source)!r}, {str(made)!r})"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert manifest_of(made)["parity"] is None
 
 
 def test_settings_and_options_give_the_same_folder(model: Path, tmp_path: Path) -> None:

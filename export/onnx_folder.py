@@ -29,6 +29,7 @@ from mistill.folder import (
     write_atomically,
 )
 from mistill.settings import require, settings_dict, settings_from
+from mistill.source import resolve_model
 from mistill.vocabulary import Vocabulary, load_vocabulary
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def to_onnx(
     compared with PyTorch's on the same weights before the folder appears.
 
     Args:
-        source: A float, GPTQ or NF4 folder.
+        source: A float, GPTQ or NF4 folder, or whatever else names a model.
         target: The folder to make.
         settings: What the graph looks like; or give its fields as keywords.
         overwrite: Replace the target if it exists.
@@ -66,7 +67,7 @@ def to_onnx(
     """
     chosen = settings_from(OnnxSettings, settings, options)
     path = refuse_existing(target, overwrite)
-    info = open_folder(source)
+    info = open_folder(resolve_model(source))
     if info.form == "onnx":
         raise FolderError(f"{source} is an ONNX folder already; give the folder it was made from")
     config = read_json(info.path / "config.json")

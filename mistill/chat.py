@@ -17,6 +17,7 @@ from mistill.errors import ContextError, VocabularyError
 from mistill.language_model import LanguageModel, open_model
 from mistill.sampling import Sampler, SamplingSettings
 from mistill.settings import require, settings_from
+from mistill.source import resolve_model
 from mistill.stream_text import TextStream
 from mistill.vocabulary import load_vocabulary
 
@@ -103,7 +104,8 @@ class ChatBot:
         """Open a folder to chat with.
 
         Args:
-            folder: An ONNX folder, or a model folder where PyTorch is installed.
+            folder: An ONNX folder, or where PyTorch is installed a model folder or whatever else
+                names a model.
             system: What the chatbot is told before the conversation.
             settings: How it picks its words; or give the fields as options.
             model: The folder as a running model, if it is open already.
@@ -114,6 +116,7 @@ class ChatBot:
             VocabularyError: If the folder has no chat template.
         """
         self.settings = settings_from(ChatSettings, settings, options)
+        folder = resolve_model(folder)
         self._vocabulary = load_vocabulary(folder)
         if self._vocabulary.chat_template is None:
             raise VocabularyError(

@@ -229,7 +229,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
         "differ",
         swap_tokens,
     ),
-    "a chat with a folder that is not there": ("chat nowhere", "no such folder", None),
+    "a chat with a folder that is not there": ("chat nowhere", "no folder or file", None),
     "an inspection of nothing": ("inspect nowhere", "not a folder", None),
     "a recipe that is not there": ("run none.toml", "none.toml is missing", None),
     "a recipe that is no TOML": ("run r.toml", "not a TOML", write("r.toml", "= 3")),

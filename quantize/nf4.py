@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from mistill.errors import missing_extra
+from mistill.errors import ArchitectureError, missing_extra
 from mistill.folder import add_lineage, copy_companions, creating, refuse_existing
 from mistill.pytorch import quiet_transformers
 from mistill.settings import settings_dict, settings_from
 from quantize.settings import Nf4Settings
-from quantize.storage import ModuleReport, open_float, tensor_kinds, write_report
+from quantize.storage import FloatModel, ModuleReport, open_float, tensor_kinds, write_report
+
+BLOCK = 64
 
 
 def to_nf4(
@@ -47,11 +49,13 @@ def to_nf4(
 
     Raises:
         FolderError: If the source is broken or quantized already.
+        ArchitectureError: If a matrix has rows that blocks of 64 do not fill.
         MissingExtraError: If bitsandbytes is not installed.
     """
     settings = settings_from(Nf4Settings, settings, options)
     target = refuse_existing(target, overwrite)
     model = open_float(source)
+    _require_whole_blocks(model)
     try:
         import bitsandbytes  # noqa: F401
     except ModuleNotFoundError as error:
@@ -91,3 +95,13 @@ def to_nf4(
             kept_float=tensor_kinds(kept),
         )
     return target
+
+
+def _require_whole_blocks(model: FloatModel) -> None:
+    """Refuse rows that share a block: bitsandbytes 0.50 decodes them wrongly on a CPU."""
+    for name, (inputs, _) in model.matrices.items():
+        if inputs % BLOCK:
+            raise ArchitectureError(
+                f"NF4 needs rows of a multiple of {BLOCK} weights, but {name} has {inputs} inputs; "
+                "quantize this model by GPTQ"
+            )

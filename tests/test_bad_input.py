@@ -198,6 +198,11 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
         "already",
         lambda place: _quietly("quantize rounding student rounded --group-size 32"),
     ),
+    "rows that blocks of NF4 do not fill": (
+        "quantize nf4 narrow out",
+        "multiple of 64 weights",
+        None,
+    ),
     "a temperature of zero": (DISTILL + " --temperature 0", "temperature", None),
     "a share above one": (DISTILL + " --cross-entropy 1.5", "cross_entropy", None),
     "no tokens": (DISTILL.replace("--tokens 64", "--tokens 0"), "tokens", None),

@@ -133,8 +133,8 @@ def test_a_model_worse_in_one_thing_and_better_in_none_is_dominated(comparison: 
 
 def test_differences_within_the_noise_dominate_nobody(comparison: Comparison):
     model = comparison["student"]
-    one = placed(model, speed=20.0, size=1000, name="one")
-    other = placed(model, speed=20.2, size=1010, name="other")
+    one = placed(model, speed=20.2, size=1000, name="one")
+    other = placed(model, speed=20.0, size=1010, name="other")
 
     assert dominators([one, other]) == {"one": (), "other": ()}
 

@@ -61,7 +61,16 @@ class Worker:
         threads: Threads that its engine computes with.
     """
 
+    folder: Path
+    threads: int
+
     def __init__(self, folder: Path, threads: int) -> None:
+        """Name a folder; nothing is loaded yet.
+
+        Args:
+            folder: The folder.
+            threads: Threads that its engine computes with.
+        """
         self.folder = folder
         self.threads = threads
         self._model: LanguageModel | None = None

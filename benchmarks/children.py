@@ -31,7 +31,15 @@ class Child:
         folder: The folder that it opens.
     """
 
+    folder: Path
+
     def __init__(self, folder: Path, threads: int) -> None:
+        """Start the process; it opens nothing until it is asked to.
+
+        Args:
+            folder: The folder that it opens.
+            threads: Threads that its engine computes with.
+        """
         self.folder = folder
         self._complaints = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(

@@ -6,7 +6,6 @@ so that a figure is called the same and means the same everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -31,9 +30,9 @@ class Column:
         unit: Its unit for people; may be empty.
         meaning: What it is, in a sentence.
         figure: Takes it from a result; None where the model has none.
-        spread: How far it may be off: plus and minus, or the quartiles; None where unknown.
         write: Turns the figure into text.
         better: Which end is the better one.
+        spread: How far it may be off: plus and minus, or the quartiles; None where unknown.
         compact: Whether it is also shown where room is short.
     """
 
@@ -78,7 +77,9 @@ class Column:
 
 
 def columns_of(comparison: Comparison) -> tuple[Column, ...]:
-    """The columns that have a figure for at least one model.
+    """The columns that say something about at least one model.
+
+    The distance from a parent says nothing new where every parent is the reference.
 
     Args:
         comparison: The result.
@@ -86,10 +87,12 @@ def columns_of(comparison: Comparison) -> tuple[Column, ...]:
     Returns:
         Columns, in the order of reading.
     """
+    parents = {model.parent for model in comparison.models} - {None, comparison.reference}
     return tuple(
         column
         for column in COLUMNS
         if any(column.figure(model) is not None for model in comparison.models)
+        and (column.key != "mean_parent_kl_nats" or parents)
     )
 
 
@@ -123,7 +126,7 @@ def significant(value: float, digits: int = 3) -> str:
     """
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(value)))
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded number
     if exponent < -5:
         return f"{value:.0e}".replace("e-0", "e-")
     return f"{value:,.{max(0, digits - 1 - exponent)}f}"

@@ -162,7 +162,7 @@ def _find_parents(subjects: Sequence[_Subject]) -> None:
     }
     for subject in subjects:
         if subject.info.form != "model":
-            sources = [entry["source_fingerprint"] for entry in read_lineage(subject.info.path)]
+            sources = [entry.get("source_fingerprint") for entry in read_lineage(subject.info.path)]
             subject.parent = next((floats[s] for s in reversed(sources) if s in floats), None)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.columns import COLUMNS, significant, summary
+from benchmarks.columns import COLUMNS, columns_of, significant, summary
 from benchmarks.comparison import SCHEMA, Comparison, ModelResult
 from benchmarks.frontier import dominators
 from benchmarks.latency import Latency, Turn
@@ -159,10 +159,24 @@ def test_fidelity_saves_a_large_and_slow_model(comparison: Comparison):
         (1234.5, 3, "1,234"),
         (2.4e-8, 3, "2e-8"),
         (0.0196, 2, "0.020"),
+        (0.0000998, 2, "0.00010"),
+        (0.999, 2, "1.0"),
     ],
 )
 def test_numbers_keep_their_significant_digits(value: float, digits: int, text: str):
     assert significant(value, digits) == text
+
+
+def test_distance_from_a_parent_is_shown_where_it_is_another_than_the_reference(
+    comparison: Comparison,
+):
+    def with_parent(name: str) -> Comparison:
+        last = comparison.models[-1]
+        last = dataclasses.replace(last, parent=name, parent_fidelity=last.fidelity)
+        return dataclasses.replace(comparison, models=(*comparison.models[:-1], last))
+
+    assert "KL to parent" in with_parent("student").to_markdown()
+    assert "KL to parent" not in with_parent("teacher").to_markdown()
 
 
 def test_every_column_says_what_it_means():
@@ -234,7 +248,7 @@ def test_the_page_shows_every_model_with_every_figure(comparison: Comparison):
     assert [name for name, _ in rows] == [model.name for model in comparison.models]
     for name, row in rows:
         values = re.findall(r'<td data-value="([^"]*)"', row)
-        figures = [column.figure(comparison[name]) for column in COLUMNS]
+        figures = [column.figure(comparison[name]) for column in columns_of(comparison)]
         assert [float(value) if value else None for value in values] == figures
     assert page.count("<small>beaten by") == 4
     assert "7.3 times smaller than teacher" in page

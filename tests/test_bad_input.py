@@ -98,7 +98,7 @@ GPTQ = "quantize gptq student out --texts chats.jsonl --group-size 32"
 CASES: dict[str, tuple[str, str, Prepare | None]] = {
     # what: (command, words of the message, what is done before)
     "no such folder": ("student nowhere/at/all out --layers 2", "nowhere/at/all", None),
-    "a file for a folder": ("export chats.jsonl out", "not a folder", None),
+    "a file for a folder": ("export chats.jsonl out", "is a file", None),
     "an empty folder": (
         "export empty out",
         "config.json is missing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
@@ -45,7 +46,7 @@ def place(tmp_path, teacher, chats, monkeypatch):
     (tmp_path / "prompts.txt").write_text("What is a mistral?\nCount to three.\n")
     (tmp_path / "road.toml").write_text(ROAD)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.stdin", (tmp_path / "prompts.txt").open())
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is a mistral?\n"))
     return tmp_path
 
 
@@ -69,7 +70,7 @@ def test_the_program_runs(place, capsys):
 
 
 def test_every_make_target_exists():
-    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
+    for target in set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", README, re.MULTILINE)):
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 

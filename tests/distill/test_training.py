@@ -222,6 +222,48 @@ def test_a_step_whose_blocks_cannot_be_shared_among_processes_is_refused(
         pass
 
 
+@pytest.mark.slow
+def test_two_processes_have_the_gradient_of_one(tmp_path: Path, model: Path, teacher: Path) -> None:
+    program = tmp_path / "two.py"
+    program.write_text("""
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from distill.teacher import LiveTeacher
+from distill.train_settings import TrainSettings
+from distill.trainer import DistillationStep, accelerating, accumulate_gradients
+from mistill.pytorch import load_pytorch
+from tests.distill.test_training import make_blocks
+student, teacher, out = sys.argv[1:]
+settings = TrainSettings(batch_size=4, cross_entropy=0.2)
+model, live = load_pytorch(student), LiveTeacher(load_pytorch(teacher))
+with accelerating(settings, Path()) as accelerator:
+    assert accelerator.num_processes == 2
+    module = accelerator.prepare(DistillationStep(model, settings))
+    sums = accumulate_gradients(module, live, make_blocks(), settings, accelerator)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.save((gradients, sums), f"{out}/{accelerator.process_index}.pt")
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+         "--master_addr=127.0.0.1", str(program), str(model), str(teacher), str(tmp_path)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone, alone_sums = step_gradients(
+        model, teacher, make_blocks(), micro_batch_size=1, cross_entropy=0.2
+    )
+    for process in range(2):
+        gradients, sums = torch.load(tmp_path / f"{process}.pt")
+        assert sums.tolist() == pytest.approx(alone_sums, rel=1e-6)
+        for name, gradient in alone.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
 # --- schedules ----------------------------------------------------------------------------------
 
 

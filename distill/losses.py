@@ -1,29 +1,32 @@
 """How far a student's predictions are from its teacher's, and which way is downhill.
 
-The loss is the Kullback-Leibler divergence KL(teacher || student) of next-token distributions:
-the nats that are lost by coding what the teacher says with the student's probabilities. It is
-averaged over kept positions only. ``forward_kl`` is the definition, for logits that are there
-already. ``head_loss`` is what the trainer uses: it starts from hidden states and output heads,
-makes logits a few rows at a time and finishes their gradient before it makes the next, so that
-neither model's logits are ever held for a whole batch.
+The loss is a divergence of next-token distributions, by default the Kullback-Leibler divergence
+KL(teacher || student): the nats that are lost by coding what the teacher says with the student's
+probabilities. It is averaged over kept positions only. ``forward_kl`` is the definition, for
+logits that are there already. ``head_loss`` is what the trainer uses: it starts from hidden states
+and output heads, makes logits a few rows at a time and finishes their gradient before it makes
+the next, so that neither model's logits are ever held for a whole batch.
 
-B is batch, T positions, N kept positions, n rows of one chunk, V vocabulary, D width.
+B is batch, T positions, N kept positions, n rows of one chunk, V vocabulary, D width, r the rank of
+an adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill.teacher import TeacherTargets, multiply, soften
+from distill.divergences import FORWARD_KL, Divergence
+from distill.heads import Head, as_head, compute_dtype, multiply, soften
+from distill.teacher import TeacherTargets
 from mistill.errors import VocabularyError
 
 _MIB = 2**20
-_BUFFERS = 3
 
 
 def forward_kl(
@@ -67,46 +70,62 @@ class HeadLoss(NamedTuple):
 
     Attributes:
         loss: Scalar with a graph; the positions' share of the step's mean.
-        kl: Sum of KL(teacher || student) over the positions, times temperature squared, in nats;
-            scalar float64 without a graph.
+        divergence: Sum of the divergences of the positions, times temperature squared; scalar
+            float64 without a graph, 0 where only the text itself is learnt.
         cross_entropy: Sum of the student's -log p(next token) over the positions, in nats;
             scalar float64 without a graph, 0 where the cross-entropy has no share in the loss.
     """
 
     loss: Tensor
-    kl: Tensor
+    divergence: Tensor
     cross_entropy: Tensor
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What the loss is made of, but for its tensors."""
+
+    targets: TeacherTargets | None
+    next_ids: Tensor
+    positions_in_step: int
+    divergence: Divergence
+    temperature: float
+    cross_entropy: float
+    memory_mib: float
 
 
 def head_loss(
     hidden: Tensor,
-    head: Tensor,
-    targets: TeacherTargets,
+    head: Head | Tensor,
+    targets: TeacherTargets | None,
     next_ids: Tensor,
     *,
     positions_in_step: int,
+    divergence: Divergence = FORWARD_KL,
     temperature: float = 1.0,
     cross_entropy: float = 0.0,
     memory_mib: float = 128.0,
 ) -> HeadLoss:
     """The distillation loss from hidden states, without ever holding all logits.
 
-    ``loss = ((1 - c) * T^2 * sum KL + c * sum CE) / positions_in_step``, the sums over the N
-    positions given, T the temperature of the KL alone, c the share of the cross-entropy. Dividing
-    by the positions of the whole optimizer step, and not by N, makes the gradients of several
-    micro-batches add up to the gradient of one large batch, however the kept positions are
-    spread over them.
+    ``loss = ((1 - c) * T^2 * sum D + c * sum CE) / positions_in_step``, the sums over the N
+    positions given, T the temperature of the divergence D alone, c the share of the
+    cross-entropy. Dividing by the positions of the whole optimizer step, and not by N, makes the
+    gradients of several micro-batches add up to the gradient of one large batch, however the
+    kept positions are spread over them.
 
-    The gradient is computed in the forward pass, chunk by chunk: softmax(student) minus
-    softmax(teacher) is at hand there, and the backward pass has only to scale it.
+    The gradient is computed in the forward pass, chunk by chunk: both distributions are at hand
+    there, and the backward pass has only to scale it.
 
     Args:
         hidden: The student's last hidden states at the kept positions, shape (N, D).
-        head: The student's output head, shape (V, D); may be shared with the embedding.
-        targets: What the teacher says at the same positions.
+        head: The student's output head, or its matrix of shape (V, D); may be shared with the
+            embedding.
+        targets: What the teacher says at the same positions; None where ``cross_entropy`` is 1.
         next_ids: The token that follows each position, shape (N,).
         positions_in_step: Kept positions of the whole optimizer step, over all micro-batches and
             processes.
+        divergence: What is lowered; forward KL, unless something else is asked for.
         temperature: Above 0.
         cross_entropy: Share of the cross-entropy with the text itself, 0 to 1.
         memory_mib: Room for chunks of logits; it decides how many rows a chunk has.
@@ -116,19 +135,31 @@ def head_loss(
 
     Raises:
         VocabularyError: If the two vocabularies differ in size.
+        SettingsError: If the targets do not tell what the divergence needs.
         ValueError: If the teacher speaks of another number of positions.
     """
-    _check_sizes(head.shape[0], targets.vocabulary_size)
+    head = as_head(head)
     _check_temperature(temperature)
-    if not len(targets) == len(next_ids) == len(hidden):
+    if cross_entropy < 1:
+        if targets is None:
+            raise ValueError("without targets the loss can only be the cross-entropy alone")
+        _check_sizes(head.vocabulary_size, targets.vocabulary_size)
+        targets.require(divergence, temperature)
+    told = len(hidden) if targets is None else len(targets)
+    if not told == len(next_ids) == len(hidden):
         raise ValueError(
-            f"{len(hidden)} hidden states, {len(targets)} targets and {len(next_ids)} next ids "
+            f"{len(hidden)} hidden states, {told} targets and {len(next_ids)} next ids "
             "should be equally many"
         )
-    loss, kl, nll = _HeadLoss.apply(
-        hidden, head, targets, next_ids, positions_in_step, temperature, cross_entropy, memory_mib
+    recipe = _Recipe(
+        targets, next_ids, positions_in_step, divergence, temperature, cross_entropy, memory_mib
     )
-    return HeadLoss(loss, kl, nll)
+    low = up = None
+    if head.adapter is not None:
+        down, up, size = head.adapter
+        low = (hidden @ down.t().to(hidden.dtype)) * size
+    loss, apart, nll = _HeadLoss.apply(hidden, head.plain, head.bias, low, up, head, recipe)
+    return HeadLoss(loss, apart, nll)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -138,52 +169,45 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        head: Tensor,
-        targets: TeacherTargets,
-        next_ids: Tensor,
-        positions_in_step: int,
-        temperature: float,
-        cross_entropy: float,
-        memory_mib: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        low: Tensor | None,
+        up: Tensor | None,
+        head: Head,
+        recipe: _Recipe,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sum the loss and its gradients over chunks of rows."""
-        H, W = matmul_operands(hidden.detach(), head.detach())
-        wide = torch.float64 if H.dtype == torch.float64 else torch.float32
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        dH = torch.empty(H.shape, dtype=wide, device=H.device) if wants_hidden else None
-        dW = torch.zeros(W.shape, dtype=wide, device=W.device) if wants_head else None
-        kl = torch.zeros((), dtype=torch.float64, device=H.device)
-        nll = torch.zeros_like(kl)
+        dtype = compute_dtype(hidden, head)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        H, head = hidden.detach().to(dtype), head.frozen(dtype)
+        tensors = (hidden, weight, bias, low, up)
+        gradients = [
+            None
+            if tensor is None or not wanted
+            else torch.zeros(tensor.shape, dtype=wide, device=tensor.device)
+            for tensor, wanted in zip(tensors, ctx.needs_input_grad[: len(tensors)], strict=True)
+        ]
+        low = None if low is None else low.detach().to(dtype)
+        apart = torch.zeros((), dtype=torch.float64, device=H.device)
+        nll = torch.zeros_like(apart)
+        count = _buffer_count(head, recipe)
+        for rows, buffers in chunks(
+            len(H), head.vocabulary_size, wide, H.device, recipe.memory_mib, count
+        ):
+            wants = any(gradient is not None for gradient in gradients)
+            found = _chunk(H, low, head, recipe, rows, buffers, wants)
+            apart += found.divergence
+            nll += found.cross_entropy
+            if found.gradient is not None:
+                _spread(found.gradient, H, low, head, rows, gradients)
 
-        for rows, (a, b, c) in chunks(len(H), W.shape[0], wide, H.device, memory_mib):
-            targets.log_probabilities(rows, temperature, out=a, scratch=b)
-            log_q = soften(multiply(H[rows], W.t(), out=b), temperature, out=c)
-            p = torch.exp(a, out=b)
-            kl += a.sub_(log_q).mul_(p).sum(dim=-1).double().sum()
-            if dH is None and dW is None and cross_entropy == 0:
-                continue
-            # d(T^2 KL)/d logits = T (q - p)
-            G = log_q.exp_().sub_(p).mul_((1 - cross_entropy) * temperature / positions_in_step)
-            if cross_entropy > 0:
-                share = cross_entropy / positions_in_step
-                log_q = soften(multiply(H[rows], W.t(), out=b), 1.0, out=a)
-                picked = next_ids[rows, None]
-                nll -= log_q.gather(1, picked).double().sum()
-                # d CE/d logits = q - onehot, at temperature 1
-                G.add_(log_q.exp_(), alpha=share)
-                G.scatter_add_(1, picked, torch.full_like(picked, -share, dtype=wide))
-            G = G.to(W.dtype)
-            if dH is not None:
-                multiply(G, W, out=dH[rows])
-            if dW is not None:
-                _add_product(dW, G.t(), H[rows])
-
-        kl *= temperature**2
-        loss = ((1 - cross_entropy) * kl + cross_entropy * nll) / positions_in_step
-        ctx.gradients = dH, dW
-        ctx.dtypes = hidden.dtype, head.dtype
-        ctx.mark_non_differentiable(kl, nll)
-        return loss.to(wide), kl, nll
+        apart *= recipe.temperature**2
+        c = recipe.cross_entropy
+        loss = ((1 - c) * apart + c * nll) / recipe.positions_in_step
+        ctx.gradients = gradients
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        ctx.mark_non_differentiable(apart, nll)
+        return loss.to(wide), apart, nll
 
     @staticmethod
     @once_differentiable
@@ -191,55 +215,132 @@ class _HeadLoss(torch.autograd.Function):
         """Scale the gradients that the forward pass left, in place, and let go of them."""
         if ctx.gradients is None:
             raise RuntimeError("the gradient of head_loss can be taken once; compute it again")
-        (dH, dW), ctx.gradients = ctx.gradients, None
-        hidden_dtype, head_dtype = ctx.dtypes
-        return (
-            None if dH is None else dH.mul_(loss_gradient).to(hidden_dtype),
-            None if dW is None else dW.mul_(loss_gradient).to(head_dtype),
-            *(None,) * 6,
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [
+            None if gradient is None else gradient.mul_(loss_gradient).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+class _Chunk(NamedTuple):
+    """Sums over the rows of a chunk, and the gradient of their logits before scale and cap."""
+
+    divergence: Tensor
+    cross_entropy: Tensor
+    gradient: Tensor | None
+
+
+def _buffer_count(head: Head, recipe: _Recipe) -> int:
+    """Buffers of (n, V) that a chunk is computed in."""
+    count = 1 + recipe.divergence.buffers
+    if recipe.cross_entropy > 0:
+        count += 1
+    if head.soft_cap is not None:
+        count += 1
+    return count
+
+
+def _chunk(
+    H: Tensor,
+    low: Tensor | None,
+    head: Head,
+    recipe: _Recipe,
+    rows: slice,
+    buffers: list[Tensor],
+    wants_gradient: bool,
+) -> _Chunk:
+    """Loss and gradient of some rows, in buffers that the caller has."""
+    T, c, total = recipe.temperature, recipe.cross_entropy, recipe.positions_in_step
+    G, *scratch = buffers
+    logits = head.logits(H[rows], scratch[0], None if low is None else low[rows])
+    capped = scratch.pop().copy_(logits) if head.soft_cap is not None else None
+    apart = nll = torch.zeros((), dtype=torch.float64, device=H.device)
+    text = None
+    if c > 0:
+        text = torch.log_softmax(logits, dim=-1, out=scratch.pop())
+        picked = recipe.next_ids[rows, None]
+        nll = -text.gather(1, picked).double().sum()
+    if c < 1:
+        assert recipe.targets is not None
+        log_q = soften(logits, T, out=G)
+        apart = (
+            recipe.targets.diverge(
+                rows, log_q, recipe.divergence, T, tuple(scratch), gradient=wants_gradient
+            )
+            .double()
+            .sum()
         )
+    if not wants_gradient:
+        return _Chunk(apart, nll, None)
+    if c < 1:
+        # d(T^2 D)/d logits = T dD/d(logits / T)
+        G.mul_((1 - c) * T / total)
+    else:
+        G.zero_()
+    if text is not None:
+        # d CE/d logits = q - onehot, at temperature 1
+        G.add_(text.exp_(), alpha=c / total)
+        G.scatter_add_(1, picked, torch.full_like(picked, -c / total, dtype=G.dtype))
+    if capped is not None and head.soft_cap is not None:
+        # d cap * tanh(x / cap) / dx = 1 - (capped / cap)^2
+        G.addcmul_(G * capped, capped, value=-1 / head.soft_cap**2)
+    if head.scale != 1.0:
+        G.mul_(head.scale)
+    return _Chunk(apart, nll, G)
+
+
+def _spread(
+    G: Tensor,
+    H: Tensor,
+    low: Tensor | None,
+    head: Head,
+    rows: slice,
+    gradients: list[Tensor | None],
+) -> None:
+    """Add what the logits of some rows say to the gradients of all that they were made from."""
+    dH, dW, db, dlow, dup = gradients
+    if db is not None:
+        db += G.sum(dim=0)
+    G = G.to(H.dtype)
+    if dH is not None:
+        head.pull_back(G, out=dH[rows])
+    if dW is not None:
+        _add_product(dW, G.t(), H[rows])
+    if low is not None and head.adapter is not None:
+        if dlow is not None:
+            multiply(G, head.adapter[1], out=dlow[rows])
+        if dup is not None:
+            _add_product(dup, G.t(), low[rows])
 
 
 def chunks(
-    positions: int, vocabulary: int, dtype: torch.dtype, device: torch.device, memory_mib: float
-) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
-    """Walk over positions so few at a time that three (n, V) buffers fit in a memory budget.
+    positions: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_mib: float,
+    count: int,
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Walk over positions so few at a time that buffers of (n, V) fit in a memory budget.
 
     Args:
         positions: N; at 0 there is nothing to walk over.
         vocabulary: V.
         dtype: Of the buffers.
         device: Of the buffers.
-        memory_mib: Bytes of the three buffers together, in MiB; a chunk has one row at least.
+        memory_mib: Bytes of all buffers together, in MiB; a chunk has one row at least.
+        count: How many buffers.
 
     Yields:
-        The rows of a chunk, and three buffers (n, V) that the next chunk reuses.
+        The rows of a chunk, and ``count`` buffers (n, V) that the next chunk reuses.
     """
-    room = int(memory_mib * _MIB / (_BUFFERS * vocabulary * dtype.itemsize))
+    room = int(memory_mib * _MIB / (count * vocabulary * dtype.itemsize))
     n = max(1, min(room, positions))
-    buffers = torch.empty((_BUFFERS, n, vocabulary), dtype=dtype, device=device)
+    buffers = torch.empty((count, n, vocabulary), dtype=dtype, device=device)
     for start in range(0, positions, n):
         rows = slice(start, min(start + n, positions))
-        a, b, c = buffers[:, : rows.stop - start]
-        yield rows, (a, b, c)
-
-
-def matmul_operands(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states and head in the dtype that their product is computed in.
-
-    Args:
-        hidden: Shape (N, D).
-        head: Shape (V, D).
-
-    Returns:
-        Both in autocast's dtype where it is on, else in the wider of their own.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(hidden.dtype, head.dtype)
-    return hidden.to(dtype), head.to(dtype)
+        yield rows, list(buffers[:, : rows.stop - start])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

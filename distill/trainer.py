@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from distill.batches import Batch, make_batch
 from distill.evaluation import Evaluation, HeldOut, ask_teacher, evaluate
 from distill.losses import HeadLoss, head_loss
-from distill.teacher import LiveTeacher, TeacherTargets, head_weight, last_hidden_states
+from distill.heads import read_head
+from distill.teacher import Teacher, TeacherTargets, last_hidden_states
 from mistill.errors import SettingsError, TrainingError
 from mistill.folder import write_atomically
 from mistill.progress import track
@@ -75,7 +76,7 @@ class TrainingProgress:
 
 def train_student(
     student: PreTrainedModel,
-    teacher: LiveTeacher,
+    teacher: Teacher,
     training: TokenBlocks,
     held_out: TokenBlocks,
     settings: TrainSettings,
@@ -287,7 +288,7 @@ class DistillationStep(nn.Module):
         hidden = last_hidden_states(self.student, batch.ids, batch.positions)
         return head_loss(
             hidden[batch.kept],
-            head_weight(self.student),
+            read_head(self.student),
             targets,
             batch.next_ids,
             positions_in_step=positions_in_step,
@@ -299,7 +300,7 @@ class DistillationStep(nn.Module):
 
 def accumulate_gradients(
     module: nn.Module,
-    teacher: LiveTeacher,
+    teacher: Teacher,
     blocks: TokenBlocks,
     settings: TrainSettings,
     accelerator: Accelerator,
@@ -324,13 +325,16 @@ def accumulate_gradients(
     share = accelerator.gradient_accumulation_steps * processes
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for start in range(accelerator.process_index * size, len(blocks), size * processes):
-        batch = make_batch(blocks[start : start + size], accelerator.device)
+        mine = blocks[start : start + size]
+        batch = make_batch(mine, accelerator.device)
         with accelerator.autocast():
-            targets = teacher.targets(batch.ids, batch.positions, batch.kept)
+            targets = teacher.targets(mine, batch)
         with accelerator.accumulate(module):
             result: HeadLoss = module(batch, targets, kept)
             accelerator.backward(result.loss * share)
-        sums += torch.stack((result.loss.detach().double() * kept, result.kl, result.cross_entropy))
+        sums += torch.stack(
+            (result.loss.detach().double() * kept, result.divergence, result.cross_entropy)
+        )
     total: Tensor = accelerator.reduce(sums, reduction="sum")
     return total / kept
 
@@ -344,7 +348,7 @@ class _Run:
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: LiveTeacher,
+        teacher: Teacher,
         training: TokenBlocks,
         held_out: TokenBlocks,
         settings: TrainSettings,
@@ -360,12 +364,11 @@ class _Run:
             DistillationStep(student, settings), optimizer
         )
         size = settings.micro_batch_size
-        batches = [
-            make_batch(held_out[start : start + size], accelerator.device)
-            for start in range(0, len(held_out), size)
-        ]
+        parts = [held_out[start : start + size] for start in range(0, len(held_out), size)]
         with accelerator.autocast():
-            self.held_out: HeldOut = ask_teacher(teacher, batches)
+            self.held_out: HeldOut = ask_teacher(
+                teacher, ((part, make_batch(part, accelerator.device)) for part in parts)
+            )
         self.metrics = _Metrics(work, accelerator, settings)
 
     def to_the_end(self) -> TrainingProgress:

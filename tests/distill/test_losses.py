@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.heads import as_head
 from distill.losses import HeadLoss, chunks, forward_kl, head_loss
 from distill.teacher import DenseTargets
 from mistill.errors import VocabularyError
@@ -17,6 +18,10 @@ from tests.reference import distillation as reference
 
 def logits(seed: int, *shape: int, scale: float = 3.0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(hidden: Tensor, head: Tensor) -> DenseTargets:
+    return DenseTargets(hidden, as_head(head))
 
 
 MASK = torch.tensor([[True, False, True, True, False], [False, True, False, False, True]])
@@ -135,7 +140,7 @@ def test_head_loss_and_its_gradients_are_those_of_autograd_over_full_logits(
     ours = (hidden.clone().requires_grad_(), head.clone().requires_grad_())
     result = head_loss(
         *ours,
-        DenseTargets(teacher_hidden, teacher_head),
+        dense(teacher_hidden, teacher_head),
         next_ids,
         positions_in_step=40,
         temperature=temperature,
@@ -157,7 +162,7 @@ def test_head_loss_in_float32_is_exact_to_rounding() -> None:
     result = head_loss(
         hidden,
         head,
-        DenseTargets(teacher_hidden, teacher_head),
+        dense(teacher_hidden, teacher_head),
         next_ids,
         positions_in_step=N,
         memory_mib=few_rows(5),
@@ -180,21 +185,19 @@ def test_head_loss_agrees_with_forward_kl_on_masked_logits() -> None:
     part = head_loss(
         hidden[MASK],
         head,
-        DenseTargets(teacher_hidden[MASK], teacher_head),
+        dense(teacher_hidden[MASK], teacher_head),
         torch.zeros(kept, dtype=torch.int64),
         positions_in_step=kept,
         temperature=2.0,
     )
     torch.testing.assert_close(part.loss, whole, rtol=1e-6, atol=0)
-    assert part.kl.item() / kept == pytest.approx(whole.item(), rel=1e-6)
+    assert part.divergence.item() / kept == pytest.approx(whole.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_shared_head_receives_the_gradients_of_both_its_uses(tied: bool) -> None:
     ids = torch.tensor([3, 5, 3, 8])
-    teacher = DenseTargets(
-        logits(41, 4, D, scale=1.0).double(), logits(42, V, D, scale=1.0).double()
-    )
+    teacher = dense(logits(41, 4, D, scale=1.0).double(), logits(42, V, D, scale=1.0).double())
     gradients = []
     for loss_of in (_ours, _theirs):
         embedding = logits(40, V, D, scale=1.0).double().requires_grad_()
@@ -212,7 +215,8 @@ def _ours(hidden: Tensor, head: Tensor, teacher: DenseTargets, ids: Tensor) -> T
 
 
 def _theirs(hidden: Tensor, head: Tensor, teacher: DenseTargets, ids: Tensor) -> Tensor:
-    return reference.head_loss(hidden, head, teacher.hidden, teacher.head, ids, 4)
+    assert teacher.head.plain is not None
+    return reference.head_loss(hidden, head, teacher.hidden, teacher.head.plain, ids, 4)
 
 
 def test_a_student_that_equals_its_teacher_loses_nothing_and_learns_nothing() -> None:
@@ -221,7 +225,7 @@ def test_a_student_that_equals_its_teacher_loses_nothing_and_learns_nothing() ->
     result = head_loss(
         hidden,
         head,
-        DenseTargets(hidden.detach().clone(), head.detach().clone()),
+        dense(hidden.detach().clone(), head.detach().clone()),
         next_ids,
         positions_in_step=N,
     )
@@ -237,13 +241,13 @@ def test_a_micro_batch_without_kept_positions_is_exactly_zero_and_has_a_graph() 
     result = head_loss(
         hidden[torch.zeros(4, dtype=torch.bool)],
         head,
-        DenseTargets(torch.randn(0, D), torch.randn(V, D)),
+        dense(torch.randn(0, D), torch.randn(V, D)),
         torch.zeros(0, dtype=torch.int64),
         positions_in_step=10,
         cross_entropy=0.5,
     )
     assert result.loss.item() == 0
-    assert result.kl.item() == 0
+    assert result.divergence.item() == 0
     result.loss.backward()
     assert hidden.grad is not None
     assert head.grad is not None
@@ -255,7 +259,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_still_do() -> None
     hidden, head, teacher_hidden, teacher_head, next_ids = head_inputs(torch.float64)
     hidden.requires_grad_()
     result = head_loss(
-        hidden, head, DenseTargets(teacher_hidden, teacher_head), next_ids, positions_in_step=N
+        hidden, head, dense(teacher_hidden, teacher_head), next_ids, positions_in_step=N
     )
     result.loss.backward()
     theirs = hidden.detach().clone().requires_grad_()
@@ -269,7 +273,7 @@ def test_half_precision_weights_still_give_sums_in_float32() -> None:
     expected = reference.head_loss(hidden, head, teacher_hidden, teacher_head, next_ids, N)
     hidden.requires_grad_(), head.requires_grad_()
     result = head_loss(
-        hidden, head, DenseTargets(teacher_hidden, teacher_head), next_ids, positions_in_step=N
+        hidden, head, dense(teacher_hidden, teacher_head), next_ids, positions_in_step=N
     )
     result.loss.backward()
     assert result.loss.dtype == torch.float32
@@ -289,7 +293,7 @@ def test_micro_batches_add_up_to_the_batch_however_unequal_they_are() -> None:
             part = head_loss(
                 hidden[rows],
                 weights,
-                DenseTargets(teacher_hidden[rows], teacher_head),
+                dense(teacher_hidden[rows], teacher_head),
                 next_ids[rows],
                 positions_in_step=N,
             )
@@ -305,7 +309,7 @@ def test_the_gradient_can_be_taken_only_once() -> None:
     result = head_loss(
         hidden.requires_grad_(),
         head,
-        DenseTargets(teacher_hidden, teacher_head),
+        dense(teacher_hidden, teacher_head),
         next_ids,
         positions_in_step=N,
     )
@@ -316,7 +320,7 @@ def test_the_gradient_can_be_taken_only_once() -> None:
 
 def test_head_loss_needs_no_gradient() -> None:
     hidden, head, teacher_hidden, teacher_head, next_ids = head_inputs(torch.float32)
-    targets = DenseTargets(teacher_hidden, teacher_head)
+    targets = dense(teacher_hidden, teacher_head)
     with torch.no_grad():
         result = head_loss(hidden, head, targets, next_ids, positions_in_step=N)
     assert isinstance(result, HeadLoss)
@@ -328,23 +332,23 @@ def test_head_loss_refuses_models_that_do_not_fit() -> None:
     hidden, head, teacher_hidden, teacher_head, next_ids = head_inputs(torch.float32)
     with pytest.raises(VocabularyError, match="97 tokens and the teacher 96"):
         head_loss(
-            hidden, head, DenseTargets(teacher_hidden, teacher_head[:-1]), next_ids,
+            hidden, head, dense(teacher_hidden, teacher_head[:-1]), next_ids,
             positions_in_step=N,
         )  # fmt: skip
     with pytest.raises(ValueError, match="equally many"):
         head_loss(
-            hidden, head, DenseTargets(teacher_hidden[:-1], teacher_head), next_ids,
+            hidden, head, dense(teacher_hidden[:-1], teacher_head), next_ids,
             positions_in_step=N,
         )  # fmt: skip
 
 
 def test_chunks_keep_to_their_memory_and_miss_no_row() -> None:
     seen: list[int] = []
-    for rows, buffers in chunks(10, V, torch.float32, torch.device("cpu"), few_rows(3)):
+    for rows, buffers in chunks(10, V, torch.float32, torch.device("cpu"), few_rows(3), 3):
         assert all(buffer.shape == (rows.stop - rows.start, V) for buffer in buffers)
         seen += range(10)[rows]
     assert seen == list(range(10))
-    first = next(chunks(10, V, torch.float32, torch.device("cpu"), few_rows(3)))
+    first = next(chunks(10, V, torch.float32, torch.device("cpu"), few_rows(3), 3))
     assert first[0] == slice(0, 3)
-    tight = next(chunks(10, V, torch.float32, torch.device("cpu"), 1e-9))
+    tight = next(chunks(10, V, torch.float32, torch.device("cpu"), 1e-9, 3))
     assert tight[0] == slice(0, 1)

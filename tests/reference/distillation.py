@@ -60,3 +60,46 @@ def kept_positions(mask: list[list[bool]], documents: list[list[int]]) -> list[l
             )
         kept.append(row)
     return kept
+
+
+def divergence_of_position(
+    student_logits: Tensor, teacher_logits: Tensor, name: str, mixture: float
+) -> Tensor:
+    """Every divergence by its definition, from probabilities in float64."""
+    p = torch.softmax(teacher_logits.double(), dim=-1)
+    q = torch.softmax(student_logits.double(), dim=-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return sum((x * torch.log(x / y) for x, y in zip(a, b, strict=True)), p.new_zeros(()))
+
+    b = mixture
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        return kl(q, p)
+    if name == "jsd":
+        middle = b * p + (1 - b) * q
+        return b * kl(p, middle) + (1 - b) * kl(q, middle)
+    if name == "skew_kl":
+        return kl(p, b * p + (1 - b) * q)
+    if name == "skew_reverse_kl":
+        return kl(q, b * q + (1 - b) * p)
+    assert name == "tvd"
+    return (p - q).abs().sum() / 2
+
+
+def calibration_error(answers: list[tuple[float, bool]], bins: int = 15) -> float:
+    """Expected calibration error of (confidence, right or wrong) pairs, bin by bin."""
+    error = 0.0
+    for place in range(bins):
+        low, high = place / bins, (place + 1) / bins
+        inside = [
+            pair
+            for pair in answers
+            if low <= pair[0] < high or (place == bins - 1 and pair[0] == 1)
+        ]
+        if inside:
+            sure = sum(confidence for confidence, _ in inside) / len(inside)
+            right = sum(is_right for _, is_right in inside) / len(inside)
+            error += len(inside) / len(answers) * abs(sure - right)
+    return error

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mistill.settings import require
+
+# Those of distill.divergences, which imports PyTorch.
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+Optimizer = Literal["adamw", "adamw_8bit"]
+Precision = Literal["auto", "float32", "bfloat16"]
+TeacherPrecision = Literal["auto", "float32", "bfloat16", "nf4"]
+Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +31,22 @@ class TrainSettings:
         warmup: Share of the steps in which the learning rate rises, 0 to 1.
         weight_decay: Of AdamW, on matrices; norms, biases, embedding and head have none.
         max_gradient_norm: Longer gradients are scaled down to this length.
-        temperature: Softens both distributions of the KL; its square scales the loss.
-        cross_entropy: Share of the loss that comes from the text itself, 0 to 1.
+        optimizer: adamw, or adamw_8bit, whose two moments take a byte each (bitsandbytes).
+        gradient_checkpointing: Compute each layer twice rather than remember what it computed.
+        lora_rank: Rank of the adapters to train in place of the weights, which they are added to
+            in the end; 0 to train the weights themselves.
+        divergence: What is lowered between teacher and student: forward_kl, reverse_kl, jsd,
+            skew_kl, skew_reverse_kl or tvd; cached targets know forward_kl alone.
+        mixture: Of jsd and the skewed two: the share of the first distribution in the mixture,
+            above 0 and below 1.
+        temperature: Softens both distributions of the divergence; its square scales the loss.
+        cross_entropy: Share of the loss that comes from the text itself, 0 to 1; at 1 the teacher
+            is asked only to judge.
+        on_policy: Share of the steps whose text the student writes itself, from the prompts of the
+            texts, for the teacher to score, 0 to 1; only the divergence counts in them.
+        on_policy_temperature: At which the student draws its tokens.
+        on_policy_prompt: Tokens of a text without a prompt of its own that the student is given to
+            go on from.
         held_out_share: Share of the documents that is kept from training to judge the student,
             where no held-out texts are given.
         held_out_tokens: The most tokens to judge it on; taken evenly from all held-out blocks.
@@ -34,7 +56,11 @@ class TrainSettings:
             interrupted run begins again.
         loss_memory_mib: Room for logits, which are made a few rows at a time.
         precision: float32, bfloat16 (weights and sums stay float32), or auto: bfloat16 on a GPU.
-        tensorboard: Also write the metrics for TensorBoard.
+        teacher_precision: Of the teacher's weights: float32, bfloat16, nf4 (4 bits, made on
+            loading; what that costs is measured and recorded), or auto: as precision says.
+        teacher_device_map: How to spread a teacher that one GPU cannot hold over all GPUs and the
+            CPU's memory: auto, balanced, balanced_low_0 or sequential, as accelerate has them.
+        trackers: Also send the metrics to these: tensorboard, trackio, wandb.
         seed: Decides the order of the texts and which are held out.
     """
 
@@ -46,20 +72,36 @@ class TrainSettings:
     warmup: float = 0.1
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
+    optimizer: Optimizer = "adamw"
+    gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    divergence: DivergenceName = "forward_kl"
+    mixture: float = 0.5
     temperature: float = 1.0
     cross_entropy: float = 0.0
+    on_policy: float = 0.0
+    on_policy_temperature: float = 1.0
+    on_policy_prompt: int = 16
     held_out_share: float = 0.05
     held_out_tokens: int = 16_384
     evaluate_every: int = 100
     checkpoint_every: int = 100
     loss_memory_mib: float = 128.0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    tensorboard: bool = False
+    precision: Precision = "auto"
+    teacher_precision: TeacherPrecision = "auto"
+    teacher_device_map: DeviceMap | None = None
+    trackers: tuple[Tracker, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        for name in ("tokens", "batch_size", "micro_batch_size", "held_out_tokens"):
+        for name in (
+            "tokens",
+            "batch_size",
+            "micro_batch_size",
+            "held_out_tokens",
+            "on_policy_prompt",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"{name} should be at least 1, not {value}")
         require(
@@ -72,24 +114,58 @@ class TrainSettings:
             f"micro_batch_size should divide batch_size, but {self.micro_batch_size} does not "
             f"divide {self.batch_size}",
         )
-        for name in ("learning_rate", "max_gradient_norm", "temperature", "loss_memory_mib"):
+        for name in (
+            "learning_rate",
+            "max_gradient_norm",
+            "temperature",
+            "on_policy_temperature",
+            "loss_memory_mib",
+        ):
             value = getattr(self, name)
             require(0 < value < float("inf"), f"{name} should be above 0, not {value}")
         require(
             0 <= self.weight_decay < float("inf"),
             f"weight_decay should be 0 or more, not {self.weight_decay}",
         )
-        for name in ("warmup", "cross_entropy"):
+        for name in ("warmup", "cross_entropy", "on_policy"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} should be between 0 and 1, not {value}")
-        require(
-            0 < self.held_out_share < 1,
-            f"held_out_share should be above 0 and below 1, not {self.held_out_share}",
-        )
-        for name in ("evaluate_every", "checkpoint_every", "seed"):
+        for name in ("mixture", "held_out_share"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"{name} should be above 0 and below 1, not {value}")
+        for name in ("evaluate_every", "checkpoint_every", "lora_rank", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"{name} should be 0 or more, not {value}")
+        for name, kind in _CHOICES.items():
+            value = getattr(self, name)
+            known = get_args(kind)
+            require(value in known, f"{name} should be {_or(known)}, not {value!r}")
         require(
-            self.precision in ("auto", "float32", "bfloat16"),
-            f"precision should be auto, float32 or bfloat16, not {self.precision!r}",
+            self.teacher_device_map in (None, *get_args(DeviceMap)),
+            f"teacher_device_map should be {_or(get_args(DeviceMap))}, not "
+            f"{self.teacher_device_map!r}",
         )
+        known = get_args(Tracker)
+        require(
+            not isinstance(self.trackers, str)
+            and set(self.trackers) <= set(known)
+            and len(set(self.trackers)) == len(self.trackers),
+            f"trackers should be some of {', '.join(known)}, each once, not {self.trackers!r}",
+        )
+        require(
+            self.on_policy == 0 or self.cross_entropy < 1,
+            "on_policy should be 0 where cross_entropy is 1: what the student writes is scored by "
+            "its teacher",
+        )
+
+
+_CHOICES = {
+    "divergence": DivergenceName,
+    "optimizer": Optimizer,
+    "precision": Precision,
+    "teacher_precision": TeacherPrecision,
+}
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"

@@ -9,16 +9,18 @@ The target appears when there is a student that got better, and not before.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distill.train_settings import TrainSettings
-from mistill.errors import FolderError, TextError, TrainingError, VocabularyError, missing_extra
+from mistill.errors import FolderError, SettingsError, TextError, TrainingError, VocabularyError
 from mistill.folder import (
     FolderInfo,
     add_lineage,
@@ -28,6 +30,7 @@ from mistill.folder import (
     publish,
     refuse_existing,
     working,
+    write_atomically,
 )
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model
@@ -35,16 +38,21 @@ from mistill.text import Document, Texts, TokenBlocks, check_texts, pack, read_d
 from mistill.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from accelerate import Accelerator, PartialState
 
-    from distill.trainer import TrainingProgress
+    from distill.cached_teacher import CachedTeacher
+    from distill.checkpoints import TrainingProgress
+    from distill.teacher import Teacher
+
+_FOUR_BITS = "teacher-in-four-bits.json"
 
 
 def train(
     student: str | Path,
     target: str | Path,
     *,
-    teacher: str | Path,
+    teacher: str | Path | None = None,
+    targets: str | Path | None = None,
     texts: Texts,
     held_out: Texts | None = None,
     settings: TrainSettings | None = None,
@@ -53,10 +61,15 @@ def train(
 ) -> Path:
     """Teach a student to predict what its teacher predicts.
 
-    The loss is KL(teacher || student) at every token to be predicted. The student is judged on
-    held-out text before, during and after; the best one found is what the target holds, in
-    float32. An interrupted call resumes from its last checkpoint when it is made again, and ends
+    The loss is by default KL(teacher || student) at every token to be predicted. The student is
+    judged on held-out text before, during and after; the best one found is what the target holds,
+    in float32. An interrupted call resumes from its last checkpoint when it is made again, and ends
     with the same weights, bit for bit on a CPU, as if it had not been interrupted.
+
+    The teacher is a model that runs beside the student, or a folder of what one said about the
+    same texts, made by ``distill.cache_targets``: exactly one of the two.
+
+    Under ``accelerate launch`` or torchrun every process makes the same call; one of them writes.
 
     A student that never got better than it came is a failure: nothing is published, and the
     state of the run is removed, since the same call would end the same way.
@@ -66,6 +79,7 @@ def train(
         target: The folder to make: the trained student, ``metrics.jsonl`` and, if asked for,
             ``tensorboard/``.
         teacher: The model to imitate, in any form that PyTorch runs; the same vocabulary.
+        targets: What it said about the texts and the held-out texts.
         texts: Text or conversations to learn from.
         held_out: Text to judge the student on; part of ``texts``, by document, if not given.
         settings: How to train; or give its fields as keywords.
@@ -79,51 +93,66 @@ def train(
         SettingsError: If a setting is out of range, or a block does not fit the models' context.
         FolderError: If a folder is missing or broken, or two of the three are the same.
         VocabularyError: If student and teacher do not share every token.
-        TextError: If there is too little text.
+        TextError: If there is too little text, or text that the targets do not know.
         TrainingError: If the student got no better, or the loss was not a number.
-        MissingExtraError: If TensorBoard is asked for and not installed.
+        MissingExtraError: If a library is asked for that is not installed.
     """
     settings = settings_from(TrainSettings, settings, options)
     target = refuse_existing(target, overwrite)
-    if settings.tensorboard:
-        _require_tensorboard()
+    _require_one_teacher(teacher, targets, settings)
+    _require_libraries(settings)
     for given in (texts, held_out):
         if given is not None:
             check_texts(given)
     student_info = _student_folder(student)
-    teacher_info = _teacher_folder(teacher)
-    for info, role in ((student_info, "student"), (teacher_info, "teacher")):
-        if info.path.resolve() == target.resolve():
-            raise FolderError(f"the target {target} is the {role} itself; choose another target")
-    if fingerprint(student_info.path) == fingerprint(teacher_info.path):
-        raise FolderError(
-            f"{student} and {teacher} are the same model, which has nothing to learn from itself; "
-            "make a student with distill.new_student"
-        )
-    vocabulary = _shared_vocabulary(student_info, teacher_info)
-    longest = min(student_info.context_length, teacher_info.context_length)
+    _refuse_same_place(target, student_info, "student")
+    vocabulary = load_vocabulary(student_info.path)
+    longest = student_info.context_length
+    teacher_info = None
+    if teacher is not None:
+        teacher_info = _teacher_folder(teacher, settings)
+        _refuse_same_place(target, teacher_info, "teacher")
+        _refuse_same_model(student, student_info, teacher, teacher_info)
+        _require_shared(vocabulary, student_info, teacher_info)
+        longest = min(longest, teacher_info.context_length)
     require(
         settings.block_length <= longest,
         f"a block_length of {settings.block_length} does not fit the models' context of {longest}; "
         "lower it",
     )
     training, judged = read_blocks(texts, held_out, vocabulary, settings)
+    source: _Live | _Cached
+    if teacher_info is not None:
+        source = _Live(teacher_info)
+    else:
+        assert targets is not None, "one of the two is given"
+        source = _open_cached(targets, vocabulary, training, judged, settings)
 
+    from distill.processes import this_process
+
+    state = this_process()
     key = {
         "settings": settings_dict(settings),
         "student": fingerprint(student_info.path),
-        "teacher": fingerprint(teacher_info.path),
+        "teacher": source.fingerprint,
         "texts": _digest(training),
         "held_out": _digest(judged),
+        "processes": state.num_processes,
     }
-    with working(target, key) as work:
+    with _working_together(target, key, state) as work, source.closing():
         try:
-            progress = _train_in(work, student_info, teacher_info, training, judged, settings)
+            progress = _train_in(work, student_info, source, training, judged, settings)
+            if progress.best_step == 0:
+                raise TrainingError(_complaint(progress, settings))
         except TrainingError:
-            shutil.rmtree(work)
+            if state.is_main_process:
+                shutil.rmtree(work)
             raise
-        _finish(work, progress, student_info, teacher_info, settings)
-        return publish(work, target, overwrite)
+        if state.is_main_process:
+            _finish(work, progress, student_info, source, settings)
+            publish(work, target, overwrite)
+        state.wait_for_everyone()
+    return target
 
 
 def read_blocks(
@@ -211,19 +240,76 @@ def _student_folder(student: str | Path) -> FolderInfo:
     return info
 
 
-def _teacher_folder(teacher: str | Path) -> FolderInfo:
+def _teacher_folder(teacher: str | Path, settings: TrainSettings) -> FolderInfo:
     info = open_folder(resolve_model(teacher))
     if info.form == "onnx":
         raise FolderError(
             f"{teacher} is an ONNX chatbot, which shows no hidden states; give the model folder "
             "that it was exported from"
         )
+    if settings.teacher_precision == "nf4" or settings.teacher_device_map is not None:
+        from distill.live_teacher import require_teacher
+
+        require_teacher(info, settings)
     return info
 
 
-def _shared_vocabulary(student: FolderInfo, teacher: FolderInfo) -> Vocabulary:
-    ours, theirs = load_vocabulary(student.path), load_vocabulary(teacher.path)
-    differences = same_vocabulary(ours, theirs)
+def _require_one_teacher(
+    teacher: str | Path | None, targets: str | Path | None, settings: TrainSettings
+) -> None:
+    if (teacher is None) == (targets is None):
+        found = "neither is" if teacher is None else "both are"
+        raise SettingsError(
+            "give either teacher, a model that runs, or targets, a folder of what one said; "
+            f"{found} given"
+        )
+    if targets is None:
+        return
+    wrong = {
+        "divergence": (settings.divergence, "forward_kl"),
+        "on_policy": (settings.on_policy, 0.0),
+        "teacher_precision": (settings.teacher_precision, "auto"),
+        "teacher_device_map": (settings.teacher_device_map, None),
+    }
+    for name, (value, wanted) in wrong.items():
+        require(
+            value == wanted,
+            f"{name} = {value} needs the teacher itself, and targets hold a part of what it said "
+            f"about given texts; leave {name} at {wanted} or give the teacher",
+        )
+
+
+def _require_libraries(settings: TrainSettings) -> None:
+    from distill.metrics import require_trackers
+
+    require_trackers(settings)
+    if settings.optimizer != "adamw":
+        from distill.optimizers import require_optimizer
+
+        require_optimizer(settings)
+    if settings.lora_rank:
+        from distill.adapters import require_peft
+
+        require_peft()
+
+
+def _refuse_same_place(target: Path, info: FolderInfo, role: str) -> None:
+    if info.path.resolve() == target.resolve():
+        raise FolderError(f"the target {target} is the {role} itself; choose another target")
+
+
+def _refuse_same_model(
+    student: str | Path, student_info: FolderInfo, teacher: str | Path, teacher_info: FolderInfo
+) -> None:
+    if fingerprint(student_info.path) == fingerprint(teacher_info.path):
+        raise FolderError(
+            f"{student} and {teacher} are the same model, which has nothing to learn from itself; "
+            "make a student with distill.new_student"
+        )
+
+
+def _require_shared(ours: Vocabulary, student: FolderInfo, teacher: FolderInfo) -> None:
+    differences = same_vocabulary(ours, load_vocabulary(teacher.path))
     if student.vocabulary_size != teacher.vocabulary_size and not differences:
         differences = [f"{student.vocabulary_size} rows against {teacher.vocabulary_size}"]
     if differences:
@@ -231,14 +317,6 @@ def _shared_vocabulary(student: FolderInfo, teacher: FolderInfo) -> Vocabulary:
             f"student and teacher have different vocabularies: {'; '.join(differences)}; make "
             "the student with distill.new_student so that both share one tokenizer"
         )
-    return ours
-
-
-def _require_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("tensorboard", "tensorboard") from error
 
 
 def _kept_blocks(documents: Sequence[Document], block_length: int, name: str) -> TokenBlocks:
@@ -268,31 +346,132 @@ def _digest(blocks: TokenBlocks) -> str:
     return digest.hexdigest()
 
 
+# --- who answers for the teacher ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Live:
+    """A teacher that is to be loaded."""
+
+    info: FolderInfo
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.info.path)
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        yield
+
+    def open(
+        self, work: Path, judged: TokenBlocks, settings: TrainSettings, accelerator: Accelerator
+    ) -> Teacher:
+        """Load it; where it is turned into four bits, note once what that costs."""
+        from distill.live_teacher import load_teacher, lost_in_four_bits
+
+        if settings.teacher_precision == "nf4" and self.info.form == "model":
+            note = work / _FOUR_BITS
+            teacher = load_teacher(self.info, settings, accelerator)
+            accelerator.wait_for_everyone()
+            if not note.exists():
+                lost = lost_in_four_bits(self.info, teacher, judged, settings, accelerator)
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    write_atomically(note, json.dumps(lost))
+            return teacher
+        return load_teacher(self.info, settings, accelerator)
+
+    def facts(self, work: Path) -> dict[str, Any]:
+        found = {"teacher": str(self.info.path), "teacher_fingerprint": self.fingerprint}
+        if (work / _FOUR_BITS).exists():
+            lost = json.loads((work / _FOUR_BITS).read_text("utf-8"))
+            return {**found, "teacher_kl_of_four_bits": lost}
+        return found
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """What a teacher said, on disk."""
+
+    path: str
+    teacher: CachedTeacher
+
+    @property
+    def fingerprint(self) -> str:
+        return self.teacher.fingerprint
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.teacher.close()
+
+    def open(self, *_: Any) -> Teacher:
+        return self.teacher
+
+    def facts(self, work: Path) -> dict[str, Any]:
+        known = self.teacher.teacher
+        return {
+            "teacher": known["name"],
+            "teacher_fingerprint": known["fingerprint"],
+            "targets": self.path,
+            "targets_fingerprint": self.fingerprint,
+        }
+
+
+def _open_cached(
+    path: str | Path,
+    vocabulary: Vocabulary,
+    training: TokenBlocks,
+    judged: TokenBlocks,
+    settings: TrainSettings,
+) -> _Cached:
+    from distill.cached_teacher import open_targets
+
+    texts = [("held_out", judged)]
+    if settings.cross_entropy < 1:
+        texts.insert(0, ("texts", training))
+    opened = open_targets(path, vocabulary, temperature=settings.temperature, texts=texts)
+    return _Cached(str(path), opened)
+
+
 # --- during and after ---------------------------------------------------------------------------
+
+
+@contextmanager
+def _working_together(target: Path, key: dict[str, Any], state: PartialState) -> Iterator[Path]:
+    """The hidden folder beside the target, which one process makes and all use."""
+    if state.is_main_process:
+        with working(target, key) as work:
+            state.wait_for_everyone()
+            yield work
+    else:
+        state.wait_for_everyone()
+        yield target.parent / f".{target.name}.working"
 
 
 def _train_in(
     work: Path,
     student_info: FolderInfo,
-    teacher_info: FolderInfo,
+    source: _Live | _Cached,
     training: TokenBlocks,
     judged: TokenBlocks,
     settings: TrainSettings,
 ) -> TrainingProgress:
     import torch
 
-    from distill.teacher import LiveTeacher
-    from distill.trainer import accelerating, train_student
+    from distill.processes import accelerating, loading_whole
+    from distill.trainer import train_student
     from mistill.pytorch import load_pytorch
 
     with accelerating(settings, logs=work) as accelerator:
-        is_half = accelerator.mixed_precision == "bf16"
-        teacher_dtype = torch.bfloat16 if is_half else torch.float32
-        teacher = load_pytorch(teacher_info.path, dtype=teacher_dtype).requires_grad_(False)
-        student = load_pytorch(student_info.path, dtype=torch.float32)
+        with loading_whole(accelerator):
+            teacher = source.open(work, judged, settings, accelerator)
+            student = load_pytorch(student_info.path, dtype=torch.float32)
         return train_student(
             student,
-            LiveTeacher(_on(teacher, accelerator.device)),
+            teacher,
             training,
             judged,
             settings,
@@ -301,19 +480,25 @@ def _train_in(
         )
 
 
-def _on(model: PreTrainedModel, device: Any) -> PreTrainedModel:
-    return model if model.device == device else model.to(device)
+def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
+    """Why there is no student to publish."""
+    return (
+        f"the student got no better: its held-out KL was {progress.before.kl:.4f} nats before "
+        f"and {progress.last.kl:.4f} after {progress.tokens} tokens; lower learning_rate "
+        f"(now {settings.learning_rate:g}) or train on more tokens"
+    )
 
 
 def _finish(
     work: Path,
     progress: TrainingProgress,
     student: FolderInfo,
-    teacher: FolderInfo,
+    source: _Live | _Cached,
     settings: TrainSettings,
 ) -> None:
     """Gather in ``work/result`` what the target will hold."""
-    from distill.trainer import METRICS_FILE, best_student
+    from distill.metrics import METRICS_FILE
+    from distill.trainer import best_student
 
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
@@ -327,8 +512,7 @@ def _finish(
         step="distill",
         settings=settings_dict(settings),
         source=student.path,
-        teacher=str(teacher.path),
-        teacher_fingerprint=fingerprint(teacher.path),
+        **source.facts(work),
         before=asdict(progress.before),
         after=asdict(progress.best),
         steps=progress.step,

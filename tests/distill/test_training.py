@@ -8,11 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,21 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 import distill
-from distill import evaluation, trainer, training
+from distill import checkpoints, evaluation, step, trainer, training
 from distill.batches import make_batch
 from distill.evaluation import Evaluation, evaluate
-from distill.losses import forward_kl
-from distill.teacher import LiveTeacher, head_weight, last_hidden_states
+from distill.step import StepSums
+from distill.teacher import LiveTeacher
 from distill.train_settings import TrainSettings
-from distill.trainer import (
-    DistillationStep,
-    accelerating,
-    accumulate_gradients,
-    blocks_of_step,
-    learning_rate_at,
-    make_optimizer,
-    step_count,
-)
 from distill.training import read_blocks, split_documents
 from mistill.errors import (
     FolderError,
@@ -48,7 +36,7 @@ from mistill.errors import (
 )
 from mistill.folder import read_lineage
 from mistill.pytorch import load_pytorch
-from mistill.text import Document, TokenBlocks, read_documents
+from mistill.text import Document, read_documents
 from mistill.vocabulary import load_vocabulary
 from tests.tiny import tiny_model
 
@@ -64,249 +52,12 @@ QUICK: dict[str, Any] = {
 }
 
 
-def make_blocks(seed: int = 0, rows: int = 4, length: int = 24) -> TokenBlocks:
-    """Blocks of several documents, with padding, and with very different numbers of kept tokens."""
-    generator = np.random.default_rng(seed)
-    documents = np.sort(generator.integers(0, 3, (rows, length)), axis=1).astype(np.int32)
-    documents[-1, length // 2 :] = -1
-    mask = generator.random((rows, length)) < np.linspace(0.05, 0.95, rows)[:, None]
-    mask[0, :] = False
-    mask[0, 3] = documents[0, 3] == documents[0, 2]
-    return TokenBlocks(
-        ids=generator.integers(5, 300, (rows, length)), mask=mask, documents=documents
-    )
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
 def hidden_beside(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
-# --- packing ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"model_type": "mistral", "sliding_window": 4}, {"model_type": "mistral"},
-     {"model_type": "llama"}],
-)  # fmt: skip
-def test_packed_documents_are_read_as_if_each_stood_alone(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
-    model = load_pytorch(tiny_model(tmp_path / "model", **options))
-    blocks = make_blocks(rows=3)
-    batch = make_batch(blocks, CPU)
-    with torch.inference_mode():
-        packed = last_hidden_states(model, batch.ids, batch.positions) @ head_weight(model).t()
-        for row in range(3):
-            for document in set(blocks.documents[row].tolist()) - {-1}:
-                columns = np.flatnonzero(blocks.documents[row] == document)
-                alone = model(torch.tensor(blocks.ids[row, columns][None])).logits[0]
-                # float32 sums in another order
-                torch.testing.assert_close(packed[row, columns], alone, rtol=1e-4, atol=1e-4)
-
-
-def test_a_batch_pairs_each_kept_position_with_the_token_after_it() -> None:
-    blocks = TokenBlocks(
-        ids=np.array([[10, 11, 12, 13, 14, 15]]),
-        mask=np.array([[False, True, True, False, True, False]]),
-        documents=np.array([[0, 0, 0, 1, 1, -1]], dtype=np.int32),
-    )
-    batch = make_batch(blocks, CPU)
-    assert batch.kept.tolist() == [[True, True, False, True, False, False]]
-    assert batch.next_ids.tolist() == [11, 12, 14]
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
-
-
-# --- one optimizer step -------------------------------------------------------------------------
-
-
-def step_gradients(
-    student: Path, teacher: Path, blocks: TokenBlocks, **options: Any
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    settings = TrainSettings(batch_size=len(blocks), **options)
-    model = load_pytorch(student)
-    live = LiveTeacher(load_pytorch(teacher))
-    with accelerating(settings, Path()) as accelerator:
-        module = accelerator.prepare(DistillationStep(model, settings))
-        sums = accumulate_gradients(module, live, blocks, settings, accelerator)
-    gradients = {
-        name: parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-    return gradients, sums.tolist()
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_one_step_has_the_gradient_of_the_definition(
-    tmp_path: Path, teacher: Path, tied: bool
-) -> None:
-    student = tiny_model(tmp_path / "student", seed=7, tie_word_embeddings=tied)
-    blocks = make_blocks()
-    ours, (loss, kl, _) = step_gradients(student, teacher, blocks, temperature=2.0)
-
-    model, large = load_pytorch(student), load_pytorch(teacher)
-    batch = make_batch(blocks, CPU)
-    # with a cache, transformers would let attention cross from document to document
-    student_logits = model(batch.ids, position_ids=batch.positions, use_cache=False).logits
-    teacher_logits = large(batch.ids, position_ids=batch.positions, use_cache=False).logits
-    expected = forward_kl(student_logits, teacher_logits, batch.kept, 2.0)
-    expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert kl == pytest.approx(expected.item(), rel=1e-5)
-    theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert ours.keys() == theirs.keys()
-    for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_four_micro_batches_of_one_have_the_gradient_of_two_of_two(
-    model: Path, teacher: Path
-) -> None:
-    blocks = make_blocks()
-    kept = blocks.kept.sum(axis=1)
-    assert kept.min() <= 1, "the micro-batches should be very unequal"
-    assert kept.max() > 10
-    options = {"cross_entropy": 0.2}
-    whole, whole_sums = step_gradients(model, teacher, blocks, micro_batch_size=4, **options)
-    for size in (1, 2):
-        parts, sums = step_gradients(model, teacher, blocks, micro_batch_size=size, **options)
-        assert sums == pytest.approx(whole_sums, rel=1e-5)
-        for name, gradient in whole.items():
-            # float32 sums in another order
-            torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
-
-
-def test_padding_and_neighbours_change_no_gradient(model: Path, teacher: Path) -> None:
-    generator = np.random.default_rng(3)
-    first, second = generator.integers(5, 300, 10), generator.integers(5, 300, 14)
-
-    def blocks_of(*rows: list[tuple[Any, int]], length: int) -> TokenBlocks:
-        ids = np.zeros((len(rows), length), np.int64)
-        documents = np.full((len(rows), length), -1, np.int32)
-        for row, pieces in enumerate(rows):
-            column = 0
-            for piece, number in pieces:
-                ids[row, column : column + len(piece)] = piece
-                documents[row, column : column + len(piece)] = number
-                column += len(piece)
-        mask = documents >= 0
-        mask[:, 0] = False
-        return TokenBlocks(ids, mask, documents)
-
-    packed = blocks_of([(first, 0), (second, 1)], length=24)
-    apart = blocks_of([(first, 0)], [(second, 1)], length=30)
-    one, one_sums = step_gradients(model, teacher, packed)
-    two, two_sums = step_gradients(model, teacher, apart)
-    assert one_sums == pytest.approx(two_sums, rel=1e-5)
-    for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_a_step_whose_blocks_cannot_be_shared_among_processes_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import accelerate
-
-    monkeypatch.setattr(
-        accelerate, "PartialState", lambda **_: SimpleNamespace(num_processes=3, device=CPU)
-    )
-    with (
-        pytest.raises(SettingsError, match=r"3 processes .* multiple of 3"),
-        accelerating(TrainSettings(batch_size=4), Path()),
-    ):
-        pass
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_gradient_of_one(tmp_path: Path, model: Path, teacher: Path) -> None:
-    program = tmp_path / "two.py"
-    program.write_text("""
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from distill.teacher import LiveTeacher
-from distill.train_settings import TrainSettings
-from distill.trainer import DistillationStep, accelerating, accumulate_gradients
-from mistill.pytorch import load_pytorch
-from tests.distill.test_training import make_blocks
-student, teacher, out = sys.argv[1:]
-settings = TrainSettings(batch_size=4, cross_entropy=0.2)
-model, live = load_pytorch(student), LiveTeacher(load_pytorch(teacher))
-with accelerating(settings, Path()) as accelerator:
-    assert accelerator.num_processes == 2
-    module = accelerator.prepare(DistillationStep(model, settings))
-    sums = accumulate_gradients(module, live, make_blocks(), settings, accelerator)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    torch.save((gradients, sums), f"{out}/{accelerator.process_index}.pt")
-""")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-         "--master_addr=127.0.0.1", str(program), str(model), str(teacher), str(tmp_path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    alone, alone_sums = step_gradients(
-        model, teacher, make_blocks(), micro_batch_size=1, cross_entropy=0.2
-    )
-    for process in range(2):
-        gradients, sums = torch.load(tmp_path / f"{process}.pt")
-        assert sums.tolist() == pytest.approx(alone_sums, rel=1e-6)
-        for name, gradient in alone.items():
-            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
-
-
-# --- schedules ----------------------------------------------------------------------------------
-
-
-def test_the_learning_rate_rises_in_a_line_and_falls_along_half_a_cosine() -> None:
-    settings = TrainSettings(learning_rate=1.0, warmup=0.2)
-    rates = [learning_rate_at(step, 10, settings) for step in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[6] == pytest.approx(0.5)
-    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert all(later <= earlier for earlier, later in pairwise(rates[1:]))
-    assert learning_rate_at(0, 1, TrainSettings(learning_rate=1.0)) == 1.0
-
-
-def test_every_epoch_reads_every_block_once_in_an_order_of_its_own() -> None:
-    read = [blocks_of_step(step, 10, 4, seed=1) for step in range(5)]
-    flat = [block for rows in read for block in rows]
-    assert sorted(flat[:10]) == list(range(10))
-    assert sorted(flat[10:]) == list(range(10))
-    assert flat[:10] != flat[10:]
-    assert flat[:10] != list(range(10))
-    assert blocks_of_step(2, 10, 4, seed=1) == read[2]
-    assert blocks_of_step(2, 10, 4, seed=2) != read[2]
-    assert Counter(blocks_of_step(0, 2, 6, seed=0)) == {0: 3, 1: 3}
-
-
-def test_steps_are_counted_in_text_tokens_without_padding() -> None:
-    blocks = make_blocks(rows=4, length=24)  # 3 * 24 + 12 tokens
-    assert blocks.tokens == 84
-    assert step_count(blocks, TrainSettings(tokens=420, batch_size=2)) == 10
-    assert step_count(blocks, TrainSettings(tokens=1, batch_size=2)) == 1
-
-
-def test_only_matrices_decay(tmp_path: Path) -> None:
-    student = load_pytorch(tiny_model(tmp_path / "student", tie_word_embeddings=True))
-    optimizer = make_optimizer(student, TrainSettings(weight_decay=0.1))
-    names = {id(parameter): name for name, parameter in student.named_parameters()}
-    decayed, spared = (
-        {names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups
-    )
-    assert decayed | spared == set(names.values())
-    assert all("proj" in name for name in decayed)
-    assert "model.embed_tokens.weight" in spared
-    assert all("norm" in name or "embed" in name for name in spared)
 
 
 # --- the whole road -----------------------------------------------------------------------------
@@ -337,12 +88,13 @@ def test_what_was_measured_is_what_lies_on_disk(
 
     facts = read_lineage(trained)[-1]
     _, judged = read_blocks(chats, None, load_vocabulary(model), TrainSettings(**QUICK))
-    batches = [make_batch(judged, CPU)]
-    held_out = evaluation.ask_teacher(LiveTeacher(load_pytorch(teacher)), batches)
+    parts = [(judged, make_batch(judged, CPU))]
+    held_out = evaluation.ask_teacher(LiveTeacher(load_pytorch(teacher)), parts)
     student = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     found = evaluate(student, held_out)
     assert found.kl == pytest.approx(facts["after"]["kl"], rel=1e-5)
     assert found.perplexity == pytest.approx(facts["after"]["perplexity"], rel=1e-5)
+    assert found.acceptance == pytest.approx(facts["after"]["acceptance"], rel=1e-5)
     assert found.positions == facts["after"]["positions"]
     assert load_vocabulary(trained).fingerprint() == load_vocabulary(teacher).fingerprint()
     assert (trained / "generation_config.json").is_file()
@@ -461,9 +213,9 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
         (trainer, "accumulate_gradients", 1, True),
         (trainer, "accumulate_gradients", 6, True),
         (trainer, "save_checkpoint", 2, False),
-        (trainer, "remove_others", 3, False),
-        (trainer, "evaluate", 2, True),
-        (trainer, "evaluate", 3, False),
+        (checkpoints, "remove_others", 2, False),
+        (trainer, "judge", 2, True),
+        (trainer, "judge", 3, False),
         (training, "_finish", 1, False),
         (training, "publish", 1, False),
     ],
@@ -487,9 +239,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
             distill.train(dropout, target, teacher=teacher, texts=chats, **QUICK)
     assert not target.exists()
     steps: list[int] = []
-    original = trainer.accumulate_gradients
+    original = step.accumulate_gradients
 
-    def counting(*args: Any) -> torch.Tensor:
+    def counting(*args: Any) -> StepSums:
         steps.append(1)
         return original(*args)
 
@@ -588,13 +340,22 @@ def test_the_best_student_of_all_evaluations_is_the_one_that_is_kept(
     verdicts = iter([1.0, 0.5, 0.4, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9])
     seen = []
 
-    def scripted(student: Any, *_: Any) -> Evaluation:
-        seen.append({name: value.clone() for name, value in student.state_dict().items()})
+    def scripted(module: Any, *_: Any) -> Evaluation:
+        weights = module.student.state_dict()
+        seen.append({name: value.clone() for name, value in weights.items()})
         return Evaluation(
-            kl=next(verdicts), perplexity=1.0, teacher_perplexity=1.0, agreement=1.0, positions=1
+            kl=next(verdicts),
+            kl_p99=1.0,
+            perplexity=1.0,
+            teacher_perplexity=None,
+            agreement=None,
+            acceptance=None,
+            calibration_error=0.0,
+            teacher_calibration_error=None,
+            positions=1,
         )
 
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(trainer, "judge", scripted)
     options = {**QUICK, "tokens": 3000}
     made = distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, **options)
     facts = read_lineage(made)[-1]
@@ -636,6 +397,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("mistill.pytorch.load_pytorch", refuse)
+    monkeypatch.setattr("distill.live_teacher.load_teacher", refuse)
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -726,17 +488,58 @@ class TestRefusals:
         with pytest.raises(SettingsError, match=r"block_length of 513 .* context of 512"):
             distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, block_length=513)
 
-    def test_tensorboard_where_it_is_not_installed(
+    @pytest.mark.parametrize(
+        ("options", "module", "words"),
+        [
+            ({"trackers": ("tensorboard",)}, "tensorboard", r"mistill\[tensorboard\]"),
+            ({"trackers": ("wandb",)}, "wandb", "pip install wandb"),
+            ({"lora_rank": 4}, "peft", r"mistill\[tune\]"),
+            ({"optimizer": "adamw_8bit"}, "bitsandbytes", r"mistill\[compress\]"),
+            ({"teacher_precision": "nf4"}, "bitsandbytes", r"mistill\[compress\]"),
+        ],
+    )
+    def test_a_library_that_is_not_installed(
         self,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         teacher: Path,
         model: Path,
         chats: Path,
+        options: dict[str, Any],
+        module: str,
+        words: str,
     ) -> None:
-        monkeypatch.setitem(sys.modules, "tensorboard", None)
-        with pytest.raises(MissingExtraError, match=r"mistill\[tensorboard\]"):
-            distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, tensorboard=True)
+        for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(MissingExtraError, match=words):
+            distill.train(model, tmp_path / "out", teacher=teacher, texts=chats, **options)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("both", [False, True])
+    def test_no_teacher_or_two(
+        self, tmp_path: Path, teacher: Path, model: Path, chats: Path, both: bool
+    ) -> None:
+        given: dict[str, Any] = {"teacher": teacher, "targets": tmp_path} if both else {}
+        with pytest.raises(SettingsError, match="both are given" if both else "neither is given"):
+            distill.train(model, tmp_path / "out", texts=chats, **given)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"divergence": "reverse_kl"},
+            {"on_policy": 0.5},
+            {"teacher_precision": "nf4"},
+            {"teacher_device_map": "auto"},
+        ],
+    )
+    def test_what_cached_targets_cannot_tell(
+        self, tmp_path: Path, model: Path, chats: Path, options: dict[str, Any]
+    ) -> None:
+        (name,) = options
+        with pytest.raises(SettingsError, match=f"^{name} = .* needs the teacher itself"):
+            distill.train(
+                model, tmp_path / "out", targets=tmp_path / "nowhere", texts=chats, **options
+            )
 
 
 @pytest.mark.parametrize(
@@ -759,6 +562,19 @@ class TestRefusals:
         {"checkpoint_every": -1},
         {"loss_memory_mib": 0.0},
         {"precision": "float16"},
+        {"teacher_precision": "int8"},
+        {"teacher_device_map": "anywhere"},
+        {"trackers": ("mlflow",)},
+        {"trackers": "wandb"},
+        {"trackers": ("wandb", "wandb")},
+        {"optimizer": "sgd"},
+        {"lora_rank": -1},
+        {"divergence": "kl"},
+        {"mixture": 1.0},
+        {"on_policy": 1.5},
+        {"on_policy_temperature": 0.0},
+        {"on_policy_prompt": 0},
+        {"cross_entropy": 1.0, "on_policy": 0.5},
         {"seed": -1},
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STEPS = ("distill", "quantize", "export", "benchmarks")
+SUITE = ROOT / "benchmarks" / "suite"
 MAY_IMPORT_STEPS = {"cli.py", "recipe.py", "demo.py"}
 LAPTOP_MODULES = (
     "chat",
@@ -41,7 +42,9 @@ def imported(file: Path) -> set[str]:
 
 
 def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+    """The files of a package; the suite measures the other steps and is no part of its own."""
+    files = sorted((ROOT / package).rglob("*.py"))
+    return [file for file in files if SUITE not in file.parents]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -55,6 +58,12 @@ def test_the_shared_package_imports_steps_only_where_they_are_driven():
     for file in modules("mistill"):
         if file.name not in MAY_IMPORT_STEPS:
             assert not imported(file) & set(STEPS), file
+
+
+def test_no_package_imports_the_suite():
+    for package in ("mistill", *STEPS):
+        for file in modules(package):
+            assert "benchmarks.suite" not in file.read_text("utf-8"), file
 
 
 def test_nothing_that_is_shipped_imports_the_tests():

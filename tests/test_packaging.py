@@ -34,6 +34,11 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel):
     assert {name for name in names if not name.endswith(".dist-info")} == set(PACKAGES)
 
 
+def test_the_suite_that_measures_us_against_rivals_stays_in_the_repository(wheel):
+    assert not [name for name in wheel.namelist() if name.startswith("benchmarks/suite")]
+    assert (ROOT / "benchmarks" / "suite" / "loss_head.py").exists()
+
+
 def test_the_wheel_holds_types_licence_texts_and_recipes(wheel):
     names = wheel.namelist()
     for package in PACKAGES:

@@ -1,7 +1,8 @@
 """Teach a small model to predict what a large one predicts.
 
 ``new_student`` cuts a student out of its teacher, ``train`` distils, ``generate_conversations``
-lets a teacher write the text to learn from.
+lets a teacher write the text to learn from, and ``cache_targets`` keeps what it says, so that it
+need not be there again.
 """
 
 from __future__ import annotations
@@ -11,31 +12,40 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from distill.cached_teacher import open_targets as open_targets
+    from distill.caching import cache_targets as cache_targets
     from distill.conversations import generate_conversations as generate_conversations
     from distill.generate_settings import GenerateSettings as GenerateSettings
     from distill.losses import forward_kl as forward_kl
     from distill.student import new_student as new_student
     from distill.student_settings import StudentSettings as StudentSettings
+    from distill.target_settings import TargetSettings as TargetSettings
     from distill.train_settings import TrainSettings as TrainSettings
     from distill.training import train as train
 
 _HOMES = {
     "GenerateSettings": "distill.generate_settings",
     "StudentSettings": "distill.student_settings",
+    "TargetSettings": "distill.target_settings",
     "TrainSettings": "distill.train_settings",
+    "cache_targets": "distill.caching",
     "forward_kl": "distill.losses",
     "generate_conversations": "distill.conversations",
     "new_student": "distill.student",
+    "open_targets": "distill.cached_teacher",
     "train": "distill.training",
 }
 
 __all__ = [
     "GenerateSettings",
     "StudentSettings",
+    "TargetSettings",
     "TrainSettings",
+    "cache_targets",
     "forward_kl",
     "generate_conversations",
     "new_student",
+    "open_targets",
     "train",
 ]
 __getattr__ = lazy_exports(__name__, _HOMES)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from mistill.settings import require
 
+# Places in a file are stored in 4 bytes.
+_MOST_SHARD_TOKENS = 2**22
 # A count of draws is stored in a byte.
 _MOST_DRAWS = 255
 
@@ -61,6 +63,10 @@ class TargetSettings:
         for name in ("top_k", "shard_tokens", "batch_size"):
             value = getattr(self, name)
             require(value >= 1, f"{name} should be at least 1, not {value}")
+        require(
+            self.shard_tokens <= _MOST_SHARD_TOKENS,
+            f"shard_tokens should be at most {_MOST_SHARD_TOKENS}, not {self.shard_tokens}",
+        )
         require(
             self.block_length >= 2,
             f"block_length should be at least 2, a token and the one it predicts, not "

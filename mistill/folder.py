@@ -648,19 +648,34 @@ def add_lineage(
         source: The folder that the step read, whose own lineage is carried on; None at the start.
         **facts: What else the step wants remembered, as JSON values.
     """
-    steps = [] if source is None else read_lineage(source)
-    steps.append(
-        {
-            "step": step,
-            "settings": dict(settings),
-            "source": None if source is None else str(source),
-            "source_fingerprint": None if source is None else fingerprint(source),
-            "versions": installed_versions(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            **facts,
-        }
-    )
+    steps = lineage_after(source, step=step, settings=settings, **facts)
     write_atomically(folder / LINEAGE_FILE, json.dumps(steps, indent=2) + "\n")
+
+
+def lineage_after(
+    source: Path | None, *, step: str, settings: Mapping[str, Any], **facts: Any
+) -> list[dict[str, Any]]:
+    """The lineage of what a step makes: that of its source, and an entry for the step.
+
+    Args:
+        source: The folder that the step read; None at the start.
+        step: Name of the step, as in the command line.
+        settings: The step's settings, as JSON values.
+        **facts: What else the step wants remembered, as JSON values.
+
+    Returns:
+        One entry per step.
+    """
+    entry = {
+        "step": step,
+        "settings": dict(settings),
+        "source": None if source is None else str(source),
+        "source_fingerprint": None if source is None else fingerprint(source),
+        "versions": installed_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **facts,
+    }
+    return [*([] if source is None else read_lineage(source)), entry]
 
 
 def fingerprint(path: str | Path) -> str:

@@ -20,7 +20,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
 from benchmarks import BenchSettings
-from distill import GenerateSettings, StudentSettings, TrainSettings
+from distill import GenerateSettings, StudentSettings, TargetSettings, TrainSettings
 from export import OnnxSettings
 from mistill import __version__
 from mistill.chat import ChatSettings
@@ -121,6 +121,48 @@ def student(
 
     made = new_student(teacher, target, texts=texts or None, settings=settings, overwrite=overwrite)
     return _made(made, json)
+
+
+@app.command
+def targets(
+    teacher: str,
+    target: str,
+    /,
+    *,
+    texts: Texts,
+    settings: Annotated[TargetSettings, Flat] = TargetSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Keep what a teacher says about a text on disk; an interrupted run resumes.
+
+    Args:
+        teacher: The model to ask.
+        target: The folder to make, on this machine or an address such as s3://bucket/targets.
+        texts: Text to ask it about.
+        settings: How to keep what it says.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from distill import cache_targets
+    from mistill.folder import MANIFEST_FILE
+    from mistill.location import location_of
+    from mistill.targets_folder import describe_targets
+
+    made = cache_targets(teacher, target, texts=texts, settings=settings, overwrite=overwrite)
+    location = location_of(made)
+    if not location.exists(MANIFEST_FILE):
+        facts = {"path": str(made), "finished": False}
+        return _say(facts, "unfinished: other ranks are still at work", made, json)
+    info = describe_targets(location)
+    words = (
+        f"{info.positions:,} positions in {info.shards} shards, {info.size_bytes / 1e6:.2f} MB, "
+        f"{info.bytes_per_position:.1f} bytes a position with everything counted"
+    )
+    return _say({"path": str(made), "finished": True, **info.to_dict()}, words, made, json)
 
 
 @app.command
@@ -277,11 +319,11 @@ def export(
 
 
 @app.command
-def inspect(folder: Path, /, *, json: bool = False) -> int:
+def inspect(folder: str, /, *, json: bool = False) -> int:
     """Show what a folder is, how it was made, and what is wrong with it.
 
     Args:
-        folder: Any folder of the road.
+        folder: Any folder of the road; targets may lie elsewhere, as at s3://bucket/targets.
         json: End with one line of JSON.
 
     Returns:
@@ -443,7 +485,7 @@ def _made(path: Path, json: bool) -> dict[str, Any]:
     return _say(facts, words, path, json)
 
 
-def _say(facts: dict[str, Any], words: str, path: Path, json: bool) -> dict[str, Any]:
+def _say(facts: dict[str, Any], words: str, path: Path | str, json: bool) -> dict[str, Any]:
     print(f"{path}: {words}")
     if json:
         print(json_library.dumps(facts))

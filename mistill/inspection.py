@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistill.errors import FolderError, MistillError
-from mistill.folder import FolderInfo, describe, fingerprint, problems, read_lineage
+from mistill.folder import (
+    LINEAGE_FILE,
+    MANIFEST_FILE,
+    FolderInfo,
+    describe,
+    fingerprint,
+    problems,
+    read_lineage,
+)
+from mistill.location import Location, is_remote, location_of
+from mistill.targets_folder import TargetsInfo, describe_targets, is_targets, targets_problems
 from mistill.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
@@ -33,14 +45,16 @@ class Inspection:
         notes: What works but should be known.
         lineage: The steps that led to it.
         fingerprint: A short name for its content.
+        targets: What a folder of targets holds; None for a model.
     """
 
-    path: Path
+    path: Path | str
     info: FolderInfo | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     lineage: tuple[dict[str, Any], ...]
     fingerprint: str
+    targets: TargetsInfo | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as JSON values.
@@ -66,6 +80,7 @@ class Inspection:
         return {
             "path": str(self.path),
             "info": info,
+            "targets": None if self.targets is None else self.targets.to_dict(),
             "problems": list(self.problems),
             "notes": list(self.notes),
             "lineage": list(self.lineage),
@@ -85,6 +100,8 @@ class Inspection:
         parts: list[RenderableType] = []
         if self.info is not None:
             parts.append(_facts(self.info, self.fingerprint))
+        if self.targets is not None:
+            parts.append(_targets_facts(self.targets, self.fingerprint))
         if self.lineage:
             table = Table("step", "from", "settings and facts", "date", title="how it was made")
             for entry in self.lineage:
@@ -105,6 +122,8 @@ class Inspection:
 def inspect_folder(path: str | Path) -> Inspection:
     """Look at a folder without loading its weights.
 
+    Of targets every byte is read and compared with the checksums of the manifest.
+
     Args:
         path: Any folder of the road.
 
@@ -115,6 +134,8 @@ def inspect_folder(path: str | Path) -> Inspection:
         FolderError: If there is no such folder.
     """
     folder = Path(path).expanduser()
+    if is_remote(path) or is_targets(location_of(path)):
+        return _inspect_targets(location_of(path))
     if not folder.is_dir():
         raise FolderError(f"{path} is not a folder; give the folder of a model")
     wrong = problems(folder)
@@ -133,6 +154,26 @@ def inspect_folder(path: str | Path) -> Inspection:
         notes=tuple(_notes(folder, lineage)) if info is not None else (),
         lineage=lineage,
         fingerprint=fingerprint(folder),
+    )
+
+
+def _inspect_targets(location: Location) -> Inspection:
+    wrong = targets_problems(location)
+    lineage: tuple[dict[str, Any], ...] = ()
+    if location.exists(LINEAGE_FILE):
+        try:
+            lineage = tuple(json.loads(location.read(LINEAGE_FILE)))
+        except ValueError as error:
+            wrong.append(f"{LINEAGE_FILE} is not valid JSON: {error}")
+    manifest = location.read(MANIFEST_FILE) if location.exists(MANIFEST_FILE) else b""
+    return Inspection(
+        path=location.path,
+        info=None,
+        problems=tuple(wrong),
+        notes=(),
+        lineage=lineage,
+        fingerprint=hashlib.sha256(manifest).hexdigest(),
+        targets=None if wrong else describe_targets(location),
     )
 
 
@@ -170,6 +211,33 @@ def _facts(info: FolderInfo, name: str) -> RenderableType:
         shown = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
         words = [f"{key} {quantization[key]}" for key in shown if key in quantization]
         rows["quantized as"] = ", ".join([str(quantization.get("quant_method")), *words])
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/bold]", value)
+    return table
+
+
+def _targets_facts(info: TargetsInfo, name: str) -> RenderableType:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    settings, teacher = info.settings, info.teacher
+    method = settings["method"]
+    how = f"the {settings['top_k']} most probable tokens"
+    if method != "top_k":
+        how = f"{settings['draws']} {method} draws"
+    stored = f"{info.stored_tokens / info.positions:.2f} different tokens"
+    nats = "" if info.mean_entropy is None else f", entropy {info.mean_entropy:.3f} nats"
+    rows = {
+        "what": f"targets from {teacher['name']} ({teacher['form']}, {teacher['dtype']})",
+        "text": f"{info.tokens:,} tokens in {info.pieces:,} pieces of at most "
+        f"{settings['block_length']}, {info.positions:,} positions that count",
+        "of each": f"{how} at temperature {settings['temperature']:g}",
+        "on average": f"{stored} a position{nats}",
+        "all files": f"{info.size_bytes / 1e6:,.2f} MB, {info.bytes_per_position:.2f} bytes a "
+        f"position, in {info.shards} {settings['codec']} shards",
+        "vocabulary": f"{info.vocabulary_size:,} tokens",
+        "fingerprint": name[:16],
+    }
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/bold]", value)
     return table

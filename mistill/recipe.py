@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mistill.errors import MistillError, RecipeError, TargetExistsError
-from mistill.folder import fingerprint, write_atomically
+from mistill.folder import MANIFEST_FILE, fingerprint, write_atomically
 from mistill.settings import settings_dict
 
 STATE_FILE = ".recipe-state.json"
@@ -53,6 +53,8 @@ class StepKind:
         texts: Keys that name text.
         optional: Keys of ``models`` and ``texts`` that may be left out.
         output: ``folder``, or the suffix of the file that is written.
+        last_file: The file of the folder without which it is unfinished; None for a folder that
+            appears whole.
         run: Does the work: inputs by key, settings, the target, and whether to overwrite.
     """
 
@@ -62,6 +64,7 @@ class StepKind:
     texts: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     output: str = "folder"
+    last_file: str | None = None
     run: Callable[[Mapping[str, Any], Any, Path, bool], object]
 
 
@@ -201,6 +204,14 @@ def step_kinds() -> dict[str, StepKind]:
             run=make_student,
         ),
         StepKind(
+            name="targets",
+            settings=distill.TargetSettings,
+            models=("teacher",),
+            texts=("texts",),
+            last_file=MANIFEST_FILE,
+            run=_cache_targets,
+        ),
+        StepKind(
             name="distill",
             settings=distill.TrainSettings,
             models=("student", "teacher"),
@@ -228,6 +239,14 @@ def step_kinds() -> dict[str, StepKind]:
         ),
     )
     return {kind.name: kind for kind in kinds}
+
+
+def _cache_targets(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
+    import distill
+
+    return distill.cache_targets(
+        inputs["teacher"], target, texts=inputs["texts"], settings=s, overwrite=overwrite
+    )
 
 
 def read_recipe(file: str | Path, out: str | Path | None = None) -> Recipe:
@@ -400,6 +419,8 @@ def _reason_to_run(step: Step, key: Mapping[str, Any], state: _State) -> str | N
         return ""
     if not step.target.exists():
         return "" if "key" not in entry else "its output is gone"
+    if step.kind.last_file is not None and not (step.target / step.kind.last_file).exists():
+        return "it was interrupted"
     if entry.get("started") == key and _made_it(step, entry):
         # Killed between the renaming of the output and the note that it was finished.
         state.record(step.name, key=dict(key), output=fingerprint(step.target))

@@ -13,8 +13,11 @@ an adapter.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.divergences import FORWARD_KL, Divergence
 from distill.heads import Head, as_head, compute_dtype, multiply, soften
-from distill.teacher import TeacherTargets
+from distill.teacher import DenseTargets, TeacherTargets
 from mistill.errors import VocabularyError
 
 _MIB = 2**20
@@ -190,12 +193,14 @@ class _HeadLoss(torch.autograd.Function):
         low = None if low is None else low.detach().to(dtype)
         apart = torch.zeros((), dtype=torch.float64, device=H.device)
         nll = torch.zeros_like(apart)
-        count = _buffer_count(head, recipe)
+        fused = _fuses(head, recipe, H.device, wide)
+        count = _buffer_count(head, recipe, fused)
         for rows, buffers in chunks(
             len(H), head.vocabulary_size, wide, H.device, recipe.memory_mib, count
         ):
             wants = any(gradient is not None for gradient in gradients)
-            found = _chunk(H, low, head, recipe, rows, buffers, wants)
+            compute = _fused_chunk if fused else _chunk
+            found = compute(H, low, head, recipe, rows, buffers, wants)
             apart += found.divergence
             nll += found.cross_entropy
             if found.gradient is not None:
@@ -231,8 +236,37 @@ class _Chunk(NamedTuple):
     gradient: Tensor | None
 
 
-def _buffer_count(head: Head, recipe: _Recipe) -> int:
+def _fuses(head: Head, recipe: _Recipe, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one kernel can do what a chunk's logits go through."""
+    return (
+        isinstance(recipe.targets, DenseTargets)
+        and recipe.divergence.name == "forward_kl"
+        and recipe.cross_entropy == 0
+        and head.soft_cap is None
+        and dtype == torch.float32
+        and runs_triton(device)
+    )
+
+
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device.
+
+    Args:
+        device: Where the tensors are.
+
+    Returns:
+        True on a GPU with Triton installed, and anywhere under Triton's interpreter.
+    """
+    if find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _buffer_count(head: Head, recipe: _Recipe, fused: bool) -> int:
     """Buffers of (n, V) that a chunk is computed in."""
+    if fused:
+        return 2
     count = 1 + recipe.divergence.buffers
     if recipe.cross_entropy > 0:
         count += 1
@@ -288,6 +322,30 @@ def _chunk(
     if head.scale != 1.0:
         G.mul_(head.scale)
     return _Chunk(apart, nll, G)
+
+
+def _fused_chunk(
+    H: Tensor,
+    low: Tensor | None,
+    head: Head,
+    recipe: _Recipe,
+    rows: slice,
+    buffers: list[Tensor],
+    wants_gradient: bool,
+) -> _Chunk:
+    """The same for forward KL alone, with everything between logits and gradient in one kernel."""
+    from distill.triton_kernel import forward_kl_rows
+
+    assert isinstance(recipe.targets, DenseTargets)
+    G, p_logits = buffers
+    head.logits(H[rows], G, None if low is None else low[rows])
+    recipe.targets.head.logits(recipe.targets.hidden[rows], out=p_logits)
+    T = recipe.temperature
+    row = forward_kl_rows(G, p_logits, T, gradient=wants_gradient)
+    if wants_gradient:
+        G.mul_(T * head.scale / recipe.positions_in_step)
+    zero = torch.zeros((), dtype=torch.float64, device=H.device)
+    return _Chunk(row.double().sum(), zero, G if wants_gradient else None)
 
 
 def _spread(

@@ -46,6 +46,23 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _own_scores(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Importance is measured in every test: scores that another code left would hide a mistake."""
+    try:
+        import distill.score_cache as score_cache
+    except ModuleNotFoundError:
+        return
+    folder: list[Path] = []
+
+    def own_folder() -> Path:
+        if not folder:
+            folder.append(tmp_path_factory.mktemp("scores"))
+        return folder[0]
+
+    monkeypatch.setattr(score_cache, "score_folder", own_folder)
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A four-layer Mistral; read only."""

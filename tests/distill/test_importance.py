@@ -12,15 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.importance import (
-    attention_mask,
-    evenly_spaced,
-    measure_influence,
-    most_influential,
-)
+from distill.angular import angular_distances, least_turning_block, sampled_positions
+from distill.importance import evenly_spaced, measure_scores, most_influential
+from distill.layerwise import attention_mask
 from mistill.errors import FolderError
 from mistill.pytorch import empty_model, load_pytorch, read_tensors
-from mistill.text import Document, pack
+from mistill.text import Document, TokenBlocks, pack
+from tests.reference import angular_distance, width_scores
 from tests.reference.block_influence import block_influence
 from tests.tiny import tiny_model
 
@@ -44,6 +42,10 @@ KINDS: dict[str, dict[str, Any]] = {
 def documents(*lengths: int) -> list[Document]:
     rng = np.random.default_rng(3)
     return [Document(rng.integers(0, 384, n), np.zeros(n, bool)) for n in lengths]
+
+
+def measure_influence(folder: Path, blocks: TokenBlocks) -> tuple[float, ...]:
+    return measure_scores(folder, blocks).influence
 
 
 def pieces(texts: Sequence[Document], length: int) -> list[list[int]]:
@@ -109,11 +111,12 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         loaded.append(sum(not weight.is_meta for weight in weights))
         return read_tensors(where, prefix)
 
-    monkeypatch.setattr("distill.importance.empty_model", keep)
-    monkeypatch.setattr("distill.importance.read_tensors", watch)
+    monkeypatch.setattr("distill.layerwise.empty_model", keep)
+    monkeypatch.setattr("distill.layerwise.read_tensors", watch)
     measure_influence(folder, pack(documents(32), 16))
 
-    assert loaded == [0] * 5
+    # the embedding, four layers and the final norm, each read while no other layer is there
+    assert loaded == [0] * 6
 
 
 def test_a_broken_teacher_is_named(tmp_path: Path) -> None:
@@ -125,6 +128,78 @@ def test_a_broken_teacher_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(FolderError, match=r"layer 1 of .* values that are not numbers"):
         measure_influence(folder, pack(documents(32), 16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_angular_distance_is_that_of_its_definition(tmp_path: Path, kind: str) -> None:
+    folder = tiny_model(tmp_path / "model", num_hidden_layers=3, **KINDS[kind])
+    texts = documents(7, 16, 5, 21, 3)
+
+    measured = measure_scores(folder, pack(texts, 16)).angular
+
+    expected = angular_distance.angular_distances(load_pytorch(folder), pieces(texts, 16))
+    assert measured.shape == (4, 4)
+    # arccos of float32 states: 1e-7 in a cosine near 1 would be 1e-4 in the angle; these are not
+    np.testing.assert_allclose(measured.numpy(), expected, atol=2e-6)
+    assert min(expected[0][1:]) > 0.1
+
+
+def test_the_block_that_turns_least_is_found_among_all_of_its_length() -> None:
+    # Directions in the plane, in degrees: behind layer 2 the state is back where it was.
+    degrees = torch.tensor([0.0, 30.0, 90.0, 40.0, 130.0])
+    states = [
+        torch.stack([torch.cos(angle), torch.sin(angle)])[None] for angle in degrees.deg2rad()
+    ]
+
+    distances = angular_distances(states)
+
+    assert distances[0, 2].item() == pytest.approx(90 / 180, abs=1e-6)
+    assert distances[2, 0].item() == pytest.approx(90 / 180, abs=1e-6)
+    assert least_turning_block(distances, 1) == 0  # 30, 60, 50, 90
+    assert least_turning_block(distances, 2) == 1  # 90, 10, 40
+    assert least_turning_block(distances, 3) == 0  # 40, 100
+
+
+def test_sampled_positions_are_spread_over_the_text_and_never_padding() -> None:
+    present = torch.ones(4, 25, dtype=torch.bool)
+    present[1, 10:] = False
+
+    chosen = sampled_positions(present, 9)
+
+    assert int(chosen.sum()) == 9
+    assert not (chosen & ~present).any()
+    assert chosen[0, 0]
+    assert chosen[3, 24]
+    numbers = chosen[present].nonzero()[:, 0]  # places among the 85 tokens that there are
+    assert numbers.diff().min() >= 10
+    assert numbers.diff().max() <= 11
+    assert torch.equal(sampled_positions(present, 100), present)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mistral with wide heads"])
+def test_activation_magnitudes_are_those_of_their_definition(tmp_path: Path, kind: str) -> None:
+    folder = tiny_model(tmp_path / "model", num_hidden_layers=2, **KINDS[kind])
+    texts = documents(*[12] * 6)
+
+    measured = measure_scores(folder, pack(texts, 12)).width
+
+    expected = width_scores.width_scores(load_pytorch(folder), pieces(texts, 12))
+    for name, values in expected.items():
+        # float32 sums in another order
+        np.testing.assert_allclose(getattr(measured, name).numpy(), values, rtol=2e-5, err_msg=name)
+    assert measured.energy.sum(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+
+
+def test_padding_has_no_part_in_activation_magnitudes(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model")
+    texts = documents(12, 12)
+
+    whole = measure_scores(folder, pack(texts, 12))
+    padded = measure_scores(folder, pack(texts, 20))
+
+    for name, values in vars(whole.width).items():
+        torch.testing.assert_close(getattr(padded.width, name), values, rtol=1e-5, atol=1e-7)
+    assert padded.influence == pytest.approx(whole.influence, abs=1e-6)
 
 
 def test_the_least_influential_layers_go() -> None:

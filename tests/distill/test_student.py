@@ -234,7 +234,7 @@ def test_too_little_text_is_measured_and_said(
 
     tokens = read_lineage(student)[-1]["calibration_tokens"]
     assert 5 < tokens < 40
-    assert f"influence is measured on {tokens} tokens" in caplog.text
+    assert f"scores are measured on {tokens} tokens" in caplog.text
 
 
 def test_the_vocabulary_is_the_teachers(teacher: Path, tmp_path: Path) -> None:
@@ -273,6 +273,62 @@ def test_a_target_that_exists_is_replaced_only_where_asked(teacher: Path, tmp_pa
     assert new_student(teacher, target, choose="even", layers=2, overwrite=True) == target
     assert describe(target).layers == 2
     assert [entry["settings"]["layers"] for entry in read_lineage(target)] == [2]
+
+
+def test_layers_go_as_a_block_where_asked(tmp_path: Path, chats: Path) -> None:
+    teacher = tiny_model(tmp_path / "teacher", num_hidden_layers=6)
+    tensors = load_file(teacher / "model.safetensors")
+    for layer in (2, 3):
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            tensors[f"model.layers.{layer}.{part}.weight"].zero_()
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+
+    student = new_student(
+        teacher,
+        tmp_path / "student",
+        choose="angular",
+        layers=4,
+        texts=chats,
+        calibration_tokens=200,
+        block_length=32,
+    )
+
+    np.testing.assert_array_equal(
+        PytorchModel(student).logits(IDS), PytorchModel(teacher).logits(IDS)
+    )
+    entry = read_lineage(student)[-1]
+    assert entry["kept_layers"] == [0, 1, 4, 5]
+    assert entry["dropped_layers"] == [2, 3]
+    assert entry["angular_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_layers_go_by_their_cost_where_asked(tmp_path: Path, chats: Path) -> None:
+    teacher = tiny_model(tmp_path / "teacher", num_hidden_layers=5)
+    tensors = load_file(teacher / "model.safetensors")
+    for layer in (0, 3):
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            tensors[f"model.layers.{layer}.{part}.weight"].zero_()
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+
+    student = new_student(
+        teacher,
+        tmp_path / "student",
+        choose="greedy_kl",
+        layers=3,
+        texts=chats,
+        calibration_tokens=200,
+        block_length=32,
+    )
+
+    np.testing.assert_array_equal(
+        PytorchModel(student).logits(IDS), PytorchModel(teacher).logits(IDS)
+    )
+    entry = read_lineage(student)[-1]
+    assert entry["kept_layers"] == [1, 2, 4]
+    assert sorted(entry["dropped_layers"]) == [0, 3]
+    assert entry["kl_without_them"] == pytest.approx([0, 0], abs=1e-6)
+    assert entry["calibration_tokens"] == 200
+    assert entry["texts"] == [str(chats)]
 
 
 # --- a fresh student ----------------------------------------------------------------------------
@@ -327,6 +383,39 @@ def test_sizes_that_are_not_given_are_the_teachers(tmp_path: Path) -> None:
     assert {name for name in ours if ours[name] != theirs[name]} == {"intermediate_size"}
 
 
+def test_a_pruned_student_has_a_random_twin(tmp_path: Path, chats: Path) -> None:
+    teacher = tiny_model(tmp_path / "teacher", num_hidden_layers=3)
+    pruned = new_student(
+        teacher,
+        tmp_path / "pruned",
+        layers=2,
+        hidden_size=48,
+        intermediate_size=80,
+        key_value_heads=1,
+        texts=chats,
+    )
+
+    twin = new_student(pruned, tmp_path / "twin", fresh=True)
+
+    ours, theirs = load_file(twin / "model.safetensors"), load_file(pruned / "model.safetensors")
+    assert {name: weight.shape for name, weight in ours.items()} == {
+        name: weight.shape for name, weight in theirs.items()
+    }
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(ours[name], theirs[name])
+    differing = {
+        name for name, value in config_of(twin).items() if value != config_of(pruned)[name]
+    }
+    assert differing <= {"dtype"}
+
+
+def test_a_fresh_student_has_as_many_layers_as_fit(teacher: Path, tmp_path: Path) -> None:
+    student = new_student(teacher, tmp_path / "student", fresh=True, parameters=400_000)
+
+    assert describe(student).layers == 9
+    assert describe(student).parameters == 382_144  # 49,216 and 9 layers of 36,992
+
+
 def test_fresh_weights_are_random_by_their_seed_alone(teacher: Path, tmp_path: Path) -> None:
     made = []
     for number, seed in enumerate((1, 1, 2)):
@@ -375,14 +464,25 @@ def test_a_fresh_student_of_a_quantized_teacher_is_a_float_model(
     ("options", "message"),
     [
         ({"layers": 0}, "layers must be 1 or more, not 0"),
-        ({"choose": "best"}, "choose must be influence, even or named, not 'best'"),
+        (
+            {"choose": "best"},
+            "choose must be influence, angular, greedy_kl, even or named, not 'best'",
+        ),
         ({"choose": "named"}, "needs keep"),
         ({"keep": (0, 1)}, "choose asks for 'influence'"),
         ({"choose": "named", "keep": (0, 2, 2)}, "ascending order and name no layer twice"),
         ({"choose": "named", "keep": (2, 0)}, "ascending order .* not 2, 0"),
         ({"choose": "named", "keep": (-1, 0)}, "counts layers from 0"),
         ({"choose": "named", "keep": (0, 1), "layers": 3}, "names 2 layers and layers asks for 3"),
-        ({"hidden_size": 32, "seed": 1}, "hidden_size can be chosen for a fresh student only"),
+        ({"attention_heads": 2}, "give key_value_heads, and they follow"),
+        ({"parameters": 0}, "parameters must be 1 or more, not 0"),
+        ({"megabytes_at_4_bits": 0}, "megabytes_at_4_bits must be above 0, not 0"),
+        ({"megabytes_at_4_bits": float("nan")}, "must be above 0, not nan"),
+        ({"layers": 2, "parameters": 9}, "layers and parameters each say how many layers"),
+        (
+            {"choose": "named", "keep": (0, 1), "megabytes_at_4_bits": 1.5},
+            "megabytes_at_4_bits has nothing to decide",
+        ),
         ({"fresh": True, "choose": "even"}, "keeps no layer of its teacher"),
         ({"fresh": True, "hidden_size": 0}, "hidden_size must be 1 or more, not 0"),
         ({"fresh": True, "seed": -1}, "seed must be 0 or more"),
@@ -408,6 +508,26 @@ def test_settings_are_made_of_the_lists_that_a_recipe_holds() -> None:
         ({"layers": 2, "texts": "none.txt"}, TextError, r"none\.txt"),
         ({"layers": 2, "texts": ()}, TextError, "no text"),
         ({"layers": 2, "texts": "x.txt", "block_length": 513}, SettingsError, "context of 512"),
+        ({"layers": 2, "choose": "angular"}, SettingsError, "give texts"),
+        ({"layers": 2, "choose": "greedy_kl"}, SettingsError, "give texts"),
+        ({"intermediate_size": 64}, SettingsError, "neurons, heads and channels .* give texts"),
+        ({"intermediate_size": 129}, SettingsError, "at most the teacher's 128, .* got 129"),
+        ({"hidden_size": 65}, SettingsError, "hidden_size must be at most the teacher's 64"),
+        ({"key_value_heads": 3}, SettingsError, "key_value_heads must be at most the teacher's 2"),
+        ({"layers": 5, "intermediate_size": 64}, SettingsError, "no more than the teacher's 4"),
+        ({"intermediate_size": 128}, SettingsError, "say how many to keep"),
+        (
+            {"parameters": 86_207, "texts": "x.txt"},
+            SettingsError,
+            "parameters 86,207: one layer makes it 86,208, of which 49,216 are no layer's",
+        ),
+        ({"parameters": 197_184}, SettingsError, "the whole teacher .* has 197,184 parameters"),
+        ({"megabytes_at_4_bits": 9.0}, SettingsError, "the whole teacher .* ask for less"),
+        (
+            {"fresh": True, "megabytes_at_4_bits": 0.1},
+            SettingsError,
+            "no student of this width fits megabytes_at_4_bits 0.1",
+        ),
         (
             {"choose": "named", "keep": (0, 4)},
             SettingsError,
@@ -431,7 +551,7 @@ def test_what_does_not_fit_the_teacher_is_refused_before_its_weights_are_read(
     def never(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    for name in ("measure_influence", "copy_layers", "random_weights"):
+    for name in ("measure_scores", "greedy_drops", "copy_layers", "write_fresh"):
         monkeypatch.setattr(f"distill.student.{name}", never)
 
     with pytest.raises(error, match=message) as caught:

@@ -218,6 +218,32 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     ),
     "no layers": ("student teacher out --layers 0 --texts chats.jsonl", "layers", None),
     "influence without text": ("student teacher out --layers 2", "texts", None),
+    "a width cut without text": ("student teacher out --hidden-size 32", "give texts", None),
+    "a wider student than its teacher": (
+        "student teacher out --intermediate-size 999 --texts chats.jsonl",
+        "at most the teacher's 128",
+        None,
+    ),
+    "two sizes at once": (
+        "student teacher out --layers 2 --parameters 90000 --texts chats.jsonl",
+        "give one of them",
+        None,
+    ),
+    "a size that no student has": (
+        "student teacher out --megabytes-at-4-bits 0.01 --texts chats.jsonl",
+        "no student of this width fits",
+        None,
+    ),
+    "a size that the teacher has": (
+        "student teacher out --parameters 999999999 --texts chats.jsonl",
+        "the whole teacher is no larger",
+        None,
+    ),
+    "query heads of a student that is cut": (
+        "student teacher out --attention-heads 2 --texts chats.jsonl",
+        "give key_value_heads",
+        None,
+    ),
     "a layer that is not there": (
         "student teacher out --choose named --keep 0 --keep 7",
         "7",

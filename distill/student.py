@@ -364,7 +364,7 @@ def teacher_scores(teacher: Path, blocks: TokenBlocks) -> tuple[TeacherScores, b
     file = score_file("walk", teacher, blocks)
     found = read_scores(file)
     if found is not None:
-        width = WidthScores(*(found[name] for name in ("neurons", "groups", "channels", "energy")))
+        width = WidthScores(*(found[name] for name in ("neurons", "groups", "channels")))
         return TeacherScores(tuple(found["influence"].tolist()), found["angular"], width), True
     scores = measure_scores(teacher, blocks)
     tensors = {

@@ -9,17 +9,17 @@ over blocks (Muralidharan et al., 2024, "Minitron", section 2.2 and the aggregat
 channels once, since all layers write into the same hidden state. What is kept stays as it was,
 so that the result is a plain, smaller model of the same architecture.
 
-The root mean square of a norm is taken over all channels. With fewer of them it is another one:
-where D' of D channels stay and carry the share s of the hidden state's energy, outputs come out
-smaller by sqrt(s D / D'). The norm's weights make that up, with s measured on the text at each
-norm; where the channels that go are silent, s is 1 and nothing changes. Minitron leaves this to
-training.
+The root mean square of a norm is taken over all channels. Where D' of D channels stay and the
+others were silent, it grows by sqrt(D / D') although the hidden state is what it was. The norms'
+weights make that up, so that silent channels are not missed, and quiet ones less (figures are in
+docs/experiments.md). Minitron leaves it to training.
 
 N is blocks, T positions, L layers, F neurons, G groups, D channels.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -40,14 +40,11 @@ class WidthScores:
         neurons: Of feed-forward neurons, shape (L, F).
         groups: Of key/value groups, shape (L, G).
         channels: Of channels of the hidden state, shape (D,).
-        energy: Mean share of each channel in the energy of the hidden state before each norm,
-            in the order of the model and the final norm last, shape (2 L + 1, D).
     """
 
     neurons: Tensor
     groups: Tensor
     channels: Tensor
-    energy: Tensor
 
 
 class WidthGauge:
@@ -64,8 +61,6 @@ class WidthGauge:
         self._neuron_squares: list[Tensor] = []
         self._group_squares: list[Tensor] = []
         self._channel_squares: list[Tensor] = []
-        self._energies: list[Tensor] = []
-        self._positions: list[int] = []
 
     @contextmanager
     def watching(self, layer: Any) -> Iterator[None]:
@@ -96,16 +91,10 @@ class WidthGauge:
         Yields:
             Nothing.
         """
-        squares, energy = _Total(self._channel_squares), _Total(self._energies)
-        place = len(self._positions)
-        self._positions.append(0)
+        squares = _Total(self._channel_squares)
 
-        def collect(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def collect(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             squares(_block_means(output.abs(), self._kept).square().sum(dim=0))
-            parts = inputs[0].square()
-            weights = self._kept / parts.sum(dim=-1).clamp_min(torch.finfo(parts.dtype).tiny)
-            energy(torch.einsum("ntc,nt->c", parts, weights).double())
-            self._positions[place] += int(self._kept.sum())
 
         handle = norm.register_forward_hook(collect)
         try:
@@ -128,12 +117,10 @@ class WidthGauge:
             Scores of the layers watched.
         """
         channels = torch.stack([squares.sqrt() for squares in self._channel_squares]).sum(dim=0)
-        energies = zip(self._energies, self._positions, strict=True)
         return WidthScores(
             neurons=torch.stack(self._neuron_squares).sqrt().float().cpu(),
             groups=torch.stack(self._group_squares).sqrt().float().cpu(),
             channels=channels.float().cpu(),
-            energy=torch.stack([total / count for total, count in energies]).float().cpu(),
         )
 
     @contextmanager
@@ -183,7 +170,6 @@ class KeptWidth:
         neurons: Feed-forward neurons of each teacher layer, ascending, shape (L, F').
         groups: Key/value groups of each teacher layer, ascending, shape (L, G').
         channels: Channels of the hidden state, ascending, shape (D',).
-        norm_factors: What each norm's weights are multiplied by, shape (2 L + 1,).
         head_dim: Width of a head.
         queries_per_group: Query heads that share a key/value head.
         hidden_size: Channels of the teacher, D.
@@ -192,7 +178,6 @@ class KeptWidth:
     neurons: Tensor | None
     groups: Tensor | None
     channels: Tensor | None
-    norm_factors: Tensor | None
     head_dim: int
     queries_per_group: int
     hidden_size: int
@@ -232,25 +217,20 @@ def keep_strongest(
     Returns:
         The parts with the largest scores.
     """
-    layers, groups = scores.groups.shape
+    groups = scores.groups.shape[1]
     heads = int(config["num_attention_heads"])
     width = int(config["hidden_size"])
-    channels = factors = None
+    neurons = kept_groups = channels = None
     if hidden_size is not None and hidden_size < width:
         channels = strongest(scores.channels, hidden_size)
-        share = scores.energy[:, channels].double().sum(dim=1)
-        factors = (share * width / hidden_size).sqrt()
-    neurons = kept_groups = None
     if intermediate_size is not None and intermediate_size < scores.neurons.shape[1]:
         neurons = strongest(scores.neurons, intermediate_size)
     if key_value_heads is not None and key_value_heads < groups:
         kept_groups = strongest(scores.groups, key_value_heads)
-    assert factors is None or len(factors) == 2 * layers + 1
     return KeptWidth(
         neurons=neurons,
         groups=kept_groups,
         channels=channels,
-        norm_factors=factors,
         head_dim=int(config.get("head_dim") or width // heads),
         queries_per_group=heads // groups,
         hidden_size=width,
@@ -280,7 +260,7 @@ class Cut(NamedTuple):
 
 
 _NAME = re.compile(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)")
-_NORMS = {"input_layernorm": 0, "post_attention_layernorm": 1}
+_NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
 _ROWS = {
     "self_attn.q_proj": "queries",
     "self_attn.k_proj": "keys",
@@ -333,9 +313,8 @@ def cut_of(name: str, width: KeptWidth) -> Cut:
         return (width.groups[layer][:, None] * size + torch.arange(size)).flatten()
 
     factor = 1.0
-    if width.norm_factors is not None and module in (*_NORMS, "model.norm"):
-        place = -1 if layer is None else 2 * layer + _NORMS[module]
-        factor = float(width.norm_factors[place])
+    if width.channels is not None and module in _NORMS:
+        factor = math.sqrt(width.hidden_size / len(width.channels))
     columns = _COLUMNS.get(module) if kind == "weight" else None
     return Cut(places(_ROWS.get(module)), places(columns), factor)
 

@@ -187,7 +187,6 @@ def test_activation_magnitudes_are_those_of_their_definition(tmp_path: Path, kin
     for name, values in expected.items():
         # float32 sums in another order
         np.testing.assert_allclose(getattr(measured, name).numpy(), values, rtol=2e-5, err_msg=name)
-    assert measured.energy.sum(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
 
 
 def test_padding_has_no_part_in_activation_magnitudes(tmp_path: Path) -> None:

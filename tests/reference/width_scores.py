@@ -16,7 +16,7 @@ Vector = np.ndarray[Any, Any]
 
 
 def width_scores(model: Any, blocks: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Scores of neurons, key/value groups and channels, and the energy before each norm."""
+    """Scores of neurons, key/value groups and channels."""
     config = model.config
     total = config.num_hidden_layers
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -24,7 +24,6 @@ def width_scores(model: Any, blocks: Sequence[Sequence[int]]) -> dict[str, Any]:
     neurons: list[list[Vector]] = [[] for _ in range(total)]
     lengths: list[list[Vector]] = [[] for _ in range(total)]
     channels: list[list[Vector]] = [[] for _ in range(2 * total + 1)]
-    energies: list[list[Vector]] = [[] for _ in range(2 * total + 1)]
 
     def matrix(module: Any) -> Vector:
         values: Vector = module.weight.detach().double().numpy()
@@ -50,7 +49,6 @@ def width_scores(model: Any, blocks: Sequence[Sequence[int]]) -> dict[str, Any]:
                 ]
             )
             channels[number].append(np.abs(out).mean(axis=0))
-            energies[number].extend(row**2 / np.sum(row**2) for row in x)
             return out
 
         for number, layer in enumerate(model.model.layers):
@@ -88,5 +86,4 @@ def width_scores(model: Any, blocks: Sequence[Sequence[int]]) -> dict[str, Any]:
         "neurons": np.stack([root(part) for part in neurons]),
         "groups": np.stack([root(part) for part in lengths]),
         "channels": np.asarray(sum(root(part) for part in channels)),
-        "energy": np.stack([np.mean(part, axis=0) for part in energies]),
     }

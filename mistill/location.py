@@ -130,9 +130,9 @@ class Location:
         """
         if self.remote is None:
             return [self.read(*part) for part in parts]
-        names, starts, stops = zip(*parts, strict=True)
+        names, starts, stops = (list(column) for column in zip(*parts, strict=True))
         try:
-            found = self.remote.cat_ranges([self._at(name) for name in names], starts, stops)
+            found = self.remote.cat_ranges([self._at(str(name)) for name in names], starts, stops)
         except FileNotFoundError as error:
             raise FolderError(f"a file is missing from {self}: {error}") from error
         for name, part in zip(names, found, strict=True):

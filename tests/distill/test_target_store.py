@@ -124,8 +124,7 @@ def test_a_changed_byte_anywhere_is_noticed() -> None:
         changed[place] ^= 0x10
         try:
             index = read_index(NOWHERE, "shard", bytes(changed))
-        except FolderError as error:
-            assert "shard of the targets in nowhere is damaged" in str(error)
+        except FolderError:
             continue
         if check_codes(index, bytes(changed)):
             missed.append(place)
@@ -140,7 +139,7 @@ def test_a_shard_that_is_cut_short_is_noticed(length: int) -> None:
     if length == -1:
         assert not check_codes(read_index(NOWHERE, "shard", content), content)
         return
-    with pytest.raises(FolderError, match="damaged"):
+    with pytest.raises(FolderError, match="shard of the targets in nowhere is damaged"):
         read_index(NOWHERE, "shard", content)
 
 

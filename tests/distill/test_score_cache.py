@@ -85,15 +85,28 @@ def test_another_text_block_length_or_teacher_is_measured(
 
 
 def test_a_greedy_search_is_gone_on_with_and_cut_short(
-    chats: Path, tmp_path: Path, cache: Path, measured: list[str]
+    chats: Path,
+    tmp_path: Path,
+    cache: Path,
+    measured: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     teacher = tiny_model(tmp_path / "teacher", num_hidden_layers=5)
     options: dict[str, Any] = {"choose": "greedy_kl", "texts": chats, **MEASURE}
+    known: list[list[int]] = []
+    search = getattr(student, "greedy_drops")  # noqa: B009
+
+    def watched(*arguments: Any) -> Any:
+        known.append([drop.layer for drop in arguments[3]])
+        return search(*arguments)
+
+    monkeypatch.setattr(student, "greedy_drops", watched)
     four = new_student(teacher, tmp_path / "four", layers=4, **options)
     two = new_student(teacher, tmp_path / "two", layers=2, **options)
     three = new_student(teacher, tmp_path / "three", layers=3, **options)
 
     assert measured == ["greedy_drops"] * 2
+    assert known == [[], read_lineage(four)[-1]["dropped_layers"]]
     assert set(kept_layers(two)) < set(kept_layers(three)) < set(kept_layers(four))
     assert read_lineage(three)[-1]["scores_reused"]
     kls = read_lineage(two)[-1]["kl_without_them"]

@@ -139,6 +139,19 @@ def test_silent_channels_are_not_missed(tmp_path: Path, chats: Path, kind: str) 
     np.testing.assert_allclose(logits_of(student), logits_of(teacher), atol=1e-4)
 
 
+def test_the_width_of_a_head_is_written_out(tmp_path: Path, chats: Path) -> None:
+    # As in the config of Mistral 7B v0.1, which leaves it to be hidden_size / heads.
+    teacher = tiny_model(tmp_path / "teacher")
+    config = config_of(teacher)
+    assert config.pop("head_dim") == 16
+    (teacher / "config.json").write_text(json.dumps(config))
+
+    student = new_student(teacher, tmp_path / "student", hidden_size=48, texts=chats, **MEASURE)
+
+    assert config_of(student)["head_dim"] == 16
+    assert open_with_transformers(student).model.layers[0].self_attn.q_proj.weight.shape == (64, 48)
+
+
 def test_norms_make_up_for_the_channels_that_go(tmp_path: Path, chats: Path) -> None:
     teacher = tiny_model(tmp_path / "teacher")
 

@@ -109,8 +109,8 @@ def student(
     Args:
         teacher: The model to start from.
         target: The folder to make.
-        texts: Text to measure the layers' influence on.
-        settings: Which layers to keep.
+        texts: Text to measure the teacher on.
+        settings: What to keep of it.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
 

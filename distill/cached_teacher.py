@@ -33,7 +33,7 @@ from distill.target_store import (
     template_digest,
 )
 from distill.teacher import SampledTargets, TopKTargets
-from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
+from mistill.errors import SettingsError, TextError, VocabularyError
 from mistill.folder import LINEAGE_FILE
 from mistill.location import Location, location_of
 from mistill.targets_folder import read_manifest
@@ -281,15 +281,14 @@ def _what_differs(location: Location, vocabulary: Vocabulary) -> str:
 
 
 def _read_shards(location: Location, manifest: Mapping[str, Any]) -> list[ShardIndex]:
-    shards = []
-    for file, entry in manifest["files"].items():
+    shards: list[ShardIndex] = []
+    for number, (file, entry) in enumerate(manifest["files"].items()):
         if location.size(file) != entry["bytes"]:
             raise damaged(location, file)
-        shards.append(read_index(location, file))
-    if sum(int(shard.positions.sum()) for shard in shards) != manifest["positions"]:
-        raise FolderError(
-            f"the shards in {location} are not those of its manifest; cache the targets again"
-        )
+        shard = read_index(location, file)
+        if shard.facts["shard"] != number or shard.facts["plan"] != manifest["plan"]:
+            raise damaged(location, file)
+        shards.append(shard)
     return shards
 
 

@@ -239,7 +239,7 @@ def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         name: value
         for name, value in facts.items()
-        if name not in ("files", "stored_tokens", "mean_entropy")
+        if name not in ("plan", "files", "stored_tokens", "mean_entropy")
     }
     kept["teacher"] = {name: value for name, value in kept["teacher"].items() if name != "name"}
     return kept

@@ -409,6 +409,7 @@ def finish(location: Location, plan: Plan, teacher: str, known: Mapping[int, str
     manifest = {
         **facts,
         "teacher": {"name": teacher, **facts["teacher"]},
+        "plan": plan.name,
         "stored_tokens": stored,
         "mean_entropy": nats / facts["positions"] if has_entropy else None,
         "files": files,

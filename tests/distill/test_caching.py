@@ -336,7 +336,7 @@ def test_a_damaged_or_missing_shard_is_made_again(
     plan = {
         name: value
         for name, value in json.loads((targets / "manifest.json").read_text()).items()
-        if name not in ("files", "stored_tokens", "mean_entropy")
+        if name not in ("plan", "files", "stored_tokens", "mean_entropy")
     }
     del plan["teacher"]["name"]
     (target / "plan.json").write_text(json.dumps(plan))
@@ -548,7 +548,7 @@ def test_a_recipe_goes_on_with_targets_that_were_interrupted(
         json.dumps({"targets": {"started": state["targets"]["key"]}})
     )
     manifest = json.loads((out / "targets" / "manifest.json").read_text())
-    for name in ("files", "stored_tokens", "mean_entropy"):
+    for name in ("plan", "files", "stored_tokens", "mean_entropy"):
         del manifest[name]
     (out / "targets" / "manifest.json").unlink()
     (out / "targets" / "plan.json").write_text(json.dumps(manifest))

@@ -114,7 +114,7 @@ class _Run:
         if settings.lora_rank:
             add_adapters(student, settings.lora_rank)
         if settings.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            student.activation_checkpointing_enable({"use_reentrant": False})
         student.train()
         self.module, self.optimizer = accelerator.prepare(
             DistillationStep(student, settings), make_optimizer(student, settings)

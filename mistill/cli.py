@@ -171,7 +171,8 @@ def distill(
     target: Path,
     /,
     *,
-    teacher: str,
+    teacher: str | None = None,
+    targets: str | None = None,
     texts: Texts,
     held_out: Texts = (),
     settings: Annotated[TrainSettings, Flat] = TrainSettings(),
@@ -184,6 +185,7 @@ def distill(
         student: The folder of the student to train.
         target: The folder to make.
         teacher: The model to learn from.
+        targets: A folder of what the teacher said about the texts, in place of the teacher.
         texts: Text to learn on.
         held_out: Text to judge the student on; part of the texts if not given.
         settings: How to train.
@@ -199,6 +201,7 @@ def distill(
         student,
         target,
         teacher=teacher,
+        targets=targets,
         texts=texts,
         held_out=held_out or None,
         settings=settings,

@@ -52,6 +52,7 @@ class StepKind:
         models: Keys that name a model: an earlier table, or what the command line takes.
         texts: Keys that name text.
         optional: Keys of ``models`` and ``texts`` that may be left out.
+        one_of: Keys of ``optional`` of which exactly one is given.
         output: ``folder``, or the suffix of the file that is written.
         last_file: The file of the folder without which it is unfinished; None for a folder that
             appears whole.
@@ -63,6 +64,7 @@ class StepKind:
     models: tuple[str, ...]
     texts: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    one_of: tuple[str, ...] = ()
     output: str = "folder"
     last_file: str | None = None
     run: Callable[[Mapping[str, Any], Any, Path, bool], object]
@@ -154,7 +156,8 @@ def step_kinds() -> dict[str, StepKind]:
         return distill.train(
             inputs["student"],
             target,
-            teacher=inputs["teacher"],
+            teacher=inputs.get("teacher"),
+            targets=inputs.get("targets"),
             texts=inputs["texts"],
             held_out=inputs.get("held_out"),
             settings=s,
@@ -214,9 +217,10 @@ def step_kinds() -> dict[str, StepKind]:
         StepKind(
             name="distill",
             settings=distill.TrainSettings,
-            models=("student", "teacher"),
+            models=("student", "teacher", "targets"),
             texts=("texts", "held_out"),
-            optional=("held_out",),
+            optional=("teacher", "targets", "held_out"),
+            one_of=("teacher", "targets"),
             run=train,
         ),
         StepKind(
@@ -347,6 +351,10 @@ def _read_step(
     for key in (*kind.models, *kind.texts):
         if key not in table and key not in kind.optional:
             raise RecipeError(f"{key} is missing")
+    given = [key for key in kind.one_of if key in table]
+    if kind.one_of and len(given) != 1:
+        found = "neither is" if not given else "both are"
+        raise RecipeError(f"give either {' or '.join(kind.one_of)}; {found} given")
     names = [step.name for step in earlier]
     inputs = {key: _read_model(key, table[key], names) for key in kind.models if key in table}
     inputs |= {key: _read_text(table[key], names, beside) for key in kind.texts if key in table}

@@ -1,0 +1,142 @@
+"""Several processes train as one does: same losses, same student, one of them writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import distill
+from mistill.folder import read_lineage
+from tests.distill.test_training import QUICK, hidden_beside
+from tests.tiny import tiny_model
+
+RUN: dict[str, Any] = {**QUICK, "tokens": 900, "micro_batch_size": 1, "evaluate_every": 2}
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+PROGRAM = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+import distill
+from distill import trainer
+student, target, teacher, texts, options, dies_at = sys.argv[1:]
+original, count = trainer.accumulate_gradients, 0
+def dying(*args):
+    global count
+    count += 1
+    if count == int(dies_at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+trainer.accumulate_gradients = dying
+distill.train(student, target, teacher=teacher, texts=texts, **json.loads(options))
+"""
+
+
+def train_in_two(
+    tmp_path: Path,
+    environment: dict[str, str],
+    student: Path,
+    target: Path,
+    teacher: Path,
+    chats: Path,
+    options: dict[str, Any],
+    dies_at: int = 0,
+) -> subprocess.CompletedProcess[str]:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    words = [student, target, teacher, chats, json.dumps(options), dies_at]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(program), *map(str, words)],
+        env={
+            **os.environ,
+            **environment,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] if "loss" in line else line["held_out"]["kl"] for line in lines]
+
+
+def assert_same_student(two: Path, one: Path) -> None:
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (two, one))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32
+        # Adam turns the last bits of a tiny gradient into a step of the learning rate's size.
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert read_lineage(two)[-1]["kept_step"] == read_lineage(one)[-1]["kept_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "options", "tied"),
+    [
+        ({}, {}, False),
+        ({}, {"on_policy": 0.5, "gradient_checkpointing": True, "lora_rank": 4}, False),
+        (FSDP, {"cross_entropy": 0.2}, False),
+        (FSDP, {"gradient_checkpointing": True}, True),
+        (FSDP, {"on_policy": 0.5, "lora_rank": 4}, False),
+    ],
+    ids=["ddp", "ddp-everything", "fsdp", "fsdp-tied", "fsdp-adapters-on-policy"],
+)
+def test_two_processes_train_as_one_does(
+    tmp_path: Path,
+    teacher: Path,
+    chats: Path,
+    environment: dict[str, str],
+    options: dict[str, Any],
+    tied: bool,
+) -> None:
+    student = tiny_model(tmp_path / "student", seed=2, tie_word_embeddings=tied)
+    options = {**RUN, **options}
+    one = distill.train(student, tmp_path / "one", teacher=teacher, texts=chats, **options)
+    two = tmp_path / "two"
+    done = train_in_two(tmp_path, environment, student, two, teacher, chats, options)
+    assert done.returncode == 0, done.stderr
+    assert_same_student(two, one)
+    assert hidden_beside(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_two_killed_processes_resume(
+    tmp_path: Path, teacher: Path, model: Path, chats: Path, environment: dict[str, str]
+) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    arguments = (teacher, chats, RUN)
+    done = train_in_two(tmp_path, environment, model, whole, *arguments)
+    assert done.returncode == 0, done.stderr
+    killed = train_in_two(tmp_path, environment, model, resumed, *arguments, dies_at=4)
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr or str(-signal.SIGKILL) in killed.stderr
+    assert not resumed.exists()
+    done = train_in_two(tmp_path, environment, model, resumed, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert losses(resumed) == losses(whole)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -6,7 +6,8 @@ distillation; Anshumann et al., 2025, section 3, https://arxiv.org/abs/2503.1687
 are spread evenly vary less than independent ones: systematic resampling takes the N points
 (u + i) / N, i = 0 .. N-1, of the cumulative distribution with one uniform number u, after which a
 token of probability p was drawn floor(N p) or ceil(N p) times, and N p times on average (Douc et
-al., 2005, section 2, https://arxiv.org/abs/cs/0507025).
+al., 2005, https://arxiv.org/abs/cs/0507025). The count of each token varies less; that of a group
+of tokens may, in contrived orders, vary more.
 
 n is rows, V vocabulary, N draws, K different tokens of a row.
 """

@@ -15,10 +15,11 @@ from typing import Any
 
 from mistill.errors import FolderError
 from mistill.folder import LINEAGE_FILE, MANIFEST_FILE
-from mistill.location import PARTIAL, Location
+from mistill.location import Location
 from mistill.progress import track
 
-FORMAT = "mistill targets 1"
+_ANY_FORMAT = "mistill targets"
+FORMAT = f"{_ANY_FORMAT} 1"
 PLAN_FILE = "plan.json"
 
 
@@ -77,7 +78,7 @@ class TargetsInfo:
 
 
 def is_targets(location: Location) -> bool:
-    """Whether a folder holds targets, finished or not.
+    """Whether a folder holds targets, finished or not, of this version or another, or damaged.
 
     Args:
         location: Any folder.
@@ -85,10 +86,17 @@ def is_targets(location: Location) -> bool:
     Returns:
         True if its plan or its manifest says so.
     """
-    return any(
-        location.exists(name) and _document(location, name).get("format") == FORMAT
-        for name in (MANIFEST_FILE, PLAN_FILE)
-    )
+    names = location.names()
+    if "config.json" in names:  # a model; one for ONNX has a manifest too
+        return False
+    for name in (MANIFEST_FILE, PLAN_FILE):
+        if name in names:
+            try:
+                stated = str(_document(location, name).get("format"))
+            except FolderError:
+                return any(other.startswith("shard-") for other in names)
+            return stated.startswith(_ANY_FORMAT)
+    return False
 
 
 def read_manifest(location: Location) -> dict[str, Any]:
@@ -174,9 +182,6 @@ def targets_problems(location: Location) -> list[str]:
             if problem is not None:
                 found.append(problem)
             bar.advance(entry["bytes"])
-    known = {*manifest["files"], MANIFEST_FILE, LINEAGE_FILE}
-    left = [name for name in location.names() if name not in known]
-    found += [f"{name} does not belong to it" for name in left if not name.endswith(PARTIAL)]
     return found
 
 

@@ -524,9 +524,21 @@ def test_inspect_shows_targets_and_names_a_damaged_file(
         (None, "shard-00001.safetensors is missing"),
     ):
         file.unlink() if changed is None else file.write_bytes(changed)
-        assert main(["inspect", str(copy), "--json"]) == 1
-        (problem,) = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
-        assert words in problem
+        assert words in inspected(copy, capsys)
+    manifest = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest.replace("targets 1", "targets 2"))
+    assert "format is 'mistill targets 2'" in inspected(copy, capsys)
+    (copy / "manifest.json").write_text(manifest[:50])
+    assert "manifest.json" in inspected(copy, capsys)
+    (copy / "manifest.json").rename(copy / "plan.json")
+    assert "unfinished" in inspected(copy, capsys)
+
+
+def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one problem of a folder."""
+    assert main(["inspect", str(folder), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
+    return str(problem)
 
 
 def test_a_recipe_goes_on_with_targets_that_were_interrupted(

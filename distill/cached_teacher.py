@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from mistill.text import TokenBlocks
     from mistill.vocabulary import Vocabulary
 
-# Batches that are kept ready; of more than these, the oldest were never asked for.
-_MOST_EXPECTED = 16
+# Batches that are kept ready; what else is expected waits until one of them is asked for.
+_MOST_READY = 16
 
 _Arrays = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 
@@ -105,7 +105,8 @@ class CachedTeacher:
         self._ends = np.concatenate([shard.ends for shard in shards])
         self._checks = np.concatenate([shard.checks for shard in shards])
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="targets")
-        self._expected: OrderedDict[bytes, Future[_Arrays]] = OrderedDict()
+        self._waiting: OrderedDict[bytes, TokenBlocks] = OrderedDict()
+        self._ready: OrderedDict[bytes, Future[_Arrays]] = OrderedDict()
 
     def targets(self, blocks: TokenBlocks, batch: Batch) -> SampledTargets | TopKTargets:
         """What the teacher said about some blocks.
@@ -121,8 +122,15 @@ class CachedTeacher:
             TextError: If a piece of the blocks is not in the folder.
             FolderError: If what is read is damaged.
         """
-        expected = self._expected.pop(_name(blocks), None)
-        arrays = self._fetch(blocks) if expected is None else expected.result()
+        name = _name(blocks)
+        ready = self._ready.pop(name, None)
+        if ready is None:
+            self._waiting.pop(name, None)
+            if self._ready:
+                # Answers are asked for in the order of the announcements: this one was not.
+                self._ready.popitem(last=False)[1].cancel()
+        self._read_ahead()
+        arrays = self._fetch(blocks) if ready is None else ready.result()
         ids, values, entropy = (_to_device(array, batch.ids.device) for array in arrays)
         if self.method == "top_k":
             return TopKTargets(ids, values, self._vocabulary_size, self.temperature)
@@ -131,15 +139,21 @@ class CachedTeacher:
     def expect(self, blocks: TokenBlocks) -> None:
         """Begin to read what will be asked for next, in another thread.
 
+        Any number of batches may be announced, in the order in which they will be asked for; a
+        few of them are read ahead.
+
         Args:
             blocks: The blocks.
         """
         name = _name(blocks)
-        if name in self._expected:
-            return
-        self._expected[name] = self._thread.submit(self._fetch, blocks)
-        while len(self._expected) > _MOST_EXPECTED:
-            self._expected.popitem(last=False)[1].cancel()
+        if name not in self._ready:
+            self._waiting.setdefault(name, blocks)
+            self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while self._waiting and len(self._ready) < _MOST_READY:
+            name, blocks = self._waiting.popitem(last=False)
+            self._ready[name] = self._thread.submit(self._fetch, blocks)
 
     def require(self, blocks: TokenBlocks, name: str = "texts") -> None:
         """Refuse text about which the teacher was not asked.
@@ -156,7 +170,8 @@ class CachedTeacher:
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._expected.clear()
+        self._waiting.clear()
+        self._ready.clear()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _places(self, pieces: Sequence[Piece], name: str, block_length: int) -> NDArray[np.int64]:

@@ -174,7 +174,9 @@ def read_blocks(
     """
     documents = list(read_documents(texts, vocabulary))
     if held_out is None:
-        documents, judged = split_documents(documents, settings.held_out_share, settings.seed)
+        documents, judged = split_documents(
+            documents, settings.held_out_share, settings.seed, settings.block_length
+        )
     else:
         judged = list(read_documents(held_out, vocabulary))
     training_blocks = _kept_blocks(documents, settings.block_length, "texts")
@@ -184,7 +186,7 @@ def read_blocks(
 
 
 def split_documents(
-    documents: Sequence[Document], share: float, seed: int
+    documents: Sequence[Document], share: float, seed: int, block_length: int = 1
 ) -> tuple[list[Document], list[Document]]:
     """Keep some documents from training.
 
@@ -195,6 +197,7 @@ def split_documents(
         documents: All documents.
         share: How much of them to keep out, by tokens, above 0 and below 1.
         seed: Decides which.
+        block_length: Where longer documents are cut.
 
     Returns:
         Documents to learn from and documents to judge on.
@@ -220,9 +223,12 @@ def split_documents(
         )
     longest = int(np.argmax(sizes))
     whole = documents[longest]
+    cut = sizes[longest] - wanted
+    # Where the document is cut anyway, so that its pieces are those that targets were cached for.
+    cut = cut // block_length * block_length or cut
     begin, end = (
         replace(whole, ids=whole.ids[part], mask=whole.mask[part])
-        for part in (slice(None, -wanted), slice(-wanted, None))
+        for part in (slice(None, cut), slice(cut, None))
     )
     return [*documents[:longest], begin, *documents[longest + 1 :]], [end]
 

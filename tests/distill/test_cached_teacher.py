@@ -19,6 +19,8 @@ from distill.cached_teacher import CachedTeacher, open_targets
 from distill.evaluation import ask_teacher, evaluate
 from distill.losses import head_loss
 from distill.teacher import LiveTeacher, SampledTargets
+from distill.train_settings import TrainSettings
+from distill.training import read_blocks
 from mistill.errors import FolderError, SettingsError, TextError
 from mistill.location import Location
 from mistill.pytorch import load_pytorch
@@ -133,15 +135,54 @@ def test_reading_goes_on_while_the_caller_is_busy(
     assert len(answer(cached, blocks[:2])) == blocks[:2].kept.sum()
 
 
-def test_what_is_expected_and_never_asked_for_is_forgotten(
-    cached: CachedTeacher, blocks: TokenBlocks
+def test_many_announcements_are_read_a_few_at_a_time_and_none_is_lost(
+    cached: CachedTeacher, blocks: TokenBlocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for row in range(min(len(blocks), 30)):
+    here = threading.get_ident()
+    readers = []
+    read = Location.read_parts
+
+    def watched(self: Location, parts: Any) -> list[bytes]:
+        readers.append(threading.get_ident())
+        return read(self, parts)
+
+    monkeypatch.setattr(Location, "read_parts", watched)
+    monkeypatch.setattr(cached_teacher, "_MOST_READY", 3)
+    rows = range(12)
+    for row in rows:
         cached.expect(blocks[row : row + 1])
-    assert len(cached._expected) == cached_teacher._MOST_EXPECTED
-    assert len(answer(cached, blocks[:1])) == blocks[:1].kept.sum()
+    assert len(cached._ready) == 3
+    for row in rows:
+        assert len(answer(cached, blocks[row : row + 1])) == blocks[row : row + 1].kept.sum()
+        assert len(cached._ready) == min(3, 11 - row)
+    assert len(readers) == 12
+    assert here not in readers
+
+
+def test_announcements_that_were_never_meant_do_not_stop_the_others(
+    cached: CachedTeacher, blocks: TokenBlocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cached_teacher, "_MOST_READY", 2)
+    for row in range(8):
+        cached.expect(blocks[row : row + 1])
+    for row in range(4, 8):
+        answer(cached, blocks[row : row + 1])
+    assert len(cached._ready) + len(cached._waiting) <= 2
     cached.close()
-    assert not cached._expected
+    assert not cached._ready
+
+
+def test_the_end_of_a_single_text_is_held_out_where_its_pieces_end(
+    teacher: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "one.txt"
+    file.write_text("".join(f"{n} small models answer sooner than {n * n}. " for n in range(300)))
+    settings = TrainSettings(block_length=64, held_out_share=0.1)
+    vocabulary = load_vocabulary(teacher)
+    training, judged = read_blocks(file, None, vocabulary, settings)
+    assert training.tokens + judged.tokens == pack(read_documents(file, vocabulary), 64).tokens
+    made = distill.cache_targets(teacher, tmp_path / "t", texts=file, block_length=64)
+    open_targets(made, vocabulary, texts=[("texts", training), ("held_out", judged)])
 
 
 def test_a_block_without_a_position_that_counts_has_no_targets(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import distill
 from benchmarks.suite.turns import paired_ratio, summary, take_turns
 
 ROOT = Path(__file__).parents[2]
@@ -65,3 +66,47 @@ def test_the_loss_head_is_compared_with_full_logits() -> None:
     assert found["exactness"]["loss_relative_error"] < 1e-6
     assert found["exactness"]["head_gradient_cosine"] > 0.99999
     assert 0 <= found["exactness"]["loss_of_a_model_with_itself"] < 1e-6
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """A student with half of the teacher's layers."""
+    folder = tmp_path_factory.mktemp("suite") / "cut"
+    return distill.new_student(teacher, folder, layers=1, choose="even")
+
+
+def test_live_and_cached_steps_take_turns(teacher: Path, cut: Path, chats: Path) -> None:
+    found = run(
+        "training_step", str(teacher), str(cut), "--texts", str(chats), "--rounds", "2",
+        "--blocks", "1", "--block-length", "64", "--threads", "1",
+    )  # fmt: skip
+    live, cached = (found["methods"][name]["losses"] for name in ("live", "cached"))
+    # Fifty draws of the teacher give nearly its own loss on the same blocks.
+    assert cached == pytest.approx(live, rel=0.2)
+    assert found["cached_over_live"]["median"] > 0
+    assert 0 <= found["waited_for_cached_targets"]["median"] < 1
+
+
+def test_cached_and_live_students_are_judged_alike(teacher: Path, cut: Path, chats: Path) -> None:
+    found = run(
+        "cached_quality", str(teacher), str(cut), "--texts", str(chats), "--held-out", str(chats),
+        "--tokens", "600", "--seeds", "3", "--block-length", "64", "--held-out-tokens", "256",
+        "--methods", "live", "systematic", "top-5", "--threads", "1",
+    )  # fmt: skip
+    assert found["kl_over_live"]["live"] == [1.0]
+    assert found["kl_over_live"]["systematic"][0] == pytest.approx(1, abs=0.1)
+    assert found["runs"]["systematic"][0]["agreement"] is not None  # judged by the whole teacher
+    assert found["mean_kl"]["live"] < found["before"]["kl"]
+    assert found["bytes_a_position"]["systematic"] > 10
+
+
+def test_recovery_says_what_a_start_was_worth(teacher: Path, chats: Path) -> None:
+    found = run(
+        "recovery", str(teacher), "--texts", str(chats), "--held-out", str(chats), "--layers", "1",
+        "--tokens", "600", "--random-tokens", "300", "--evaluate-every", "1", "--block-length",
+        "64", "--held-out-tokens", "256", "--threads", "1",
+    )  # fmt: skip
+    assert found["after"]["kl"] < found["before"]["kl"]
+    assert found["history"][0]["tokens"] == 0
+    assert found["history"][-1]["kl"] >= found["after"]["kl"]
+    assert found["random_start"]["after"]["kl"] < found["random_start"]["before"]["kl"]

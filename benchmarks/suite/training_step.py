@@ -1,0 +1,264 @@
+"""A whole optimizer step: mistill with a live and with a cached teacher, and TRL's GKDTrainer.
+
+    python -m benchmarks.suite.training_step TEACHER STUDENT --rivals-python PATH
+
+All train the same student on the same blocks with the same optimizer, off-policy, forward KL,
+float32. TRL's turn is its ``training_step`` and the optimizer's step, without the rest of its loop.
+Peak memory is that of the process: weights, gradients, optimizer and all. Targets are cached once,
+before anything is timed. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.suite.turns import paired_ratio, serve, summary, take_turns
+from distill.batches import make_batch
+from mistill.text import TokenBlocks, pack, read_documents
+from mistill.vocabulary import load_vocabulary
+
+METHODS = ("live", "cached", "trl")
+
+
+def blocks_of(given: argparse.Namespace) -> TokenBlocks:
+    """The blocks of one step, and of the step that is announced next."""
+    documents = read_documents(given.texts, load_vocabulary(given.teacher))
+    blocks = pack(documents, given.block_length)
+    return blocks[: 2 * given.blocks]
+
+
+def ours(given: argparse.Namespace, targets: str | None) -> None:
+    """A child that trains with mistill."""
+    from accelerate import Accelerator
+
+    from distill.optimizers import make_optimizer
+    from distill.step import DistillationStep, accumulate_gradients
+    from distill.teacher import LiveTeacher, Teacher
+    from distill.train_settings import TrainSettings
+    from mistill.pytorch import load_pytorch
+
+    blocks = blocks_of(given)
+    waited = [0.0]
+    teacher: Teacher
+    if targets is None:
+        teacher = LiveTeacher(load_pytorch(given.teacher).requires_grad_(False))
+    else:
+        from distill.cached_teacher import open_targets
+
+        vocabulary = load_vocabulary(given.teacher)
+        cached = open_targets(targets, vocabulary, temperature=1.0, texts=[("texts", blocks)])
+        teacher = _Clocked(cached, waited)
+    settings = TrainSettings(batch_size=given.blocks, micro_batch_size=given.blocks)
+    accelerator = Accelerator(cpu=True)
+    student = load_pytorch(given.student).train()
+    module, optimizer = accelerator.prepare(
+        DistillationStep(student, settings), make_optimizer(student, settings)
+    )
+    halves = [blocks[: given.blocks], blocks[given.blocks :]]
+    teacher.expect(halves[0])
+
+    def work() -> Mapping[str, Any]:
+        waited[0] = 0.0
+        started = time.perf_counter()
+        now = halves.pop(0)
+        halves.append(now)
+        teacher.expect(halves[0])
+        sums = accumulate_gradients(module, teacher, now, settings, accelerator)
+        accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        return {
+            "loss": sums.loss,
+            "tokens_per_second": sums.tokens / seconds,
+            "waited_for_teacher": waited[0] / seconds,
+            "process_peak_mib": _highest(),
+        }
+
+    serve(work)
+
+
+class _Clocked:
+    """A cached teacher, and how long the student waits for it."""
+
+    def __init__(self, teacher: Any, waited: list[float]) -> None:
+        self.teacher, self.waited = teacher, waited
+
+    def expect(self, blocks: TokenBlocks) -> None:
+        started = time.perf_counter()
+        self.teacher.expect(blocks)
+        self.waited[0] += time.perf_counter() - started
+
+    def targets(self, blocks: TokenBlocks, batch: Any) -> Any:
+        started = time.perf_counter()
+        found = self.teacher.targets(blocks, batch)
+        self.waited[0] += time.perf_counter() - started
+        return found
+
+
+def trl(given: argparse.Namespace) -> None:
+    """A child that trains with TRL."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    from mistill.pytorch import load_pytorch
+
+    blocks = blocks_of(given)
+    teacher, student = load_pytorch(given.teacher), load_pytorch(given.student)
+    with tempfile.TemporaryDirectory() as folder:
+        config = GKDConfig(
+            output_dir=folder,
+            lmbda=0.0,
+            beta=0.0,
+            temperature=1.0,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            per_device_train_batch_size=given.blocks,
+        )
+        trainer = GKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            train_dataset=Dataset.from_list([{"input_ids": [1, 2]}]),
+            processing_class=AutoTokenizer.from_pretrained(given.teacher),
+            data_collator=lambda rows: rows,
+        )
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    student.train()
+    halves: list[dict[str, Any]] = []
+    for part in (blocks[: given.blocks], blocks[given.blocks :]):
+        batch = make_batch(part, torch.device("cpu"))
+        labels = torch.full_like(batch.ids, -100)
+        labels[:, 1:][batch.kept[:, :-1]] = batch.next_ids
+        halves.append(
+            {
+                "input_ids": batch.ids,
+                "attention_mask": torch.ones_like(batch.ids),
+                "labels": labels,
+                "tokens": part.tokens,
+            }
+        )
+
+    def work() -> Mapping[str, Any]:
+        started = time.perf_counter()
+        batch = dict(halves.pop(0))
+        halves.append(dict(batch))
+        tokens = batch.pop("tokens")
+        kept = (batch["labels"] != -100).sum()
+        loss = trainer.training_step(student, batch, num_items_in_batch=kept)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        return {
+            "loss": float(loss),
+            "tokens_per_second": tokens / seconds,
+            "process_peak_mib": _highest(),
+        }
+
+    serve(work)
+
+
+def _highest() -> float:
+    """The highest resident memory of this process in this turn, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def main() -> None:
+    """Compare, and print a JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("teacher")
+    parser.add_argument("student")
+    parser.add_argument("--texts", default="@demo-train")
+    parser.add_argument("--rivals-python", help="Python that has trl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of a step")
+    parser.add_argument("--block-length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--targets", help="cached targets of the texts; made where they are not")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.child == "trl":
+        trl(given)
+    elif given.child:
+        ours(given, given.targets)
+    else:
+        print(json.dumps(compare(given)))
+
+
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """Let all train in turn.
+
+    Args:
+        given: The command line.
+
+    Returns:
+        The JSON document.
+    """
+    import distill
+
+    rest = [
+        given.teacher,
+        given.student,
+        *("--texts", given.texts, "--blocks", str(given.blocks)),
+        *("--block-length", str(given.block_length), "--threads", str(given.threads)),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        targets = given.targets or Path(folder) / "targets"
+        if not Path(targets).exists():
+            distill.cache_targets(
+                given.teacher, targets, texts=given.texts, block_length=given.block_length
+            )
+        commands = {}
+        for method in METHODS:
+            python = given.rivals_python if method == "trl" else sys.executable
+            if python:
+                command = [python, "-m", "benchmarks.suite.training_step", "--child", method]
+                extra = ["--targets", str(targets)] if method == "cached" else []
+                commands[method] = [*command, *rest, *extra]
+        samples = take_turns(commands, given.rounds)
+    figures = ("tokens_per_second", "process_peak_mib", "peak_mib")
+    report: dict[str, Any] = {
+        "teacher": given.teacher,
+        "student": given.student,
+        "tokens_in_a_step": given.blocks * given.block_length,
+        "threads": given.threads,
+        "methods": {
+            method: {
+                **{figure: summary(turns, figure) for figure in figures},
+                "losses": [turn["loss"] for turn in turns],
+            }
+            for method, turns in samples.items()
+        },
+    }
+    from_disk = samples["cached"]
+    report["waited_for_cached_targets"] = summary(from_disk, "waited_for_teacher")
+    report["cached_over_live"] = paired_ratio(from_disk, samples["live"], "tokens_per_second")
+    if "trl" in samples:
+        theirs = samples["trl"]
+        report["live_over_trl"] = paired_ratio(samples["live"], theirs, "tokens_per_second")
+        report["live_peak_over_trl"] = paired_ratio(samples["live"], theirs, "process_peak_mib")
+        report["live_step_memory_over_trl"] = paired_ratio(samples["live"], theirs, "peak_mib")
+    return report
+
+
+if __name__ == "__main__":
+    main()

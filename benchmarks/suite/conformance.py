@@ -469,7 +469,7 @@ def large_sums(adapter: Adapter) -> str:
     """256 positions by 32,000 tokens."""
     labels = torch.full((1, 257), 5)
     labels[0, 0] = -100
-    case = make_case(labels, vocabulary=32_000)
+    case = make_case(labels, vocabulary=32_000, width=16)
     return close(answer(adapter, case).loss, expected(adapter, case).loss, 1e-6)
 
 

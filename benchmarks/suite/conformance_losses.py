@@ -116,6 +116,11 @@ class Model(nn.Module):
         self.config.get_text_config = lambda: self.config
         self._no_split_modules: list[str] = []
 
+    @property
+    def head(self) -> Any:
+        """Its head, of whatever class."""
+        return self.lm_head
+
     def get_output_embeddings(self) -> nn.Module:
         """Its head."""
         return self.lm_head

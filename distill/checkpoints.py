@@ -20,6 +20,7 @@ from mistill.folder import write_atomically
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_END_FILE = "end.json"
 _PROGRESS_FILE = "progress.json"
 
 
@@ -89,10 +90,38 @@ def load_checkpoint(work: Path, accelerator: Accelerator) -> TrainingProgress | 
     if not found:
         return None
     folder = work / f"checkpoint-{max(found)}"
-    values: dict[str, Any] = json.loads((folder / _PROGRESS_FILE).read_text("utf-8"))
+    progress = _read_progress(folder / _PROGRESS_FILE)
+    accelerator.load_state(str(folder))
+    return progress
+
+
+def record_end(work: Path, progress: TrainingProgress) -> None:
+    """Note that a run has come to its end, so that it is not run again.
+
+    Args:
+        work: The folder of the run.
+        progress: Its end.
+    """
+    write_atomically(work / _END_FILE, json.dumps(asdict(progress)))
+
+
+def recorded_end(work: Path) -> TrainingProgress | None:
+    """The end of a run that came to it before an interruption.
+
+    Args:
+        work: The folder of the run.
+
+    Returns:
+        Its end, or None if it has not come to it.
+    """
+    file = work / _END_FILE
+    return _read_progress(file) if file.exists() else None
+
+
+def _read_progress(file: Path) -> TrainingProgress:
+    values: dict[str, Any] = json.loads(file.read_text("utf-8"))
     for name in ("before", "best", "last"):
         values[name] = Evaluation(**values[name])
-    accelerator.load_state(str(folder))
     return TrainingProgress(**values)
 
 

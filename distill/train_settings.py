@@ -60,6 +60,9 @@ class TrainSettings:
             loading; what that costs is measured and recorded), or auto: as precision says.
         teacher_device_map: How to spread a teacher that one GPU cannot hold over all GPUs and the
             CPU's memory: auto, balanced, balanced_low_0 or sequential, as accelerate has them.
+        twin: Train the same student from the text alone as well, by plain cross-entropy, once for
+            as many tokens and once for as much time, and put both on the fidelity card beside it:
+            what the student is better at is the teacher's doing. Takes about twice as long again.
         trackers: Also send the metrics to these: tensorboard, trackio, wandb.
         seed: Decides the order of the texts and which are held out.
     """
@@ -90,6 +93,7 @@ class TrainSettings:
     precision: Precision = "auto"
     teacher_precision: TeacherPrecision = "auto"
     teacher_device_map: DeviceMap | None = None
+    twin: bool = False
     trackers: tuple[Tracker, ...] = ()
     seed: int = 0
 
@@ -156,6 +160,11 @@ class TrainSettings:
             self.on_policy == 0 or self.cross_entropy < 1,
             "on_policy should be 0 where cross_entropy is 1: what the student writes is scored by "
             "its teacher",
+        )
+        require(
+            not self.twin or self.cross_entropy < 1,
+            "a twin learns from the text alone, and with cross_entropy at 1 so does the student; "
+            "leave twin out",
         )
 
 

@@ -161,7 +161,8 @@ class _Run:
         """A progress bar, in one process of all."""
         if not self.accelerator.is_main_process:
             return nullcontext()
-        return track("distilling", total, "tokens", done)
+        doing = "distilling" if self.settings.cross_entropy < 1 else "learning from text alone"
+        return track(doing, total, "tokens", done)
 
     def announce(self, step: int) -> None:
         """Tell the teacher what it will be asked about in a step."""

@@ -76,8 +76,8 @@ def train(
 
     Args:
         student: The folder of the student, with float weights.
-        target: The folder to make: the trained student, ``metrics.jsonl`` and, if asked for,
-            ``tensorboard/``.
+        target: The folder to make: the trained student, ``metrics.jsonl``, its fidelity card
+            ``fidelity.json`` and, if asked for, ``tensorboard/``.
         teacher: The model to imitate, in any form that PyTorch runs; the same vocabulary.
         targets: What it said about the texts and the held-out texts.
         texts: Text or conversations to learn from.
@@ -141,15 +141,20 @@ def train(
     }
     with _working_together(target, key, state) as work, source.closing():
         try:
-            progress = _train_in(work, student_info, source, training, judged, settings)
+            progress = _train_in(work, student_info, source, training, judged, settings, work)
             if progress.best_step == 0:
                 raise TrainingError(_complaint(progress, settings))
+            twins = (
+                _train_twins(work, student_info, source, training, judged, settings, progress)
+                if settings.twin
+                else ()
+            )
         except TrainingError:
             if state.is_main_process:
                 shutil.rmtree(work)
             raise
         if state.is_main_process:
-            _finish(work, progress, student_info, source, settings)
+            _finish(work, progress, twins, student_info, source, settings)
             publish(work, target, overwrite)
         state.wait_for_everyone()
     return target
@@ -464,18 +469,27 @@ def _train_in(
     training: TokenBlocks,
     judged: TokenBlocks,
     settings: TrainSettings,
+    home: Path,
 ) -> TrainingProgress:
+    """Train to the end, in a folder of its own inside that of the whole call."""
     import torch
 
+    from distill.checkpoints import record_end, recorded_end
     from distill.processes import accelerating, loading_whole
     from distill.trainer import train_student
     from mistill.pytorch import load_pytorch
 
     with accelerating(settings, logs=work) as accelerator:
+        if accelerator.is_main_process:
+            work.mkdir(exist_ok=True)
+        accelerator.wait_for_everyone()
+        ended = recorded_end(work)
+        if ended is not None:
+            return ended
         with loading_whole(accelerator):
-            teacher = source.open(work, judged, settings, accelerator)
+            teacher = source.open(home, judged, settings, accelerator)
             student = load_pytorch(student_info.path, dtype=torch.float32)
-        return train_student(
+        progress = train_student(
             student,
             teacher,
             training,
@@ -484,6 +498,44 @@ def _train_in(
             accelerator=accelerator,
             work=work,
         )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            record_end(work, progress)
+        accelerator.wait_for_everyone()
+        return progress
+
+
+def _train_twins(
+    work: Path,
+    student_info: FolderInfo,
+    source: _Live | _Cached,
+    training: TokenBlocks,
+    judged: TokenBlocks,
+    settings: TrainSettings,
+    student: TrainingProgress,
+) -> tuple[TrainingProgress, ...]:
+    """Train the same student from the text alone, for equal tokens and for equal time."""
+    from distill.fidelity import twin_settings
+
+    equal_tokens = _train_in(
+        work / "twin-of-equal-tokens",
+        student_info,
+        source,
+        training,
+        judged,
+        twin_settings(settings, student, None),
+        work,
+    )
+    equal_time = _train_in(
+        work / "twin-of-equal-time",
+        student_info,
+        source,
+        training,
+        judged,
+        twin_settings(settings, student, equal_tokens),
+        work,
+    )
+    return equal_tokens, equal_time
 
 
 def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
@@ -498,11 +550,13 @@ def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
 def _finish(
     work: Path,
     progress: TrainingProgress,
+    twins: Sequence[TrainingProgress],
     student: FolderInfo,
     source: _Live | _Cached,
     settings: TrainSettings,
 ) -> None:
     """Gather in ``work/result`` what the target will hold."""
+    from distill.fidelity import FidelityCard, trained
     from distill.metrics import METRICS_FILE
     from distill.trainer import best_student
 
@@ -513,12 +567,22 @@ def _finish(
     shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
     if (work / "tensorboard").is_dir():
         shutil.copytree(work / "tensorboard", result / "tensorboard")
+    facts = source.facts(work)
+    equal_tokens, equal_time = map(trained, twins) if twins else (None, None)
+    card = FidelityCard(
+        teacher=str(facts["teacher"]),
+        before=progress.before,
+        student=trained(progress),
+        twin_of_equal_tokens=equal_tokens,
+        twin_of_equal_time=equal_time,
+    )
+    card.save(result)
     add_lineage(
         result,
         step="distill",
         settings=settings_dict(settings),
         source=student.path,
-        **source.facts(work),
+        **facts,
         before=asdict(progress.before),
         after=asdict(progress.best),
         steps=progress.step,

@@ -17,6 +17,7 @@ from mistill.folder import (
     describe,
     fingerprint,
     problems,
+    read_json,
     read_lineage,
 )
 from mistill.location import Location, is_remote, location_of
@@ -25,6 +26,8 @@ from mistill.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+FIDELITY_FILE = "fidelity.json"
 
 _FORMS = {
     "model": "float model folder",
@@ -46,6 +49,7 @@ class Inspection:
         lineage: The steps that led to it.
         fingerprint: A short name for its content.
         targets: What a folder of targets holds; None for a model.
+        fidelity: The fidelity card of a distilled student; None where there is none.
     """
 
     path: Path | str
@@ -55,6 +59,7 @@ class Inspection:
     lineage: tuple[dict[str, Any], ...]
     fingerprint: str
     targets: TargetsInfo | None = None
+    fidelity: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as JSON values.
@@ -81,6 +86,7 @@ class Inspection:
             "path": str(self.path),
             "info": info,
             "targets": None if self.targets is None else self.targets.to_dict(),
+            "fidelity": self.fidelity,
             "problems": list(self.problems),
             "notes": list(self.notes),
             "lineage": list(self.lineage),
@@ -102,6 +108,8 @@ class Inspection:
             parts.append(_facts(self.info, self.fingerprint))
         if self.targets is not None:
             parts.append(_targets_facts(self.targets, self.fingerprint))
+        if self.fidelity is not None:
+            parts.append(_fidelity(self.fidelity))
         if self.lineage:
             table = Table("step", "from", "settings and facts", "date", title="how it was made")
             for entry in self.lineage:
@@ -145,6 +153,12 @@ def inspect_folder(path: str | Path) -> Inspection:
         lineage = tuple(read_lineage(folder))
     except FolderError as error:
         wrong.append(str(error))
+    fidelity = None
+    if (folder / FIDELITY_FILE).is_file():
+        try:
+            fidelity = read_json(folder / FIDELITY_FILE)
+        except FolderError as error:
+            wrong.append(str(error))
     if not wrong:
         info = describe(folder)
     return Inspection(
@@ -154,6 +168,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         notes=tuple(_notes(folder, lineage)) if info is not None else (),
         lineage=lineage,
         fingerprint=fingerprint(folder),
+        fidelity=fidelity,
     )
 
 
@@ -241,6 +256,43 @@ def _targets_facts(info: TargetsInfo, name: str) -> RenderableType:
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/bold]", value)
     return table
+
+
+def _fidelity(card: Mapping[str, Any]) -> RenderableType:
+    """The fidelity card as a table: how close to its teacher, and to what its text alone taught."""
+    from rich.table import Table
+
+    students = [("as it came", {"held_out": card["before"]}), ("distilled", card["student"])]
+    students += [
+        (words, card[name])
+        for name, words in (
+            ("twin_of_equal_tokens", "from text alone, equal tokens"),
+            ("twin_of_equal_time", "from text alone, equal time"),
+        )
+        if card.get(name)
+    ]
+    table = Table(title="how faithful it is, on held-out text")
+    table.add_column("student")
+    for heading in ("tokens", *_CARD):
+        table.add_column(heading, justify="right")
+    for words, student in students:
+        found = student["held_out"]
+        cells = [
+            "-" if found.get(name) is None else format(found[name], how)
+            for name, how in _CARD.values()
+        ]
+        table.add_row(words, f"{student.get('tokens', 0):,}", *cells)
+    return table
+
+
+_CARD = {
+    "KL": ("kl", ".4f"),
+    "99%": ("kl_p99", ".2f"),
+    "agreement": ("agreement", ".1%"),
+    "accepted": ("acceptance", ".1%"),
+    "perplexity": ("perplexity", ".2f"),
+    "calibration error": ("calibration_error", ".3f"),
+}
 
 
 def _words(entry: Mapping[str, Any]) -> str:

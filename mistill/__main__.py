@@ -1,0 +1,10 @@
+"""``python -m mistill``, which launchers such as ``accelerate launch -m mistill`` call."""
+
+from __future__ import annotations
+
+import sys
+
+from mistill.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mistill.errors import FolderError
 from mistill.folder import MANIFEST_FILE
 from mistill.location import Location
-from mistill.targets_folder import FORMAT, PLAN_FILE
+from mistill.targets_folder import FORMAT
 from mistill.text import Document, TokenBlocks
 from mistill.vocabulary import Vocabulary
 
@@ -415,7 +415,6 @@ def finish(location: Location, plan: Plan, teacher: str, known: Mapping[int, str
         "files": files,
     }
     location.write(MANIFEST_FILE, (json.dumps(manifest, indent=0) + "\n").encode())
-    location.remove(PLAN_FILE)
     return True
 
 

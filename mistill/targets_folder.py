@@ -37,7 +37,7 @@ class TargetsInfo:
         stored_tokens: Tokens that are stored of all distributions together.
         mean_entropy: Of the teacher over all positions, in nats; None if it was not stored.
         shards: Files that hold targets.
-        size_bytes: Bytes of all files, manifest and lineage too.
+        size_bytes: Bytes of all files, manifest, plan and lineage too.
     """
 
     teacher: Mapping[str, str]
@@ -145,7 +145,7 @@ def describe_targets(location: Location) -> TargetsInfo:
         FolderError: If it is missing, unfinished or damaged.
     """
     manifest = read_manifest(location)
-    files = [*manifest["files"], MANIFEST_FILE, LINEAGE_FILE]
+    files = [*manifest["files"], MANIFEST_FILE, PLAN_FILE, LINEAGE_FILE]
     sizes = [location.size(name) for name in files if location.exists(name)]
     return TargetsInfo(
         teacher=manifest["teacher"],

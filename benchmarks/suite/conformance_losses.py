@@ -148,32 +148,36 @@ class Model(nn.Module):
 def _head(side: Side) -> nn.Module:
     V, D = side.weight.shape
     if side.kind == "nf4":
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        from bitsandbytes import nn as bnb
 
-        linear: Any = Linear4bit(D, V, bias=False, compute_dtype=torch.float32)
-        weight = Params4bit(side.weight.clone(), requires_grad=False, quant_type="nf4")
+        quantized: Any = bnb
+        linear: Any = quantized.Linear4bit(D, V, bias=False, compute_dtype=torch.float32)
+        weight = quantized.Params4bit(side.weight.clone(), requires_grad=False, quant_type="nf4")
         linear.weight = weight
         # Its kernel for AVX-512 computes in bfloat16 whatever is asked for.
         linear.support_avx512bf16_for_cpu = False
-        return linear.to("cpu")  # type: ignore[no-any-return]
+        whole: nn.Module = linear.to("cpu")
+        return whole
     linear = nn.Linear(D, V, bias=side.bias is not None, dtype=side.weight.dtype)
     with torch.no_grad():
         linear.weight.copy_(side.weight)
         if side.bias is not None:
             linear.bias.copy_(side.bias)
     if side.kind == "float":
-        return linear
+        floats: nn.Module = linear
+        return floats
     from peft.tuners.lora import Linear, LoraConfig
 
-    size = {"r": 2, "lora_alpha": 4}
-    adapted: nn.Module = Linear(linear, "default", config=LoraConfig(**size), **size)
+    size: dict[str, Any] = {"r": 2, "lora_alpha": 4}
+    adapted: Any = Linear(linear, "default", config=LoraConfig(**size), **size)
     values = torch.Generator().manual_seed(77)
     with torch.no_grad():
         up = adapted.lora_B["default"].weight
         up.copy_(torch.randn(up.shape, generator=values))
         down = adapted.lora_A["default"].weight
         down.copy_(torch.randn(down.shape, generator=values) * 0.2)
-    return adapted
+    found: nn.Module = adapted
+    return found
 
 
 def dense_weight(model: Model) -> Tensor:
@@ -185,14 +189,16 @@ def dense_weight(model: Model) -> Tensor:
     Returns:
         Its weights with what an adapter adds, or what four bits mean.
     """
-    head = model.lm_head
+    head: Any = model.lm_head
     if model.side.kind == "nf4":
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(head.weight.data, head.weight.quant_state).double()
+        values: Tensor = dequantize_4bit(head.weight.data, head.weight.quant_state)
+        return values.double()
     if model.side.kind == "lora":
         base: Tensor = head.base_layer.weight.detach().double()
-        return base + head.get_delta_weight("default").detach().double()
+        added: Tensor = head.get_delta_weight("default").detach().double()
+        return base + added
     found: Tensor = head.weight.detach().double()
     return found
 

@@ -139,7 +139,8 @@ def test_gradient_checkpointing_changes_no_gradient(
 
     def counting(self: MistralMLP, x: torch.Tensor) -> torch.Tensor:
         calls[-1] += torch.is_grad_enabled()
-        return original(self, x)
+        after: torch.Tensor = original(self, x)
+        return after
 
     monkeypatch.setattr(MistralMLP, "forward", counting)
     made = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,24 @@ if TYPE_CHECKING:
     from distill.train_settings import TrainSettings
 
 
-def this_process() -> PartialState:
+def this_process(patience: timedelta | None = None) -> PartialState:
     """Which process this is, of how many.
+
+    Args:
+        patience: How long processes wait for one another before they give up, decided when they
+            first meet; accelerate's own by default.
 
     Returns:
         accelerate's state; the processes have found one another when it is there.
     """
+    import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # Without this word processes that torchrun starts on CPUs would not look for one another.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    options = {} if patience is None else {"timeout": patience}
+    return PartialState(cpu=on_cpu, **options)
 
 
 @contextmanager
@@ -95,7 +104,16 @@ def _micro_batches(settings: TrainSettings, processes: int) -> int:
 
 def _agree(accelerator: Accelerator, settings: TrainSettings, micro_batches: int) -> None:
     """Tell DeepSpeed what it cannot see; refuse what FSDP cannot do."""
+    from accelerate.utils import parse_flag_from_env
+
     kind = accelerator.distributed_type.value
+    for asked in ("FSDP", "DEEPSPEED"):
+        wanted = parse_flag_from_env(f"ACCELERATE_USE_{asked}")
+        if wanted and accelerator.num_processes > 1 and kind != asked:
+            raise SettingsError(
+                f"accelerate's config asks for {asked} and accelerate has chosen {kind}, as it "
+                "does on CPUs; use a config for several CPUs there, or GPUs"
+            )
     if kind == "FSDP" and not accelerator.is_fsdp2:
         raise SettingsError(
             "FSDP is asked for in its first version, which wraps parameters in flat ones; set "
@@ -133,11 +151,13 @@ def loading_whole(accelerator: Accelerator) -> Iterator[None]:
     names = ("FSDP_CPU_RAM_EFFICIENT_LOADING",)
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     try:
-        if plugin is None:
-            yield
-        else:
-            with plugin.zero3_init_context_manager(enable=False):
-                yield
+        yield
     finally:
         os.environ.update(before)
+        if plugin is not None:
+            plugin.set_deepspeed_weakref()

@@ -410,7 +410,7 @@ def run(recipe: Path, /, *, out: Path | None = None, json: bool = False) -> None
     from mistill.recipe import read_recipe, run_recipe
 
     outputs = run_recipe(read_recipe(recipe, out=out), Console())
-    if json:
+    if json and _speaks():
         print(json_library.dumps({name: str(path) for name, path in outputs.items()}))
 
 
@@ -489,10 +489,17 @@ def _made(path: Path, json: bool) -> dict[str, Any]:
 
 
 def _say(facts: dict[str, Any], words: str, path: Path | str, json: bool) -> dict[str, Any]:
+    if not _speaks():
+        return facts
     print(f"{path}: {words}")
     if json:
         print(json_library.dumps(facts))
     return facts
+
+
+def _speaks() -> bool:
+    """Whether this is the one process of all that a launcher started to say what was made."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ from rich.markup import escape
 from mistill.errors import MistillError, RecipeError, TargetExistsError
 from mistill.folder import MANIFEST_FILE, fingerprint, write_atomically
 from mistill.settings import settings_dict
+
+# A step that the first process makes alone may take hours.
+_PATIENCE = timedelta(days=7)
 
 STATE_FILE = ".recipe-state.json"
 
@@ -56,6 +61,7 @@ class StepKind:
         output: ``folder``, or the suffix of the file that is written.
         last_file: The file of the folder without which it is unfinished; None for a folder that
             appears whole.
+        together: Whether processes that one launcher has started make it together.
         run: Does the work: inputs by key, settings, the target, and whether to overwrite.
     """
 
@@ -67,6 +73,7 @@ class StepKind:
     one_of: tuple[str, ...] = ()
     output: str = "folder"
     last_file: str | None = None
+    together: bool = False
     run: Callable[[Mapping[str, Any], Any, Path, bool], object]
 
 
@@ -212,6 +219,7 @@ def step_kinds() -> dict[str, StepKind]:
             models=("teacher",),
             texts=("texts",),
             last_file=MANIFEST_FILE,
+            together=True,
             run=_cache_targets,
         ),
         StepKind(
@@ -221,6 +229,7 @@ def step_kinds() -> dict[str, StepKind]:
             texts=("texts", "held_out"),
             optional=("teacher", "targets", "held_out"),
             one_of=("teacher", "targets"),
+            together=True,
             run=train,
         ),
         StepKind(
@@ -295,6 +304,9 @@ def read_recipe(file: str | Path, out: str | Path | None = None) -> Recipe:
 def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path]:
     """Run a recipe: skip what is done, redo what changed and what depends on it.
 
+    Under ``accelerate launch`` or torchrun all processes run the same recipe: they distil and cache
+    targets together, and the first one makes the other steps.
+
     Args:
         recipe: A checked recipe.
         console: Where to say what is done; silent if None.
@@ -305,29 +317,73 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path
     Raises:
         TargetExistsError: If an output exists that no run of this recipe has made.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and os.environ.get("RANK", "0") != "0":
+        return _help(recipe)
     state = _State.read(recipe.out)
     targets = {step.name: step.target for step in recipe.steps}
     width = max(len(name) for name in targets)
     for step in recipe.steps:
         key = _key(step, targets)
         reason = _reason_to_run(step, key, state)
+        ours = step.name in state.steps
+        overwrite = ours and step.target.exists()
         if reason is None:
             _tell(console, f"[dim]{step.name:<{width}}  done before[/dim]")
+        else:
+            why = f" [dim]({escape(reason)})[/dim]" if reason else ""
+            _tell(console, f"[bold]{step.name:<{width}}[/bold]  {step.kind.name}{why}")
+            if step.target.exists() and not ours:
+                raise TargetExistsError(
+                    f"{step.target} exists and was not made by this recipe; move it away or give "
+                    "another out"
+                )
+        if launched and step.kind.together:
+            _agree((reason is not None, overwrite))
+        if reason is None:
             continue
-        why = f" [dim]({escape(reason)})[/dim]" if reason else ""
-        _tell(console, f"[bold]{step.name:<{width}}[/bold]  {step.kind.name}{why}")
-        ours = step.name in state.steps
-        if step.target.exists() and not ours:
-            raise TargetExistsError(
-                f"{step.target} exists and was not made by this recipe; move it away or give "
-                "another out"
-            )
-        inputs = {name: _resolve(value, targets) for name, value in step.inputs.items()}
         started = dict(state.steps.get(step.name, {}), started=key)
         state.record(step.name, **started)
-        step.kind.run(inputs, step.settings, step.target, ours and step.target.exists())
+        step.kind.run(_inputs(step, targets), step.settings, step.target, overwrite)
         state.record(step.name, key=key, output=fingerprint(step.target))
     return targets
+
+
+# --- many processes -----------------------------------------------------------------------------
+
+
+def _help(recipe: Recipe) -> dict[str, Path]:
+    """What all processes but the first do: join the steps that are made together.
+
+    The first one decides what is to be done, and makes all other steps by itself.
+    """
+    targets = {step.name: step.target for step in recipe.steps}
+    for step in recipe.steps:
+        if step.kind.together:
+            wanted, overwrite = _agree(None)
+            if wanted:
+                step.kind.run(_inputs(step, targets), step.settings, step.target, overwrite)
+    return targets
+
+
+def _agree(decision: tuple[bool, bool] | None) -> tuple[bool, bool]:
+    """Hear the first process's decision, however long it works on something else before."""
+    from accelerate.utils import broadcast_object_list
+
+    from distill.processes import this_process
+
+    this_process(_PATIENCE)
+    box = [decision]
+    broadcast_object_list(box, from_process=0)
+    assert box[0] is not None
+    return box[0]
+
+
+def _inputs(step: Step, targets: Mapping[str, Path]) -> dict[str, Any]:
+    return {name: _resolve(value, targets) for name, value in step.inputs.items()}
+
+
+# --- reading ------------------------------------------------------------------------------------
 
 
 def _read_step(

@@ -1,0 +1,111 @@
+"""Every recipe in examples/recipes runs, with a tiny teacher in the place of Mistral 7B."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mistill.folder import describe, read_lineage
+from mistill.recipe import read_recipe, run_recipe
+
+RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+TINY = {
+    "teacher": {},
+    "student": {"layers": 2, "hidden_size": 48, "intermediate_size": 96, "key_value_heads": 2,
+                "calibration_tokens": 300},
+    "targets": {"block_length": 64},
+    "distill": {"tokens": 600, "block_length": 64, "batch_size": 4, "micro_batch_size": 2,
+                "evaluate_every": 0, "learning_rate": 2e-3},
+    "gptq": {"samples": 4, "block_length": 64, "group_size": 16},
+    "export": {},
+}  # fmt: skip
+
+
+def shrink(name: str, folder: Path, teacher: Path, chats: Path) -> Path:
+    """The recipe with other sizes and inputs, and every other key as it stands."""
+    recipe = tomllib.loads((RECIPES / name).read_text("utf-8"))
+    lines = [f'out = "{recipe.pop("out")}"']
+    for table, given in recipe.items():
+        values: dict[str, Any] = dict(given)
+        kind = values.get("step", table)
+        for key in values.keys() & TINY[kind].keys():
+            values[key] = TINY[kind][key]
+        if kind == "teacher":
+            values["source"] = str(teacher)
+        # On a GPU as it stands; the CPU has no optimizer in 8 bits.
+        if values.get("optimizer") == "adamw_8bit":
+            values["optimizer"] = "adamw"
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    for text in ("chats.jsonl", "held-out.jsonl"):
+        target = folder / text
+        if not target.exists():
+            target.write_bytes(chats.read_bytes())
+    made = folder / name
+    made.write_text("\n".join(lines) + "\n", "utf-8")
+    return made
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_one_24gb_gpu(in_folder: Path, teacher: Path, chats: Path) -> None:
+    made = run_recipe(read_recipe(shrink("one-24gb-gpu.toml", in_folder, teacher, chats)))
+    assert describe(made["chatbot"]).form == "onnx"
+    entry = read_lineage(made["distilled"])[-1]
+    assert entry["settings"]["gradient_checkpointing"] is True
+    assert entry["teacher_kl_of_four_bits"]  # said, not hidden
+    assert describe(made["student"]).hidden_size == 48
+
+
+def test_cache_targets_and_laptop_from_targets(in_folder: Path, teacher: Path, chats: Path) -> None:
+    made = run_recipe(read_recipe(shrink("cache-targets.toml", in_folder, teacher, chats)))
+    assert (made["targets"] / "manifest.json").is_file()
+    (in_folder / "from-the-teacher" / "teacher").rename(in_folder / "gone")
+    made = run_recipe(read_recipe(shrink("laptop-from-targets.toml", in_folder, teacher, chats)))
+    entry = read_lineage(made["distilled"])[-1]
+    assert entry["after"]["kl"] < entry["before"]["kl"]
+    assert describe(made["chatbot"]).form == "onnx"
+
+
+def test_eight_gpus_as_one_process(in_folder: Path, teacher: Path, chats: Path) -> None:
+    recipe = shrink("eight-gpus.toml", in_folder, teacher, chats)
+    made = run_recipe(read_recipe(recipe))
+    assert describe(made["chatbot"]).form == "onnx"
+
+
+@pytest.mark.slow
+def test_eight_gpus_as_two_processes(in_folder: Path, teacher: Path, chats: Path) -> None:
+    recipe = shrink("eight-gpus.toml", in_folder, teacher, chats)
+    alone = run_recipe(read_recipe(recipe, out=in_folder / "alone"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "mistill", "run", str(recipe), "--out", "together", "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(said) == 1  # one process of the two speaks
+    together = Path(json.loads(said[0])["distilled"])
+    ours, theirs = (read_lineage(folder)[-1]["after"] for folder in (alone["distilled"], together))
+    assert theirs["kl"] == pytest.approx(ours["kl"], rel=1e-4)
+    assert describe(in_folder / "together" / "chatbot").form == "onnx"
+
+
+def test_every_recipe_has_a_test() -> None:
+    source = Path(__file__).read_text("utf-8")
+    for file in RECIPES.glob("*.toml"):
+        assert f'"{file.name}"' in source

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import distill
 from benchmarks.suite.turns import paired_ratio, summary, take_turns
@@ -110,3 +111,22 @@ def test_recovery_says_what_a_start_was_worth(teacher: Path, chats: Path) -> Non
     assert found["history"][0]["tokens"] == 0
     assert found["history"][-1]["kl"] >= found["after"]["kl"]
     assert found["random_start"]["after"]["kl"] < found["random_start"]["before"]["kl"]
+
+
+def test_the_program_for_a_gpu_runs_without_one_when_it_is_told_to() -> None:
+    found = run(
+        "gpu_scale", "--device", "cpu", "--tiny", "--rounds", "1", "--block-length", "16",
+        "--most-blocks", "2",
+    )  # fmt: skip
+    assert set(found["loss_heads"]) == {"ours", "full logits"}
+    for kind in ("bfloat16", "nf4", "targets"):
+        assert found["training"][kind]["largest_micro_batch"] == 2
+        assert found["training"][kind]["2 blocks"]["tokens_per_second"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_program_for_a_gpu_asks_for_one() -> None:
+    command = [sys.executable, "-m", "benchmarks.suite.gpu_scale"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "there is no CUDA device" in done.stderr

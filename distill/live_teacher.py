@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import torch
 from torch import nn
 
 from distill.evaluation import score_positions
-from distill.heads import Head, PlainWeight, compute_dtype
+from distill.heads import Head, PlainWeight, compute_dtype, read_head
 from distill.step import HeldOutPart, ask_about, summarize_all
-from distill.teacher import DenseTargets, LiveTeacher, last_hidden_states
+from distill.teacher import DenseTargets, LiveTeacher, Teacher, last_hidden_states
 from mistill.errors import ArchitectureError, SettingsError, missing_extra
 from mistill.pytorch import (
     check_weights,
@@ -33,6 +34,80 @@ if TYPE_CHECKING:
     from mistill.text import TokenBlocks
 
 _BLOCK = 64
+
+
+class _Answer(nn.Module):
+    """A model that gives, from inside the wrapped forward, all that a loss needs of it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Head]:
+        hidden = last_hidden_states(self.model, batch.ids, batch.positions)[batch.kept]
+        head = read_head(self.model)
+        dtype = compute_dtype(hidden, head)
+        return hidden.to(dtype), head.frozen(dtype)
+
+
+@dataclass(frozen=True)
+class DividedTeacher:
+    """A running model whose layers are divided among the processes of a machine.
+
+    Each layer is brought together while it computes. Embedding and head stay together. All
+    processes of the machine ask equally often.
+
+    Attributes:
+        answer: The model, wrapped.
+    """
+
+    answer: nn.Module
+
+    def targets(self, blocks: TokenBlocks, batch: Batch) -> DenseTargets:
+        """Run the teacher over some blocks.
+
+        Args:
+            blocks: The blocks.
+            batch: The same blocks, on the device.
+
+        Returns:
+            Its answer at the kept positions, in row-major order.
+        """
+        with torch.no_grad():
+            return DenseTargets(*self.answer(batch))
+
+    def expect(self, blocks: TokenBlocks) -> None:
+        """Do nothing: a running model answers when it is asked.
+
+        Args:
+            blocks: The blocks.
+        """
+
+
+def divide(model: PreTrainedModel, device: torch.device) -> DividedTeacher:
+    """Divide a model among the processes of each machine.
+
+    Args:
+        model: A float model, the same in every process, on the CPU.
+        device: What this process computes on.
+
+    Returns:
+        The teacher; the model is changed in place.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    processes = get_world_size()
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    machines = init_device_mesh(
+        device.type, (processes // together, together), mesh_dim_names=("machine", "process")
+    )
+    answer = _Answer(model)
+    layers: Any = model.get_decoder().layers
+    for part in (*layers, answer):
+        fully_shard(part, mesh=machines["process"])
+    return DividedTeacher(answer.to(device))
 
 
 @dataclass(frozen=True)
@@ -83,6 +158,11 @@ def require_teacher(info: FolderInfo, settings: TrainSettings) -> None:
         ArchitectureError: If its rows do not fill blocks of four-bit weights.
         MissingExtraError: If bitsandbytes is wanted and not installed.
     """
+    if settings.divide_teacher and info.form == "nf4":
+        raise SettingsError(
+            f"divide_teacher divides floats, and {info.path} holds nf4 weights; give the float "
+            "model that they were made from"
+        )
     if settings.teacher_device_map is not None and info.form == "gptq":
         raise SettingsError(
             f"teacher_device_map spreads float and NF4 teachers, and {info.path} holds gptq "
@@ -114,7 +194,7 @@ def load_teacher(
     *,
     quantized: bool = True,
     device_map: Mapping[str, Any] | None = None,
-) -> LiveTeacher | SpreadTeacher:
+) -> LiveTeacher | SpreadTeacher | DividedTeacher:
     """Load a teacher as the settings ask.
 
     Args:
@@ -133,6 +213,8 @@ def load_teacher(
     to_nf4 = quantized and settings.teacher_precision == "nf4" and info.form == "model"
     if not to_nf4 and spread is None:
         model = load_pytorch(info.path, dtype=dtype).requires_grad_(False)
+        if settings.divide_teacher and accelerator.num_processes > 1:
+            return divide(model, device)
         return LiveTeacher(model if model.device == device else model.to(device))
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -179,7 +261,7 @@ def _dtype(settings: TrainSettings, accelerator: Accelerator) -> torch.dtype:
 
 def lost_in_four_bits(
     info: FolderInfo,
-    teacher: LiveTeacher | SpreadTeacher,
+    teacher: Teacher,
     held_out: TokenBlocks,
     settings: TrainSettings,
     accelerator: Accelerator,

@@ -114,6 +114,11 @@ def _agree(accelerator: Accelerator, settings: TrainSettings, micro_batches: int
                 f"accelerate's config asks for {asked} and accelerate has chosen {kind}, as it "
                 "does on CPUs; use a config for several CPUs there, or GPUs"
             )
+    if settings.teacher_device_map is not None and accelerator.num_processes > 1:
+        raise SettingsError(
+            f"teacher_device_map lets one process use all GPUs, and there are "
+            f"{accelerator.num_processes}; start one, or divide_teacher among them"
+        )
     if kind == "FSDP" and not accelerator.is_fsdp2:
         raise SettingsError(
             "FSDP is asked for in its first version, which wraps parameters in flat ones; set "

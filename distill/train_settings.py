@@ -63,6 +63,8 @@ class TrainSettings:
         twin: Train the same student from the text alone as well, by plain cross-entropy, once for
             as many tokens and once for as much time, and put both on the fidelity card beside it:
             what the student is better at is the teacher's doing. Takes about twice as long again.
+        divide_teacher: Hold one teacher on each machine, divided among its processes (FSDP), rather
+            than one in each process.
         trackers: Also send the metrics to these: tensorboard, trackio, wandb.
         seed: Decides the order of the texts and which are held out.
     """
@@ -93,6 +95,7 @@ class TrainSettings:
     precision: Precision = "auto"
     teacher_precision: TeacherPrecision = "auto"
     teacher_device_map: DeviceMap | None = None
+    divide_teacher: bool = False
     twin: bool = False
     trackers: tuple[Tracker, ...] = ()
     seed: int = 0
@@ -155,6 +158,11 @@ class TrainSettings:
             and set(self.trackers) <= set(known)
             and len(set(self.trackers)) == len(self.trackers),
             f"trackers should be some of {', '.join(known)}, each once, not {self.trackers!r}",
+        )
+        require(
+            not self.divide_teacher
+            or (self.teacher_precision != "nf4" and self.teacher_device_map is None),
+            "divide_teacher should be left out where the teacher is in nf4 or has a device map",
         )
         require(
             self.on_policy == 0 or self.cross_entropy < 1,

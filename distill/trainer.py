@@ -272,7 +272,13 @@ class _Run:
         partial = folder.with_name(f"{folder.name}.partial")
         for stale in (folder, partial):
             shutil.rmtree(stale, ignore_errors=True)
-        plain = merged({name.removeprefix("student."): value for name, value in weights.items()})
+        # DeepSpeed computes with, and has judged, weights of the precision that was asked for.
+        plain = {
+            name: value.float()
+            for name, value in merged(
+                {name.removeprefix("student."): value for name, value in weights.items()}
+            ).items()
+        }
         if self.student.config.tie_word_embeddings:
             plain.pop("lm_head.weight", None)
         with quiet_transformers():

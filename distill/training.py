@@ -154,7 +154,7 @@ def train(
                 shutil.rmtree(work)
             raise
         if state.is_main_process:
-            _finish(work, progress, twins, student_info, source, settings)
+            _finish(work, progress, twins, student_info, source, settings, state)
             publish(work, target, overwrite)
         state.wait_for_everyone()
     return target
@@ -258,7 +258,11 @@ def _teacher_folder(teacher: str | Path, settings: TrainSettings) -> FolderInfo:
             f"{teacher} is an ONNX chatbot, which shows no hidden states; give the model folder "
             "that it was exported from"
         )
-    if settings.teacher_precision == "nf4" or settings.teacher_device_map is not None:
+    if (
+        settings.teacher_precision == "nf4"
+        or settings.teacher_device_map is not None
+        or settings.divide_teacher
+    ):
         from distill.live_teacher import require_teacher
 
         require_teacher(info, settings)
@@ -281,6 +285,7 @@ def _require_one_teacher(
         "on_policy": (settings.on_policy, 0.0),
         "teacher_precision": (settings.teacher_precision, "auto"),
         "teacher_device_map": (settings.teacher_device_map, None),
+        "divide_teacher": (settings.divide_teacher, False),
     }
     for name, (value, wanted) in wrong.items():
         require(
@@ -554,6 +559,7 @@ def _finish(
     student: FolderInfo,
     source: _Live | _Cached,
     settings: TrainSettings,
+    state: PartialState,
 ) -> None:
     """Gather in ``work/result`` what the target will hold."""
     from distill.fidelity import FidelityCard, trained
@@ -590,4 +596,6 @@ def _finish(
         tokens=progress.tokens,
         kept_positions=progress.positions,
         seconds=round(progress.seconds, 1),
+        processes=state.num_processes,
+        distributed=state.distributed_type.value,
     )

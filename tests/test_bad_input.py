@@ -285,6 +285,45 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
         "neither an earlier table nor a model",
         write("r.toml", '[a]\nstep = "rounding"\nsource = "b"\n[b]\nstep = "nf4"\nsource = "a"'),
     ),
+    "a recipe with a teacher and targets": (
+        "run r.toml",
+        "give either teacher or targets; both are given",
+        write(
+            "r.toml",
+            '[a]\nstep = "distill"\nstudent = "student"\nteacher = "teacher"\n'
+            'targets = "teacher"\ntexts = "chats.jsonl"',
+        ),
+    ),
+    "a distillation without a teacher": (
+        "distill student out --texts chats.jsonl",
+        "neither is given",
+        None,
+    ),
+    "targets that are not there": (
+        "distill student out --targets nowhere --texts chats.jsonl --tokens 64",
+        "nowhere",
+        None,
+    ),
+    "targets for a divergence that they do not tell": (
+        "distill student out --targets nowhere --texts chats.jsonl --divergence tvd",
+        "divergence = tvd needs the teacher itself",
+        None,
+    ),
+    "a tracker that is not installed": (
+        f"{DISTILL} --trackers trackio",
+        "pip install trackio",
+        None,
+    ),
+    "a student's own text without a teacher to score it": (
+        f"{DISTILL} --cross-entropy 1 --on-policy 0.5",
+        "on_policy should be 0",
+        None,
+    ),
+    "a teacher too narrow for four bits": (
+        "distill student out --teacher narrow --texts chats.jsonl --teacher-precision nf4",
+        "NF4 needs rows of a multiple of 64",
+        None,
+    ),
     "a recipe that lacks an input": (
         "run r.toml",
         "source is missing",

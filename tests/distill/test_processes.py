@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,8 +32,15 @@ PROGRAM = """
 import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 import distill
 from distill import trainer
+from distill.processes import accelerating
+if os.environ.get("ACCELERATE_USE_FSDP"):
+    # accelerate divides weights among GPUs only; what it would do there works on CPUs too
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 student, target, teacher, texts, options, dies_at = sys.argv[1:]
 original, count = trainer.accumulate_gradients, 0
 def dying(*args):
@@ -42,6 +50,15 @@ def dying(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args)
 trainer.accumulate_gradients = dying
+from distill import live_teacher
+load = live_teacher.load_teacher
+def loading(*args, **options):
+    teacher = load(*args, **options)
+    if isinstance(teacher, live_teacher.DividedTeacher):
+        here = sum(p.to_local().numel() for p in teacher.answer.parameters())
+        print("HELD", here, sum(p.numel() for p in teacher.answer.parameters()))
+    return teacher
+live_teacher.load_teacher = loading
 distill.train(student, target, teacher=teacher, texts=texts, **json.loads(options))
 """
 
@@ -65,7 +82,6 @@ def train_in_two(
         env={
             **os.environ,
             **environment,
-            "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parents[2]),
         },
@@ -98,11 +114,12 @@ def assert_same_student(two: Path, one: Path) -> None:
     [
         ({}, {}, False),
         ({}, {"on_policy": 0.5, "gradient_checkpointing": True, "lora_rank": 4}, False),
-        (FSDP, {"cross_entropy": 0.2}, False),
+        ({}, {"divide_teacher": True}, True),
+        (FSDP, {"cross_entropy": 0.2, "divide_teacher": True}, False),
         (FSDP, {"gradient_checkpointing": True}, True),
         (FSDP, {"on_policy": 0.5, "lora_rank": 4}, False),
     ],
-    ids=["ddp", "ddp-everything", "fsdp", "fsdp-tied", "fsdp-adapters-on-policy"],
+    ids=["ddp", "ddp-everything", "ddp-divided", "fsdp", "fsdp-tied", "fsdp-adapters-on-policy"],
 )
 def test_two_processes_train_as_one_does(
     tmp_path: Path,
@@ -119,6 +136,13 @@ def test_two_processes_train_as_one_does(
     done = train_in_two(tmp_path, environment, student, two, teacher, chats, options)
     assert done.returncode == 0, done.stderr
     assert_same_student(two, one)
+    held = re.findall(r"HELD (\d+) (\d+)", done.stdout)
+    if options.get("divide_teacher"):
+        assert len(held) == 2
+        assert all(int(here) <= 0.51 * int(whole) for here, whole in held)
+    facts = read_lineage(two)[-1]
+    assert facts["processes"] == 2
+    assert facts["distributed"] == ("FSDP" if environment else "MULTI_CPU")
     assert hidden_beside(tmp_path) == []
 
 

@@ -124,9 +124,9 @@ def _agree(accelerator: Accelerator, settings: TrainSettings, micro_batches: int
             "FSDP is asked for in its first version, which wraps parameters in flat ones; set "
             "fsdp_version: 2 in accelerate's config"
         )
-    if kind == "FSDP" and settings.optimizer != "adamw":
+    if kind in ("FSDP", "DEEPSPEED") and settings.optimizer != "adamw":
         raise SettingsError(
-            f"the optimizer {settings.optimizer} cannot be divided by FSDP; choose adamw"
+            f"the optimizer {settings.optimizer} cannot be divided by {kind}; choose adamw"
         )
     if kind != "DEEPSPEED":
         return

@@ -60,11 +60,11 @@ class TrainSettings:
             loading; what that costs is measured and recorded), or auto: as precision says.
         teacher_device_map: How to spread a teacher that one GPU cannot hold over all GPUs and the
             CPU's memory: auto, balanced, balanced_low_0 or sequential, as accelerate has them.
+        divide_teacher: Hold one teacher on each machine, divided among its processes (FSDP), rather
+            than one in each process.
         twin: Train the same student from the text alone as well, by plain cross-entropy, once for
             as many tokens and once for as much time, and put both on the fidelity card beside it:
             what the student is better at is the teacher's doing. Takes about twice as long again.
-        divide_teacher: Hold one teacher on each machine, divided among its processes (FSDP), rather
-            than one in each process.
         trackers: Also send the metrics to these: tensorboard, trackio, wandb.
         seed: Decides the order of the texts and which are held out.
     """

@@ -29,7 +29,7 @@ from benchmarks.suite.conformance_losses import (
 from distill.batches import make_batch
 from distill.live_teacher import load_teacher
 from distill.processes import accelerating
-from distill.teacher import DenseTargets
+from distill.teacher import DenseTargets, LiveTeacher
 from distill.train_settings import TrainSettings
 from mistill.folder import open_folder
 from mistill.text import conversation_documents, pack, read_documents
@@ -323,6 +323,7 @@ def test_a_teacher_drops_nothing_whatever_its_config_says(tmp_path: Path) -> Non
         settings = TrainSettings(precision="float32")
         with accelerating(settings, tmp_path) as accelerator:
             teacher = load_teacher(open_folder(folder), settings, accelerator)
+        assert isinstance(teacher, LiveTeacher)
         assert not teacher.model.training
         for _ in range(2):
             targets = teacher.targets(blocks, batch)

@@ -8,26 +8,47 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 import distill
+from distill import processes
+from distill.train_settings import TrainSettings
+from mistill.errors import SettingsError
 from mistill.folder import read_lineage
 from tests.distill.test_training import QUICK, hidden_beside
 from tests.tiny import tiny_model
 
 RUN: dict[str, Any] = {**QUICK, "tokens": 900, "micro_batch_size": 1, "evaluate_every": 2}
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-}
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+
+
+def environment_of(name: str) -> dict[str, str]:
+    """What ``accelerate launch`` tells the processes that it starts with one of our configs."""
+    config: Any = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    if config.distributed_type == DistributedType.DEEPSPEED:
+        fields = {
+            f"ACCELERATE_DEEPSPEED_{key.upper()}": str(value)
+            for key, value in config.deepspeed_config.items()
+        }
+        return {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", **fields}
+    words = ["--config_file", str(CONFIGS / f"{name}.yaml"), "program.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    told: dict[str, str] = prepare_multi_gpu_env(arguments)
+    return {key: told[key] for key in told if key.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+FSDP = environment_of("fsdp2")
 PROGRAM = """
 import json, os, signal, sys
 import torch
@@ -88,7 +109,7 @@ def train_in_two(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )  # fmt: skip
 
 
@@ -106,6 +127,79 @@ def assert_same_student(two: Path, one: Path) -> None:
         # Adam turns the last bits of a tiny gradient into a step of the learning rate's size.
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
     assert read_lineage(two)[-1]["kept_step"] == read_lineage(one)[-1]["kept_step"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fsdp2", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}),
+        ("fsdp2-offload", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}),
+        ("zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+        ("zero3", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+        (
+            "zero3-offload",
+            {
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+            },
+        ),
+    ],
+)
+def test_our_configs_say_what_their_names_say(name: str, expected: dict[str, str]) -> None:
+    found = environment_of(name)
+    assert {key: found[key] for key in expected} == expected
+    assert f"examples/accelerate/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+def test_all_our_configs_are_tested() -> None:
+    assert len(list(CONFIGS.iterdir())) == 5
+
+
+def test_a_config_that_accelerate_leaves_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_CPU, num_processes=2, is_fsdp2=False
+    )
+    with pytest.raises(SettingsError, match=r"asks for FSDP and accelerate has chosen MULTI_CPU"):
+        processes._agree(accelerator, TrainSettings(), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"optimizer": "adamw_8bit"}, "FSDP", "adamw_8bit cannot be divided by FSDP"),
+        ({"optimizer": "adamw_8bit"}, "DEEPSPEED", "adamw_8bit cannot be divided by DEEPSPEED"),
+        ({"teacher_device_map": "auto"}, "MULTI_GPU", "lets one process use all GPUs"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    options: dict[str, Any], kind: str, words: str
+) -> None:
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType(kind), num_processes=2, is_fsdp2=True
+    )
+    with pytest.raises(SettingsError, match=words):
+        processes._agree(accelerator, TrainSettings(**options), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    "options", [{}, {"on_policy": 0.5, "lora_rank": 4, "gradient_checkpointing": True}]
+)
+def test_two_processes_of_deepspeed_train_as_one_does(
+    tmp_path: Path, teacher: Path, model: Path, chats: Path, name: str, options: dict[str, Any]
+) -> None:
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    options = {**RUN, **options}
+    one = distill.train(model, tmp_path / "one", teacher=teacher, texts=chats, **options)
+    two = tmp_path / "two"
+    done = train_in_two(tmp_path, environment_of(name), model, two, teacher, chats, options)
+    assert done.returncode == 0, done.stderr
+    assert_same_student(two, one)
+    assert read_lineage(two)[-1]["distributed"] == "DEEPSPEED"
 
 
 @pytest.mark.slow

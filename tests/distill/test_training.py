@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -315,6 +316,56 @@ distill.train(student, target, teacher=teacher, texts=texts, **json.loads(option
     assert hidden_beside(tmp_path) == [".student.working"]
     distill.train(dropout, target, teacher=teacher, texts=chats, **QUICK)
     assert_same_run(target, uninterrupted)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_no_bit(
+    tmp_path: Path, teacher: Path, dropout: Path, chats: Path
+) -> None:
+    options = {
+        **QUICK,
+        "tokens": 4000,
+        "checkpoint_every": 1,
+        "on_policy": 0.3,
+        "optimizer": "adamw_8bit",
+        "gradient_checkpointing": True,
+    }
+    whole = tmp_path / "whole"
+    distill.train(dropout, whole, teacher=teacher, texts=chats, **options)
+    program = """
+import json, os, signal, sys, threading
+import torch
+torch.set_num_threads(1)
+import distill
+from distill import trainer
+student, target, teacher, texts, options, seconds = sys.argv[1:]
+original = trainer.load_checkpoint
+def loading(*args):
+    threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return original(*args)
+trainer.load_checkpoint = loading
+distill.train(student, target, teacher=teacher, texts=texts, **json.loads(options))
+os._exit(0)
+"""
+    moments = random.Random(0)
+    kills = finished = 0
+    while kills < 20 or not finished:
+        target = tmp_path / f"student-{finished}"
+        words = [dropout, target, teacher, chats, json.dumps(options), moments.uniform(0, 0.8)]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, words)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == -signal.SIGKILL:
+            kills += 1
+            continue
+        assert done.returncode == 0, done.stderr
+        assert_same_run(target, whole)
+        finished += 1
 
 
 def test_other_settings_do_not_resume_an_interrupted_run(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 import distill
-from distill import divergences, train_settings, trainer
+from distill import divergences, live_teacher, train_settings, trainer
 from distill.batches import Batch, make_batch
 from distill.evaluation import score_positions
 from distill.live_teacher import SpreadTeacher, load_teacher
@@ -21,11 +21,12 @@ from distill.processes import accelerating
 from distill.teacher import DenseTargets, LiveTeacher, Teacher
 from distill.train_settings import TrainSettings
 from distill.training import read_blocks
-from mistill.folder import describe, read_lineage
+from mistill.errors import SettingsError, TextError
+from mistill.folder import describe, fingerprint, read_lineage
 from mistill.pytorch import load_pytorch
 from mistill.vocabulary import load_vocabulary
 from tests.distill.test_step import CPU, make_blocks, step_gradients
-from tests.distill.test_training import QUICK
+from tests.distill.test_training import QUICK, Killed, assert_same_run, kill_when
 from tests.reference import distillation as reference
 from tests.tiny import tiny_model
 
@@ -226,3 +227,47 @@ def test_a_teacher_spread_over_memory_and_disk_says_the_same(tmp_path: Path, tie
             said = spread.targets(blocks, batch)
             (scores,) = score_positions(said.hidden, said.head, whole, batch.next_ids)
             assert scores.kl.max() < 1e-6
+
+
+# --- what a teacher said, on disk ---------------------------------------------------------------
+
+
+def test_a_student_learns_from_cached_targets_and_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Path, model: Path, chats: Path
+) -> None:
+    targets = distill.cache_targets(
+        teacher, tmp_path / "targets", texts=chats, block_length=QUICK["block_length"]
+    )
+    monkeypatch.setattr(live_teacher, "load_teacher", None)
+    whole = distill.train(model, tmp_path / "whole", targets=targets, texts=chats, **QUICK)
+    facts = read_lineage(whole)[-1]
+    assert facts["teacher_fingerprint"] == fingerprint(teacher)
+    assert facts["targets"] == str(targets)
+    assert facts["after"]["kl"] < 0.9 * facts["before"]["kl"]
+    assert facts["after"]["agreement"] is None
+    assert facts["after"]["perplexity"] > 1
+
+    resumed = tmp_path / "resumed"
+    with monkeypatch.context() as patch:
+        kill_when(patch, trainer, "accumulate_gradients", 5, after=True)
+        with pytest.raises(Killed):
+            distill.train(model, resumed, targets=targets, texts=chats, **QUICK)
+    distill.train(model, resumed, targets=targets, texts=chats, **QUICK)
+    assert_same_run(resumed, whole)
+
+
+def test_other_texts_than_those_of_the_targets_are_refused(
+    tmp_path: Path, teacher: Path, model: Path, chats: Path
+) -> None:
+    targets = distill.cache_targets(
+        teacher, tmp_path / "targets", texts=chats, block_length=QUICK["block_length"]
+    )
+    other = tmp_path / "other.txt"
+    other.write_text("A wind that no target has heard of.\n" * 20)
+    with pytest.raises(TextError, match="not in the targets"):
+        distill.train(model, tmp_path / "out", targets=targets, texts=other, **QUICK)
+    with pytest.raises(SettingsError, match="temperature"):
+        distill.train(
+            model, tmp_path / "out", targets=targets, texts=chats, temperature=2.0, **QUICK
+        )
+    assert not (tmp_path / "out").exists()

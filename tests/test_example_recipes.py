@@ -16,7 +16,7 @@ from mistill.folder import describe, read_lineage
 from mistill.recipe import read_recipe, run_recipe
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "teacher": {},
     "student": {"layers": 2, "hidden_size": 48, "intermediate_size": 96, "key_value_heads": 2,
                 "calibration_tokens": 300},
@@ -39,9 +39,6 @@ def shrink(name: str, folder: Path, teacher: Path, chats: Path) -> Path:
             values[key] = TINY[kind][key]
         if kind == "teacher":
             values["source"] = str(teacher)
-        # On a GPU as it stands; the CPU has no optimizer in 8 bits.
-        if values.get("optimizer") == "adamw_8bit":
-            values["optimizer"] = "adamw"
         lines.append(f"[{table}]")
         lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     for text in ("chats.jsonl", "held-out.jsonl"):

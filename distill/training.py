@@ -8,19 +8,17 @@ The target appears when there is a student that got better, and not before.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from distill.teacher_source import CachedSource, LiveSource, open_cached
 from distill.train_settings import TrainSettings
-from mistill.errors import FolderError, SettingsError, TextError, TrainingError, VocabularyError
+from distill.training_text import blocks_digest, read_blocks
+from mistill.errors import FolderError, SettingsError, TrainingError, VocabularyError
 from mistill.folder import (
     FolderInfo,
     add_lineage,
@@ -30,21 +28,16 @@ from mistill.folder import (
     publish,
     refuse_existing,
     working,
-    write_atomically,
 )
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model
-from mistill.text import Document, Texts, TokenBlocks, check_texts, pack, read_documents
+from mistill.text import Texts, TokenBlocks, check_texts
 from mistill.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator, PartialState
+    from accelerate import PartialState
 
-    from distill.cached_teacher import CachedTeacher
     from distill.checkpoints import TrainingProgress
-    from distill.teacher import Teacher
-
-_FOUR_BITS = "teacher-in-four-bits.json"
 
 
 def train(
@@ -121,12 +114,12 @@ def train(
         "lower it",
     )
     training, judged = read_blocks(texts, held_out, vocabulary, settings)
-    source: _Live | _Cached
+    source: LiveSource | CachedSource
     if teacher_info is not None:
-        source = _Live(teacher_info)
+        source = LiveSource(teacher_info)
     else:
         assert targets is not None, "one of the two is given"
-        source = _open_cached(targets, vocabulary, training, judged, settings)
+        source = open_cached(targets, vocabulary, training, judged, settings)
 
     from distill.processes import this_process
 
@@ -135,8 +128,8 @@ def train(
         "settings": settings_dict(settings),
         "student": fingerprint(student_info.path),
         "teacher": source.fingerprint,
-        "texts": _digest(training),
-        "held_out": _digest(judged),
+        "texts": blocks_digest(training),
+        "held_out": blocks_digest(judged),
         "processes": state.num_processes,
     }
     with _working_together(target, key, state) as work, source.closing():
@@ -158,84 +151,6 @@ def train(
             publish(work, target, overwrite)
         state.wait_for_everyone()
     return target
-
-
-def read_blocks(
-    texts: Texts, held_out: Texts | None, vocabulary: Vocabulary, settings: TrainSettings
-) -> tuple[TokenBlocks, TokenBlocks]:
-    """Read text into blocks to learn from and blocks to judge on.
-
-    Args:
-        texts: Text to learn from.
-        held_out: Text to judge on; if None, ``held_out_share`` of the documents of ``texts``.
-        vocabulary: The one that student and teacher share.
-        settings: Block length, shares and seed.
-
-    Returns:
-        Training blocks and held-out blocks; every block has a kept position.
-
-    Raises:
-        TextError: If one of the two would be empty.
-    """
-    documents = list(read_documents(texts, vocabulary))
-    if held_out is None:
-        documents, judged = split_documents(
-            documents, settings.held_out_share, settings.seed, settings.block_length
-        )
-    else:
-        judged = list(read_documents(held_out, vocabulary))
-    training_blocks = _kept_blocks(documents, settings.block_length, "texts")
-    judged_blocks = _kept_blocks(judged, settings.block_length, "held_out")
-    wanted = max(1, settings.held_out_tokens // settings.block_length)
-    return training_blocks, _evenly(judged_blocks, wanted)
-
-
-def split_documents(
-    documents: Sequence[Document], share: float, seed: int, block_length: int = 1
-) -> tuple[list[Document], list[Document]]:
-    """Keep some documents from training.
-
-    Where every document is longer than the share, as where one file is all there is, the end of
-    the longest is kept out.
-
-    Args:
-        documents: All documents.
-        share: How much of them to keep out, by tokens, above 0 and below 1.
-        seed: Decides which.
-        block_length: Where longer documents are cut.
-
-    Returns:
-        Documents to learn from and documents to judge on.
-
-    Raises:
-        TextError: If there is too little text to share.
-    """
-    sizes = [len(document.ids) for document in documents]
-    wanted = int(share * sum(sizes))
-    chosen: set[int] = set()
-    taken = 0
-    for index in np.random.default_rng(seed).permutation(len(documents)):
-        if taken + sizes[index] <= wanted:
-            chosen.add(int(index))
-            taken += sizes[index]
-    if chosen:
-        learnt = [document for index, document in enumerate(documents) if index not in chosen]
-        return learnt, [documents[index] for index in sorted(chosen)]
-    if wanted < 2:
-        raise TextError(
-            f"the texts hold {sum(sizes)} tokens, of which a share of {share} is too little to "
-            "judge the student on; give held_out texts or more text"
-        )
-    longest = int(np.argmax(sizes))
-    whole = documents[longest]
-    cut = sizes[longest] - wanted
-    # Where the document is cut anyway, so that its pieces are those that targets were cached for.
-    cut = cut // block_length * block_length or cut
-    begin, end = (
-        replace(whole, ids=whole.ids[part], mask=whole.mask[part])
-        for part in (slice(None, cut), slice(cut, None))
-    )
-    return [*documents[:longest], begin, *documents[longest + 1 :]], [end]
 
 
 # --- before -------------------------------------------------------------------------------------
@@ -335,123 +250,6 @@ def _require_shared(ours: Vocabulary, student: FolderInfo, teacher: FolderInfo) 
         )
 
 
-def _kept_blocks(documents: Sequence[Document], block_length: int, name: str) -> TokenBlocks:
-    """Pack documents and drop blocks that hold nothing to be predicted."""
-    blocks = pack(documents, block_length)
-    rows = np.flatnonzero(blocks.kept.any(axis=1))
-    if len(rows) == 0:
-        raise TextError(
-            f"the {name} hold nothing to be predicted: {len(documents)} documents without a "
-            "single token that follows another; give text, or conversations with replies"
-        )
-    return blocks[rows]
-
-
-def _evenly(blocks: TokenBlocks, wanted: int) -> TokenBlocks:
-    """Some of the blocks, evenly spaced from the first to the last."""
-    if wanted >= len(blocks):
-        return blocks
-    return blocks[np.linspace(0, len(blocks) - 1, wanted).round().astype(np.int64)]
-
-
-def _digest(blocks: TokenBlocks) -> str:
-    digest = hashlib.sha256()
-    for part in (blocks.ids, blocks.mask, blocks.documents):
-        digest.update(f"{part.dtype} {part.shape}".encode())
-        digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()
-
-
-# --- who answers for the teacher ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Live:
-    """A teacher that is to be loaded."""
-
-    info: FolderInfo
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.info.path)
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        yield
-
-    def open(
-        self, work: Path, judged: TokenBlocks, settings: TrainSettings, accelerator: Accelerator
-    ) -> Teacher:
-        """Load it; where it is turned into four bits, note once what that costs."""
-        from distill.live_teacher import load_teacher, lost_in_four_bits
-
-        if settings.teacher_precision == "nf4" and self.info.form == "model":
-            note = work / _FOUR_BITS
-            teacher = load_teacher(self.info, settings, accelerator)
-            accelerator.wait_for_everyone()
-            if not note.exists():
-                lost = lost_in_four_bits(self.info, teacher, judged, settings, accelerator)
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    write_atomically(note, json.dumps(lost))
-            return teacher
-        return load_teacher(self.info, settings, accelerator)
-
-    def facts(self, work: Path) -> dict[str, Any]:
-        found = {"teacher": str(self.info.path), "teacher_fingerprint": self.fingerprint}
-        if (work / _FOUR_BITS).exists():
-            lost = json.loads((work / _FOUR_BITS).read_text("utf-8"))
-            return {**found, "teacher_kl_of_four_bits": lost}
-        return found
-
-
-@dataclass(frozen=True)
-class _Cached:
-    """What a teacher said, on disk."""
-
-    path: str
-    teacher: CachedTeacher
-
-    @property
-    def fingerprint(self) -> str:
-        return self.teacher.fingerprint
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.teacher.close()
-
-    def open(self, *_: Any) -> Teacher:
-        return self.teacher
-
-    def facts(self, work: Path) -> dict[str, Any]:
-        known = self.teacher.teacher
-        return {
-            "teacher": known["name"],
-            "teacher_fingerprint": known["fingerprint"],
-            "targets": self.path,
-            "targets_fingerprint": self.fingerprint,
-        }
-
-
-def _open_cached(
-    path: str | Path,
-    vocabulary: Vocabulary,
-    training: TokenBlocks,
-    judged: TokenBlocks,
-    settings: TrainSettings,
-) -> _Cached:
-    from distill.cached_teacher import open_targets
-
-    texts = [("held_out", judged)]
-    if settings.cross_entropy < 1:
-        texts.insert(0, ("texts", training))
-    opened = open_targets(path, vocabulary, temperature=settings.temperature, texts=texts)
-    return _Cached(str(path), opened)
-
-
 # --- during and after ---------------------------------------------------------------------------
 
 
@@ -470,7 +268,7 @@ def _working_together(target: Path, key: dict[str, Any], state: PartialState) ->
 def _train_in(
     work: Path,
     student_info: FolderInfo,
-    source: _Live | _Cached,
+    source: LiveSource | CachedSource,
     training: TokenBlocks,
     judged: TokenBlocks,
     settings: TrainSettings,
@@ -513,7 +311,7 @@ def _train_in(
 def _train_twins(
     work: Path,
     student_info: FolderInfo,
-    source: _Live | _Cached,
+    source: LiveSource | CachedSource,
     training: TokenBlocks,
     judged: TokenBlocks,
     settings: TrainSettings,
@@ -557,7 +355,7 @@ def _finish(
     progress: TrainingProgress,
     twins: Sequence[TrainingProgress],
     student: FolderInfo,
-    source: _Live | _Cached,
+    source: LiveSource | CachedSource,
     settings: TrainSettings,
     state: PartialState,
 ) -> None:

@@ -28,7 +28,7 @@ from distill.processes import accelerating
 from distill.teacher import LiveTeacher, SampledTargets, Teacher, TeacherTargets
 from distill.train_settings import TrainSettings
 from distill.trainer import train_student
-from distill.training import read_blocks
+from distill.training_text import read_blocks
 from mistill.pytorch import load_pytorch
 from mistill.text import TokenBlocks
 from mistill.vocabulary import Vocabulary, load_vocabulary

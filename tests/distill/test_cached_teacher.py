@@ -20,7 +20,7 @@ from distill.evaluation import ask_teacher, evaluate
 from distill.losses import head_loss
 from distill.teacher import LiveTeacher, SampledTargets
 from distill.train_settings import TrainSettings
-from distill.training import read_blocks
+from distill.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TextError
 from mistill.location import Location
 from mistill.pytorch import load_pytorch

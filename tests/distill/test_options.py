@@ -20,7 +20,7 @@ from distill.optimizers import make_optimizer
 from distill.processes import accelerating
 from distill.teacher import DenseTargets, LiveTeacher, Teacher
 from distill.train_settings import TrainSettings
-from distill.training import read_blocks
+from distill.training_text import read_blocks
 from mistill.errors import SettingsError, TextError
 from mistill.folder import describe, fingerprint, read_lineage
 from mistill.pytorch import load_pytorch

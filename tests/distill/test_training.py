@@ -25,7 +25,7 @@ from distill.evaluation import Evaluation, evaluate
 from distill.step import StepSums
 from distill.teacher import LiveTeacher
 from distill.train_settings import TrainSettings
-from distill.training import read_blocks, split_documents
+from distill.training_text import read_blocks, split_documents
 from mistill.errors import (
     FolderError,
     MissingExtraError,

@@ -76,7 +76,7 @@ def trained(progress: TrainingProgress) -> Trained:
         The best student that it found.
     """
     return Trained(
-        tokens=progress.tokens, seconds=round(progress.seconds, 1), held_out=progress.best
+        tokens=progress.tokens, seconds=round(progress.seconds, 3), held_out=progress.best
     )
 
 

@@ -53,7 +53,7 @@ def test_a_card_sets_a_student_beside_what_its_text_alone_teaches(
     assert twin["held_out"] != card["student"]["held_out"]
     quicker = card["student"]["seconds"] / twin["seconds"]
     more = card["twin_of_equal_time"]["tokens"] / twin["tokens"]
-    assert more == pytest.approx(quicker, rel=0.35)  # whole steps, and seconds to a tenth
+    assert more == pytest.approx(quicker, rel=0.35)  # whole steps
 
 
 def test_a_card_without_twins_says_so(tmp_path: Path, carded: Path) -> None:

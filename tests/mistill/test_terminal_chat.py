@@ -225,7 +225,9 @@ class Terminal:
 def terminal(chatbot: Path, tmp_path: Path) -> Iterator[Terminal]:
     keyboard, other_end = pty.openpty()
     code = (
-        "import sys; from mistill.chat import ChatSettings;"
+        # Whoever starts the tests in the background may have had SIGINT ignored for all below.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from mistill.chat import ChatSettings;"
         "from mistill.terminal_chat import run_terminal_chat as run;"
         "run(sys.argv[1], threads=1,"
         " settings=ChatSettings(temperature=0, max_new_tokens=50_000, stop=('never',)))"

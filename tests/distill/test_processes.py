@@ -77,7 +77,9 @@ def loading(*args, **options):
     teacher = load(*args, **options)
     if isinstance(teacher, live_teacher.DividedTeacher):
         here = sum(p.to_local().numel() for p in teacher.answer.parameters())
-        print("HELD", here, sum(p.numel() for p in teacher.answer.parameters()))
+        whole = sum(p.numel() for p in teacher.answer.parameters())
+        # In one write: the other process prints to the same pipe.
+        os.write(1, f"HELD {here} {whole}\\n".encode())
     return teacher
 live_teacher.load_teacher = loading
 distill.train(student, target, teacher=teacher, texts=texts, **json.loads(options))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.perplexity import row_blocks
-from benchmarks.uncertainty import mean_of, standard_error_of_mean
+from mistill.uncertainty import mean_of, standard_error_of_mean
 
 
 @dataclass(frozen=True, kw_only=True)

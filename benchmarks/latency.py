@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.uncertainty import quartiles
 from mistill.language_model import LanguageModel
+from mistill.uncertainty import quartiles
 
 Clock = Callable[[], float]
 

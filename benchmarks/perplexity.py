@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.uncertainty import mean_of, standard_error_of_mean
+from mistill.uncertainty import mean_of, standard_error_of_mean
 
 _ELEMENTS_AT_ONCE = 1 << 19  # 2 MiB of float32: a few rows of logits that stay in the cache
 
@@ -47,7 +47,7 @@ class Perplexity:
         """Standard error of the perplexity, by the delta method.
 
         The derivative of e^m is e^m, so it is the perplexity times the standard error of the mean
-        loss, which is taken between passages (``benchmarks.uncertainty``).
+        loss, which is taken between passages (``mistill.uncertainty``).
         """
         error = standard_error_of_mean(self.losses)
         return None if error is None else self.value * error

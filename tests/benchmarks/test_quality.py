@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks.fidelity import Fidelity, agreements, divergences
 from benchmarks.perplexity import Perplexity, log_normalizers, row_blocks, token_losses
-from benchmarks.uncertainty import mean_of, quartiles, standard_error_of_mean
+from mistill.uncertainty import mean_of, quartiles, standard_error_of_mean
 from tests.reference.comparing import bootstrap_standard_error, kl_by_definition
 
 LN2, LN3 = math.log(2), math.log(3)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-Samples = Sequence[Sequence[float]]
+Samples = Sequence[Sequence[float]] | Sequence[NDArray[np.float64]]
 
 
 def mean_of(samples: Samples) -> float:

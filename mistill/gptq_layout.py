@@ -5,7 +5,7 @@ int32 word, the first in the lowest bits, and G groups of input columns share sc
 
     qweight  int32 (K * b / 32, N)    codes, packed along K
     qzeros   int32 (G, N * b / 32)    zeros, packed along N
-    scales   float16 (G, N)
+    scales   float16 (G, N)           or bfloat16, or float32
     g_idx    int32 (K,)               the group of each column
 
     weight[n, k] = scales[g_idx[k], n] * (code[n, k] - zero[g_idx[k], n])
@@ -14,6 +14,10 @@ Checkpoint format ``gptq`` stores zeros minus one, subtracted from whole 32-bit 
 therefore borrows from its neighbours, and only an addition to the whole word gives them back.
 ``gptq_v2`` stores zeros as they are. mistill writes ``gptq`` for symmetric codes, whose zeros are
 never 0, and ``gptq_v2`` for asymmetric ones.
+
+What config.json says of all this is in ``mistill.gptq_format``. An embedding or a head of V tokens
+and width D is stored like a linear layer with N = V and K = D; a table that the two share is stored
+once, as the embedding.
 
 Needs numpy alone, so that a laptop without PyTorch can read what was quantized elsewhere.
 """
@@ -27,13 +31,46 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from mistill.code_words import (
+    WORD_BITS,
+    codes_per_unit,
+    less_one,
+    pack_rows,
+    plus_one,
+    unpack_rows,
+)
 from mistill.errors import FolderError
+from mistill.gptq_format import (
+    EMBEDDING,
+    HEAD,
+    SUPPORTED_BITS,
+    CheckpointFormat,
+    GptqFormat,
+    ModuleFormat,
+    read_quantization,
+)
 
-CheckpointFormat = Literal["gptq", "gptq_v2"]
+ScaleType = Literal["float16", "bfloat16", "float32"]
 
-SUPPORTED_BITS = (4, 8)
 TENSOR_NAMES = ("qweight", "qzeros", "scales", "g_idx")
-WORD_BITS = 32
+
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "SUPPORTED_BITS",
+    "TENSOR_NAMES",
+    "WORD_BITS",
+    "CheckpointFormat",
+    "GptqFormat",
+    "ModuleFormat",
+    "QuantizedWeight",
+    "ScaleType",
+    "codes_per_unit",
+    "pack",
+    "quantized_modules",
+    "read_quantization",
+    "unpack",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +79,13 @@ class QuantizedWeight:
 
     Attributes:
         codes: Shape (N, K), from 0 to 2**bits - 1.
-        scales: Shape (N, G), the step of each group's grid. float16 as mistill writes them; files
-            written by others may hold another float type.
+        scales: Shape (N, G), the step of each group's grid, exact in ``scale_type``.
         zeros: Shape (N, G), the code that stands for 0.
         g_idx: Shape (K,), the group of each column.
         bits: Bits per code.
         group_size: Columns per group; -1 when all columns of a row form one group.
+        scale_type: The type that scales are stored in. numpy has no bfloat16: such scales are
+            held in float32.
     """
 
     codes: NDArray[np.uint8]
@@ -56,8 +94,13 @@ class QuantizedWeight:
     g_idx: NDArray[np.int32]
     bits: int
     group_size: int
+    scale_type: ScaleType = "float16"
 
     def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits}")
+        if self.scale_type not in get_args(ScaleType):
+            raise ValueError(f"scale_type must be a float type, got {self.scale_type!r}")
         outputs, columns = self.codes.shape
         if self.scales.shape != self.zeros.shape or len(self.scales) != outputs:
             raise ValueError(
@@ -96,101 +139,6 @@ class QuantizedWeight:
         return steps
 
 
-@dataclass(frozen=True, kw_only=True)
-class GptqFormat:
-    """What ``quantization_config`` in config.json says about the tensors beside it.
-
-    Attributes:
-        bits: Bits per code, 4 or 8.
-        group_size: Input columns that share a scale, -1 for the whole row.
-        symmetric: Whether zeros are all in the middle of the code range.
-        activation_order: Whether columns were walked in the order of their activations, so that
-            ``g_idx`` may mix the groups.
-        checkpoint_format: Whether zeros are stored minus one ("gptq") or as they are ("gptq_v2").
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool = True
-    activation_order: bool = False
-    checkpoint_format: CheckpointFormat = "gptq"
-
-    def to_config(self, **facts: Any) -> dict[str, Any]:
-        """What to write as ``quantization_config``, in the names of AutoGPTQ.
-
-        Args:
-            **facts: Further entries, such as ``damp_percent``.
-
-        Returns:
-            A JSON-able dictionary that transformers, optimum and gptqmodel read.
-        """
-        return {
-            "quant_method": "gptq",
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "sym": self.symmetric,
-            "desc_act": self.activation_order,
-            "checkpoint_format": self.checkpoint_format,
-            "lm_head": False,
-            **facts,
-        }
-
-
-def read_quantization(config: Mapping[str, Any]) -> GptqFormat | None:
-    """Read the GPTQ part of a config.json.
-
-    Args:
-        config: The whole config.json.
-
-    Returns:
-        None if the model is not quantized by GPTQ.
-
-    Raises:
-        FolderError: If it is, but in a way that mistill does not read.
-    """
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "gptq":
-        return None
-    try:
-        bits, group_size = int(quantization["bits"]), int(quantization["group_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FolderError(
-            "quantization_config in config.json must give bits and group_size as whole numbers; "
-            f"it says bits {quantization.get('bits')!r}, "
-            f"group_size {quantization.get('group_size')!r}"
-        ) from error
-    if bits not in SUPPORTED_BITS:
-        raise FolderError(
-            f"mistill reads GPTQ weights of 4 or 8 bits, this model has {bits}; quantize its "
-            "float original again"
-        )
-    if group_size == 0 or group_size < -1:
-        raise FolderError(
-            f"group_size in quantization_config must be above 0, or -1 for the whole row, "
-            f"got {group_size}"
-        )
-    symmetric = bool(quantization.get("sym", True))
-    name = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    if name not in get_args(CheckpointFormat):
-        raise FolderError(
-            f"mistill reads GPTQ weights in checkpoint_format gptq or gptq_v2, this model has "
-            f"{name!r}; convert it with the library that wrote it, or quantize its float original"
-        )
-    for option in ("dynamic", "lm_head"):
-        if quantization.get(option):
-            raise FolderError(
-                f"mistill does not read GPTQ models with {option} set in quantization_config; "
-                "quantize the float original again"
-            )
-    return GptqFormat(
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        activation_order=bool(quantization.get("desc_act", False)),
-        checkpoint_format=cast(CheckpointFormat, name),
-    )
-
-
 def quantized_modules(tensor_names: Iterable[str]) -> list[str]:
     """The linear layers that are stored as codes.
 
@@ -210,30 +158,45 @@ def pack(
     """Store a weight as the four tensors of the AutoGPTQ layout.
 
     Args:
-        weight: The weight; N and K must fill whole 32-bit words.
+        weight: The weight. K must fill whole words; the last word of zeros is filled up where N
+            does not.
         checkpoint_format: "gptq" stores zeros minus one, "gptq_v2" as they are.
 
     Returns:
-        The tensors by name: qweight, qzeros, scales, g_idx.
+        The tensors by name: qweight, qzeros, scales, g_idx. bfloat16 scales are given as float32,
+        which whoever writes them turns into bfloat16 without loss.
 
     Raises:
-        ValueError: If N or K does not fill whole words.
+        ValueError: If K does not fill whole words, or a scale is not exact in its type.
     """
-    lanes = WORD_BITS // weight.bits
-    if any(size % lanes for size in weight.codes.shape):
+    unit = codes_per_unit(weight.bits)
+    if weight.codes.shape[1] % unit:
         raise ValueError(
-            f"{weight.bits}-bit codes are stored {lanes} to a word, so both sizes of a weight "
-            f"must divide by {lanes}; got {weight.codes.shape}"
+            f"{weight.bits}-bit codes are stored in runs of {unit}, so the columns of a weight "
+            f"must divide by {unit}; got {weight.codes.shape}"
         )
-    zeros = _pack_rows(weight.zeros.T, weight.bits)
+    zeros = pack_rows(weight.zeros.T, weight.bits)
     if checkpoint_format == "gptq":
-        zeros = zeros - _ones(weight.bits)
+        zeros = less_one(zeros, weight.bits)
     return {
-        "qweight": np.ascontiguousarray(_pack_rows(weight.codes, weight.bits).T).view(np.int32),
+        "qweight": np.ascontiguousarray(pack_rows(weight.codes, weight.bits).T).view(np.int32),
         "qzeros": zeros.view(np.int32),
-        "scales": np.ascontiguousarray(weight.scales.T),
+        "scales": np.ascontiguousarray(_stored_scales(weight).T),
         "g_idx": weight.g_idx.astype(np.int32),
     }
+
+
+def _stored_scales(weight: QuantizedWeight) -> NDArray[np.floating[Any]]:
+    scales = weight.scales.astype(np.float32, copy=False)
+    if weight.scale_type == "bfloat16":
+        exact = not (scales.view(np.uint32) & np.uint32(0xFFFF)).any()
+        stored: NDArray[np.floating[Any]] = scales
+    else:
+        stored = weight.scales.astype(weight.scale_type, copy=False)
+        exact = np.array_equal(stored.astype(np.float32, copy=False), scales)
+    if not exact:
+        raise ValueError(f"the scales of a weight are not exact in {weight.scale_type}")
+    return stored
 
 
 def unpack(
@@ -241,6 +204,7 @@ def unpack(
     bits: int,
     group_size: int,
     checkpoint_format: CheckpointFormat,
+    scale_type: ScaleType | None = None,
 ) -> QuantizedWeight:
     """Read back what ``pack`` stored.
 
@@ -249,27 +213,43 @@ def unpack(
         bits: Bits per code.
         group_size: Columns per group, -1 for the whole row.
         checkpoint_format: Whether zeros were stored minus one.
+        scale_type: The type that scales were stored in; that of the array given if None.
 
     Returns:
         The weight with one code per byte.
 
     Raises:
-        FolderError: If the shapes of the tensors do not belong together.
+        FolderError: If the shapes or types of the tensors do not belong together.
     """
-    words = np.ascontiguousarray(tensors["qweight"].T).view(np.uint32)
-    codes = _unpack_rows(words, bits)
+    scales = np.ascontiguousarray(tensors["scales"].T)
+    stored_as = scale_type or str(scales.dtype)
+    if stored_as not in get_args(ScaleType):
+        raise FolderError(
+            f"GPTQ scales of type {stored_as}; mistill reads {', '.join(get_args(ScaleType))}"
+        )
+    if str(scales.dtype) == "bfloat16":
+        scales = scales.astype(np.float32)
+    if bits == 3 and (tensors["qweight"].shape[0] % 3 or tensors["qzeros"].shape[1] % 3):
+        raise FolderError(
+            "GPTQ tensors that do not belong together at 3 bits: their words do not come in "
+            "threes; the file is damaged or its config.json is another model's"
+        )
+    codes = unpack_rows(tensors["qweight"].T.astype(np.int32, copy=False).view(np.uint32), bits)
     zero_words = np.ascontiguousarray(tensors["qzeros"]).view(np.uint32)
     if checkpoint_format == "gptq":
-        zero_words = zero_words + _ones(bits)
-    zeros = np.ascontiguousarray(_unpack_rows(zero_words, bits).T)
-    scales = np.ascontiguousarray(tensors["scales"].T)
+        zero_words = plus_one(zero_words, bits)
+    outputs, groups = scales.shape
+    # The last word of zeros is filled up where the outputs do not fill it.
+    zeros = unpack_rows(zero_words, bits)
+    if 0 <= zeros.shape[1] - outputs < codes_per_unit(bits):
+        zeros = zeros[:, :outputs]
+    zeros = np.ascontiguousarray(zeros.T)
     columns = codes.shape[1]
     if "g_idx" in tensors:
         g_idx = tensors["g_idx"].astype(np.int32)
     else:
         per_group = columns if group_size == -1 else group_size
         g_idx = np.arange(columns, dtype=np.int32) // np.int32(per_group)
-    outputs, groups = scales.shape
     if (
         len(codes) != outputs
         or zeros.shape != scales.shape
@@ -281,29 +261,6 @@ def unpack(
             f"{codes.shape} codes, qzeros {zeros.shape} zeros, scales {scales.shape}, "
             f"g_idx {g_idx.shape}; the file is damaged or its config.json is another model's"
         )
-    return QuantizedWeight(codes, scales, zeros, g_idx, bits, group_size)
-
-
-def _ones(bits: int) -> np.uint32:
-    """A word with a 1 in every lane, 0x11111111 for 4 bits."""
-    return np.uint32((2**WORD_BITS - 1) // (2**bits - 1))
-
-
-def _pack_rows(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
-    """Pack (R, C) values of one byte each into (R, C * bits / 32) words, first lane lowest."""
-    per_byte = 8 // bits
-    lanes = np.ascontiguousarray(values).reshape(len(values), -1, per_byte)
-    packed = np.zeros(lanes.shape[:2], dtype=np.uint8)
-    for lane in range(per_byte):
-        packed |= lanes[:, :, lane] << np.uint8(lane * bits)
-    return packed.view("<u4").astype(np.uint32, copy=False)
-
-
-def _unpack_rows(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
-    """Unpack (R, C * bits / 32) words into (R, C) values, first lane lowest."""
-    packed = words.astype("<u4", copy=False).view(np.uint8)
-    per_byte = 8 // bits
-    values = np.empty((*packed.shape, per_byte), dtype=np.uint8)
-    for lane in range(per_byte):
-        values[:, :, lane] = packed >> np.uint8(lane * bits) & np.uint8(2**bits - 1)
-    return values.reshape(len(packed), -1)
+    return QuantizedWeight(
+        codes, scales, zeros, g_idx, bits, group_size, cast(ScaleType, stored_as)
+    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mistill.errors import FolderError, SettingsError
 from mistill.folder import open_folder, read_json, read_lineage, write_atomically
-from mistill.gptq_layout import WORD_BITS, CheckpointFormat, GptqFormat, QuantizedWeight, pack
+from mistill.gptq_layout import CheckpointFormat, GptqFormat, QuantizedWeight, codes_per_unit, pack
 from mistill.pytorch import check_weights, empty_model, plain_config, require_readable
 from mistill.source import resolve_model
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "quantize_report.json"
 
-_SHARD_BYTES = 4 << 30
+_SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def require_fit(model: FloatModel, bits: int, group_size: int) -> None:
         kind = name.rpartition(".")[2]
         if kind not in kinds.setdefault(shape, []):
             kinds[shape].append(kind)
-    lanes = WORD_BITS // bits
+    lanes = codes_per_unit(bits)
     common = math.gcd(*(inputs for inputs, _ in kinds))
     for (inputs, outputs), names in kinds.items():
         if group_size != -1 and inputs % group_size:
@@ -102,7 +102,7 @@ def require_fit(model: FloatModel, bits: int, group_size: int) -> None:
             )
         if inputs % lanes or outputs % lanes:
             raise SettingsError(
-                f"{bits}-bit codes are stored {lanes} to a word, which the {inputs} inputs and "
+                f"{bits}-bit codes are stored in runs of {lanes}, which the {inputs} inputs and "
                 f"{outputs} outputs of {', '.join(names)} do not fill; take 8 bits or NF4"
             )
 
@@ -110,7 +110,8 @@ def require_fit(model: FloatModel, bits: int, group_size: int) -> None:
 class TensorWriter:
     """Writes tensors to safetensors files of a bounded size, in the order given.
 
-    A context manager; when it ends, the last file and, if there are several, the index are written.
+    What it holds in memory is one file at most: 1 GiB, or one tensor if that is larger. A context
+    manager; when it ends, the last file and, if there are several, the index are written.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
@@ -148,7 +149,11 @@ class TensorWriter:
         """
         if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
             self._flush()
-        self._pending[name] = tensor.contiguous()
+        # A view, of a mapped file or of a larger tensor, would hold all that it is a part of.
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        self._pending[name] = (
+            tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        )
         self._pending_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
@@ -163,7 +168,10 @@ class TensorWriter:
             checkpoint_format: How zeros are stored.
         """
         for name, array in pack(weight, checkpoint_format).items():
-            self.add(f"{module}.{name}", torch.from_numpy(array))
+            tensor = torch.from_numpy(array)
+            if name == "scales" and weight.scale_type == "bfloat16":
+                tensor = tensor.to(torch.bfloat16)  # exact: pack has seen to that
+            self.add(f"{module}.{name}", tensor)
 
     def _flush(self) -> None:
         from safetensors.torch import save_file

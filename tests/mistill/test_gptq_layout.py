@@ -3,15 +3,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from mistill.errors import FolderError
 from mistill.gptq_layout import (
+    SUPPORTED_BITS,
     CheckpointFormat,
     GptqFormat,
+    ModuleFormat,
     QuantizedWeight,
+    ScaleType,
     pack,
     quantized_modules,
     read_quantization,
@@ -23,7 +28,7 @@ FORMATS: tuple[CheckpointFormat, ...] = ("gptq", "gptq_v2")
 
 def random_weight(bits: int, group_size: int, seed: int = 0) -> QuantizedWeight:
     generator = np.random.default_rng(seed)
-    outputs, columns = 24, 64
+    outputs, columns = 32, 64
     groups = 1 if group_size == -1 else columns // group_size
     return QuantizedWeight(
         codes=generator.integers(0, 2**bits, (outputs, columns)).astype(np.uint8),
@@ -50,7 +55,14 @@ def one_word(codes: list[int], zeros: list[int], bits: int) -> QuantizedWeight:
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+def assert_same(one: QuantizedWeight, other: QuantizedWeight) -> None:
+    for name in ("codes", "zeros", "scales", "g_idx"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
+    assert (one.bits, one.group_size) == (other.bits, other.group_size)
+    assert one.scale_type == other.scale_type
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("group_size", [-1, 16, 32])
 @pytest.mark.parametrize("checkpoint_format", FORMATS)
 def test_what_is_packed_comes_back_equal(
@@ -58,19 +70,56 @@ def test_what_is_packed_comes_back_equal(
 ) -> None:
     weight = random_weight(bits, group_size)
     tensors = pack(weight, checkpoint_format)
-    back = unpack(tensors, bits, group_size, checkpoint_format)
-    np.testing.assert_array_equal(back.codes, weight.codes)
-    np.testing.assert_array_equal(back.zeros, weight.zeros)
-    np.testing.assert_array_equal(back.scales, weight.scales)
-    np.testing.assert_array_equal(back.g_idx, weight.g_idx)
-    assert tensors["qweight"].shape == (64 * bits // 32, 24)
-    assert tensors["qzeros"].shape == (weight.scales.shape[1], 24 * bits // 32)
+    assert_same(unpack(tensors, bits, group_size, checkpoint_format), weight)
+    assert tensors["qweight"].shape == (64 * bits // 32, 32)
+    assert tensors["qzeros"].shape == (weight.scales.shape[1], 32 * bits // 32)
     assert {name: str(tensor.dtype) for name, tensor in tensors.items()} == {
         "qweight": "int32",
         "qzeros": "int32",
         "scales": "float16",
         "g_idx": "int32",
     }
+
+
+@pytest.mark.parametrize("scale_type", get_args(ScaleType))
+def test_scales_come_back_in_the_type_they_were_stored_in(scale_type: ScaleType) -> None:
+    weight = replace(random_weight(4, 16), scale_type=scale_type)
+    coarse = weight.scales.astype(np.float32)
+    if scale_type == "bfloat16":
+        coarse = (coarse.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    weight = replace(weight, scales=coarse)
+    tensors = pack(weight, "gptq_v2")
+    assert str(tensors["scales"].dtype) == scale_type.replace("bfloat16", "float32")
+    assert_same(unpack(tensors, 4, 16, "gptq_v2", scale_type), weight)
+
+
+@pytest.mark.parametrize("scale_type", ["float16", "bfloat16"])
+def test_scales_that_their_type_cannot_hold_are_not_stored(scale_type: ScaleType) -> None:
+    weight = random_weight(4, 16)
+    scales = np.full(weight.scales.shape, 0.1, np.float32)
+    with pytest.raises(ValueError, match=f"not exact in {scale_type}"):
+        pack(replace(weight, scales=scales, scale_type=scale_type), "gptq")
+
+
+def test_thirty_two_3_bit_codes_are_one_stream_of_three_words() -> None:
+    codes = np.random.default_rng(4).integers(0, 8, 32).tolist()
+    weight = one_word(codes, [4] * 32, bits=3)
+    words = pack(weight, "gptq_v2")["qweight"].view(np.uint32)[:, 0].tolist()
+    stream = sum(code << (3 * place) for place, code in enumerate(codes))
+    assert words == [stream >> shift & 0xFFFFFFFF for shift in (0, 32, 64)]
+
+
+def test_sixteen_2_bit_codes_share_a_word_with_the_first_one_lowest() -> None:
+    weight = one_word([1, 2, 3] + [0] * 12 + [2], [2] * 16, bits=2)
+    assert pack(weight, "gptq_v2")["qweight"].view(np.uint32)[0, 0] == 0x80000039
+
+
+def test_3_bit_zeros_wrap_each_on_its_own() -> None:
+    zeros = [0, 5, 0, 7] + [4] * 28
+    weight = one_word([0] * 32, zeros, bits=3)
+    words = pack(weight, "gptq")["qzeros"].view(np.uint32)[0].tolist()
+    less_one = sum(((zero - 1) % 8) << (3 * place) for place, zero in enumerate(zeros))
+    assert words == [less_one >> shift & 0xFFFFFFFF for shift in (0, 32, 64)]
 
 
 def test_eight_codes_share_a_word_with_the_first_one_lowest() -> None:
@@ -140,18 +189,32 @@ def test_symmetric_means_every_zero_in_the_middle() -> None:
     assert not one_word([0] * 8, [8] * 7 + [7], bits=4).symmetric
 
 
-@pytest.mark.parametrize(("outputs", "columns"), [(12, 64), (24, 60)])
-def test_sizes_that_do_not_fill_whole_words_are_refused(outputs: int, columns: int) -> None:
+@pytest.mark.parametrize(("bits", "unit"), [(2, 16), (3, 32), (4, 8), (8, 4)])
+def test_columns_that_do_not_fill_whole_words_are_refused(bits: int, unit: int) -> None:
     weight = QuantizedWeight(
-        codes=np.zeros((outputs, columns), np.uint8),
-        scales=np.ones((outputs, 1), np.float16),
-        zeros=np.zeros((outputs, 1), np.uint8),
-        g_idx=np.zeros(columns, np.int32),
-        bits=4,
+        codes=np.zeros((24, 66), np.uint8),
+        scales=np.ones((24, 1), np.float16),
+        zeros=np.zeros((24, 1), np.uint8),
+        g_idx=np.zeros(66, np.int32),
+        bits=bits,
         group_size=-1,
     )
-    with pytest.raises(ValueError, match="divide by 8"):
+    with pytest.raises(ValueError, match=f"divide by {unit}"):
         pack(weight, "gptq")
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+@pytest.mark.parametrize("checkpoint_format", FORMATS)
+def test_a_table_of_any_number_of_tokens_comes_back(
+    bits: int, checkpoint_format: CheckpointFormat
+) -> None:
+    weight = random_weight(bits, 32)
+    tokens = QuantizedWeight(
+        weight.codes[:23], weight.scales[:23], weight.zeros[:23], weight.g_idx, bits, 32
+    )
+    tensors = pack(tokens, checkpoint_format)
+    assert tensors["qzeros"].shape == (2, {2: 2, 3: 3, 4: 3, 8: 6}[bits])
+    assert_same(unpack(tensors, bits, 32, checkpoint_format), tokens)
 
 
 def test_tensors_of_another_bit_width_are_refused() -> None:
@@ -174,6 +237,47 @@ def test_the_config_that_is_written_is_read_back() -> None:
     assert read_quantization(json.loads(json.dumps(config))) == layout
 
 
+def test_modules_of_other_formats_are_written_as_gptqmodel_says_them() -> None:
+    eight = ModuleFormat(bits=8, group_size=32)
+    layout = GptqFormat(
+        bits=4,
+        group_size=64,
+        symmetric=False,
+        modules=((r".*\.1\..*down_proj", None), (".*down_proj", eight), ("lm_head", eight)),
+        head=True,
+    )
+    config = layout.to_config()
+    assert list(config["dynamic"].items()) == [
+        (r"-:.*\.1\..*down_proj", {}),
+        ("+:.*down_proj", {"bits": 8, "group_size": 32, "sym": True}),
+        ("+:lm_head", {"bits": 8, "group_size": 32, "sym": True}),
+    ]
+    assert read_quantization(json.loads(json.dumps({"quantization_config": config}))) == layout
+    assert layout.format_of("model.layers.0.mlp.down_proj") == eight
+    assert layout.format_of("model.layers.1.mlp.down_proj") is None
+    assert layout.format_of("model.layers.1.mlp.up_proj") == ModuleFormat(
+        bits=4, group_size=64, symmetric=False
+    )
+    assert layout.format_of("lm_head") == eight
+    assert layout.format_of("model.embed_tokens") is None
+
+
+def test_a_pattern_matches_from_the_start_of_a_name_and_inherits_what_it_leaves_out() -> None:
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False}
+    quantization["dynamic"] = {"down_proj": {"bits": 8}, ".*up_proj": {"bits": 8}}
+    layout = read_quantization({"quantization_config": quantization})
+    assert layout is not None
+    plain = ModuleFormat(bits=4, group_size=64, symmetric=False)
+    assert layout.format_of("model.layers.0.mlp.down_proj") == plain
+    assert layout.format_of("model.layers.0.mlp.up_proj") == replace(plain, bits=8)
+
+
+def test_words_that_do_not_come_in_threes_are_refused_as_3_bits() -> None:
+    tensors = pack(random_weight(4, 16), "gptq")
+    with pytest.raises(FolderError, match="in threes"):
+        unpack(tensors, 3, 16, "gptq")
+
+
 def test_a_float_or_nf4_config_has_no_gptq_format() -> None:
     assert read_quantization({"vocab_size": 3}) is None
     assert read_quantization({"quantization_config": {"quant_method": "bitsandbytes"}}) is None
@@ -189,13 +293,18 @@ def test_the_newer_name_of_the_format_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"bits": 3}, "4 or 8 bits, this model has 3"),
+        ({"bits": 5}, "2, 3, 4 or 8 bits, quantization_config says 5"),
         ({"bits": "four"}, "whole numbers"),
         ({"group_size": None}, "whole numbers"),
         ({"group_size": 0}, "above 0, or -1"),
         ({"checkpoint_format": "marlin"}, "'marlin'"),
-        ({"dynamic": {"-:.*down_proj": {}}}, "dynamic"),
-        ({"lm_head": True}, "lm_head"),
+        ({"checkpoint_format": "gptq_p"}, "'gptq_p'"),
+        ({"pack_dtype": "int64"}, "'int64'"),
+        ({"dynamic": ["down_proj"]}, "dynamic .* should be an object"),
+        ({"dynamic": {"+:(down": {}}}, r"'\+:\(down' .* is not a regular expression"),
+        ({"dynamic": {"+:.*down_proj": {"bits": 5}}}, "down_proj.* says 5"),
+        ({"dynamic": {".*down_proj": {"group_size": 0}}}, "above 0, or -1"),
+        ({"dynamic": {".*down_proj": 8}}, "should be an object"),
     ],
 )
 def test_a_format_that_cannot_be_read_is_refused_by_name(

@@ -1,27 +1,42 @@
-"""NF4: 4-bit NormalFloat weights, written by bitsandbytes through transformers.
+"""NF4: a float model folder to one of 4-bit NormalFloat weights, as bitsandbytes writes them.
 
-Each run of 64 weights is divided by its largest magnitude and rounded to one of 16 numbers, the
-quantiles of a normal distribution (QLoRA, Dettmers et al., 2023, section 3,
-https://arxiv.org/abs/2305.14314). It looks at no text. On a CPU it saves memory and not time: every
-product turns the codes back into floats first.
+It looks at no text, and at one matrix at a time, so that the model need not fit in memory. The
+codes are those of bitsandbytes (``quantize.nf4_codec``), which is needed neither here nor to read
+the folder in mistill.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mistill.errors import ArchitectureError, missing_extra
-from mistill.folder import add_lineage, copy_companions, creating, refuse_existing
-from mistill.pytorch import quiet_transformers
+from mistill.errors import ArchitectureError, FolderError
+from mistill.folder import (
+    add_lineage,
+    copy_companions,
+    creating,
+    read_json,
+    refuse_existing,
+    safetensors_header,
+    weight_files,
+    write_atomically,
+)
+from mistill.progress import track
+from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
+from quantize.nf4_codec import BLOCK, encode_nf4
 from quantize.settings import Nf4Settings
-from quantize.storage import FloatModel, ModuleReport, open_float, tensor_kinds, write_report
-
-BLOCK = 64
+from quantize.storage import (
+    FloatModel,
+    ModuleReport,
+    TensorWriter,
+    open_float,
+    tensor_kinds,
+    write_report,
+)
 
 
 def to_nf4(
@@ -50,43 +65,42 @@ def to_nf4(
     Raises:
         FolderError: If the source is broken or quantized already.
         ArchitectureError: If a matrix has rows that blocks of 64 do not fill.
-        MissingExtraError: If bitsandbytes is not installed.
     """
     settings = settings_from(Nf4Settings, settings, options)
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     _require_whole_blocks(model)
-    try:
-        import bitsandbytes  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise missing_extra("bitsandbytes", "compress") from error
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     started = time.perf_counter()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=settings.double_quantization,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    with quiet_transformers(), creating(target, overwrite) as partial:
-        quantized = AutoModelForCausalLM.from_pretrained(
-            model.folder,
-            dtype="auto",
-            quantization_config=quantization,
-            device_map={"": "cpu"},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        quantized.save_pretrained(partial)
-        names = [f"{name}.weight" for name in model.matrices]
-        kept = sorted({name for name, _ in quantized.named_parameters()} - set(names))
-        seconds = time.perf_counter() - started
+    reports: list[ModuleReport] = []
+    kept: list[str] = []
+    with (
+        creating(target, overwrite) as partial,
+        TensorWriter(partial) as writer,
+        track("Encoding", total=len(model.matrices), unit="matrices") as progress,
+    ):
+        for name in _names(model):
+            tensor = read_tensors(model.folder, name)[""]
+            module = name.removesuffix(".weight")
+            if module not in model.matrices:
+                writer.add(name, tensor)
+                kept.append(name)
+                continue
+            begun = time.perf_counter()
+            try:
+                encoded = encode_nf4(tensor, settings.double_quantization)
+            except ValueError as error:
+                raise FolderError(f"{name} of {model.folder} cannot be stored: {error}") from error
+            for part, values in encoded.items():
+                writer.add(f"{module}.{part}", values)
+            seconds = round(time.perf_counter() - begun, 4)
+            reports.append(ModuleReport(name=module, seconds=seconds))
+            progress.advance(1)
+        _write_config(model.folder, partial, settings)
         copy_companions(model.folder, partial)
-        reports = [ModuleReport(name=name) for name in model.matrices]
         used = settings_dict(settings)
-        write_report(partial, reports, kept, step="nf4", settings=used, seconds=round(seconds, 2))
+        seconds = round(time.perf_counter() - started, 2)
+        write_report(partial, reports, kept, step="nf4", settings=used, seconds=seconds)
         add_lineage(
             partial,
             step="nf4",
@@ -95,6 +109,36 @@ def to_nf4(
             kept_float=tensor_kinds(kept),
         )
     return target
+
+
+def _names(model: FloatModel) -> Iterator[str]:
+    """The tensors that the new folder is made of, in the order of the files."""
+    for file in weight_files(model.folder):
+        for name in safetensors_header(file):
+            tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
+            if not tied_head and not name.endswith("rotary_emb.inv_freq"):
+                yield name
+
+
+def _write_config(source: Path, target: Path, settings: Nf4Settings) -> None:
+    """The parent's config, and how to read the weights, as transformers writes both."""
+    config = read_json(source / "config.json")
+    config["quantization_config"] = {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": settings.double_quantization,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+    write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _require_whole_blocks(model: FloatModel) -> None:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from mistill.errors import ArchitectureError, FolderError
 from mistill.folder import describe, open_folder, read_json, read_lineage
+from mistill.nf4_layout import NF4_NAMES, read_nf4
 from mistill.pytorch import load_pytorch
 from mistill.vocabulary import load_vocabulary
 from quantize import to_nf4
 from quantize.storage import REPORT_FILE
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["double", "single"])
@@ -21,22 +26,71 @@ def made(
     return request.param, to_nf4(model, target, double_quantization=request.param)
 
 
-def test_codes_and_scales_are_those_of_bitsandbytes(made: tuple[bool, Path], model: Path) -> None:
-    from bitsandbytes.functional import quantize_4bit
+def test_the_folder_is_the_one_that_transformers_and_bitsandbytes_write(
+    made: tuple[bool, Path], model: Path, tmp_path: Path
+) -> None:
+    """Every tensor by name, type and bytes, and how config.json says to read them."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     double, target = made
-    tensors = load_file(target / "model.safetensors")
-    for name, weight in load_file(model / "model.safetensors").items():
-        if not name.endswith("_proj.weight"):
-            assert torch.equal(tensors[name], weight)
-            continue
-        codes, state = quantize_4bit(
-            weight, blocksize=64, quant_type="nf4", compress_statistics=double
-        )
-        assert torch.equal(tensors[name], codes)
-        assert torch.equal(tensors[f"{name}.absmax"], state.absmax)
-        if double:
-            assert torch.equal(tensors[f"{name}.nested_absmax"], state.state2.absmax)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        model, dtype="auto", quantization_config=quantization, device_map={"": "cpu"}
+    )
+    theirs.save_pretrained(tmp_path)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (tmp_path, target))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert read_json(target / "config.json") == read_json(tmp_path / "config.json")
+
+
+def test_it_is_written_and_read_without_bitsandbytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    target = to_nf4(model, tmp_path / "small")
+    files = load_file(target / "model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj"):
+        parts = {
+            part: files[f"{name}.{part}"].numpy() for part in NF4_NAMES if f"{name}.{part}" in files
+        }
+        decoded = torch.from_numpy(read_nf4(parts, name).dequantize())
+        original = load_file(model / "model.safetensors")[f"{name}.weight"]
+        # NF4 leaves about a tenth of a normal weight's size, and its sign.
+        assert 0.05 < (decoded - original).norm() / original.norm() < 0.13
+
+
+def test_a_tied_head_is_stored_once_and_not_quantized(tmp_path: Path) -> None:
+    tied = tiny_model(tmp_path / "tied", model_type="llama", tie_word_embeddings=True, seed=3)
+    target = to_nf4(tied, tmp_path / "small")
+    names = load_file(target / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names
+    assert not any(name.startswith("lm_head") for name in names)
+    assert describe(target).parameters == describe(tied).parameters
+
+
+def test_rows_that_share_a_block_are_refused(tmp_path: Path) -> None:
+    odd = tiny_model(tmp_path / "odd", intermediate_size=96)
+    with pytest.raises(ArchitectureError, match=r"multiple of 64.*down_proj has 96"):
+        to_nf4(odd, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_weight_that_is_no_number_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FolderError, match=r"layers.1.mlp.up_proj.weight.*not a finite number"):
+        to_nf4(tmp_path / "broken", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def test_double_quantization_is_written_only_where_asked_for(made: tuple[bool, Path]) -> None:

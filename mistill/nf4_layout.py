@@ -1,0 +1,116 @@
+"""The layout of 4-bit NormalFloat weights as bitsandbytes saves them, and what they stand for.
+
+The weights of a linear layer are taken row by row as one run, and every 64 of them share a scale,
+their largest magnitude. A weight divided by it is one of 16 levels (QLoRA, Dettmers et al., 2023,
+section 3, https://arxiv.org/abs/2305.14314). With n weights in B blocks the tensors are
+
+    weight                                   uint8 (n / 2, 1), the first code in the high bits
+    weight.absmax                            float32 (B,), or uint8 (B,) if quantized themselves
+    weight.quant_map                         float32 (16,), the levels
+    weight.nested_absmax                     float32, a scale for every 256 of the absmax
+    weight.nested_quant_map                  float32 (256,), the levels of the absmax
+    weight.quant_state.bitsandbytes__nf4     JSON: shape, type, block sizes, mean of the absmax
+
+Needs numpy alone, so that a laptop without PyTorch or bitsandbytes can read it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.errors import FolderError
+
+NF4_STATE = "quant_state.bitsandbytes__nf4"
+
+# Of a linear layer, in which ``read_nf4`` finds what it needs.
+NF4_NAMES = (
+    "weight",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    f"weight.{NF4_STATE}",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Nf4Weight:
+    """A weight in 4-bit NormalFloat.
+
+    Attributes:
+        codes: Two a byte, the first in the high bits; uint8, flat.
+        levels: What the codes stand for before scaling, float32, shape (16,).
+        scales: The largest magnitude of each block, float32, flat.
+        block_size: Weights that share a scale.
+        shape: Outputs and inputs (N, K).
+    """
+
+    codes: NDArray[np.uint8]
+    levels: NDArray[np.float32]
+    scales: NDArray[np.float32]
+    block_size: int
+    shape: tuple[int, int]
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The weights that the codes stand for.
+
+        Returns:
+            Shape (N, K), float32, each the product of its level and its scale.
+        """
+        # Both levels of a byte are looked up at once, as one number of eight bytes.
+        byte = np.arange(256)
+        pairs = np.stack([self.levels[byte >> 4], self.levels[byte & 15]], axis=1)
+        weights = pairs.view(np.int64)[:, 0][self.codes].view(np.float32)
+        count = math.prod(self.shape)
+        whole = count // self.block_size * self.block_size
+        weights[:whole].reshape(-1, self.block_size)[:] *= self.scales[
+            : whole // self.block_size, None
+        ]
+        if whole < count:
+            weights[whole:] *= self.scales[-1]
+        return weights[:count].reshape(self.shape)
+
+
+def read_nf4(tensors: Mapping[str, NDArray[Any]], name: str) -> Nf4Weight:
+    """Read a weight that bitsandbytes, or mistill, has saved.
+
+    Args:
+        tensors: Those of the layer that ``NF4_NAMES`` lists and that there are.
+        name: What to call it where something is wrong.
+
+    Returns:
+        The weight, its scales as float32 even if they were quantized.
+
+    Raises:
+        FolderError: If a tensor is missing, or they contradict one another.
+    """
+    wanted = ["weight", "weight.absmax", "weight.quant_map", f"weight.{NF4_STATE}"]
+    if "weight.nested_absmax" in tensors:
+        wanted.append("weight.nested_quant_map")
+    missing = [tensor for tensor in wanted if tensor not in tensors]
+    if missing:
+        raise FolderError(f"{name}.{missing[0]} is missing, so its NF4 weight cannot be read")
+    state = json.loads(tensors[f"weight.{NF4_STATE}"].tobytes())
+    rows, columns = state["shape"]
+    block = int(state["blocksize"])
+    scales = tensors["weight.absmax"]
+    if "weight.nested_absmax" in tensors:
+        steps = tensors["weight.nested_quant_map"].astype(np.float32)[scales]
+        outer = tensors["weight.nested_absmax"].astype(np.float32).repeat(state["nested_blocksize"])
+        scales = steps * outer[: len(steps)] + np.float32(state["nested_offset"])
+    codes = tensors["weight"].reshape(-1).view(np.uint8)
+    count = rows * columns
+    if len(codes) != -(-count // 2) or len(scales) != -(-count // block):
+        raise FolderError(
+            f"{name} has {len(codes)} bytes of NF4 codes and {len(scales)} scales, which do not "
+            f"make {rows} x {columns} weights in blocks of {block}; the file is damaged"
+        )
+    levels = tensors["weight.quant_map"].astype(np.float32)
+    return Nf4Weight(codes, levels, scales.astype(np.float32), block, (rows, columns))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mistill.errors import FolderError
 from mistill.nf4_layout import NF4_STATE, read_nf4
-from quantize.nf4_codec import _encode_scales, dynamic_levels, encode_nf4
+from quantize.nf4_codec import _LEVELS, _encode_scales, dynamic_levels, encode_nf4
 
 # The last shapes have a last block that is not full, with an even and an odd number of weights.
 SHAPES = ((64, 64), (128, 192), (300, 64), (17, 640), (7, 96), (5, 33))
@@ -76,6 +76,23 @@ def test_quantized_scales_are_those_of_bitsandbytes_over_their_whole_range():
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("shape", [(64, 64), (17, 640)], ids=str)
+def test_products_and_quotients_are_rounded_where_bitsandbytes_rounds_them():
+    """Scales times points between two codes: there the last bit of a quotient decides."""
+    generator = torch.Generator().manual_seed(0)
+    levels = dynamic_levels()
+    places = ((levels[:-1] + levels[1:]) / 2 + 1) * 32767.5
+    edges = ((places.floor() + 0.5) / 32767.5 - 1)[:, None]
+    for scale in torch.rand(300, generator=generator).tolist():
+        scales = torch.cat([edges * scale, edges.new_full((1, 1), scale)]).view(-1)
+        assert torch.equal(_encode_scales(scales)[0], quantize_blockwise(scales, blocksize=256)[0])
+    levels = torch.tensor(_LEVELS)
+    middles = torch.cat([(levels[:-1] + levels[1:]) / 2, torch.ones(1)])
+    for scale in torch.rand(300, generator=generator).tolist():
+        for rows in (1, 4):  # a last block that is not full, and one that is
+            W = (middles * scale).repeat(rows)[None]
+            assert torch.equal(encode_nf4(W, False)["weight"], theirs(W, False)["weight"])
+
+
 def test_what_is_read_back_is_what_bitsandbytes_reads(shape, double):
     codes, state = quantize_4bit(
         weights("normal", shape), quant_type="nf4", compress_statistics=double

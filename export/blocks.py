@@ -1,7 +1,8 @@
 """Weights as ONNX Runtime multiplies them: codes in blocks of columns that share a scale.
 
 ``MatMulNBits`` and ``GatherBlockQuantized`` read the same bytes: for each of N rows, blocks of
-16 to 256 columns, two 4-bit codes to a byte with the even column in the low half. A weight is
+16 to 256 columns, two 4-bit codes to a byte with the even column in the low half, four of 2 bits
+likewise. A weight is
 scale * (code - zero); without zeros, zero is the middle of the code range.
 
 Codes of a GPTQ checkpoint go over as they are. A group longer than a block is split into blocks
@@ -36,7 +37,7 @@ class BlockWeight:
             zero point.
         scales: Shape (N, blocks).
         zeros: Shape (N, blocks), one zero point to a byte, or None for the middle of the range.
-        bits: Bits per code, 4 or 8.
+        bits: Bits per code, 2, 4 or 8.
         columns: K.
         order: Shape (K,), the input column that stands at each place, or None if they are in
             order.
@@ -315,19 +316,24 @@ def _block_for(columns: int, bounds: Sequence[int], largest_block: int) -> int |
 
 
 def _pack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Pack codes of one byte each along the last axis, the first in the low half."""
+    """Pack codes of one byte each along the last axis, the first in the lowest bits."""
     if bits == 8:
         return np.ascontiguousarray(values)
-    if values.shape[-1] % 2:
-        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
-    return values[..., ::2] | values[..., 1::2] << np.uint8(4)
+    lanes = 8 // bits
+    missing = -values.shape[-1] % lanes
+    if missing:
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+    packed = np.zeros((*values.shape[:-1], values.shape[-1] // lanes), np.uint8)
+    for lane in range(lanes):
+        packed |= values[..., lane::lanes] << np.uint8(lane * bits)
+    return packed
 
 
 def _unpack(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return values
-    both = np.stack([values & 15, values >> 4], axis=-1)
-    return both.reshape(*values.shape[:-1], -1)
+    lanes = [values >> np.uint8(lane * bits) & np.uint8(2**bits - 1) for lane in range(8 // bits)]
+    return np.stack(lanes, axis=-1).reshape(*values.shape[:-1], -1)
 
 
 def _same_order(left: NDArray[np.int64] | None, right: NDArray[np.int64] | None) -> bool:

@@ -156,9 +156,13 @@ class _Decoder:
         # wants it: a tied head reads the same initializer, and no copy is made in memory.
         table = writer.stored("embedding.codes", weight.codes)
         scales = writer.stored("embedding.scales", weight.scales[..., None])
+        inputs = [table, ids, scales]
+        if weight.zeros is not None:
+            # A block is an axis of its own here, so that each zero is alone in its byte.
+            inputs.append(writer.stored("embedding.zeros", weight.zeros[..., None]))
         gathered = writer.node(
             "GatherBlockQuantized",
-            [table, ids, scales],
+            inputs,
             "embedding.blocks",
             domain=MICROSOFT,
             bits=weight.bits,
@@ -171,6 +175,8 @@ class _Decoder:
         hidden = writer.node("Reshape", [gathered, shape], "embedding")
         if padded > weight.columns:
             hidden = self._slice(hidden, 0, weight.columns, 2, "embedding.unpadded")
+        if weight.order is not None:
+            hidden = self._gather_columns(hidden, np.argsort(weight.order), "embedding")
         flat = writer.constant("embedding.scales.shape", np.array([-1], np.int64))
         flat_scales = writer.node("Reshape", [scales, flat], "embedding.scales.flat")
         return hidden, _Table(table, flat_scales, weight)

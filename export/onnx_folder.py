@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from export.architecture import Architecture, read_architecture
+from export.architecture import EMBEDDING, HEAD, Architecture, read_architecture
 from export.genai import GENAI_FILE, genai_config
 from export.manifest import bytes_per_token, checksums
 from export.parity import TEXT, can_compare, measure_parity, require_parity
@@ -24,10 +24,12 @@ from mistill.folder import (
     copy_companions,
     creating,
     open_folder,
+    read_config,
     read_json,
     refuse_existing,
     write_atomically,
 )
+from mistill.gptq_layout import read_quantization
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model
 from mistill.vocabulary import Vocabulary, load_vocabulary
@@ -118,10 +120,27 @@ def _resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gr
     options = GraphOptions(
         context_length=context_length,
         accuracy_level=settings.accuracy_level,
-        head_bits=settings.head_bits or (32 if floats else 8),
-        embedding_bits=settings.embedding_bits or (32 if floats else 8),
+        head_bits=_table_bits("head_bits", settings.head_bits, info, floats),
+        embedding_bits=_table_bits("embedding_bits", settings.embedding_bits, info, floats),
     )
     return replace(settings, precision="float32") if floats else settings, options
+
+
+def _table_bits(name: str, asked: int | None, info: FolderInfo, floats: bool) -> int:
+    """Bits of the head or the embedding: as asked for, as stored, or a default."""
+    config = read_config(info.path)
+    layout = read_quantization(config)
+    tied = bool(config.get("tie_word_embeddings", False))
+    module = HEAD if name == "head_bits" and not tied else EMBEDDING
+    form = None if layout is None else layout.format_of(module)
+    if form is None or floats:
+        return asked or (32 if floats else 8)
+    require(
+        asked in (None, 32, form.bits),
+        f"{name} is {asked}, and {info.path} holds that table as {form.bits}-bit codes: leave "
+        f"{name} out to keep them, or give 32",
+    )
+    return asked or form.bits
 
 
 def _write(
@@ -146,7 +165,8 @@ def _write(
             ids = np.resize(np.array(vocabulary.encode(TEXT), np.int64), length)
             parity = measure_parity(folder, info.path, architecture, weights, ids, options)
             layer_bits = {"float32": 32, "int4": 4}.get(settings.precision, 8)
-            coarsest = min(layer_bits, options.head_bits, options.embedding_bits)
+            # Tables that the source holds as codes are not rounded, whatever their bits.
+            coarsest = max(4, min(layer_bits, options.head_bits, options.embedding_bits))
             exact = coarsest == 32 or options.accuracy_level == 0
             require_parity(parity, exact=exact, bits=coarsest)
         elif settings.parity_positions > 0:

@@ -16,7 +16,10 @@ DEFAULT_CONTEXT = 4096
 
 # Activations are rounded in the same blocks; docs/decisions/0008-blocks-of-the-onnx-graph.md holds
 # what each size costs in KL and in speed.
-DEFAULT_BLOCKS = {4: 64, 8: 32}
+DEFAULT_BLOCKS = {2: 64, 4: 64, 8: 32}
+# ONNX Runtime 1.31 multiplies 2-bit codes fast only in 8-bit integers and in blocks of at least 32;
+# otherwise it takes 60 times as long as for 4-bit ones.
+FAST_2_BIT_BLOCK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,12 @@ class OnnxSettings:
 
     Attributes:
         precision: ``auto`` keeps what the source holds: float weights as float32, GPTQ codes as
-            they are, NF4 on an 8-bit grid that holds its 16 levels. ``float32`` decodes any
-            source; ``int8`` and ``int4`` round a float source.
+            they are (those of 3 bits, and of 2 where ONNX Runtime is slow, as codes of 4 bits
+            that stand for the same weights), NF4 on an 8-bit grid that holds its 16 levels.
+            ``float32`` decodes any source; ``int8`` and ``int4`` round a float source.
         head_bits: Bits of the output head, 4, 8 or 32 (float32). Left out, it is 8 beside
-            quantized layers and 32 beside float ones.
+            quantized layers and 32 beside float ones. A head that the source holds as codes keeps
+            them, or becomes float32.
         embedding_bits: Bits of the input embedding, as for the head. A tied head shares the
             embedding's table when both have the same bits.
         block_size: Most input columns that share a scale: 16, 32, 64, 128 or 256. Longer groups of
@@ -55,7 +60,7 @@ class OnnxSettings:
         """Most columns that share a scale.
 
         Args:
-            bits: Bits per code, 4 or 8.
+            bits: Bits per code, 2, 4 or 8.
 
         Returns:
             A legal block size.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from export.architecture import Architecture
 from export.blocks import BlockWeight, blocks_of_codes, blocks_of_nf4, round_to_blocks
-from export.settings import OnnxSettings
+from export.settings import FAST_2_BIT_BLOCK, OnnxSettings
 from mistill.errors import FolderError, missing_extra
-from mistill.folder import read_json, safetensors_header, weight_files
-from mistill.gptq_layout import TENSOR_NAMES, read_quantization, unpack
+from mistill.folder import read_config, safetensors_header, weight_files
+from mistill.gptq_doctor import require_sound
+from mistill.gptq_layout import read_quantization
+from mistill.tensor_files import TensorFiles, read_quantized
 
 FloatWeight = NDArray[np.float32]
 Weight = FloatWeight | BlockWeight
@@ -62,7 +64,11 @@ class FolderWeights:
             FolderError: If a weight is missing or has another shape; the message names it.
         """
         self._settings = settings
-        self._gptq = read_quantization(read_json(folder / "config.json"))
+        config = read_config(folder)
+        self._gptq = read_quantization(config)
+        if self._gptq is not None:
+            require_sound(folder)
+        self._codes = TensorFiles(folder)
         self._home: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in weight_files(folder):
@@ -174,7 +180,8 @@ class FolderWeights:
         for module, shape in architecture.shapes().items():
             name, expected = f"{module}.weight", shape
             if self.has(f"{module}.qweight"):
-                bits = 32 if self._gptq is None else self._gptq.bits
+                form = None if self._gptq is None else self._gptq.format_of(module)
+                bits = 32 if form is None else form.bits
                 name, expected = f"{module}.qweight", (shape[1] * bits // 32, shape[0])
             elif self.has(f"{name}.{_NF4_STATE}"):
                 expected = (math.prod(shape) // 2, 1)
@@ -205,11 +212,16 @@ class FolderWeights:
             raise FolderError(
                 f"{module} is stored as GPTQ codes, but config.json has no quantization_config"
             )
-        names = [name for name in TENSOR_NAMES if self.has(f"{module}.{name}")]
-        tensors = {name: self.tensor(f"{module}.{name}") for name in names}
-        tensors["scales"] = self.floats(f"{module}.scales")
-        weight = unpack(tensors, form.bits, form.group_size, form.checkpoint_format)
-        return blocks_of_codes(weight, self._settings.largest_block(form.bits))
+        weight = read_quantized(self._codes, module, form)
+        settings = self._settings
+        if weight.bits == 2 and settings.accuracy_level == 4:
+            blocks = blocks_of_codes(weight, settings.largest_block(2))
+            if blocks.block_size >= FAST_2_BIT_BLOCK:
+                return blocks
+        if weight.bits in (2, 3):
+            # Their codes and zeros are codes of 4 bits too, on the same grid: no weight changes.
+            weight = replace(weight, bits=4)
+        return blocks_of_codes(weight, settings.largest_block(weight.bits))
 
     def _nf4_blocks(self, module: str) -> BlockWeight:
         """Blocks of what bitsandbytes saved, whose scales may be quantized themselves."""

@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from mistill.errors import FolderError, TargetExistsError
+from mistill.gptq_format import read_quantization
 
 Form = Literal["model", "gptq", "nf4", "onnx"]
 
 LINEAGE_FILE = "lineage.json"
 MANIFEST_FILE = "manifest.json"
+AUTO_GPTQ_CONFIG = "quantize_config.json"
 
 # What tells how a folder was made, with dates and durations, and not what it holds.
 _RECORDS = (LINEAGE_FILE, MANIFEST_FILE, "metrics.jsonl", "quantize_report.json")
@@ -361,7 +363,7 @@ def describe(path: str | Path) -> FolderInfo:
         What it holds.
     """
     folder = Path(path).expanduser().absolute()
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     quantization = config.get("quantization_config")
     form = form_of(folder, config)
     sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
@@ -370,7 +372,7 @@ def describe(path: str | Path) -> FolderInfo:
         parameters = int(read_json(folder / MANIFEST_FILE)["parameters"])
     else:
         weights = weight_files(folder)
-        parameters = _dense_parameters(folder, quantization)
+        parameters = _dense_parameters(folder, config)
     return FolderInfo(
         path=folder,
         form=form,
@@ -432,6 +434,26 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int:
     return int(config["max_position_embeddings"])
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json, and what AutoGPTQ may have put beside it.
+
+    Args:
+        folder: A folder of any form.
+
+    Returns:
+        The config; ``quantization_config`` is that of quantize_config.json where config.json has
+        none.
+
+    Raises:
+        FolderError: If a file is missing or is not a JSON object.
+    """
+    config = read_json(folder / "config.json")
+    if "quantization_config" not in config and (folder / AUTO_GPTQ_CONFIG).is_file():
+        said = read_json(folder / AUTO_GPTQ_CONFIG)
+        config["quantization_config"] = {"quant_method": "gptq", **said}
+    return config
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, in order.
 
@@ -439,13 +461,40 @@ def weight_files(folder: Path) -> list[Path]:
         folder: A model folder.
 
     Returns:
-        One file, or the shards that the index names.
+        One file, or the shards that the index names; of a folder by AutoGPTQ those under the name
+        that it gives them, such as ``gptq_model-4bit-128g.safetensors``.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        return [folder / name for name in names]
+    for base in ("model", *_auto_gptq_names(folder)):
+        index = folder / f"{base}.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            return [folder / name for name in names]
+        if (folder / f"{base}.safetensors").is_file():
+            return [folder / f"{base}.safetensors"]
     return [folder / "model.safetensors"]
+
+
+def _auto_gptq_names(folder: Path) -> list[str]:
+    """The names that AutoGPTQ may have given to the weights of a folder, without their ending."""
+    if not (folder / AUTO_GPTQ_CONFIG).is_file():
+        return []
+    said = read_json(folder / AUTO_GPTQ_CONFIG)
+    default = f"gptq_model-{said.get('bits')}bit-{said.get('group_size')}g"
+    names = [said.get("model_file_base_name"), default]
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+
+
+def data_start(file: Path) -> int:
+    """Where the tensors of a safetensors file begin.
+
+    Args:
+        file: A file that ``safetensors_header`` reads.
+
+    Returns:
+        Bytes from the start of the file.
+    """
+    with file.open("rb") as opened:
+        return 8 + int(struct.unpack("<Q", opened.read(8))[0])
 
 
 def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -510,7 +559,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _config_problems(folder: Path) -> list[str]:
     try:
-        config = read_json(folder / "config.json")
+        config = read_config(folder)
     except FolderError as error:
         return [str(error).replace(f"{folder}{os.sep}", "")]
     wanted = (
@@ -591,17 +640,24 @@ def _read_header(opened: BinaryIO, size: int) -> tuple[dict[str, dict[str, Any]]
     return (header, 8 + length) if isinstance(header, dict) else None
 
 
-def _dense_parameters(folder: Path, quantization: Mapping[str, Any] | None) -> int:
+def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
     """Count the weights that a folder stands for, whatever form they are packed in."""
     tensors: dict[str, dict[str, Any]] = {}
     for file in weight_files(folder):
         tensors.update(safetensors_header(file))
-    codes_per_word = 32 // int((quantization or {}).get("bits", 32))
+    layout = None
     total = 0
     for name, entry in tensors.items():
         count = math.prod(entry["shape"])
         if name.endswith(".qweight"):
-            total += count * codes_per_word
+            module = name.removesuffix(".qweight")
+            if f"{module}.g_idx" in tensors:
+                inputs = tensors[f"{module}.g_idx"]["shape"][0]
+            else:
+                layout = layout or read_quantization(config)
+                form = None if layout is None else layout.format_of(module)
+                inputs = entry["shape"][0] * 32 // (form.bits if form else 32)
+            total += inputs * entry["shape"][1]
         elif f"{name}.quant_state.bitsandbytes__nf4" in tensors:
             total += count * 2
         elif name.endswith((".weight", ".bias")):

@@ -20,6 +20,7 @@ from mistill.folder import (
     read_json,
     read_lineage,
 )
+from mistill.gptq_doctor import Diagnosis, examine
 from mistill.location import Location, is_remote, location_of
 from mistill.targets_folder import TargetsInfo, describe_targets, is_targets, targets_problems
 from mistill.vocabulary import load_vocabulary
@@ -50,6 +51,7 @@ class Inspection:
         fingerprint: A short name for its content.
         targets: What a folder of targets holds; None for a model.
         fidelity: The fidelity card of a distilled student; None where there is none.
+        gptq: What the codes of a GPTQ folder are, told from the codes; None for other forms.
     """
 
     path: Path | str
@@ -60,6 +62,7 @@ class Inspection:
     fingerprint: str
     targets: TargetsInfo | None = None
     fidelity: dict[str, Any] | None = None
+    gptq: Diagnosis | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as JSON values.
@@ -87,6 +90,7 @@ class Inspection:
             "info": info,
             "targets": None if self.targets is None else self.targets.to_dict(),
             "fidelity": self.fidelity,
+            "gptq": None if self.gptq is None else self.gptq.to_dict(),
             "problems": list(self.problems),
             "notes": list(self.notes),
             "lineage": list(self.lineage),
@@ -106,6 +110,8 @@ class Inspection:
         parts: list[RenderableType] = []
         if self.info is not None:
             parts.append(_facts(self.info, self.fingerprint))
+        if self.gptq is not None:
+            parts.append(_gptq_facts(self.gptq))
         if self.targets is not None:
             parts.append(_targets_facts(self.targets, self.fingerprint))
         if self.fidelity is not None:
@@ -130,6 +136,7 @@ class Inspection:
 def inspect_folder(path: str | Path) -> Inspection:
     """Look at a folder without loading its weights.
 
+    Of a GPTQ folder zeros, scales and some codes are read, to tell what they are from themselves.
     Of targets every byte is read and compared with the checksums of the manifest.
 
     Args:
@@ -159,16 +166,27 @@ def inspect_folder(path: str | Path) -> Inspection:
             fidelity = read_json(folder / FIDELITY_FILE)
         except FolderError as error:
             wrong.append(str(error))
+    gptq = None
     if not wrong:
         info = describe(folder)
+        if info.form == "gptq":
+            try:
+                gptq = examine(folder)
+                wrong += gptq.contradictions
+            except FolderError as error:
+                wrong.append(str(error))
     return Inspection(
         path=folder,
         info=info,
         problems=tuple(wrong),
-        notes=tuple(_notes(folder, lineage)) if info is not None else (),
+        notes=(
+            *(() if info is None else _notes(folder, lineage)),
+            *(() if gptq is None else gptq.notes),
+        ),
         lineage=lineage,
         fingerprint=fingerprint(folder),
         fidelity=fidelity,
+        gptq=gptq,
     )
 
 
@@ -226,6 +244,26 @@ def _facts(info: FolderInfo, name: str) -> RenderableType:
         shown = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
         words = [f"{key} {quantization[key]}" for key in shown if key in quantization]
         rows["quantized as"] = ", ".join([str(quantization.get("quant_method")), *words])
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/bold]", value)
+    return table
+
+
+def _gptq_facts(found: Diagnosis) -> RenderableType:
+    """What the codes told of themselves."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    widths = ", ".join(f"{bits} bits in {count} matrices" for bits, count in found.bits.items())
+    kind = "symmetric" if found.symmetric else "asymmetric"
+    order = {"plain": "in order", "mixed": "mixed by activation order"}[found.order]
+    index = "" if found.index else ", no g_idx"
+    rows = {
+        "codes": widths or "none",
+        "zeros": f"{kind}, {found.checkpoint_format or 'format cannot be told'}: {found.evidence}",
+        "groups": f"{order}{index}",
+        "scales": ", ".join(f"{kind} in {count}" for kind, count in found.scale_types.items()),
+    }
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/bold]", value)
     return table

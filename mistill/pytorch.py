@@ -24,12 +24,15 @@ from mistill.folder import (
     FolderInfo,
     context_length,
     open_folder,
+    read_config,
     read_json,
     safetensors_header,
     weight_files,
 )
-from mistill.gptq_layout import TENSOR_NAMES, GptqFormat, read_quantization, unpack
+from mistill.gptq_doctor import require_sound
+from mistill.gptq_layout import TENSOR_NAMES, read_quantization
 from mistill.language_model import Choose, greedy
+from mistill.tensor_files import TensorFiles, read_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -241,11 +244,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _load_gptq(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    layout = read_quantization(read_json(folder / "config.json"))
-    assert layout is not None, "describe() calls a folder gptq only by its quantization_config"
+    require_sound(folder)
     wanted = dict(empty_model(config).named_parameters())
     weights = {}
-    for name, weight in _dequantized(folder, layout):
+    for name, weight in dequantized(folder):
         if name in wanted:
             weights[name] = weight.to(dtype)
         elif name.endswith(".bias") and weight.count_nonzero():
@@ -269,26 +271,29 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
 
 
-def _dequantized(folder: Path, layout: GptqFormat) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a GPTQ folder by its name in the plain architecture, one at a time."""
+def dequantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a GPTQ folder by its name in the plain architecture, one at a time.
+
+    Args:
+        folder: A GPTQ folder that ``mistill.gptq_doctor`` found sound.
+
+    Yields:
+        Names and tensors: float32 of those stored as codes, the others as they are stored.
+
+    Raises:
+        FolderError: If a matrix lacks a tensor.
+    """
+    layout = read_quantization(read_config(folder))
+    assert layout is not None, "describe() calls a folder gptq only by its quantization_config"
+    files = TensorFiles(folder)
     with _reading(folder) as (names, read):
         for name in names:
             module, _, last = name.rpartition(".")
-            if last not in TENSOR_NAMES:
+            if last == "qweight":
+                weight = read_quantized(files, module, layout)
+                yield f"{module}.weight", torch.from_numpy(weight.dequantize())
+            elif last not in TENSOR_NAMES:
                 yield name, read(name)
-                continue
-            if last != "qweight":
-                continue
-            parts = {
-                part: _as_numpy(read(f"{module}.{part}"))
-                for part in TENSOR_NAMES
-                if f"{module}.{part}" in names
-            }
-            missing = {"qzeros", "scales"} - parts.keys()
-            if missing:
-                raise FolderError(f"{folder} lacks {module}.{min(missing)}")
-            weight = unpack(parts, layout.bits, layout.group_size, layout.checkpoint_format)
-            yield f"{module}.weight", torch.from_numpy(weight.dequantize())
 
 
 @contextmanager
@@ -308,11 +313,6 @@ def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
             return tensor
 
         yield list(homes), read
-
-
-def _as_numpy(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return array
 
 
 def _load_nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

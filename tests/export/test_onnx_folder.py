@@ -30,7 +30,8 @@ from mistill.errors import (
     VocabularyError,
 )
 from mistill.folder import open_folder, read_lineage
-from mistill.gptq_layout import QuantizedWeight, unpack
+from mistill.gptq_layout import QuantizedWeight
+from mistill.tensor_files import read_quantized
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.reference.onnx_runner import OnnxRunner
 from tests.tiny import tiny_model
@@ -308,11 +309,11 @@ def test_codes_that_are_misread_are_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def off_by_one(*args: Any) -> QuantizedWeight:
-        weight = unpack(*args)
+        weight = read_quantized(*args)
         return replace(weight, zeros=weight.zeros + np.uint8(1))
 
     source, _ = gptq_folder(model, tmp_path / "source")
-    monkeypatch.setattr("export.weights.unpack", off_by_one)
+    monkeypatch.setattr("export.weights.read_quantized", off_by_one)
     refused(source, tmp_path / "onnx", ExportError, "48 positions")
 
 

@@ -35,7 +35,13 @@ MANIFEST_FILE = "manifest.json"
 AUTO_GPTQ_CONFIG = "quantize_config.json"
 
 # What tells how a folder was made, with dates and durations, and not what it holds.
-_RECORDS = (LINEAGE_FILE, MANIFEST_FILE, "metrics.jsonl", "quantize_report.json")
+_RECORDS = (
+    LINEAGE_FILE,
+    MANIFEST_FILE,
+    "metrics.jsonl",
+    "quantize_report.json",
+    "quantize_report.csv",
+)
 _VERSIONED = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnx-ir", "numpy")
 _COMPANIONS = (
     "tokenizer.json",

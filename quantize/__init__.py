@@ -12,9 +12,9 @@ from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from quantize.folders import to_gptq as to_gptq
-    from quantize.folders import to_rounding as to_rounding
     from quantize.gptq import quantize_weight as quantize_weight
     from quantize.nf4 import to_nf4 as to_nf4
+    from quantize.rounding_folder import to_rounding as to_rounding
     from quantize.settings import GptqSettings as GptqSettings
     from quantize.settings import Nf4Settings as Nf4Settings
     from quantize.settings import RoundingSettings as RoundingSettings
@@ -26,7 +26,7 @@ _HOMES = {
     "quantize_weight": "quantize.gptq",
     "to_gptq": "quantize.folders",
     "to_nf4": "quantize.nf4",
-    "to_rounding": "quantize.folders",
+    "to_rounding": "quantize.rounding_folder",
 }
 
 __all__ = [

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mistill.pytorch import empty_model, read_tensors
 from mistill.text import TokenBlocks
+from quantize.factor import mirror_lower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,7 +78,7 @@ class LayeredModel:
         self.config = config
         # A module of the library for each layer, without memory for its weights.
         empty = cast(Any, empty_model(config)).model
-        self._layers = empty.layers
+        self._layers, self._norm = empty.layers, empty.norm
         self._rotary = type(empty.rotary_emb)(config)
 
     def __len__(self) -> int:
@@ -98,24 +98,42 @@ class LayeredModel:
         layer.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
         return cast(nn.Module, layer.eval().requires_grad_(False))
 
-    def embed(self, blocks: TokenBlocks) -> list[Batch]:
+    def final_norm(self) -> nn.Module:
+        """Read the norm between the last layer and the head.
+
+        Returns:
+            The norm in float32; it belongs to the caller.
+        """
+        norm = copy.deepcopy(self._norm)
+        tensors = read_tensors(self.folder, "model.norm.")
+        norm.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+        return cast(nn.Module, norm.requires_grad_(False))
+
+    def embed(
+        self, blocks: TokenBlocks, change: Callable[[Tensor], Tensor] | None = None
+    ) -> list[Batch]:
         """Turn blocks of text into what enters the first layer.
 
         Args:
             blocks: N blocks of T tokens.
+            change: What becomes of rows (n, D) of the embedding when it is quantized; None if it
+                is not.
 
         Returns:
             The blocks in batches of about two thousand tokens.
         """
         table = read_tensors(self.folder, "model.embed_tokens.")["weight"]
+        ids, places = torch.from_numpy(blocks.ids).unique(return_inverse=True)
+        rows = table[ids].float()
+        del table
+        rows = rows if change is None else change(rows)
         step = max(1, _TOKENS_AT_ONCE // blocks.block_length)
         return [
-            self._batch(blocks[start : start + step], table)
+            self._batch(blocks[start : start + step], rows[places[start : start + step]])
             for start in range(0, len(blocks), step)
         ]
 
-    def _batch(self, blocks: TokenBlocks, table: Tensor) -> Batch:
-        hidden = functional.embedding(torch.from_numpy(blocks.ids), table).float()
+    def _batch(self, blocks: TokenBlocks, hidden: Tensor) -> Batch:
         documents = torch.from_numpy(blocks.documents)
         rotary = self._rotary(hidden, torch.from_numpy(blocks.position_ids))
         window = getattr(self.config, "sliding_window", None)
@@ -141,8 +159,44 @@ def visible(documents: Tensor, sliding_window: int | None = None) -> Tensor:
 
 
 @torch.no_grad()
+def layer_stages(layer: nn.Module, batches: Sequence[Batch]) -> Iterator[list[Tensor]]:
+    """Compute a layer of Llama or Mistral in four stages, stopping before each.
+
+    Args:
+        layer: A decoder layer in float32. A stage computes with the weights that its matrices have
+            when it goes on.
+        batches: What enters it.
+
+    Yields:
+        The inputs (B, T, K) of every batch to the matrices of each of ``STAGES`` in turn; and at
+        last the hidden states (B, T, D) after the layer.
+    """
+    parts = cast(Any, layer)
+    attention, mlp = parts.self_attn, parts.mlp
+    o_proj = attention.o_proj
+
+    normed = [parts.input_layernorm(batch.hidden) for batch in batches]
+    yield normed
+    attention.o_proj = nn.Identity()
+    attended = [
+        attention(x, position_embeddings=batch.rotary, attention_mask=batch.mask)[0]
+        for x, batch in zip(normed, batches, strict=True)
+    ]
+    attention.o_proj = o_proj
+    del normed
+    yield attended
+    hidden = [batch.hidden + o_proj(x) for x, batch in zip(attended, batches, strict=True)]
+    del attended
+    normed = [parts.post_attention_layernorm(x) for x in hidden]
+    yield normed
+    gated = [mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)) for x in normed]
+    del normed
+    yield gated
+    yield [x + mlp.down_proj(y) for x, y in zip(hidden, gated, strict=True)]
+
+
 def walk_layer(layer: nn.Module, batches: Sequence[Batch], visit: Visit) -> list[Tensor]:
-    """Compute a layer of Llama or Mistral in four stages, showing the inputs of each.
+    """Compute a layer, showing the inputs of each stage.
 
     Args:
         layer: A decoder layer in float32.
@@ -152,31 +206,26 @@ def walk_layer(layer: nn.Module, batches: Sequence[Batch], visit: Visit) -> list
     Returns:
         The hidden states after the layer, one tensor (B, T, D) per batch.
     """
-    parts = cast(Any, layer)
-    attention, mlp = parts.self_attn, parts.mlp
-    o_proj = attention.o_proj
+    flow = layer_stages(layer, batches)
+    for names in STAGES:
+        visit(names, kept_rows(next(flow), batches))
+    return next(flow)
 
-    def show(stage: int, inputs: Sequence[Tensor]) -> None:
-        visit(STAGES[stage], [x[batch.kept] for x, batch in zip(inputs, batches, strict=True)])
 
-    normed = [parts.input_layernorm(batch.hidden) for batch in batches]
-    show(0, normed)
-    attention.o_proj = nn.Identity()
-    attended = [
-        attention(x, position_embeddings=batch.rotary, attention_mask=batch.mask)[0]
-        for x, batch in zip(normed, batches, strict=True)
+def kept_rows(inputs: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+    """The inputs at positions that hold text.
+
+    Args:
+        inputs: Tensors (B, T, K), one per batch.
+        batches: Where there is text.
+
+    Returns:
+        Tensors (tokens, K); views of the inputs where there is no padding.
+    """
+    return [
+        x.reshape(-1, x.shape[-1]) if batch.kept.all() else x[batch.kept]
+        for x, batch in zip(inputs, batches, strict=True)
     ]
-    attention.o_proj = o_proj
-    del normed
-    show(1, attended)
-    hidden = [batch.hidden + o_proj(x) for x, batch in zip(attended, batches, strict=True)]
-    del attended
-    normed = [parts.post_attention_layernorm(x) for x in hidden]
-    show(2, normed)
-    gated = [mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
-    del normed
-    show(3, gated)
-    return [x + mlp.down_proj(y) for x, y in zip(hidden, gated, strict=True)]
 
 
 def mean_outer_product(inputs: Sequence[Tensor]) -> Tensor:
@@ -196,7 +245,26 @@ def mean_outer_product(inputs: Sequence[Tensor]) -> Tensor:
         for start in range(0, width, _STRIP):
             end = min(start + _STRIP, width)
             H[start:end, :end].addmm_(x[:, start:end].T, x[:, :end], alpha=1 / tokens)
-    return H.tril().add_(H.tril(-1).T)
+    mirror_lower(H)
+    return H
+
+
+def mean_drift(inputs: Sequence[Tensor], floats: Sequence[Tensor]) -> Tensor:
+    """The mean of (y - x) x^T, with x the inputs and y those of the float model.
+
+    Args:
+        inputs: Tensors (tokens, K).
+        floats: What the float model has in their place.
+
+    Returns:
+        Shape (K, K), float32.
+    """
+    tokens = sum(len(x) for x in inputs)
+    width = inputs[0].shape[1]
+    C = torch.zeros(width, width)
+    for x, y in zip(inputs, floats, strict=True):
+        C.addmm_((y - x).T, x, alpha=1 / tokens)
+    return C
 
 
 def matrices(layer: nn.Module, names: Sequence[str]) -> Iterator[nn.Linear]:

@@ -1,51 +1,58 @@
-"""GPTQ and plain rounding, from a float model folder to a folder in the AutoGPTQ layout."""
+"""GPTQ, from a float model folder to a folder in the AutoGPTQ layout."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from mistill.errors import FolderError, SettingsError
+from mistill.errors import SettingsError
 from mistill.folder import (
     add_lineage,
     context_length,
     copy_companions,
-    creating,
+    fingerprint,
+    installed_versions,
+    publish,
     refuse_existing,
+    working,
 )
-from mistill.gptq_layout import GptqFormat
-from mistill.progress import track
+from mistill.gptq_layout import EMBEDDING
+from mistill.progress import Tracker, track
 from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
 from mistill.text import Texts, TokenBlocks, check_texts, pack, read_documents
 from mistill.vocabulary import load_vocabulary
-from quantize.calibration import (
-    MATRICES,
-    Batch,
-    LayeredModel,
-    matrices,
-    mean_outer_product,
-    walk_layer,
+from quantize.calibration import Batch, LayeredModel, kept_rows
+from quantize.gptq import GptqResult
+from quantize.layers import quantize_head, quantize_layer
+from quantize.layout import (
+    Plan,
+    layer_rest,
+    make_plan,
+    read_table,
+    report_of,
+    round_table,
+    rounded_rows,
 )
-from quantize.gptq import GptqResult, quantize_weight, round_weight
-from quantize.settings import GptqSettings, RoundingSettings
+from quantize.overrides import with_format
+from quantize.report import write_report
+from quantize.resuming import Part, Shelf
+from quantize.settings import GptqSettings
 from quantize.storage import (
     FloatModel,
-    ModuleReport,
     TensorWriter,
     open_float,
-    require_fit,
+    packed_tensors,
     tensor_kinds,
     write_config,
-    write_report,
 )
 
 _log = logging.getLogger(__name__)
@@ -65,8 +72,10 @@ def to_gptq(
 ) -> Path:
     """Quantize the layers of a model by GPTQ, calibrated on text.
 
-    The embedding, the head and the norms keep their weights. ``quantize_report.json`` in the new
-    folder names them, and holds loss, damping and time of every matrix.
+    The norms keep their weights, and so do the embedding and the head unless their bits are set.
+    ``quantize_report.json`` and ``.csv`` in the new folder hold loss, damping and time of every
+    matrix. One layer at a time is in memory. What is done is kept beside the target, so that the
+    same call resumes after an interruption, with at most one layer done again.
 
     Args:
         source: A float model folder.
@@ -87,7 +96,7 @@ def to_gptq(
     settings = settings_from(GptqSettings, settings, options)
     target = refuse_existing(target, overwrite)
     model = open_float(source)
-    require_fit(model, settings.bits, settings.group_size)
+    plan = make_plan(model, settings)
     longest = context_length(model.folder, model.config.to_dict())
     if settings.block_length > longest:
         raise SettingsError(
@@ -95,131 +104,18 @@ def to_gptq(
         )
     check_texts(texts)
     blocks = draw_blocks(texts, model.folder, settings)
-
-    started = time.perf_counter()
-    layout = _layout(settings)
-    reports: list[ModuleReport] = []
-    with (
-        torch.inference_mode(),
-        creating(target, overwrite) as partial,
-        TensorWriter(partial) as writer,
-        track("Quantizing", total=len(model.matrices), unit="matrices") as progress,
-    ):
-
-        def store(module: str, result: GptqResult, seconds: float) -> None:
-            writer.add_quantized(module, result.weight, layout.checkpoint_format)
-            reports.append(_report(module, result, seconds))
-            progress.advance(1, module.removeprefix("model.layers."))
-
-        layers = LayeredModel(model.folder, model.config)
-        batches = layers.embed(blocks)
-        kept = _copy_outside(model, writer)
-        for index in range(len(layers)):
-            quantize_layer(layers.layer(index), index, batches, settings, store)
-            kept += _copy_rest(model, index, writer)
-        write_config(
-            model.folder,
-            partial,
-            layout,
-            damp_percent=settings.damp_percent,
-            true_sequential=settings.true_sequential,
-            act_group_aware=settings.order == "group",
-        )
-        copy_companions(model.folder, partial)
-        calibration = {
-            "blocks": len(blocks),
-            "block_length": blocks.block_length,
-            "tokens": blocks.tokens,
-        }
-        write_report(
-            partial,
-            reports,
-            kept,
-            step="gptq",
-            settings=settings_dict(settings),
-            calibration=calibration,
-            seconds=round(time.perf_counter() - started, 2),
-        )
-        add_lineage(
-            partial,
-            step="gptq",
-            settings=settings_dict(settings),
-            source=model.folder,
-            texts=_named(texts),
-            calibration=calibration,
-            kept_float=tensor_kinds(kept),
-        )
-    return target
-
-
-def to_rounding(
-    source: str | Path,
-    target: str | Path,
-    *,
-    settings: RoundingSettings | None = None,
-    overwrite: bool = False,
-    **options: Any,
-) -> Path:
-    """Round the layers of a model to the nearest codes, the baseline that GPTQ is judged by.
-
-    The folder has the layout, and the bytes, of a GPTQ folder with the same bits and groups.
-
-    Args:
-        source: A float model folder.
-        target: The folder to make, in the AutoGPTQ layout.
-        settings: How to round; or give its fields as options.
-        overwrite: Whether an existing target is replaced.
-        **options: Fields of ``RoundingSettings``.
-
-    Returns:
-        The target.
-
-    Raises:
-        SettingsError: If a setting is out of range, or the groups do not divide a layer.
-        FolderError: If the source is broken or quantized already.
-    """
-    settings = settings_from(RoundingSettings, settings, options)
-    target = refuse_existing(target, overwrite)
-    model = open_float(source)
-    require_fit(model, settings.bits, settings.group_size)
-
-    started = time.perf_counter()
-    layout = _layout(settings)
-    reports = []
-    with (
-        creating(target, overwrite) as partial,
-        TensorWriter(partial) as writer,
-        track("Rounding", total=len(model.matrices), unit="matrices") as progress,
-    ):
-        kept = _copy_outside(model, writer)
-        for index in range(model.config.num_hidden_layers):
-            for name in MATRICES:
-                begun = time.perf_counter()
-                module = f"model.layers.{index}.{name}"
-                W = read_tensors(model.folder, f"{module}.")["weight"].float()
-                weight = round_weight(W, settings)
-                writer.add_quantized(module, weight, layout.checkpoint_format)
-                seconds = round(time.perf_counter() - begun, 4)
-                reports.append(ModuleReport(name=module, seconds=seconds))
-                progress.advance(1)
-            kept += _copy_rest(model, index, writer)
-        write_config(model.folder, partial, layout)
-        copy_companions(model.folder, partial)
-        write_report(
-            partial,
-            reports,
-            kept,
-            step="rounding",
-            settings=settings_dict(settings),
-            seconds=round(time.perf_counter() - started, 2),
-        )
-        add_lineage(
-            partial,
-            step="rounding",
-            settings=settings_dict(settings),
-            source=model.folder,
-            kept_float=tensor_kinds(kept),
-        )
+    key = {
+        "step": "gptq",
+        "source": fingerprint(model.folder),
+        "settings": settings_dict(settings),
+        "texts": blocks_digest(blocks),
+        "versions": installed_versions(),
+    }
+    with working(target, key) as work, torch.inference_mode():
+        begun = time.perf_counter()
+        names = _Work(model, plan, settings, Shelf(work)).finish(blocks)
+        _assemble(work, model, plan, settings, names, texts, blocks, begun)
+        publish(work, target, overwrite)
     return target
 
 
@@ -251,116 +147,184 @@ def draw_blocks(texts: Texts, folder: Path, settings: GptqSettings) -> TokenBloc
     return blocks[np.sort(drawn)]
 
 
-@dataclass
-class _Stage:
-    """Matrices that share their inputs, and the mean of x x^T over these."""
-
-    names: Sequence[str]
-    H: Tensor
-    seconds: float
-
-
-# Called with the name of a matrix, its codes, and the seconds they took.
-Store = Callable[[str, GptqResult, float], None]
-
-
-def quantize_layer(
-    layer: nn.Module,
-    index: int,
-    batches: Sequence[Batch],
-    settings: GptqSettings,
-    store: Store,
-) -> None:
-    """Quantize the matrices of one layer, and move the calibration text past it.
+def blocks_digest(blocks: TokenBlocks) -> str:
+    """A name for some text.
 
     Args:
-        layer: A decoder layer in float32; its weights become those that the codes stand for.
-        index: Its place in the model.
-        batches: What enters the layer; afterwards, what leaves it when quantized.
-        settings: How to quantize.
-        store: Takes each result.
+        blocks: The text.
 
-    Raises:
-        FolderError: If the inputs of a matrix are not finite numbers.
+    Returns:
+        64 hexadecimal digits.
     """
-    place = f"model.layers.{index}"
+    digest = hashlib.sha256(str(blocks.ids.shape).encode())
+    digest.update(np.ascontiguousarray(blocks.ids).tobytes())
+    digest.update(np.ascontiguousarray(blocks.documents).tobytes())
+    return digest.hexdigest()
 
-    def observe(names: Sequence[str], inputs: list[Tensor]) -> _Stage:
+
+class _Work:
+    """The parts of a quantized model, made in order: embedding, layers, and what comes after."""
+
+    def __init__(self, model: FloatModel, plan: Plan, settings: GptqSettings, shelf: Shelf) -> None:
+        self._model, self._plan, self._settings, self._shelf = model, plan, settings, shelf
+        self._layers = LayeredModel(model.folder, model.config)
+        self._names = [
+            "embedding",
+            *(f"{index:05}" for index in range(len(self._layers))),
+            "head",
+        ]
+
+    def finish(self, blocks: TokenBlocks) -> list[str]:
+        """Make the parts that are not there yet; the names of all."""
+        done = self._shelf.finished(self._names)
+        total = len(self._plan.matrices)
+        before = sum(len(self._shelf.facts(name)[0]) for name in self._names[:done])
+        if done:
+            _log.info("resuming after %d of %d parts", done, len(self._names))
+        with track("Quantizing", total=total, unit="matrices", done=before) as progress:
+            if done == 0:
+                self._shelf.put("embedding", self._embedding(progress))
+                done = 1
+            if done < len(self._names):
+                batches, floats = self._start(blocks, done - 1)
+                for index in range(done - 1, len(self._layers)):
+                    part = self._layer(index, batches, floats, progress)
+                    self._shelf.put_hidden(index + 1, batches, floats)
+                    self._shelf.put(self._names[index + 1], part)
+                    self._shelf.drop_hidden(before=index + 1)
+                self._shelf.put("head", self._head(batches, progress))
+        return self._names
+
+    def _start(self, blocks: TokenBlocks, layers: int) -> tuple[list[Batch], list[Batch]]:
+        """The text as it enters the first layer that is to be done, quantized and float."""
+        change, form = None, self._plan.embedding
+        if form is not None and self._plan.head_table != EMBEDDING:
+            change = rounded_rows(self._settings, form)
+        batches = self._layers.embed(blocks, change)
+        floats = self._layers.embed(blocks) if self._settings.method == "gptaq" else []
+        if layers:
+            self._shelf.get_hidden(layers, batches, floats)
+        return batches, floats
+
+    def _embedding(self, progress: Tracker) -> Part:
+        part = Part()
+        if self._plan.head_table == EMBEDDING:
+            return part  # it is the head as well, and done with it
+        table = read_table(self._model, EMBEDDING)
+        if self._plan.embedding is None:
+            part.keep(f"{EMBEDDING}.weight", table)
+            return part
         begun = time.perf_counter()
-        H = mean_outer_product(inputs)
-        if not H.isfinite().all():
-            raise FolderError(
-                f"the inputs of {place}.{names[0]} are not finite numbers on the calibration text; "
-                "the model's weights are damaged, or its training diverged"
-            )
-        return _Stage(names, H, time.perf_counter() - begun)
+        weight = round_table(table, self._settings, self._plan.embedding)
+        seconds = time.perf_counter() - begun
+        part.add(
+            packed_tensors(EMBEDDING, weight, self._plan.layout.checkpoint_format),
+            report_of(EMBEDDING, weight, seconds),
+        )
+        progress.advance(1, EMBEDDING)
+        return part
 
-    def solve(stage: _Stage) -> None:
-        begun = time.perf_counter()
-        modules = list(matrices(layer, stage.names))
-        stacked = torch.cat([module.weight for module in modules])
-        result = quantize_weight(stacked, stage.H, settings)
-        parts = result.split([module.out_features for module in modules])
-        seconds = (stage.seconds + time.perf_counter() - begun) / len(modules)
-        for name, module, part in zip(stage.names, modules, parts, strict=True):
-            module.weight.copy_(torch.from_numpy(part.weight.dequantize()))
-            store(f"{place}.{name}", part, seconds)
+    def _layer(
+        self, index: int, batches: list[Batch], floats: list[Batch], progress: Tracker
+    ) -> Part:
+        part = Part()
 
-    if settings.true_sequential:
-        outputs = walk_layer(layer, batches, lambda names, x: solve(observe(names, x)))
-    else:
-        stages: list[_Stage] = []
-        walk_layer(layer, batches, lambda names, x: stages.append(observe(names, x)))
-        for stage in stages:
-            solve(stage)
-        outputs = walk_layer(layer, batches, lambda names, x: None)
-    for batch, hidden in zip(batches, outputs, strict=True):
-        batch.hidden = hidden
+        def store(module: str, result: GptqResult, seconds: float) -> None:
+            self._store(part, module, result, seconds, progress)
+
+        layer = self._layers.layer(index)
+        quantize_layer(layer, index, batches, self._settings, store, floats)
+        for name, tensor in layer_rest(self._model, index, self._settings).items():
+            part.keep(name, tensor)
+        return part
+
+    def _head(self, batches: Sequence[Batch], progress: Tracker) -> Part:
+        part = Part()
+        for name, tensor in read_tensors(self._model.folder, "model.norm.").items():
+            part.keep(f"model.norm.{name}", tensor)
+        home = self._plan.head_table
+        if home is None:  # the embedding stays float, and is the head
+            return part
+        table = read_table(self._model, home)
+        if self._plan.head is None:
+            part.keep(f"{home}.weight", table)
+            return part
+        norm = self._layers.final_norm()
+        inputs = kept_rows([norm(batch.hidden) for batch in batches], batches)
+        own = with_format(self._settings, self._plan.head)
+        result, seconds = quantize_head(table, inputs, own)
+        self._store(part, home, result, seconds, progress)
+        return part
+
+    def _store(
+        self, part: Part, module: str, result: GptqResult, seconds: float, progress: Tracker
+    ) -> None:
+        if result.dead_columns:
+            _log.info("%s has %d inputs that are always zero", module, result.dead_columns)
+        part.add(
+            packed_tensors(module, result.weight, self._plan.layout.checkpoint_format),
+            report_of(module, result.weight, seconds, result),
+        )
+        progress.advance(1, module.removeprefix("model.layers."))
 
 
-def _report(module: str, result: GptqResult, seconds: float) -> ModuleReport:
-    if result.dead_columns:
-        _log.info("%s has %d inputs that are always zero", module, result.dead_columns)
-    return ModuleReport(
-        name=module,
-        loss=float(result.losses.mean()),
-        damping=result.damping,
-        dead_columns=result.dead_columns,
-        seconds=round(seconds, 4),
+def _assemble(
+    work: Path,
+    model: FloatModel,
+    plan: Plan,
+    settings: GptqSettings,
+    names: Sequence[str],
+    texts: Texts,
+    blocks: TokenBlocks,
+    begun: float,
+) -> None:
+    """Gather in ``work/result`` what the target will hold."""
+    result = work / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    shelf = Shelf(work)
+    reports, kept = [], []
+    with TensorWriter(result) as writer:
+        for name in names:
+            shelf.copy_to(writer, name)
+            more, stayed = shelf.facts(name)
+            reports += more
+            kept += stayed
+    write_config(
+        model.folder,
+        result,
+        plan.layout,
+        damp_percent=settings.damp_percent,
+        true_sequential=settings.true_sequential,
+        static_groups=settings.order == "static",
+        act_group_aware=settings.order == "group",
     )
-
-
-def _layout(settings: GptqSettings | RoundingSettings) -> GptqFormat:
-    return GptqFormat(
-        bits=settings.bits,
-        group_size=settings.group_size,
-        symmetric=settings.symmetric,
-        checkpoint_format="gptq" if settings.symmetric else "gptq_v2",
+    copy_companions(model.folder, result)
+    used = settings_dict(settings)
+    calibration = {
+        "blocks": len(blocks),
+        "block_length": blocks.block_length,
+        "tokens": blocks.tokens,
+    }
+    seconds = round(time.perf_counter() - begun, 2)
+    write_report(
+        result,
+        reports,
+        kept,
+        step="gptq",
+        settings=used,
+        calibration=calibration,
+        seconds=seconds,
     )
-
-
-def _copy_outside(model: FloatModel, writer: TensorWriter) -> list[str]:
-    """Copy what belongs to no layer: embedding, last norm, and the head if it is its own."""
-    kept = []
-    for module in ("model.embed_tokens.", "model.norm.", "lm_head."):
-        for name, tensor in read_tensors(model.folder, module).items():
-            if module == "lm_head." and model.config.tie_word_embeddings:
-                continue
-            writer.add(f"{module}{name}", tensor)
-            kept.append(f"{module}{name}")
-    return kept
-
-
-def _copy_rest(model: FloatModel, index: int, writer: TensorWriter) -> list[str]:
-    """Copy what is in a layer besides its matrices: norms, and biases where there are any."""
-    layer = f"model.layers.{index}."
-    weights = {f"{name}.weight" for name in MATRICES}
-    kept = []
-    for name, tensor in read_tensors(model.folder, layer).items():
-        if name not in weights and not name.endswith("rotary_emb.inv_freq"):
-            writer.add(f"{layer}{name}", tensor)
-            kept.append(f"{layer}{name}")
-    return kept
+    add_lineage(
+        result,
+        step="gptq",
+        settings=used,
+        source=model.folder,
+        texts=_named(texts),
+        calibration=calibration,
+        kept_float=tensor_kinds(kept),
+    )
 
 
 def _named(texts: Texts) -> list[str]:

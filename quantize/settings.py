@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from mistill.gptq_layout import SUPPORTED_BITS
+from mistill.errors import SettingsError
+from mistill.gptq_layout import ScaleType
 from mistill.settings import require
+from quantize.overrides import module_formats, require_grid
+
+Order = Literal["static", "dynamic", "group", "none"]
+Method = Literal["gptq", "gptaq"]
+
+# Bits that a table of all tokens may have; fewer lose too much.
+TABLE_BITS = (4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,19 +22,30 @@ class RoundingSettings:
     """How weights are rounded to the nearest code, without looking at any text.
 
     Attributes:
-        bits: Bits per weight, 4 or 8.
+        bits: Bits per weight: 2, 3, 4 or 8.
         group_size: Input columns that share one scale; must divide every layer's inputs. -1 gives
             each row one scale.
         symmetric: Centre the codes on zero; otherwise each group has its own zero, which fits
             skewed weights better and costs as many bits as one more code per group.
+        scale_type: The type that scales are stored in: float16, bfloat16 or float32.
+        overrides: Other grids for some modules, each "REGEX: bits=8, group_size=32" or
+            "REGEX: keep"; a regular expression matches from the start of a module's name, and
+            the first that does decides.
+        head_bits: Bits of the output head, 4 or 8; float if not given. Only mistill reads it then.
+        embedding_bits: Bits of the embedding, 4 or 8; float if not given. Only mistill reads it
+            then. Where the head is the same table, the two must be equal.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    scale_type: ScaleType = "float16"
+    overrides: tuple[str, ...] = ()
+    head_bits: int | None = None
+    embedding_bits: int | None = None
 
     def __post_init__(self) -> None:
-        _require_grid(self.bits, self.group_size)
+        _require_grids(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +53,23 @@ class GptqSettings:
     """How weights are quantized by GPTQ.
 
     Attributes:
-        bits: Bits per weight, 4 or 8.
+        bits: Bits per weight: 2, 3, 4 or 8.
         group_size: Input columns that share one scale; must divide every layer's inputs. -1 gives
             each row one scale.
         symmetric: Centre the codes on zero; otherwise each group has its own zero, which fits
             skewed weights better and costs as many bits as one more code per group.
-        order: In which order columns are rounded. "group" walks the groups with the largest inputs
-            first and the columns inside them likewise, which costs nothing when the model runs;
+        scale_type: The type that scales are stored in: float16, bfloat16 or float32.
+        overrides: Other grids for some modules, each "REGEX: bits=8, group_size=32" or
+            "REGEX: keep"; a regular expression matches from the start of a module's name, and
+            the first that does decides.
+        head_bits: Bits of the output head, 4 or 8; float if not given. Only mistill reads it then.
+        embedding_bits: Bits of the embedding, 4 or 8; float if not given. Only mistill reads it
+            then. Where the head is the same table, the two must be equal.
+        method: "gptq" makes each layer right for the inputs that it gets; "gptaq" also for those
+            that it would have got from float layers, for half as much time again.
+        order: In which order columns are rounded. "static" walks the columns with the largest
+            inputs first, on scales chosen beforehand; "dynamic" forms the groups on the way, which
+            costs an index for each column when the model runs; "group" walks whole groups;
             "none" walks from left to right.
         scale_search: Scales tried for each group, the one with the least weighted error is kept;
             1 takes the scale that just covers the group.
@@ -56,7 +85,12 @@ class GptqSettings:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    order: Literal["none", "group"] = "group"
+    scale_type: ScaleType = "float16"
+    overrides: tuple[str, ...] = ()
+    head_bits: int | None = None
+    embedding_bits: int | None = None
+    method: Method = "gptq"
+    order: Order = "static"
     scale_search: int = 16
     damp_percent: float = 0.01
     true_sequential: bool = True
@@ -65,11 +99,9 @@ class GptqSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_grid(self.bits, self.group_size)
-        require(
-            self.order in ("none", "group"),
-            f"order must be none or group, got {self.order!r}",
-        )
+        _require_grids(self)
+        _require_one_of("order", self.order, get_args(Order))
+        _require_one_of("method", self.method, get_args(Method))
         require(self.scale_search >= 1, f"scale_search must be at least 1, got {self.scale_search}")
         require(
             0 < self.damp_percent < 1,
@@ -92,9 +124,20 @@ class Nf4Settings:
     double_quantization: bool = True
 
 
-def _require_grid(bits: int, group_size: int) -> None:
-    require(bits in SUPPORTED_BITS, f"bits must be 4 or 8, got {bits}")
-    require(
-        group_size == -1 or group_size >= 1,
-        f"group_size must be 1 or more, or -1 for the whole row, got {group_size}",
-    )
+def _require_grids(settings: RoundingSettings | GptqSettings) -> None:
+    require_grid(settings.bits, settings.group_size)
+    _require_one_of("scale_type", settings.scale_type, get_args(ScaleType))
+    for name in ("head_bits", "embedding_bits"):
+        bits = getattr(settings, name)
+        require(bits is None or bits in TABLE_BITS, f"{name} must be 4 or 8, got {bits}")
+    if isinstance(settings.overrides, str):
+        raise SettingsError(
+            f"overrides must be a list of texts, got one text; write ({settings.overrides!r},)"
+        )
+    object.__setattr__(settings, "overrides", tuple(settings.overrides))
+    module_formats(settings)
+
+
+def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    words = f"{', '.join(known[:-1])} or {known[-1]}"
+    require(value in known, f"{name} must be {words}, got {value!r}")

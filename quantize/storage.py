@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,12 @@ from mistill.folder import open_folder, read_json, read_lineage, write_atomicall
 from mistill.gptq_layout import CheckpointFormat, GptqFormat, QuantizedWeight, codes_per_unit, pack
 from mistill.pytorch import check_weights, empty_model, plain_config, require_readable
 from mistill.source import resolve_model
+from quantize.report import REPORT_FILE as REPORT_FILE
+from quantize.report import ModuleReport as ModuleReport
+from quantize.report import write_report as write_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-REPORT_FILE = "quantize_report.json"
 
 _SHARD_BYTES = 1 << 30
 
@@ -167,11 +168,8 @@ class TensorWriter:
             weight: Its codes.
             checkpoint_format: How zeros are stored.
         """
-        for name, array in pack(weight, checkpoint_format).items():
-            tensor = torch.from_numpy(array)
-            if name == "scales" and weight.scale_type == "bfloat16":
-                tensor = tensor.to(torch.bfloat16)  # exact: pack has seen to that
-            self.add(f"{module}.{name}", tensor)
+        for name, tensor in packed_tensors(module, weight, checkpoint_format).items():
+            self.add(name, tensor)
 
     def _flush(self) -> None:
         from safetensors.torch import save_file
@@ -198,6 +196,28 @@ class TensorWriter:
             )
 
 
+def packed_tensors(
+    module: str, weight: QuantizedWeight, checkpoint_format: CheckpointFormat
+) -> dict[str, Tensor]:
+    """The four tensors of a quantized matrix.
+
+    Args:
+        module: Name of the linear module or table.
+        weight: Its codes.
+        checkpoint_format: How zeros are stored.
+
+    Returns:
+        Tensors by their names in the model.
+    """
+    tensors = {}
+    for name, array in pack(weight, checkpoint_format).items():
+        tensor = torch.from_numpy(array)
+        if name == "scales" and weight.scale_type == "bfloat16":
+            tensor = tensor.to(torch.bfloat16)  # exact: pack has seen to that
+        tensors[f"{module}.{name}"] = tensor
+    return tensors
+
+
 def write_config(source: Path, target: Path, layout: GptqFormat, **facts: Any) -> None:
     """Write the config of a quantized model: its parent's, and how it was quantized.
 
@@ -213,38 +233,6 @@ def write_config(source: Path, target: Path, layout: GptqFormat, **facts: Any) -
     facts["meta"] = {"quantizer": [f"mistill:{__version__}"]}
     config["quantization_config"] = layout.to_config(**facts)
     write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleReport:
-    """What quantizing one matrix cost.
-
-    Attributes:
-        name: The linear module.
-        loss: Mean squared error of an output on the calibration text; None without such text.
-        damping: Share of the Hessian's mean diagonal that was added to it; None likewise.
-        dead_columns: Inputs that were always zero; None likewise.
-        seconds: Wall time; None where it was not taken for each matrix.
-    """
-
-    name: str
-    loss: float | None = None
-    damping: float | None = None
-    dead_columns: int | None = None
-    seconds: float | None = None
-
-
-def write_report(target: Path, modules: list[ModuleReport], kept: list[str], **facts: Any) -> None:
-    """Keep beside the weights what quantizing each of them cost.
-
-    Args:
-        target: The folder being made.
-        modules: One entry per quantized matrix.
-        kept: Tensors that stayed as they were.
-        **facts: What holds for all of them.
-    """
-    report = {**facts, "modules": [asdict(module) for module in modules], "kept": kept}
-    write_atomically(target / REPORT_FILE, json.dumps(report, indent=1) + "\n")
 
 
 def tensor_kinds(names: Iterable[str]) -> list[str]:

@@ -20,8 +20,8 @@ from quantize.calibration import (
     visible,
     walk_layer,
 )
-from quantize.folders import quantize_layer
 from quantize.gptq import GptqResult
+from quantize.layers import quantize_layer
 from quantize.settings import GptqSettings
 from tests.tiny import tiny_model
 
@@ -147,7 +147,7 @@ def collect(
         name = module.removeprefix("model.layers.0.")
         written[name] = torch.from_numpy(result.weight.dequantize())
 
-    monkeypatch.setattr("quantize.folders.mean_outer_product", look)
+    monkeypatch.setattr("quantize.layers.mean_outer_product", look)
     layers = LayeredModel(folder, plain_config(folder))
     batches = layers.embed(blocks)
     with torch.inference_mode():

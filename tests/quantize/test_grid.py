@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantize.grid import Grid, best_grid, covering_grid
+from mistill.gptq_layout import ScaleType
+from quantize.grid import Grid, GridKind, best_grid, covering_grid
 from tests.reference.gptq import slow_code, slow_grid
 
 
@@ -12,13 +13,17 @@ def groups(seed: int, columns: int = 24, outputs: int = 12) -> torch.Tensor:
     return torch.randn(columns, outputs, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+FOUR = GridKind(bits=4, symmetric=True)
+SKEWED = GridKind(bits=4, symmetric=False)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_grids_and_codes_equal_those_worked_one_by_one(bits: int, symmetric: bool) -> None:
     weights = groups(1)
     weights[:, 0].abs_()
     weights[:, 1].abs_().neg_()
-    grid = covering_grid(weights, bits, symmetric)
+    grid = covering_grid(weights, GridKind(bits=bits, symmetric=symmetric))
     codes = grid.encode(weights)
     for row in range(weights.shape[1]):
         scale, zero = slow_grid(weights[:, row].numpy(), bits, symmetric)
@@ -29,39 +34,50 @@ def test_grids_and_codes_equal_those_worked_one_by_one(bits: int, symmetric: boo
 
 def test_an_asymmetric_grid_moves_no_weight_by_more_than_half_a_step_and_a_bit() -> None:
     weights = groups(2)
-    grid = covering_grid(weights, 4, symmetric=False)
+    grid = covering_grid(weights, SKEWED)
     moved = (grid.decode(grid.encode(weights)) - weights).abs()
     # The zero is a whole code, so an end of the range may lie up to half a step beyond the codes.
     assert (moved <= 1.01 * grid.scales).all()
     assert (moved.median(0).values <= 0.5 * grid.scales).all()
 
 
-def test_scales_survive_float16() -> None:
+@pytest.mark.parametrize(
+    ("scale_type", "stored"),
+    [("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)],
+)
+def test_scales_survive_the_type_they_are_stored_in(
+    scale_type: ScaleType, stored: torch.dtype
+) -> None:
     for symmetric in (True, False):
-        scales = covering_grid(groups(3), 8, symmetric).scales
-        assert torch.equal(scales, scales.half().double())
+        kind = GridKind(bits=8, symmetric=symmetric, scale_type=scale_type)
+        scales = best_grid(groups(3), torch.ones(24).double(), kind, 5).scales
+        assert torch.equal(scales, scales.to(stored).double())
 
 
 def test_a_scale_is_never_zero_nor_infinite() -> None:
     weights = torch.tensor([[0.0, 1e-12, 1e9]])
-    scales = covering_grid(weights, 4, symmetric=True).scales
-    assert scales.tolist() == [2.0**-24, 2.0**-24, 65504.0]
+    assert covering_grid(weights, FOUR).scales.tolist() == [2.0**-24, 2.0**-24, 65504.0]
+    for scale_type in ("bfloat16", "float32"):
+        kind = GridKind(bits=4, symmetric=True, scale_type=scale_type)
+        scales = covering_grid(weights, kind).scales
+        assert scales[0] == torch.finfo(torch.float32).tiny
+        torch.testing.assert_close(scales[1:], weights[0, 1:] * 2 / 15, rtol=2**-8, atol=0)
 
 
 def test_the_search_finds_the_best_of_the_grids_it_names() -> None:
     weights = groups(4)
     weights[0] *= 3
     importance = torch.rand(24, generator=torch.Generator().manual_seed(4)).double() * 5
-    found = best_grid(weights, importance, 4, symmetric=True, candidates=9)
+    found = best_grid(weights, importance, FOUR, candidates=9)
     for row in range(12):
         shares = [1 - 0.4 * number / 8 for number in range(9)]
         column = weights[:, row : row + 1]
         errors = []
         for share in shares:
-            grid = covering_grid(column, 4, symmetric=True, share=share)
+            grid = covering_grid(column, FOUR, share=share)
             errors.append(float((importance[:, None] * (column - both(grid, column)) ** 2).sum()))
         best = errors.index(min(errors))
-        expected = covering_grid(column, 4, symmetric=True, share=shares[best])
+        expected = covering_grid(column, FOUR, share=shares[best])
         assert found.scales[row] == expected.scales[0]
 
 
@@ -70,15 +86,15 @@ def test_columns_that_cost_more_are_fitted_better() -> None:
     weights[0] = 6
     outlier, rest = torch.zeros(32).double(), torch.ones(32).double()
     outlier[0], rest[0] = 1, 0
-    for_outlier = best_grid(weights, outlier, 4, symmetric=True, candidates=16)
-    for_rest = best_grid(weights, rest, 4, symmetric=True, candidates=16)
+    for_outlier = best_grid(weights, outlier, FOUR, candidates=16)
+    for_rest = best_grid(weights, rest, FOUR, candidates=16)
     assert (for_rest.scales < for_outlier.scales).double().mean() > 0.9
 
 
 def test_one_candidate_is_the_grid_that_covers_the_group() -> None:
     weights = groups(6)
-    found = best_grid(weights, torch.ones(24).double(), 4, symmetric=False, candidates=1)
-    covering = covering_grid(weights, 4, symmetric=False)
+    found = best_grid(weights, torch.ones(24).double(), SKEWED, candidates=1)
+    covering = covering_grid(weights, SKEWED)
     assert torch.equal(found.scales, covering.scales)
     assert torch.equal(found.zeros, covering.zeros)
 

@@ -3,6 +3,10 @@
 Optimal Brain Quantization of all rows in one fixed order of columns. No factor, no blocks, no
 sharing: one weight column is rounded, the rest move by the optimal update of equation 2, and the
 inverse of the Hessian of what remains is computed from nothing, in float64.
+
+GPTAQ likewise: with X what reaches the weight and Y what would reach it in the float model, each
+time the columns to come are set to what makes the output of all columns nearest to that of the
+float model, by least squares over the samples themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-def slow_gptq(
+def slow_gptq(  # noqa: C901  (told in one piece)
     W: Floats,
     H: Floats,
     *,
@@ -21,9 +25,10 @@ def slow_gptq(
     group_size: int,
     symmetric: bool,
     damp: float,
-    order: list[int] | None = None,
-) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8], float]:
-    """Codes (N, K), scales and zeros (N, G), and the sum of squared errors over H's text."""
+    order: str = "none",
+    scale_type: str = "float16",
+) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8], NDArray[np.int64], float]:
+    """Codes (N, K), scales and zeros (N, G), groups (K,), and the squared error over H's text."""
     W = W.copy()
     rows, columns = W.shape
     H = H.copy()
@@ -31,23 +36,35 @@ def slow_gptq(
     if dead.any():
         H[dead, dead] = np.diag(H)[~dead].mean()
     W[:, dead] = 0
-    H += damp * np.diag(H).mean() * np.eye(columns)
     size = columns if group_size == -1 else group_size
+    left = slow_order(np.diag(H), size, order)
+    groups = np.arange(columns) // size
+    if order == "dynamic":
+        for step, column in enumerate(left):
+            groups[column] = step // size
+    H += damp * np.diag(H).mean() * np.eye(columns)
     codes = np.zeros((rows, columns), np.uint8)
     scales = np.zeros((rows, columns // size))
     zeros = np.zeros((rows, columns // size), np.uint8)
-    left = list(range(columns)) if order is None else list(order)
+
+    def choose(group: int) -> None:
+        for row in range(rows):
+            members = W[row, groups == group]
+            scales[row, group], zeros[row, group] = slow_grid(members, bits, symmetric, scale_type)
+
     started: set[int] = set()
+    if order == "static":
+        started = set(range(columns // size))
+        for group in started:
+            choose(group)
     start = W.copy()
     quantized = np.zeros_like(W)
     while left:
         k = left[0]
-        group = k // size
-        members = slice(group * size, (group + 1) * size)
+        group = int(groups[k])
         if group not in started:
             started.add(group)
-            for row in range(rows):
-                scales[row, group], zeros[row, group] = slow_grid(W[row, members], bits, symmetric)
+            choose(group)
         inverse = np.linalg.inv(H[np.ix_(left, left)])
         for row in range(rows):
             code = slow_code(W[row, k], scales[row, group], int(zeros[row, group]), bits)
@@ -56,19 +73,65 @@ def slow_gptq(
             error = (W[row, k] - quantized[row, k]) / inverse[0, 0]
             W[row, left] -= error * inverse[0]
         left = left[1:]
-    start[:, dead] = 0
     difference = start - quantized
-    return codes, scales, zeros, float(np.trace(difference @ H @ difference.T))
+    lost = float(np.trace(difference @ H @ difference.T))
+    return codes, scales, zeros, groups, lost
 
 
-def slow_grid(weights: Floats, bits: int, symmetric: bool) -> tuple[float, int]:
-    """Scale, as float16 holds it, and zero of one group of one row."""
+def slow_gptaq(
+    W: Floats, X: Floats, Y: Floats, *, group_size: int, damp: float, share: float
+) -> tuple[NDArray[np.uint8], Floats]:
+    """Codes and scales at 4 bits, symmetric, for inputs X and Y of shape (samples, K).
+
+    The columns are walked in the order "none". ``share`` is how far X is to be moved towards Y.
+    Damping is that of GPTQ: further samples, one for each column, in which it is the only input.
+    """
+    rows, columns = W.shape
+    Y = X + share * (Y - X)
+    weight = damp * np.diag(X.T @ X).mean()
+    alone = np.sqrt(weight) * np.eye(columns)
+    X, Y = np.vstack([X, alone]), np.vstack([Y, alone])
+    codes = np.zeros(W.shape, np.uint8)
+    scales = np.zeros((rows, columns // group_size))
+    quantized = np.zeros_like(W)
+    for k in range(columns):
+        # What the columns that are done owe: their float output less their quantized one.
+        owed = Y[:, :k] @ W[:, :k].T - X[:, :k] @ quantized[:, :k].T
+        moved = W[:, k:] + np.linalg.lstsq(X[:, k:], owed, rcond=None)[0].T
+        group = k // group_size
+        for row in range(rows):
+            if k % group_size == 0:
+                scales[row, group], _ = slow_grid(moved[row, :group_size], 4, True)
+            codes[row, k] = slow_code(moved[row, 0], scales[row, group], 8, 4)
+            quantized[row, k] = (int(codes[row, k]) - 8) * scales[row, group]
+    return codes, scales
+
+
+def slow_order(diagonal: Floats, group_size: int, order: str) -> list[int]:
+    """The columns in the order of the walk; ties from left to right."""
+    columns = list(range(len(diagonal)))
+    if order == "none":
+        return columns
+    if order in ("static", "dynamic"):
+        return sorted(columns, key=lambda k: -diagonal[k])
+    largest = [
+        max(diagonal[first : first + group_size]) for first in range(0, len(diagonal), group_size)
+    ]
+    return sorted(
+        columns, key=lambda k: (-largest[k // group_size], k // group_size, -diagonal[k], k)
+    )
+
+
+def slow_grid(
+    weights: Floats, bits: int, symmetric: bool, scale_type: str = "float16"
+) -> tuple[float, int]:
+    """Scale, as its type holds it, and zero of one group of one row."""
     steps = 2**bits - 1
     if symmetric:
-        scale = stored(2 * np.abs(weights).max() / steps)
+        scale = stored(2 * np.abs(weights).max() / steps, scale_type)
         return scale, 2 ** (bits - 1)
     low, high = min(weights.min(), 0.0), max(weights.max(), 0.0)
-    scale = stored((high - low) / steps)
+    scale = stored((high - low) / steps, scale_type)
     return scale, int(min(max(np.round(-low / scale), 0), steps))
 
 
@@ -77,6 +140,13 @@ def slow_code(weight: float, scale: float, zero: int, bits: int) -> int:
     return int(min(max(np.round(weight / scale) + zero, 0), 2**bits - 1))
 
 
-def stored(scale: float) -> float:
-    """A scale after a stay in float16, never 0."""
-    return float(np.float16(max(scale, 2.0**-24)))
+def stored(scale: float, scale_type: str = "float16") -> float:
+    """A scale after a stay in its type, never 0 there."""
+    if scale_type == "float16":
+        return float(np.float16(max(scale, 2.0**-24)))
+    if scale_type == "float32":
+        return float(np.float32(scale))
+    # bfloat16 is the upper half of float32, rounded to even.
+    word = int(np.float32(scale).view(np.uint32))
+    word = (word + 0x7FFF + (word >> 16 & 1)) & 0xFFFF0000
+    return float(np.uint32(word).view(np.float32))

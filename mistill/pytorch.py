@@ -271,6 +271,20 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
 
 
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder as it is stored, one at a time.
+
+    Args:
+        folder: A float, GPTQ or NF4 folder.
+
+    Yields:
+        Names and tensors.
+    """
+    with _reading(folder) as (names, read):
+        for name in names:
+            yield name, read(name)
+
+
 def dequantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a GPTQ folder by its name in the plain architecture, one at a time.
 

@@ -38,7 +38,9 @@ def output_error(W: Tensor, Q: np.ndarray, H: Tensor) -> float:
 ORDERS: tuple[Order, ...] = ("static", "dynamic", "group", "none")
 
 
-def require_textbook(W: Tensor, H: Tensor, settings: GptqSettings) -> None:
+def require_textbook(
+    W: Tensor, H: Tensor, settings: GptqSettings, shares: tuple[float, ...] = (1.0,)
+) -> None:
     """Codes, grids, groups and error are those of the definition."""
     result = quantize_weight(W, H, settings)
     codes, scales, zeros, groups, loss = slow_gptq(
@@ -50,6 +52,7 @@ def require_textbook(W: Tensor, H: Tensor, settings: GptqSettings) -> None:
         damp=settings.damp_percent,
         order=settings.order,
         scale_type=settings.scale_type,
+        shares=shares,
     )
     np.testing.assert_array_equal(result.weight.codes, codes)
     np.testing.assert_array_equal(result.weight.scales.astype(np.float64), scales)
@@ -68,6 +71,16 @@ def test_codes_equal_those_of_the_textbook_that_inverts_at_every_column(
     W, H = weights(4, columns, 4), correlated(columns, columns)
     settings = GptqSettings(group_size=group_size, symmetric=symmetric, order=order, scale_search=1)
     require_textbook(W, H, settings)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_are_searched_with_what_an_error_costs_in_the_end(
+    order: Order, symmetric: bool
+) -> None:
+    settings = GptqSettings(group_size=16, symmetric=symmetric, order=order, scale_search=5)
+    W, H = weights(4, 48, 4), correlated(48, 48)
+    require_textbook(W, H, settings, shares=(1.0, 0.9, 0.8, 0.7, 0.6))
 
 
 @pytest.mark.parametrize("order", ["dynamic", "group"])

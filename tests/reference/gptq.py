@@ -27,8 +27,13 @@ def slow_gptq(  # noqa: C901  (told in one piece)
     damp: float,
     order: str = "none",
     scale_type: str = "float16",
+    shares: tuple[float, ...] = (1.0,),
 ) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8], NDArray[np.int64], float]:
-    """Codes (N, K), scales and zeros (N, G), groups (K,), and the squared error over H's text."""
+    """Codes (N, K), scales and zeros (N, G), groups (K,), and the squared error over H's text.
+
+    Of several ``shares`` of a group's range each row takes the one with the least squared error, an
+    error in a column counting as much as it costs once the columns after it have made up for it.
+    """
     W = W.copy()
     rows, columns = W.shape
     H = H.copy()
@@ -43,14 +48,27 @@ def slow_gptq(  # noqa: C901  (told in one piece)
         for step, column in enumerate(left):
             groups[column] = step // size
     H += damp * np.diag(H).mean() * np.eye(columns)
+    costs = np.zeros(columns)
+    for step, column in enumerate(left):
+        costs[column] = 1 / np.linalg.inv(H[np.ix_(left[step:], left[step:])])[0, 0]
     codes = np.zeros((rows, columns), np.uint8)
     scales = np.zeros((rows, columns // size))
     zeros = np.zeros((rows, columns // size), np.uint8)
 
     def choose(group: int) -> None:
+        members = groups == group
         for row in range(rows):
-            members = W[row, groups == group]
-            scales[row, group], zeros[row, group] = slow_grid(members, bits, symmetric, scale_type)
+            grids = [
+                slow_grid(W[row, members], bits, symmetric, scale_type, share) for share in shares
+            ]
+            errors = [
+                sum(
+                    cost * (weight - (slow_code(weight, scale, zero, bits) - zero) * scale) ** 2
+                    for weight, cost in zip(W[row, members], costs[members], strict=True)
+                )
+                for scale, zero in grids
+            ]
+            scales[row, group], zeros[row, group] = grids[int(np.argmin(errors))]
 
     started: set[int] = set()
     if order == "static":
@@ -123,14 +141,18 @@ def slow_order(diagonal: Floats, group_size: int, order: str) -> list[int]:
 
 
 def slow_grid(
-    weights: Floats, bits: int, symmetric: bool, scale_type: str = "float16"
+    weights: Floats,
+    bits: int,
+    symmetric: bool,
+    scale_type: str = "float16",
+    share: float = 1.0,
 ) -> tuple[float, int]:
     """Scale, as its type holds it, and zero of one group of one row."""
     steps = 2**bits - 1
     if symmetric:
-        scale = stored(2 * np.abs(weights).max() / steps, scale_type)
+        scale = stored(2 * share * np.abs(weights).max() / steps, scale_type)
         return scale, 2 ** (bits - 1)
-    low, high = min(weights.min(), 0.0), max(weights.max(), 0.0)
+    low, high = share * min(weights.min(), 0.0), share * max(weights.max(), 0.0)
     scale = stored((high - low) / steps, scale_type)
     return scale, int(min(max(np.round(-low / scale), 0), steps))
 

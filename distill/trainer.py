@@ -27,6 +27,7 @@ from distill.checkpoints import (
     remove_others,
     save_checkpoint,
 )
+from distill.lean import give_memory_back, remember_less
 from distill.metrics import Metrics
 from distill.optimizers import make_optimizer
 from distill.schedule import blocks_of_step, is_on_policy, learning_rate_at, step_count
@@ -115,6 +116,9 @@ class _Run:
             add_adapters(student, settings.lora_rank)
         if settings.gradient_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False})
+        remember_less(student)
+        if accelerator.device.type == "cpu":
+            give_memory_back()
         student.train()
         self.module, self.optimizer = accelerator.prepare(
             DistillationStep(student, settings), make_optimizer(student, settings)

@@ -40,6 +40,7 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
     """A child that trains with mistill."""
     from accelerate import Accelerator
 
+    from distill.lean import give_memory_back, remember_less
     from distill.optimizers import make_optimizer
     from distill.step import DistillationStep, accumulate_gradients
     from distill.teacher import LiveTeacher, Teacher
@@ -60,6 +61,8 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
     settings = TrainSettings(batch_size=given.blocks, micro_batch_size=given.blocks)
     accelerator = Accelerator(cpu=True)
     student = load_pytorch(given.student).train()
+    remember_less(student)
+    give_memory_back()
     module, optimizer = accelerator.prepare(
         DistillationStep(student, settings), make_optimizer(student, settings)
     )

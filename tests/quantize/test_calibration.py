@@ -16,6 +16,7 @@ from quantize.calibration import (
     STAGES,
     Batch,
     LayeredModel,
+    mean_drift,
     mean_outer_product,
     visible,
     walk_layer,
@@ -232,3 +233,38 @@ def test_the_mean_does_not_depend_on_how_it_is_summed() -> None:
     H = mean_outer_product([x[:20], x[20:]])
     torch.testing.assert_close(H, x.T @ x / 50)
     assert torch.equal(H, H.T)
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_gptaq_is_given_what_the_float_layer_computes(
+    true_sequential: bool, model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = packed(model, chats)
+    layers = LayeredModel(model, plain_config(model))
+    settings = GptqSettings(group_size=16, bits=3, method="gptaq", true_sequential=true_sequential)
+    seen: list[list[Tensor]] = []
+
+    def look(inputs: Sequence[Tensor], floats: Sequence[Tensor]) -> Tensor:
+        seen.append(list(floats))
+        return mean_drift(inputs, floats)
+
+    monkeypatch.setattr("quantize.layers.mean_drift", look)
+    batches, floats = layers.embed(blocks), layers.embed(blocks)
+    expected: list[list[Tensor]] = []
+    before = layers.embed(blocks)
+    for index in range(2):
+        with torch.inference_mode():
+            quantize_layer(layers.layer(index), index, batches, settings, lambda *_: None, floats)
+        hidden = walk_layer(layers.layer(index), before, lambda _, x: expected.append(x))
+        for batch, one, other in zip(before, hidden, floats, strict=True):
+            torch.testing.assert_close(other.hidden, one)
+            batch.hidden = one
+    assert len(seen) == len(expected) == 8
+    for found, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(batches[0].hidden, floats[0].hidden, rtol=0.01)
+
+
+def test_the_drift_is_the_mean_of_what_is_missing_times_what_is_there() -> None:
+    x, y = [torch.tensor([[1.0, 2.0], [0.0, 1.0]])], [torch.tensor([[2.0, 2.0], [0.0, 4.0]])]
+    assert mean_drift(x, y).tolist() == [[0.5, 1.0], [0.0, 1.5]]

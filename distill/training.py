@@ -8,6 +8,7 @@ The target appears when there is a student that got better, and not before.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from distill.checkpoints import TrainingProgress
+
+_log = logging.getLogger(__name__)
 
 
 def train(
@@ -140,7 +143,7 @@ def train(
             twins = (
                 _train_twins(work, student_info, source, training, judged, settings, progress)
                 if settings.twin
-                else ()
+                else (None, None)
             )
         except TrainingError:
             if state.is_main_process:
@@ -316,29 +319,26 @@ def _train_twins(
     judged: TokenBlocks,
     settings: TrainSettings,
     student: TrainingProgress,
-) -> tuple[TrainingProgress, ...]:
-    """Train the same student from the text alone, for equal tokens and for equal time."""
+) -> tuple[TrainingProgress | None, TrainingProgress | None]:
+    """Train the same student from the text alone, for equal tokens and for equal time.
+
+    A twin that comes to nothing takes nothing from the student: it is None, and so is the one
+    whose length would have followed from it.
+    """
     from distill.fidelity import twin_settings
 
-    equal_tokens = _train_in(
-        work / "twin-of-equal-tokens",
-        student_info,
-        source,
-        training,
-        judged,
-        twin_settings(settings, student, None),
-        work,
-    )
-    equal_time = _train_in(
-        work / "twin-of-equal-time",
-        student_info,
-        source,
-        training,
-        judged,
-        twin_settings(settings, student, equal_tokens),
-        work,
-    )
-    return equal_tokens, equal_time
+    def train_twin(name: str, settings: TrainSettings) -> TrainingProgress | None:
+        try:
+            return _train_in(work / name, student_info, source, training, judged, settings, work)
+        except TrainingError as error:
+            _log.warning("the fidelity card will lack a twin, which learnt from text: %s", error)
+            return None
+
+    equal_tokens = train_twin("twin-of-equal-tokens", twin_settings(settings, student, None))
+    if equal_tokens is None:
+        return None, None
+    longer = twin_settings(settings, student, equal_tokens)
+    return equal_tokens, train_twin("twin-of-equal-time", longer)
 
 
 def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
@@ -353,7 +353,7 @@ def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
 def _finish(
     work: Path,
     progress: TrainingProgress,
-    twins: Sequence[TrainingProgress],
+    twins: Sequence[TrainingProgress | None],
     student: FolderInfo,
     source: LiveSource | CachedSource,
     settings: TrainSettings,
@@ -372,7 +372,7 @@ def _finish(
     if (work / "tensorboard").is_dir():
         shutil.copytree(work / "tensorboard", result / "tensorboard")
     facts = source.facts(work)
-    equal_tokens, equal_time = map(trained, twins) if twins else (None, None)
+    equal_tokens, equal_time = (None if twin is None else trained(twin) for twin in twins)
     card = FidelityCard(
         teacher=str(facts["teacher"]),
         before=progress.before,

@@ -108,6 +108,32 @@ def test_a_twin_of_equal_time_reads_as_much_more_as_it_is_quicker() -> None:
     assert second == replace(first, tokens=1_500)
 
 
+def test_a_twin_that_diverges_takes_nothing_from_the_student(
+    tmp_path: Path,
+    teacher: Path,
+    model: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from distill.step import accumulate_gradients as real
+
+    def diverge(*arguments: Any, **options: Any) -> Any:
+        sums = real(*arguments, **options)
+        settings = arguments[3]
+        return replace(sums, loss=float("nan")) if settings.cross_entropy == 1.0 else sums
+
+    monkeypatch.setattr("distill.trainer.accumulate_gradients", diverge)
+    target = tmp_path / "trained"
+
+    distill.train(model, target, teacher=teacher, texts=chats, twin=True, **OPTIONS)
+
+    card = json.loads((target / "fidelity.json").read_text("utf-8"))
+    assert card["student"]["held_out"]["kl"] < card["before"]["kl"]
+    assert card["twin_of_equal_tokens"] is card["twin_of_equal_time"] is None
+    assert "will lack a twin" in caplog.text
+
+
 def test_a_run_that_has_ended_is_not_run_again(tmp_path: Path) -> None:
     assert recorded_end(tmp_path) is None
     record_end(tmp_path, progress(5.0))

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,18 +74,14 @@ def find_pieces(blocks: TokenBlocks, prefix: int) -> list[Piece]:
         Pieces in order; those without a token to be predicted are left out.
     """
     pieces = []
-    for row in range(len(blocks)):
-        documents, mask = blocks.documents[row], blocks.mask[row]
-        borders = np.flatnonzero(np.diff(documents)) + 1
-        edges = [0, *borders.tolist(), len(documents)]
-        for start, stop in pairwise(edges):
-            predicted = np.flatnonzero(mask[start:stop])
-            if documents[start] < 0 or len(predicted) == 0:
-                continue
-            prompt = int(predicted[0])
-            if prompt <= 1:
-                prompt = max(1, min(prefix, (stop - start) // 2))
-            pieces.append(Piece(row, int(start), int(stop), prompt))
+    for row, start, stop in blocks.runs.tolist():
+        predicted = np.flatnonzero(blocks.mask[row, start:stop])
+        if blocks.documents[row, start] < 0 or len(predicted) == 0:
+            continue
+        prompt = int(predicted[0])
+        if prompt <= 1:
+            prompt = max(1, min(prefix, (stop - start) // 2))
+        pieces.append(Piece(row, start, stop, prompt))
     return pieces
 
 

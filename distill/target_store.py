@@ -63,17 +63,12 @@ def find_pieces(blocks: TokenBlocks) -> list[Piece]:
     Returns:
         The pieces; their positions, one after the other, are the kept positions of the blocks.
     """
-    kept, documents = blocks.kept, blocks.documents
-    begins = np.ones(documents.shape, bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    starts = np.flatnonzero(begins)
-    counts = np.add.reduceat(kept.reshape(-1), starts, dtype=np.int64)
-    stops = np.append(starts[1:], documents.size)
+    kept, runs = blocks.kept, blocks.runs
+    begins = runs[:, 0] * blocks.block_length + runs[:, 1]
+    counts = np.add.reduceat(kept.reshape(-1), begins, dtype=np.int64)
     found = []
-    for begin, end, positions in zip(starts.tolist(), stops.tolist(), counts.tolist(), strict=True):
+    for (row, start, stop), positions in zip(runs.tolist(), counts.tolist(), strict=True):
         if positions:
-            row, start = divmod(begin, blocks.block_length)
-            stop = start + end - begin
             key = piece_key(blocks.ids[row, start:stop], kept[row, start:stop])
             found.append(Piece(key, row, start, stop, positions))
     return found

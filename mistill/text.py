@@ -124,6 +124,19 @@ class TokenBlocks:
         return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
 
     @property
+    def runs(self) -> NDArray[np.int64]:
+        """Where each run of one document, or of padding, lies in its block, in row-major order.
+
+        Shape (R, 3): the block, the first column, the column after the last.
+        """
+        begins = np.ones(self.documents.shape, bool)
+        begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        starts = np.flatnonzero(begins)
+        lengths = np.diff(starts, append=self.documents.size)
+        rows, columns = np.divmod(starts, self.block_length)
+        return np.stack([rows, columns, columns + lengths], axis=1)
+
+    @property
     def tokens(self) -> int:
         """Tokens in all documents, padding left out."""
         return int((self.documents >= 0).sum())

@@ -760,3 +760,10 @@ def test_the_shipped_conversations_are_read_and_share_no_prompt(chatml: Vocabula
     assert asked["@demo-train"] | asked["@demo-held-out"] <= shipped
     assert sum(file.stat().st_size for file in _DATA.iterdir()) < 1_000_000
     assert "Apache-2.0" in (_DATA / "README.md").read_text("utf-8")
+
+
+def test_runs_are_where_a_document_begins_and_ends_in_a_block() -> None:
+    documents = np.array([[0, 0, 0, 1], [1, 1, 2, -1]])
+    blank = np.zeros((2, 4))
+    blocks = TokenBlocks(blank.astype(np.int64), blank.astype(bool), documents)
+    assert blocks.runs.tolist() == [[0, 0, 3], [0, 3, 4], [1, 0, 2], [1, 2, 3], [1, 3, 4]]

@@ -11,20 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
-NAMES: tuple[DivergenceName, ...] = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "tvd",
-)
+from distill.train_settings import DivergenceName
+
+NAMES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 MIXING: tuple[DivergenceName, ...] = ("jsd", "skew_kl", "skew_reverse_kl")
 
 

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.evaluation import Evaluation
-from mistill.folder import write_atomically
+from mistill.folder import FIDELITY_FILE, write_atomically
 
 if TYPE_CHECKING:
     from distill.checkpoints import TrainingProgress
     from distill.train_settings import TrainSettings
-
-FIDELITY_FILE = "fidelity.json"
 
 
 @dataclass(frozen=True, kw_only=True)

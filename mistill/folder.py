@@ -32,6 +32,7 @@ Form = Literal["model", "gptq", "nf4", "onnx"]
 
 LINEAGE_FILE = "lineage.json"
 MANIFEST_FILE = "manifest.json"
+FIDELITY_FILE = "fidelity.json"
 AUTO_GPTQ_CONFIG = "quantize_config.json"
 
 # What tells how a folder was made, with dates and durations, and not what it holds.

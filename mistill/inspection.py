@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistill.errors import FolderError, MistillError
 from mistill.folder import (
+    FIDELITY_FILE,
     LINEAGE_FILE,
     MANIFEST_FILE,
     FolderInfo,
@@ -27,8 +28,6 @@ from mistill.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-FIDELITY_FILE = "fidelity.json"
 
 _FORMS = {
     "model": "float model folder",

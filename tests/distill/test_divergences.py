@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.divergences import MIXING, NAMES, Divergence, DivergenceName
+from distill.divergences import MIXING, NAMES, Divergence
 from distill.heads import as_head
 from distill.losses import head_loss
 from distill.teacher import DenseTargets
+from distill.train_settings import DivergenceName
 from tests.reference import distillation as reference
 
 ROWS, V, D = 7, 41, 12

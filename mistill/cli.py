@@ -26,6 +26,7 @@ from mistill import __version__
 from mistill.chat import ChatSettings
 from mistill.errors import MissingExtraError, MistillError
 from mistill.folder import open_folder
+from mistill.settings import settings_dict
 from quantize import GptqSettings, Nf4Settings, RoundingSettings
 
 Texts = Annotated[tuple[str, ...], Parameter(negative=())]
@@ -218,25 +219,39 @@ def gptq(
     *,
     texts: Texts,
     settings: Annotated[GptqSettings, Flat] = GptqSettings(),
+    quantize_config: Path | None = None,
+    backend: Literal["mistill", "gptqmodel", "auto_gptq"] = "mistill",
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Round weights to 4 or 8 bits, making up for each error in the columns that follow.
+    """Round weights to a few bits, making up for each error in the columns that follow.
 
     Args:
         source: A float model folder.
         target: The folder to make.
         texts: Text to calibrate on.
         settings: The grid and the method.
+        quantize_config: A quantize_config.json of AutoGPTQ, or a folder with one, for settings
+            that are not given here.
+        backend: Which library does it: gptqmodel where that is installed; auto_gptq says why that
+            one cannot.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
 
     Returns:
         What was made.
     """
-    from quantize import to_gptq
+    from quantize import gptq_settings, to_gptq
 
-    made = to_gptq(source, target, texts=texts, settings=settings, overwrite=overwrite)
+    if quantize_config is not None:
+        plain = settings_dict(GptqSettings())
+        given = settings_dict(settings)
+        settings = gptq_settings(
+            quantize_config, **{name: given[name] for name in given if given[name] != plain[name]}
+        )
+    made = to_gptq(
+        source, target, texts=texts, settings=settings, backend=backend, overwrite=overwrite
+    )
     return _made(made, json)
 
 
@@ -292,6 +307,105 @@ def nf4(
     from quantize import to_nf4
 
     return _made(to_nf4(source, target, settings=settings, overwrite=overwrite), json)
+
+
+@quantize_app.command
+def convert(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    to: Literal["gptq", "gptq_v2"],
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Store the codes of a GPTQ folder in the other checkpoint format; no code or zero changes.
+
+    Args:
+        source: A GPTQ folder.
+        target: The folder to make.
+        to: gptq stores zeros less one, gptq_v2 as they are.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from quantize import convert as convert_folder
+
+    return _made(convert_folder(source, target, to=to, overwrite=overwrite), json)
+
+
+@quantize_app.command
+def dequantize(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Turn a GPTQ or NF4 folder back into a float one that predicts the same.
+
+    Args:
+        source: A GPTQ or NF4 folder.
+        target: The folder to make.
+        dtype: Type of the weights; float32 holds what the codes say exactly.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from quantize import dequantize as dequantize_folder
+
+    return _made(dequantize_folder(source, target, dtype=dtype, overwrite=overwrite), json)
+
+
+@quantize_app.command
+def merge(
+    base: Path,
+    adapter: Path,
+    target: Path,
+    /,
+    *,
+    texts: Texts = (),
+    held_out: Texts = (),
+    float_base: Path | None = None,
+    settings: Annotated[GptqSettings, Flat] = GptqSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Merge a LoRA adapter; with texts, quantize in the better of two orders and show both.
+
+    Args:
+        base: A float, GPTQ or NF4 folder.
+        adapter: A folder that peft saved.
+        target: The folder to make.
+        texts: Text to calibrate on; the result stays float without it.
+        held_out: Text to compare the two orders on; the calibration text if not given.
+        float_base: The float original of a quantized base, where its lineage does not find it.
+        settings: How to quantize; those of a GPTQ base if none is given.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made, with the KL of both orders.
+    """
+    from quantize import merge_lora
+
+    made = merge_lora(
+        base,
+        adapter,
+        target,
+        texts=texts or None,
+        held_out=held_out or None,
+        settings=None if settings == GptqSettings() else settings,
+        float_base=float_base,
+        overwrite=overwrite,
+    )
+    return _merged(made, json)
 
 
 @app.command
@@ -470,7 +584,7 @@ def _refuse(error: Exception) -> int:
     return 2
 
 
-def _made(path: Path, json: bool) -> dict[str, Any]:
+def _made(path: Path, json: bool, **more: Any) -> dict[str, Any]:
     """Say what a step has made."""
     info = open_folder(path)
     facts = {
@@ -480,12 +594,28 @@ def _made(path: Path, json: bool) -> dict[str, Any]:
         "parameters": info.parameters,
         "weight_bytes": info.weight_bytes,
         "bits_per_weight": info.bits_per_weight,
+        **more,
     }
     words = (
         f"{info.form} folder, {info.layers} layers, {info.parameters / 1e6:.1f} M parameters, "
         f"{info.weight_bytes / 1e6:.1f} MB ({info.bits_per_weight:.2f} bits a weight)"
     )
     return _say(facts, words, path, json)
+
+
+def _merged(path: Path, json: bool) -> dict[str, Any]:
+    """Say what a merge has made, and how far both orders are from the float merged model."""
+    from mistill.folder import read_lineage
+
+    step = read_lineage(path)[-1]
+    for name, one in step.get("orders", {}).items():
+        chosen = " (kept)" if name == step["chosen"] else ""
+        print(
+            f"{name.replace('_', ' ')}: KL {one['kl']:.5f}, perplexity {one['perplexity']:.2f} "
+            f"of {one['reference_perplexity']:.2f}{chosen}"
+        )
+    facts = {name: step[name] for name in ("orders", "chosen") if name in step}
+    return _made(path, json, **facts)
 
 
 def _say(facts: dict[str, Any], words: str, path: Path | str, json: bool) -> dict[str, Any]:

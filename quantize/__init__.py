@@ -1,7 +1,10 @@
 """A smaller copy of a model folder.
 
-``to_gptq`` quantizes to 4 or 8 bits with calibration text, ``to_rounding`` without, ``to_nf4`` to
-bitsandbytes' NormalFloat. ``quantize_weight`` is GPTQ itself: tensors in, codes out.
+``to_gptq`` quantizes to 2, 3, 4 or 8 bits with calibration text, ``to_rounding`` without,
+``to_nf4`` to bitsandbytes' NormalFloat. ``convert`` changes between the two formats of GPTQ
+folders, ``dequantize`` goes back to floats, ``merge_lora`` puts an adapter into its base.
+``gptq_settings`` reads AutoGPTQ's settings. ``quantize_weight`` is GPTQ itself: tensors in, codes
+out.
 """
 
 from __future__ import annotations
@@ -11,8 +14,12 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from quantize.auto_gptq_names import gptq_settings as gptq_settings
+    from quantize.conversion import convert as convert
+    from quantize.dequantization import dequantize as dequantize
     from quantize.folders import to_gptq as to_gptq
     from quantize.gptq import quantize_weight as quantize_weight
+    from quantize.merging import merge_lora as merge_lora
     from quantize.nf4 import to_nf4 as to_nf4
     from quantize.rounding_folder import to_rounding as to_rounding
     from quantize.settings import GptqSettings as GptqSettings
@@ -23,6 +30,10 @@ _HOMES = {
     "GptqSettings": "quantize.settings",
     "Nf4Settings": "quantize.settings",
     "RoundingSettings": "quantize.settings",
+    "convert": "quantize.conversion",
+    "dequantize": "quantize.dequantization",
+    "gptq_settings": "quantize.auto_gptq_names",
+    "merge_lora": "quantize.merging",
     "quantize_weight": "quantize.gptq",
     "to_gptq": "quantize.folders",
     "to_nf4": "quantize.nf4",
@@ -33,6 +44,10 @@ __all__ = [
     "GptqSettings",
     "Nf4Settings",
     "RoundingSettings",
+    "convert",
+    "dequantize",
+    "gptq_settings",
+    "merge_lora",
     "quantize_weight",
     "to_gptq",
     "to_nf4",

@@ -21,6 +21,7 @@ from typing import Any
 
 from mistill.errors import FolderError, SettingsError
 from mistill.folder import AUTO_GPTQ_CONFIG, read_json, weight_files, write_atomically
+from mistill.gptq_format import EMBEDDING, HEAD
 from mistill.settings import require, settings_from
 from quantize.settings import GptqSettings
 
@@ -32,6 +33,7 @@ AUTO_GPTQ_NAMES = frozenset(
         "act_group_aware",
         "mse",
         "lm_head",
+        "embedding",
         "dynamic",
         "quant_method",
         "checkpoint_format",
@@ -59,6 +61,9 @@ def gptq_settings(source: Mapping[str, Any] | str | Path, **more: Any) -> GptqSe
         FolderError: If there is no such file.
     """
     said = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    # mistill says static_groups and desc_act false: groups stay, and need no index when it runs.
+    if said.get("static_groups") and "mistill" in str(said.get("meta")):
+        said.pop("desc_act", None)
     for name in _RECORDS:
         said.pop(name, None)
     return settings_from(GptqSettings, None, translated({**said, **more}))
@@ -90,11 +95,17 @@ def translated(options: Mapping[str, Any]) -> dict[str, Any]:
         # Theirs is the exponent of an unweighted error, 0 for no search at all.
         searched = float(theirs["mse"]) > 0
         _put(ours, "scale_search", GptqSettings().scale_search if searched else 1, "mse")
-    if theirs.get("lm_head"):
-        _put(ours, "head_bits", ours.get("bits", GptqSettings().bits), "lm_head")
-    if theirs.get("dynamic"):
-        _put(ours, "overrides", _overrides(theirs["dynamic"]), "dynamic")
-    _require_checkpoint_format(theirs, bool(ours.get("symmetric", True)))
+    overrides, tables = _overrides(theirs.get("dynamic") or {})
+    for flag, module, name in (
+        ("lm_head", HEAD, "head_bits"),
+        ("embedding", EMBEDDING, "embedding_bits"),
+    ):
+        if theirs.get(flag) is not None and _switch(theirs, flag):
+            _put(ours, name, tables.get(module, ours.get("bits", GptqSettings().bits)), flag)
+    if overrides:
+        _put(ours, "overrides", overrides, "dynamic")
+    symmetric = bool(ours.get("symmetric", True)) and "symmetric=false" not in str(overrides)
+    _require_checkpoint_format(theirs, symmetric)
     return ours
 
 
@@ -152,9 +163,11 @@ def _order(theirs: Mapping[str, Any]) -> str | None:
     return "dynamic" if ordered else "none"
 
 
-def _overrides(dynamic: Any) -> tuple[str, ...]:
+def _overrides(dynamic: Any) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Overrides for the layers as our settings write them, and the bits of the tables."""
     require(isinstance(dynamic, Mapping), f"dynamic must be a dictionary, got {dynamic!r}")
     overrides = []
+    tables: dict[str, int] = {}
     for key, said in dynamic.items():
         pattern = key[2:] if key.startswith(("+:", "-:")) else key
         if key.startswith("-:"):
@@ -165,10 +178,14 @@ def _overrides(dynamic: Any) -> tuple[str, ...]:
             not unknown and bool(said),
             f"dynamic[{key!r}] may set bits, group_size and sym, got {json.dumps(said)}",
         )
+        module = pattern.replace("\\", "").strip("^$")
+        if module in (HEAD, EMBEDDING) and "bits" in said:
+            tables[module] = said["bits"]
+            continue
         named = {"symmetric" if name == "sym" else name: value for name, value in said.items()}
         words = (f"{name}={str(value).lower()}" for name, value in named.items())
         overrides.append(f"{pattern}: {', '.join(words)}")
-    return tuple(overrides)
+    return tuple(overrides), tables
 
 
 def _refuse_formats(theirs: Mapping[str, Any]) -> None:

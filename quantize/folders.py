@@ -30,6 +30,8 @@ from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
 from mistill.text import Texts, TokenBlocks, check_texts, pack, read_documents
 from mistill.vocabulary import load_vocabulary
+from quantize.auto_gptq_names import name_as_auto_gptq, translated
+from quantize.backends import Backend, by_gptqmodel, require_backend
 from quantize.calibration import Batch, LayeredModel, kept_rows
 from quantize.gptq import GptqResult
 from quantize.layers import quantize_head, quantize_layer
@@ -67,6 +69,7 @@ def to_gptq(
     *,
     texts: Texts,
     settings: GptqSettings | None = None,
+    backend: Backend = "mistill",
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
@@ -82,18 +85,23 @@ def to_gptq(
         target: The folder to make, in the AutoGPTQ layout.
         texts: Text to calibrate on; best of the kind that the model will read and write.
         settings: How to quantize; or give its fields as options.
+        backend: "gptqmodel" hands over to that library, where it is installed, and leaves its
+            files as it writes them; "auto_gptq" says why that one cannot be used.
         overwrite: Whether an existing target is replaced.
-        **options: Fields of ``GptqSettings``.
+        **options: Fields of ``GptqSettings``, or their names in AutoGPTQ: ``sym``, ``desc_act``,
+            ``static_groups``, ``act_group_aware`` and ``mse``.
 
     Returns:
         The target.
 
     Raises:
         SettingsError: If a setting is out of range, or the groups do not divide a layer.
+        MissingExtraError: If the backend is a library that cannot be imported.
         FolderError: If the source is broken or quantized already, or computes no finite numbers.
         TextError: If there is no text to calibrate on.
     """
-    settings = settings_from(GptqSettings, settings, options)
+    settings = settings_from(GptqSettings, settings, translated(options))
+    require_backend(backend, settings)
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     plan = make_plan(model, settings)
@@ -104,6 +112,15 @@ def to_gptq(
         )
     check_texts(texts)
     blocks = draw_blocks(texts, model.folder, settings)
+    if backend == "gptqmodel":
+        return by_gptqmodel(
+            model,
+            target,
+            blocks=blocks,
+            settings=settings,
+            overwrite=overwrite,
+            texts=_named(texts),
+        )
     key = {
         "step": "gptq",
         "source": fingerprint(model.folder),
@@ -299,6 +316,8 @@ def _assemble(
         static_groups=settings.order == "static",
         act_group_aware=settings.order == "group",
     )
+    if settings.model_file_base_name is not None:
+        name_as_auto_gptq(result, settings.model_file_base_name)
     copy_companions(model.folder, result)
     used = settings_dict(settings)
     calibration = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal, get_args
 
 from mistill.errors import SettingsError
@@ -80,6 +81,9 @@ class GptqSettings:
         samples: Blocks of calibration text.
         block_length: Tokens per block.
         seed: Which blocks are drawn when the text has more than needed.
+        model_file_base_name: Name of the weights' file without its ending, as AutoGPTQ gives it,
+            such as "gptq_model-4bit-128g", with a quantize_config.json beside it. transformers
+            reads only folders where it is left out.
     """
 
     bits: int = 4
@@ -97,6 +101,7 @@ class GptqSettings:
     samples: int = 32
     block_length: int = 512
     seed: int = 0
+    model_file_base_name: str | None = None
 
     def __post_init__(self) -> None:
         _require_grids(self)
@@ -110,6 +115,11 @@ class GptqSettings:
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
         require(self.block_length >= 2, f"block_length must be at least 2, got {self.block_length}")
         require(self.seed >= 0, f"seed must be 0 or above, got {self.seed}")
+        name = self.model_file_base_name
+        require(
+            name is None or (bool(name) and PurePath(name).name == name),
+            f"model_file_base_name must be a plain file name without its ending, got {name!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

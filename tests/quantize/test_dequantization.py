@@ -13,7 +13,7 @@ from mistill.errors import FolderError, SettingsError
 from mistill.folder import open_folder, read_lineage
 from mistill.pytorch import load_pytorch
 from quantize import to_nf4
-from quantize.dequantize import dequantize
+from quantize.dequantization import dequantize
 from tests.gptq_matrix import Way, matrix_folder, simple_folder
 
 IDS = torch.arange(5, 45)[None]

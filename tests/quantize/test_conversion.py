@@ -16,7 +16,7 @@ from mistill.gptq_layout import CheckpointFormat, QuantizedWeight, read_quantiza
 from mistill.pytorch import load_pytorch
 from mistill.tensor_files import TensorFiles, read_quantized
 from quantize.auto_gptq_names import name_as_auto_gptq
-from quantize.convert import convert
+from quantize.conversion import convert
 from tests.gptq_matrix import WAYS, Way, matrix_folder, simple_folder
 
 OTHER: dict[CheckpointFormat, CheckpointFormat] = {"gptq": "gptq_v2", "gptq_v2": "gptq"}

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mistill.errors import FolderError, SettingsError
+from mistill.folder import open_folder, read_lineage
+from mistill.pytorch import PytorchModel, load_pytorch
+from quantize import GptqSettings, dequantize, merge_lora, to_gptq, to_nf4
+from tests.tiny import tiny_model
+
+SETTINGS = GptqSettings(group_size=32, samples=8, block_length=64)
+
+
+def make_adapter(folder: Path, target: Path, modules: tuple[str, ...], scale: float = 0.1) -> Path:
+    """A LoRA that says something, saved by peft."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = load_pytorch(folder)
+    torch.manual_seed(3)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(scale * torch.randn(parameter.shape))
+    adapted.save_pretrained(str(target), save_embedding_layers=False)
+    return target
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(model, tmp_path_factory.mktemp("lora") / "a", ("q_proj", "down_proj"))
+
+
+def merged_by_hand(weights: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
+    """W + alpha / r B A, written out."""
+    lora = load_file(adapter / "adapter_model.safetensors")
+    merged = dict(weights)
+    for name, A in lora.items():
+        if ".lora_A." in name:
+            B = lora[name.replace(".lora_A.", ".lora_B.")]
+            module = name.removeprefix("base_model.model.").partition(".lora_A")[0]
+            merged[f"{module}.weight"] = merged[f"{module}.weight"] + 8 / 4 * B @ A
+    return merged
+
+
+def test_a_float_base_becomes_the_sum(model: Path, adapter: Path, tmp_path: Path) -> None:
+    made = merge_lora(model, adapter, tmp_path / "merged")
+    expected = merged_by_hand(load_file(model / "model.safetensors"), adapter)
+    found = load_file(made / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7, msg=name)
+    changed = {
+        name
+        for name, weight in load_file(model / "model.safetensors").items()
+        if not torch.equal(weight, found[name])
+    }
+    assert changed == {name for name in found if "q_proj" in name or "down_proj" in name}
+    step = read_lineage(made)[-1]
+    assert (step["step"], step["settings"]) == ("merge", {"adapter": str(adapter)})
+    assert len(step["adapter_fingerprint"]) == 64
+    assert step["source"] == str(model)
+    assert [file.name for file in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(model, tmp_path / "base")
+    weights = {
+        name: weight.bfloat16() for name, weight in load_file(base / "model.safetensors").items()
+    }
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    found = load_file(merge_lora(base, adapter, tmp_path / "merged") / "model.safetensors")
+    assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
+    floats = {name: weight.float() for name, weight in weights.items()}
+    expected = merged_by_hand(floats, adapter)
+    for name, weight in found.items():
+        # One rounding of 8 bits; the sum itself may differ in its last bit, across a boundary.
+        torch.testing.assert_close(weight.float(), expected[name], rtol=2**-8, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["gptq", "nf4"])
+def test_a_quantized_base_is_merged_into_the_weights_it_computes_with(
+    form: str, model: Path, adapter: Path, chats: Path, tmp_path: Path
+) -> None:
+    if form == "gptq":
+        base = to_gptq(model, tmp_path / "base", texts=chats, settings=SETTINGS)
+    else:
+        base = to_nf4(model, tmp_path / "base")
+    made = merge_lora(base, adapter, tmp_path / "merged")
+    assert open_folder(made).form == "model"
+    plain = load_file(dequantize(base, tmp_path / "plain") / "model.safetensors")
+    expected = merged_by_hand(plain, adapter)
+    for name, weight in load_file(made / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def kl_to(reference: Path, other: Path, ids: np.ndarray) -> float:
+    first, second = (
+        torch.log_softmax(torch.from_numpy(PytorchModel(folder).logits(ids)).double(), -1)
+        for folder in (reference, other)
+    )
+    return float((first.exp() * (first - second)).sum(-1).mean())
+
+
+def test_both_orders_are_measured_and_the_closer_one_is_kept(
+    model: Path, adapter: Path, chats: Path, tmp_path: Path
+) -> None:
+    made = merge_lora(model, adapter, tmp_path / "small", texts=chats, settings=SETTINGS)
+    assert open_folder(made).form == "gptq"
+    report = json.loads((made / "merge_report.json").read_text())
+    orders = report["orders"]
+    assert set(orders) == {"merge_then_quantize", "quantize_then_merge"}
+    assert report["chosen"] == min(orders, key=lambda name: orders[name]["kl"])
+    step = read_lineage(made)[-1]
+    assert (step["orders"], step["chosen"]) == (orders, report["chosen"])
+
+    # The same by hand, measured on other text: two roundings are further away than one.
+    merged = merge_lora(model, adapter, tmp_path / "merged")
+    once = to_gptq(merged, tmp_path / "once", texts=chats, settings=SETTINGS)
+    base = to_gptq(model, tmp_path / "base", texts=chats, settings=SETTINGS)
+    again = merge_lora(dequantize(base, tmp_path / "plain"), adapter, tmp_path / "again")
+    twice = to_gptq(again, tmp_path / "twice", texts=chats, settings=SETTINGS)
+    ids = np.random.default_rng(0).integers(5, 300, (4, 64))
+    assert kl_to(merged, once, ids) < kl_to(merged, twice, ids)
+    assert report["chosen"] == "merge_then_quantize"
+    best = {"merge_then_quantize": once, "quantize_then_merge": twice}[report["chosen"]]
+    files = (folder / "model.safetensors" for folder in (made, best))
+    assert len({file.read_bytes() for file in files}) == 1
+    assert not list(tmp_path.glob(".merge-*"))
+
+
+def test_a_gptq_base_is_quantized_again_as_it_was_and_finds_its_original(
+    model: Path, adapter: Path, chats: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(model, tmp_path / "source")
+    base = to_gptq(source, tmp_path / "base", texts=chats, bits=8, group_size=64, sym=False)
+    made = merge_lora(base, adapter, tmp_path / "small", texts=chats)
+    said = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert (said["bits"], said["group_size"], said["sym"]) == (8, 64, False)
+    assert json.loads((made / "merge_report.json").read_text())["float_base"] == str(source)
+
+    shutil.rmtree(source)
+    with pytest.raises(FolderError, match=r"is not at hand at .*source; give it as float_base"):
+        merge_lora(base, adapter, tmp_path / "other", texts=chats)
+    again = merge_lora(base, adapter, tmp_path / "other", texts=chats, float_base=model)
+    assert json.loads((again / "merge_report.json").read_text())["float_base"] == str(model)
+
+
+def test_what_cannot_be_merged_is_refused(
+    model: Path, adapter: Path, chats: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "merged"
+    with pytest.raises(FolderError, match=r"no adapter of peft: adapter_config\.json is missing"):
+        merge_lora(model, tmp_path, target)
+    with pytest.raises(SettingsError, match="give texts"):
+        merge_lora(model, adapter, target, settings=SETTINGS)
+    with pytest.raises(SettingsError, match="group_size 128 does not divide the 64 inputs"):
+        merge_lora(model, adapter, target, texts=chats)
+    other = tiny_model(tmp_path / "short", num_hidden_layers=1)
+    with pytest.raises(FolderError, match=r"changes model\.layers\.1\..*, which .* has not"):
+        merge_lora(other, adapter, target)
+    tied = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    untied = tiny_model(tmp_path / "untied")
+    head = make_adapter(untied, tmp_path / "head", ("lm_head",))
+    with pytest.raises(FolderError, match="which are one table"):
+        merge_lora(tied, head, target)
+    merge_lora(untied, head, target)
+    wide = tiny_model(tmp_path / "wide", intermediate_size=160)
+    with pytest.raises(FolderError, match="does not fit"):
+        merge_lora(wide, adapter, tmp_path / "wide-merged")
+    kind = shutil.copytree(adapter, tmp_path / "ia3")
+    (kind / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(FolderError, match="of type IA3; mistill merges LORA"):
+        merge_lora(model, kind, tmp_path / "no")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mistill.errors import SettingsError
 from mistill.folder import open_folder, read_json
@@ -126,6 +127,12 @@ def test_modules_get_the_grid_of_their_override_and_load_as_such(
         assert torch.corrcoef(
             torch.stack([weight.flatten(), before[f"{module}.weight"].flatten()])
         )[0, 1] > (0.99 if module.endswith("k_proj") else 0.9)
+    # What comes first in the model has the codes that it has where all modules are like it.
+    alike = to_gptq(
+        model, tmp_path / "alike", texts=chats, **{**SMALL, "group_size": 32}, bits=8, order=order
+    )
+    first = "model.layers.0.self_attn.k_proj"
+    np.testing.assert_array_equal(stored(target, first).codes, stored(alike, first).codes)
     report = read_json(target / REPORT_FILE)
     assert name in report["kept"]
     lines = {line["name"]: line for line in report["modules"]}
@@ -179,6 +186,23 @@ def test_the_tables_are_quantized_when_asked_for(
         for folder in (gptq, plain):
             found = stored(folder, "model.embed_tokens")
             np.testing.assert_array_equal(found.codes, expected.codes)
+
+
+def test_layers_are_calibrated_on_what_the_rounded_embedding_sends_them(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    target = to_gptq(model, tmp_path / "whole", texts=chats, embedding_bits=4, **SMALL)
+    changed = tmp_path / "changed"
+    shutil.copytree(model, changed)
+    weights = load_file(changed / "model.safetensors")
+    held = stored(target, "model.embed_tokens").dequantize()
+    weights["model.embed_tokens.weight"] = torch.from_numpy(held)
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    twin = to_gptq(changed, tmp_path / "twin", texts=chats, **SMALL)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (target, twin))
+    for name in ours.keys() & theirs.keys():
+        assert torch.equal(ours[name], theirs[name])
+    assert "model.layers.1.mlp.down_proj.qweight" in ours.keys() & theirs.keys()
 
 
 def test_a_head_is_quantized_for_what_reaches_it(chats: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _SHARD_BYTES = 1 << 30
+_COPIED_AT_ONCE = 1 << 24
+
+# What safetensors calls the types that a model may hold, and its order of them.
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_WIDE_LAST = tuple(_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -108,11 +124,23 @@ def require_fit(model: FloatModel, bits: int, group_size: int) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor whose bytes have been written down: where they begin, and what they are."""
+
+    start: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class TensorWriter:
     """Writes tensors to safetensors files of a bounded size, in the order given.
 
-    What it holds in memory is one file at most: 1 GiB, or one tensor if that is larger. A context
-    manager; when it ends, the last file and, if there are several, the index are written.
+    Nothing stays in memory: bytes go to the disk at once, and when a file is full they are copied
+    behind the header that says what they are. The files are those that safetensors' own
+    ``save_file`` writes. A context manager; when it ends, the last file and, if there are several,
+    the index are written.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
@@ -124,7 +152,9 @@ class TensorWriter:
         """
         self._folder = folder
         self._shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
+        self._body = folder / "shard.bytes"
+        self._opened: BinaryIO | None = None
+        self._pending: dict[str, _Stored] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
@@ -138,23 +168,29 @@ class TensorWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._finish()
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._opened is not None:
+                self._opened.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor.
 
         Args:
             name: Its name in the file.
-            tensor: Any type.
+            tensor: Of a type that safetensors has a name for.
         """
         if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
             self._flush()
-        # A view, of a mapped file or of a larger tensor, would hold all that it is a part of.
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        self._pending[name] = (
-            tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-        )
+        if self._opened is None:
+            self._opened = self._body.open("wb")
+        shape = tuple(tensor.shape)
+        # Seen as bytes: numpy has no bfloat16. A tensor without dimensions cannot be seen so.
+        self._opened.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        stored = _Stored(self._pending_bytes, tensor.nbytes, _DTYPES[tensor.dtype], shape)
+        self._pending[name] = stored
         self._pending_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
@@ -172,11 +208,35 @@ class TensorWriter:
             self.add(name, tensor)
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
+        if self._opened is None:
+            self._opened = self._body.open("wb")
+        self._opened.close()
+        self._opened = None
         self._shards.append(list(self._pending))
+        # Wide types first, so that every tensor begins where its type may.
+        order = sorted(
+            self._pending.items(), key=lambda item: (-_WIDE_LAST.index(item[1].dtype), item[0])
+        )
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, stored in order:
+            header[name] = {
+                "dtype": stored.dtype,
+                "shape": stored.shape,
+                "data_offsets": (end, end + stored.size),
+            }
+            end += stored.size
+        words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        words += b" " * (-len(words) % 8)
         file = self._folder / f"shard-{len(self._shards)}.safetensors"
-        save_file(self._pending, file, metadata={"format": "pt"})
+        with file.open("wb") as written, self._body.open("rb") as body:
+            written.write(len(words).to_bytes(8, "little") + words)
+            for _, stored in order:
+                body.seek(stored.start)
+                left = stored.size
+                while left:
+                    left -= written.write(body.read(min(left, _COPIED_AT_ONCE)))
+        self._body.unlink()
         self._pending, self._pending_bytes = {}, 0
 
     def _finish(self) -> None:

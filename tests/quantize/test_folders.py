@@ -365,3 +365,28 @@ def test_a_model_that_computes_no_numbers_is_refused_with_the_place(
     with pytest.raises(FolderError, match=r"layers\.1\.self_attn\.q_proj are not finite"):
         to_gptq(source, tmp_path / "x", texts=chats, **SMALL)
     assert not (tmp_path / "x").exists()
+
+
+def test_files_are_those_that_safetensors_writes(tmp_path: Path) -> None:
+    """Byte for byte, whatever the types and the order in which tensors come."""
+    from safetensors.torch import save_file
+
+    types = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
+    types += (torch.int32, torch.float32, torch.float64, torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.{dtype}": torch.randint(0, 2, (3, 5 + place), generator=generator).to(dtype)
+        for place, dtype in enumerate(types)
+        for name in ("zebra", "caf\u00e9")
+    }
+    tensors["scalar"] = torch.tensor(1.5)
+    tensors["empty"] = torch.zeros(0, 4)
+    tensors["turned"] = torch.arange(12.0).reshape(3, 4).T
+    with TensorWriter(tmp_path) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(kept, tmp_path / "theirs", metadata={"format": "pt"})
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == ["model.safetensors", "theirs"]
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()

@@ -1,0 +1,45 @@
+"""What is read, quantized and written a matrix at a time fits in memory however many layers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(name: str, *options: str) -> Any:
+    command = [sys.executable, "-m", f"benchmarks.suite.{name}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rounding", "nf4"])
+def test_memory_does_not_grow_with_the_layers(method: str) -> None:
+    few, many = (
+        run("big_model", "--width", "1024", "--layers", str(layers), "--methods", method)
+        for layers in (1, 7)
+    )
+    # Six layers are 164 MB of bfloat16 and 43 MB of codes.
+    assert many["float_bytes"] - few["float_bytes"] > 160e6
+    assert many[method]["weight_bytes"] - few[method]["weight_bytes"] > 42e6
+    assert many[method]["peak_memory_bytes"] - few[method]["peak_memory_bytes"] < 40e6
+
+
+@pytest.mark.slow
+def test_layers_go_through_gptq_one_after_another() -> None:
+    few, many = (
+        run("big_layer", "--width", "512", "--tokens", "1024", "--layers", str(layers))
+        for layers in (1, 6)
+    )
+    assert many["calibration_tokens"] == 1024
+    assert len(many["seconds_of_matrices"]) == 42
+    # A layer of this width in float32 is 14 MB, and five of them would show.
+    assert many["peak_memory_bytes"] - few["peak_memory_bytes"] < 40e6

@@ -24,7 +24,7 @@ from mistill.gptq_layout import GptqFormat
 from mistill.progress import track
 from mistill.settings import require, settings_dict
 from mistill.text import TokenBlocks
-from quantize.overrides import module_formats
+from quantize.overrides import format_of, module_formats
 from quantize.report import ModuleReport, write_report
 from quantize.settings import GptqSettings
 from quantize.storage import FloatModel
@@ -149,7 +149,7 @@ def by_gptqmodel(
         version = str(getattr(library, "__version__", "unknown"))
         write_report(
             partial,
-            _reports(losses),
+            _reports(losses, settings),
             [],
             step="gptq",
             backend=f"gptqmodel {version}",
@@ -173,14 +173,17 @@ def by_gptqmodel(
     return target
 
 
-def _reports(losses: Mapping[str, Any]) -> list[ModuleReport]:
+def _reports(losses: Mapping[str, Any], settings: GptqSettings) -> list[ModuleReport]:
     """What gptqmodel logged of each matrix."""
     found = []
     for entry in (one for group in losses.values() for one in _entries(group)):
         name = f"model.layers.{entry.get('layer')}.{entry.get('module')}"
+        form = format_of(settings, name)
         found.append(
             ModuleReport(
                 name=name,
+                bits=None if form is None else form.bits,
+                group_size=None if form is None else form.group_size,
                 loss=_number(entry.get("loss")),
                 damping=_number(entry.get("damp")),
                 seconds=_number(entry.get("time")),

@@ -32,7 +32,13 @@ class FakeQuantizer:
         self, calibration: list[dict[str, list[int]]], batch_size: int, calibration_sort: None
     ) -> dict[str, list[dict[str, str]]]:
         self.seen["calibration"] = calibration
-        entry = {"layer": "0", "module": "mlp.up_proj", "loss": "0.5", "damp": "0.05", "time": "2"}
+        entry = {
+            "layer": "0",
+            "module": "mlp.down_proj",
+            "loss": "0.5",
+            "damp": "0.05",
+            "time": "2",
+        }
         return {"gptq": [entry]}
 
     def save(self, folder: str) -> None:
@@ -96,8 +102,9 @@ def test_gptqmodel_gets_our_text_and_settings_in_its_words(
     assert step["calibration"] == {"blocks": 4, "block_length": 32, "tokens": 128}
     report = json.loads((made / "quantize_report.json").read_text())
     (matrix,) = report["modules"]
-    assert matrix["name"] == "model.layers.0.mlp.up_proj"
+    assert matrix["name"] == "model.layers.0.mlp.down_proj"
     assert (matrix["loss"], matrix["damping"], matrix["seconds"]) == (0.5, 0.05, 2.0)
+    assert (matrix["bits"], matrix["group_size"]) == (8, 32)
     assert (made / "tokenizer.json").is_file()
 
 

@@ -107,7 +107,7 @@ def predict(model: PreTrainedModel, blocks: TokenBlocks) -> Predictions:
         states = body(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
         found.append(states[torch.from_numpy(part.kept).to(states.device)])
     head = cast(Any, model.get_output_embeddings())
-    return Predictions(torch.cat(found), head.weight)
+    return Predictions(torch.cat(found), head.weight.detach())
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """A smaller copy of a model folder.
 
 ``to_gptq`` quantizes to 2, 3, 4 or 8 bits with calibration text, ``to_rounding`` without,
-``to_nf4`` to bitsandbytes' NormalFloat. ``convert`` changes between the two formats of GPTQ
+``to_nf4`` to bitsandbytes' NormalFloat, ``to_mixed`` with bits and groups chosen for every matrix
+within a size. ``convert`` changes between the two formats of GPTQ
 folders, ``dequantize`` goes back to floats, ``merge_lora`` puts an adapter into its base.
 ``gptq_settings`` reads AutoGPTQ's settings. ``quantize_weight`` is GPTQ itself: tensors in, codes
 out.
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from quantize.folders import to_gptq as to_gptq
     from quantize.gptq import quantize_weight as quantize_weight
     from quantize.merging import merge_lora as merge_lora
+    from quantize.mixed import to_mixed as to_mixed
+    from quantize.mixed_settings import MixedSettings as MixedSettings
     from quantize.nf4 import to_nf4 as to_nf4
     from quantize.rounding_folder import to_rounding as to_rounding
     from quantize.settings import GptqSettings as GptqSettings
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "GptqSettings": "quantize.settings",
+    "MixedSettings": "quantize.mixed_settings",
     "Nf4Settings": "quantize.settings",
     "RoundingSettings": "quantize.settings",
     "convert": "quantize.conversion",
@@ -36,12 +40,14 @@ _HOMES = {
     "merge_lora": "quantize.merging",
     "quantize_weight": "quantize.gptq",
     "to_gptq": "quantize.folders",
+    "to_mixed": "quantize.mixed",
     "to_nf4": "quantize.nf4",
     "to_rounding": "quantize.rounding_folder",
 }
 
 __all__ = [
     "GptqSettings",
+    "MixedSettings",
     "Nf4Settings",
     "RoundingSettings",
     "convert",
@@ -50,6 +56,7 @@ __all__ = [
     "merge_lora",
     "quantize_weight",
     "to_gptq",
+    "to_mixed",
     "to_nf4",
     "to_rounding",
 ]

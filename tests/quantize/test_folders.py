@@ -371,8 +371,8 @@ def test_files_are_those_that_safetensors_writes(tmp_path: Path) -> None:
     """Byte for byte, whatever the types and the order in which tensors come."""
     from safetensors.torch import save_file
 
-    types = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
-    types += (torch.int32, torch.float32, torch.float64, torch.int64)
+    whole = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    types = (*whole, torch.float16, torch.bfloat16, torch.float32, torch.float64)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"{name}.{dtype}": torch.randint(0, 2, (3, 5 + place), generator=generator).to(dtype)

@@ -1,0 +1,143 @@
+"""Bytes go where they lower KL most, and no further than the limit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import quantize
+from mistill.errors import SettingsError
+from mistill.folder import open_folder, read_json, read_lineage
+from mistill.gptq_layout import ModuleFormat
+from mistill.kl import compare, predict
+from mistill.pytorch import load_pytorch
+from quantize.folders import draw_blocks
+from quantize.mixed import Choice, fill_budget, lower_hull
+from quantize.settings import GptqSettings
+
+FORMATS = ("bits=4, group_size=64", "bits=4, group_size=32", "bits=8, group_size=64")
+SMALL: dict[str, Any] = {
+    "samples": 12,
+    "block_length": 64,
+    "sensitivity_samples": 12,
+    "formats": FORMATS,
+}
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def test_the_greedy_walk_finds_what_trying_everything_finds() -> None:
+    """Over random choices and budgets, against all combinations; but for the last change."""
+    generator = np.random.default_rng(0)
+    exact = 0
+    for _ in range(60):
+        choices = {
+            str(name): [
+                Choice(ModuleFormat(bits=4, group_size=place + 1), int(size), float(cost))
+                for place, (size, cost) in enumerate(
+                    zip(generator.integers(1, 30, 4), generator.random(4), strict=True)
+                )
+            ]
+            for name in range(4)
+        }
+        least = sum(min(c.size for c in options) for options in choices.values())
+        budget = least + int(generator.integers(0, 60))
+        found = fill_budget(choices, budget)
+        assert sum(choice.size for choice in found.values()) <= budget
+        cost = sum(choice.cost for choice in found.values())
+        best = min(
+            sum(choice.cost for choice in some)
+            for some in itertools.product(*choices.values())
+            if sum(choice.size for choice in some) <= budget
+        )
+        widest = max(
+            (
+                a.cost - b.cost
+                for hull in map(lower_hull, choices.values())
+                for a, b in itertools.pairwise(hull)
+            ),
+            default=0.0,
+        )
+        assert best - 1e-12 <= cost <= best + widest + 1e-12
+        exact += cost == pytest.approx(best)
+    assert exact > 30
+
+
+def test_a_choice_that_two_others_beat_is_skipped() -> None:
+    sizes_and_costs = [(10, 1.0), (20, 0.9), (30, 0.1), (25, 0.95), (40, 0.2)]
+    options = [Choice(None, size, cost) for size, cost in sizes_and_costs]
+    assert [(c.size, c.cost) for c in lower_hull(options)] == [(10, 1.0), (30, 0.1)]
+
+
+@pytest.mark.parametrize("bits_per_weight", [5.4, 6.5, 9.0])
+def test_the_folder_is_no_larger_than_asked_for_and_hardly_smaller(
+    model: Path, chats: Path, tmp_path: Path, bits_per_weight: float
+) -> None:
+    target = quantize.to_mixed(
+        model, tmp_path / "small", texts=chats, bits_per_weight=bits_per_weight, **SMALL
+    )
+    info = open_folder(target)
+    assert info.form == "gptq"
+    budget = bits_per_weight * info.parameters / 8
+    chosen = read_json(target / "mixed.json")
+    # The widest change of this model is from a table of 8 bits to one of floats.
+    assert weight_bytes(target) <= budget
+    if bits_per_weight < 9:
+        assert weight_bytes(target) > 0.9 * budget
+    assert chosen["weight_bytes"] == weight_bytes(target)
+    assert 0 <= chosen["expected_bytes"] - chosen["weight_bytes"] < 4000
+    report = {m["name"]: m for m in read_json(target / "quantize_report.json")["modules"]}
+    for name, form in chosen["modules"].items():
+        if form is None:
+            assert name not in report
+        else:
+            assert (report[name]["bits"], report[name]["group_size"]) == tuple(form.values())
+    assert read_lineage(target)[-1]["step"] == "gptq"
+
+
+def test_mixing_beats_one_precision_of_the_same_bytes(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    uniform = quantize.to_gptq(
+        model, tmp_path / "uniform", texts=chats, group_size=32, samples=12, block_length=64,
+        head_bits=4, embedding_bits=4,
+    )  # fmt: skip
+    size_mb = weight_bytes(uniform) / 1e6
+    mixed = quantize.to_mixed(model, tmp_path / "mixed", texts=chats, size_mb=size_mb, **SMALL)
+    assert weight_bytes(mixed) <= weight_bytes(uniform)
+    blocks = draw_blocks(chats, model, GptqSettings(samples=30, block_length=64, seed=1))
+    found = compare(
+        {"model": predict(load_pytorch(model), blocks)},
+        {folder.name: predict(load_pytorch(folder), blocks) for folder in (uniform, mixed)},
+        blocks,
+    )
+    assert found["mixed"]["model"].kl < found["uniform"]["model"].kl
+
+
+def test_what_cannot_be_that_small_is_refused_with_what_can(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=r"smallest .*bits per weight.*raise the size"):
+        quantize.to_mixed(model, tmp_path / "small", texts=chats, size_mb=0.05, **SMALL)
+    with pytest.raises(SettingsError, match="either size_mb or bits_per_weight"):
+        quantize.to_mixed(model, tmp_path / "small", texts=chats)
+    with pytest.raises(SettingsError, match="either size_mb or bits_per_weight"):
+        quantize.to_mixed(model, tmp_path / "small", texts=chats, size_mb=1, bits_per_weight=5)
+    with pytest.raises(SettingsError, match="no format fits"):
+        formats = ("bits=4, group_size=48",)
+        quantize.to_mixed(model, tmp_path / "small", texts=chats, size_mb=1, formats=formats)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_stay_float_where_they_must(model: Path, chats: Path, tmp_path: Path) -> None:
+    target = quantize.to_mixed(
+        model, tmp_path / "small", texts=chats, bits_per_weight=20, tables=False, **SMALL
+    )
+    kept = read_json(target / "quantize_report.json")["kept"]
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(kept)

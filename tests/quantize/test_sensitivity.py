@@ -1,0 +1,79 @@
+"""What is estimated of KL from one backward pass is what is measured, one matrix at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat
+from mistill.kl import compare, predict
+from mistill.pytorch import load_pytorch
+from quantize.folders import draw_blocks
+from quantize.layout import round_table
+from quantize.overrides import with_format
+from quantize.rounding import round_weight
+from quantize.sensitivity import estimate_costs
+from quantize.settings import GptqSettings
+from quantize.storage import open_float
+from tests.tiny import tiny_model
+
+SETTINGS = GptqSettings(samples=24, block_length=64)
+FORMS = (ModuleFormat(bits=4, group_size=32), ModuleFormat(bits=8, group_size=64))
+
+
+def ranks(values: Any) -> NDArray[np.int64]:
+    return np.argsort(np.argsort(values))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_estimates_rank_the_matrices_and_have_the_size_of_what_is_measured(
+    tied: bool, chats: Path, tmp_path: Path
+) -> None:
+    folder = tiny_model(tmp_path / "model", tie_word_embeddings=tied, seed=5)
+    model = open_float(folder)
+    blocks = draw_blocks(chats, folder, SETTINGS)
+    tables = (EMBEDDING,) if tied else (EMBEDDING, HEAD)
+    candidates = dict.fromkeys((*model.matrices, *tables), FORMS)
+    generator = torch.Generator().manual_seed(0)
+    costs = estimate_costs(model, blocks, candidates, SETTINGS, generator)
+    assert costs.keys() == candidates.keys()
+
+    loaded = load_pytorch(folder)
+    plain = {"plain": predict(loaded, blocks)}
+    measured: dict[str, list[float]] = {}
+    for name in candidates:
+        module = cast(Any, loaded.get_submodule(name))
+        kept = module.weight.data
+        for form in FORMS:
+            if name in tables:
+                weight = round_table(kept, SETTINGS, form)
+            else:
+                weight = round_weight(kept, with_format(SETTINGS, form))
+            module.weight.data = torch.from_numpy(weight.dequantize())
+            found = compare(plain, {"rounded": predict(loaded, blocks)}, blocks)
+            measured.setdefault(name, []).append(found["rounded"]["plain"].kl)
+        module.weight.data = kept
+
+    for place, form in enumerate(FORMS):
+        estimated = np.array([costs[name][form] for name in candidates])
+        real = np.array([measured[name][place] for name in candidates])
+        correlation = np.corrcoef(ranks(estimated), ranks(real))[0, 1]
+        assert correlation > 0.9
+        # Tokens are drawn: a single estimate may be off by a third, all of them together not.
+        assert (np.abs(np.log(estimated / real)) < np.log(2)).all()
+        assert estimated.sum() == pytest.approx(real.sum(), rel=0.2)
+
+
+def test_only_what_is_asked_for_is_estimated(model: Path, chats: Path) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    blocks = draw_blocks(chats, model, replace(SETTINGS, samples=2))
+    generator = torch.Generator().manual_seed(0)
+    costs = estimate_costs(open_float(model), blocks, {name: FORMS[:1]}, SETTINGS, generator)
+    assert costs.keys() == {name}
+    assert costs[name].keys() == {FORMS[0]}

@@ -34,7 +34,7 @@ class RoundingSettings:
             the first that does decides.
         head_bits: Bits of the output head, 4 or 8; float if not given. Only mistill reads it then.
         embedding_bits: Bits of the embedding, 4 or 8; float if not given. Only mistill reads it
-            then. Where the head is the same table, the two must be equal.
+            then. Where the two are one table, either number stands for both.
     """
 
     bits: int = 4
@@ -65,9 +65,10 @@ class GptqSettings:
             the first that does decides.
         head_bits: Bits of the output head, 4 or 8; float if not given. Only mistill reads it then.
         embedding_bits: Bits of the embedding, 4 or 8; float if not given. Only mistill reads it
-            then. Where the head is the same table, the two must be equal.
+            then. Where the two are one table, either number stands for both.
         method: "gptq" makes each layer right for the inputs that it gets; "gptaq" also for those
-            that it would have got from float layers, for half as much time again.
+            that it would have got from float layers, in about twice the time: a quarter less KL
+            on the one model measured.
         order: In which order columns are rounded. "static" walks the columns with the largest
             inputs first, on scales chosen beforehand; "dynamic" forms the groups on the way, which
             costs an index for each column when the model runs; "group" walks whole groups;

@@ -27,7 +27,7 @@ from mistill.chat import ChatSettings
 from mistill.errors import MissingExtraError, MistillError
 from mistill.folder import open_folder
 from mistill.settings import settings_dict
-from quantize import GptqSettings, Nf4Settings, RoundingSettings
+from quantize import GptqSettings, MixedSettings, Nf4Settings, RoundingSettings
 
 Texts = Annotated[tuple[str, ...], Parameter(negative=())]
 Flat = Parameter(name="*")
@@ -280,6 +280,36 @@ def rounding(
     from quantize import to_rounding
 
     return _made(to_rounding(source, target, settings=settings, overwrite=overwrite), json)
+
+
+@quantize_app.command
+def mixed(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    texts: Texts,
+    settings: Annotated[MixedSettings, Flat] = MixedSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Choose bits and groups for every matrix, within a size, and quantize by GPTQ.
+
+    Args:
+        source: A float model folder.
+        target: The folder to make.
+        texts: Text to estimate on and to calibrate on.
+        settings: The size and the choices.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from quantize import to_mixed
+
+    made = to_mixed(source, target, texts=texts, settings=settings, overwrite=overwrite)
+    return _made(made, json)
 
 
 @quantize_app.command

@@ -240,6 +240,13 @@ def step_kinds() -> dict[str, StepKind]:
             run=gptq,
         ),
         StepKind(name="rounding", settings=quantize.RoundingSettings, models=source, run=rounding),
+        StepKind(
+            name="mixed",
+            settings=quantize.MixedSettings,
+            models=source,
+            texts=("texts",),
+            run=_mix,
+        ),
         StepKind(name="nf4", settings=quantize.Nf4Settings, models=source, run=nf4),
         StepKind(name="export", settings=export.OnnxSettings, models=source, run=to_onnx),
         StepKind(
@@ -259,6 +266,14 @@ def _cache_targets(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: b
 
     return distill.cache_targets(
         inputs["teacher"], target, texts=inputs["texts"], settings=s, overwrite=overwrite
+    )
+
+
+def _mix(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
+    import quantize
+
+    return quantize.to_mixed(
+        inputs["source"], target, texts=inputs["texts"], settings=s, overwrite=overwrite
     )
 
 

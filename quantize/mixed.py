@@ -33,7 +33,7 @@ from mistill.folder import (
     write_atomically,
 )
 from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per_unit
-from mistill.settings import settings_from
+from mistill.settings import require, settings_from
 from mistill.text import Texts, check_texts
 from quantize.folders import draw_blocks, to_gptq
 from quantize.mixed_settings import MixedSettings
@@ -95,6 +95,10 @@ def to_mixed(
         TextError: If there is no text.
     """
     settings = settings_from(MixedSettings, settings, options)
+    require(
+        settings.size_mb is not None or settings.bits_per_weight is not None,
+        "a mix needs a limit; give either size_mb or bits_per_weight",
+    )
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     check_texts(texts)

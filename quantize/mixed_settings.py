@@ -58,7 +58,7 @@ class MixedSettings:
 
     def __post_init__(self) -> None:
         given = [self.size_mb is not None, self.bits_per_weight is not None]
-        require(sum(given) == 1, "give either size_mb or bits_per_weight, so that there is a limit")
+        require(sum(given) < 2, "give either size_mb or bits_per_weight, not both")
         for name in ("size_mb", "bits_per_weight"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be above 0, got {value}")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quantize.mixed import to_mixed as to_mixed
     from quantize.mixed_settings import MixedSettings as MixedSettings
     from quantize.nf4 import to_nf4 as to_nf4
+    from quantize.rotation import rotate as rotate
+    from quantize.rotation_settings import RotationSettings as RotationSettings
     from quantize.rounding_folder import to_rounding as to_rounding
     from quantize.settings import GptqSettings as GptqSettings
     from quantize.settings import Nf4Settings as Nf4Settings
@@ -33,12 +35,14 @@ _HOMES = {
     "GptqSettings": "quantize.settings",
     "MixedSettings": "quantize.mixed_settings",
     "Nf4Settings": "quantize.settings",
+    "RotationSettings": "quantize.rotation_settings",
     "RoundingSettings": "quantize.settings",
     "convert": "quantize.conversion",
     "dequantize": "quantize.dequantization",
     "gptq_settings": "quantize.auto_gptq_names",
     "merge_lora": "quantize.merging",
     "quantize_weight": "quantize.gptq",
+    "rotate": "quantize.rotation",
     "to_gptq": "quantize.folders",
     "to_mixed": "quantize.mixed",
     "to_nf4": "quantize.nf4",
@@ -49,12 +53,14 @@ __all__ = [
     "GptqSettings",
     "MixedSettings",
     "Nf4Settings",
+    "RotationSettings",
     "RoundingSettings",
     "convert",
     "dequantize",
     "gptq_settings",
     "merge_lora",
     "quantize_weight",
+    "rotate",
     "to_gptq",
     "to_mixed",
     "to_nf4",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -37,9 +37,8 @@ from mistill.pytorch import (
 )
 from mistill.settings import require
 from mistill.tensor_files import TensorFiles
+from quantize.settings import FloatType
 from quantize.storage import TensorWriter
-
-FloatType = Literal["float32", "float16", "bfloat16"]
 
 
 def dequantize(

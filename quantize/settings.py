@@ -14,6 +14,9 @@ from quantize.overrides import module_formats, require_grid
 Order = Literal["static", "dynamic", "group", "none"]
 Method = Literal["gptq", "gptaq"]
 
+# Types that the weights of a float folder are written in.
+FloatType = Literal["float32", "float16", "bfloat16"]
+
 # Bits that a table of all tokens may have; fewer lose too much.
 TABLE_BITS = (4, 8)
 

@@ -3,11 +3,11 @@
 In a trained model a few hidden dimensions are far larger than the rest, and a grid that has to hold
 them has little left for the others. A model of Llama's kind computes the same if its hidden states
 x become x Q for an orthogonal Q: a root mean square norm does not see a rotation once its gains
-have moved into the matrices behind it, and every matrix that reads or writes hidden states takes Q in
-(SliceGPT, Ashkboos et al., 2024a, section 3.1, https://arxiv.org/abs/2401.15024; QuaRot, Ashkboos
-et al., 2024b, section 4, stage 1a, https://arxiv.org/abs/2404.00456). What comes out is a plain
-folder of the same architecture that costs nothing more to run, except that a head which shared its
-table with the embedding has one of its own now: the gains of the last norm are in it.
+have moved into the matrices behind it, and every matrix that reads or writes hidden states takes Q
+in (SliceGPT, Ashkboos et al., 2024a, section 3.1, https://arxiv.org/abs/2401.15024; QuaRot,
+Ashkboos et al., 2024b, section 4, stage 1a, https://arxiv.org/abs/2404.00456). What comes out is a
+plain folder of the same architecture that costs nothing more to run, except that a head which
+shared its table with the embedding has one of its own now: the gains of the last norm are in it.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ _BLOCK = 128
 # Rows that are walked at once: enough to keep a processor busy, few enough for its cache.
 ROWS_AT_ONCE = 4096
 
-# How much of what earlier layers changed GPTAQ makes up for. The paper takes all of it, its authors'
-# later code a quarter, which was better here too (docs/experiments.md).
+# How much of what earlier layers changed GPTAQ makes up for. The paper takes all of it,
+# gptqmodel a quarter, which was better here too (docs/experiments.md).
 _ASYMMETRY = 0.25
 
 

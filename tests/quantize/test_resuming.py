@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +136,7 @@ def test_a_full_disk_keeps_what_is_done(
 
 PROGRAM = """
 import sys
+import torch
 torch.set_num_threads(1)
 from quantize import to_gptq
 to_gptq(sys.argv[1], sys.argv[2], texts=sys.argv[3], group_size=16, samples=32, block_length=128)
@@ -153,26 +153,25 @@ def test_ten_kills_at_random_moments_change_no_byte(chats: Path, tmp_path: Path)
         hidden_size=256,
         intermediate_size=512,
     )
-    random_moment = random.Random(0)
+    moments = random.Random(0)
     whole, target = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-c", PROGRAM, str(source)]
-    begun = time.monotonic()
     subprocess.run([*command, str(whole), str(chats)], check=True)
-    seconds = time.monotonic() - begun
-    kills = 0
-    while not target.exists():
+    seconds_of_a_layer = read_json(whole / REPORT_FILE)["seconds"] / 24
+    working = tmp_path / ".killed.working"
+    for kill in range(10):
         process = subprocess.Popen([*command, str(target), str(chats)])
-        # Starting Python and its libraries takes some seconds of it.
-        moment = random_moment.uniform(0.3, 0.7) * seconds if kills < 10 else None
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
+        if kill < 2:  # before it has got anywhere
+            time.sleep(moments.uniform(0, 3))
         else:
-            assert process.returncode == 0
-    assert kills == 10
+            done = len(list(working.glob("part-*.safetensors")))
+            while process.poll() is None and len(list(working.glob("part-*.safetensors"))) <= done:
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, seconds_of_a_layer))
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not target.exists()
+    subprocess.run([*command, str(target), str(chats)], check=True)
     assert bytes_of(target) == bytes_of(whole)
-    shutil.rmtree(target)
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["model", "whole"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["killed", "model", "whole"]

@@ -10,7 +10,9 @@ import importlib
 import os
 import time
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from mistill.errors import MissingExtraError, SettingsError
@@ -138,11 +140,13 @@ def by_gptqmodel(
         {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in blocks.ids
     ]
     with creating(target, overwrite) as partial, track("gptqmodel", total=None) as bar:
-        quantizer = library.GPTQModel.load(
-            str(model.folder), library.QuantizeConfig(**config), device="cpu"
-        )
-        losses = quantizer.quantize(calibration, batch_size=1, calibration_sort=None)
-        quantizer.save(str(partial))
+        # It leaves a folder of logs wherever it is called from.
+        with TemporaryDirectory() as elsewhere, chdir(elsewhere):
+            quantizer = library.GPTQModel.load(
+                str(model.folder), library.QuantizeConfig(**config), device="cpu"
+            )
+            losses = quantizer.quantize(calibration, batch_size=1, calibration_sort=None)
+            quantizer.save(str(partial))
         bar.advance(1)
         copy_companions(model.folder, partial)
         used = settings_dict(settings)

@@ -32,6 +32,7 @@ class FakeQuantizer:
         self, calibration: list[dict[str, list[int]]], batch_size: int, calibration_sort: None
     ) -> dict[str, list[dict[str, str]]]:
         self.seen["calibration"] = calibration
+        Path("logs").mkdir()  # as gptqmodel does, wherever it is
         entry = {
             "layer": "0",
             "module": "mlp.down_proj",
@@ -62,6 +63,7 @@ def test_gptqmodel_gets_our_text_and_settings_in_its_words(
     model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_gptqmodel(monkeypatch)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.delenv("GPTQMODEL_CPU_WORKERS", raising=False)
     made = to_gptq(
@@ -106,6 +108,9 @@ def test_gptqmodel_gets_our_text_and_settings_in_its_words(
     assert (matrix["loss"], matrix["damping"], matrix["seconds"]) == (0.5, 0.05, 2.0)
     assert (matrix["bits"], matrix["group_size"]) == (8, 32)
     assert (made / "tokenizer.json").is_file()
+    assert Path.cwd() == tmp_path
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small"]
+    assert not (made / "logs").exists()
 
 
 @pytest.mark.parametrize(

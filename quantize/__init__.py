@@ -3,7 +3,8 @@
 ``to_gptq`` quantizes to 2, 3, 4 or 8 bits with calibration text, ``to_rounding`` without,
 ``to_nf4`` to bitsandbytes' NormalFloat, ``to_mixed`` with bits and groups chosen for every matrix
 within a size. ``convert`` changes between the two formats of GPTQ
-folders, ``dequantize`` goes back to floats, ``merge_lora`` puts an adapter into its base.
+folders, ``dequantize`` goes back to floats, ``sweep`` tries many ways and measures
+each. ``merge_lora`` puts an adapter into its base.
 ``gptq_settings`` reads AutoGPTQ's settings. ``quantize_weight`` is GPTQ itself: tensors in, codes
 out.
 """
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from quantize.settings import GptqSettings as GptqSettings
     from quantize.settings import Nf4Settings as Nf4Settings
     from quantize.settings import RoundingSettings as RoundingSettings
+    from quantize.sweeping import sweep as sweep
+    from quantize.sweep_settings import SweepSettings as SweepSettings
+    from quantize.tuning import tune as tune
+    from quantize.tuning_settings import TuningSettings as TuningSettings
 
 _HOMES = {
     "GptqSettings": "quantize.settings",
@@ -37,16 +42,20 @@ _HOMES = {
     "Nf4Settings": "quantize.settings",
     "RotationSettings": "quantize.rotation_settings",
     "RoundingSettings": "quantize.settings",
+    "TuningSettings": "quantize.tuning_settings",
+    "SweepSettings": "quantize.sweep_settings",
     "convert": "quantize.conversion",
     "dequantize": "quantize.dequantization",
     "gptq_settings": "quantize.auto_gptq_names",
     "merge_lora": "quantize.merging",
     "quantize_weight": "quantize.gptq",
     "rotate": "quantize.rotation",
+    "sweep": "quantize.sweeping",
     "to_gptq": "quantize.folders",
     "to_mixed": "quantize.mixed",
     "to_nf4": "quantize.nf4",
     "to_rounding": "quantize.rounding_folder",
+    "tune": "quantize.tuning",
 }
 
 __all__ = [
@@ -55,15 +64,19 @@ __all__ = [
     "Nf4Settings",
     "RotationSettings",
     "RoundingSettings",
+    "SweepSettings",
+    "TuningSettings",
     "convert",
     "dequantize",
     "gptq_settings",
     "merge_lora",
     "quantize_weight",
     "rotate",
+    "sweep",
     "to_gptq",
     "to_mixed",
     "to_nf4",
     "to_rounding",
+    "tune",
 ]
 __getattr__ = lazy_exports(__name__, _HOMES)

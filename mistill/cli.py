@@ -24,10 +24,16 @@ from distill import GenerateSettings, StudentSettings, TargetSettings, TrainSett
 from export import OnnxSettings
 from mistill import __version__
 from mistill.chat import ChatSettings
-from mistill.errors import MissingExtraError, MistillError
+from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.folder import open_folder
 from mistill.settings import settings_dict
-from quantize import GptqSettings, MixedSettings, Nf4Settings, RoundingSettings
+from quantize import (
+    GptqSettings,
+    MixedSettings,
+    Nf4Settings,
+    RoundingSettings,
+    SweepSettings,
+)
 
 Texts = Annotated[tuple[str, ...], Parameter(negative=())]
 Flat = Parameter(name="*")
@@ -209,6 +215,74 @@ def distill(
         overwrite=overwrite,
     )
     return _made(made, json)
+
+
+@quantize_app.default
+def quantize_model(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    texts: Texts,
+    sweep: Annotated[bool, Parameter(negative=())] = False,
+    held_out: Texts = (),
+    teacher: str | None = None,
+    settings: Annotated[SweepSettings, Flat] = SweepSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Quantize by GPTQ with its defaults, or with --sweep in many ways and compare them.
+
+    Args:
+        source: A float model folder.
+        target: The folder to make; of a sweep, a folder of folders, which an interrupted sweep
+            resumes.
+        texts: Text to calibrate on.
+        sweep: Try a named set of ways, measure each, and print a table to choose from.
+        held_out: Text that a sweep measures on; needed for one.
+        teacher: A model to whose predictions a sweep compares each variant too.
+        settings: What a sweep tries, and how much text is used.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+
+    Raises:
+        SettingsError: If what is given is of a sweep, and there is none, or the reverse.
+    """
+    import quantize
+
+    if not sweep:
+        given = {"--held-out": held_out, "--teacher": teacher, "--variants": settings.variants}
+        stray = [name for name, value in given.items() if value]
+        if stray:
+            raise SettingsError(f"{', '.join(stray)} is for a sweep; add --sweep")
+        plain = GptqSettings(
+            samples=settings.samples, block_length=settings.block_length, seed=settings.seed
+        )
+        made = quantize.to_gptq(source, target, texts=texts, settings=plain, overwrite=overwrite)
+        return _made(made, json)
+    if not held_out:
+        raise SettingsError("a sweep needs text to measure on; give --held-out")
+    report = quantize.sweep(
+        source,
+        target,
+        texts=texts,
+        held_out=held_out,
+        teacher=teacher,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    if _speaks():
+        from quantize.sweep_table import sweep_notes, sweep_table
+
+        console = Console()
+        console.print(sweep_table(report))
+        console.print(sweep_notes(report), soft_wrap=True, markup=False, highlight=False)
+    if json:
+        print(json_library.dumps(report.to_dict()))
+    return report.to_dict()
 
 
 @quantize_app.command

@@ -40,7 +40,7 @@ MATRICES = tuple(name for stage in STAGES for name in stage)
 _STRIP = 256
 
 # Tokens that pass through a layer at once.
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
 
 
 @dataclass
@@ -127,7 +127,7 @@ class LayeredModel:
         rows = table[ids].float()
         del table
         rows = rows if change is None else change(rows)
-        step = max(1, _TOKENS_AT_ONCE // blocks.block_length)
+        step = max(1, TOKENS_AT_ONCE // blocks.block_length)
         return [
             self._batch(blocks[start : start + step], rows[places[start : start + step]])
             for start in range(0, len(blocks), step)

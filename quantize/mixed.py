@@ -156,6 +156,24 @@ def choose(
     return fill_budget(_choices(sizes, costs), budget - rest), budget
 
 
+def uniform_bytes(model: FloatModel, group_size: int) -> int:
+    """Bytes of a model whose matrices have 4 bits and whose tables stay float.
+
+    Args:
+        model: The float model.
+        group_size: Columns per group; where it does not fit, the most bytes of those that do.
+
+    Returns:
+        At least what the files have.
+    """
+    total = _rest_bytes(model)
+    for by_form in _possible_sizes(model, MixedSettings()).values():
+        fours = {f: size for f, size in by_form.items() if f is not None and f.bits == 4}
+        wanted = [size for f, size in fours.items() if f.group_size == group_size]
+        total += by_form[None] if None in by_form else max(wanted or fours.values())
+    return total
+
+
 def fill_budget(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
     """Lower the total cost as far as the bytes go.
 

@@ -69,6 +69,18 @@ def test_the_greedy_walk_finds_what_trying_everything_finds() -> None:
     assert exact > 30
 
 
+def test_bytes_go_where_each_of_them_brings_most() -> None:
+    """By hand: a large gain at ten times the bytes waits for a smaller one."""
+    choices = {
+        "large": [Choice(None, 10, 1.0), Choice(None, 110, 0.4)],
+        "small": [Choice(None, 10, 0.5), Choice(None, 20, 0.3)],
+    }
+    found = fill_budget(choices, 120)
+    assert [found[name].size for name in ("large", "small")] == [10, 20]
+    found = fill_budget(choices, 130)
+    assert [found[name].size for name in ("large", "small")] == [110, 20]
+
+
 def test_a_choice_that_two_others_beat_is_skipped() -> None:
     sizes_and_costs = [(10, 1.0), (20, 0.9), (30, 0.1), (25, 0.95), (40, 0.2)]
     options = [Choice(None, size, cost) for size, cost in sizes_and_costs]

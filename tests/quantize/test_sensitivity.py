@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat
 from mistill.kl import compare, predict
@@ -18,7 +21,7 @@ from quantize.folders import draw_blocks
 from quantize.layout import round_table
 from quantize.overrides import with_format
 from quantize.rounding import round_weight
-from quantize.sensitivity import estimate_costs
+from quantize.sensitivity import _through_head, estimate_costs
 from quantize.settings import GptqSettings
 from quantize.storage import open_float
 from tests.tiny import tiny_model
@@ -68,6 +71,39 @@ def test_estimates_rank_the_matrices_and_have_the_size_of_what_is_measured(
         # Tokens are drawn: a single estimate may be off by a third, all of them together not.
         assert (np.abs(np.log(estimated / real)) < np.log(2)).all()
         assert estimated.sum() == pytest.approx(real.sum(), rel=0.2)
+        # Of tables there are more weights to take the mean over.
+        assert estimated[-len(tables) :] == pytest.approx(real[-len(tables) :], rel=0.2)
+
+
+def test_a_shared_table_costs_what_it_costs_in_both_places(chats: Path, tmp_path: Path) -> None:
+    tied = tiny_model(tmp_path / "tied", tie_word_embeddings=True, seed=5)
+    apart = tmp_path / "apart"
+    shutil.copytree(tied, apart)
+    tensors = load_file(tied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, apart / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((apart / "config.json").read_text("utf-8"))
+    (apart / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    found = []
+    for folder, tables in ((tied, (EMBEDDING,)), (apart, (EMBEDDING, HEAD))):
+        blocks = draw_blocks(chats, folder, SETTINGS)
+        generator = torch.Generator().manual_seed(0)
+        asked = dict.fromkeys(tables, FORMS)
+        costs = estimate_costs(open_float(folder), blocks, asked, SETTINGS, generator)
+        found.append([[costs[name][form] for form in FORMS] for name in tables])
+    assert min(found[1][1]) > 1e-6
+    assert found[0][0] == pytest.approx(np.sum(found[1], axis=0), rel=1e-5)
+
+
+def test_gradients_of_tokens_drawn_from_the_model_are_nought_on_average() -> None:
+    """That is what makes their squares the Fisher information."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 5000, 8, generator=generator).mul_(0.1)
+    table = torch.randn(50, 8, generator=generator) + 1.0
+    kept = [torch.ones(1, 5000, dtype=torch.bool)]
+    (gradient,) = _through_head([hidden], torch.nn.Identity(), table, kept, generator)
+    spread = gradient[0].std(0) / 5000**0.5
+    assert (gradient[0].mean(0).abs() < 4 * spread).all()
 
 
 def test_only_what_is_asked_for_is_estimated(model: Path, chats: Path) -> None:

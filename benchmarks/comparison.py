@@ -19,7 +19,7 @@ from benchmarks.machine import Machine
 from benchmarks.perplexity import Perplexity
 from benchmarks.settings import BenchSettings
 from mistill.errors import FolderError, MissingExtraError, SettingsError
-from mistill.folder import creating
+from mistill.publishing import creating
 from mistill.settings import settings_dict
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistill.folder import installed_versions
+from mistill.lineage import installed_versions
 from mistill.processors import usable_threads
 
 _CPUINFO = Path("/proc/cpuinfo")

@@ -28,7 +28,8 @@ from benchmarks.perplexity import Perplexity
 from benchmarks.samples import collect_samples
 from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
-from mistill.folder import FolderInfo, fingerprint, open_folder, read_lineage
+from mistill.folder import FolderInfo, open_folder
+from mistill.lineage import fingerprint, read_lineage
 from mistill.processors import usable_threads
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from

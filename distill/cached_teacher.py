@@ -34,7 +34,7 @@ from distill.target_store import (
 )
 from distill.teacher import SampledTargets, TopKTargets
 from mistill.errors import SettingsError, TextError, VocabularyError
-from mistill.folder import LINEAGE_FILE
+from mistill.lineage import LINEAGE_FILE
 from mistill.location import Location, location_of
 from mistill.targets_folder import read_manifest
 from mistill.vocabulary import load_vocabulary, same_vocabulary
@@ -286,7 +286,7 @@ def _what_differs(location: Location, vocabulary: Vocabulary) -> str:
     """How the tokens differ, where the teacher is still at hand; else nothing."""
     if location.remote is not None:
         return ""
-    from mistill.folder import read_lineage
+    from mistill.lineage import read_lineage
 
     steps = read_lineage(location.path)
     source = Path(str(steps[-1].get("source"))) if steps else Path(LINEAGE_FILE)

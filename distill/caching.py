@@ -36,18 +36,11 @@ from distill.target_store import (
     template_digest,
 )
 from mistill.errors import FolderError, SettingsError, TargetExistsError, TextError
-from mistill.folder import (
-    LINEAGE_FILE,
-    MANIFEST_FILE,
-    FolderInfo,
-    fingerprint,
-    is_full_disk,
-    lineage_after,
-    open_folder,
-    refuse_existing,
-)
+from mistill.folder import MANIFEST_FILE, FolderInfo, open_folder
+from mistill.lineage import LINEAGE_FILE, fingerprint, lineage_after
 from mistill.location import Location, location_of
 from mistill.progress import track
+from mistill.publishing import is_full_disk, refuse_existing
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model
 from mistill.targets_folder import PLAN_FILE, is_targets

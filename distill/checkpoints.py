@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from distill.evaluation import Evaluation
-from mistill.folder import write_atomically
+from mistill.publishing import write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -24,14 +24,10 @@ from numpy.typing import NDArray
 
 from distill.generate_settings import GenerateSettings
 from mistill.errors import ContextError, TextError
-from mistill.folder import (
-    fingerprint,
-    open_folder,
-    refuse_existing,
-    working,
-    write_atomically,
-)
+from mistill.folder import open_folder
+from mistill.lineage import fingerprint
 from mistill.progress import track
+from mistill.publishing import refuse_existing, working, write_atomically
 from mistill.sampling import Sampler, SamplingSettings
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model

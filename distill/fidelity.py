@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.evaluation import Evaluation
-from mistill.folder import FIDELITY_FILE, write_atomically
+from mistill.folder import FIDELITY_FILE
+from mistill.publishing import write_atomically
 
 if TYPE_CHECKING:
     from distill.checkpoints import TrainingProgress

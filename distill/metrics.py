@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistill.errors import MissingExtraError, missing_extra
-from mistill.folder import write_atomically
+from mistill.publishing import write_atomically
 from mistill.settings import settings_dict
 
 if TYPE_CHECKING:

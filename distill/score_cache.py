@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mistill.folder import fingerprint
+from mistill.lineage import fingerprint
 
 if TYPE_CHECKING:
     from mistill.text import TokenBlocks

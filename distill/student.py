@@ -27,15 +27,14 @@ from distill.width import KeptWidth, WidthScores, keep_strongest
 from mistill.errors import FolderError, TextError
 from mistill.folder import (
     FolderInfo,
-    add_lineage,
     copy_companions,
-    creating,
     open_folder,
     read_json,
-    refuse_existing,
     safetensors_header,
     weight_files,
 )
+from mistill.lineage import add_lineage
+from mistill.publishing import creating, refuse_existing
 from mistill.pytorch import check_weights, require_readable
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.folder import FolderInfo, fingerprint, write_atomically
+from mistill.folder import FolderInfo
+from mistill.lineage import fingerprint
+from mistill.publishing import write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,16 +20,9 @@ from distill.teacher_source import CachedSource, LiveSource, open_cached
 from distill.train_settings import TrainSettings
 from distill.training_text import blocks_digest, read_blocks
 from mistill.errors import FolderError, SettingsError, TrainingError, VocabularyError
-from mistill.folder import (
-    FolderInfo,
-    add_lineage,
-    copy_companions,
-    fingerprint,
-    open_folder,
-    publish,
-    refuse_existing,
-    working,
-)
+from mistill.folder import FolderInfo, copy_companions, open_folder
+from mistill.lineage import add_lineage, fingerprint
+from mistill.publishing import publish, refuse_existing, working
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model
 from mistill.text import Texts, TokenBlocks, check_texts

@@ -20,16 +20,14 @@ from mistill.errors import FolderError, SettingsError, missing_extra
 from mistill.folder import (
     MANIFEST_FILE,
     FolderInfo,
-    add_lineage,
     copy_companions,
-    creating,
     open_folder,
     read_config,
     read_json,
-    refuse_existing,
-    write_atomically,
 )
 from mistill.gptq_layout import read_quantization
+from mistill.lineage import add_lineage
+from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model
 from mistill.vocabulary import Vocabulary, load_vocabulary

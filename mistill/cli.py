@@ -581,7 +581,7 @@ def bench(
         json: End with one line of JSON.
     """
     from benchmarks import compare
-    from mistill.folder import refuse_existing
+    from mistill.publishing import refuse_existing
 
     if out is not None:
         refuse_existing(out, overwrite)
@@ -709,7 +709,7 @@ def _made(path: Path, json: bool, **more: Any) -> dict[str, Any]:
 
 def _merged(path: Path, json: bool) -> dict[str, Any]:
     """Say what a merge has made, and how far both orders are from the float merged model."""
-    from mistill.folder import read_lineage
+    from mistill.lineage import read_lineage
 
     step = read_lineage(path)[-1]
     for name, one in step.get("orders", {}).items():

@@ -1,49 +1,32 @@
 """Folders: the only thing that steps hand to one another.
 
-A folder appears whole or not at all: it is written beside its target under a hidden name and
-renamed when it is finished. It carries ``lineage.json``, a list with one entry for each step that
-led to it, so that a folder explains itself and a recipe knows what is done. What a folder holds
-is read from its small files and from the headers of its weights, never by loading them.
+What a folder holds is read from its small files and from the headers of its weights, never by
+loading them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import json
 import math
 import os
 import shutil
 import struct
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from mistill.errors import FolderError, TargetExistsError
+from mistill.errors import FolderError
 from mistill.gptq_format import read_quantization
 
 Form = Literal["model", "gptq", "nf4", "onnx"]
 
-LINEAGE_FILE = "lineage.json"
 MANIFEST_FILE = "manifest.json"
 FIDELITY_FILE = "fidelity.json"
+QUANTIZE_REPORT_FILE = "quantize_report.json"
+QUANTIZE_TABLE_FILE = "quantize_report.csv"
 AUTO_GPTQ_CONFIG = "quantize_config.json"
 
-# What tells how a folder was made, with dates and durations, and not what it holds.
-_RECORDS = (
-    LINEAGE_FILE,
-    MANIFEST_FILE,
-    "metrics.jsonl",
-    "quantize_report.json",
-    "quantize_report.csv",
-)
-_VERSIONED = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnx-ir", "numpy")
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -53,10 +36,6 @@ _COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_FULL_DISK = ("No space left", "File too large", "Disk quota exceeded")
-_SMALL_FILE = 1 << 20
-_PROBES = 64
-_PROBE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,230 +73,6 @@ class FolderInfo:
     def bits_per_weight(self) -> float:
         """Bits on disk for each weight of the dense model, scales and tables counted."""
         return self.weight_bytes * 8 / self.parameters
-
-
-# --- creating -----------------------------------------------------------------------------------
-
-
-def refuse_existing(target: str | Path, overwrite: bool = False) -> Path:
-    """Refuse a target that exists, before any work is done for it.
-
-    Args:
-        target: Where an output shall appear.
-        overwrite: Whether an existing folder may be replaced.
-
-    Returns:
-        The target as an absolute path.
-
-    Raises:
-        TargetExistsError: If the target exists and may not be replaced.
-        FolderError: If its parent cannot be written to.
-    """
-    path = Path(target).expanduser().absolute()
-    if path.exists() and not overwrite:
-        raise TargetExistsError(f"{target} exists already; choose another name or overwrite it")
-    if overwrite and path.is_file():
-        raise FolderError(f"{target} is a file, not a folder that could be overwritten")
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise FolderError(f"{target} cannot be made: {parent} is a file")
-    if not os.access(parent, os.W_OK):
-        raise FolderError(f"{target} cannot be made: {parent} is not writable")
-    return path
-
-
-@contextmanager
-def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Make a folder that appears whole or not at all.
-
-    The body writes into a hidden folder beside the target, which is renamed when the body ends
-    and removed when it fails. What a killed process left behind is removed by the next one.
-
-    Args:
-        target: Where the folder shall appear.
-        overwrite: Whether an existing folder is replaced; it stays until the new one is whole.
-
-    Yields:
-        The hidden folder to write into.
-
-    Raises:
-        FolderError: If the disk is full.
-    """
-    path = refuse_existing(target, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        _move_into_place(partial, path, overwrite)
-    except Exception as error:
-        if is_full_disk(error):
-            raise FolderError(
-                f"no room to write {target}: free some space on its disk and run this again"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that the disk is full, in any library's words.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        True for a full disk, an exceeded quota or a file larger than is allowed.
-    """
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        return True
-    return any(phrase in str(error) for phrase in _FULL_DISK)
-
-
-@contextmanager
-def working(target: str | Path, key: Mapping[str, Any]) -> Iterator[Path]:
-    """Keep the state of long work in a hidden folder beside its target, so that it can resume.
-
-    The folder outlives an interruption. It is reused when the work is the same, which ``key``
-    decides, and emptied when it is not. It goes when ``publish`` is called.
-
-    Args:
-        target: Where the result shall appear.
-        key: What the state depends on: settings and fingerprints of sources, JSON values.
-
-    Yields:
-        The hidden folder, empty or as the interrupted work left it.
-
-    Raises:
-        FolderError: If another process is at work on the same target, or the disk is full.
-    """
-    path = Path(target).expanduser().absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.parent / f".{path.name}.working"
-    work.mkdir(exist_ok=True)
-    with _only_one(work, target):
-        recorded = work / "key.json"
-        text = json.dumps(key, sort_keys=True, indent=1)
-        if not recorded.exists() or recorded.read_text("utf-8") != text:
-            for item in work.iterdir():
-                if item.name != "lock":
-                    _remove(item)
-            write_atomically(recorded, text)
-        try:
-            yield work
-        except Exception as error:
-            if is_full_disk(error):
-                raise FolderError(
-                    f"no room to write {target}: free some space on its disk and run this again; "
-                    "it will resume"
-                ) from error
-            raise
-
-
-def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:
-    """Turn the folder ``result`` inside a working folder into the target.
-
-    Args:
-        work: A folder from ``working`` that holds a finished folder ``result``.
-        target: Where the result shall appear.
-        overwrite: Whether an existing folder is replaced.
-
-    Returns:
-        The target.
-    """
-    path = refuse_existing(target, overwrite)
-    _move_into_place(work / "result", path, overwrite)
-    shutil.rmtree(work, ignore_errors=True)
-    return path
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file that appears whole or not at all.
-
-    Args:
-        path: The file; replaced if it exists.
-        text: Its content.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    aside = path.parent / f".{path.name}.{os.getpid()}.replaced"
-    if overwrite and path.exists():
-        path.rename(aside)
-    try:
-        partial.rename(path)
-    except OSError as error:
-        if aside.exists():
-            aside.rename(path)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise TargetExistsError(f"{path} appeared while it was being made") from error
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside a target; put back what one had set aside."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        owner, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
-        if kind not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
-            continue
-        if kind == "replaced" and not path.exists():
-            leftover.rename(path)
-        else:
-            _remove(leftover)
-
-
-def _remove(item: Path) -> None:
-    if item.is_dir():
-        shutil.rmtree(item)
-    else:
-        item.unlink()
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextmanager
-def _only_one(work: Path, target: str | Path) -> Iterator[None]:
-    """Hold a lock that the system drops when this process ends, however it ends."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FolderError(
-                f"another process is making {target}; wait for it or choose another target"
-            ) from error
-        yield
-
-
-# --- describing ---------------------------------------------------------------------------------
 
 
 def open_folder(path: str | Path) -> FolderInfo:
@@ -670,118 +425,3 @@ def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
         elif name.endswith((".weight", ".bias")):
             total += count
     return total
-
-
-# --- lineage ------------------------------------------------------------------------------------
-
-
-def read_lineage(folder: str | Path) -> list[dict[str, Any]]:
-    """The steps that led to a folder, first step first.
-
-    Args:
-        folder: A folder of any form.
-
-    Returns:
-        One entry per step; empty for a folder that mistill did not make.
-
-    Raises:
-        FolderError: If the record is damaged.
-    """
-    file = Path(folder) / LINEAGE_FILE
-    if not file.is_file():
-        return []
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FolderError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, list):
-        raise FolderError(f"{file} should hold a list of steps")
-    return value
-
-
-def add_lineage(
-    folder: Path, *, step: str, settings: Mapping[str, Any], source: Path | None, **facts: Any
-) -> None:
-    """Record in a new folder which step made it, from what, and with which settings.
-
-    Args:
-        folder: The folder being made.
-        step: Name of the step, as in the command line.
-        settings: The step's settings, as JSON values.
-        source: The folder that the step read, whose own lineage is carried on; None at the start.
-        **facts: What else the step wants remembered, as JSON values.
-    """
-    steps = lineage_after(source, step=step, settings=settings, **facts)
-    write_atomically(folder / LINEAGE_FILE, json.dumps(steps, indent=2) + "\n")
-
-
-def lineage_after(
-    source: Path | None, *, step: str, settings: Mapping[str, Any], **facts: Any
-) -> list[dict[str, Any]]:
-    """The lineage of what a step makes: that of its source, and an entry for the step.
-
-    Args:
-        source: The folder that the step read; None at the start.
-        step: Name of the step, as in the command line.
-        settings: The step's settings, as JSON values.
-        **facts: What else the step wants remembered, as JSON values.
-
-    Returns:
-        One entry per step.
-    """
-    entry = {
-        "step": step,
-        "settings": dict(settings),
-        "source": None if source is None else str(source),
-        "source_fingerprint": None if source is None else fingerprint(source),
-        "versions": installed_versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **facts,
-    }
-    return [*([] if source is None else read_lineage(source)), entry]
-
-
-def fingerprint(path: str | Path) -> str:
-    """A short name for the content of a file or folder, found in milliseconds.
-
-    SHA-256 over the names and sizes of all files, the whole of those up to 1 MiB, and 64 evenly
-    spaced pages of larger ones: enough to tell two trained models apart, not to detect a
-    forger. The manifest of an ONNX folder holds full checksums. Records of how a folder was made
-    do not count: they hold dates and durations.
-
-    Args:
-        path: A file or a folder.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    root = Path(path)
-    files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
-    digest = hashlib.sha256()
-    for file in files:
-        if file.name in _RECORDS:
-            continue
-        size = file.stat().st_size
-        name = file.relative_to(root).as_posix() if root.is_dir() else "file"
-        digest.update(f"{name}\0{size}\0".encode())
-        with file.open("rb") as opened:
-            if size <= _SMALL_FILE:
-                digest.update(opened.read())
-                continue
-            for probe in range(_PROBES):
-                opened.seek(probe * (size - _PROBE_BYTES) // (_PROBES - 1))
-                digest.update(opened.read(_PROBE_BYTES))
-    return digest.hexdigest()
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of mistill and of the libraries that decide what a step produces.
-
-    Returns:
-        Library name to version, for those installed.
-    """
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("mistill", *_VERSIONED):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -10,18 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistill.errors import FolderError, MistillError
-from mistill.folder import (
-    FIDELITY_FILE,
-    LINEAGE_FILE,
-    MANIFEST_FILE,
-    FolderInfo,
-    describe,
-    fingerprint,
-    problems,
-    read_json,
-    read_lineage,
-)
+from mistill.folder import FIDELITY_FILE, MANIFEST_FILE, FolderInfo, describe, problems, read_json
 from mistill.gptq_doctor import Diagnosis, examine
+from mistill.lineage import LINEAGE_FILE, fingerprint, read_lineage
 from mistill.location import Location, is_remote, location_of
 from mistill.targets_folder import TargetsInfo, describe_targets, is_targets, targets_problems
 from mistill.vocabulary import load_vocabulary

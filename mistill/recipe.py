@@ -38,7 +38,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from mistill.errors import MistillError, RecipeError, TargetExistsError
-from mistill.folder import MANIFEST_FILE, fingerprint, write_atomically
+from mistill.folder import MANIFEST_FILE
+from mistill.lineage import fingerprint
+from mistill.publishing import write_atomically
 from mistill.settings import settings_dict
 
 # A step that the first process makes alone may take hours.

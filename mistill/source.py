@@ -30,15 +30,9 @@ from mistill.errors import (
     VocabularyError,
     missing_extra,
 )
-from mistill.folder import (
-    add_lineage,
-    copy_companions,
-    creating,
-    open_folder,
-    read_json,
-    refuse_existing,
-    weight_files,
-)
+from mistill.folder import copy_companions, open_folder, read_json, weight_files
+from mistill.lineage import add_lineage
+from mistill.publishing import creating, refuse_existing
 from mistill.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
 DEFAULT_TEACHER = "@smollm2"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistill.errors import FolderError
-from mistill.folder import LINEAGE_FILE, MANIFEST_FILE
+from mistill.folder import MANIFEST_FILE
+from mistill.lineage import LINEAGE_FILE
 from mistill.location import Location
 from mistill.progress import track
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mistill.chat import ChatBot, ChatSettings, Speed
 from mistill.errors import FolderError, MistillError, SettingsError
-from mistill.folder import refuse_existing, write_atomically
+from mistill.publishing import refuse_existing, write_atomically
 
 HELP = """\
 /reset      forget the conversation and begin anew

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import AUTO_GPTQ_CONFIG, read_json, weight_files, write_atomically
+from mistill.folder import AUTO_GPTQ_CONFIG, read_json, weight_files
 from mistill.gptq_format import EMBEDDING, HEAD
+from mistill.publishing import write_atomically
 from mistill.settings import require, settings_from
 from quantize.settings import GptqSettings
 

@@ -16,14 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from mistill.errors import MissingExtraError, SettingsError
-from mistill.folder import (
-    add_lineage,
-    copy_companions,
-    creating,
-    installed_versions,
-)
+from mistill.folder import copy_companions
 from mistill.gptq_layout import GptqFormat
+from mistill.lineage import add_lineage, installed_versions
 from mistill.progress import track
+from mistill.publishing import creating
 from mistill.settings import require, settings_dict
 from mistill.text import TokenBlocks
 from quantize.overrides import format_of, module_formats

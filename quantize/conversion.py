@@ -19,19 +19,12 @@ from torch import Tensor
 
 from mistill.code_words import less_one, plus_one
 from mistill.errors import FolderError
-from mistill.folder import (
-    AUTO_GPTQ_CONFIG,
-    add_lineage,
-    copy_companions,
-    creating,
-    open_folder,
-    read_config,
-    refuse_existing,
-    write_atomically,
-)
+from mistill.folder import AUTO_GPTQ_CONFIG, copy_companions, open_folder, read_config
 from mistill.gptq_doctor import examine, require_sound
 from mistill.gptq_layout import CheckpointFormat, GptqFormat, read_quantization
+from mistill.lineage import add_lineage
 from mistill.progress import track
+from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.pytorch import stored_tensors
 from mistill.settings import require
 from quantize.storage import TensorWriter

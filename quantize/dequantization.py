@@ -15,18 +15,12 @@ import torch
 from torch import Tensor
 
 from mistill.errors import FolderError
-from mistill.folder import (
-    add_lineage,
-    copy_companions,
-    creating,
-    open_folder,
-    read_config,
-    refuse_existing,
-    write_atomically,
-)
+from mistill.folder import copy_companions, open_folder, read_config
 from mistill.gptq_doctor import require_sound
+from mistill.lineage import add_lineage
 from mistill.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
 from mistill.progress import track
+from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.pytorch import (
     check_weights,
     dequantized,

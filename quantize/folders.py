@@ -14,18 +14,11 @@ import numpy as np
 import torch
 
 from mistill.errors import SettingsError
-from mistill.folder import (
-    add_lineage,
-    context_length,
-    copy_companions,
-    fingerprint,
-    installed_versions,
-    publish,
-    refuse_existing,
-    working,
-)
+from mistill.folder import context_length, copy_companions
 from mistill.gptq_layout import EMBEDDING
+from mistill.lineage import add_lineage, fingerprint, installed_versions
 from mistill.progress import Tracker, track
+from mistill.publishing import publish, refuse_existing, working
 from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
 from mistill.text import Texts, TokenBlocks, check_texts, pack, read_documents

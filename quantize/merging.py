@@ -24,21 +24,17 @@ import torch
 
 from mistill.errors import FolderError, missing_extra
 from mistill.folder import (
-    add_lineage,
     context_length,
     copy_companions,
-    creating,
-    fingerprint,
     open_folder,
     read_config,
     read_json,
-    read_lineage,
-    refuse_existing,
     safetensors_header,
-    write_atomically,
 )
 from mistill.gptq_layout import EMBEDDING, HEAD, read_quantization
 from mistill.kl import Closeness, compare, predict
+from mistill.lineage import add_lineage, fingerprint, read_lineage
+from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.pytorch import (
     check_weights,
     empty_model,

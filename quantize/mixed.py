@@ -25,14 +25,9 @@ from typing import Any
 import torch
 
 from mistill.errors import SettingsError
-from mistill.folder import (
-    describe,
-    refuse_existing,
-    safetensors_header,
-    weight_files,
-    write_atomically,
-)
+from mistill.folder import describe, safetensors_header, weight_files
 from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per_unit
+from mistill.publishing import refuse_existing, write_atomically
 from mistill.settings import require, settings_from
 from mistill.text import Texts, check_texts
 from quantize.folders import draw_blocks, to_gptq

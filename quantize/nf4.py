@@ -14,17 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mistill.errors import ArchitectureError, FolderError
-from mistill.folder import (
-    add_lineage,
-    copy_companions,
-    creating,
-    read_json,
-    refuse_existing,
-    safetensors_header,
-    weight_files,
-    write_atomically,
-)
+from mistill.folder import copy_companions, read_json, safetensors_header, weight_files
+from mistill.lineage import add_lineage
 from mistill.progress import track
+from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
 from quantize.nf4_codec import BLOCK, encode_nf4

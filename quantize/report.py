@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mistill.folder import write_atomically
+from mistill.publishing import write_atomically
 
 REPORT_FILE = "quantize_report.json"
 TABLE_FILE = "quantize_report.csv"

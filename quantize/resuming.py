@@ -62,7 +62,7 @@ class Shelf:
         """Look into a folder; nothing is read yet.
 
         Args:
-            folder: From ``mistill.folder.working``; empty, or as a killed process left it.
+            folder: From ``mistill.publishing.working``; empty, or as a killed process left it.
         """
         self._folder = folder
 

@@ -20,15 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistill.folder import (
-    add_lineage,
-    copy_companions,
-    creating,
-    read_config,
-    refuse_existing,
-    write_atomically,
-)
+from mistill.folder import copy_companions, read_config
+from mistill.lineage import add_lineage
 from mistill.progress import track
+from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
 from quantize.hadamard import hadamard, random_rotation

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mistill.folder import add_lineage, copy_companions, creating, refuse_existing
+from mistill.folder import copy_companions
 from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
+from mistill.lineage import add_lineage
 from mistill.progress import track
+from mistill.publishing import creating, refuse_existing
 from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
 from quantize.calibration import MATRICES

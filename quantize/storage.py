@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import open_folder, read_json, read_lineage, write_atomically
+from mistill.folder import open_folder, read_json
 from mistill.gptq_layout import CheckpointFormat, GptqFormat, QuantizedWeight, codes_per_unit, pack
+from mistill.lineage import read_lineage
+from mistill.publishing import write_atomically
 from mistill.pytorch import check_weights, empty_model, plain_config, require_readable
 from mistill.source import resolve_model
 from quantize.report import REPORT_FILE as REPORT_FILE

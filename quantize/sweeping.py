@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mistill.errors import ArchitectureError, SettingsError, TargetExistsError, VocabularyError
-from mistill.folder import describe, fingerprint, installed_versions, read_json, write_atomically
+from mistill.folder import describe, read_json
 from mistill.kl import Predictions
+from mistill.lineage import fingerprint, installed_versions
 from mistill.progress import track
+from mistill.publishing import write_atomically
 from mistill.settings import settings_dict, settings_from
 from mistill.source import resolve_model
 from mistill.text import Texts, TokenBlocks, check_texts

@@ -21,19 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mistill.errors import FolderError, TextError, TrainingError, VocabularyError
-from mistill.folder import (
-    add_lineage,
-    copy_companions,
-    fingerprint,
-    open_folder,
-    publish,
-    read_config,
-    refuse_existing,
-    working,
-)
+from mistill.folder import copy_companions, open_folder, read_config
 from mistill.gptq_layout import HEAD, read_quantization
 from mistill.kl import Closeness, compare, predict
+from mistill.lineage import add_lineage, fingerprint
 from mistill.progress import track
+from mistill.publishing import publish, refuse_existing, working
 from mistill.pytorch import load_pytorch, stored_tensors
 from mistill.settings import settings_dict, settings_from
 from mistill.source import resolve_model

@@ -14,7 +14,7 @@ import pytest
 
 from mistill import ChatBot, open_model
 from mistill.cli import main
-from mistill.folder import read_lineage
+from mistill.lineage import read_lineage
 from mistill.vocabulary import load_vocabulary
 
 TEMPLATE = (

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import distill
-from mistill.folder import read_lineage
+from mistill.lineage import read_lineage
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

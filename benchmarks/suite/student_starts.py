@@ -26,7 +26,8 @@ import distill
 from distill.batches import make_batch
 from distill.evaluation import HeldOut, ask_teacher, evaluate
 from distill.teacher import LiveTeacher
-from mistill.folder import fingerprint, installed_versions, open_folder, read_lineage
+from mistill.folder import open_folder
+from mistill.lineage import fingerprint, installed_versions, read_lineage
 from mistill.pytorch import load_pytorch
 from mistill.text import TokenBlocks, pack, read_documents
 from mistill.vocabulary import load_vocabulary

@@ -29,7 +29,8 @@ from distill.batches import make_batch
 from distill.losses import chunks
 from distill.target_codec import id_bits
 from distill.teacher import LiveTeacher
-from mistill.folder import fingerprint, installed_versions, open_folder
+from mistill.folder import open_folder
+from mistill.lineage import fingerprint, installed_versions
 from mistill.location import location_of
 from mistill.pytorch import load_pytorch
 from mistill.targets_folder import describe_targets

@@ -17,7 +17,7 @@ from distill.processes import accelerating
 from distill.step import DistillationStep, accumulate_gradients
 from distill.teacher import LiveTeacher
 from distill.train_settings import TrainSettings
-from mistill.folder import read_lineage
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from tests.distill.test_step import make_blocks
 from tests.distill.test_training import QUICK

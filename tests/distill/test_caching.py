@@ -26,7 +26,7 @@ from distill.target_store import find_pieces, piece_document
 from distill.teacher import LiveTeacher, SampledTargets, TopKTargets
 from mistill.cli import main
 from mistill.errors import FolderError, SettingsError, TargetExistsError, TextError
-from mistill.folder import read_lineage
+from mistill.lineage import read_lineage
 from mistill.location import Location, location_of
 from mistill.pytorch import load_pytorch
 from mistill.targets_folder import describe_targets

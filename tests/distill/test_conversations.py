@@ -316,7 +316,7 @@ def test_other_settings_or_prompts_begin_anew(
 
 
 def test_two_at_once_are_refused(talker: Path, prompts: Path, tmp_path: Path):
-    from mistill.folder import working
+    from mistill.publishing import working
 
     target = tmp_path / "a.jsonl"
     with (

@@ -13,7 +13,7 @@ import torch
 import distill
 from distill import step, trainer
 from distill.on_policy import Piece, Place, find_pieces, rewrite, write
-from mistill.folder import read_lineage
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from mistill.text import TokenBlocks
 from tests.distill.test_step import step_gradients

@@ -22,7 +22,8 @@ from distill.teacher import DenseTargets, LiveTeacher, Teacher
 from distill.train_settings import TrainSettings
 from distill.training_text import read_blocks
 from mistill.errors import SettingsError, TextError
-from mistill.folder import describe, fingerprint, read_lineage
+from mistill.folder import describe
+from mistill.lineage import fingerprint, read_lineage
 from mistill.pytorch import load_pytorch
 from mistill.vocabulary import load_vocabulary
 from tests.distill.test_step import CPU, make_blocks, step_gradients

@@ -25,7 +25,7 @@ import distill
 from distill import processes
 from distill.train_settings import TrainSettings
 from mistill.errors import SettingsError
-from mistill.folder import read_lineage
+from mistill.lineage import read_lineage
 from tests.distill.test_training import QUICK, hidden_beside
 from tests.tiny import tiny_model
 

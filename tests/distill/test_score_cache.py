@@ -11,7 +11,7 @@ import torch
 
 from distill import new_student, student
 from distill.score_cache import keep_scores, read_scores, score_folder
-from mistill.folder import read_lineage
+from mistill.lineage import read_lineage
 from tests.tiny import tiny_model
 
 MEASURE: dict[str, Any] = {"calibration_tokens": 160, "block_length": 32}

@@ -13,7 +13,8 @@ import export
 import quantize
 from distill import new_student
 from distill.sizing import Sizes, most_layers
-from mistill.folder import describe, read_lineage
+from mistill.folder import describe
+from mistill.lineage import read_lineage
 from tests.tiny import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {

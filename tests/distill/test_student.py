@@ -25,7 +25,8 @@ from mistill.errors import (
     TargetExistsError,
     TextError,
 )
-from mistill.folder import describe, problems, read_lineage
+from mistill.folder import describe, problems
+from mistill.lineage import read_lineage
 from mistill.pytorch import PytorchModel, load_pytorch
 from mistill.vocabulary import load_vocabulary, same_vocabulary
 from tests.tiny import tiny_model

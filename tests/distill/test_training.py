@@ -35,7 +35,7 @@ from mistill.errors import (
     TrainingError,
     VocabularyError,
 )
-from mistill.folder import read_lineage
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from mistill.text import Document, read_documents
 from mistill.vocabulary import load_vocabulary

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from distill import new_student
 from distill.width import WidthScores, keep_strongest, strongest
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import describe, read_lineage
+from mistill.folder import describe
+from mistill.lineage import read_lineage
 from mistill.pytorch import PytorchModel
 from tests.tiny import tiny_model
 

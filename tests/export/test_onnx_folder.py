@@ -29,8 +29,9 @@ from mistill.errors import (
     TargetExistsError,
     VocabularyError,
 )
-from mistill.folder import open_folder, read_lineage
+from mistill.folder import open_folder
 from mistill.gptq_layout import QuantizedWeight
+from mistill.lineage import read_lineage
 from mistill.tensor_files import read_quantized
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.reference.onnx_runner import OnnxRunner

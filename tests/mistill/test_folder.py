@@ -15,17 +15,9 @@ from pathlib import Path
 import pytest
 
 from mistill.errors import FolderError, TargetExistsError
-from mistill.folder import (
-    add_lineage,
-    copy_companions,
-    creating,
-    fingerprint,
-    open_folder,
-    problems,
-    publish,
-    read_lineage,
-    working,
-)
+from mistill.folder import copy_companions, open_folder, problems
+from mistill.lineage import add_lineage, fingerprint, read_lineage
+from mistill.publishing import creating, publish, working
 
 
 def hidden(folder: Path) -> list[str]:

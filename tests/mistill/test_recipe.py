@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from mistill.errors import RecipeError, TargetExistsError
-from mistill.folder import fingerprint
+from mistill.lineage import fingerprint
 from mistill.recipe import read_recipe, run_recipe
 
 ROAD = """

@@ -22,7 +22,8 @@ from mistill.errors import (
     TargetExistsError,
     VocabularyError,
 )
-from mistill.folder import open_folder, read_json, read_lineage
+from mistill.folder import open_folder, read_json
+from mistill.lineage import read_lineage
 from mistill.source import resolve_model, save_model
 from mistill.tokenizer_parts import word_cutter
 from mistill.vocabulary import load_vocabulary, same_vocabulary

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import save_file
 
 from mistill.errors import MissingExtraError, SettingsError
-from mistill.folder import read_lineage
 from mistill.gptq_layout import GptqFormat
+from mistill.lineage import read_lineage
 from quantize import GptqSettings, to_gptq
 from quantize.backends import gptqmodel_config
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import open_folder, read_lineage, weight_files
+from mistill.folder import open_folder, weight_files
 from mistill.gptq_layout import CheckpointFormat, QuantizedWeight, read_quantization
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from mistill.tensor_files import TensorFiles, read_quantized
 from quantize.auto_gptq_names import name_as_auto_gptq

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import open_folder, read_lineage
+from mistill.folder import open_folder
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from quantize import to_nf4
 from quantize.dequantization import dequantize

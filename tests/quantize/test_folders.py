@@ -18,8 +18,9 @@ from mistill.errors import (
     TargetExistsError,
     TextError,
 )
-from mistill.folder import describe, open_folder, read_json, read_lineage
+from mistill.folder import describe, open_folder, read_json
 from mistill.gptq_layout import QuantizedWeight, read_quantization, unpack
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from mistill.vocabulary import load_vocabulary
 from quantize import GptqSettings, RoundingSettings, to_gptq, to_nf4, to_rounding

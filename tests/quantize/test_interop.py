@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from export import to_onnx
-from mistill.folder import read_lineage
 from mistill.gptq_doctor import examine
 from mistill.gptq_layout import CheckpointFormat
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from quantize import GptqSettings, to_gptq, to_rounding
 from tests.gptq_matrix import ORDERS, SCALE_TYPES, Way, simple_folder

@@ -11,9 +11,10 @@ import pytest
 
 import quantize
 from mistill.errors import SettingsError
-from mistill.folder import open_folder, read_json, read_lineage
+from mistill.folder import open_folder, read_json
 from mistill.gptq_layout import ModuleFormat
 from mistill.kl import compare, predict
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from quantize.folders import draw_blocks
 from quantize.mixed import Choice, fill_budget, lower_hull

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistill.errors import ArchitectureError, FolderError
-from mistill.folder import describe, open_folder, read_json, read_lineage
+from mistill.folder import describe, open_folder, read_json
+from mistill.lineage import read_lineage
 from mistill.nf4_layout import NF4_NAMES, read_nf4
 from mistill.pytorch import load_pytorch
 from mistill.vocabulary import load_vocabulary

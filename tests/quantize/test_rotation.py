@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import quantize
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import open_folder, read_lineage
+from mistill.folder import open_folder
+from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from quantize.hadamard import hadamard, random_rotation
 from tests.tiny import tiny_model

@@ -14,8 +14,8 @@ from torch import nn
 
 import quantize
 from mistill.errors import FolderError, SettingsError, TextError, TrainingError, VocabularyError
-from mistill.folder import read_lineage
 from mistill.gptq_layout import QuantizedWeight
+from mistill.lineage import read_lineage
 from quantize import tuning
 from quantize.scaled_linear import ScaledLinear
 from tests.tiny import SENTENCES, tiny_model

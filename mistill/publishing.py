@@ -1,0 +1,277 @@
+"""Outputs that appear whole or not at all.
+
+A folder is written beside its target under a hidden name and renamed when it is finished. Long work
+keeps its state in a hidden folder beside its target, so that the same call resumes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mistill.errors import FolderError, TargetExistsError
+
+_FULL_DISK = ("No space left", "File too large", "Disk quota exceeded")
+
+
+def refuse_existing(target: str | Path, overwrite: bool = False) -> Path:
+    """Refuse a target that exists, before any work is done for it.
+
+    Args:
+        target: Where an output shall appear.
+        overwrite: Whether an existing folder may be replaced.
+
+    Returns:
+        The target as an absolute path.
+
+    Raises:
+        TargetExistsError: If the target exists and may not be replaced.
+        FolderError: If its parent cannot be written to.
+    """
+    path = Path(target).expanduser().absolute()
+    if path.exists() and not overwrite:
+        raise TargetExistsError(f"{target} exists already; choose another name or overwrite it")
+    if overwrite and path.is_file():
+        raise FolderError(f"{target} is a file, not a folder that could be overwritten")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise FolderError(f"{target} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise FolderError(f"{target} cannot be made: {parent} is not writable")
+    return path
+
+
+@contextmanager
+def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Make a folder that appears whole or not at all.
+
+    The body writes into a hidden folder beside the target, which is renamed when the body ends
+    and removed when it fails. What a killed process left behind is removed by the next one.
+
+    Args:
+        target: Where the folder shall appear.
+        overwrite: Whether an existing folder is replaced; it stays until the new one is whole.
+
+    Yields:
+        The hidden folder to write into.
+
+    Raises:
+        FolderError: If the disk is full.
+    """
+    path = refuse_existing(target, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        _move_into_place(partial, path, overwrite)
+    except Exception as error:
+        if is_full_disk(error):
+            raise FolderError(
+                f"no room to write {target}: free some space on its disk and run this again"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def creating_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Make a large file that appears whole or not at all.
+
+    Args:
+        target: Where the file shall appear.
+        overwrite: Whether an existing file is replaced; it stays until the new one is whole.
+
+    Yields:
+        The hidden file beside it to write.
+
+    Raises:
+        TargetExistsError: If the target exists and may not be replaced.
+        FolderError: If the target is a folder, or the disk is full.
+    """
+    path = Path(target).expanduser().absolute()
+    if path.is_dir():
+        raise FolderError(f"{target} is a folder; give the name of the file to make")
+    if not (overwrite and path.is_file()):
+        refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        yield partial
+        with partial.open("rb") as opened:
+            os.fsync(opened.fileno())
+        partial.replace(path)
+    except Exception as error:
+        if is_full_disk(error):
+            raise FolderError(
+                f"no room to write {target}: free some space on its disk and run this again"
+            ) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that the disk is full, in any library's words.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        True for a full disk, an exceeded quota or a file larger than is allowed.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return True
+    return any(phrase in str(error) for phrase in _FULL_DISK)
+
+
+@contextmanager
+def working(target: str | Path, key: Mapping[str, Any]) -> Iterator[Path]:
+    """Keep the state of long work in a hidden folder beside its target, so that it can resume.
+
+    The folder outlives an interruption. It is reused when the work is the same, which ``key``
+    decides, and emptied when it is not. It goes when ``publish`` is called.
+
+    Args:
+        target: Where the result shall appear.
+        key: What the state depends on: settings and fingerprints of sources, JSON values.
+
+    Yields:
+        The hidden folder, empty or as the interrupted work left it.
+
+    Raises:
+        FolderError: If another process is at work on the same target, or the disk is full.
+    """
+    path = Path(target).expanduser().absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.parent / f".{path.name}.working"
+    work.mkdir(exist_ok=True)
+    with _only_one(work, target):
+        recorded = work / "key.json"
+        text = json.dumps(key, sort_keys=True, indent=1)
+        if not recorded.exists() or recorded.read_text("utf-8") != text:
+            for item in work.iterdir():
+                if item.name != "lock":
+                    _remove(item)
+            write_atomically(recorded, text)
+        try:
+            yield work
+        except Exception as error:
+            if is_full_disk(error):
+                raise FolderError(
+                    f"no room to write {target}: free some space on its disk and run this again; "
+                    "it will resume"
+                ) from error
+            raise
+
+
+def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:
+    """Turn the folder ``result`` inside a working folder into the target.
+
+    Args:
+        work: A folder from ``working`` that holds a finished folder ``result``.
+        target: Where the result shall appear.
+        overwrite: Whether an existing folder is replaced.
+
+    Returns:
+        The target.
+    """
+    path = refuse_existing(target, overwrite)
+    _move_into_place(work / "result", path, overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file that appears whole or not at all.
+
+    Args:
+        path: The file; replaced if it exists.
+        text: Its content.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    aside = path.parent / f".{path.name}.{os.getpid()}.replaced"
+    if overwrite and path.exists():
+        path.rename(aside)
+    try:
+        partial.rename(path)
+    except OSError as error:
+        if aside.exists():
+            aside.rename(path)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise TargetExistsError(f"{path} appeared while it was being made") from error
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside a target; put back what one had set aside."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        owner, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
+        if kind not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
+            continue
+        if kind == "replaced" and not path.exists():
+            leftover.rename(path)
+        else:
+            _remove(leftover)
+
+
+def _remove(item: Path) -> None:
+    if item.is_dir():
+        shutil.rmtree(item)
+    else:
+        item.unlink()
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def _only_one(work: Path, target: str | Path) -> Iterator[None]:
+    """Hold a lock that the system drops when this process ends, however it ends."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderError(
+                f"another process is making {target}; wait for it or choose another target"
+            ) from error
+        yield

@@ -11,34 +11,33 @@ B is batch, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from mistill import key_value_cache
 from mistill.errors import ContextError, FolderError
-from mistill.folder import MANIFEST_FILE, open_folder, read_json
+from mistill.folder import open_folder
+from mistill.key_value_cache import KeyValueCache, common_prefix
 from mistill.language_model import Choose, greedy
+from mistill.onnx_session import (
+    Provider,
+    check_graph,
+    check_provider,
+    graph_fingerprint,
+    open_session,
+)
 from mistill.processors import usable_threads
+from mistill.saved_cache import read_cache, write_cache
 from mistill.settings import require
 
 CHUNK = 128
 """Positions of a prompt that are read at once; more are not faster, and an interrupt must wait."""
-
-FIRST_CAPACITY = 512
-"""Positions that the cache has room for at first."""
-
-_CACHE_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-}
 
 
 class OnnxModel:
@@ -49,15 +48,22 @@ class OnnxModel:
         vocabulary_size: Number of logits per position, V.
         context_length: Most positions that it can hold at once.
         threads: Threads that it computes with.
+        provider: What computes.
     """
 
     folder: Path
     vocabulary_size: int
     context_length: int
     threads: int
+    provider: Provider
 
     def __init__(
-        self, folder: str | Path, *, threads: int | None = None, context: int | None = None
+        self,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        provider: Provider = "cpu",
     ) -> None:
         """Open an ONNX folder.
 
@@ -65,9 +71,11 @@ class OnnxModel:
             folder: The folder.
             threads: Threads to compute with; None takes the processors that this process may use.
             context: Most positions to hold at once; None takes what the model was made for.
+            provider: ``cpu``, or ``cuda`` or ``tensorrt`` where ONNX Runtime has them.
 
         Raises:
             FolderError: If the folder is broken or holds another form of model.
+            MissingExtraError: If ONNX Runtime has no such provider here.
         """
         info = open_folder(folder)
         if info.form != "onnx":
@@ -80,13 +88,21 @@ class OnnxModel:
             context is None or 1 <= context <= info.context_length,
             f"context must be between 1 and the model's {info.context_length}, not {context}",
         )
+        require(
+            provider in get_args(Provider),
+            f"provider must be one of {', '.join(get_args(Provider))}, not {provider!r}",
+        )
+        check_provider(provider)
         self.folder = info.path
+        self.provider = provider
         self.vocabulary_size = info.vocabulary_size
         self.context_length = context or info.context_length
         self.threads = threads or usable_threads()
-        self._session = _open_session(info.path, self.threads)
-        _check_graph(self._session, info.path, info.layers)
-        self._cache = KeyValueCache(self._session, self.context_length)
+        self._session = open_session(info.path, self.threads, provider)
+        check_graph(self._session, info.path, info.layers)
+        self._cache = KeyValueCache(
+            self._session, self.context_length, "cpu" if provider == "cpu" else "cuda"
+        )
         self._reader: object = None
         self._lock = threading.Lock()
         self._binding = self._session.io_binding()
@@ -145,6 +161,85 @@ class OnnxModel:
         """
         return self._write(self._checked(ids), choose)
 
+    def read(self, ids: Sequence[int], positions: int = 1) -> NDArray[np.float32]:
+        """Scores of the next token at the last positions of a text.
+
+        What the text shares with the one that was read last is not read again.
+
+        Args:
+            ids: The text, at least one token.
+            positions: Of how many of its last positions to give the scores; more than one are
+                read at once, which costs little more than one.
+
+        Returns:
+            Shape (positions, V), the caller's own.
+
+        Raises:
+            ValueError: If the text is empty or holds an id that is not in the vocabulary, or is
+                shorter than the positions asked for.
+            ContextError: If it exceeds the context.
+        """
+        tokens = self._checked(ids)
+        if not 1 <= positions <= len(tokens):
+            raise ValueError(f"positions must be between 1 and {len(tokens)}, not {positions}")
+        scores = np.empty((1, positions, self.vocabulary_size), np.float32)
+        with self._lock:
+            self._reader = None
+            self._cache.rewind(common_prefix(self._cache.ids, tokens[:-positions]))
+            if positions == 1:
+                self._read_on(tokens)
+                scores[:] = self._next_logits
+            else:
+                self._read_on(tokens[:-positions])
+                self._read(tokens[-positions:], scores)
+        return scores.reshape(positions, -1)
+
+    def save_cache(self, file: str | Path, **notes: str) -> Path:
+        """Keep what has been read, so that another process need not read it again.
+
+        Args:
+            file: A safetensors file to write; replaced if it exists.
+            **notes: Texts to keep with it, by name.
+
+        Returns:
+            The file.
+        """
+        with self._lock:
+            return write_cache(
+                Path(file),
+                self._cache.ids,
+                self._cache.used(),
+                model=self.folder.name,
+                fingerprint=graph_fingerprint(self.folder),
+                notes=notes,
+            )
+
+    def restore_cache(self, file: str | Path) -> dict[str, str]:
+        """Take up what ``save_cache`` kept; a text that begins like it is read from its end on.
+
+        Args:
+            file: The file.
+
+        Returns:
+            The notes that were kept with it.
+
+        Raises:
+            FolderError: If the file is damaged, or was written for another model.
+            ContextError: If it holds more tokens than the context.
+        """
+        saved = read_cache(
+            Path(file), model=self.folder.name, fingerprint=graph_fingerprint(self.folder)
+        )
+        if len(saved.ids) > self.context_length:
+            raise ContextError(
+                f"{file} holds {len(saved.ids)} tokens and the context {self.context_length}; "
+                "open the model with a longer context"
+            )
+        with self._lock:
+            self._reader = None
+            self._cache.restore(saved.ids, saved.values)
+        return saved.notes
+
     def _checked(self, ids: Sequence[int]) -> list[int]:
         tokens = [int(token) for token in ids]
         if not tokens:
@@ -170,11 +265,15 @@ class OnnxModel:
                     # last token is always read again, because its logits are what is asked for.
                     self._cache.rewind(common_prefix(self._cache.ids, tokens[:-1]))
                     self._reader = reader
-                for start in range(len(self._cache.ids), len(tokens), CHUNK):
-                    self._read(tokens[start : start + CHUNK], self._next_logits)
+                self._read_on(tokens)
                 token = choose(self._next_logits[0, 0])
             tokens.append(token)
             yield token
+
+    def _read_on(self, tokens: list[int]) -> None:
+        """Read what the cache lacks of a text; the logits of the last token are left."""
+        for start in range(len(self._cache.ids), len(tokens), CHUNK):
+            self._read(tokens[start : start + CHUNK], self._next_logits)
 
     def _read(self, tokens: list[int], scores: NDArray[np.float32]) -> None:
         """Run the graph over the tokens that follow those in the cache.
@@ -217,168 +316,10 @@ class OnnxModel:
             # Bound after the cache, and so the last of the outputs. A graph declares one position,
             # as it gives by default; ONNX Runtime makes room for more only by itself.
             if last:
-                self._binding.bind_ortvalue_output("logits", _value(scores))
+                self._binding.bind_ortvalue_output("logits", key_value_cache.as_value(scores))
             else:
                 self._binding.bind_output("logits")
             self._bound_tokens = inputs
 
     def _bind(self, name: str, array: NDArray[np.int64]) -> None:
-        self._binding.bind_ortvalue_input(name, _value(array))
-
-
-class KeyValueCache:
-    """Keys and values of the tokens read so far, one buffer for each tensor of each layer.
-
-    A buffer has room for more positions than are used, and more room is made by doubling it:
-    room for the whole context at once would cost a laptop gigabytes that most chats never use.
-
-    Attributes:
-        ids: The tokens whose keys and values are in the buffers.
-        values: The buffers by name, such as ``0.key``; a new dictionary when they have moved.
-        context_length: Most positions there can be.
-    """
-
-    ids: list[int]
-    values: dict[str, onnxruntime.OrtValue]
-    context_length: int
-
-    def __init__(self, session: onnxruntime.InferenceSession, context_length: int) -> None:
-        """Make an empty cache for a graph.
-
-        Args:
-            session: The graph, whose inputs say how large a position is.
-            context_length: Most positions there can be.
-        """
-        self.ids = []
-        self.values = {}
-        self.context_length = context_length
-        self._capacity = 0
-        self._arrays: dict[str, NDArray[Any]] = {}
-        self._shapes = {
-            entry.name.removeprefix("past_key_values."): (entry.shape, _CACHE_TYPES[entry.type])
-            for entry in session.get_inputs()
-            if entry.name.startswith("past_key_values.")
-        }
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that the buffers take."""
-        return sum(array.nbytes for array in self._arrays.values())
-
-    def rewind(self, count: int) -> None:
-        """Forget all but the first tokens; what comes next overwrites their keys and values.
-
-        Args:
-            count: How many tokens to keep.
-        """
-        del self.ids[count:]
-
-    def reserve(self, positions: int) -> None:
-        """Make room for this many positions, and keep what is there.
-
-        Args:
-            positions: At most ``context_length``.
-        """
-        if positions <= self._capacity:
-            return
-        capacity = max(self._capacity, min(FIRST_CAPACITY, self.context_length))
-        while capacity < positions:
-            capacity = min(2 * capacity, self.context_length)
-        used = len(self.ids)
-        arrays = {}
-        for name, (shape, kind) in self._shapes.items():
-            arrays[name] = np.empty((1, shape[1], capacity, shape[3]), kind)
-            if used:
-                arrays[name][:, :, :used] = self._arrays[name][:, :, :used]
-        self.values = {name: _value(array) for name, array in arrays.items()}
-        self._arrays = arrays
-        self._capacity = capacity
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts share from the start.
-
-    Args:
-        first: Token ids.
-        second: Token ids.
-
-    Returns:
-        At most the length of the shorter one.
-    """
-    shared = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        shared += 1
-    return shared
-
-
-def verify(folder: str | Path) -> None:
-    """Compare every file of an ONNX folder with the checksums that it was exported with.
-
-    Opening a folder compares sizes only, which takes no time; this reads every byte.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        FolderError: If a file is missing or differs; the message names all of them.
-    """
-    path = open_folder(folder).path
-    changed = []
-    for name, entry in read_json(path / MANIFEST_FILE)["files"].items():
-        with (path / name).open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != entry["sha256"]:
-                changed.append(name)
-    if changed:
-        raise FolderError(
-            f"{folder} is damaged: {', '.join(changed)} differ from the checksums in "
-            f"{MANIFEST_FILE}; export it again"
-        )
-
-
-def _value(array: NDArray[Any]) -> onnxruntime.OrtValue:
-    """An array as ONNX Runtime sees it: the same memory."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def _open_session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(
-            folder / "model.onnx", options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise FolderError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot open {folder / 'model.onnx'}: {reason}"
-        ) from error
-
-
-def _check_graph(session: onnxruntime.InferenceSession, folder: Path, layers: int) -> None:
-    """Refuse a graph whose inputs and outputs are not those that this engine binds."""
-    parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    inputs = {entry.name: entry.type for entry in session.get_inputs()}
-    optional = {entry.name for entry in session.get_overridable_initializers()}
-    outputs = {entry.name for entry in session.get_outputs()}
-    wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
-    wrong = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
-    wrong += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
-    wrong += [
-        f"the input {name} is a {inputs[name]}"
-        for name in sorted(wanted & inputs.keys())
-        if inputs[name] not in (_CACHE_TYPES if name.startswith("past") else ("tensor(int64)",))
-    ]
-    if "first_logit" not in optional:
-        wrong.append("the optional input first_logit is missing")
-    wanted = {"logits", *(f"present.{part}" for part in parts)}
-    wrong += [f"the output {name} is missing" for name in sorted(wanted - outputs)]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
-        raise FolderError(
-            f"{folder / 'model.onnx'} is not a graph that this engine runs: "
-            f"{', '.join(wrong[:4])}{more}; make it with: mistill export"
-        )
+        self._binding.bind_ortvalue_input(name, key_value_cache.as_value(array))

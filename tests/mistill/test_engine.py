@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 import export
-from mistill import engine
-from mistill.engine import OnnxModel, common_prefix, verify
-from mistill.errors import ContextError, FolderError, SettingsError
+from mistill import engine, key_value_cache
+from mistill.engine import OnnxModel
+from mistill.errors import ContextError, FolderError, MissingExtraError, SettingsError
+from mistill.key_value_cache import common_prefix
 from mistill.language_model import LanguageModel, open_model
+from mistill.onnx_session import verify
 from mistill.processors import usable_threads
 from tests.tiny import tiny_model
 
@@ -140,7 +142,7 @@ def test_growing_the_cache_changes_nothing(chatbot: Path, monkeypatch: pytest.Mo
     large = OnnxModel(chatbot, threads=1)
     expected = list(islice(large.stream(prompt), 300))
     before = large._cache.size_bytes
-    monkeypatch.setattr(engine, "FIRST_CAPACITY", 5)
+    monkeypatch.setattr(key_value_cache, "FIRST_CAPACITY", 5)
     small = OnnxModel(chatbot, threads=1, context=311)
     assert small._cache.size_bytes == 0
     sizes = set()
@@ -219,6 +221,142 @@ def test_a_prompt_that_was_read_already_reads_its_last_token_again(chatbot: Path
     )
 
 
+@pytest.mark.parametrize("positions", [1, 2, 5, 20])
+@pytest.mark.parametrize("shared", [0, 45, 60])
+def test_the_last_positions_of_a_text_are_read_with_what_is_cached(
+    chatbot: Path, positions: int, shared: int
+) -> None:
+    ids = some_ids(60, 1)
+    model = OnnxModel(chatbot, threads=1)
+    expected = model.logits(np.array([ids]))[0, -positions:]
+    model.read(ids[:shared] + some_ids(9, 2))
+    poison(model)
+    scores = model.read(ids, positions)
+    assert scores.shape == (positions, model.vocabulary_size)
+    np.testing.assert_allclose(scores, expected, atol=SAME)
+    kept = scores.copy()
+    model.read(some_ids(30, 3), 2)
+    np.testing.assert_array_equal(scores, kept)
+    # The cache goes on from there.
+    np.testing.assert_allclose(next_logits(model, ids), expected[-1], atol=SAME)
+
+
+def test_positions_that_a_text_does_not_have_are_refused(chatbot: Path) -> None:
+    model = OnnxModel(chatbot, threads=1)
+    for positions in (0, 6):
+        with pytest.raises(ValueError, match="between 1 and 5"):
+            model.read(some_ids(5), positions)
+
+
+def test_a_stream_can_be_left_at_any_token(chatbot: Path) -> None:
+    """What was written until then, and no more, is what the next text finds in the cache."""
+    prompt = some_ids(20)
+    expected = list(islice(OnnxModel(chatbot, threads=1).stream(prompt), 12))
+    for count in range(1, 12):
+        model = OnnxModel(chatbot, threads=1)
+        read = count_positions(model)
+        stream = model.stream(prompt)
+        assert list(islice(stream, count)) == expected[:count]
+        stream.close()  # type: ignore[attr-defined]
+        assert read == [20] + [1] * (count - 1)
+        assert model._cache.ids == prompt + expected[: count - 1]
+        assert list(islice(model.stream(prompt), 12)) == expected
+
+
+# --- what was read, on disk -----------------------------------------------------------------------
+
+
+def test_a_saved_cache_is_read_on_from_as_if_it_had_not_been_away(
+    chatbot: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    first, more = some_ids(90), some_ids(20, 1)
+    model = OnnxModel(chatbot, threads=1)
+    model.read(first)
+    file = model.save_cache(tmp_path / "kept.safetensors", about="weather")
+    expected = list(islice(model.stream(first + more), 30))
+    cold = OnnxModel(chatbot, threads=1)
+    assert cold.restore_cache(file) == {"about": "weather"}
+    read = count_positions(cold)
+    assert list(islice(cold.stream(first + more), 30)) == expected
+    assert read == [20] + [1] * 29
+    tensors = load_file(file)
+    assert tensors["ids"].tolist() == first
+    np.testing.assert_array_equal(tensors["1.value"], model._cache.used()["1.value"][:, :, :90])
+    # It is taken up over whatever was there before, and the file can be written again.
+    cold.restore_cache(cold.save_cache(file))
+    assert cold._cache.ids == first + more + expected[:-1]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_empty_cache_can_be_saved_too(chatbot: Path, tmp_path: Path) -> None:
+    file = OnnxModel(chatbot, threads=1).save_cache(tmp_path / "kept")
+    model = OnnxModel(chatbot, threads=1)
+    expected = next_logits(model, [5, 6])
+    assert model.restore_cache(file) == {}
+    assert model._cache.ids == []
+    np.testing.assert_array_equal(next_logits(model, [5, 6]), expected)
+
+
+def test_a_cache_of_another_model_is_refused_by_name(
+    chatbot: Path, tmp_path: Path, teacher: Path
+) -> None:
+    other = export.to_onnx(teacher, tmp_path / "other-chatbot", parity_positions=0)
+    theirs = OnnxModel(other, threads=1)
+    theirs.read([5, 6, 7])
+    file = theirs.save_cache(tmp_path / "kept")
+    model = OnnxModel(chatbot, threads=1)
+    with pytest.raises(
+        FolderError, match=r"by the model other-chatbot \(\w{12}\), not by chatbot \(\w{12}\)"
+    ):
+        model.restore_cache(file)
+    with pytest.raises(ContextError, match="holds 3 tokens and the context 2"):
+        OnnxModel(other, threads=1, context=2).restore_cache(file)
+
+
+def test_a_file_that_is_no_cache_is_refused(chatbot: Path, tmp_path: Path, model: Path) -> None:
+    ours = OnnxModel(chatbot, threads=1)
+    ours.read(some_ids(9))
+    with pytest.raises(FolderError, match="no such file"):
+        ours.restore_cache(tmp_path / "nothing")
+    with pytest.raises(FolderError, match="does not hold what a model has read"):
+        ours.restore_cache(model / "model.safetensors")
+    file = ours.save_cache(tmp_path / "kept")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(FolderError, match="cut short"):
+        ours.restore_cache(file)
+    with pytest.raises(FolderError, match="there is no folder"):
+        ours.save_cache(tmp_path / "nowhere" / "kept")
+    assert ours._cache.ids == some_ids(9)
+
+
+# --- providers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_is_refused_in_one_line(
+    chatbot: Path, provider: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(
+        MissingExtraError, match=r"has no \w+ExecutionProvider here, only CPU"
+    ) as no:
+        OnnxModel(chatbot, provider=provider)
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_provider_that_does_not_start_is_not_replaced_silently(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("it would start")
+    monkeypatch.setattr(engine, "check_provider", lambda provider: None)
+    with pytest.raises(MissingExtraError, match="CUDAExecutionProvider does not start"):
+        OnnxModel(chatbot, provider="cuda")
+
+
 def test_two_streams_may_take_turns_on_one_model(chatbot: Path) -> None:
     prompts = [some_ids(20, 5), some_ids(31, 6)]
     alone = [list(islice(OnnxModel(chatbot, threads=1).stream(p), 40)) for p in prompts]
@@ -255,13 +393,13 @@ def test_an_interrupt_between_any_two_steps_leaves_the_model_usable(
     chatbot: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     monkeypatch.setattr(engine, "CHUNK", 8)
-    monkeypatch.setattr(engine, "FIRST_CAPACITY", 8)
+    monkeypatch.setattr(key_value_cache, "FIRST_CAPACITY", 8)
     prompt = some_ids(30)
     expected = list(islice(OnnxModel(chatbot, threads=1).stream(prompt), 10))
     for at in range(9):
         model = OnnxModel(chatbot, threads=1)
         owner, name = {
-            "memory made": (engine, "_value"),
+            "memory made": (key_value_cache, "as_value"),
             "input bound": (model, "_bind"),
             "run": (model._session, "run_with_iobinding"),
             "read": (model, "_read"),
@@ -366,8 +504,10 @@ def test_another_form_of_folder_is_refused(model: Path) -> None:
         OnnxModel(model)
 
 
-@pytest.mark.parametrize("options", [{"threads": 0}, {"context": 0}, {"context": 513}], ids=str)
-def test_arguments_out_of_range_are_refused(chatbot: Path, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"context": 0}, {"context": 513}, {"provider": "gpu"}], ids=str
+)
+def test_arguments_out_of_range_are_refused(chatbot: Path, options: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(options))):
         OnnxModel(chatbot, **options)
 

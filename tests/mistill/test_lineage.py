@@ -1,0 +1,49 @@
+"""A folder says how it came to be, and is told apart by what it holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mistill.errors import FolderError
+from mistill.lineage import add_lineage, fingerprint, read_lineage
+
+
+def test_lineage_carries_on_from_the_source(model, tmp_path):
+    with creating(tmp_path / "one") as partial:
+        add_lineage(partial, step="first", settings={"a": 1}, source=None)
+    with creating(tmp_path / "two") as partial:
+        add_lineage(partial, step="second", settings={}, source=tmp_path / "one", kl=0.5)
+    first, second = read_lineage(tmp_path / "two")
+    assert first["step"] == "first"
+    assert first["settings"] == {"a": 1}
+    assert second["source_fingerprint"] == fingerprint(tmp_path / "one")
+    assert second["kl"] == 0.5
+    assert second["versions"]["numpy"]
+
+
+def test_a_damaged_lineage_is_named(tmp_path):
+    (tmp_path / "lineage.json").write_text("{}")
+    with pytest.raises(FolderError, match="list of steps"):
+        read_lineage(tmp_path)
+
+
+def test_the_fingerprint_follows_content_and_not_date_or_place(model, tmp_path):
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    assert fingerprint(copy) == fingerprint(model)
+    (copy / "lineage.json").write_text("[]")
+    assert fingerprint(copy) == fingerprint(model)
+    (copy / "chat_template.jinja").write_text("other")
+    assert fingerprint(copy) != fingerprint(model)
+
+
+def test_the_fingerprint_of_a_large_file_sees_its_ends(tmp_path):
+    content = bytearray(os.urandom(3 << 20))
+    (tmp_path / "large").write_bytes(content)
+    before = fingerprint(tmp_path / "large")
+    content[-1] ^= 1
+    (tmp_path / "large").write_bytes(content)
+    assert fingerprint(tmp_path / "large") != before

@@ -18,6 +18,21 @@ HEAD = "lm_head"
 NORM = "model.norm"
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """How the frequencies of the rotary embedding are made.
+
+    Attributes:
+        kind: ``default``, ``linear`` or ``llama3``.
+        base: Theta.
+        parameters: All that config.json says of it, under the newer names.
+    """
+
+    kind: str
+    base: float
+    parameters: dict[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Architecture:
     """A Llama or Mistral decoder, as far as a graph needs to know it.
@@ -36,6 +51,7 @@ class Architecture:
         sliding_window: Positions that a query sees, itself included; None for all.
         tied: Whether the output head is the embedding.
         frequencies: Shape (head_dim / 2,), radians per position of each rotary pair.
+        rotary: What the frequencies were made by.
     """
 
     model_type: str
@@ -51,6 +67,7 @@ class Architecture:
     sliding_window: int | None
     tied: bool
     frequencies: NDArray[np.float32]
+    rotary: Rotary
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The weight that each module must have.
@@ -107,11 +124,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise ArchitectureError(f"{heads} query heads cannot share {kv_heads} key/value heads")
-    if head_dim % 16:
-        raise ArchitectureError(
-            "ONNX Runtime's attention needs heads whose width divides by 16, this model's are "
-            f"{head_dim} wide"
-        )
+    frequencies, rotary = _frequencies(config, head_dim)
     return Architecture(
         model_type=model_type,
         vocabulary_size=int(config["vocab_size"]),
@@ -125,8 +138,25 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         max_positions=int(config["max_position_embeddings"]),
         sliding_window=_sliding_window(config),
         tied=bool(config.get("tie_word_embeddings", False)),
-        frequencies=_frequencies(config, head_dim),
+        frequencies=frequencies,
+        rotary=rotary,
     )
+
+
+def require_graph(architecture: Architecture) -> None:
+    """Refuse a decoder that ONNX Runtime's operators cannot compute.
+
+    Args:
+        architecture: The decoder.
+
+    Raises:
+        ArchitectureError: If there is such a thing; the message names it.
+    """
+    if architecture.head_dim % 16:
+        raise ArchitectureError(
+            "ONNX Runtime's attention needs heads whose width divides by 16, this model's are "
+            f"{architecture.head_dim} wide"
+        )
 
 
 def rotary_tables(
@@ -153,24 +183,39 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
     return None if window is None else int(window)
 
 
-def _frequencies(config: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
+def _frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.float32], Rotary]:
     # transformers 5 writes rope_parameters; older files hold rope_theta and rope_scaling.
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
     if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ArchitectureError("export does not know models that rotate only part of a head")
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies: NDArray[np.float32] = (1.0 / np.float32(base) ** exponents).astype(np.float32)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    frequencies = plain_frequencies(base, head_dim)
+    kind = rope.get("rope_type", rope.pop("type", "default"))
+    rotary = Rotary(kind, base, {**rope, "rope_type": kind, "rope_theta": base})
     if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return (frequencies / float(rope["factor"])).astype(np.float32)
+        return frequencies, rotary
+    if kind not in ("linear", "llama3"):
+        raise ArchitectureError(
+            "export knows the rotary embeddings default, linear and llama3, this model uses "
+            f"{kind!r}"
+        )
     if kind == "llama3":
-        return _llama3_frequencies(frequencies, rope)
-    raise ArchitectureError(
-        f"export knows the rotary embeddings default, linear and llama3, this model uses {kind!r}"
-    )
+        return _llama3_frequencies(frequencies, rope), rotary
+    return (frequencies / float(rope["factor"])).astype(np.float32), rotary
+
+
+def plain_frequencies(base: float, head_dim: int) -> NDArray[np.float32]:
+    """The frequencies of a rotary embedding that is not scaled.
+
+    Args:
+        base: Theta.
+        head_dim: Width of a head.
+
+    Returns:
+        Shape (head_dim / 2,), radians per position.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.asarray(1.0 / np.float32(base) ** exponents, np.float32)
 
 
 def _llama3_frequencies(

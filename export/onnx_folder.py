@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from export.architecture import EMBEDDING, HEAD, Architecture, read_architecture
+from export.architecture import EMBEDDING, HEAD, Architecture, read_architecture, require_graph
 from export.genai import GENAI_FILE, genai_config
 from export.manifest import bytes_per_token, checksums
 from export.parity import TEXT, can_compare, measure_parity, require_parity
@@ -72,6 +72,7 @@ def to_onnx(
         raise FolderError(f"{source} is an ONNX folder already; give the folder it was made from")
     config = read_json(info.path / "config.json")
     architecture = read_architecture(config)
+    require_graph(architecture)
     resolved, graph = _resolve(chosen, info)
     vocabulary = load_vocabulary(info.path)
     for library in ("onnx_ir", "safetensors"):

@@ -1,9 +1,9 @@
-"""How an ONNX folder is made: the settings of ``export.to_onnx``."""
+"""How a student is exported: the settings of ``export.to_onnx`` and ``export.to_gguf``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mistill.settings import require
 
@@ -96,6 +96,41 @@ class OnnxSettings:
             self.parity_positions == 0 or self.parity_positions >= 2,
             f"parity_positions must be 0 or at least 2, got {self.parity_positions!r}",
         )
+
+
+GgufType = Literal["float32", "float16", "q8_0", "q4_1", "q4_0"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufSettings:
+    """Settings of the GGUF export.
+
+    Attributes:
+        dtype: Type of the matrices: float32, float16, or llama.cpp's blocks of 32 weights with a
+            scale, q8_0, q4_1 (which has an offset too) or q4_0. Codes of a GPTQ folder that fit
+            such blocks go over as they are; other weights are rounded to the nearest.
+        table_dtype: Type of the embedding and of the output head. Left out, it is that of the
+            matrices, but q8_0 where they have 4 bits.
+    """
+
+    dtype: GgufType = "float16"
+    table_dtype: GgufType | None = None
+
+    @property
+    def tables(self) -> GgufType:
+        """Type of the embedding and of the output head, with the default filled in."""
+        if self.table_dtype is not None:
+            return self.table_dtype
+        return "q8_0" if self.dtype in ("q4_0", "q4_1") else self.dtype
+
+    def __post_init__(self) -> None:
+        known = get_args(GgufType)
+        for name in ("dtype", "table_dtype"):
+            value = getattr(self, name)
+            require(
+                value in known or (value is None and name == "table_dtype"),
+                f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from export.settings import FAST_2_BIT_BLOCK, OnnxSettings
 from mistill.errors import FolderError, missing_extra
 from mistill.folder import read_config, safetensors_header, weight_files
 from mistill.gptq_doctor import require_sound
-from mistill.gptq_layout import read_quantization
+from mistill.gptq_layout import QuantizedWeight, read_quantization
+from mistill.nf4_layout import NF4_NAMES, read_nf4
 from mistill.tensor_files import TensorFiles, read_quantized
 
 FloatWeight = NDArray[np.float32]
@@ -153,12 +154,48 @@ class FolderWeights:
         if bias is not None and not bias.any():
             bias = None  # some quantizers write zeros where the model has no bias
         precision = self._settings.precision
+        if precision == "float32":
+            return Linear(self.exact(module), bias)
         weight = self._stored(module)
-        if isinstance(weight, BlockWeight) and precision == "float32":
-            weight = weight.dequantize()
-        elif not isinstance(weight, BlockWeight) and precision in _ROUNDED_BITS:
+        if not isinstance(weight, BlockWeight) and precision in _ROUNDED_BITS:
             weight = self._round(weight, _ROUNDED_BITS[precision])
         return Linear(weight, bias)
+
+    def exact(self, module: str) -> FloatWeight:
+        """Read a matrix as what it stands for, however it is stored.
+
+        Args:
+            module: Its name, without the tensor's own.
+
+        Returns:
+            Shape (N, K), rounded nowhere but in its own codes.
+        """
+        codes = self.codes(module)
+        if codes is not None:
+            return codes.dequantize()
+        if self.has(f"{module}.weight.{_NF4_STATE}"):
+            return read_nf4(self._codes.parts(module, NF4_NAMES), module).dequantize()
+        return self.floats(f"{module}.weight")
+
+    def codes(self, module: str) -> QuantizedWeight | None:
+        """Read the codes of a matrix.
+
+        Args:
+            module: Its name, without the tensor's own.
+
+        Returns:
+            The codes, or None if it is not stored as GPTQ codes.
+
+        Raises:
+            FolderError: If config.json does not say what the codes mean.
+        """
+        if not self.has(f"{module}.qweight"):
+            return None
+        if self._gptq is None:
+            raise FolderError(
+                f"{module} is stored as GPTQ codes, but config.json has no quantization_config"
+            )
+        return read_quantized(self._codes, module, self._gptq)
 
     def table(self, module: str, bits: int) -> Weight:
         """Read the embedding or the output head.
@@ -207,12 +244,8 @@ class FolderWeights:
         return round_to_blocks(weight, bits, self._settings.largest_block(bits))
 
     def _gptq_blocks(self, module: str) -> BlockWeight:
-        form = self._gptq
-        if form is None:
-            raise FolderError(
-                f"{module} is stored as GPTQ codes, but config.json has no quantization_config"
-            )
-        weight = read_quantized(self._codes, module, form)
+        weight = self.codes(module)
+        assert weight is not None
         settings = self._settings
         if weight.bits == 2 and settings.accuracy_level == 4:
             blocks = blocks_of_codes(weight, settings.largest_block(2))

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks import BenchSettings
 from distill import GenerateSettings, StudentSettings, TargetSettings, TrainSettings
-from export import OnnxSettings
+from export import GgufSettings, OnnxSettings
 from mistill import __version__
 from mistill.chat import ChatSettings
 from mistill.errors import MissingExtraError, MistillError, SettingsError
@@ -537,6 +537,36 @@ def export(
     from export import to_onnx
 
     return _made(to_onnx(source, target, settings=settings, overwrite=overwrite), json)
+
+
+@app.command
+def gguf(
+    source: str,
+    target: Path,
+    /,
+    *,
+    settings: Annotated[GgufSettings, Flat] = GgufSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Make a GGUF file: the same model for llama.cpp and Ollama.
+
+    Args:
+        source: A float, GPTQ or NF4 folder.
+        target: The file to make.
+        settings: How the weights are stored.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from export import to_gguf
+
+    made = to_gguf(source, target, settings=settings, overwrite=overwrite)
+    size = made.stat().st_size
+    facts = {"path": str(made), "form": "gguf", "dtype": settings.dtype, "bytes": size}
+    return _say(facts, f"GGUF file, {settings.dtype}, {size / 1e6:.1f} MB", made, json)
 
 
 @app.command

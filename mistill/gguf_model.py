@@ -43,7 +43,15 @@ _TABLES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_ROPE_FACTORS = "rope_freqs.weight"
 _SHARD_BYTES = 4 << 30
+
+# Metadata that mistill's export adds where GGUF has no words.
+ROPE_KEY = "mistill.rope_parameters"
+"""What config.json says of scaled rotary positions."""
+
+CONTEXT_KEY = "mistill.context_length"
+"""The context of a model with a window, of which llama.cpp is shown no more than the window."""
 
 
 def convert_gguf(file: Path, target: Path) -> None:
@@ -84,19 +92,15 @@ def _config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
             f"{name} holds a model of the kind {metadata.get('general.architecture')}; of GGUF "
             "files mistill reads dense llama models, which Mistral 7B is one of"
         )
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
-        raise ArchitectureError(
-            f"{name} scales its rotary positions, which its GGUF form does not fully describe; "
-            "use the model's safetensors folder"
-        )
+    window = metadata.get("llama.attention.sliding_window")
+    kind = "llama" if window is None else "mistral"
     try:
         hidden = metadata["llama.embedding_length"]
         heads = metadata["llama.attention.head_count"]
         head_dim = metadata.get("llama.attention.key_length", hidden // heads)
         config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{kind.title()}ForCausalLM"],
+            "model_type": kind,
             "dtype": "float32",
             "hidden_act": "silu",
             "hidden_size": hidden,
@@ -105,14 +109,11 @@ def _config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
             "num_attention_heads": heads,
             "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "max_position_embeddings": metadata["llama.context_length"],
+            "max_position_embeddings": metadata.get(CONTEXT_KEY, metadata["llama.context_length"]),
             "rms_norm_eps": _shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": _shortest(metadata.get("llama.rope.freq_base", 10000.0)),
-            },
-            "attention_bias": False,
-            "mlp_bias": False,
+            "rope_parameters": _rope(name, metadata, tensors),
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
             "vocab_size": int(tensors["token_embd.weight"].shape[1]),
             "tie_word_embeddings": "output.weight" not in tensors,
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -123,9 +124,24 @@ def _config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
         raise ArchitectureError(
             f"{name} does not describe a llama model: it lacks {error}"
         ) from error
+    if window is not None:
+        config["sliding_window"] = window
     if metadata.get("llama.rope.dimension_count", head_dim) != head_dim:
         raise ArchitectureError(f"{name} turns only a part of each head, which mistill does not do")
     return config
+
+
+def _rope(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of rotary positions."""
+    if ROPE_KEY in metadata:
+        return dict(json.loads(metadata[ROPE_KEY]))
+    if metadata.get("llama.rope.scaling.type", "none") != "none" or _ROPE_FACTORS in tensors:
+        raise ArchitectureError(
+            f"{name} scales its rotary positions, which its GGUF form does not fully describe; "
+            "use the model's safetensors folder"
+        )
+    base = _shortest(metadata.get("llama.rope.freq_base", 10000.0))
+    return {"rope_type": "default", "rope_theta": base}
 
 
 def _ends(metadata: Mapping[str, Any]) -> list[int]:
@@ -143,10 +159,10 @@ def _transformers_name(name: str) -> str | None:
     """The name that transformers has for a tensor of a GGUF file."""
     if name in _TABLES:
         return _TABLES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _LAYER:
         return None
-    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight"
+    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
 
 
 def _convert_weights(
@@ -154,6 +170,8 @@ def _convert_weights(
 ) -> None:
     from safetensors.numpy import save_file
 
+    # Where the config says how they are made, it is read in their place.
+    tensors = {name: tensor for name, tensor in tensors.items() if name != _ROPE_FACTORS}
     unknown = sorted(tensor for tensor in tensors if _transformers_name(tensor) is None)
     if unknown:
         raise ArchitectureError(
@@ -203,13 +221,13 @@ def split_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]
     the first ones of all pairs in the first half of the head and the second ones in the other.
 
     Args:
-        weight: Shape (heads * head_dim, D), pairs side by side.
+        weight: Shape (heads * head_dim, D), or that of a bias without D; pairs side by side.
         heads: Heads of the projection.
 
     Returns:
-        Shape (heads * head_dim, D), halves.
+        The same shape, halves.
     """
-    pairs = weight.reshape(heads, -1, 2, weight.shape[1])
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
 
 

@@ -28,11 +28,17 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Vocabularies that cut by an expression and then merge pieces as ever.
+_EXPRESSIONS = {"smaug-bpe": _LLAMA3, "dbrx": _LLAMA3, "qwen2": _QWEN2}
 # Vocabularies that look a whole word up before they merge its pieces.
 _WHOLE_WORDS_FIRST = {
     "llama-bpe": _LLAMA3,
@@ -123,14 +129,15 @@ def word_cutter(kind: str, name: str) -> PreTokenizer:
         return PreTokenizers(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         )
-    if kind in _WHOLE_WORDS_FIRST:
+    expression = _WHOLE_WORDS_FIRST.get(kind) or _EXPRESSIONS.get(kind)
+    if expression is not None:
         return PreTokenizers(
             [
-                Split(Regex(_WHOLE_WORDS_FIRST[kind]), behavior="isolated"),
+                Split(Regex(expression), behavior="isolated"),
                 ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-    known = ", ".join(sorted((*_GPT2, *_DIGITS_THEN_GPT2, *_WHOLE_WORDS_FIRST)))
+    known = ", ".join(sorted((*_GPT2, *_DIGITS_THEN_GPT2, *_EXPRESSIONS, *_WHOLE_WORDS_FIRST)))
     raise VocabularyError(
         f"{name} cuts text into words in a way called {kind!r}, which mistill does not know; "
         f"known are {known}"

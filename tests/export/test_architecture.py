@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.architecture import read_architecture, rotary_tables
+from export.architecture import read_architecture, require_graph, rotary_tables
 from mistill.errors import ArchitectureError
 
 PLAIN: dict[str, Any] = {
@@ -85,7 +85,6 @@ def test_only_a_mistral_has_a_window() -> None:
         ({"model_type": "gpt2"}, "'gpt2'"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
-        ({"head_dim": 24}, "24 wide"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ({"partial_rotary_factor": 0.5}, "only part of a head"),
@@ -95,3 +94,8 @@ def test_only_a_mistral_has_a_window() -> None:
 def test_what_the_graph_cannot_say_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ArchitectureError, match=words):
         read_architecture({**PLAIN, **change})
+
+
+def test_heads_that_the_operators_cannot_read_are_refused() -> None:
+    with pytest.raises(ArchitectureError, match="24 wide"):
+        require_graph(read_architecture({**PLAIN, "head_dim": 24}))

@@ -1,7 +1,9 @@
-"""What llama.cpp does, written down slowly: its order of rows, and how it cuts text into words."""
+"""What llama.cpp does, written down slowly (its order of rows, its words), or asked of it."""
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,3 +53,34 @@ def interleaved(weight: NDArray[Any], heads: int) -> NDArray[Any]:
         for pair in range(size // 2):
             rows += [weight[head * size + pair], weight[head * size + size // 2 + pair]]
     return np.stack(rows)
+
+
+def log_probabilities(
+    program: Path, file: Path, text: str, folder: Path, positions: int
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """What llama.cpp itself makes of a text: its tokens, and the logarithms of its predictions.
+
+    ``llama-perplexity`` cuts the text into chunks of so many positions and writes down the second
+    half of each chunk but the last position, in 65,535 steps from the most probable token down to
+    16 nats below.
+
+    Returns:
+        Tokens (chunks, positions), and (chunks, positions - 1 - positions // 2, V).
+    """
+    written, read = folder / "logits.bin", folder / "text.txt"
+    read.write_text(text, "utf-8")
+    command = [str(program), "-m", str(file), "-f", str(read), "-c", str(positions), "-t", "1"]
+    command += ["-b", str(positions), "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
+    command += ["--save-all-logits", str(written)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    content = written.read_bytes()
+    assert content[:8] == b"_logits_"
+    length, size, chunks = np.frombuffer(content, np.int32, 3, 8)
+    tokens = np.frombuffer(content, np.int32, chunks * length, 20).reshape(chunks, length)
+    kept = length - 1 - length // 2
+    width = 2 * ((size + 1) // 2) + 4
+    rows = np.frombuffer(content, np.uint16, chunks * kept * width, 20 + tokens.nbytes)
+    rows = rows.reshape(chunks, kept, width)
+    scale, lowest = np.moveaxis(rows[..., :4].copy().view(np.float32).astype(np.float64), -1, 0)
+    return tokens, rows[..., 4 : 4 + size] * scale[..., None] + lowest[..., None]

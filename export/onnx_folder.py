@@ -13,7 +13,7 @@ import numpy as np
 
 from export.architecture import EMBEDDING, HEAD, Architecture, read_architecture, require_graph
 from export.genai import GENAI_FILE, genai_config
-from export.manifest import bytes_per_token, checksums
+from export.manifest import checksums
 from export.parity import TEXT, can_compare, measure_parity, require_parity
 from export.settings import DEFAULT_CONTEXT, GraphOptions, OnnxSettings
 from mistill.errors import FolderError, SettingsError, missing_extra
@@ -152,12 +152,14 @@ def _write(
 ) -> dict[str, Any]:
     """Write the graph, compare it with PyTorch, and say what was measured."""
     from export.graph import write_decoder
+    from export.lint import lint_export
     from export.weights import FolderWeights
     from export.writer import GraphWriter
 
     with FolderWeights(info.path, architecture, settings) as weights:
         with GraphWriter(folder) as writer:
             write_decoder(architecture, weights, writer, options)
+        facts = lint_export(folder, info.path, architecture, settings, options)
         parity = None
         if settings.parity_positions > 0 and can_compare():
             length = min(settings.parity_positions, options.context_length)
@@ -170,10 +172,7 @@ def _write(
             require_parity(parity, exact=exact, bits=coarsest)
         elif settings.parity_positions > 0:
             _log.warning("PyTorch is not installed: the graph was not compared with it")
-    return {
-        "bytes_per_token": bytes_per_token(folder),
-        "parity": None if parity is None else asdict(parity),
-    }
+    return {**facts, "parity": None if parity is None else asdict(parity)}
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -46,6 +46,8 @@ class OnnxSettings:
             own but at most 4096, since runtimes reserve their cache for all of them.
         parity_positions: Positions whose logits are compared with PyTorch's before the folder is
             declared done, if PyTorch is installed; 0 leaves the comparison out.
+        memory_speed: GB per second that the memory of the laptop reads, from which the manifest
+            predicts the most tokens per second. Left out, it is measured on this machine.
     """
 
     precision: Literal["auto", "float32", "int8", "int4"] = "auto"
@@ -55,6 +57,7 @@ class OnnxSettings:
     accuracy_level: Literal[0, 4] = 4
     context_length: int | None = None
     parity_positions: int = 48
+    memory_speed: float | None = None
 
     def largest_block(self, bits: int) -> int:
         """Most columns that share a scale.
@@ -95,6 +98,10 @@ class OnnxSettings:
         require(
             self.parity_positions == 0 or self.parity_positions >= 2,
             f"parity_positions must be 0 or at least 2, got {self.parity_positions!r}",
+        )
+        require(
+            self.memory_speed is None or self.memory_speed > 0,
+            f"memory_speed must be above 0, in GB per second, got {self.memory_speed!r}",
         )
 
 

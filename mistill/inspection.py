@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.errors import FolderError, MistillError
+from mistill.errors import FolderError, MissingExtraError, MistillError
 from mistill.folder import FIDELITY_FILE, MANIFEST_FILE, FolderInfo, describe, problems, read_json
 from mistill.gptq_doctor import Diagnosis, examine
 from mistill.lineage import LINEAGE_FILE, fingerprint, read_lineage
 from mistill.location import Location, is_remote, location_of
+from mistill.onnx_lint import Lint, lint_file
 from mistill.targets_folder import TargetsInfo, describe_targets, is_targets, targets_problems
 from mistill.vocabulary import load_vocabulary
 
@@ -42,6 +43,8 @@ class Inspection:
         targets: What a folder of targets holds; None for a model.
         fidelity: The fidelity card of a distilled student; None where there is none.
         gptq: What the codes of a GPTQ folder are, told from the codes; None for other forms.
+        graphs: What was found in each ONNX graph, by its file; empty where there is none.
+        manifest: What an ONNX folder says of itself, but for its checksums; None for others.
     """
 
     path: Path | str
@@ -53,6 +56,8 @@ class Inspection:
     targets: TargetsInfo | None = None
     fidelity: dict[str, Any] | None = None
     gptq: Diagnosis | None = None
+    graphs: Mapping[str, Lint] = field(default_factory=dict)
+    manifest: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as JSON values.
@@ -81,6 +86,8 @@ class Inspection:
             "targets": None if self.targets is None else self.targets.to_dict(),
             "fidelity": self.fidelity,
             "gptq": None if self.gptq is None else self.gptq.to_dict(),
+            "graphs": {name: lint.to_dict() for name, lint in self.graphs.items()},
+            "manifest": self.manifest,
             "problems": list(self.problems),
             "notes": list(self.notes),
             "lineage": list(self.lineage),
@@ -102,6 +109,9 @@ class Inspection:
             parts.append(_facts(self.info, self.fingerprint))
         if self.gptq is not None:
             parts.append(_gptq_facts(self.gptq))
+        parts.extend(_graph_facts(name, lint) for name, lint in self.graphs.items())
+        if self.manifest is not None:
+            parts.append(_manifest_facts(self.manifest))
         if self.targets is not None:
             parts.append(_targets_facts(self.targets, self.fingerprint))
         if self.fidelity is not None:
@@ -117,7 +127,8 @@ class Inspection:
                 )
             parts.append(table)
         parts.extend(Text(f"! {problem}", style="bold red") for problem in self.problems)
-        parts.extend(Text(f"- {note}", style="yellow") for note in self.notes)
+        slow = [str(finding) for lint in self.graphs.values() for finding in lint.findings]
+        parts.extend(Text(f"- {note}", style="yellow") for note in (*self.notes, *slow))
         if not self.problems:
             parts.append(Text("nothing is wrong with it", style="green"))
         return Group(*parts)
@@ -126,6 +137,7 @@ class Inspection:
 def inspect_folder(path: str | Path) -> Inspection:
     """Look at a folder without loading its weights.
 
+    Graphs of an ONNX folder, whoever made it, are held against the rules of what is slow on a CPU.
     Of a GPTQ folder zeros, scales and some codes are read, to tell what they are from themselves.
     Of targets every byte is read and compared with the checksums of the manifest.
 
@@ -165,6 +177,11 @@ def inspect_folder(path: str | Path) -> Inspection:
                 wrong += gptq.contradictions
             except FolderError as error:
                 wrong.append(str(error))
+    graphs, remarks = _lint_graphs(folder)
+    manifest = None
+    if info is not None and info.form == "onnx":
+        manifest = read_json(folder / MANIFEST_FILE)
+        manifest.pop("files", None)
     return Inspection(
         path=folder,
         info=info,
@@ -172,12 +189,31 @@ def inspect_folder(path: str | Path) -> Inspection:
         notes=(
             *(() if info is None else _notes(folder, lineage)),
             *(() if gptq is None else gptq.notes),
+            *remarks,
         ),
         lineage=lineage,
         fingerprint=fingerprint(folder),
         fidelity=fidelity,
         gptq=gptq,
+        graphs=graphs,
+        manifest=manifest,
     )
+
+
+def _lint_graphs(folder: Path) -> tuple[dict[str, Lint], list[str]]:
+    """What is slow in each graph, and which graphs could not be read."""
+    found, remarks = {}, []
+    for file in sorted((*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx"))):
+        name = str(file.relative_to(folder))
+        try:
+            found[name] = lint_file(file)
+        except MissingExtraError as error:
+            return {}, [f"its graph was not looked at: {error}"]
+        except Exception as error:  # a file of another tool may be anything
+            remarks.append(
+                f"{name} cannot be read as a graph: {' '.join(str(error).split())[:120]}"
+            )
+    return found, remarks
 
 
 def _inspect_targets(location: Location) -> Inspection:
@@ -254,6 +290,55 @@ def _gptq_facts(found: Diagnosis) -> RenderableType:
         "groups": f"{order}{index}",
         "scales": ", ".join(f"{kind} in {count}" for kind, count in found.scale_types.items()),
     }
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/bold]", value)
+    return table
+
+
+def _graph_facts(name: str, lint: Lint) -> RenderableType:
+    """A graph's operators and bytes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    counts = sorted(lint.operators.items(), key=lambda entry: -entry[1])
+    cost, slow = lint.cost, len(lint.findings)
+    rows = {
+        "graph": f"{name}: {', '.join(f'{count} {kind}' for kind, count in counts[:6])}",
+        "a step reads": f"{cost.bytes_per_token / 1e6:,.1f} MB of weights, "
+        f"{cost.packed_bytes_per_token / 1e6:,.1f} MB as ONNX Runtime packs them, and "
+        f"{cost.cache_bytes_per_position / 1e3:,.1f} kB for each earlier token",
+        "slow kernels": "none known" if not slow else f"{slow}, named below",
+    }
+    for key, value in rows.items():
+        table.add_row(Text(key, style="bold"), Text(value))
+    return table
+
+
+def _manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
+    """What was measured when an ONNX folder was made."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    rows = {}
+    if manifest.get("ceiling_tokens_per_second"):
+        rows["at most"] = (
+            f"{manifest['ceiling_tokens_per_second']:,.0f} tokens/s, where memory gives "
+            f"{manifest['memory_bytes_per_second'] / 1e9:.1f} GB/s"
+        )
+    parity = manifest.get("parity")
+    rows["against PyTorch"] = (
+        "not compared"
+        if parity is None
+        else f"mean KL {parity['mean_kl']:.2g} nats, same first token {parity['same_top']:.1%}, "
+        f"largest difference of a logit {parity['max_difference']:.2g}, over "
+        f"{parity['positions']} positions"
+    )
+    codes = manifest.get("codes")
+    if codes is not None:
+        rows["codes"] = (
+            f"{codes['codes']:,} in {codes['matrices']} matrices, byte for byte the source's"
+        )
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/bold]", value)
     return table

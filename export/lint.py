@@ -1,0 +1,84 @@
+"""Before a folder is declared done: is its graph fast, and are its codes the source's?"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from export.architecture import Architecture
+from export.code_check import check_codes
+from export.settings import MODEL_FILE, GraphOptions, OnnxSettings
+from mistill.errors import ExportError
+from mistill.onnx_cost import memory_speed
+from mistill.onnx_lint import Finding, Lint, lint_file
+from mistill.processors import usable_threads
+
+_log = logging.getLogger(__name__)
+
+
+def lint_export(
+    folder: Path,
+    source: Path,
+    architecture: Architecture,
+    settings: OnnxSettings,
+    options: GraphOptions,
+) -> dict[str, Any]:
+    """Look at a graph that was just written, and refuse what nobody asked for.
+
+    Args:
+        folder: Where the graph is.
+        source: The folder that it was exported from.
+        architecture: The decoder.
+        settings: What was asked for.
+        options: The same, as far as the graph was told.
+
+    Returns:
+        What the manifest says of it: slow kernels, bytes, the speed that memory allows, codes.
+
+    Raises:
+        ExportError: If a kernel is slow for another reason than what was asked for, or a code is
+            not the source's.
+    """
+    lint = lint_file(folder / MODEL_FILE)
+    require_fast(lint, settings, options)
+    codes = check_codes(folder, source, architecture)
+    given = settings.memory_speed
+    speed = memory_speed(usable_threads()) if given is None else given * 1e9
+    return {
+        **asdict(lint.cost),
+        "memory_bytes_per_second": round(speed),
+        "ceiling_tokens_per_second": round(lint.cost.ceiling(speed), 1),
+        "slow_kernels": [str(finding) for finding in lint.findings],
+        "codes": None if codes is None else asdict(codes),
+    }
+
+
+def require_fast(lint: Lint, settings: OnnxSettings, options: GraphOptions) -> None:
+    """Refuse a graph with a slow kernel; warn of one that was asked for.
+
+    Args:
+        lint: What was found in the graph.
+        settings: What was asked for.
+        options: The same, as far as the graph was told.
+
+    Raises:
+        ExportError: If a kernel is slow that should not be.
+    """
+    asked = set()
+    if settings.accuracy_level == 0:
+        asked.add("accuracy-level")
+    if options.head_bits == 32:
+        asked.add("float-head")
+    wrong: list[Finding] = []
+    for finding in lint.findings:
+        if finding.rule in asked:
+            _log.warning("as asked for, but slow: %s", finding)
+        else:
+            wrong.append(finding)
+    if wrong:
+        raise ExportError(
+            f"the graph would be slow: {'; '.join(map(str, wrong))}; nothing was written: this is "
+            "a fault of the export"
+        )

@@ -6,15 +6,11 @@ what lies between them as well, about a fifth of all that a training step rememb
 one operation that keeps its inputs and computes the rest again on the way back. Forward passes give
 the same bits as transformers' own.
 
-What has been forgotten must also be given back. glibc keeps freed tensors of some megabytes in a
-heap, in whose holes the next ones rarely fit; ``give_memory_back`` hands them to the system.
-
 B is batch, T positions, D width, F width of the feed-forward part.
 """
 
 from __future__ import annotations
 
-import ctypes
 from types import MethodType
 from typing import Any
 
@@ -22,10 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-
-# Of glibc's malloc.h: allocations from this size on are mapped, and unmapped when they are freed.
-_MMAP_THRESHOLD = -3
-_MAPPED_BYTES = 2**20
 
 
 def remember_less(model: nn.Module) -> int:
@@ -48,22 +40,6 @@ def remember_less(model: nn.Module) -> int:
             continue
         changed += 1
     return changed
-
-
-def give_memory_back() -> bool:
-    """Let this process return every freed tensor of a megabyte or more to the system at once.
-
-    Without it a training step on a CPU holds about a fifth more memory than it uses. It stays so
-    until the process ends.
-
-    Returns:
-        False where the C library is not glibc, and nothing was changed.
-    """
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    return bool(set_option(_MMAP_THRESHOLD, _MAPPED_BYTES))
 
 
 def _is_silu(function: Any) -> bool:

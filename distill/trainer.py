@@ -27,12 +27,13 @@ from distill.checkpoints import (
     remove_others,
     save_checkpoint,
 )
-from distill.lean import give_memory_back, remember_less
+from distill.lean import remember_less
 from distill.metrics import Metrics
 from distill.optimizers import make_optimizer
 from distill.schedule import blocks_of_step, is_on_policy, learning_rate_at, step_count
 from distill.step import DistillationStep, accumulate_gradients, ask_about, judge, shares
 from mistill.errors import TrainingError
+from mistill.memory import unmap_when_freed
 from mistill.progress import track
 from mistill.pytorch import quiet_transformers
 
@@ -118,7 +119,7 @@ class _Run:
             student.activation_checkpointing_enable({"use_reentrant": False})
         remember_less(student)
         if accelerator.device.type == "cpu":
-            give_memory_back()
+            unmap_when_freed()
         student.train()
         self.module, self.optimizer = accelerator.prepare(
             DistillationStep(student, settings), make_optimizer(student, settings)

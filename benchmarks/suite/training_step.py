@@ -40,11 +40,12 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
     """A child that trains with mistill."""
     from accelerate import Accelerator
 
-    from distill.lean import give_memory_back, remember_less
+    from distill.lean import remember_less
     from distill.optimizers import make_optimizer
     from distill.step import DistillationStep, accumulate_gradients
     from distill.teacher import LiveTeacher, Teacher
     from distill.train_settings import TrainSettings
+    from mistill.memory import unmap_when_freed
     from mistill.pytorch import load_pytorch
 
     blocks = blocks_of(given)
@@ -62,7 +63,7 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
     accelerator = Accelerator(cpu=True)
     student = load_pytorch(given.student).train()
     remember_less(student)
-    give_memory_back()
+    unmap_when_freed()
     module, optimizer = accelerator.prepare(
         DistillationStep(student, settings), make_optimizer(student, settings)
     )

@@ -1,0 +1,41 @@
+"""Give memory back to the system that the C library would keep.
+
+glibc holds freed tensors of some megabytes in a heap, in whose holes the next ones rarely fit. On
+other C libraries nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+# Of glibc's malloc.h: allocations from this size on are mapped, and unmapped when they are freed.
+_MMAP_THRESHOLD = -3
+_MAPPED_BYTES = 2**20
+
+
+def unmap_when_freed() -> bool:
+    """Let this process return every freed tensor of a megabyte or more to the system at once.
+
+    That costs a little time wherever such a tensor is made. It stays so until the process ends.
+
+    Returns:
+        False where the C library is not glibc, and nothing was changed.
+    """
+    library = _c_library()
+    return library is not None and bool(library.mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES))
+
+
+def give_back() -> None:
+    """Return to the system what is free in the heap now, from its top and from its holes."""
+    library = _c_library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _c_library() -> Any:
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
+    return library if hasattr(library, "malloc_trim") else None

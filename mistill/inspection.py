@@ -14,6 +14,7 @@ from mistill.folder import FIDELITY_FILE, MANIFEST_FILE, FolderInfo, describe, p
 from mistill.gptq_doctor import Diagnosis, examine
 from mistill.lineage import LINEAGE_FILE, fingerprint, read_lineage
 from mistill.location import Location, is_remote, location_of
+from mistill.measured import measured_table, read_measured
 from mistill.onnx_lint import Lint, lint_file
 from mistill.targets_folder import TargetsInfo, describe_targets, is_targets, targets_problems
 from mistill.vocabulary import load_vocabulary
@@ -43,6 +44,8 @@ class Inspection:
         targets: What a folder of targets holds; None for a model.
         fidelity: The fidelity card of a distilled student; None where there is none.
         gptq: What the codes of a GPTQ folder are, told from the codes; None for other forms.
+        measured: How close a quantized folder is to its source, and to a teacher; None where it
+            was not measured.
         graphs: What was found in each ONNX graph, by its file; empty where there is none.
         manifest: What an ONNX folder says of itself, but for its checksums; None for others.
     """
@@ -56,6 +59,7 @@ class Inspection:
     targets: TargetsInfo | None = None
     fidelity: dict[str, Any] | None = None
     gptq: Diagnosis | None = None
+    measured: dict[str, Any] | None = None
     graphs: Mapping[str, Lint] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
 
@@ -86,6 +90,7 @@ class Inspection:
             "targets": None if self.targets is None else self.targets.to_dict(),
             "fidelity": self.fidelity,
             "gptq": None if self.gptq is None else self.gptq.to_dict(),
+            "measured": self.measured,
             "graphs": {name: lint.to_dict() for name, lint in self.graphs.items()},
             "manifest": self.manifest,
             "problems": list(self.problems),
@@ -116,6 +121,8 @@ class Inspection:
             parts.append(_targets_facts(self.targets, self.fingerprint))
         if self.fidelity is not None:
             parts.append(_fidelity(self.fidelity))
+        if self.measured is not None:
+            parts.append(measured_table(self.measured))
         if self.lineage:
             table = Table("step", "from", "settings and facts", "date", title="how it was made")
             for entry in self.lineage:
@@ -162,12 +169,13 @@ def inspect_folder(path: str | Path) -> Inspection:
         lineage = tuple(read_lineage(folder))
     except FolderError as error:
         wrong.append(str(error))
-    fidelity = None
-    if (folder / FIDELITY_FILE).is_file():
-        try:
+    fidelity = measured = None
+    try:
+        if (folder / FIDELITY_FILE).is_file():
             fidelity = read_json(folder / FIDELITY_FILE)
-        except FolderError as error:
-            wrong.append(str(error))
+        measured = read_measured(folder)
+    except FolderError as error:
+        wrong.append(str(error))
     gptq = None
     if not wrong:
         info = describe(folder)
@@ -195,6 +203,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         fingerprint=fingerprint(folder),
         fidelity=fidelity,
         gptq=gptq,
+        measured=measured,
         graphs=graphs,
         manifest=manifest,
     )

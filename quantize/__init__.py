@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from quantize.settings import GptqSettings as GptqSettings
     from quantize.settings import Nf4Settings as Nf4Settings
     from quantize.settings import RoundingSettings as RoundingSettings
-    from quantize.sweeping import sweep as sweep
     from quantize.sweep_settings import SweepSettings as SweepSettings
+    from quantize.sweeping import sweep as sweep
     from quantize.tuning import tune as tune
     from quantize.tuning_settings import TuningSettings as TuningSettings
 

@@ -23,6 +23,7 @@ from mistill.progress import track
 from mistill.publishing import creating
 from mistill.settings import require, settings_dict
 from mistill.text import TokenBlocks
+from quantize.judging import Judge, judged
 from quantize.overrides import format_of, module_formats
 from quantize.report import ModuleReport, write_report
 from quantize.settings import GptqSettings
@@ -110,6 +111,7 @@ def by_gptqmodel(
     *,
     blocks: TokenBlocks,
     settings: GptqSettings,
+    judge: Judge | None = None,
     overwrite: bool = False,
     **facts: Any,
 ) -> Path:
@@ -120,6 +122,7 @@ def by_gptqmodel(
         target: The folder to make.
         blocks: The text to calibrate on, block by block as mistill draws it.
         settings: How to quantize.
+        judge: Measures the result; None for not measuring.
         overwrite: Whether an existing target is replaced.
         **facts: What else the lineage should remember.
 
@@ -156,6 +159,7 @@ def by_gptqmodel(
             backend=f"gptqmodel {version}",
             settings=used,
             seconds=round(time.perf_counter() - begun, 2),
+            **judged(judge, partial),
         )
         add_lineage(
             partial,

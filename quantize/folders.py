@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mistill.errors import SettingsError
@@ -21,12 +20,13 @@ from mistill.progress import Tracker, track
 from mistill.publishing import publish, refuse_existing, working
 from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
-from mistill.text import Texts, TokenBlocks, check_texts, pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.text import Texts, TokenBlocks, check_texts
 from quantize.auto_gptq_names import name_as_auto_gptq, translated
 from quantize.backends import Backend, by_gptqmodel, require_backend
 from quantize.calibration import Batch, LayeredModel, kept_rows
+from quantize.drawing import blocks_digest, draw_blocks, names_of
 from quantize.gptq import GptqResult
+from quantize.judging import Judge, judged, open_judge
 from quantize.layers import quantize_head, quantize_layer
 from quantize.layout import (
     Plan,
@@ -52,8 +52,24 @@ from quantize.storage import (
 
 _log = logging.getLogger(__name__)
 
-# Blocks read for each one drawn, so that another seed draws others.
-_POOL = 8
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is known before any weight is read.
+
+    Attributes:
+        model: The float model.
+        plan: Which of its modules are quantized how.
+        settings: How to quantize.
+        texts: What the calibration text is called.
+        blocks: The calibration text.
+    """
+
+    model: FloatModel
+    plan: Plan
+    settings: GptqSettings
+    texts: list[str]
+    blocks: TokenBlocks
 
 
 def to_gptq(
@@ -61,6 +77,8 @@ def to_gptq(
     target: str | Path,
     *,
     texts: Texts,
+    held_out: Texts | None = None,
+    teacher: str | Path | None = None,
     settings: GptqSettings | None = None,
     backend: Backend = "mistill",
     overwrite: bool = False,
@@ -77,6 +95,8 @@ def to_gptq(
         source: A float model folder.
         target: The folder to make, in the AutoGPTQ layout.
         texts: Text to calibrate on; best of the kind that the model will read and write.
+        held_out: Text to measure the result on; the report holds its KL to the source then.
+        teacher: The model that the source learnt from, to compare the result with too.
         settings: How to quantize; or give its fields as options.
         backend: "gptqmodel" hands over to that library, where it is installed, and leaves its
             files as it writes them; "auto_gptq" says why that one cannot be used.
@@ -88,88 +108,109 @@ def to_gptq(
         The target.
 
     Raises:
-        SettingsError: If a setting is out of range, or the groups do not divide a layer.
+        SettingsError: If a setting is out of range, the groups do not divide a layer, or there is
+            a teacher and no held-out text.
         MissingExtraError: If the backend is a library that cannot be imported.
         FolderError: If the source is broken or quantized already, or computes no finite numbers.
-        TextError: If there is no text to calibrate on.
+        VocabularyError: If the teacher has other tokens.
+        TextError: If there is no text to calibrate or to measure on.
     """
     settings = settings_from(GptqSettings, settings, translated(options))
     require_backend(backend, settings)
     target = refuse_existing(target, overwrite)
     model = open_float(source)
-    plan = make_plan(model, settings)
-    longest = context_length(model.folder, model.config.to_dict())
-    if settings.block_length > longest:
-        raise SettingsError(
-            f"block_length {settings.block_length} exceeds the model's {longest} positions"
-        )
-    check_texts(texts)
-    blocks = draw_blocks(texts, model.folder, settings)
+    job = _open_job(model, texts, settings)
+    judge = open_judge(model.folder, held_out, teacher)
     if backend == "gptqmodel":
         return by_gptqmodel(
             model,
             target,
-            blocks=blocks,
+            blocks=job.blocks,
             settings=settings,
+            judge=judge,
             overwrite=overwrite,
-            texts=_named(texts),
+            texts=job.texts,
         )
+    return _run(job, target, judge, overwrite)
+
+
+def make_gptq(
+    model: FloatModel,
+    target: Path,
+    *,
+    texts: Texts,
+    settings: GptqSettings,
+    judge: Judge | None,
+    overwrite: bool,
+    finish: Callable[[Path], None],
+) -> Path:
+    """Quantize an opened model by GPTQ, and let the caller add to the folder.
+
+    Args:
+        model: The float model.
+        target: The folder to make.
+        texts: Text to calibrate on.
+        settings: How to quantize.
+        judge: Measures the result; None for not measuring.
+        overwrite: Whether an existing target is replaced.
+        finish: Called with the finished folder before it appears.
+
+    Returns:
+        The target.
+    """
+    return _run(_open_job(model, texts, settings), target, judge, overwrite, finish)
+
+
+def require_context(model: FloatModel, block_length: int) -> None:
+    """Refuse blocks of text that are longer than a model can read.
+
+    Args:
+        model: The float model.
+        block_length: Tokens per block.
+
+    Raises:
+        SettingsError: If they are too long.
+    """
+    longest = context_length(model.folder, model.config.to_dict())
+    if block_length > longest:
+        raise SettingsError(f"block_length {block_length} exceeds the model's {longest} positions")
+
+
+def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings) -> _Job:
+    plan = make_plan(model, settings)
+    require_context(model, settings.block_length)
+    check_texts(texts)
+    blocks = draw_blocks(texts, model.folder, settings)
+    return _Job(model, plan, settings, names_of(texts), blocks)
+
+
+def _run(
+    job: _Job,
+    target: Path,
+    judge: Judge | None,
+    overwrite: bool,
+    finish: Callable[[Path], None] | None = None,
+) -> Path:
+    """Do the work, or what an interrupted run left of it."""
     key = {
         "step": "gptq",
-        "source": fingerprint(model.folder),
-        "settings": settings_dict(settings),
-        "texts": blocks_digest(blocks),
+        "source": fingerprint(job.model.folder),
+        "settings": settings_dict(job.settings),
+        "texts": blocks_digest(job.blocks),
         "versions": installed_versions(),
     }
     with working(target, key) as work, torch.inference_mode():
         begun = time.perf_counter()
-        names = _Work(model, plan, settings, Shelf(work)).finish(blocks)
-        _assemble(work, model, plan, settings, names, texts, blocks, begun)
+        shelf = Shelf(work)
+        names = _Work(job.model, job.plan, job.settings, shelf).finish(job.blocks)
+        result = work / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        _assemble(result, job, shelf, names, judge, begun)
+        if finish is not None:
+            finish(result)
         publish(work, target, overwrite)
     return target
-
-
-def draw_blocks(texts: Texts, folder: Path, settings: GptqSettings) -> TokenBlocks:
-    """Draw the blocks to calibrate on from the beginning of some text.
-
-    Args:
-        texts: What ``mistill.text.read_documents`` reads.
-        folder: The model, for its vocabulary.
-        settings: How many blocks, of which length, and the seed.
-
-    Returns:
-        As many blocks as asked for, in the order of the text, or all if there are fewer.
-
-    Raises:
-        TextError: If there is no text.
-    """
-    wanted = settings.samples * settings.block_length
-    documents = read_documents(texts, load_vocabulary(folder), limit=_POOL * wanted)
-    blocks = pack(documents, settings.block_length)
-    if len(blocks) <= settings.samples:
-        if len(blocks) < settings.samples:
-            _log.warning(
-                "the text fills only %d of the %d blocks asked for", len(blocks), settings.samples
-            )
-        return blocks
-    generator = np.random.default_rng(settings.seed)
-    drawn = generator.choice(len(blocks), settings.samples, replace=False)
-    return blocks[np.sort(drawn)]
-
-
-def blocks_digest(blocks: TokenBlocks) -> str:
-    """A name for some text.
-
-    Args:
-        blocks: The text.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256(str(blocks.ids.shape).encode())
-    digest.update(np.ascontiguousarray(blocks.ids).tobytes())
-    digest.update(np.ascontiguousarray(blocks.documents).tobytes())
-    return digest.hexdigest()
 
 
 class _Work:
@@ -279,20 +320,15 @@ class _Work:
 
 
 def _assemble(
-    work: Path,
-    model: FloatModel,
-    plan: Plan,
-    settings: GptqSettings,
+    result: Path,
+    job: _Job,
+    shelf: Shelf,
     names: Sequence[str],
-    texts: Texts,
-    blocks: TokenBlocks,
+    judge: Judge | None,
     begun: float,
 ) -> None:
-    """Gather in ``work/result`` what the target will hold."""
-    result = work / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    result.mkdir()
-    shelf = Shelf(work)
+    """Gather what the target will hold."""
+    model, settings = job.model, job.settings
     reports, kept = [], []
     with TensorWriter(result) as writer:
         for name in names:
@@ -303,7 +339,7 @@ def _assemble(
     write_config(
         model.folder,
         result,
-        plan.layout,
+        job.plan.layout,
         damp_percent=settings.damp_percent,
         true_sequential=settings.true_sequential,
         static_groups=settings.order == "static",
@@ -314,9 +350,9 @@ def _assemble(
     copy_companions(model.folder, result)
     used = settings_dict(settings)
     calibration = {
-        "blocks": len(blocks),
-        "block_length": blocks.block_length,
-        "tokens": blocks.tokens,
+        "blocks": len(job.blocks),
+        "block_length": job.blocks.block_length,
+        "tokens": job.blocks.tokens,
     }
     seconds = round(time.perf_counter() - begun, 2)
     write_report(
@@ -327,17 +363,14 @@ def _assemble(
         settings=used,
         calibration=calibration,
         seconds=seconds,
+        **judged(judge, result),
     )
     add_lineage(
         result,
         step="gptq",
         settings=used,
         source=model.folder,
-        texts=_named(texts),
+        texts=job.texts,
         calibration=calibration,
         kept_float=tensor_kinds(kept),
     )
-
-
-def _named(texts: Texts) -> list[str]:
-    return [str(texts)] if isinstance(texts, str | Path) else [str(text) for text in texts]

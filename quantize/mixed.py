@@ -30,7 +30,9 @@ from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per_unit
 from mistill.publishing import refuse_existing, write_atomically
 from mistill.settings import require, settings_from
 from mistill.text import Texts, check_texts
-from quantize.folders import draw_blocks, to_gptq
+from quantize.drawing import draw_blocks
+from quantize.folders import make_gptq, require_context
+from quantize.judging import open_judge
 from quantize.mixed_settings import MixedSettings
 from quantize.sensitivity import Costs, estimate_costs
 from quantize.settings import TABLE_BITS, GptqSettings
@@ -64,6 +66,8 @@ def to_mixed(
     target: str | Path,
     *,
     texts: Texts,
+    held_out: Texts | None = None,
+    teacher: str | Path | None = None,
     settings: MixedSettings | None = None,
     overwrite: bool = False,
     **options: Any,
@@ -77,6 +81,8 @@ def to_mixed(
         source: A float model folder.
         target: The folder to make, in the AutoGPTQ layout.
         texts: Text to estimate and to calibrate on.
+        held_out: Text to measure the result on; the report holds its KL to the source then.
+        teacher: The model that the source learnt from, to compare the result with too.
         settings: The size and the choices; or give its fields as options.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``MixedSettings``.
@@ -85,8 +91,10 @@ def to_mixed(
         The target.
 
     Raises:
-        SettingsError: If a setting is out of range, or the model cannot be as small as asked for.
+        SettingsError: If a setting is out of range, the model cannot be as small as asked for, or
+            there is a teacher and no held-out text.
         FolderError: If the source is broken or quantized already.
+        VocabularyError: If the teacher has other tokens.
         TextError: If there is no text.
     """
     settings = settings_from(MixedSettings, settings, options)
@@ -96,24 +104,35 @@ def to_mixed(
     )
     target = refuse_existing(target, overwrite)
     model = open_float(source)
+    require_context(model, settings.block_length)
     check_texts(texts)
+    judge = open_judge(model.folder, held_out, teacher)
     chosen, budget = choose(model, texts, settings)
-    gptq = as_gptq_settings(model, chosen, settings)
-    made = to_gptq(source, target, texts=texts, settings=gptq, overwrite=overwrite)
-    summary = {
-        "budget_bytes": budget,
-        "expected_bytes": sum(choice.size for choice in chosen.values()) + _rest_bytes(model),
-        "weight_bytes": sum(file.stat().st_size for file in weight_files(made)),
-        "expected_kl_of_rounding": sum(choice.cost for choice in chosen.values()),
-        "modules": {
-            name: None
-            if choice.form is None
-            else {"bits": choice.form.bits, "group_size": choice.form.group_size}
-            for name, choice in chosen.items()
-        },
-    }
-    write_atomically(made / CHOICE_FILE, json.dumps(summary, indent=1) + "\n")
-    return made
+
+    def summarize(folder: Path) -> None:
+        summary = {
+            "budget_bytes": budget,
+            "expected_bytes": sum(choice.size for choice in chosen.values()) + _rest_bytes(model),
+            "weight_bytes": sum(file.stat().st_size for file in weight_files(folder)),
+            "expected_kl_of_rounding": sum(choice.cost for choice in chosen.values()),
+            "modules": {
+                name: None
+                if choice.form is None
+                else {"bits": choice.form.bits, "group_size": choice.form.group_size}
+                for name, choice in chosen.items()
+            },
+        }
+        write_atomically(folder / CHOICE_FILE, json.dumps(summary, indent=1) + "\n")
+
+    return make_gptq(
+        model,
+        target,
+        texts=texts,
+        settings=as_gptq_settings(model, chosen, settings),
+        judge=judge,
+        overwrite=overwrite,
+        finish=summarize,
+    )
 
 
 def choose(

@@ -20,22 +20,20 @@ from mistill.progress import track
 from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
+from mistill.text import Texts
+from quantize.judging import judged, open_judge
 from quantize.nf4_codec import BLOCK, encode_nf4
+from quantize.report import ModuleReport, write_report
 from quantize.settings import Nf4Settings
-from quantize.storage import (
-    FloatModel,
-    ModuleReport,
-    TensorWriter,
-    open_float,
-    tensor_kinds,
-    write_report,
-)
+from quantize.storage import FloatModel, TensorWriter, open_float, tensor_kinds
 
 
 def to_nf4(
     source: str | Path,
     target: str | Path,
     *,
+    held_out: Texts | None = None,
+    teacher: str | Path | None = None,
     settings: Nf4Settings | None = None,
     overwrite: bool = False,
     **options: Any,
@@ -48,6 +46,8 @@ def to_nf4(
     Args:
         source: A float model folder.
         target: The folder to make.
+        held_out: Text to measure the result on; the report holds its KL to the source then.
+        teacher: The model that the source learnt from, to compare the result with too.
         settings: How to store; or give its fields as options.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``Nf4Settings``.
@@ -56,44 +56,58 @@ def to_nf4(
         The target.
 
     Raises:
+        SettingsError: If there is a teacher and no held-out text.
         FolderError: If the source is broken or quantized already.
         ArchitectureError: If a matrix has rows that blocks of 64 do not fill.
+        VocabularyError: If the teacher has other tokens.
+        TextError: If there is no text to measure on.
     """
     settings = settings_from(Nf4Settings, settings, options)
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     _require_whole_blocks(model)
+    judge = open_judge(model.folder, held_out, teacher)
 
     started = time.perf_counter()
     reports: list[ModuleReport] = []
     kept: list[str] = []
-    with (
-        creating(target, overwrite) as partial,
-        TensorWriter(partial) as writer,
-        track("Encoding", total=len(model.matrices), unit="matrices") as progress,
-    ):
-        for name in _names(model):
-            tensor = read_tensors(model.folder, name)[""]
-            module = name.removesuffix(".weight")
-            if module not in model.matrices:
-                writer.add(name, tensor)
-                kept.append(name)
-                continue
-            begun = time.perf_counter()
-            try:
-                encoded = encode_nf4(tensor, settings.double_quantization)
-            except ValueError as error:
-                raise FolderError(f"{name} of {model.folder} cannot be stored: {error}") from error
-            for part, values in encoded.items():
-                writer.add(f"{module}.{part}", values)
-            seconds = round(time.perf_counter() - begun, 4)
-            reports.append(ModuleReport(name=module, seconds=seconds))
-            progress.advance(1)
+    with creating(target, overwrite) as partial:
+        with (
+            TensorWriter(partial) as writer,
+            track("Encoding", total=len(model.matrices), unit="matrices") as progress,
+        ):
+            for name in _names(model):
+                tensor = read_tensors(model.folder, name)[""]
+                module = name.removesuffix(".weight")
+                if module not in model.matrices:
+                    writer.add(name, tensor)
+                    kept.append(name)
+                    continue
+                begun = time.perf_counter()
+                try:
+                    encoded = encode_nf4(tensor, settings.double_quantization)
+                except ValueError as error:
+                    raise FolderError(
+                        f"{name} of {model.folder} cannot be stored: {error}"
+                    ) from error
+                for part, values in encoded.items():
+                    writer.add(f"{module}.{part}", values)
+                seconds = round(time.perf_counter() - begun, 4)
+                reports.append(ModuleReport(name=module, seconds=seconds))
+                progress.advance(1)
         _write_config(model.folder, partial, settings)
         copy_companions(model.folder, partial)
         used = settings_dict(settings)
         seconds = round(time.perf_counter() - started, 2)
-        write_report(partial, reports, kept, step="nf4", settings=used, seconds=seconds)
+        write_report(
+            partial,
+            reports,
+            kept,
+            step="nf4",
+            settings=used,
+            seconds=seconds,
+            **judged(judge, partial),
+        )
         add_lineage(
             partial,
             step="nf4",

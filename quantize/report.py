@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mistill.folder import QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
 from mistill.publishing import write_atomically
-
-REPORT_FILE = "quantize_report.json"
-TABLE_FILE = "quantize_report.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +49,11 @@ def write_report(
         **facts: What holds for all of them.
     """
     report = {**facts, "modules": [asdict(module) for module in modules], "kept": list(kept)}
-    write_atomically(target / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    write_atomically(target / QUANTIZE_REPORT_FILE, json.dumps(report, indent=1) + "\n")
     table = io.StringIO()
     lines = csv.DictWriter(
         table, [field.name for field in fields(ModuleReport)], lineterminator="\n"
     )
     lines.writeheader()
     lines.writerows(asdict(module) for module in modules)
-    write_atomically(target / TABLE_FILE, table.getvalue())
+    write_atomically(target / QUANTIZE_TABLE_FILE, table.getvalue())

@@ -6,26 +6,32 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mistill.folder import copy_companions
 from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
 from mistill.lineage import add_lineage
-from mistill.progress import track
+from mistill.progress import Tracker, track
 from mistill.publishing import creating, refuse_existing
 from mistill.pytorch import read_tensors
 from mistill.settings import settings_dict, settings_from
+from mistill.text import Texts
 from quantize.calibration import MATRICES
-from quantize.layout import layer_rest, make_plan, read_table, report_of, round_table
+from quantize.judging import judged, open_judge
+from quantize.layout import Plan, layer_rest, make_plan, read_table, report_of, round_table
 from quantize.overrides import format_of, with_format
 from quantize.report import ModuleReport, write_report
 from quantize.rounding import round_weight
 from quantize.settings import RoundingSettings
-from quantize.storage import TensorWriter, open_float, tensor_kinds, write_config
+from quantize.storage import FloatModel, TensorWriter, open_float, tensor_kinds, write_config
 
 
 def to_rounding(
     source: str | Path,
     target: str | Path,
     *,
+    held_out: Texts | None = None,
+    teacher: str | Path | None = None,
     settings: RoundingSettings | None = None,
     overwrite: bool = False,
     **options: Any,
@@ -38,6 +44,8 @@ def to_rounding(
     Args:
         source: A float model folder.
         target: The folder to make, in the AutoGPTQ layout.
+        held_out: Text to measure the result on; the report holds its KL to the source then.
+        teacher: The model that the source learnt from, to compare the result with too.
         settings: How to round; or give its fields as options.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``RoundingSettings``.
@@ -46,64 +54,100 @@ def to_rounding(
         The target.
 
     Raises:
-        SettingsError: If a setting is out of range, or the groups do not divide a layer.
+        SettingsError: If a setting is out of range, the groups do not divide a layer, or there is
+            a teacher and no held-out text.
         FolderError: If the source is broken or quantized already.
+        VocabularyError: If the teacher has other tokens.
+        TextError: If there is no text to measure on.
     """
     settings = settings_from(RoundingSettings, settings, options)
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     plan = make_plan(model, settings)
+    judge = open_judge(model.folder, held_out, teacher)
 
     started = time.perf_counter()
-    reports: list[ModuleReport] = []
-    kept: list[str] = []
-    with (
-        creating(target, overwrite) as partial,
-        TensorWriter(partial) as writer,
-        track("Rounding", total=len(plan.matrices), unit="matrices") as progress,
-    ):
-
-        def store(module: str, weight: QuantizedWeight, begun: float) -> None:
-            writer.add_quantized(module, weight, plan.layout.checkpoint_format)
-            reports.append(report_of(module, weight, time.perf_counter() - begun))
-            progress.advance(1, module.removeprefix("model.layers."))
-
-        def table(module: str, form: ModuleFormat | None) -> None:
-            begun = time.perf_counter()
-            weights = read_table(model, module)
-            if form is None:
-                writer.add(f"{module}.weight", weights)
-                kept.append(f"{module}.weight")
-            else:
-                store(module, round_table(weights, settings, form), begun)
-
-        table(EMBEDDING, plan.embedding)
-        if plan.head_table == HEAD:
-            table(HEAD, plan.head)
-        for name, tensor in read_tensors(model.folder, "model.norm.").items():
-            writer.add(f"model.norm.{name}", tensor)
-            kept.append(f"model.norm.{name}")
-        for index in range(model.config.num_hidden_layers):
-            for matrix in MATRICES:
-                begun = time.perf_counter()
-                module = f"model.layers.{index}.{matrix}"
-                form = format_of(settings, module)
-                if form is not None:
-                    W = read_tensors(model.folder, f"{module}.")["weight"]
-                    store(module, round_weight(W, with_format(settings, form)), begun)
-            for name, tensor in layer_rest(model, index, settings).items():
-                writer.add(name, tensor)
-                kept.append(name)
+    with creating(target, overwrite) as partial:
+        with (
+            TensorWriter(partial) as writer,
+            track("Rounding", total=len(plan.matrices), unit="matrices") as progress,
+        ):
+            work = _Work(writer, model, plan, settings, progress)
+            work.tables()
+            for index in range(model.config.num_hidden_layers):
+                work.layer(index)
         used = settings_dict(settings)
         write_config(model.folder, partial, plan.layout)
         copy_companions(model.folder, partial)
         seconds = round(time.perf_counter() - started, 2)
-        write_report(partial, reports, kept, step="rounding", settings=used, seconds=seconds)
+        write_report(
+            partial,
+            work.reports,
+            work.kept,
+            step="rounding",
+            settings=used,
+            seconds=seconds,
+            **judged(judge, partial),
+        )
         add_lineage(
             partial,
             step="rounding",
             settings=used,
             source=model.folder,
-            kept_float=tensor_kinds(kept),
+            kept_float=tensor_kinds(work.kept),
         )
     return target
+
+
+class _Work:
+    """Writes the parts of a rounded model, and remembers what was done to each."""
+
+    def __init__(
+        self,
+        writer: TensorWriter,
+        model: FloatModel,
+        plan: Plan,
+        settings: RoundingSettings,
+        progress: Tracker,
+    ) -> None:
+        self._writer, self._model, self._plan = writer, model, plan
+        self._settings, self._progress = settings, progress
+        self.reports: list[ModuleReport] = []
+        self.kept: list[str] = []
+
+    def tables(self) -> None:
+        """Write the embedding, the head and the norm before it."""
+        self._table(EMBEDDING, self._plan.embedding)
+        if self._plan.head_table == HEAD:
+            self._table(HEAD, self._plan.head)
+        for name, tensor in read_tensors(self._model.folder, "model.norm.").items():
+            self._keep(f"model.norm.{name}", tensor)
+
+    def layer(self, index: int) -> None:
+        """Write a decoder layer, reading one matrix at a time."""
+        for matrix in MATRICES:
+            begun = time.perf_counter()
+            module = f"model.layers.{index}.{matrix}"
+            form = format_of(self._settings, module)
+            if form is not None:
+                W = read_tensors(self._model.folder, f"{module}.")["weight"]
+                self._store(module, round_weight(W, with_format(self._settings, form)), begun)
+        for name, tensor in layer_rest(self._model, index, self._settings).items():
+            self._keep(name, tensor)
+
+    def _table(self, module: str, form: ModuleFormat | None) -> None:
+        begun = time.perf_counter()
+        weights = read_table(self._model, module)
+        if form is None:
+            self._keep(f"{module}.weight", weights)
+        else:
+            self._store(module, round_table(weights, self._settings, form), begun)
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self._writer.add(name, tensor)
+        self.kept.append(name)
+
+    def _store(self, module: str, weight: QuantizedWeight, begun: float) -> None:
+        self._writer.add_quantized(module, weight, self._plan.layout.checkpoint_format)
+        self.reports.append(report_of(module, weight, time.perf_counter() - begun))
+        self._progress.advance(1, module.removeprefix("model.layers."))

@@ -20,9 +20,6 @@ from mistill.lineage import read_lineage
 from mistill.publishing import write_atomically
 from mistill.pytorch import check_weights, empty_model, plain_config, require_readable
 from mistill.source import resolve_model
-from quantize.report import REPORT_FILE as REPORT_FILE
-from quantize.report import ModuleReport as ModuleReport
-from quantize.report import write_report as write_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -16,16 +16,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mistill.errors import ArchitectureError, SettingsError, TargetExistsError, VocabularyError
+from mistill.errors import ArchitectureError, SettingsError, TargetExistsError
 from mistill.folder import describe, read_json
 from mistill.kl import Predictions
 from mistill.lineage import fingerprint, installed_versions
 from mistill.progress import track
 from mistill.publishing import write_atomically
 from mistill.settings import settings_dict, settings_from
-from mistill.source import resolve_model
 from mistill.text import Texts, TokenBlocks, check_texts
-from quantize.folders import blocks_digest, draw_blocks, to_gptq
+from quantize.drawing import blocks_digest, draw_blocks, names_of
+from quantize.folders import to_gptq
+from quantize.judging import open_teacher
 from quantize.measuring import measure, predictions
 from quantize.mixed import to_mixed, uniform_bytes
 from quantize.nf4 import to_nf4
@@ -146,7 +147,7 @@ def sweep(
     )
     blocks = draw_blocks(held_out, model.folder, drawing)
     calibration = draw_blocks(texts, model.folder, replace(drawing, samples=settings.samples))
-    teacher_folder = None if teacher is None else resolve_model(teacher)
+    teacher_folder = None if teacher is None else open_teacher(teacher, model.folder).path
     key = {
         "source": fingerprint(model.folder),
         "teacher": None if teacher_folder is None else fingerprint(teacher_folder),
@@ -159,12 +160,6 @@ def sweep(
     references = {"source": predictions(model.folder, blocks)}
     if teacher_folder is not None:
         references["teacher"] = predictions(teacher_folder, blocks)
-        sizes = {name: len(one.head) for name, one in references.items()}
-        if sizes["teacher"] != sizes["source"]:
-            raise VocabularyError(
-                f"the teacher has {sizes['teacher']} logits and the source {sizes['source']}; "
-                "give a teacher with the same tokenizer"
-            )
     skipped: dict[str, str] = {}
     variants = settings.chosen()
     with track("Sweeping", total=len(variants), unit="variants") as progress:
@@ -288,7 +283,7 @@ def _command(
 ) -> str:
     """What to type for the same folder elsewhere."""
     words = ["mistill", "quantize", step, str(source), str(target)]
-    for text in [] if texts is None else [texts] if isinstance(texts, str | Path) else texts:
-        words += ["--texts", str(text)]
+    for name in [] if texts is None else names_of(texts):
+        words += ["--texts", name]
     words += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     return shlex.join(words)

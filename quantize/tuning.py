@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mistill.errors import FolderError, TextError, TrainingError, VocabularyError
+from mistill.errors import FolderError, TextError, TrainingError
 from mistill.folder import copy_companions, open_folder, read_config
 from mistill.gptq_layout import HEAD, read_quantization
 from mistill.kl import Closeness, compare, predict
@@ -29,11 +29,11 @@ from mistill.progress import track
 from mistill.publishing import publish, refuse_existing, working
 from mistill.pytorch import load_pytorch, stored_tensors
 from mistill.settings import settings_dict, settings_from
-from mistill.source import resolve_model
 from mistill.tensor_files import TensorFiles, read_quantized
 from mistill.text import Texts, TokenBlocks, check_texts, pack, read_documents
-from mistill.vocabulary import load_vocabulary, same_vocabulary
-from quantize.folders import blocks_digest
+from mistill.vocabulary import load_vocabulary
+from quantize.drawing import blocks_digest
+from quantize.judging import open_teacher
 from quantize.scaled_linear import ScaledLinear
 from quantize.storage import TensorWriter
 from quantize.tuning_settings import TuningSettings
@@ -90,15 +90,7 @@ def tune(
     info = open_folder(source)
     if info.form != "gptq":
         raise FolderError(f"{source} is a {info.form} folder; give a GPTQ folder to tune")
-    guide = open_folder(resolve_model(teacher))
-    if guide.form == "onnx":
-        raise FolderError(f"{teacher} is an ONNX folder; give the model that it was exported from")
-    differences = same_vocabulary(load_vocabulary(info.path), load_vocabulary(guide.path))
-    if differences:
-        raise VocabularyError(
-            f"{source} and {teacher} have different vocabularies: {'; '.join(differences)}; tune "
-            "against a model with the same tokenizer"
-        )
+    guide = open_teacher(teacher, info.path)
     learnt, judged = _read_blocks(info.path, texts, held_out, settings)
     key = {
         "step": "tune",

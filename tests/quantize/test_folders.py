@@ -18,14 +18,13 @@ from mistill.errors import (
     TargetExistsError,
     TextError,
 )
-from mistill.folder import describe, open_folder, read_json
+from mistill.folder import QUANTIZE_REPORT_FILE, describe, open_folder, read_json
 from mistill.gptq_layout import QuantizedWeight, read_quantization, unpack
 from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
 from mistill.vocabulary import load_vocabulary
 from quantize import GptqSettings, RoundingSettings, to_gptq, to_nf4, to_rounding
-from quantize.folders import draw_blocks
-from quantize.report import REPORT_FILE
+from quantize.drawing import draw_blocks
 from quantize.rounding import round_weight
 from quantize.storage import TensorWriter
 from tests.tiny import tiny_model
@@ -115,7 +114,7 @@ def test_the_report_names_every_matrix_and_everything_that_stayed(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
     target = to_gptq(model, tmp_path / "small", texts=chats, **SMALL)
-    report = read_json(target / REPORT_FILE)
+    report = read_json(target / QUANTIZE_REPORT_FILE)
     assert len(report["modules"]) == 2 * 7
     for module in report["modules"]:
         assert 0 < module["loss"] < 1
@@ -204,7 +203,7 @@ def test_less_text_than_asked_for_is_used_whole_and_said(
 def test_a_tied_head_is_stored_once(outliers: Path, chats: Path, tmp_path: Path) -> None:
     target = to_gptq(outliers, tmp_path / "small", texts=chats, **SMALL)
     assert "lm_head.weight" not in load_file(target / "model.safetensors")
-    assert "lm_head.weight" not in read_json(target / REPORT_FILE)["kept"]
+    assert "lm_head.weight" not in read_json(target / QUANTIZE_REPORT_FILE)["kept"]
 
 
 def test_biases_stay_as_they_are(chats: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mistill.gptq_layout import ModuleFormat
 from mistill.kl import compare, predict
 from mistill.lineage import read_lineage
 from mistill.pytorch import load_pytorch
-from quantize.folders import draw_blocks
+from quantize.drawing import draw_blocks
 from quantize.mixed import Choice, fill_budget, lower_hull
 from quantize.settings import GptqSettings
 

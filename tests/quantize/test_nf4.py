@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistill.errors import ArchitectureError, FolderError
-from mistill.folder import describe, open_folder, read_json
+from mistill.folder import QUANTIZE_REPORT_FILE, describe, open_folder, read_json
 from mistill.lineage import read_lineage
 from mistill.nf4_layout import NF4_NAMES, read_nf4
 from mistill.pytorch import load_pytorch
 from mistill.vocabulary import load_vocabulary
 from quantize import to_nf4
-from quantize.storage import REPORT_FILE
 from tests.tiny import tiny_model
 
 
@@ -129,7 +128,7 @@ def test_the_folder_says_what_it_is_and_what_stayed(made: tuple[bool, Path], mod
     assert step["step"] == "nf4"
     assert step["settings"] == {"double_quantization": double}
     assert "lm_head.weight" in step["kept_float"]
-    report = read_json(target / REPORT_FILE)
+    report = read_json(target / QUANTIZE_REPORT_FILE)
     assert len(report["modules"]) == 14
     assert "model.embed_tokens.weight" in report["kept"]
     assert (target / "chat_template.jinja").read_text() == (

@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistill.errors import SettingsError
-from mistill.folder import open_folder, read_json
+from mistill.folder import QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE, open_folder, read_json
 from mistill.gptq_layout import ModuleFormat, QuantizedWeight, read_quantization, unpack
 from mistill.pytorch import load_pytorch
 from quantize import GptqSettings, RoundingSettings, to_gptq, to_rounding
 from quantize.overrides import format_of, parse_override
-from quantize.report import REPORT_FILE, TABLE_FILE
 from quantize.rounding import round_weight
 from tests.tiny import tiny_model
 
@@ -133,7 +132,7 @@ def test_modules_get_the_grid_of_their_override_and_load_as_such(
     )
     first = "model.layers.0.self_attn.k_proj"
     np.testing.assert_array_equal(stored(target, first).codes, stored(alike, first).codes)
-    report = read_json(target / REPORT_FILE)
+    report = read_json(target / QUANTIZE_REPORT_FILE)
     assert name in report["kept"]
     lines = {line["name"]: line for line in report["modules"]}
     assert lines["model.layers.0.self_attn.k_proj"]["bits"] == 8
@@ -145,9 +144,9 @@ def test_the_table_of_the_report_has_a_line_for_each_module(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
     target = to_gptq(model, tmp_path / "small", texts=chats, **SMALL)
-    head, *lines = (target / TABLE_FILE).read_text().splitlines()
+    head, *lines = (target / QUANTIZE_TABLE_FILE).read_text().splitlines()
     assert head == "name,bits,group_size,loss,damping,dead_columns,seconds"
-    modules = read_json(target / REPORT_FILE)["modules"]
+    modules = read_json(target / QUANTIZE_REPORT_FILE)["modules"]
     assert [line.split(",")[0] for line in lines] == [module["name"] for module in modules]
     assert [float(line.split(",")[3]) for line in lines] == [module["loss"] for module in modules]
 
@@ -177,7 +176,7 @@ def test_the_tables_are_quantized_when_asked_for(
             np.testing.assert_array_equal(weight, held)
             error = np.abs(held - before[f"{module}.weight"].numpy()).mean()
             assert error < (0.05 if module.startswith("model") and bits == 4 else 0.004)
-        modules = [line["name"] for line in read_json(folder / REPORT_FILE)["modules"]]
+        modules = [line["name"] for line in read_json(folder / QUANTIZE_REPORT_FILE)["modules"]]
         assert ("lm_head" in modules) == (not tied)
         assert modules.count("model.embed_tokens") == 1
     if not tied:  # an embedding is rounded on the best scales, with text or without

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from mistill.errors import FolderError
-from mistill.folder import read_json
+from mistill.folder import QUANTIZE_REPORT_FILE, read_json
 from quantize import to_gptq
 from quantize.layers import quantize_layer
-from quantize.report import REPORT_FILE
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {"group_size": 16, "samples": 4, "block_length": 32}
@@ -80,7 +79,7 @@ def test_what_was_interrupted_resumes_with_one_layer_repeated_and_the_same_bytes
     assert begun == [0, 1, 2, 3, 3, 4, 5]
     assert bytes_of(target) == bytes_of(whole)
     reports = [
-        [{**module, "seconds": 0} for module in read_json(folder / REPORT_FILE)["modules"]]
+        [{**module, "seconds": 0} for module in read_json(folder / QUANTIZE_REPORT_FILE)["modules"]]
         for folder in (whole, target)
     ]
     assert reports[0] == reports[1]
@@ -157,7 +156,7 @@ def test_ten_kills_at_random_moments_change_no_byte(chats: Path, tmp_path: Path)
     whole, target = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-c", PROGRAM, str(source)]
     subprocess.run([*command, str(whole), str(chats)], check=True)
-    seconds_of_a_layer = read_json(whole / REPORT_FILE)["seconds"] / 24
+    seconds_of_a_layer = read_json(whole / QUANTIZE_REPORT_FILE)["seconds"] / 24
     working = tmp_path / ".killed.working"
     for kill in range(10):
         process = subprocess.Popen([*command, str(target), str(chats)])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat
 from mistill.kl import compare, predict
 from mistill.pytorch import load_pytorch
-from quantize.folders import draw_blocks
+from quantize.drawing import draw_blocks
 from quantize.layout import round_table
 from quantize.overrides import with_format
 from quantize.rounding import round_weight

@@ -31,8 +31,10 @@ from quantize import (
     GptqSettings,
     MixedSettings,
     Nf4Settings,
+    RotationSettings,
     RoundingSettings,
     SweepSettings,
+    TuningSettings,
 )
 
 Texts = Annotated[tuple[str, ...], Parameter(negative=())]
@@ -239,8 +241,8 @@ def quantize_model(
             resumes.
         texts: Text to calibrate on.
         sweep: Try a named set of ways, measure each, and print a table to choose from.
-        held_out: Text that a sweep measures on; needed for one.
-        teacher: A model to whose predictions a sweep compares each variant too.
+        held_out: Text to measure on; a sweep needs some.
+        teacher: The model that the source learnt from, to compare with too.
         settings: What a sweep tries, and how much text is used.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
@@ -254,15 +256,21 @@ def quantize_model(
     import quantize
 
     if not sweep:
-        given = {"--held-out": held_out, "--teacher": teacher, "--variants": settings.variants}
-        stray = [name for name, value in given.items() if value]
-        if stray:
-            raise SettingsError(f"{', '.join(stray)} is for a sweep; add --sweep")
+        if settings.variants:
+            raise SettingsError("--variants is for a sweep; add --sweep")
         plain = GptqSettings(
             samples=settings.samples, block_length=settings.block_length, seed=settings.seed
         )
-        made = quantize.to_gptq(source, target, texts=texts, settings=plain, overwrite=overwrite)
-        return _made(made, json)
+        made = quantize.to_gptq(
+            source,
+            target,
+            texts=texts,
+            held_out=held_out or None,
+            teacher=teacher,
+            settings=plain,
+            overwrite=overwrite,
+        )
+        return _quantized(made, json)
     if not held_out:
         raise SettingsError("a sweep needs text to measure on; give --held-out")
     report = quantize.sweep(
@@ -292,6 +300,8 @@ def gptq(
     /,
     *,
     texts: Texts,
+    held_out: Texts = (),
+    teacher: str | None = None,
     settings: Annotated[GptqSettings, Flat] = GptqSettings(),
     quantize_config: Path | None = None,
     backend: Literal["mistill", "gptqmodel", "auto_gptq"] = "mistill",
@@ -304,6 +314,8 @@ def gptq(
         source: A float model folder.
         target: The folder to make.
         texts: Text to calibrate on.
+        held_out: Text to measure the result on.
+        teacher: The model that the source learnt from, to compare the result with too.
         settings: The grid and the method.
         quantize_config: A quantize_config.json of AutoGPTQ, or a folder with one, for settings
             that are not given here.
@@ -324,9 +336,16 @@ def gptq(
             quantize_config, **{name: given[name] for name in given if given[name] != plain[name]}
         )
     made = to_gptq(
-        source, target, texts=texts, settings=settings, backend=backend, overwrite=overwrite
+        source,
+        target,
+        texts=texts,
+        held_out=held_out or None,
+        teacher=teacher,
+        settings=settings,
+        backend=backend,
+        overwrite=overwrite,
     )
-    return _made(made, json)
+    return _quantized(made, json)
 
 
 @quantize_app.command
@@ -335,6 +354,8 @@ def rounding(
     target: Path,
     /,
     *,
+    held_out: Texts = (),
+    teacher: str | None = None,
     settings: Annotated[RoundingSettings, Flat] = RoundingSettings(),
     overwrite: bool = False,
     json: bool = False,
@@ -344,6 +365,8 @@ def rounding(
     Args:
         source: A float model folder.
         target: The folder to make.
+        held_out: Text to measure the result on.
+        teacher: The model that the source learnt from, to compare the result with too.
         settings: The grid.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
@@ -353,7 +376,15 @@ def rounding(
     """
     from quantize import to_rounding
 
-    return _made(to_rounding(source, target, settings=settings, overwrite=overwrite), json)
+    made = to_rounding(
+        source,
+        target,
+        held_out=held_out or None,
+        teacher=teacher,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    return _quantized(made, json)
 
 
 @quantize_app.command
@@ -363,6 +394,8 @@ def mixed(
     /,
     *,
     texts: Texts,
+    held_out: Texts = (),
+    teacher: str | None = None,
     settings: Annotated[MixedSettings, Flat] = MixedSettings(),
     overwrite: bool = False,
     json: bool = False,
@@ -373,6 +406,8 @@ def mixed(
         source: A float model folder.
         target: The folder to make.
         texts: Text to estimate on and to calibrate on.
+        held_out: Text to measure the result on.
+        teacher: The model that the source learnt from, to compare the result with too.
         settings: The size and the choices.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
@@ -382,8 +417,16 @@ def mixed(
     """
     from quantize import to_mixed
 
-    made = to_mixed(source, target, texts=texts, settings=settings, overwrite=overwrite)
-    return _made(made, json)
+    made = to_mixed(
+        source,
+        target,
+        texts=texts,
+        held_out=held_out or None,
+        teacher=teacher,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    return _quantized(made, json)
 
 
 @quantize_app.command
@@ -392,6 +435,8 @@ def nf4(
     target: Path,
     /,
     *,
+    held_out: Texts = (),
+    teacher: str | None = None,
     settings: Annotated[Nf4Settings, Flat] = Nf4Settings(),
     overwrite: bool = False,
     json: bool = False,
@@ -401,6 +446,8 @@ def nf4(
     Args:
         source: A float model folder.
         target: The folder to make.
+        held_out: Text to measure the result on.
+        teacher: The model that the source learnt from, to compare the result with too.
         settings: Whether the scales are quantized too.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
@@ -410,7 +457,92 @@ def nf4(
     """
     from quantize import to_nf4
 
-    return _made(to_nf4(source, target, settings=settings, overwrite=overwrite), json)
+    made = to_nf4(
+        source,
+        target,
+        held_out=held_out or None,
+        teacher=teacher,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    return _quantized(made, json)
+
+
+@quantize_app.command
+def rotate(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    settings: Annotated[RotationSettings, Flat] = RotationSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Rotate hidden states, so that none stands out when the model is quantized next.
+
+    Args:
+        source: A float model folder.
+        target: The float folder to make: the same predictions from other weights.
+        settings: Which rotation.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from quantize import rotate as rotate_folder
+
+    return _made(rotate_folder(source, target, settings=settings, overwrite=overwrite), json)
+
+
+@quantize_app.command
+def tune(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    teacher: str,
+    texts: Texts,
+    held_out: Texts = (),
+    settings: Annotated[TuningSettings, Flat] = TuningSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Tune the scales and norms of a GPTQ folder; an interrupted run resumes.
+
+    Args:
+        source: A GPTQ folder; its codes stay as they are.
+        target: The folder to make.
+        teacher: The model to imitate: the float one that was quantized, or that one's teacher.
+        texts: Text to learn from.
+        held_out: Text to judge on; the end of the texts if not given.
+        settings: How to tune.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made, with the KL to the teacher before and after.
+    """
+    from mistill.lineage import read_lineage
+    from quantize import tune as tune_folder
+
+    made = tune_folder(
+        source,
+        target,
+        teacher=teacher,
+        texts=texts,
+        held_out=held_out or None,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    step = read_lineage(made)[-1]
+    before, after = step["before"], step["after"]
+    if _speaks():
+        print(
+            f"KL to the teacher {before['kl']:.5f} before, {after['kl']:.5f} after; perplexity "
+            f"{before['perplexity']:.2f}, {after['perplexity']:.2f}"
+        )
+    return _made(made, json, before=before, after=after)
 
 
 @quantize_app.command
@@ -735,6 +867,18 @@ def _made(path: Path, json: bool, **more: Any) -> dict[str, Any]:
         f"{info.weight_bytes / 1e6:.1f} MB ({info.bits_per_weight:.2f} bits a weight)"
     )
     return _say(facts, words, path, json)
+
+
+def _quantized(path: Path, json: bool) -> dict[str, Any]:
+    """Say what quantizing has made, and how close it is where that was measured."""
+    from mistill.measured import measured_table, read_measured
+
+    measured = read_measured(path)
+    if measured is None:
+        return _made(path, json)
+    if _speaks():
+        Console().print(measured_table(measured))
+    return _made(path, json, measured=measured)
 
 
 def _merged(path: Path, json: bool) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class StepKind:
         texts: Keys that name text.
         optional: Keys of ``models`` and ``texts`` that may be left out.
         one_of: Keys of ``optional`` of which exactly one is given.
+        needs: Keys of ``optional`` that stand only beside another one, and that other one.
         output: ``folder``, or the suffix of the file that is written.
         last_file: The file of the folder without which it is unfinished; None for a folder that
             appears whole.
@@ -73,6 +74,7 @@ class StepKind:
     texts: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     one_of: tuple[str, ...] = ()
+    needs: tuple[tuple[str, str], ...] = ()
     output: str = "folder"
     last_file: str | None = None
     together: bool = False
@@ -173,20 +175,6 @@ def step_kinds() -> dict[str, StepKind]:
             overwrite=overwrite,
         )
 
-    def gptq(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        return quantize.to_gptq(
-            inputs["source"], target, texts=inputs["texts"], settings=s, overwrite=overwrite
-        )
-
-    def rounding(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        return quantize.to_rounding(inputs["source"], target, settings=s, overwrite=overwrite)
-
-    def nf4(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        return quantize.to_nf4(inputs["source"], target, settings=s, overwrite=overwrite)
-
-    def to_onnx(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        return export.to_onnx(inputs["source"], target, settings=s, overwrite=overwrite)
-
     def bench(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
         report = benchmarks.compare(
             inputs["models"],
@@ -197,6 +185,8 @@ def step_kinds() -> dict[str, StepKind]:
         return report.save(target, overwrite=overwrite)
 
     source = ("source",)
+    judging = ("teacher", "held_out")
+    judged_models = ("source", "teacher")
     kinds = (
         StepKind(name="teacher", settings=None, models=source, run=make_teacher),
         StepKind(
@@ -237,20 +227,56 @@ def step_kinds() -> dict[str, StepKind]:
         StepKind(
             name="gptq",
             settings=quantize.GptqSettings,
-            models=source,
-            texts=("texts",),
-            run=gptq,
+            models=judged_models,
+            texts=("texts", "held_out"),
+            optional=judging,
+            needs=(judging,),
+            run=_calling(quantize.to_gptq),
         ),
-        StepKind(name="rounding", settings=quantize.RoundingSettings, models=source, run=rounding),
+        StepKind(
+            name="rounding",
+            settings=quantize.RoundingSettings,
+            models=judged_models,
+            texts=("held_out",),
+            optional=judging,
+            needs=(judging,),
+            run=_calling(quantize.to_rounding),
+        ),
         StepKind(
             name="mixed",
             settings=quantize.MixedSettings,
-            models=source,
-            texts=("texts",),
-            run=_mix,
+            models=judged_models,
+            texts=("texts", "held_out"),
+            optional=judging,
+            needs=(judging,),
+            run=_calling(quantize.to_mixed),
         ),
-        StepKind(name="nf4", settings=quantize.Nf4Settings, models=source, run=nf4),
-        StepKind(name="export", settings=export.OnnxSettings, models=source, run=to_onnx),
+        StepKind(
+            name="nf4",
+            settings=quantize.Nf4Settings,
+            models=judged_models,
+            texts=("held_out",),
+            optional=judging,
+            needs=(judging,),
+            run=_calling(quantize.to_nf4),
+        ),
+        StepKind(
+            name="rotate",
+            settings=quantize.RotationSettings,
+            models=source,
+            run=_calling(quantize.rotate),
+        ),
+        StepKind(
+            name="tune",
+            settings=quantize.TuningSettings,
+            models=("source", "teacher"),
+            texts=("texts", "held_out"),
+            optional=("held_out",),
+            run=_calling(quantize.tune),
+        ),
+        StepKind(
+            name="export", settings=export.OnnxSettings, models=source, run=_calling(export.to_onnx)
+        ),
         StepKind(
             name="bench",
             settings=benchmarks.BenchSettings,
@@ -271,12 +297,14 @@ def _cache_targets(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: b
     )
 
 
-def _mix(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-    import quantize
+def _calling(make: Callable[..., object]) -> Callable[[Mapping[str, Any], Any, Path, bool], object]:
+    """Run a step whose inputs are arguments of the same names, and whose source comes first."""
 
-    return quantize.to_mixed(
-        inputs["source"], target, texts=inputs["texts"], settings=s, overwrite=overwrite
-    )
+    def run(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
+        others = {name: value for name, value in inputs.items() if name != "source"}
+        return make(inputs["source"], target, **others, settings=s, overwrite=overwrite)
+
+    return run
 
 
 def read_recipe(file: str | Path, out: str | Path | None = None) -> Recipe:
@@ -428,6 +456,9 @@ def _read_step(
     if kind.one_of and len(given) != 1:
         found = "neither is" if not given else "both are"
         raise RecipeError(f"give either {' or '.join(kind.one_of)}; {found} given")
+    for key, other in kind.needs:
+        if key in table and other not in table:
+            raise RecipeError(f"{key} needs {other} beside it; give both or neither")
     names = [step.name for step in earlier]
     inputs = {key: _read_model(key, table[key], names) for key in kind.models if key in table}
     inputs |= {key: _read_text(table[key], names, beside) for key in kind.texts if key in table}

@@ -94,6 +94,7 @@ def swap_tokens(place: Path) -> None:
 
 DISTILL = "distill student out --teacher teacher --texts chats.jsonl --tokens 64"
 GPTQ = "quantize gptq student out --texts chats.jsonl --group-size 32"
+ROUNDED = "quantize rounding student rounded --group-size 32"
 
 CASES: dict[str, tuple[str, str, Prepare | None]] = {
     # what: (command, words of the message, what is done before)
@@ -196,12 +197,154 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     "rounding what is rounded": (
         "quantize rounding rounded out --group-size 32",
         "already",
-        lambda place: _quietly("quantize rounding student rounded --group-size 32"),
+        lambda place: _quietly(ROUNDED),
     ),
     "rows that blocks of NF4 do not fill": (
         "quantize nf4 narrow out",
         "multiple of 64 weights",
         None,
+    ),
+    "a teacher to compare with on no text": (
+        GPTQ + " --teacher teacher",
+        "give held_out",
+        None,
+    ),
+    "held-out text that is not there": (
+        "quantize nf4 student out --held-out missing.jsonl",
+        "missing.jsonl",
+        None,
+    ),
+    "held-out text of one token": (
+        "quantize rounding student out --group-size 32 --held-out one.txt",
+        "no token to predict",
+        write("one.txt", "a"),
+    ),
+    "a teacher that is not there": (
+        GPTQ + " --held-out chats.jsonl --teacher nowhere",
+        "nowhere",
+        None,
+    ),
+    "a teacher with another vocabulary": (
+        GPTQ + " --held-out chats.jsonl --teacher teacher",
+        "different vocabularies",
+        swap_tokens,
+    ),
+    "a mix without a limit": (
+        "quantize mixed student out --texts chats.jsonl",
+        "either size_mb or bits_per_weight",
+        None,
+    ),
+    "a mix with two limits": (
+        "quantize mixed student out --texts chats.jsonl --size-mb 1 --bits-per-weight 5",
+        "not both",
+        None,
+    ),
+    "a mix smaller than any": (
+        "quantize mixed student out --texts chats.jsonl --bits-per-weight 1 "
+        "--formats bits=4,group_size=32",
+        "the smallest that these formats make",
+        None,
+    ),
+    "a mix of blocks longer than the model reads": (
+        "quantize mixed student out --texts chats.jsonl --bits-per-weight 9 --block-length 9999",
+        "exceeds the model's 512 positions",
+        None,
+    ),
+    "a format of a mix that nobody knows": (
+        "quantize mixed student out --texts chats.jsonl --size-mb 1 --formats bits=5",
+        "bits must be",
+        None,
+    ),
+    "a sweep without text to measure on": (
+        "quantize student out --texts chats.jsonl --sweep",
+        "give --held-out",
+        None,
+    ),
+    "a variant that nobody knows": (
+        "quantize student out --texts chats.jsonl --sweep --held-out chats.jsonl --variants gptq-7",
+        "a variant is one of",
+        None,
+    ),
+    "variants without a sweep": (
+        "quantize student out --texts chats.jsonl --variants nf4",
+        "add --sweep",
+        None,
+    ),
+    "a rotation of what is quantized": (
+        "quantize rotate rounded out",
+        "is gptq already",
+        lambda place: _quietly(ROUNDED),
+    ),
+    "a rotation to a type nobody has": (
+        "quantize rotate student out --dtype int8",
+        "int8",
+        None,
+    ),
+    "a rotation onto what exists": ("quantize rotate student teacher", "exists already", None),
+    "a float model to tune": (
+        "quantize tune student out --teacher teacher --texts chats.jsonl",
+        "give a GPTQ folder to tune",
+        None,
+    ),
+    "tuning without a teacher": ("quantize tune rounded out --texts chats.jsonl", "teacher", None),
+    "tuning against another vocabulary": (
+        "quantize tune rounded out --teacher teacher --texts chats.jsonl",
+        "different vocabularies",
+        lambda place: (swap_tokens(place), _quietly(ROUNDED)),
+    ),
+    "tuning that leaps": (
+        "quantize tune student out --teacher teacher --texts chats.jsonl --learning-rate 2",
+        "learning_rate must lie between 0 and 1",
+        None,
+    ),
+    "tuning on too little text": (
+        "quantize tune rounded out --teacher teacher --texts one.txt",
+        "fill no block",
+        lambda place: (_quietly(ROUNDED), write("one.txt", "Too short.")(place)),
+    ),
+    "a format to convert to that nobody reads": (
+        "quantize convert student out --to v3",
+        "v3",
+        None,
+    ),
+    "a float model to convert": (
+        "quantize convert student out --to gptq",
+        "only GPTQ folders have two formats",
+        None,
+    ),
+    "a float model to dequantize": (
+        "quantize dequantize student out",
+        "give a GPTQ or NF4 folder to dequantize",
+        None,
+    ),
+    "an adapter that is none": (
+        "quantize merge student teacher out",
+        "adapter_config.json is missing",
+        None,
+    ),
+    "a setting that AutoGPTQ has not": (
+        GPTQ + " --quantize-config q.json",
+        "colour",
+        write("q.json", '{"bits": 4, "colour": "blue"}'),
+    ),
+    "a library that cannot be imported": (GPTQ + " --backend auto_gptq", "auto_gptq", None),
+    "an override that matches nothing": (
+        GPTQ + " --overrides lm_head:bits=8",
+        "lm_head",
+        None,
+    ),
+    "a recipe with a teacher and no held-out text": (
+        "run r.toml",
+        "teacher needs held_out beside it",
+        write(
+            "r.toml",
+            '[a]\nstep = "rounding"\nsource = "student"\nteacher = "teacher"\ngroup_size = 32',
+        ),
+    ),
+    "a recipe that tunes against nobody": (
+        "run r.toml",
+        "teacher is missing",
+        write("r.toml", '[a]\nstep = "tune"\nsource = "student"\ntexts = "chats.jsonl"'),
     ),
     "a temperature of zero": (DISTILL + " --temperature 0", "temperature", None),
     "a share above one": (DISTILL + " --cross-entropy 1.5", "cross_entropy", None),

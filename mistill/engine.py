@@ -25,9 +25,8 @@ from mistill.batch import write_side_by_side
 from mistill.errors import ContextError, FolderError
 from mistill.folder import open_folder
 from mistill.key_value_cache import KeyValueCache, common_prefix
-from mistill.language_model import Choose, greedy
+from mistill.language_model import Choose, Provider, greedy
 from mistill.onnx_session import (
-    Provider,
     check_graph,
     check_provider,
     graph_fingerprint,
@@ -132,7 +131,7 @@ class OnnxModel:
         """
         if ids.ndim != 2:
             raise ValueError(f"ids must have the shape (B, T), not {ids.shape}")
-        rows = [self._checked(row.tolist()) for row in ids]
+        rows = [self.checked(row.tolist()) for row in ids]
         scores = np.empty((*ids.shape, self.vocabulary_size), np.float32)
         with self._lock:
             self._reader = None
@@ -160,7 +159,7 @@ class OnnxModel:
             ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
             ContextError: If it exceeds the context.
         """
-        return self._write(self._checked(ids), choose)
+        return self._write(self.checked(ids), choose)
 
     def read(self, ids: Sequence[int], positions: int = 1) -> NDArray[np.float32]:
         """Scores of the next token at the last positions of a text.
@@ -180,13 +179,30 @@ class OnnxModel:
                 shorter than the positions asked for.
             ContextError: If it exceeds the context.
         """
-        tokens = self._checked(ids)
+        tokens = self.checked(ids)
         if not 1 <= positions <= len(tokens):
             raise ValueError(f"positions must be between 1 and {len(tokens)}, not {positions}")
+        return self.follow(object(), tokens, positions)
+
+    def follow(self, reader: object, tokens: list[int], positions: int = 1) -> NDArray[np.float32]:
+        """Like ``read``, for a loop that reads one growing text over and over.
+
+        Args:
+            reader: Stands for the loop. Between two calls with the same reader, only the last
+                positions of the earlier text may change.
+            tokens: What ``checked`` gave, and tokens that the model chose.
+            positions: Of how many of the last positions to give the scores.
+
+        Returns:
+            Shape (positions, V), the caller's own.
+        """
         scores = np.empty((1, positions, self.vocabulary_size), np.float32)
         with self._lock:
-            self._reader = None
-            self._cache.rewind(common_prefix(self._cache.ids, tokens[:-positions]))
+            if self._reader is reader:
+                self._cache.rewind(len(tokens) - positions)
+            else:
+                self._cache.rewind(common_prefix(self._cache.ids, tokens[:-positions]))
+                self._reader = reader
             if positions == 1:
                 self._read_on(tokens)
                 scores[:] = self._next_logits
@@ -225,7 +241,7 @@ class OnnxModel:
             choose is None or len(choose) == len(prompts),
             f"give one choose for each of the {len(prompts)} prompts",
         )
-        texts = [self._checked(prompt) for prompt in prompts]
+        texts = [self.checked(prompt) for prompt in prompts]
         if texts:
             write_side_by_side(
                 self._session,
@@ -283,7 +299,19 @@ class OnnxModel:
             self._cache.restore(saved.ids, saved.values)
         return saved.notes
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """A text as a list of its own, if the model can read it.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            The same.
+
+        Raises:
+            ValueError: If it is empty or holds an id that is not in the vocabulary.
+            ContextError: If it exceeds the context.
+        """
         tokens = [int(token) for token in ids]
         if not tokens:
             raise ValueError("the prompt is empty; give at least one token")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mistill.errors import MissingExtraError
 from mistill.folder import open_folder
+from mistill.settings import require
 
+Provider = Literal["cpu", "cuda", "tensorrt"]
 Choose = Callable[[NDArray[np.float32]], int]
 
 
@@ -66,24 +68,31 @@ class LanguageModel(Protocol):
         """
 
 
-def open_model(folder: str | Path, *, threads: int | None = None) -> LanguageModel:
+def open_model(
+    folder: str | Path, *, threads: int | None = None, provider: Provider = "cpu"
+) -> LanguageModel:
     """Open any folder of the road as a running model.
 
     Args:
         folder: A model folder (float, GPTQ or NF4) or an ONNX folder.
         threads: Threads to compute with; None lets the engine count the processors it may use.
+        provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
 
     Returns:
         The running model: ONNX Runtime for an ONNX folder, PyTorch for the others.
 
     Raises:
+        SettingsError: If a provider is named for another form of folder.
         MissingExtraError: If the folder needs PyTorch and it is not installed.
     """
     info = open_folder(folder)
     if info.form == "onnx":
         from mistill.engine import OnnxModel
 
-        return OnnxModel(info.path, threads=threads)
+        return OnnxModel(info.path, threads=threads, provider=provider)
+    require(
+        provider == "cpu", f"provider is for ONNX folders, and {info.path} is a {info.form} folder"
+    )
     try:
         from mistill.pytorch import PytorchModel
     except ModuleNotFoundError as error:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import onnxruntime
 
 from mistill.errors import FolderError, MissingExtraError
 from mistill.folder import MANIFEST_FILE, open_folder, read_json
 from mistill.key_value_cache import CACHE_TYPES
-
-Provider = Literal["cpu", "cuda", "tensorrt"]
+from mistill.language_model import Provider
 
 # What ONNX Runtime calls them; what one cannot run, the next does.
 _PROVIDERS: dict[str, list[str]] = {

@@ -171,8 +171,42 @@ def draw(among: Candidates, generator: np.random.Generator) -> int:
     """
     reached = np.cumsum(among.probabilities)
     place = int(np.searchsorted(reached, generator.random() * reached[-1], side="right"))
-    # Rounding may put the number at the very end.
-    return int(among.ids[min(place, among.ids.size - 1)])
+    if place == reached.size:  # rounding may put the number at the very end
+        place = int(np.flatnonzero(among.probabilities)[-1])
+    return int(among.ids[place])
+
+
+def accept_or_redraw(
+    ours: Candidates, token: int, theirs: Candidates, generator: np.random.Generator
+) -> int:
+    """A token drawn by one distribution, made into one drawn by another.
+
+    The token stands with probability min(1, p / q), and is otherwise replaced by a draw from what p
+    has over q (Leviathan et al., 2023, section 2.3, https://arxiv.org/abs/2211.17192): what comes
+    out is distributed as p, whatever q was.
+
+    Args:
+        ours: p, what the result shall be drawn from.
+        token: Drawn from ``theirs``.
+        theirs: q.
+        generator: Where the randomness comes from.
+
+    Returns:
+        The token, or another.
+    """
+    p, q = (_probability_of(token, among) for among in (ours, theirs))
+    if generator.random() * q < p:
+        return token
+    ids, odds = theirs
+    over = ours.probabilities.copy()
+    _, at_ours, at_theirs = np.intersect1d(ours.ids, ids, True, return_indices=True)
+    over[at_ours] = np.maximum(over[at_ours] - odds[at_theirs], 0)
+    # Of two distributions that are equal but for rounding, nothing may be left.
+    return draw(Candidates(ours.ids, over) if over.any() else ours, generator)
+
+
+def _probability_of(token: int, among: Candidates) -> float:
+    return float(among.probabilities[among.ids == token].sum())
 
 
 class Sampler:
@@ -180,7 +214,12 @@ class Sampler:
 
     One sampler serves one reply: the repetition penalty counts the tokens of its prompt and its
     own.
+
+    Attributes:
+        settings: How tokens are drawn.
     """
+
+    settings: SamplingSettings
 
     def __init__(
         self,
@@ -196,7 +235,7 @@ class Sampler:
             generator: Where the randomness comes from; None makes one from ``settings.seed``.
             seen: Tokens that count as seen already, such as the prompt.
         """
-        self._settings = settings
+        self.settings = settings
         self._generator = np.random.default_rng(settings.seed) if generator is None else generator
         self._penalizes = settings.repetition_penalty != 1
         self._seen = set(seen) if self._penalizes else set()
@@ -211,12 +250,42 @@ class Sampler:
         Returns:
             The id of the token, which counts as seen from now on.
         """
-        if self._penalizes:
-            logits = penalize_repetition(logits, self._seen_ids, self._settings.repetition_penalty)
-        if self._settings.temperature == 0:
-            token = greedy(logits)
-        else:
-            token = draw(candidates(logits, self._settings), self._generator)
+        if self.settings.temperature == 0:
+            return self._take(greedy(self._penalized(logits)))
+        return self._take(draw(self.distribution(logits), self._generator))
+
+    def distribution(self, logits: Logits) -> Candidates:
+        """What the next token would be drawn from.
+
+        Args:
+            logits: Shape (V,); left as they are.
+
+        Returns:
+            The tokens kept, with their probabilities.
+        """
+        return candidates(self._penalized(logits), self.settings)
+
+    def judge(self, logits: Logits, token: int, theirs: Candidates) -> int:
+        """Choose the next token where another model has drawn one already.
+
+        Args:
+            logits: Shape (V,); left as they are.
+            token: What the other has drawn.
+            theirs: What it was drawn from.
+
+        Returns:
+            A token distributed as those that calling the sampler gives; as often as that allows,
+            the one that was drawn.
+        """
+        ours = self.distribution(logits)
+        return self._take(accept_or_redraw(ours, token, theirs, self._generator))
+
+    def _penalized(self, logits: Logits) -> Logits:
+        if not self._penalizes:
+            return logits
+        return penalize_repetition(logits, self._seen_ids, self.settings.repetition_penalty)
+
+    def _take(self, token: int) -> int:
         if self._penalizes and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = np.append(self._seen_ids, token)

@@ -20,9 +20,11 @@ from transformers.generation.logits_process import (
 
 from mistill.errors import SettingsError
 from mistill.sampling import (
+    Candidates,
     Sampler,
     SamplingSettings,
     above_top_p,
+    accept_or_redraw,
     candidates,
     draw,
     penalize_repetition,
@@ -220,3 +222,58 @@ def test_the_sampler_leaves_the_logits_as_they_are() -> None:
 def test_settings_out_of_range_are_refused_by_name(option: str, value: float) -> None:
     with pytest.raises(SettingsError, match=option):
         SamplingSettings(**{option: value})  # type: ignore[arg-type]
+
+
+# --- tokens that another model has drawn ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {1: 0.5, 2: 0.3, 9: 0.2},
+        {1: 0.05, 4: 0.15, 7: 0.8},
+        {8: 1.0},
+        {1: 0.1, 4: 0.2, 7: 0.3, 9: 0.4},
+    ],
+    ids=["some shared", "other odds", "nothing shared", "the same"],
+)
+def test_a_token_drawn_by_others_becomes_one_of_ours(theirs: dict[int, float]) -> None:
+    p = {1: 0.1, 4: 0.2, 7: 0.3, 9: 0.4}
+    ours, others = (
+        Candidates(np.array(list(odds)), np.array(list(odds.values()))) for odds in (p, theirs)
+    )
+    generator = np.random.default_rng(0)
+    draws = 20_000
+    kept = 0
+    counts = dict.fromkeys(p, 0)
+    for _ in range(draws):
+        token = draw(others, generator)
+        result = accept_or_redraw(ours, token, others, generator)
+        counts[result] += 1
+        kept += result == token
+    statistic = sum((counts[token] - draws * p[token]) ** 2 / (draws * p[token]) for token in p)
+    assert statistic < 16.27  # chi-square with 3 degrees of freedom: one of a thousand
+    # A token stays as often as the two distributions overlap.
+    overlap = sum(min(p.get(token, 0), odds) for token, odds in theirs.items())
+    assert kept / draws == pytest.approx(overlap, abs=4 * 0.5 / draws**0.5)
+
+
+def test_a_judged_token_counts_as_seen() -> None:
+    logits = np.zeros(5, np.float32)
+    settings = SamplingSettings(
+        temperature=1, top_k=0, top_p=1, min_p=0, repetition_penalty=1e6, seed=0
+    )
+    sampler = Sampler(settings)
+    logits[3] = 40
+    theirs = Candidates(np.array([3]), np.ones(1))
+    assert sampler.judge(logits, 3, theirs) == 3
+    assert sampler.distribution(logits).probabilities == pytest.approx(np.full(5, 0.2), abs=1e-3)
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    class AtTheEnd:
+        def random(self) -> float:
+            return 1.0
+
+    among = Candidates(np.array([5, 6, 7]), np.array([0.5, 0.5, 0.0]))
+    assert draw(among, AtTheEnd()) == 6  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mistill.errors import FolderError
 from mistill.gptq_layout import HEAD, QuantizedWeight
+from mistill.memory import give_back
 from quantize.calibration import (
     STAGES,
     Batch,
@@ -86,6 +87,7 @@ def quantize_layer(
         found = _matrices(layer, f"model.layers.{index}", names, settings)
         stage = _plan(found, inputs, float_inputs)
         del inputs, float_inputs
+        give_back()
         if settings.true_sequential:
             _solve(stage, store)
         else:
@@ -97,6 +99,7 @@ def quantize_layer(
         for stage in stages:
             _solve(stage, store)
         *_, outputs = layer_stages(layer, batches)
+    give_back()
     for batch, hidden in zip(batches, outputs, strict=True):
         batch.hidden = hidden
     for batch, hidden in zip(floats, ahead, strict=True):

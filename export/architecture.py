@@ -1,4 +1,8 @@
-"""What a decoder's config.json says about its graph, and what our graph cannot say."""
+"""What a decoder's config.json says about its graph, and what our graph cannot say.
+
+Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one decoder but for a window, biases, norms of heads
+and layers without rotary positions.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,16 @@ from numpy.typing import NDArray
 
 from mistill.errors import ArchitectureError
 
-ARCHITECTURES = ("llama", "mistral")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 NORM = "model.norm"
+
+# What a config.json that leaves it out means, where that is not what a Llama's means.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 128},
+    "smollm3": {"tie_word_embeddings": True, "rope_theta": 2_000_000.0},
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +45,10 @@ class Rotary:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Architecture:
-    """A Llama or Mistral decoder, as far as a graph needs to know it.
+    """A decoder of the Llama family, as far as a graph needs to know it.
 
     Attributes:
-        model_type: ``llama`` or ``mistral``.
+        model_type: One of ``ARCHITECTURES``.
         vocabulary_size: Rows of the embedding, V.
         hidden_size: Width of the residual stream, D.
         layers: Decoder layers.
@@ -52,6 +62,9 @@ class Architecture:
         tied: Whether the output head is the embedding.
         frequencies: Shape (head_dim / 2,), radians per position of each rotary pair.
         rotary: What the frequencies were made by.
+        head_norms: Whether queries and keys are normed head by head, as Qwen3's are.
+        unrotated_layers: Layers whose attention knows no positions, as every fourth of SmolLM3's.
+        biased: Linear layers of a decoder layer that must have a bias.
     """
 
     model_type: str
@@ -68,6 +81,9 @@ class Architecture:
     tied: bool
     frequencies: NDArray[np.float32]
     rotary: Rotary
+    head_norms: bool = False
+    unrotated_layers: frozenset[int] = frozenset()
+    biased: tuple[str, ...] = ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The weight that each module must have.
@@ -88,6 +104,8 @@ class Architecture:
             "mlp.up_proj": (self.intermediate_size, width),
             "mlp.down_proj": (width, self.intermediate_size),
         }
+        if self.head_norms:
+            layer |= {f"self_attn.{part}_norm": (self.head_dim,) for part in ("q", "k")}
         table = (self.vocabulary_size, width)
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, NORM: (width,)}
         if not self.tied:
@@ -112,9 +130,10 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(
-            f"export builds graphs for {' and '.join(ARCHITECTURES)} models, this one is "
-            f"{model_type!r}"
+            f"export knows {', '.join(ARCHITECTURES[:-1])} and {ARCHITECTURES[-1]} models, this "
+            f"one is {model_type!r}"
         )
+    config = {**_DEFAULTS.get(model_type, {}), **config}
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ArchitectureError(f"export knows the activation silu, this model uses {activation!r}")
@@ -140,6 +159,9 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         tied=bool(config.get("tie_word_embeddings", False)),
         frequencies=frequencies,
         rotary=rotary,
+        head_norms=model_type == "qwen3",
+        unrotated_layers=_unrotated_layers(config),
+        biased=_biased(config),
     )
 
 
@@ -178,9 +200,43 @@ def rotary_tables(
 
 
 def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """A Llama has no window, whatever its config carries along."""
-    window = config.get("sliding_window") if config["model_type"] == "mistral" else None
-    return None if window is None else int(window)
+    """A Llama has no window, whatever its config carries; others may have one switched off."""
+    kind, window = config["model_type"], config.get("sliding_window")
+    switched_off = kind != "mistral" and not config.get("use_sliding_window", False)
+    if window is None or kind == "llama" or switched_off:
+        return None
+    if kind != "mistral":
+        full = int(config.get("max_window_layers", 0))
+        layers = range(int(config["num_hidden_layers"]))
+        kinds = config.get("layer_types") or [
+            "sliding_attention" if layer >= full else "full_attention" for layer in layers
+        ]
+        if set(kinds) == {"full_attention"}:
+            return None
+        if set(kinds) != {"sliding_attention"}:
+            raise ArchitectureError(
+                "export does not know models with a sliding window in some layers only"
+            )
+    return int(window)
+
+
+def _unrotated_layers(config: Mapping[str, Any]) -> frozenset[int]:
+    if config["model_type"] != "smollm3":
+        return frozenset()
+    layers, every = int(config["num_hidden_layers"]), int(config.get("no_rope_layer_interval", 4))
+    # The list has a 1 for each layer that is rotated, whatever its name says.
+    rotated = config.get("no_rope_layers") or [(n + 1) % every != 0 for n in range(layers)]
+    return frozenset(number for number, turned in enumerate(rotated) if not turned)
+
+
+def _biased(config: Mapping[str, Any]) -> tuple[str, ...]:
+    attention = [f"self_attn.{part}_proj" for part in ("q", "k", "v")]
+    if config["model_type"] == "qwen2":
+        return tuple(attention)
+    found = [*attention, "self_attn.o_proj"] if config.get("attention_bias") else []
+    if config.get("mlp_bias"):
+        found += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    return tuple(found) if config["model_type"] != "mistral" else ()
 
 
 def _frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.float32], Rotary]:

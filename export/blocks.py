@@ -64,6 +64,18 @@ class BlockWeight:
         """Zero points as the operators read them, each row filled up to a whole byte."""
         return None if self.zeros is None else _pack(self.zeros, self.bits)
 
+    def steps(self) -> tuple[NDArray[np.int8] | NDArray[np.uint8], NDArray[np.uint8] | None]:
+        """Codes with a byte for each, as other runtimes read them.
+
+        Returns:
+            Signed codes (N, K) about 0 and None where the zero is the middle of the range; codes
+            as they are and zeros (N, blocks) elsewhere. Columns stand in the order of the blocks.
+        """
+        codes = _unpack(self.codes, self.bits).reshape(self.rows, -1)[:, : self.columns]
+        if self.zeros is not None:
+            return codes, self.zeros
+        return (codes.astype(np.int16) - (1 << (self.bits - 1))).astype(np.int8), None
+
     def dequantize(self) -> NDArray[np.float32]:
         """The weight that the codes stand for, its columns in their original order.
 

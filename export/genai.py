@@ -16,6 +16,8 @@ def genai_config(
     vocabulary: Vocabulary,
     context_length: int,
     padding_id: int | None,
+    *,
+    in_place: bool = True,
 ) -> dict[str, Any]:
     """What ``genai_config.json`` says.
 
@@ -24,6 +26,7 @@ def genai_config(
         vocabulary: Its tokens.
         context_length: Most positions.
         padding_id: The token that fills rows of a batch; None takes the first that ends a text.
+        in_place: Whether the graph extends its keys and values where they are.
 
     Returns:
         The document.
@@ -69,6 +72,6 @@ def genai_config(
         "search": {
             "do_sample": False,
             "max_length": context_length,
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": in_place,
         },
     }

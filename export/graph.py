@@ -1,4 +1,4 @@
-"""A Llama or Mistral decoder as an ONNX graph that ONNX Runtime runs fast on a CPU.
+"""A decoder of the Llama family as an ONNX graph that ONNX Runtime runs fast on a CPU.
 
 One layer is nine nodes:
 
@@ -9,10 +9,10 @@ One layer is nine nodes:
 Products are ``MatMul`` for float weights and ``MatMulNBits`` for codes. What follows the last
 attention is computed for the positions from ``first_logit`` on only, by default the last one.
 
-    inputs    input_ids (batch, sequence), attention_mask (batch, total),
-              past_key_values.{layer}.{key,value} (batch, kv_heads, past, head_dim),
+    inputs    input_ids (batch_size, sequence), attention_mask (batch_size, total),
+              past_key_values.{layer}.{key,value} (batch_size, kv_heads, past, head_dim),
               first_logit (1,), which may be left out
-    outputs   logits (batch, kept, vocabulary), present.{layer}.{key,value}
+    outputs   logits (batch_size, kept, vocabulary), present.{layer}.{key,value}
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class _Decoder:
 
     def write(self) -> None:
         architecture, writer = self.architecture, self.writer
-        ids = writer.input("input_ids", np.int64, ["batch", "sequence"])
-        mask = writer.input("attention_mask", np.int64, ["batch", "total"])
+        ids = writer.input("input_ids", np.int64, ["batch_size", "sequence"])
+        mask = writer.input("attention_mask", np.int64, ["batch_size", "total"])
         shared = self._shared(mask)
         hidden, table = self._embedding(ids)
         normed = writer.node(
@@ -123,7 +123,7 @@ class _Decoder:
                 progress.advance()
         logits = self._head(normed, table)
         # One position, as by default: by this, onnxruntime-genai knows how many to expect.
-        writer.output(logits, "logits", ["batch", 1, architecture.vocabulary_size])
+        writer.output(logits, "logits", ["batch_size", 1, architecture.vocabulary_size])
         writer.save(architecture.model_type)
 
     def _shared(self, mask: ir.Value) -> _Shared:
@@ -203,7 +203,16 @@ class _Decoder:
         prefix = f"model.layers.{layer}.self_attn"
         names = [f"{prefix}.{part}_proj" for part in ("q", "k", "v")]
         packed = self._product(normed, names, f"layers.{layer}.qkv")
-        cache: list[int | str] = ["batch", architecture.kv_heads, "past", architecture.head_dim]
+        parts: list[ir.Value | None] = [packed, None, None]
+        if architecture.head_norms:
+            parts = [*self._normed_heads(packed, layer)]
+        rotated = layer not in architecture.unrotated_layers
+        cache: list[int | str] = [
+            "batch_size",
+            architecture.kv_heads,
+            "past",
+            architecture.head_dim,
+        ]
         past = [
             writer.input(f"past_key_values.{layer}.{part}", np.float32, cache)
             for part in ("key", "value")
@@ -211,14 +220,11 @@ class _Decoder:
         attended, *present = writer.nodes(
             "GroupQueryAttention",
             [
-                packed,
-                None,
-                None,
+                *parts,
                 *past,
                 shared.last_positions,
                 shared.total_length,
-                shared.cosine,
-                shared.sine,
+                *([shared.cosine, shared.sine] if rotated else []),
             ],
             f"layers.{layer}.attention",
             [
@@ -229,14 +235,46 @@ class _Decoder:
             num_heads=architecture.heads,
             kv_num_heads=architecture.kv_heads,
             scale=1 / math.sqrt(architecture.head_dim),
-            do_rotary=1,
+            do_rotary=int(rotated),
             local_window_size=architecture.sliding_window or -1,
         )
         for value in present:
             assert value.name is not None
-            cache = ["batch", architecture.kv_heads, "total", architecture.head_dim]
+            cache = ["batch_size", architecture.kv_heads, "total", architecture.head_dim]
             writer.output(value, value.name, cache)
         return attended
+
+    def _normed_heads(self, packed: ir.Value, layer: int) -> list[ir.Value]:
+        """Queries and keys divided by the root mean square of each head, and the values."""
+        architecture, writer = self.architecture, self.writer
+        name, width = f"layers.{layer}", architecture.head_dim
+        heads = {"q": architecture.heads, "k": architecture.kv_heads, "v": architecture.kv_heads}
+        sizes = np.array([count * width for count in heads.values()], np.int64)
+        flat = writer.nodes(
+            "Split",
+            [packed, writer.constant(f"{name}.heads.sizes", sizes)],
+            f"{name}.heads",
+            [f"{name}.{part}" for part in heads],
+            axis=-1,
+        )
+        found = []
+        for value, (part, count) in zip(flat[:2], heads.items(), strict=False):
+            shape = writer.constant(
+                f"{name}.{part}.shape", np.array([0, 0, count, width], np.int64)
+            )
+            split = writer.node("Reshape", [value, shape], f"{name}.{part}.split")
+            normed = writer.node(
+                "SimplifiedLayerNormalization",
+                [split, self._norm(f"model.layers.{layer}.self_attn.{part}_norm")],
+                f"{name}.{part}.norm",
+                epsilon=architecture.norm_epsilon,
+                axis=-1,
+            )
+            shape = writer.constant(
+                f"{name}.{part}.joined.shape", np.array([0, 0, count * width], np.int64)
+            )
+            found.append(writer.node("Reshape", [normed, shape], f"{name}.{part}.joined"))
+        return [*found, flat[2]]
 
     def _feed_forward(self, normed: ir.Value, layer: int) -> ir.Value:
         writer, prefix = self.writer, f"model.layers.{layer}.mlp"

@@ -19,9 +19,12 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
         File name to ``bytes`` and ``sha256``.
     """
     found = {}
-    for file in sorted(folder.iterdir()):
-        if file.name != MANIFEST_FILE:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != MANIFEST_FILE:
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            found[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+            found[file.relative_to(folder).as_posix()] = {
+                "bytes": file.stat().st_size,
+                "sha256": digest,
+            }
     return found

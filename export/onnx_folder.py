@@ -16,6 +16,7 @@ from export.genai import GENAI_FILE, genai_config
 from export.manifest import checksums
 from export.parity import TEXT, can_compare, measure_parity, require_parity
 from export.settings import DEFAULT_CONTEXT, GraphOptions, OnnxSettings
+from export.transformersjs import arrange_for_transformersjs
 from mistill.errors import FolderError, SettingsError, missing_extra
 from mistill.folder import (
     MANIFEST_FILE,
@@ -72,7 +73,8 @@ def to_onnx(
         raise FolderError(f"{source} is an ONNX folder already; give the folder it was made from")
     config = read_json(info.path / "config.json")
     architecture = read_architecture(config)
-    require_graph(architecture)
+    if not chosen.portable:
+        require_graph(architecture)
     resolved, graph = _resolve(chosen, info)
     vocabulary = load_vocabulary(info.path)
     for library in ("onnx_ir", "safetensors"):
@@ -82,10 +84,18 @@ def to_onnx(
         facts = _write(folder, info, architecture, vocabulary, resolved, graph)
         copy_companions(info.path, folder)
         _write_json(folder / "config.json", config)
-        genai = genai_config(
-            architecture, vocabulary, graph.context_length, config.get("pad_token_id")
-        )
-        _write_json(folder / GENAI_FILE, genai)
+        if chosen.layout == "transformersjs":
+            bits = _layer_bits(resolved, info)
+            arrange_for_transformersjs(folder, config, vocabulary, bits)
+        else:
+            genai = genai_config(
+                architecture,
+                vocabulary,
+                graph.context_length,
+                config.get("pad_token_id"),
+                in_place=not chosen.portable,
+            )
+            _write_json(folder / GENAI_FILE, genai)
         add_lineage(folder, step="export", settings=settings_dict(chosen), source=info.path)
         manifest = {
             "format": 1,
@@ -125,6 +135,14 @@ def _resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gr
     return replace(settings, precision="float32") if floats else settings, options
 
 
+def _layer_bits(settings: OnnxSettings, info: FolderInfo) -> int:
+    """Bits of most layers as the graph holds them."""
+    if settings.precision != "auto":
+        return {"float32": 32, "int8": 8, "int4": 4}[settings.precision]
+    layout = read_quantization(read_config(info.path))
+    return 8 if layout is None else layout.bits  # NF4 goes to an 8-bit grid
+
+
 def _table_bits(name: str, asked: int | None, info: FolderInfo, floats: bool) -> int:
     """Bits of the head or the embedding: as asked for, as stored, or a default."""
     config = read_config(info.path)
@@ -153,13 +171,17 @@ def _write(
     """Write the graph, compare it with PyTorch, and say what was measured."""
     from export.graph import write_decoder
     from export.lint import lint_export
+    from export.portable import write_portable_decoder
     from export.weights import FolderWeights
     from export.writer import GraphWriter
 
     with FolderWeights(info.path, architecture, settings) as weights:
-        with GraphWriter(folder) as writer:
-            write_decoder(architecture, weights, writer, options)
-        facts = lint_export(folder, info.path, architecture, settings, options)
+        write = write_portable_decoder if settings.portable else write_decoder
+        with GraphWriter(folder, standard=settings.portable) as writer:
+            write(architecture, weights, writer, options)
+        facts: dict[str, Any] = {"portable": settings.portable}
+        if not settings.portable:
+            facts |= lint_export(folder, info.path, architecture, settings, options)
         parity = None
         if settings.parity_positions > 0 and can_compare():
             length = min(settings.parity_positions, options.context_length)
@@ -168,7 +190,7 @@ def _write(
             layer_bits = {"float32": 32, "int4": 4}.get(settings.precision, 8)
             # Tables that the source holds as codes are not rounded, whatever their bits.
             coarsest = max(4, min(layer_bits, options.head_bits, options.embedding_bits))
-            exact = coarsest == 32 or options.accuracy_level == 0
+            exact = coarsest == 32 or options.accuracy_level == 0 or settings.portable
             require_parity(parity, exact=exact, bits=coarsest)
         elif settings.parity_positions > 0:
             _log.warning("PyTorch is not installed: the graph was not compared with it")

@@ -27,6 +27,7 @@ from mistill.processors import usable_threads
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 MOST_DIFFERENCE = 1e-3
 """Largest difference of a logit when everything is computed in float32."""
@@ -181,9 +182,13 @@ def _runner(folder: Path, architecture: Architecture) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_threads()
     options.log_severity_level = 3
+    # A portable graph says nothing of how codes are multiplied; ONNX Runtime would round.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(
         folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
     )
+    # A portable graph always gives the logits of all positions.
+    choice = any(entry.name == "first_logit" for entry in session.get_overridable_initializers())
     names = [f"{layer}.{part}" for layer in range(architecture.layers) for part in ("key", "value")]
     nothing = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), np.float32)
     outputs = ["logits", *(f"present.{name}" for name in names)]
@@ -194,9 +199,10 @@ def _runner(folder: Path, architecture: Architecture) -> Run:
         feeds: dict[str, Any] = {
             "input_ids": ids[None],
             "attention_mask": np.ones((1, total), np.int64),
-            "first_logit": np.zeros(1, np.int64),
             **{f"past_key_values.{name}": past[name] for name in names},
         }
+        if choice:
+            feeds["first_logit"] = np.zeros(1, np.int64)
         logits, *present = session.run(outputs, feeds)
         return logits[0], dict(zip(names, present, strict=True))
 
@@ -216,9 +222,10 @@ def _reference(
     """PyTorch's logits (T, V) with the exported weights, and the largest rounding error."""
     import torch
 
-    from mistill.pytorch import load_pytorch
+    from mistill.pytorch import READABLE, load_pytorch
 
-    model = load_pytorch(source)
+    readable = architecture.model_type in READABLE
+    model = load_pytorch(source) if readable else _load_exact(source, weights)
     rounding = [0.0]
     for name, module in list(model.named_modules()):
         rounded = _rounded(name, architecture, weights, options)
@@ -236,6 +243,25 @@ def _reference(
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids[None]), use_cache=False).logits[0]
     return logits.numpy(), max(rounding)
+
+
+def _load_exact(source: Path, weights: FolderWeights) -> PreTrainedModel:
+    """A float model of an architecture that only the export reads, with what the source holds."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            module, _, part = name.rpartition(".")
+            matrix = part == "weight" and parameter.dim() == 2
+            values = weights.exact(module) if matrix else weights.floats(name)
+            parameter.copy_(torch.from_numpy(values))
+    model.eval()
+    return model
 
 
 def _rounded(

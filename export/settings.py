@@ -44,6 +44,12 @@ class OnnxSettings:
             0 multiplies in float32, which is slow (at 8 bits a hundred times).
         context_length: Most positions, prompt and answer together. Left out, it is the model's
             own but at most 4096, since runtimes reserve their cache for all of them.
+        portable: Write a graph of standard operators only (ONNX opset 21), for runtimes other than
+            ONNX Runtime; it is slower, and mistill's engine does not run it.
+        layout: ``mistill`` for a folder that mistill and onnxruntime-genai open, or
+            ``transformersjs`` for one that transformers.js does.
+        parity_positions: Positions whose logits are compared with PyTorch's before the folder is
+            declared done, if PyTorch is installed; 0 leaves the comparison out.
         parity_positions: Positions whose logits are compared with PyTorch's before the folder is
             declared done, if PyTorch is installed; 0 leaves the comparison out.
         memory_speed: GB per second that the memory of the laptop reads, from which the manifest
@@ -56,6 +62,8 @@ class OnnxSettings:
     block_size: int | None = None
     accuracy_level: Literal[0, 4] = 4
     context_length: int | None = None
+    portable: bool = False
+    layout: Literal["mistill", "transformersjs"] = "mistill"
     parity_positions: int = 48
     memory_speed: float | None = None
 
@@ -94,6 +102,10 @@ class OnnxSettings:
         require(
             self.context_length is None or self.context_length >= 1,
             f"context_length must be at least 1, got {self.context_length!r}",
+        )
+        require(
+            self.layout in ("mistill", "transformersjs"),
+            f"layout must be mistill or transformersjs, got {self.layout!r}",
         )
         require(
             self.parity_positions == 0 or self.parity_positions >= 2,

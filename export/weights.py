@@ -227,6 +227,9 @@ class FolderWeights:
                 wrong.append(f"{name} is missing")
             elif found != expected:
                 wrong.append(f"{name} has the shape {found}, not {expected}")
+        for layer in range(architecture.layers):
+            biases = (f"model.layers.{layer}.{part}.bias" for part in architecture.biased)
+            wrong += [f"{name} is missing" for name in biases if not self.has(name)]
         if wrong:
             more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
             raise FolderError(

@@ -28,12 +28,14 @@ _LINE_BYTES = 64
 class GraphWriter:
     """Collects nodes, and writes tensors to the data file as they come."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, standard: bool = False) -> None:
         """Open the data file.
 
         Args:
             folder: Where model.onnx and its data file go.
+            standard: Whether the graph holds standard operators only.
         """
+        self._opsets = {"": _OPSETS[""]} if standard else _OPSETS
         self._folder = folder
         self._data = (folder / DATA_FILE).open("wb")
         self._nodes: list[ir.Node] = []
@@ -118,15 +120,33 @@ class GraphWriter:
         Returns:
             The value.
         """
-        alignment = _PAGE_BYTES if array.nbytes >= _PAGE_BYTES else _LINE_BYTES
+        return self.stored_as(name, array, ir.DataType.from_numpy(array.dtype))
+
+    def stored_as(self, name: str, array: NDArray[Any], dtype: ir.DataType) -> ir.Value:
+        """Write a tensor to the data file in a type that numpy may not have.
+
+        Args:
+            name: Its name.
+            array: Its value; of the 4-bit types one number to a byte.
+            dtype: Its type in the graph.
+
+        Returns:
+            The value.
+        """
+        content = np.ascontiguousarray(array)
+        if dtype in (ir.DataType.INT4, ir.DataType.UINT4):
+            codes = content.view(np.uint8).reshape(-1) & np.uint8(15)
+            codes = np.pad(codes, (0, len(codes) % 2))
+            content = codes[::2] | (codes[1::2] << np.uint8(4))
+        alignment = _PAGE_BYTES if content.nbytes >= _PAGE_BYTES else _LINE_BYTES
         self._data.write(bytes(-self._data.tell() % alignment))
         offset = self._data.tell()
-        self._data.write(np.ascontiguousarray(array).data)
+        self._data.write(content.data)
         tensor = ir.ExternalTensor(
             DATA_FILE,
             offset,
-            array.nbytes,
-            ir.DataType.from_numpy(array.dtype),
+            content.nbytes,
+            dtype,
             name=name,
             shape=ir.Shape(array.shape),
             base_dir=self._folder,
@@ -140,7 +160,7 @@ class GraphWriter:
         name: str,
         *,
         domain: str = "",
-        **attributes: int | float | str,
+        **attributes: int | float | str | Sequence[int],
     ) -> ir.Value:
         """Add a node of one output.
 
@@ -164,7 +184,7 @@ class GraphWriter:
         outputs: Sequence[str],
         *,
         domain: str = "",
-        **attributes: int | float | str,
+        **attributes: int | float | str | Sequence[int],
     ) -> Sequence[ir.Value]:
         """Add a node of several outputs.
 
@@ -202,7 +222,7 @@ class GraphWriter:
             self._outputs,
             nodes=self._nodes,
             initializers=self._initializers,
-            opset_imports=_OPSETS,
+            opset_imports=self._opsets,
             name=name,
         )
         model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="mistill")

@@ -668,7 +668,12 @@ def export(
     """
     from export import to_onnx
 
-    return _made(to_onnx(source, target, settings=settings, overwrite=overwrite), json)
+    made = to_onnx(source, target, settings=settings, overwrite=overwrite)
+    if settings.layout == "mistill":
+        return _made(made, json)
+    size = sum(file.stat().st_size for file in (made / "onnx").iterdir())
+    facts = {"path": str(made), "form": settings.layout, "weight_bytes": size}
+    return _say(facts, f"transformers.js folder, {size / 1e6:.1f} MB", made, json)
 
 
 @app.command

@@ -64,7 +64,7 @@ def tiny_model(
 ) -> Path:
     """Save a tiny model folder: random weights, the real architecture, the tiny tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tiny_tokenizer(folder)
     vocabulary = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
@@ -84,12 +84,8 @@ def tiny_model(
     }
     if model_type == "mistral":
         settings.setdefault("sliding_window", None)
-    kinds = {
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }
-    make_config, make_model = kinds[model_type]
-    model = make_model(make_config(**settings)).float()
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

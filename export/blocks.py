@@ -224,6 +224,19 @@ def blocks_of_codes(weight: QuantizedWeight, largest_block: int) -> BlockWeight:
     )
 
 
+def widen(weight: QuantizedWeight) -> QuantizedWeight:
+    """Store codes of a few bits in 8, which changes no weight: steps from the zero stay the same.
+
+    Args:
+        weight: Codes of fewer than 8 bits.
+
+    Returns:
+        The same weight; its zeros are in the middle of the range if they were.
+    """
+    shift = np.uint8(128 - (1 << (weight.bits - 1)))
+    return replace(weight, codes=weight.codes + shift, zeros=weight.zeros + shift, bits=8)
+
+
 def blocks_of_nf4(
     codes: NDArray[np.uint8],
     levels: NDArray[np.float32],

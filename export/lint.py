@@ -10,6 +10,7 @@ from typing import Any
 from export.architecture import Architecture
 from export.code_check import check_codes
 from export.settings import MODEL_FILE, GraphOptions, OnnxSettings
+from export.tuning import Tuning
 from mistill.errors import ExportError
 from mistill.onnx_cost import memory_speed
 from mistill.onnx_lint import Finding, Lint, lint_file
@@ -24,6 +25,7 @@ def lint_export(
     architecture: Architecture,
     settings: OnnxSettings,
     options: GraphOptions,
+    tuning: Tuning | None = None,
 ) -> dict[str, Any]:
     """Look at a graph that was just written, and refuse what nobody asked for.
 
@@ -33,6 +35,7 @@ def lint_export(
         architecture: The decoder.
         settings: What was asked for.
         options: The same, as far as the graph was told.
+        tuning: What the kernels were chosen by, which knows the speed of its machine's memory.
 
     Returns:
         What the manifest says of it: slow kernels, bytes, the speed that memory allows, codes.
@@ -44,8 +47,12 @@ def lint_export(
     lint = lint_file(folder / MODEL_FILE)
     require_fast(lint, settings, options)
     codes = check_codes(folder, source, architecture)
-    given = settings.memory_speed
-    speed = memory_speed(usable_threads()) if given is None else given * 1e9
+    if settings.memory_speed is not None:
+        speed = settings.memory_speed * 1e9
+    elif tuning is not None:
+        speed = tuning.probe.memory_bytes_per_second
+    else:
+        speed = memory_speed(usable_threads())
     return {
         **asdict(lint.cost),
         "memory_bytes_per_second": round(speed),

@@ -126,6 +126,10 @@ def _resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gr
     floats = settings.precision == "float32" or (
         settings.precision == "auto" and info.form == "model"
     )
+    require(
+        not (floats and settings.tune_for is not None),
+        "tune_for chooses among kernels for codes, and a float32 graph has none; give a precision",
+    )
     options = GraphOptions(
         context_length=context_length,
         accuracy_level=settings.accuracy_level,
@@ -172,16 +176,21 @@ def _write(
     from export.graph import write_decoder
     from export.lint import lint_export
     from export.portable import write_portable_decoder
+    from export.tuning import tuning_for
     from export.weights import FolderWeights
     from export.writer import GraphWriter
 
     with FolderWeights(info.path, architecture, settings) as weights:
+        tuning = None
+        if settings.tune_for is not None:
+            tuning = tuning_for(settings, architecture, weights, options)
+            weights.follow(tuning)
         write = write_portable_decoder if settings.portable else write_decoder
         with GraphWriter(folder, standard=settings.portable) as writer:
             write(architecture, weights, writer, options)
         facts: dict[str, Any] = {"portable": settings.portable}
         if not settings.portable:
-            facts |= lint_export(folder, info.path, architecture, settings, options)
+            facts |= lint_export(folder, info.path, architecture, settings, options, tuning)
         parity = None
         if settings.parity_positions > 0 and can_compare():
             length = min(settings.parity_positions, options.context_length)
@@ -194,6 +203,8 @@ def _write(
             require_parity(parity, exact=exact, bits=coarsest)
         elif settings.parity_positions > 0:
             _log.warning("PyTorch is not installed: the graph was not compared with it")
+    if tuning is not None:
+        facts["tuning"] = tuning.to_dict()
     return {**facts, "parity": None if parity is None else asdict(parity)}
 
 

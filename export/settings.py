@@ -52,6 +52,10 @@ class OnnxSettings:
             declared done, if PyTorch is installed; 0 leaves the comparison out.
         parity_positions: Positions whose logits are compared with PyTorch's before the folder is
             declared done, if PyTorch is installed; 0 leaves the comparison out.
+        tune_for: The machine that the graph is for: ``here`` times the kernels of this one for some
+            seconds, and a file that ``mistill probe`` wrote stands for another. For each kind of
+            matrix the fastest blocks are chosen of those that change no weight, and codes of 4
+            bits are stored in 8 where that is faster. Left out, nothing is timed.
         memory_speed: GB per second that the memory of the laptop reads, from which the manifest
             predicts the most tokens per second. Left out, it is measured on this machine.
     """
@@ -65,6 +69,7 @@ class OnnxSettings:
     portable: bool = False
     layout: Literal["mistill", "transformersjs"] = "mistill"
     parity_positions: int = 48
+    tune_for: str | None = None
     memory_speed: float | None = None
 
     def largest_block(self, bits: int) -> int:
@@ -110,6 +115,11 @@ class OnnxSettings:
         require(
             self.parity_positions == 0 or self.parity_positions >= 2,
             f"parity_positions must be 0 or at least 2, got {self.parity_positions!r}",
+        )
+        require(
+            self.tune_for is None or self.accuracy_level == 4,
+            "tune_for chooses among kernels that multiply in 8-bit integers; leave accuracy_level "
+            "at 4",
         )
         require(
             self.memory_speed is None or self.memory_speed > 0,

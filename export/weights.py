@@ -18,8 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.architecture import Architecture
-from export.blocks import BlockWeight, blocks_of_codes, blocks_of_nf4, round_to_blocks
-from export.settings import FAST_2_BIT_BLOCK, OnnxSettings
+from export.blocks import (
+    NF4_BLOCK,
+    BlockWeight,
+    blocks_of_codes,
+    blocks_of_nf4,
+    round_to_blocks,
+    widen,
+)
+from export.settings import FAST_2_BIT_BLOCK, LEGAL_BLOCKS, OnnxSettings
+from export.tuning import Stored, Tuning
 from mistill.errors import FolderError, missing_extra
 from mistill.folder import read_config, safetensors_header, weight_files
 from mistill.gptq_doctor import require_sound
@@ -65,6 +73,7 @@ class FolderWeights:
             FolderError: If a weight is missing or has another shape; the message names it.
         """
         self._settings = settings
+        self._tuning: Tuning | None = None
         config = read_config(folder)
         self._gptq = read_quantization(config)
         if self._gptq is not None:
@@ -91,6 +100,37 @@ class FolderWeights:
     ) -> None:
         self._files.clear()
         self._open.close()
+
+    def follow(self, tuning: Tuning) -> None:
+        """Bring weights into the form of the kernels that were chosen.
+
+        Args:
+            tuning: What was chosen.
+        """
+        self._tuning = tuning
+
+    def stored_as(self, module: str, bits: int) -> Stored | None:
+        """How a matrix is stored, as far as the kernels for it depend on that.
+
+        Args:
+            module: Its name, without the tensor's own.
+            bits: Bits that a float matrix is rounded to; 32 if it stays float.
+
+        Returns:
+            Its bits and groups, or None if there is nothing to choose.
+        """
+        largest = self._settings.block_size or max(LEGAL_BLOCKS)
+        if self.has(f"{module}.qweight"):
+            form = None if self._gptq is None else self._gptq.format_of(module)
+            if form is None or form.bits == 2:
+                return None
+            width = self._shapes[f"{module}.scales"][0]
+            columns = self._shapes[f"{module}.qweight"][0] * 32 // form.bits
+            group = columns if width == 1 else form.group_size
+            return Stored(form.bits, group, largest, widens=form.bits < 8)
+        if self.has(f"{module}.weight.{_NF4_STATE}"):
+            return Stored(8, min(NF4_BLOCK, largest), largest, widens=False)
+        return None if bits == 32 else Stored(bits, max(LEGAL_BLOCKS), largest, widens=False)
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -158,7 +198,7 @@ class FolderWeights:
             return Linear(self.exact(module), bias)
         weight = self._stored(module)
         if not isinstance(weight, BlockWeight) and precision in _ROUNDED_BITS:
-            weight = self._round(weight, _ROUNDED_BITS[precision])
+            weight = self._round(module, weight, _ROUNDED_BITS[precision])
         return Linear(weight, bias)
 
     def exact(self, module: str) -> FloatWeight:
@@ -210,7 +250,7 @@ class FolderWeights:
         weight = self._stored(module)
         if isinstance(weight, BlockWeight):
             return weight.dequantize() if bits == 32 else weight
-        return weight if bits == 32 else self._round(weight, bits)
+        return weight if bits == 32 else self._round(module, weight, bits)
 
     def _check(self, folder: Path, architecture: Architecture) -> None:
         wrong = []
@@ -243,13 +283,24 @@ class FolderWeights:
             return self._nf4_blocks(module)
         return self.floats(f"{module}.weight")
 
-    def _round(self, weight: FloatWeight, bits: int) -> BlockWeight:
-        return round_to_blocks(weight, bits, self._settings.largest_block(bits))
+    def _round(self, module: str, weight: FloatWeight, bits: int) -> BlockWeight:
+        return round_to_blocks(weight, bits, self._block(module, bits))
+
+    def _block(self, module: str, bits: int) -> int:
+        """Most columns per block of a matrix whose source has codes of some bits."""
+        kernel = None if self._tuning is None else self._tuning.kernel(module, bits)
+        return self._settings.largest_block(bits) if kernel is None else kernel.block
 
     def _gptq_blocks(self, module: str) -> BlockWeight:
         weight = self.codes(module)
         assert weight is not None
         settings = self._settings
+        kernel = None if self._tuning is None else self._tuning.kernel(module, weight.bits)
+        if kernel is not None:
+            wide = weight.bits < 8 and kernel.form == "int8"
+            bits = 4 if weight.bits == 3 else weight.bits
+            weight = widen(weight) if wide else replace(weight, bits=bits)
+            return blocks_of_codes(weight, kernel.block)
         if weight.bits == 2 and settings.accuracy_level == 4:
             blocks = blocks_of_codes(weight, settings.largest_block(2))
             if blocks.block_size >= FAST_2_BIT_BLOCK:
@@ -274,7 +325,7 @@ class FolderWeights:
             self.floats(f"{prefix}.quant_map"),
             maxima.astype(np.float32),
             (rows, columns),
-            self._settings.largest_block(8),
+            self._block(module, 8),
         )
 
 

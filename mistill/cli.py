@@ -707,6 +707,37 @@ def gguf(
 
 
 @app.command
+def probe(
+    target: Path,
+    /,
+    *,
+    model: Path | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Time this machine's kernels, for export --tune-for on another machine.
+
+    Args:
+        target: The .json file to write.
+        model: A model folder whose matrices are timed; matrices of usual sizes if not given.
+        threads: Threads to multiply with; all processors that may be used if not given.
+        overwrite: Replace the target if it exists.
+        json: End with one line of JSON.
+
+    Returns:
+        What was made.
+    """
+    from export import probe_cpu
+    from mistill.folder import read_json
+
+    made = probe_cpu(target, model=model, threads=threads, overwrite=overwrite)
+    found = read_json(made)
+    words = f"{len(found['timings'])} products on {found['machine']}, {found['threads']} threads"
+    return _say({"path": str(made), **found}, words, made, json)
+
+
+@app.command
 def inspect(folder: str, /, *, json: bool = False) -> int:
     """Show what a folder is, how it was made, and what is wrong with it.
 
@@ -858,6 +889,8 @@ def _refuse(error: Exception) -> int:
 def _made(path: Path, json: bool, **more: Any) -> dict[str, Any]:
     """Say what a step has made."""
     info = open_folder(path)
+    if info.form == "onnx":
+        _show_tuning(path)
     facts = {
         "path": str(path),
         "form": info.form,
@@ -884,6 +917,16 @@ def _quantized(path: Path, json: bool) -> dict[str, Any]:
     if _speaks():
         Console().print(measured_table(measured))
     return _made(path, json, measured=measured)
+
+
+def _show_tuning(path: Path) -> None:
+    """Print what a probe found, if an ONNX folder was tuned."""
+    from mistill.folder import MANIFEST_FILE, read_json
+    from mistill.onnx_report import tuning_table
+
+    tuning = read_json(path / MANIFEST_FILE).get("tuning")
+    if tuning is not None and _speaks():
+        Console().print(tuning_table(tuning))
 
 
 def _merged(path: Path, json: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mistill.lineage import LINEAGE_FILE, fingerprint, read_lineage
 from mistill.location import Location, is_remote, location_of
 from mistill.measured import measured_table, read_measured
 from mistill.onnx_lint import Lint, lint_file
+from mistill.onnx_report import graph_facts, manifest_facts
 from mistill.targets_folder import TargetsInfo, describe_targets, is_targets, targets_problems
 from mistill.vocabulary import load_vocabulary
 
@@ -114,9 +115,9 @@ class Inspection:
             parts.append(_facts(self.info, self.fingerprint))
         if self.gptq is not None:
             parts.append(_gptq_facts(self.gptq))
-        parts.extend(_graph_facts(name, lint) for name, lint in self.graphs.items())
+        parts.extend(graph_facts(name, lint) for name, lint in self.graphs.items())
         if self.manifest is not None:
-            parts.append(_manifest_facts(self.manifest))
+            parts.append(manifest_facts(self.manifest))
         if self.targets is not None:
             parts.append(_targets_facts(self.targets, self.fingerprint))
         if self.fidelity is not None:
@@ -299,55 +300,6 @@ def _gptq_facts(found: Diagnosis) -> RenderableType:
         "groups": f"{order}{index}",
         "scales": ", ".join(f"{kind} in {count}" for kind, count in found.scale_types.items()),
     }
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/bold]", value)
-    return table
-
-
-def _graph_facts(name: str, lint: Lint) -> RenderableType:
-    """A graph's operators and bytes."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    counts = sorted(lint.operators.items(), key=lambda entry: -entry[1])
-    cost, slow = lint.cost, len(lint.findings)
-    rows = {
-        "graph": f"{name}: {', '.join(f'{count} {kind}' for kind, count in counts[:6])}",
-        "a step reads": f"{cost.bytes_per_token / 1e6:,.1f} MB of weights, "
-        f"{cost.packed_bytes_per_token / 1e6:,.1f} MB as ONNX Runtime packs them, and "
-        f"{cost.cache_bytes_per_position / 1e3:,.1f} kB for each earlier token",
-        "slow kernels": "none known" if not slow else f"{slow}, named below",
-    }
-    for key, value in rows.items():
-        table.add_row(Text(key, style="bold"), Text(value))
-    return table
-
-
-def _manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
-    """What was measured when an ONNX folder was made."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    rows = {}
-    if manifest.get("ceiling_tokens_per_second"):
-        rows["at most"] = (
-            f"{manifest['ceiling_tokens_per_second']:,.0f} tokens/s, where memory gives "
-            f"{manifest['memory_bytes_per_second'] / 1e9:.1f} GB/s"
-        )
-    parity = manifest.get("parity")
-    rows["against PyTorch"] = (
-        "not compared"
-        if parity is None
-        else f"mean KL {parity['mean_kl']:.2g} nats, same first token {parity['same_top']:.1%}, "
-        f"largest difference of a logit {parity['max_difference']:.2g}, over "
-        f"{parity['positions']} positions"
-    )
-    codes = manifest.get("codes")
-    if codes is not None:
-        rows["codes"] = (
-            f"{codes['codes']:,} in {codes['matrices']} matrices, byte for byte the source's"
-        )
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/bold]", value)
     return table

@@ -5,21 +5,27 @@ Works with every folder of the road. An ONNX folder needs neither PyTorch nor tr
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from mistill.errors import ContextError, VocabularyError
-from mistill.language_model import LanguageModel, open_model
+from mistill.constraints import ConstrainedChoice, Constraint, ConstraintTokens
+from mistill.errors import ContextError, FolderError, VocabularyError
+from mistill.language_model import Choose, LanguageModel, Provider, open_model
+from mistill.log_probabilities import Scored, TokenScore
 from mistill.sampling import Sampler, SamplingSettings
 from mistill.settings import require, settings_from
 from mistill.source import resolve_model
 from mistill.stream_text import TextStream
 from mistill.vocabulary import load_vocabulary
+
+if TYPE_CHECKING:
+    from mistill.engine import OnnxModel
 
 Overflow = Literal["refuse", "slide"]
 Ending = Literal["end of turn", "stop string", "max_new_tokens", "context", "interrupted"]
@@ -84,12 +90,15 @@ class ChatBot:
         settings: How the chatbot picks its words, and when it stops.
         last_speed: How fast the last reply was; None before there is one.
         last_ending: Why the last reply ended; None before there is one.
+        last_scores: How probable each token of the last reply was, the one that ends the turn
+            included; empty if that was not asked for.
     """
 
     history: list[Message]
     settings: ChatSettings
     last_speed: Speed | None
     last_ending: Ending | None
+    last_scores: list[TokenScore]
 
     def __init__(
         self,
@@ -99,6 +108,10 @@ class ChatBot:
         settings: ChatSettings | None = None,
         model: LanguageModel | None = None,
         threads: int | None = None,
+        provider: Provider = "cpu",
+        draft: str | Path | None = None,
+        exact: bool = True,
+        constraint: Constraint | None = None,
         **options: Any,
     ) -> None:
         """Open a folder to chat with.
@@ -110,10 +123,17 @@ class ChatBot:
             settings: How it picks its words; or give the fields as options.
             model: The folder as a running model, if it is open already.
             threads: Threads to compute with; None takes all processors that may be used.
+            provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
+            draft: What guesses the next tokens of an ONNX folder, to write faster: ``lookup``, or
+                the ONNX folder of a smaller model with the same tokens.
+            exact: Whether greedy replies must be, to the token, what they are without a draft; a
+                model whose rounding does not allow that then does not guess.
+            constraint: The form of every reply.
             **options: Fields of ``ChatSettings``.
 
         Raises:
-            VocabularyError: If the folder has no chat template.
+            MissingExtraError: If the folder needs a library that is not installed.
+            VocabularyError: If the folder has no chat template, or the draft has other tokens.
         """
         self.settings = settings_from(ChatSettings, settings, options)
         folder = resolve_model(folder)
@@ -123,12 +143,21 @@ class ChatBot:
                 f"{folder} has no chat template, so it cannot hold a conversation; use a chat "
                 "model, or put a template into chat_template.jinja"
             )
-        self._model = open_model(folder, threads=threads) if model is None else model
+        self._constraint = constraint
+        self._constraint_tokens: ConstraintTokens | None = None
+        self._model = (
+            open_model(folder, threads=threads, provider=provider) if model is None else model
+        )
+        if draft is not None:
+            from mistill.speculation import with_guesses
+
+            self._model = with_guesses(self._model, draft, exact=exact)
         self._end_ids = frozenset(self._vocabulary.end_ids)
         self._system = system
         self._reply: Generator[str, None, None] | None = None
         self.last_speed = None
         self.last_ending = None
+        self.last_scores = []
         self.reset()
 
     def reset(self) -> None:
@@ -138,7 +167,13 @@ class ChatBot:
         self._forgotten = 0
         self._generator = np.random.default_rng(self.settings.seed)
 
-    def reply(self, text: str) -> Generator[str, None, None]:
+    def reply(
+        self,
+        text: str,
+        *,
+        constraint: Constraint | None = None,
+        log_probabilities: int | None = None,
+    ) -> Generator[str, None, None]:
         """Answer, piece by piece.
 
         The turn enters the history when the reply ends. A reply that is closed or interrupted
@@ -146,6 +181,9 @@ class ChatBot:
 
         Args:
             text: What the user says.
+            constraint: The form of this reply; None takes that of every reply.
+            log_probabilities: How many of the most probable tokens to keep for each position in
+                ``last_scores``; 0 keeps the written token's alone, None keeps nothing.
 
         Returns:
             A generator of pieces of the reply, none of which is empty or breaks a character.
@@ -155,17 +193,79 @@ class ChatBot:
         """
         self._end_reply()
         started = time.perf_counter()
+        require(
+            log_probabilities is None or log_probabilities >= 0,
+            f"log_probabilities must be 0 or more, not {log_probabilities}",
+        )
         question = _message("user", text)
         prompt = self._prompt(question)
-        self._reply = self._answer(question, prompt, time.perf_counter() - started)
+        choose: Choose = Sampler(self.settings, self._generator, seen=prompt)
+        form = constraint or self._constraint
+        if form is not None:
+            choose = ConstrainedChoice(form, self._tokens_of_forms(), choose)
+        self.last_scores = []
+        if log_probabilities is not None:
+            choose = Scored(choose, log_probabilities)
+            self.last_scores = choose.scores
+        shown = TextStream(self._vocabulary, self.settings.stop, every_byte=form is not None)
+        self._reply = self._answer(question, prompt, choose, shown, time.perf_counter() - started)
         return self._reply
 
+    def save(self, file: str | Path) -> Path:
+        """Keep the conversation and what the model has read of it.
+
+        Args:
+            file: A safetensors file to write; replaced if it exists.
+
+        Returns:
+            The file.
+
+        Raises:
+            SettingsError: If the model does not run in ONNX Runtime.
+        """
+        self._end_reply()
+        state = {"history": self.history, "forgotten": self._forgotten}
+        return self._engine().save_cache(file, conversation=json.dumps(state, ensure_ascii=False))
+
+    def restore(self, file: str | Path) -> None:
+        """Go on with a conversation that ``save`` kept; nothing of it is read again.
+
+        Args:
+            file: The file.
+
+        Raises:
+            FolderError: If it is damaged, was written by another model or holds no conversation.
+            SettingsError: If the model does not run in ONNX Runtime.
+        """
+        self._end_reply()
+        notes = self._engine().restore_cache(file)
+        if "conversation" not in notes:
+            raise FolderError(f"{file} holds no conversation; make one with ChatBot.save")
+        state = json.loads(notes["conversation"])
+        self.history, self._forgotten = state["history"], state["forgotten"]
+
+    def _engine(self) -> OnnxModel:
+        from mistill.engine import OnnxModel
+
+        model = getattr(self._model, "model", self._model)
+        require(isinstance(model, OnnxModel), "only conversations with ONNX folders can be kept")
+        assert isinstance(model, OnnxModel)
+        return model
+
+    def _tokens_of_forms(self) -> ConstraintTokens:
+        if self._constraint_tokens is None:
+            self._constraint_tokens = ConstraintTokens(self._vocabulary)
+        return self._constraint_tokens
+
     def _answer(
-        self, question: Message, prompt: list[int], seconds_before: float
+        self,
+        question: Message,
+        prompt: list[int],
+        choose: Choose,
+        text: TextStream,
+        seconds_before: float,
     ) -> Generator[str, None, None]:
-        choose = Sampler(self.settings, self._generator, seen=prompt)
         tokens = self._model.stream(prompt, choose)
-        text = TextStream(self._vocabulary, self.settings.stop)
         shown: list[str] = []
         seconds: list[float] = []
         ending: Ending | None = None

@@ -26,7 +26,8 @@ from mistill import __version__
 from mistill.chat import ChatSettings
 from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.folder import open_folder
-from mistill.settings import settings_dict
+from mistill.language_model import Provider
+from mistill.settings import require, settings_dict
 from quantize import (
     GptqSettings,
     MixedSettings,
@@ -799,6 +800,13 @@ def chat(
     *,
     system: str | None = None,
     threads: int | None = None,
+    provider: Provider = "cpu",
+    draft: str | None = None,
+    exact: bool = True,
+    json_schema: Path | None = None,
+    regex: str | None = None,
+    grammar: Path | None = None,
+    session: Path | None = None,
     settings: Annotated[ChatSettings, Flat] = ChatSettings(),
 ) -> None:
     """Talk to a chatbot; lines from a pipe are answered one by one.
@@ -807,11 +815,39 @@ def chat(
         folder: An ONNX folder, or a model folder where PyTorch is installed.
         system: What the chatbot is told before the conversation.
         threads: Threads to compute with; all processors that may be used if not given.
+        provider: What computes an ONNX folder; cuda and tensorrt need onnxruntime-gpu.
+        draft: Guess ahead, to write faster: ``lookup`` guesses from the conversation, the ONNX
+            folder of a smaller model with the same tokens from that model.
+        exact: Guess only if greedy replies stay the same to the token.
+        json_schema: A file with the JSON schema that every reply must fit.
+        regex: A regular expression that every reply must match.
+        grammar: A file with the Lark grammar that every reply must follow.
+        session: Go on with the conversation in this file, and keep it there at the end.
         settings: How it picks its words.
     """
+    from mistill import constraints
     from mistill.terminal_chat import run_terminal_chat
 
-    run_terminal_chat(folder, system=system, threads=threads, settings=settings)
+    forms = [form for form in (json_schema, regex, grammar) if form is not None]
+    require(len(forms) <= 1, "give one of --json-schema, --regex and --grammar, not several")
+    constraint = None
+    if json_schema is not None:
+        constraint = constraints.json_schema(json_schema)
+    elif regex is not None:
+        constraint = constraints.regex(regex)
+    elif grammar is not None:
+        constraint = constraints.lark(grammar)
+    run_terminal_chat(
+        folder,
+        system=system,
+        threads=threads,
+        settings=settings,
+        session=session,
+        provider=provider,
+        draft=draft,
+        exact=exact,
+        constraint=constraint,
+    )
 
 
 @app.command

@@ -21,18 +21,22 @@ class TextStream:
 
     stopped: bool
 
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, stop: Sequence[str] = (), *, every_byte: bool = False
+    ) -> None:
         """Begin a reply.
 
         Args:
             vocabulary: What the tokens spell.
             stop: Strings that end the text and are not part of it.
+            every_byte: Whether to show the space too with which SentencePiece marks the start of
+                a text; where the form of the text counts, it is part of it.
         """
         self.stopped = False
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = StopStrings(stop)
-        self._empty = True
+        self._empty = not every_byte
 
     def add(self, token: int) -> str:
         """Add a token.

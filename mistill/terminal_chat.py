@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -37,6 +37,8 @@ def run_terminal_chat(
     system: str | None = None,
     threads: int | None = None,
     settings: ChatSettings | None = None,
+    session: Path | None = None,
+    **options: Any,
 ) -> None:
     """Talk to a model until the input ends.
 
@@ -48,12 +50,21 @@ def run_terminal_chat(
         system: What the chatbot is told before the conversation.
         threads: Threads to compute with; None takes all processors that may be used.
         settings: How the chatbot picks its words.
+        session: A file in which the conversation goes on if it is there, and is kept at the end.
+        **options: More of what ``ChatBot`` takes.
     """
-    bot = ChatBot(folder, system=system, settings=settings, threads=threads)
+    bot = ChatBot(folder, system=system, settings=settings, threads=threads, **options)
+    if session is not None:
+        # Now rather than at the end, when a conversation could be lost.
+        if session.exists():
+            bot.restore(session)
+        bot.save(session)
     if sys.stdin.isatty() and sys.stdout.isatty():
         _TerminalChat(bot, Path(folder).name, Console(highlight=False)).run()
     else:
         _answer_lines(bot, sys.stdin, sys.stdout)
+    if session is not None:
+        bot.save(session)
 
 
 def speed_line(speed: Speed, ending: str | None = None) -> str:

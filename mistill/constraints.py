@@ -1,0 +1,247 @@
+"""Replies that must have a form: a JSON schema, a regular expression or a grammar.
+
+llguidance says before each token which tokens may follow; the others are given no probability, and
+the choice among the rest is the sampler's. A reply ends when its form is complete, and only then
+may it end. One that is cut short, by ``max_new_tokens`` or a full context, is not complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
+from mistill.language_model import Choose
+from mistill.vocabulary import Vocabulary
+
+# As json.dumps writes, and most text that models have read. A schema may say otherwise under
+# x-guidance; free white space would let a model write nothing else until it is stopped.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+_MARK = "\x02"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The form that a reply must have; ``json_schema``, ``regex`` and ``lark`` make one.
+
+    Attributes:
+        kind: What it was made of, for messages.
+        grammar: As llguidance reads it.
+    """
+
+    kind: str
+    grammar: str
+
+
+def json_schema(schema: Mapping[str, Any] | str | Path) -> Constraint:
+    """A reply that is JSON and fits a schema.
+
+    Args:
+        schema: The schema, its text, or the path of a file that holds it.
+
+    Returns:
+        The constraint.
+
+    Raises:
+        SettingsError: If it is not a schema, or one that nothing fits.
+    """
+    if isinstance(schema, Path):
+        schema = _text(schema)
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except json.JSONDecodeError as error:
+            raise SettingsError(f"the JSON schema is not JSON: {error}") from error
+    if not isinstance(schema, Mapping):
+        raise SettingsError(f"a JSON schema is an object, not {json.dumps(schema)[:40]}")
+    matcher = _library().LLMatcher
+    grammar = matcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_STYLE)
+    return _checked("JSON schema", grammar)
+
+
+def regex(pattern: str) -> Constraint:
+    """A reply that matches a regular expression from its start to its end.
+
+    Args:
+        pattern: The expression, in the dialect of Rust's ``regex``: no look-around, no references.
+
+    Returns:
+        The constraint.
+
+    Raises:
+        SettingsError: If it is not such an expression.
+    """
+    return _checked("regular expression", _library().LLMatcher.grammar_from_regex(pattern))
+
+
+def lark(grammar: str | Path) -> Constraint:
+    """A reply that a context-free grammar derives.
+
+    Args:
+        grammar: The grammar in Lark's notation, beginning at ``start``, or the path of a file
+            that holds it.
+
+    Returns:
+        The constraint.
+
+    Raises:
+        SettingsError: If it is not such a grammar.
+    """
+    text = _text(grammar) if isinstance(grammar, Path) else grammar
+    return _checked("grammar", _library().LLMatcher.grammar_from_lark(text))
+
+
+class ConstraintTokens:
+    """The tokens of a vocabulary, as llguidance needs them; made once for many replies."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        """Hand over what every token spells.
+
+        Args:
+            vocabulary: Any vocabulary.
+
+        Raises:
+            VocabularyError: If no token ends a reply.
+        """
+        library = _library()
+        if not vocabulary.end_ids:
+            raise VocabularyError(
+                f"{vocabulary!r} has no token that ends a reply, which forms need"
+            )
+        self.size = vocabulary.size
+        self.tokens = library.LLTokenizer(
+            library.TokenizerWrapper(_Spellings(vocabulary)),
+            n_vocab=vocabulary.size,
+            eos_token=list(vocabulary.end_ids),
+        )
+
+
+class ConstrainedChoice:
+    """Chooses what another chooses among the tokens that the form allows."""
+
+    def __init__(self, constraint: Constraint, tokens: ConstraintTokens, choose: Choose) -> None:
+        """Begin a reply.
+
+        Args:
+            constraint: The form.
+            tokens: Of the model's vocabulary.
+            choose: What chooses among the tokens allowed; the others' logits are minus infinity.
+        """
+        self._matcher = _library().LLMatcher(tokens.tokens, constraint.grammar, log_level=0)
+        self._kind = constraint.kind
+        self._choose = choose
+        self._size = tokens.size
+        self._bits = np.zeros(-(-tokens.size // 32), np.uint32)
+        self._complain()
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: Shape (V,); left as they are.
+
+        Returns:
+            The id of one that the form allows.
+
+        Raises:
+            SettingsError: If the form is too complex to go on with.
+        """
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._complain()
+        # As bytes, a mask is the same on every machine that ONNX Runtime runs on.
+        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._size]
+        if not allowed.any():
+            raise SettingsError(f"the {self._kind} allows no token of this vocabulary here")
+        token = self._choose(np.where(allowed, logits, np.float32(-np.inf)))
+        self._matcher.consume_token(token)
+        self._complain()
+        return token
+
+    @property
+    def complete(self) -> bool:
+        """Whether the reply, as it is so far, has the form."""
+        return bool(self._matcher.is_accepting())
+
+    def _complain(self) -> None:
+        if self._matcher.is_error():
+            reason = _one_line(self._matcher.get_error())
+            raise SettingsError(f"the {self._kind} cannot be followed: {reason}")
+
+
+class _Spellings:
+    """A vocabulary under the names that llguidance looks for."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eos_token_id = vocabulary.end_ids[0]
+        self.bos_token_id = vocabulary.bos_id
+        self.tokens = [vocabulary.token_bytes(token) for token in range(vocabulary.size)]
+        self.special_token_ids = [
+            token for token in range(vocabulary.size) if vocabulary.is_special(token)
+        ]
+        self._vocabulary = vocabulary
+        # SentencePiece puts a space before a text; before a mark it does so too, and what follows
+        # the mark is then written as it is inside a text.
+        self._mark = vocabulary.encode(_MARK)
+        self._longest = max(len(spelled) for spelled in self.tokens)
+        self._ids = {
+            spelled: token
+            for token, spelled in enumerate(self.tokens)
+            if spelled and not vocabulary.is_special(token)
+        }
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The tokens of a text that has no choice but to follow."""
+        ids = self._vocabulary.encode(_MARK + text.decode("utf-8", "replace"))
+        rest = ids[len(self._mark) :]
+        if ids[: len(self._mark)] == self._mark and self._spell(rest) == text:
+            return rest
+        return self._longest_first(text)
+
+    def _spell(self, ids: list[int]) -> bytes:
+        return b"".join(self.tokens[token] for token in ids)
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        """Some tokens that spell the text, as far as any do."""
+        ids = []
+        while text:
+            lengths = range(min(self._longest, len(text)), 0, -1)
+            length = next((length for length in lengths if text[:length] in self._ids), None)
+            if length is None:
+                break
+            ids.append(self._ids[text[:length]])
+            text = text[length:]
+        return ids
+
+
+def _checked(kind: str, grammar: str) -> Constraint:
+    complaint = _library().LLMatcher.validate_grammar(grammar)
+    if complaint and not complaint.startswith("WARNING"):
+        raise SettingsError(f"this is not a {kind} that can be followed: {_one_line(complaint)}")
+    return Constraint(kind, grammar)
+
+
+def _one_line(complaint: str) -> str:
+    """What llguidance says, without the parser's state that it adds."""
+    return " ".join(complaint.partition("<state>")[0].split())
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FolderError(f"{file} cannot be read: {error}") from error
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ModuleNotFoundError as error:
+        raise missing_extra("llguidance", "grammar") from error
+    return llguidance

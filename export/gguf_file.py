@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import Architecture, read_architecture
 from export.gguf_vocabulary import GgufVocabulary, read_gguf_vocabulary
 from export.settings import GgufSettings, OnnxSettings
-from mistill.errors import FolderError, missing_extra
+from mistill.errors import ArchitectureError, FolderError, missing_extra
 from mistill.folder import open_folder, read_json
 from mistill.gguf_model import CONTEXT_KEY, ROPE_KEY
 from mistill.lineage import lineage_after
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 LINEAGE_KEY = "mistill.lineage"
 
 # llama.cpp's name for a model type, and whether it wants the rows of q and k in its own order.
-_ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True)}
+_ARCHITECTURES = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "smollm3": ("smollm3", True),
+}
+# llama.cpp leaves every so many layers of a SmolLM3 without rotary positions, whatever a file says.
+_SMOLLM3_STEP = 4
 _FILE_TYPES = {
     "float32": "ALL_F32",
     "float16": "MOSTLY_F16",
@@ -74,6 +82,7 @@ def to_gguf(
             raise FolderError(f"{source} is an ONNX folder; give the folder it was made from")
         config = read_json(info.path / "config.json")
         architecture = read_architecture(config)
+        _require_known(architecture)
         vocabulary = load_vocabulary(info.path)
         described = read_gguf_vocabulary(info.path, vocabulary)
         for library in ("gguf", "safetensors"):
@@ -92,6 +101,21 @@ def to_gguf(
         finally:
             writer.close()
     return Path(target).expanduser().absolute()
+
+
+def _require_known(architecture: Architecture) -> None:
+    """Refuse what llama.cpp computes in another way for a model of this type."""
+    kind, layers = architecture.model_type, range(architecture.layers)
+    if architecture.rotary.kind == "llama3" and _ARCHITECTURES[kind][0] != "llama":
+        raise ArchitectureError(
+            f"llama.cpp does not scale rotary positions of a {kind} model as llama3 does"
+        )
+    without = {layer for layer in layers if (layer + 1) % _SMOLLM3_STEP == 0}
+    if kind == "smollm3" and architecture.unrotated_layers != without:
+        raise ArchitectureError(
+            f"llama.cpp leaves every {_SMOLLM3_STEP}th layer of a smollm3 model without rotary "
+            f"positions, and this one leaves out {sorted(architecture.unrotated_layers)}"
+        )
 
 
 def _describe(

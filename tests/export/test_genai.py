@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from export.architecture import read_architecture
+from export.architecture import ARCHITECTURES, read_architecture
 from export.genai import genai_config
 from export.onnx_folder import to_onnx
 from mistill.vocabulary import load_vocabulary
@@ -56,10 +56,12 @@ def genai_python() -> str:
     return sys.executable
 
 
-@pytest.mark.parametrize("kind", ["float", "tied window", "gptq"])
+@pytest.mark.parametrize("kind", ["float", "tied window", "gptq", "qwen2", "qwen3", "smollm3"])
 def test_genai_writes_the_same_text(kind: str, genai_python: str, tmp_path: Path) -> None:
     tied = kind == "tied window"
     options: dict[str, Any] = {"tie_word_embeddings": True, "sliding_window": 9} if tied else {}
+    if kind in ARCHITECTURES:
+        options = {"model_type": kind, "num_hidden_layers": 4}
     source = tiny_model(tmp_path / "model", **options)
     if kind == "gptq":
         source, _ = gptq_folder(source, tmp_path / "gptq", act_order=True)

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import distill
 from benchmarks.suite.turns import paired_ratio, summary, take_turns
+from tests.tiny import SENTENCES
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,3 +132,66 @@ def test_the_program_for_a_gpu_asks_for_one() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "there is no CUDA device" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prose") / "prose.txt"
+    file.write_text("\n\n".join(SENTENCES * 20), "utf-8")
+    return file
+
+
+def test_what_quantizing_costs_is_measured_for_every_seed(model: Path, prose: Path) -> None:
+    report = run(
+        "quantized_kl",
+        str(model),
+        *("--texts", str(prose), "--held-out", str(prose), "--tokens", "600"),
+        *("--ways", "rounding-64", "gptq-64", "--seeds", "0", "1"),
+        *("--samples", "4", "--block-length", "32", "--threads", "1"),
+    )
+    rounding, gptq = report["ways"]["rounding-64"], report["ways"]["gptq-64"]
+    assert len(rounding["runs"]) == 1
+    assert [one["seed"] for one in gptq["runs"]] == [0, 1]
+    assert gptq["runs"][0]["kl"] != gptq["runs"][1]["kl"]
+    assert gptq["kl_least"] <= gptq["kl"] <= gptq["kl_greatest"] < rounding["kl"]
+    assert report["recovered"]["gptq-64"][1] == pytest.approx(
+        1 - gptq["runs"][1]["kl"] / rounding["kl"]
+    )
+    assert gptq["weight_bytes"] == rounding["weight_bytes"]
+    assert 100 < gptq["peak_mib"] < 2000
+    assert report["held_out_tokens"] >= 550
+
+
+@pytest.mark.slow
+def test_onnxruntime_quantizers_are_read_from_the_codes_they_leave(
+    model: Path, prose: Path
+) -> None:
+    report = run(
+        "onnxruntime_quantizers",
+        str(model),
+        *("--texts", str(prose), "--held-out", str(prose), "--tokens", "600", "--threads", "1"),
+        *("--samples", "4", "--block-length", "32", "--group-size", "32"),
+    )
+    kl = {name: way["kl"] for name, way in report["ways"].items()}
+    assert len(kl) == 9
+    # Misread codes would be a model of noise.
+    assert max(kl.values()) < 4 * kl["rounding, symmetric"]
+    assert kl["onnxruntime gptq, asymmetric"] < kl["rounding, symmetric"]
+    assert report["over_onnxruntime_gptq"]["gptq, symmetric"] == pytest.approx(
+        kl["mistill gptq, symmetric"] / kl["onnxruntime gptq, symmetric"]
+    )
+
+
+def test_tokens_that_llama_cpp_counts_are_those_of_each_second_half(tmp_path: Path) -> None:
+    from benchmarks.suite.against_q4_k_m import counted_tokens
+
+    ids = np.arange(16, dtype="<i4")
+    file = tmp_path / "logits"
+    file.write_bytes(b"_logits_" + np.array([8, 384, 2], "<i4").tobytes() + ids.tobytes())
+    blocks = counted_tokens(file)
+    assert blocks.ids.tolist() == [list(range(8)), list(range(8, 16))]
+    # llama-perplexity reads the logits at 4, 5 and 6 of a chunk of 8.
+    assert np.flatnonzero(blocks.kept[0]).tolist() == [4, 5, 6]
+    (tmp_path / "other").write_bytes(b"_nothing")
+    with pytest.raises(SystemExit, match="does not begin as"):
+        counted_tokens(tmp_path / "other")

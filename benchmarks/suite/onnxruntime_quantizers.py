@@ -1,0 +1,255 @@
+"""KL of onnxruntime's own 4-bit GPTQ and k-quant against mistill's GPTQ, at equal bits and groups.
+
+    python -m benchmarks.suite.onnxruntime_quantizers MODEL --texts CALIBRATION --held-out TEXT
+
+onnxruntime's quantizers work on a float32 graph, which mistill exports; the codes that they leave
+in it are turned back into floats and put in the place of the model's matrices in PyTorch, so that
+all are measured alike and nothing but the codes counts. Embedding and head stay float everywhere.
+The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mistill.kl import compare, predict
+from mistill.pytorch import load_pytorch
+from mistill.text import TokenBlocks, pack, read_documents
+from mistill.vocabulary import load_vocabulary
+
+# The matrices that the graph holds side by side.
+_PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def main() -> None:
+    """Quantize, measure, and print a JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--texts", required=True, help="text to calibrate on")
+    parser.add_argument("--held-out", required=True, help="text to measure on")
+    parser.add_argument("--tokens", type=int, default=16_384, help="held-out tokens")
+    parser.add_argument("--samples", type=int, default=4, help="calibration blocks")
+    parser.add_argument("--block-length", type=int, default=512)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = run(given, Path(scratch))
+    # onnxruntime's bars end without a new line.
+    print("\n" + json.dumps(report))
+
+
+def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Quantize by all, and measure all.
+
+    Args:
+        given: The command line.
+        scratch: An empty folder.
+
+    Returns:
+        The JSON document.
+    """
+    import export
+    import quantize
+    from quantize.drawing import draw_blocks
+    from quantize.settings import GptqSettings
+
+    drawn = {"samples": given.samples, "block_length": given.block_length, "seed": given.seed}
+    calibration = draw_blocks(given.texts, Path(given.model), GptqSettings(**drawn))
+    graph = export.to_onnx(given.model, scratch / "graph", precision="float32")
+    documents = read_documents(given.held_out, load_vocabulary(given.model))
+    blocks = pack(documents, given.block_length)
+    wanted = min(len(blocks), -(-given.tokens // given.block_length))
+    blocks = blocks[np.linspace(0, len(blocks) - 1, wanted).astype(np.int64)]
+    reference = predict(load_pytorch(given.model), blocks)
+    found: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, made: Callable[[], Any]) -> None:
+        started = time.perf_counter()
+        model = made()
+        seconds = time.perf_counter() - started
+        one = compare({"": reference}, {"": predict(model, blocks)}, blocks)[""][""]
+        found[name] = {
+            "kl": one.kl,
+            "kl_standard_error": one.kl_standard_error,
+            "perplexity": one.perplexity,
+            "seconds": seconds,
+        }
+        print(f"{name}: KL {one.kl:.5f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    def ours(call: str, **options: Any) -> Callable[[], Any]:
+        target = scratch / f"ours-{len(found)}"
+        texts = {} if call == "to_rounding" else {"texts": given.texts, **drawn}
+        make = getattr(quantize, call)
+        options |= {"bits": 4, "group_size": given.group_size, **texts}
+        return lambda: load_pytorch(make(given.model, target, **options))
+
+    for symmetric, kind in ((True, "symmetric"), (False, "asymmetric")):
+        measure(f"rounding, {kind}", ours("to_rounding", symmetric=symmetric))
+        measure(f"mistill gptq, {kind}", ours("to_gptq", symmetric=symmetric))
+        measure(f"mistill gptaq, {kind}", ours("to_gptq", symmetric=symmetric, method="gptaq"))
+        measure(
+            f"onnxruntime gptq, {kind}",
+            partial(theirs, given, graph, "gptq", symmetric, calibration),
+        )
+    measure("onnxruntime k-quant", partial(theirs, given, graph, "k_quant", False, calibration))
+    return {
+        "model": given.model,
+        "held_out_tokens": int(blocks.kept.sum()),
+        "calibration_tokens": calibration.tokens,
+        "group_size": given.group_size,
+        "ways": found,
+        "over_onnxruntime_gptq": {
+            f"{method}, {kind}": found[f"mistill {method}, {kind}"]["kl"]
+            / found[f"onnxruntime gptq, {kind}"]["kl"]
+            for method in ("gptq", "gptaq")
+            for kind in ("symmetric", "asymmetric")
+        },
+        "over_onnxruntime_k_quant": {
+            method: found[f"mistill {method}, asymmetric"]["kl"]
+            / found["onnxruntime k-quant"]["kl"]
+            for method in ("gptq", "gptaq")
+        },
+    }
+
+
+def theirs(
+    given: argparse.Namespace,
+    graph: Path,
+    algorithm: str,
+    symmetric: bool,
+    calibration: TokenBlocks,
+) -> Any:
+    """The model with the codes of onnxruntime's quantizer.
+
+    Args:
+        given: The command line.
+        graph: A float32 ONNX folder of the model.
+        algorithm: "gptq" or "k_quant".
+        symmetric: Whether the zero is the middle code.
+        calibration: Text to calibrate on.
+
+    Returns:
+        The model in PyTorch.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        GPTQWeightOnlyQuantConfig,
+        KQuantWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
+    )
+
+    loaded = onnx.load(graph / "model.onnx")
+    for tensor in loaded.graph.initializer:
+        if tensor.name == "first_logit":
+            # The last layer, too, is to see every position.
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(1, np.int64), tensor.name))
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.feeds = _feeds(loaded, calibration)
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            return self.feeds.pop() if self.feeds else None
+
+    config: Any = KQuantWeightOnlyQuantConfig()
+    if algorithm == "gptq":
+        config = GPTQWeightOnlyQuantConfig(calibration_data_reader=Reader())
+    quantizer = MatMulNBitsQuantizer(
+        loaded,
+        bits=4,
+        block_size=given.group_size,
+        is_symmetric=symmetric,
+        nodes_to_exclude=["logits"],
+        algo_config=config,
+    )
+    quantizer.process()
+    model = load_pytorch(given.model)
+    replaced = 0
+    with torch.no_grad():
+        for output, weight in _weights(quantizer.model, given.group_size):
+            _, layer, kind = output.split(".")
+            start = 0
+            for name in _PARTS[kind]:
+                module: Any = model.get_submodule(f"model.layers.{layer}.{name}")
+                stop = start + module.out_features
+                module.weight.copy_(weight[start:stop])
+                start = stop
+                replaced += 1
+    if replaced != 7 * model.config.num_hidden_layers:
+        raise SystemExit(f"onnxruntime quantized {replaced} matrices, not all")
+    return model
+
+
+def _feeds(graph: Any, blocks: TokenBlocks) -> list[dict[str, NDArray[Any]]]:
+    """What the graph is given for each block: its tokens and an empty cache."""
+    feeds = []
+    for ids in blocks.ids:
+        feed: dict[str, NDArray[Any]] = {
+            "input_ids": ids[None],
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+        }
+        for given in graph.graph.input:
+            if given.name.startswith("past_key_values"):
+                dims = given.type.tensor_type.shape.dim
+                feed[given.name] = np.zeros((1, dims[1].dim_value, 0, dims[3].dim_value), "f4")
+        feeds.append(feed)
+    return feeds
+
+
+def _weights(quantized: Any, group_size: int) -> Iterator[tuple[str, Tensor]]:
+    """The float weights (N, K) that the codes of a graph stand for, by the name of the output."""
+    from onnx import numpy_helper
+
+    model = getattr(quantized, "model", quantized)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        # GPTQ quantizes the head even where it is told not to; here the head stays float.
+        if node.op_type != "MatMulNBits" or node.output[0] == "logits":
+            continue
+        attributes = {one.name: one.i for one in node.attribute}
+        size = attributes["block_size"]
+        if size != group_size:
+            raise SystemExit(f"{node.name} has blocks of {size}")
+        packed, scales, *zeros = (
+            numpy_helper.to_array(stored[name]) for name in node.input[1:4] if name
+        )
+        outputs, columns = attributes["N"], attributes["K"]
+        codes = _nibbles(packed.reshape(outputs, -1)).reshape(outputs, -1, size)
+        groups = codes.shape[1]
+        zero = np.full((outputs, groups), 8.0, np.float32)
+        if zeros:
+            zero = _nibbles(zeros[0].reshape(outputs, -1))[:, :groups].astype(np.float32)
+        weight = (codes - zero[..., None]) * scales.reshape(outputs, groups)[..., None]
+        yield node.output[0], torch.from_numpy(weight.reshape(outputs, -1)[:, :columns].copy())
+
+
+def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Codes of 4 bits, the low half of each byte first."""
+    pairs = np.stack([packed & 15, packed >> 4], axis=-1)
+    return pairs.reshape(len(packed), -1).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()

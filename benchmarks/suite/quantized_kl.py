@@ -1,0 +1,289 @@
+"""What quantizing a model costs: KL to the float model, perplexity, bytes, time and memory.
+
+    python -m benchmarks.suite.quantized_kl MODEL --texts CALIBRATION --held-out TEXT
+
+Each way of quantizing runs in a process of its own, once for every seed of its calibration text;
+time and peak memory are those of the whole process, with everything that it loads. Then all of
+them predict the same held-out tokens. With ``--gptqmodel-python`` that library quantizes too, on
+the same blocks of text. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from mistill.kl import Predictions, compare, predict
+from mistill.pytorch import load_pytorch
+from mistill.text import TokenBlocks, pack, read_documents
+from mistill.vocabulary import load_vocabulary
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of quantizing.
+
+    Attributes:
+        call: A function of ``quantize``.
+        options: What it is given beside source, target and text.
+        calibrated: Whether it reads text, and so has a seed.
+    """
+
+    call: str
+    options: dict[str, Any]
+    calibrated: bool = True
+
+
+WAYS = {
+    "rounding-64": Way("to_rounding", {"bits": 4, "group_size": 64}, calibrated=False),
+    "rounding-row": Way("to_rounding", {"bits": 4, "group_size": -1}, calibrated=False),
+    "rounding-8bit": Way("to_rounding", {"bits": 8, "group_size": 64}, calibrated=False),
+    "gptq-64": Way("to_gptq", {"bits": 4, "group_size": 64}),
+    "gptq-64-asymmetric": Way("to_gptq", {"bits": 4, "group_size": 64, "symmetric": False}),
+    "gptq-row": Way("to_gptq", {"bits": 4, "group_size": -1}),
+    "gptq-8bit": Way("to_gptq", {"bits": 8, "group_size": 64}),
+    "gptaq-64": Way("to_gptq", {"bits": 4, "group_size": 64, "method": "gptaq"}),
+    "gptaq-row": Way("to_gptq", {"bits": 4, "group_size": -1, "method": "gptaq"}),
+    "gptaq-8bit": Way("to_gptq", {"bits": 8, "group_size": 64, "method": "gptaq"}),
+    "gptqmodel-64": Way("to_gptq", {"bits": 4, "group_size": 64, "backend": "gptqmodel"}),
+    "nf4": Way("to_nf4", {}, calibrated=False),
+}
+
+_CHILD = """
+import json, sys, quantize
+call, source, target, texts, options = json.loads(sys.argv[1])
+extra = {} if texts is None else {"texts": texts}
+getattr(quantize, call)(source, target, **extra, **options)
+"""
+
+
+def main() -> None:
+    """Quantize, measure, and print a JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--texts", required=True, help="text to calibrate on")
+    parser.add_argument("--held-out", required=True, help="text to measure on")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=65_536, help="held-out tokens, at most")
+    parser.add_argument("--samples", type=int, default=16, help="calibration blocks")
+    parser.add_argument("--block-length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gptqmodel-python", help="Python that has gptqmodel")
+    parser.add_argument("--keep", type=Path, help="folder to leave the quantized models in")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(run(given, given.keep or Path(scratch))))
+
+
+def run(given: argparse.Namespace, home: Path) -> dict[str, Any]:
+    """Make and measure.
+
+    Args:
+        given: The command line.
+        home: Where the quantized models lie.
+
+    Returns:
+        The JSON document.
+    """
+    import torch
+
+    torch.set_num_threads(given.threads)
+    home.mkdir(parents=True, exist_ok=True)
+    ways = [name for name in given.ways if name != "gptqmodel-64" or given.gptqmodel_python]
+    made: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    # Seeds outside, ways inside: whatever else the machine does falls on all alike.
+    for seed in given.seeds:
+        for name in ways:
+            if WAYS[name].calibrated or not made[name]:
+                made[name].append(quantize(given, name, seed, home))
+                _say(name, seed, made[name][-1])
+    blocks = held_out_blocks(given)
+    reference = predictions(Path(given.model), blocks)
+    float_perplexity = 0.0
+    for name in ways:
+        for run in made[name]:
+            folder = Path(run.pop("folder"))
+            found = compare({"": reference}, {"": predictions(folder, blocks)}, blocks)[""][""]
+            float_perplexity = found.reference_perplexity
+            run |= {
+                "kl": found.kl,
+                "kl_standard_error": found.kl_standard_error,
+                "kl_p99": found.kl_p99,
+                "agreement": found.agreement,
+                "perplexity": found.perplexity,
+            }
+            run["weight_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            _say(name, run["seed"], run)
+    return {
+        "model": given.model,
+        "calibration_tokens": given.samples * given.block_length,
+        "held_out_tokens": int(blocks.kept.sum()),
+        "threads": given.threads,
+        "float_perplexity": float_perplexity,
+        "ways": {name: summary(runs) for name, runs in made.items()},
+        "recovered": recovered(made),
+        "over_gptqmodel": over_gptqmodel(made),
+    }
+
+
+def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dict[str, Any]:
+    """Quantize in a child, and say what that took.
+
+    Args:
+        given: The command line.
+        name: Which way.
+        seed: Of its calibration text.
+        home: Where to put it.
+
+    Returns:
+        Its folder, seconds and peak memory in MiB.
+    """
+    way, target = WAYS[name], home / f"{name}-{seed}"
+    options = dict(way.options)
+    if way.calibrated:
+        options |= {"samples": given.samples, "block_length": given.block_length, "seed": seed}
+    texts = given.texts if way.calibrated else None
+    python = given.gptqmodel_python if "backend" in options else sys.executable
+    work = json.dumps([way.call, given.model, str(target), texts, options | {"overwrite": True}])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": str(given.threads),
+    }
+    started = time.perf_counter()
+    child = subprocess.Popen(
+        [python, "-c", _CHILD, work],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=home,
+    )
+    assert child.stderr is not None
+    complaint = child.stderr.read().decode()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{name} failed:\n{complaint[-2000:]}")
+    return {
+        "seed": seed,
+        "folder": str(target),
+        "seconds": time.perf_counter() - started,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mib": _peak_mib(usage),
+    }
+
+
+def _peak_mib(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss / 1024
+
+
+def held_out_blocks(given: argparse.Namespace) -> TokenBlocks:
+    """Blocks to measure on, spread evenly over the text.
+
+    Args:
+        given: The command line.
+
+    Returns:
+        The blocks.
+    """
+    blocks = pack(read_documents(given.held_out, load_vocabulary(given.model)), given.block_length)
+    wanted = min(len(blocks), max(1, given.tokens // given.block_length + 1))
+    return blocks[np.linspace(0, len(blocks) - 1, wanted).astype(np.int64)]
+
+
+def predictions(folder: Path, blocks: TokenBlocks) -> Predictions:
+    """What a model says about the held-out text.
+
+    Args:
+        folder: The model.
+        blocks: The text.
+
+    Returns:
+        Its hidden states and head.
+    """
+    return predict(load_pytorch(folder), blocks)
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread over seeds.
+
+    Args:
+        runs: One entry per seed.
+
+    Returns:
+        Means, least and greatest, and the runs themselves.
+    """
+    figures = ("kl", "perplexity", "agreement", "seconds", "processor_seconds", "peak_mib")
+    means = {figure: mean(run[figure] for run in runs) for figure in figures}
+    values = [run["kl"] for run in runs]
+    return {
+        **means,
+        "kl_least": min(values),
+        "kl_greatest": max(values),
+        "weight_bytes": runs[0]["weight_bytes"],
+        "runs": list(runs),
+    }
+
+
+def recovered(made: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """How much of what rounding loses each way does not, per seed.
+
+    Args:
+        made: The runs of each way.
+
+    Returns:
+        (rounding - way) / rounding for every way with the same bits and groups.
+    """
+    found = {}
+    for name, runs in made.items():
+        rounding = made.get(f"rounding-{name.split('-')[1]}") if "-" in name else None
+        if rounding and not name.startswith("rounding"):
+            base = rounding[0]["kl"]
+            found[name] = [1 - run["kl"] / base for run in runs]
+    return found
+
+
+def over_gptqmodel(made: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+    """Our figures over gptqmodel's, seed by seed, at the same bits and groups.
+
+    Args:
+        made: The runs of each way.
+
+    Returns:
+        Ratios of KL, seconds and peak memory.
+    """
+    theirs = made.get("gptqmodel-64", [])
+    return {
+        name: {
+            figure: [
+                run[figure] / rival[figure] for run, rival in zip(made[name], theirs, strict=True)
+            ]
+            for figure in ("kl", "seconds", "processor_seconds", "peak_mib")
+        }
+        for name in ("gptq-64", "gptaq-64")
+        if theirs and name in made
+    }
+
+
+def _say(name: str, seed: int, run: dict[str, Any]) -> None:
+    words = ", ".join(
+        f"{figure} {run[figure]:.5g}" for figure in ("kl", "seconds", "peak_mib") if figure in run
+    )
+    print(f"{name} (seed {seed}): {words}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ graph or follows from the source's ``g_idx``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +102,9 @@ def check_codes(folder: Path, source: Path, architecture: Architecture) -> CodeC
         for module in modules:
             if stored is None:
                 continue
-            end = start + architecture.shapes()[module][0]
-            part, start = stored.rows(start, end), end
+            count, columns = architecture.shapes()[module]
+            part = replace(stored.rows(start, start + count), columns=columns)
+            start += count
             if f"{module}.qweight" in files and layout is not None:
                 scales += _compare_gptq(part, files, module, layout, rows)
             elif f"{module}.weight.{_NF4_STATE}" in files:
@@ -147,7 +148,8 @@ def _read(node: ir.Node) -> _Stored | None:
     if zeros is not None and not gathers:
         zeros = _lanes(zeros, bits)[:, : scales.shape[1]]
     columns = node.attributes.get_int("K", codes.shape[1] * codes.shape[2] * 8 // bits)
-    return _Stored(codes, scales, zeros, bits, columns, None if gathers else _column_order(node))
+    order = _order_undone(node) if gathers else _column_order(node)
+    return _Stored(codes, scales, zeros, bits, columns, order)
 
 
 def _column_order(node: ir.Node) -> NDArray[np.int64] | None:
@@ -159,6 +161,19 @@ def _column_order(node: ir.Node) -> NDArray[np.int64] | None:
     order = constant(producer.inputs[1])
     last = producer.attributes.get_int("axis", 0) == -1
     return None if order is None or not last else _array(order).astype(np.int64)
+
+
+def _order_undone(node: ir.Node) -> NDArray[np.int64] | None:
+    """The source's column at each place of a table, as the graph puts its rows in order again."""
+    while True:
+        uses = node.outputs[0].uses()
+        following = [use.node for use in uses if use.node.op_type in ("Reshape", "Slice", "Gather")]
+        if not following:
+            return None
+        (node,) = following
+        if node.op_type == "Gather":
+            places = constant(node.inputs[1])
+            return None if places is None else np.argsort(_array(places))
 
 
 def _row_order(

@@ -6,7 +6,6 @@ becomes is decided here: float weights stay, GPTQ codes and NF4 levels become bl
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,13 +31,12 @@ from mistill.errors import FolderError, missing_extra
 from mistill.folder import read_config, safetensors_header, weight_files
 from mistill.gptq_doctor import require_sound
 from mistill.gptq_layout import QuantizedWeight, read_quantization
-from mistill.nf4_layout import NF4_NAMES, read_nf4
+from mistill.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
 from mistill.tensor_files import TensorFiles, read_quantized
 
 FloatWeight = NDArray[np.float32]
 Weight = FloatWeight | BlockWeight
 
-_NF4_STATE = "quant_state.bitsandbytes__nf4"
 _ROUNDED_BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8}
 
 
@@ -128,7 +126,7 @@ class FolderWeights:
             columns = self._shapes[f"{module}.qweight"][0] * 32 // form.bits
             group = columns if width == 1 else form.group_size
             return Stored(form.bits, group, largest, widens=form.bits < 8)
-        if self.has(f"{module}.weight.{_NF4_STATE}"):
+        if self.has(f"{module}.weight.{NF4_STATE}"):
             return Stored(8, min(NF4_BLOCK, largest), largest, widens=False)
         return None if bits == 32 else Stored(bits, max(LEGAL_BLOCKS), largest, widens=False)
 
@@ -179,7 +177,7 @@ class FolderWeights:
         """
         if self._settings.precision == "float32" or self.has(f"{module}.qweight"):
             return False
-        return self._settings.precision != "auto" or self.has(f"{module}.weight.{_NF4_STATE}")
+        return self._settings.precision != "auto" or self.has(f"{module}.weight.{NF4_STATE}")
 
     def linear(self, module: str) -> Linear:
         """Read a linear layer of the decoder.
@@ -213,7 +211,7 @@ class FolderWeights:
         codes = self.codes(module)
         if codes is not None:
             return codes.dequantize()
-        if self.has(f"{module}.weight.{_NF4_STATE}"):
+        if self.has(f"{module}.weight.{NF4_STATE}"):
             return read_nf4(self._codes.parts(module, NF4_NAMES), module).dequantize()
         return self.floats(f"{module}.weight")
 
@@ -260,7 +258,7 @@ class FolderWeights:
                 form = None if self._gptq is None else self._gptq.format_of(module)
                 bits = 32 if form is None else form.bits
                 name, expected = f"{module}.qweight", (shape[1] * bits // 32, shape[0])
-            elif self.has(f"{name}.{_NF4_STATE}"):
+            elif self.has(f"{name}.{NF4_STATE}"):
                 expected = (math.prod(shape) // 2, 1)
             found = self._shapes.get(name)
             if found is None:
@@ -279,7 +277,7 @@ class FolderWeights:
     def _stored(self, module: str) -> Weight:
         if self.has(f"{module}.qweight"):
             return self._gptq_blocks(module)
-        if self.has(f"{module}.weight.{_NF4_STATE}"):
+        if self.has(f"{module}.weight.{NF4_STATE}"):
             return self._nf4_blocks(module)
         return self.floats(f"{module}.weight")
 
@@ -312,20 +310,10 @@ class FolderWeights:
 
     def _nf4_blocks(self, module: str) -> BlockWeight:
         """Blocks of what bitsandbytes saved, whose scales may be quantized themselves."""
-        prefix = f"{module}.weight"
-        state = json.loads(self.tensor(f"{prefix}.{_NF4_STATE}").tobytes())
-        maxima = self.tensor(f"{prefix}.absmax")
-        if self.has(f"{prefix}.nested_absmax"):
-            nested = self.floats(f"{prefix}.nested_quant_map")[maxima]
-            scales = self.floats(f"{prefix}.nested_absmax").repeat(state["nested_blocksize"])
-            maxima = nested * scales[: len(nested)] + np.float32(state["nested_offset"])
-        rows, columns = state["shape"]
+        present = (name for name in NF4_NAMES if self.has(f"{module}.{name}"))
+        weight = read_nf4({name: self.tensor(f"{module}.{name}") for name in present}, module)
         return blocks_of_nf4(
-            self.tensor(prefix).reshape(-1),
-            self.floats(f"{prefix}.quant_map"),
-            maxima.astype(np.float32),
-            (rows, columns),
-            self._block(module, 8),
+            weight.codes, weight.levels, weight.scales, weight.shape, self._block(module, 8)
         )
 
 

@@ -8,6 +8,7 @@ tensor is ever left at a random start.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,23 +20,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mistill.errors import ArchitectureError, ContextError, FolderError
+from mistill.errors import (
+    ArchitectureError,
+    ContextError,
+    FolderError,
+    MissingExtraError,
+    missing_extra,
+)
 from mistill.folder import (
     FolderInfo,
     context_length,
     open_folder,
-    read_config,
     read_json,
     safetensors_header,
     weight_files,
 )
 from mistill.gptq_doctor import require_sound
-from mistill.gptq_layout import TENSOR_NAMES, read_quantization
+from mistill.gptq_layout import TENSOR_NAMES
 from mistill.language_model import Choose, greedy
-from mistill.tensor_files import TensorFiles, read_quantized
+from mistill.plain_weights import PlainWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 READABLE = ("llama", "mistral")
 
@@ -217,9 +225,12 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
 
 def _load(info: FolderInfo, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     if info.form == "nf4":
-        return _load_nf4(info.path, dtype)
-    if info.form == "gptq":
-        return _load_gptq(info.path, config, dtype)
+        try:
+            return _load_nf4(info.path, dtype)
+        except MissingExtraError as error:
+            _log.warning("%s; its NF4 weights take the room of floats until then", error)
+    if info.form != "model":
+        return _load_decoded(info, config, dtype)
     return _model_class(config).from_pretrained(
         info.path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
     )
@@ -243,18 +254,40 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_gptq(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    require_sound(folder)
-    wanted = dict(empty_model(config).named_parameters())
-    weights = {}
-    for name, weight in dequantized(folder):
-        if name in wanted:
-            weights[name] = weight.to(dtype)
-        elif name.endswith(".bias") and weight.count_nonzero():
-            raise FolderError(f"{folder} holds {name}, a bias that its architecture has not")
+def _load_decoded(
+    info: FolderInfo, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load the floats that a folder's codes stand for."""
+    weights = {name: weight.to(dtype) for name, weight in decoded(info, config)}
     return _model_class(config).from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype
     )
+
+
+def decoded(info: FolderInfo, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """Read the weights that an architecture asks for from codes, one at a time.
+
+    Args:
+        info: A GPTQ or NF4 folder.
+        config: Its config, from ``plain_config``.
+
+    Yields:
+        Names and tensors: float32 of those stored as codes or in bfloat16, the others as they are
+        stored.
+
+    Raises:
+        FolderError: If the codes contradict what is said of them, or a matrix has a bias that the
+            architecture has not.
+    """
+    if info.form == "gptq":
+        require_sound(info.path)
+    wanted = dict(empty_model(config).named_parameters())
+    found = PlainWeights(info.path)
+    for name in found:
+        if name in wanted:
+            yield name, torch.from_numpy(found.read(name))
+        elif name.endswith(".bias") and found.read(name).any():
+            raise FolderError(f"{info.path} holds {name}, a bias that its architecture has not")
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -285,31 +318,6 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, read(name)
 
 
-def dequantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a GPTQ folder by its name in the plain architecture, one at a time.
-
-    Args:
-        folder: A GPTQ folder that ``mistill.gptq_doctor`` found sound.
-
-    Yields:
-        Names and tensors: float32 of those stored as codes, the others as they are stored.
-
-    Raises:
-        FolderError: If a matrix lacks a tensor.
-    """
-    layout = read_quantization(read_config(folder))
-    assert layout is not None, "describe() calls a folder gptq only by its quantization_config"
-    files = TensorFiles(folder)
-    with _reading(folder) as (names, read):
-        for name in names:
-            module, _, last = name.rpartition(".")
-            if last == "qweight":
-                weight = read_quantized(files, module, layout)
-                yield f"{module}.weight", torch.from_numpy(weight.dequantize())
-            elif last not in TENSOR_NAMES:
-                yield name, read(name)
-
-
 @contextmanager
 def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
     """The names of all tensors of a folder, and a function that reads one."""
@@ -335,8 +343,6 @@ def _load_nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         from bitsandbytes.nn.modules import Linear4bit
     except ModuleNotFoundError as error:
-        from mistill.errors import missing_extra
-
         raise missing_extra("bitsandbytes", "compress") from error
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -7,7 +7,6 @@ gained back: the folder predicts what the quantized one does, at the bytes of a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,21 +15,17 @@ from torch import Tensor
 
 from mistill.errors import FolderError
 from mistill.folder import copy_companions, open_folder, read_config
-from mistill.gptq_doctor import require_sound
 from mistill.lineage import add_lineage
-from mistill.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
 from mistill.progress import track
 from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.pytorch import (
     check_weights,
-    dequantized,
+    decoded,
     empty_model,
     plain_config,
     require_readable,
-    stored_tensors,
 )
 from mistill.settings import require
-from mistill.tensor_files import TensorFiles
 from quantize.settings import FloatType
 from quantize.storage import TensorWriter
 
@@ -75,42 +70,20 @@ def dequantize(
     require_readable(info)
     plain = plain_config(info.path)
     check_weights(info.path, plain)
-    if info.form == "gptq":
-        require_sound(info.path)
-    wanted = dict(empty_model(plain).named_parameters())
     kind: torch.dtype = getattr(torch, dtype)
+    wanted = sum(1 for _ in empty_model(plain).parameters())
     with (
         creating(target, overwrite) as partial,
         TensorWriter(partial) as writer,
-        track("Dequantizing", total=len(wanted), unit="tensors") as progress,
+        track("Dequantizing", total=wanted, unit="tensors") as progress,
     ):
-        tensors = dequantized(info.path) if info.form == "gptq" else _from_nf4(info.path)
-        for name, tensor in tensors:
-            if name in wanted:
-                writer.add(name, _in_type(name, tensor, kind))
-                progress.advance(1)
-            elif name.endswith(".bias") and tensor.count_nonzero():
-                raise FolderError(f"{source} holds {name}, a bias that its architecture has not")
+        for name, tensor in decoded(info, plain):
+            writer.add(name, _in_type(name, tensor, kind))
+            progress.advance(1)
         _write_config(info.path, partial, dtype)
         copy_companions(info.path, partial)
         add_lineage(partial, step="dequantize", settings={"dtype": dtype}, source=info.path)
     return target
-
-
-def _from_nf4(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    files = TensorFiles(folder)
-    parts = {name for name in NF4_NAMES if name != "weight"}
-    modules = {
-        name.removesuffix(f".weight.{NF4_STATE}") for name in files if name.endswith(NF4_STATE)
-    }
-    own = {f"{module}.{part}" for module in modules for part in parts}
-    for name, tensor in stored_tensors(folder):
-        module = name.removesuffix(".weight")
-        if module in modules and name.endswith(".weight"):
-            weight = read_nf4(files.parts(module, NF4_NAMES), module)
-            yield name, torch.from_numpy(weight.dequantize())
-        elif name not in own:
-            yield name, tensor
 
 
 def _in_type(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:

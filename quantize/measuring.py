@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mistill.errors import FolderError
-from mistill.folder import open_folder, read_json
-from mistill.gptq_layout import EMBEDDING, HEAD, TENSOR_NAMES, read_quantization
+from mistill.folder import open_folder
+from mistill.gptq_layout import EMBEDDING, HEAD
 from mistill.kl import Closeness, Predictions, compare
-from mistill.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
+from mistill.plain_weights import PlainWeights
 from mistill.pytorch import check_weights, plain_config, require_readable
-from mistill.tensor_files import TensorFiles, read_quantized
 from mistill.text import TokenBlocks
 from quantize.calibration import TOKENS_AT_ONCE, Batch, LayeredModel, layer_stages
 
@@ -44,8 +43,7 @@ class StreamedModel(LayeredModel):
         config = plain_config(info.path)
         check_weights(info.path, config)
         super().__init__(info.path, config)
-        self._files = TensorFiles(info.path)
-        self._layout = read_quantization(read_json(info.path / "config.json"))
+        self._weights = PlainWeights(info.path)
 
     def layer(self, index: int) -> nn.Module:
         """Read a decoder layer.
@@ -77,7 +75,7 @@ class StreamedModel(LayeredModel):
         """
         if module == HEAD and self.config.tie_word_embeddings:
             module = EMBEDDING
-        return self._weights(f"{module}.")["weight"]
+        return self._read(f"{module}.")["weight"]
 
     def batches(self, blocks: TokenBlocks) -> list[Batch]:
         """Turn blocks of text into what enters the first layer.
@@ -96,28 +94,17 @@ class StreamedModel(LayeredModel):
     def _filled(self, empty: nn.Module, prefix: str) -> nn.Module:
         module = copy.deepcopy(empty)
         wanted = module.state_dict().keys()
-        found = self._weights(prefix)
+        found = self._read(prefix)
         module.load_state_dict({name: found[name] for name in wanted}, assign=True)
         return module.requires_grad_(False)
 
-    def _weights(self, prefix: str) -> Mapping[str, Tensor]:
+    def _read(self, prefix: str) -> Mapping[str, Tensor]:
         """Float32 weights by the rest of their names."""
-        found = {}
-        for name in self._files:
-            module, _, last = name.rpartition(".")
-            if not name.startswith(prefix) or (".weight." in name):
-                continue
-            if last == "qweight" and self._layout is not None:
-                floats = read_quantized(self._files, module, self._layout).dequantize()
-                name = f"{module}.weight"
-            elif last in TENSOR_NAMES:
-                continue
-            elif f"{name}.{NF4_STATE}" in self._files:
-                floats = read_nf4(self._files.parts(module, NF4_NAMES), module).dequantize()
-            else:
-                floats = self._files.floats(name)
-            found[name.removeprefix(prefix)] = torch.from_numpy(floats).float()
-        return found
+        return {
+            name.removeprefix(prefix): torch.from_numpy(self._weights.read(name)).float()
+            for name in self._weights
+            if name.startswith(prefix)
+        }
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,20 @@ def test_it_is_written_and_read_without_bitsandbytes(
         original = load_file(model / "model.safetensors")[f"{name}.weight"]
         # NF4 leaves about a tenth of a normal weight's size, and its sign.
         assert 0.05 < (decoded - original).norm() / original.norm() < 0.13
+
+
+def test_it_runs_without_bitsandbytes_as_with_it(
+    made: tuple[bool, Path], model: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    ids = torch.tensor([load_vocabulary(model).encode("The mistral is a cold wind.")])
+    with torch.no_grad():
+        expected = load_pytorch(made[1])(ids).logits
+        for name in ("bitsandbytes", "bitsandbytes.nn", "bitsandbytes.nn.modules"):
+            monkeypatch.setitem(sys.modules, name, None)
+        found = load_pytorch(made[1])(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert "bitsandbytes is not installed" in caplog.text
+    assert "the room of floats" in caplog.text
 
 
 def test_a_tied_head_is_stored_once_and_not_quantized(tmp_path: Path) -> None:

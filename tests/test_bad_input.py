@@ -92,6 +92,19 @@ def swap_tokens(place: Path) -> None:
     file.write_text(json.dumps(content), "utf-8")
 
 
+def both(first: Prepare, second: Prepare) -> Prepare:
+    def prepare(place: Path) -> None:
+        first(place)
+        second(place)
+
+    return prepare
+
+
+def rounded(_: Path) -> None:
+    """Make a quantized folder beside the student."""
+    assert main(ROUNDED.split()) == 0
+
+
 DISTILL = "distill student out --teacher teacher --texts chats.jsonl --tokens 64"
 GPTQ = "quantize gptq student out --texts chats.jsonl --group-size 32"
 ROUNDED = "quantize rounding student rounded --group-size 32"
@@ -197,7 +210,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     "rounding what is rounded": (
         "quantize rounding rounded out --group-size 32",
         "already",
-        lambda place: _quietly(ROUNDED),
+        rounded,
     ),
     "rows that blocks of NF4 do not fill": (
         "quantize nf4 narrow out",
@@ -273,7 +286,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     "a rotation of what is quantized": (
         "quantize rotate rounded out",
         "is gptq already",
-        lambda place: _quietly(ROUNDED),
+        rounded,
     ),
     "a rotation to a type nobody has": (
         "quantize rotate student out --dtype int8",
@@ -290,7 +303,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     "tuning against another vocabulary": (
         "quantize tune rounded out --teacher teacher --texts chats.jsonl",
         "different vocabularies",
-        lambda place: (swap_tokens(place), _quietly(ROUNDED)),
+        both(swap_tokens, rounded),
     ),
     "tuning that leaps": (
         "quantize tune student out --teacher teacher --texts chats.jsonl --learning-rate 2",
@@ -300,7 +313,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     "tuning on too little text": (
         "quantize tune rounded out --teacher teacher --texts one.txt",
         "fill no block",
-        lambda place: (_quietly(ROUNDED), write("one.txt", "Too short.")(place)),
+        both(rounded, write("one.txt", "Too short.")),
     ),
     "a format to convert to that nobody reads": (
         "quantize convert student out --to v3",
@@ -473,10 +486,6 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
         write("r.toml", '[a]\nstep = "rounding"'),
     ),
 }
-
-
-def _quietly(command: str) -> None:
-    assert main(command.split()) == 0
 
 
 @pytest.mark.parametrize("case", CASES)

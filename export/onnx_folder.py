@@ -35,6 +35,9 @@ from mistill.vocabulary import Vocabulary, load_vocabulary
 
 _log = logging.getLogger(__name__)
 
+CACHE_TOKENS = 2048
+"""Tokens by which the scales of an int8 cache are set."""
+
 
 def to_onnx(
     source: str | Path,
@@ -189,6 +192,8 @@ def _write(
         with GraphWriter(folder, standard=settings.portable) as writer:
             write(architecture, weights, writer, options)
         facts: dict[str, Any] = {"portable": settings.portable}
+        if settings.cache == "int8":
+            facts["cache"] = _int8_cache(folder, architecture, vocabulary, settings, options)
         if not settings.portable:
             facts |= lint_export(folder, info.path, architecture, settings, options, tuning)
         parity = None
@@ -200,12 +205,31 @@ def _write(
             # Tables that the source holds as codes are not rounded, whatever their bits.
             coarsest = max(4, min(layer_bits, options.head_bits, options.embedding_bits))
             exact = coarsest == 32 or options.accuracy_level == 0 or settings.portable
+            exact = exact and settings.cache == "float32"
             require_parity(parity, exact=exact, bits=coarsest)
         elif settings.parity_positions > 0:
             _log.warning("PyTorch is not installed: the graph was not compared with it")
     if tuning is not None:
         facts["tuning"] = tuning.to_dict()
     return {**facts, "parity": None if parity is None else asdict(parity)}
+
+
+def _int8_cache(
+    folder: Path,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    settings: OnnxSettings,
+    options: GraphOptions,
+) -> dict[str, Any]:
+    """Set the scales of an int8 cache by some text, and say what they cost on another."""
+    from export.int8_cache import quantize_cache
+    from mistill.text import read_documents
+
+    documents = read_documents(settings.cache_texts, vocabulary, limit=CACHE_TOKENS)
+    calibration = np.concatenate([np.array(one.ids, np.int64) for one in documents])
+    length = min(96, options.context_length)
+    held_out = np.array(vocabulary.encode(TEXT), np.int64)[:length]
+    return asdict(quantize_cache(folder, architecture, calibration, held_out))
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

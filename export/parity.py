@@ -9,11 +9,10 @@ by token from its cache, since these are different kernels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +96,7 @@ def measure_parity(
         The distance between the two.
     """
     reference, max_rounding = _reference(source, architecture, weights, ids, options)
-    run = _runner(folder, architecture)
+    run = text_runner(folder, architecture)
     whole, _ = run(ids, None)
     half = len(ids) // 2
     logits, cache = run(ids[:half], None)
@@ -170,12 +169,29 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 # --- the graph ----------------------------------------------------------------------------------
 
-Cache = dict[str, NDArray[np.float32]]
-Run = Callable[[NDArray[np.int64], Cache | None], tuple[NDArray[np.float32], Cache]]
+Cache = dict[str, NDArray[Any]]
 
 
-def _runner(folder: Path, architecture: Architecture) -> Run:
-    """A function from (T,) token ids and a cache to (T, V) logits and the longer cache."""
+class Run(Protocol):
+    """Reads a text with a graph."""
+
+    def __call__(
+        self, ids: NDArray[np.int64], cache: Cache | None, *, last: bool = False
+    ) -> tuple[NDArray[np.float32], Cache]:
+        """From (T,) token ids and a cache to (T, V) logits, or the last, and the longer cache."""
+        ...
+
+
+def text_runner(folder: Path, architecture: Architecture) -> Run:
+    """Open a graph to read texts.
+
+    Args:
+        folder: Where the graph is.
+        architecture: The decoder.
+
+    Returns:
+        A function from (T,) token ids and a cache to (T, V) logits and the longer cache.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
@@ -190,10 +206,14 @@ def _runner(folder: Path, architecture: Architecture) -> Run:
     # A portable graph always gives the logits of all positions.
     choice = any(entry.name == "first_logit" for entry in session.get_overridable_initializers())
     names = [f"{layer}.{part}" for layer in range(architecture.layers) for part in ("key", "value")]
-    nothing = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), np.float32)
+    types = {entry.name: entry.type for entry in session.get_inputs()}
+    kind = np.int8 if types["past_key_values.0.key"] == "tensor(int8)" else np.float32
+    nothing = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), kind)
     outputs = ["logits", *(f"present.{name}" for name in names)]
 
-    def run(ids: NDArray[np.int64], cache: Cache | None) -> tuple[NDArray[np.float32], Cache]:
+    def run(
+        ids: NDArray[np.int64], cache: Cache | None, *, last: bool = False
+    ) -> tuple[NDArray[np.float32], Cache]:
         past = dict.fromkeys(names, nothing) if cache is None else cache
         total = len(ids) + past["0.key"].shape[2]
         feeds: dict[str, Any] = {
@@ -202,7 +222,7 @@ def _runner(folder: Path, architecture: Architecture) -> Run:
             **{f"past_key_values.{name}": past[name] for name in names},
         }
         if choice:
-            feeds["first_logit"] = np.zeros(1, np.int64)
+            feeds["first_logit"] = np.array([-1 if last else 0], np.int64)
         logits, *present = session.run(outputs, feeds)
         return logits[0], dict(zip(names, present, strict=True))
 

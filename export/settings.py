@@ -52,6 +52,9 @@ class OnnxSettings:
             declared done, if PyTorch is installed; 0 leaves the comparison out.
         parity_positions: Positions whose logits are compared with PyTorch's before the folder is
             declared done, if PyTorch is installed; 0 leaves the comparison out.
+        cache: Type of the keys and values of a conversation: ``float32``, or ``int8`` with a scale
+            for each channel, which takes a quarter of the memory and rounds a little more.
+        cache_texts: Text by which the scales of an int8 cache are set, the first 2,048 tokens.
         tune_for: The machine that the graph is for: ``here`` times the kernels of this one for some
             seconds, and a file that ``mistill probe`` wrote stands for another. For each kind of
             matrix the fastest blocks are chosen of those that change no weight, and codes of 4
@@ -69,6 +72,8 @@ class OnnxSettings:
     portable: bool = False
     layout: Literal["mistill", "transformersjs"] = "mistill"
     parity_positions: int = 48
+    cache: Literal["float32", "int8"] = "float32"
+    cache_texts: tuple[str, ...] = ("@demo-train",)
     tune_for: str | None = None
     memory_speed: float | None = None
 
@@ -116,6 +121,16 @@ class OnnxSettings:
             self.parity_positions == 0 or self.parity_positions >= 2,
             f"parity_positions must be 0 or at least 2, got {self.parity_positions!r}",
         )
+        require(
+            self.cache in ("float32", "int8"),
+            f"cache must be float32 or int8, got {self.cache!r}",
+        )
+        require(
+            self.cache == "float32" or not (self.portable or self.layout != "mistill"),
+            "an int8 cache is kept by an operator of ONNX Runtime alone; leave cache at float32 "
+            "for a portable graph or transformers.js",
+        )
+        require(bool(self.cache_texts), "cache_texts must name at least one text")
         require(
             self.tune_for is None or self.accuracy_level == 4,
             "tune_for chooses among kernels that multiply in 8-bit integers; leave accuracy_level "

@@ -8,15 +8,22 @@ covered by what guesses have won, and else by a small share of the time spent.
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 LONGEST = 7
 """Most tokens that are guessed at once; CPU kernels get slow beyond eight positions."""
 
 # What guesses may lose of all time, and of a single step before there is any.
-_SHARE = 0.012
-_START = 0.6
-# How much one new measurement changes an average.
-_WEIGHT = 0.15
-_WEIGHT_OF_A_GUESS = 0.06
+_SHARE = 0.01
+_START = 0.5
+# Measurements of one thing that are remembered; their median is what it takes.
+_REMEMBERED = 9
+# A guess costs at least this share of a step, whatever a disturbed measurement says.
+_LEAST = 0.03
+_UNKNOWN = 0.2
+# How much one more guess, right or wrong, changes the share that is right.
+_WEIGHT = 0.06
 # Won time that is remembered, in steps: what is won in one place is not lost in another.
 _MEMORY = 3.0
 _MEASURE_AGAIN = 24
@@ -39,9 +46,11 @@ class Pace:
     def __init__(self) -> None:
         self.tried = 0
         self.right = 0
-        self._step: float | None = None
-        self._steps = 0
-        self._costs: dict[int, float] = {}
+        self._steps: deque[float] = deque(maxlen=_REMEMBERED)
+        self._step = 0.0
+        # What each guess added to a step, as a share of it.
+        self._shares = deque([_UNKNOWN], maxlen=_REMEMBERED)
+        self._share = _UNKNOWN
         self._hit = 0.75
         self._trials = 0
         self._elapsed = 0.0
@@ -59,10 +68,10 @@ class Pace:
         Returns:
             A number of tokens; 0 for a plain step.
         """
-        if self._step is None or self._steps < 2 or self._since_step >= _MEASURE_AGAIN:
+        if len(self._steps) < 3 or self._since_step >= _MEASURE_AGAIN:
             return 0
         best = max(range(1, LONGEST + 1), key=self._speed_up)
-        if not self._costs:
+        if not self.tried:
             best = 1  # what more would cost is not known
         elif self._speed_up(best) < _PAYS:
             if self._waited < self._wait:
@@ -82,23 +91,22 @@ class Pace:
         """
         self._elapsed += seconds
         if not guessed:
-            self._steps += 1
             self._since_step = 0
             self._waited += 1
-            # One step that the system interrupted says nothing about the next.
-            seconds = seconds if self._step is None else min(seconds, 1.5 * self._step)
-            self._step = _moved(self._step, seconds)
+            self._steps.append(seconds)
+            self._step = median(self._steps)
             return
-        assert self._step is not None
         self._since_step += 1
         self.tried += guessed
         self.right += right
-        self._costs[guessed] = _moved(self._costs.get(guessed), seconds / self._step)
+        self._shares.append((seconds / self._step - 1) / guessed)
+        self._share = max(_LEAST, median(self._shares))
         for place in range(min(right + 1, guessed)):
             self._trials += 1
-            weight = max(_WEIGHT_OF_A_GUESS, 1 / (self._trials + 3))
+            weight = max(_WEIGHT, 1 / (self._trials + 3))
             self._hit += weight * (float(place < right) - self._hit)
-        won = (1 + right) * self._step - seconds
+        # By the medians: what disturbed this step has nothing to do with its guesses.
+        won = (1 + right - self._cost(guessed)) * self._step
         self._balance = min(self._balance + won, _MEMORY * self._step)
         if self._speed_up(max(range(1, LONGEST + 1), key=self._speed_up)) >= _PAYS:
             self._wait = _WAIT
@@ -112,12 +120,5 @@ class Pace:
         return written / self._cost(guessed)
 
     def _cost(self, guessed: int) -> float:
-        """What a step with guesses takes, in plain steps; in proportion to a known number."""
-        if not self._costs:
-            return 1 + 0.15 * guessed
-        known = min(self._costs, key=lambda number: abs(number - guessed))
-        return 1 + max(0.0, self._costs[known] - 1) * guessed / known
-
-
-def _moved(average: float | None, value: float) -> float:
-    return value if average is None else average + _WEIGHT * (value - average)
+        """What a step with guesses takes, in plain steps."""
+        return 1 + self._share * guessed

@@ -50,8 +50,6 @@ class OnnxSettings:
             ``transformersjs`` for one that transformers.js does.
         parity_positions: Positions whose logits are compared with PyTorch's before the folder is
             declared done, if PyTorch is installed; 0 leaves the comparison out.
-        parity_positions: Positions whose logits are compared with PyTorch's before the folder is
-            declared done, if PyTorch is installed; 0 leaves the comparison out.
         cache: Type of the keys and values of a conversation: ``float32``, or ``int8`` with a scale
             for each channel, which takes a quarter of the memory and rounds a little more.
         cache_texts: Text by which the scales of an int8 cache are set, the first 2,048 tokens.
@@ -131,6 +129,11 @@ class OnnxSettings:
             "for a portable graph or transformers.js",
         )
         require(bool(self.cache_texts), "cache_texts must name at least one text")
+        require(
+            self.tune_for is None or not self.portable,
+            "tune_for times ONNX Runtime's own kernels, which a portable graph has none of; leave "
+            "one of them out",
+        )
         require(
             self.tune_for is None or self.accuracy_level == 4,
             "tune_for chooses among kernels that multiply in 8-bit integers; leave accuracy_level "

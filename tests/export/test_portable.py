@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from export.onnx_folder import to_onnx
-from mistill.errors import FolderError
+from export.settings import OnnxSettings
+from mistill.errors import FolderError, SettingsError
 from mistill.pytorch import load_pytorch
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.tiny import tiny_model
@@ -176,6 +177,11 @@ def test_the_folder_says_that_its_cache_is_not_extended_in_place(model: Path, tm
     made = to_onnx(model, tmp_path / "onnx", portable=True, parity_positions=0)
     search = json.loads((made / "genai_config.json").read_text())["search"]
     assert search["past_present_share_buffer"] is False
+
+
+def test_kernels_are_not_timed_for_a_graph_without_them():
+    with pytest.raises(SettingsError, match="which a portable graph has none of"):
+        OnnxSettings(portable=True, precision="int4", tune_for="here")
 
 
 def test_the_engine_refuses_it_in_a_line(model: Path, tmp_path: Path):

@@ -1,0 +1,69 @@
+"""The programs that measure later turns and guesses: they run, and compare what they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import export
+from benchmarks.suite import later_turn, speculation
+from mistill.engine import OnnxModel
+from mistill.vocabulary import load_vocabulary
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def chatbot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("suite")
+    source = tiny_model(folder / "model", seed=2, max_position_embeddings=2048)
+    return export.to_onnx(source, folder / "chatbot", parity_positions=0, context_length=2048)
+
+
+def test_a_conversation_has_the_tokens_asked_for(chatbot: Path) -> None:
+    vocabulary = load_vocabulary(chatbot)
+    messages = later_turn.conversation(vocabulary, 700)
+    assert len(vocabulary.encode(vocabulary.render(messages))) >= 700
+    assert len(vocabulary.encode(vocabulary.render(messages[:-2]))) < 700
+    assert messages[-1]["role"] == "assistant"
+
+
+def test_a_later_turn_is_measured_warm_restored_and_cold(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    run = OnnxModel._read
+
+    def noted(self: OnnxModel, tokens: list[int], scores: object) -> None:
+        read.append(len(tokens))
+        run(self, tokens, scores)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OnnxModel, "_read", noted)
+    found = later_turn.measure(chatbot, 700, 1, 2)
+    json.dumps(found)
+    assert found["prompt_tokens"] > 700
+    assert [len(samples) for samples in found["samples"].values()] == [2, 2, 2]
+    # Of nine later turns, the three cold ones read it all in chunks; so did the turn before them.
+    chunks = found["prompt_tokens"] // 128
+    assert 3 * chunks < sum(count == 128 for count in read) <= 4 * chunks
+    assert found["warm_to_cold"]["median"] < 0.6
+
+
+def test_replies_with_guesses_are_measured_beside_plain_ones(chatbot: Path) -> None:
+    found = speculation.measure(chatbot, chatbot, exact=True, tokens=40, threads=1, rounds=1)
+    json.dumps(found)
+    assert found["rounding"] < 1e-4
+    assert set(found["replies"]) == {
+        f"{question}, {name}"
+        for question in ("repeats", "tells")
+        for name in ("lookup", "wrong", "model")
+    }
+    for name, reply in found["replies"].items():
+        assert reply["same_tokens"] == 40
+        assert reply["tried"] >= reply["right"]
+        if name.endswith("wrong"):
+            assert reply["tried"] > 0
+            assert reply["right"] == 0
+        if name.endswith("model"):  # it is its own draft
+            assert reply["right"] == reply["tried"]

@@ -86,6 +86,8 @@ class _Decoder:
         self._gathered: dict[tuple[ir.Value, bytes], ir.Value] = {}
 
     def write(self) -> None:
+        from mistill.key_value_cache import WINDOW_PROPERTY
+
         architecture, writer = self.architecture, self.writer
         ids = writer.input("input_ids", np.int64, ["batch_size", "sequence"])
         mask = writer.input("attention_mask", np.int64, ["batch_size", "total"])
@@ -124,7 +126,10 @@ class _Decoder:
         logits = self._head(normed, table)
         # One position, as by default: by this, onnxruntime-genai knows how many to expect.
         writer.output(logits, "logits", ["batch_size", 1, architecture.vocabulary_size])
-        writer.save(architecture.model_type)
+        writer.save(
+            architecture.model_type,
+            {WINDOW_PROPERTY: str(architecture.sliding_window)} if self.options.ring else {},
+        )
 
     def _shared(self, mask: ir.Value) -> _Shared:
         writer = self.writer
@@ -237,6 +242,7 @@ class _Decoder:
             scale=1 / math.sqrt(architecture.head_dim),
             do_rotary=int(rotated),
             local_window_size=architecture.sliding_window or -1,
+            **({"sliding_window_cache": 1} if self.options.ring else {}),
         )
         for value in present:
             assert value.name is not None

@@ -67,10 +67,13 @@ def quantize_cache(
     """
     run = text_runner(folder, architecture)
     largest: Cache = {}
-    for start in range(0, len(calibration), _PIECE):
-        _, cache = run(calibration[start : start + _PIECE], None, last=True)
-        for name, seen in cache.items():
-            found = _sizes(name, seen)
+    # Within a window, no row of the cache is dropped or left over.
+    piece = min(_PIECE, architecture.sliding_window or _PIECE)
+    for start in range(0, len(calibration), piece):
+        ids = calibration[start : start + piece]
+        _, cache = run(ids, None, last=True)
+        for name in cache.keys() - {"tokens"}:
+            found = _sizes(name, cache[name][:, :, : len(ids)])
             largest[name] = np.maximum(largest.get(name, found), found)
     floats, _ = run(held_out, None)
     _store_scales(folder, architecture, {name: size / _TOP for name, size in largest.items()})

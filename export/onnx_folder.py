@@ -79,6 +79,12 @@ def to_onnx(
     if not chosen.portable:
         require_graph(architecture)
     resolved, graph = _resolve(chosen, info)
+    window = architecture.sliding_window
+    require(
+        not graph.ring or (window is not None and window < graph.context_length),
+        f"ring drops what a sliding window leaves behind, and this model's is {window} beside a "
+        f"context of {graph.context_length}: leave it out, or give a longer context_length",
+    )
     vocabulary = load_vocabulary(info.path)
     for library in ("onnx_ir", "safetensors"):
         if find_spec(library) is None:
@@ -138,6 +144,7 @@ def _resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gr
         accuracy_level=settings.accuracy_level,
         head_bits=_table_bits("head_bits", settings.head_bits, info, floats),
         embedding_bits=_table_bits("embedding_bits", settings.embedding_bits, info, floats),
+        ring=settings.ring,
     )
     return replace(settings, precision="float32") if floats else settings, options
 

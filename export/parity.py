@@ -195,6 +195,8 @@ def text_runner(folder: Path, architecture: Architecture) -> Run:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
+    from mistill.key_value_cache import window_of
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_threads()
     options.log_severity_level = 3
@@ -211,11 +213,17 @@ def text_runner(folder: Path, architecture: Architecture) -> Run:
     nothing = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), kind)
     outputs = ["logits", *(f"present.{name}" for name in names)]
 
+    window = window_of(session)
+    if window is not None:
+        nothing = np.zeros((1, nothing.shape[1], window, nothing.shape[3]), kind)
+
     def run(
         ids: NDArray[np.int64], cache: Cache | None, *, last: bool = False
     ) -> tuple[NDArray[np.float32], Cache]:
         past = dict.fromkeys(names, nothing) if cache is None else cache
-        total = len(ids) + past["0.key"].shape[2]
+        # Buffers of the size of a window do not tell how many tokens were read.
+        read = 0 if cache is None else int(past.get("tokens", np.array(past["0.key"].shape[2])))
+        total = len(ids) + read
         feeds: dict[str, Any] = {
             "input_ids": ids[None],
             "attention_mask": np.ones((1, total), np.int64),
@@ -224,7 +232,8 @@ def text_runner(folder: Path, architecture: Architecture) -> Run:
         if choice:
             feeds["first_logit"] = np.array([-1 if last else 0], np.int64)
         logits, *present = session.run(outputs, feeds)
-        return logits[0], dict(zip(names, present, strict=True))
+        longer = dict(zip(names, present, strict=True))
+        return logits[0], longer if window is None else {**longer, "tokens": np.array(total)}
 
     return run
 

@@ -53,6 +53,8 @@ class OnnxSettings:
         cache: Type of the keys and values of a conversation: ``float32``, or ``int8`` with a scale
             for each channel, which takes a quarter of the memory and rounds a little more.
         cache_texts: Text by which the scales of an int8 cache are set, the first 2,048 tokens.
+        ring: Keep no keys and values beyond the model's sliding window, so that memory stops
+            growing there. For models whose window is shorter than the context.
         tune_for: The machine that the graph is for: ``here`` times the kernels of this one for some
             seconds, and a file that ``mistill probe`` wrote stands for another. For each kind of
             matrix the fastest blocks are chosen of those that change no weight, and codes of 4
@@ -72,6 +74,7 @@ class OnnxSettings:
     parity_positions: int = 48
     cache: Literal["float32", "int8"] = "float32"
     cache_texts: tuple[str, ...] = ("@demo-train",)
+    ring: bool = False
     tune_for: str | None = None
     memory_speed: float | None = None
 
@@ -127,6 +130,11 @@ class OnnxSettings:
             self.cache == "float32" or not (self.portable or self.layout != "mistill"),
             "an int8 cache is kept by an operator of ONNX Runtime alone; leave cache at float32 "
             "for a portable graph or transformers.js",
+        )
+        require(
+            not (self.ring and (self.portable or self.layout != "mistill")),
+            "a cache of the size of a window is kept by an operator of ONNX Runtime alone; leave "
+            "ring out for a portable graph or transformers.js",
         )
         require(bool(self.cache_texts), "cache_texts must name at least one text")
         require(
@@ -189,9 +197,11 @@ class GraphOptions:
         accuracy_level: 4 or 0, for every product of codes.
         head_bits: Bits of the output head.
         embedding_bits: Bits of the embedding.
+        ring: Whether attention drops keys and values that have left the sliding window.
     """
 
     context_length: int
     accuracy_level: int
     head_bits: int
     embedding_bits: int
+    ring: bool = False

@@ -6,7 +6,7 @@ model never is in memory as a whole. The same calls in the same order give the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -210,11 +210,12 @@ class GraphWriter:
         self._nodes.append(node)
         return node.outputs
 
-    def save(self, name: str) -> None:
+    def save(self, name: str, properties: Mapping[str, str] | None = None) -> None:
         """Write model.onnx.
 
         Args:
             name: Name of the graph.
+            properties: What a runtime should know of it, by name.
         """
         self._data.flush()
         graph = ir.Graph(
@@ -226,6 +227,7 @@ class GraphWriter:
             name=name,
         )
         model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="mistill")
+        model.metadata_props.update(properties or {})
         ir.save(model, self._folder / MODEL_FILE)
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:

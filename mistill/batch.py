@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from mistill.key_value_cache import as_value, cache_shapes, common_prefix
+from mistill.key_value_cache import as_value, cache_shapes, common_prefix, window_of
 from mistill.language_model import Choose
 
 
@@ -64,6 +64,8 @@ class _Rows:
     def __init__(self, session: onnxruntime.InferenceSession, rows: int, capacity: int) -> None:
         self._session = session
         self._binding = session.io_binding()
+        # With room for a whole text, a graph that drops what its window leaves drops nothing.
+        capacity = max(capacity, window_of(session) or 0)
         self._arrays = {
             name: np.empty((rows, heads, capacity, width), kind)
             for name, (heads, width, kind) in cache_shapes(session).items()

@@ -2,6 +2,9 @@
 
 The graph reads and extends the buffers in place. Taking tokens back is forgetting how many of the
 positions count, so a text that begins like the last one is read from where the two part.
+
+A graph whose model looks back a limited way may keep no more than that: its buffers have a fixed
+number of rows, and attention drops the oldest, many at once, when they are full.
 """
 
 from __future__ import annotations
@@ -15,6 +18,12 @@ from numpy.typing import NDArray
 
 FIRST_CAPACITY = 512
 """Positions that the cache has room for at first."""
+
+WINDOW_SLACK = 256
+"""Rows beyond a window: old positions are dropped once in so many tokens, by moving the others."""
+
+WINDOW_PROPERTY = "mistill.sliding_window_cache"
+"""Entry of a graph's metadata: the positions that a query sees, where older ones are dropped."""
 
 CACHE_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -37,12 +46,15 @@ class KeyValueCache:
         values: The buffers by name, such as ``0.key``; a new dictionary when they have moved.
         context_length: Most positions there can be.
         shapes: Heads and width of a head, and the type, of each buffer by name.
+        window: Positions that a query sees, where the graph drops older ones; None where it keeps
+            all.
     """
 
     ids: list[int]
     values: dict[str, onnxruntime.OrtValue]
     context_length: int
     shapes: dict[str, tuple[int, int, type[np.generic]]]
+    window: int | None
 
     def __init__(
         self,
@@ -61,6 +73,7 @@ class KeyValueCache:
         self.values = {}
         self.context_length = context_length
         self.shapes = cache_shapes(session)
+        self.window = window_of(session)
         self._capacity = 0
         self._device = device
         # Of a cache on the processor only: the same memory as the values.
@@ -76,9 +89,14 @@ class KeyValueCache:
     def rewind(self, count: int) -> None:
         """Forget all but the first tokens; what comes next overwrites their keys and values.
 
+        Where older positions were dropped that a shorter text would need, nothing is kept.
+
         Args:
             count: How many tokens to keep.
         """
+        back = len(self.ids) - count
+        if back > 0 and self._rows(count) != self._rows(len(self.ids)) - back:
+            count = 0
         del self.ids[count:]
 
     def reserve(self, positions: int) -> None:
@@ -87,24 +105,25 @@ class KeyValueCache:
         Args:
             positions: At most ``context_length``.
         """
-        if positions <= self._capacity:
+        if positions <= self._capacity or (self.window is not None and self._capacity):
             return
         capacity = max(self._capacity, min(FIRST_CAPACITY, self.context_length))
         while capacity < positions:
             capacity = min(2 * capacity, self.context_length)
-        self._replace(self.used(), capacity)
+        self._replace(self.used(), self._fixed_capacity() or capacity)
 
     def used(self) -> dict[str, NDArray[Any]]:
         """The keys and values that count.
 
         Returns:
-            Arrays by name, shape (1, heads, tokens, width); views of the buffers where those are
-            in the processor's memory.
+            Arrays by name, shape (1, heads, rows, width), a row for each token that was not
+            dropped; views of the buffers where those are in the processor's memory.
         """
         if not self.ids:
             return {}
         arrays = self._arrays or {name: value.numpy() for name, value in self.values.items()}
-        return {name: array[:, :, : len(self.ids)] for name, array in arrays.items()}
+        rows = self._rows(len(self.ids))
+        return {name: array[:, :, :rows] for name, array in arrays.items()}
 
     def restore(self, ids: Sequence[int], kept: Mapping[str, NDArray[Any]]) -> None:
         """Take over the keys and values of a text that was read before.
@@ -117,8 +136,18 @@ class KeyValueCache:
         capacity = max(self._capacity, min(FIRST_CAPACITY, self.context_length))
         while capacity < len(ids):
             capacity = min(2 * capacity, self.context_length)
-        self._replace(kept, capacity)
+        self._replace(kept, self._fixed_capacity() or capacity)
         self.ids = list(ids)
+
+    def _fixed_capacity(self) -> int | None:
+        return None if self.window is None else self.window + WINDOW_SLACK
+
+    def _rows(self, tokens: int) -> int:
+        """Rows that are in use after some tokens, as GroupQueryAttention defines it."""
+        if self.window is None or tokens <= self._capacity:
+            return tokens
+        dropped = self._capacity - self.window + 1
+        return tokens - dropped * -(-(tokens - self._capacity) // dropped)
 
     def _replace(self, kept: Mapping[str, NDArray[Any]], capacity: int) -> None:
         arrays = {}
@@ -151,6 +180,19 @@ def cache_shapes(
         for entry in session.get_inputs()
         if entry.name.startswith("past_key_values.")
     }
+
+
+def window_of(session: onnxruntime.InferenceSession) -> int | None:
+    """Positions that a query sees, if a graph drops older ones from its buffers.
+
+    Args:
+        session: The graph.
+
+    Returns:
+        Positions; None if it keeps all.
+    """
+    found = session.get_modelmeta().custom_metadata_map.get(WINDOW_PROPERTY)
+    return None if found is None else int(found)
 
 
 def as_value(array: NDArray[Any], device: Device = "cpu") -> onnxruntime.OrtValue:

@@ -316,7 +316,8 @@ def gptq(
         target: The folder to make.
         texts: Text to calibrate on.
         held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with too.
+        teacher: The model that the source learnt from, to compare the result with on held-out
+            text too.
         settings: The grid and the method.
         quantize_config: A quantize_config.json of AutoGPTQ, or a folder with one, for settings
             that are not given here.
@@ -367,7 +368,8 @@ def rounding(
         source: A float model folder.
         target: The folder to make.
         held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with too.
+        teacher: The model that the source learnt from, to compare the result with on held-out
+            text too.
         settings: The grid.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
@@ -408,7 +410,8 @@ def mixed(
         target: The folder to make.
         texts: Text to estimate on and to calibrate on.
         held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with too.
+        teacher: The model that the source learnt from, to compare the result with on held-out
+            text too.
         settings: The size and the choices.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
@@ -448,7 +451,8 @@ def nf4(
         source: A float model folder.
         target: The folder to make.
         held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with too.
+        teacher: The model that the source learnt from, to compare the result with on held-out
+            text too.
         settings: Whether the scales are quantized too.
         overwrite: Replace the target if it exists.
         json: End with one line of JSON.
@@ -479,7 +483,7 @@ def rotate(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Rotate hidden states, so that none stands out when the model is quantized next.
+    """Rotate hidden states, so that no direction of theirs stands out to be quantized.
 
     Args:
         source: A float model folder.

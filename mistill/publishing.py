@@ -73,14 +73,9 @@ def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     partial.mkdir()
     try:
-        yield partial
-        _move_into_place(partial, path, overwrite)
-    except Exception as error:
-        if is_full_disk(error):
-            raise FolderError(
-                f"no room to write {target}: free some space on its disk and run this again"
-            ) from error
-        raise
+        with _naming_a_full_disk(target):
+            yield partial
+            _move_into_place(partial, path, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -109,18 +104,25 @@ def creating_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]
     _remove_leftovers(path)
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
-        yield partial
-        with partial.open("rb") as opened:
-            os.fsync(opened.fileno())
-        partial.replace(path)
+        with _naming_a_full_disk(target):
+            yield partial
+            with partial.open("rb") as opened:
+                os.fsync(opened.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming_a_full_disk(target: str | Path, then: str = "") -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         if is_full_disk(error):
             raise FolderError(
-                f"no room to write {target}: free some space on its disk and run this again"
+                f"no room to write {target}: free some space on its disk and run this again{then}"
             ) from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -166,15 +168,8 @@ def working(target: str | Path, key: Mapping[str, Any]) -> Iterator[Path]:
                 if item.name != "lock":
                     _remove(item)
             write_atomically(recorded, text)
-        try:
+        with _naming_a_full_disk(target, "; it will resume"):
             yield work
-        except Exception as error:
-            if is_full_disk(error):
-                raise FolderError(
-                    f"no room to write {target}: free some space on its disk and run this again; "
-                    "it will resume"
-                ) from error
-            raise
 
 
 def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:

@@ -185,8 +185,13 @@ def step_kinds() -> dict[str, StepKind]:
         return report.save(target, overwrite=overwrite)
 
     source = ("source",)
-    judging = ("teacher", "held_out")
-    judged_models = ("source", "teacher")
+    calibration = ("texts",)
+    quantizers: tuple[tuple[str, type[Any], tuple[str, ...], Callable[..., object]], ...] = (
+        ("gptq", quantize.GptqSettings, calibration, quantize.to_gptq),
+        ("rounding", quantize.RoundingSettings, (), quantize.to_rounding),
+        ("mixed", quantize.MixedSettings, calibration, quantize.to_mixed),
+        ("nf4", quantize.Nf4Settings, (), quantize.to_nf4),
+    )
     kinds = (
         StepKind(name="teacher", settings=None, models=source, run=make_teacher),
         StepKind(
@@ -224,41 +229,17 @@ def step_kinds() -> dict[str, StepKind]:
             together=True,
             run=train,
         ),
-        StepKind(
-            name="gptq",
-            settings=quantize.GptqSettings,
-            models=judged_models,
-            texts=("texts", "held_out"),
-            optional=judging,
-            needs=(judging,),
-            run=_calling(quantize.to_gptq),
-        ),
-        StepKind(
-            name="rounding",
-            settings=quantize.RoundingSettings,
-            models=judged_models,
-            texts=("held_out",),
-            optional=judging,
-            needs=(judging,),
-            run=_calling(quantize.to_rounding),
-        ),
-        StepKind(
-            name="mixed",
-            settings=quantize.MixedSettings,
-            models=judged_models,
-            texts=("texts", "held_out"),
-            optional=judging,
-            needs=(judging,),
-            run=_calling(quantize.to_mixed),
-        ),
-        StepKind(
-            name="nf4",
-            settings=quantize.Nf4Settings,
-            models=judged_models,
-            texts=("held_out",),
-            optional=judging,
-            needs=(judging,),
-            run=_calling(quantize.to_nf4),
+        *(
+            StepKind(
+                name=name,
+                settings=settings,
+                models=("source", "teacher"),
+                texts=(*texts, "held_out"),
+                optional=("teacher", "held_out"),
+                needs=(("teacher", "held_out"),),
+                run=_calling(make),
+            )
+            for name, settings, texts, make in quantizers
         ),
         StepKind(
             name="rotate",

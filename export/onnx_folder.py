@@ -78,7 +78,7 @@ def to_onnx(
     architecture = read_architecture(config)
     if not chosen.portable:
         require_graph(architecture)
-    resolved, graph = _resolve(chosen, info)
+    resolved, graph = resolve(chosen, info)
     window = architecture.sliding_window
     require(
         not graph.ring or (window is not None and window < graph.context_length),
@@ -118,8 +118,19 @@ def to_onnx(
     return path
 
 
-def _resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, GraphOptions]:
-    """The settings for a source, with everything that was left open filled in."""
+def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, GraphOptions]:
+    """The settings for a source, with everything that was left open filled in.
+
+    Args:
+        settings: What was asked for.
+        info: The source.
+
+    Returns:
+        The settings, and what the graph is told of them.
+
+    Raises:
+        SettingsError: If they do not fit the source.
+    """
     if settings.precision in ("int8", "int4") and info.form != "model":
         raise SettingsError(
             f"precision {settings.precision} rounds float weights, and {info.path} is a "

@@ -95,7 +95,9 @@ def measure_parity(
     Returns:
         The distance between the two.
     """
-    reference, max_rounding = _reference(source, architecture, weights, ids, options)
+    model, max_rounding = reference_model(source, architecture, weights, options)
+    reference = model_logits(model, ids)
+    del model
     run = text_runner(folder, architecture)
     whole, _ = run(ids, None)
     half = len(ids) // 2
@@ -241,14 +243,20 @@ def text_runner(folder: Path, architecture: Architecture) -> Run:
 # --- PyTorch ------------------------------------------------------------------------------------
 
 
-def _reference(
-    source: Path,
-    architecture: Architecture,
-    weights: FolderWeights,
-    ids: NDArray[np.int64],
-    options: GraphOptions,
-) -> tuple[NDArray[np.float32], float]:
-    """PyTorch's logits (T, V) with the exported weights, and the largest rounding error."""
+def reference_model(
+    source: Path, architecture: Architecture, weights: FolderWeights, options: GraphOptions
+) -> tuple[PreTrainedModel, float]:
+    """PyTorch's model with the weights that a graph holds.
+
+    Args:
+        source: The folder that it was exported from.
+        architecture: The decoder.
+        weights: The weights that the export read.
+        options: Bits of the tables.
+
+    Returns:
+        The model, and the largest relative error of a matrix that the export rounded.
+    """
     import torch
 
     from mistill.pytorch import READABLE, load_pytorch
@@ -269,9 +277,24 @@ def _reference(
             linear.weight = torch.nn.Parameter(matrix, requires_grad=False)
             linear.bias = module.bias
             model.set_submodule(name, linear)
+    return model, max(rounding)
+
+
+def model_logits(model: PreTrainedModel, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits of a text.
+
+    Args:
+        model: A model of transformers.
+        ids: Shape (T,).
+
+    Returns:
+        Shape (T, V).
+    """
+    import torch
+
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids[None]), use_cache=False).logits[0]
-    return logits.numpy(), max(rounding)
+    return np.asarray(logits.numpy())
 
 
 def _load_exact(source: Path, weights: FolderWeights) -> PreTrainedModel:

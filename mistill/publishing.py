@@ -69,7 +69,7 @@ def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = refuse_existing(target, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     partial.mkdir()
     try:
@@ -101,7 +101,7 @@ def creating_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]
     if not (overwrite and path.is_file()):
         refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         with _naming_a_full_disk(target):
@@ -204,6 +204,22 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside a target; put back what one had set aside.
+
+    Args:
+        path: The target, a file or a folder.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        owner, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
+        if kind not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
+            continue
+        if kind == "replaced" and not path.exists():
+            leftover.rename(path)
+        else:
+            _remove(leftover)
+
+
 def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
     for file in partial.rglob("*"):
         if file.is_file():
@@ -221,18 +237,6 @@ def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
             raise TargetExistsError(f"{path} appeared while it was being made") from error
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside a target; put back what one had set aside."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        owner, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
-        if kind not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
-            continue
-        if kind == "replaced" and not path.exists():
-            leftover.rename(path)
-        else:
-            _remove(leftover)
 
 
 def _remove(item: Path) -> None:

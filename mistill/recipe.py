@@ -40,7 +40,7 @@ from rich.markup import escape
 from mistill.errors import MistillError, RecipeError, TargetExistsError
 from mistill.folder import MANIFEST_FILE
 from mistill.lineage import fingerprint
-from mistill.publishing import write_atomically
+from mistill.publishing import remove_leftovers, write_atomically
 from mistill.settings import settings_dict
 
 # A step that the first process makes alone may take hours.
@@ -125,6 +125,7 @@ class _State:
     @classmethod
     def read(cls, out: Path) -> _State:
         file = out / STATE_FILE
+        remove_leftovers(file)
         if not file.is_file():
             return cls(file)
         try:

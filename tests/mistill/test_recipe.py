@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -105,26 +102,57 @@ def test_a_folder_that_the_recipe_did_not_make_is_not_touched(recipe_file, tmp_p
     assert (tmp_path / "road/small/precious.txt").read_text() == "precious"
 
 
+KILLS = """
+import os, random, signal, sys, time
+from mistill.recipe import read_recipe, run_recipe
+
+def run(out):
+    run_recipe(read_recipe(sys.argv[1], out=out))
+
+run("warm")  # what a step imports is not the moment to be killed in
+begun = time.perf_counter()
+run("timed")
+took = time.perf_counter() - begun
+chance = random.Random(0)
+for number in range(int(sys.argv[2])):
+    child = os.fork()
+    if child == 0:
+        run("killed")
+        os._exit(0)
+    time.sleep(chance.uniform(0, took))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(*sorted(os.listdir("killed")) if os.path.isdir("killed") else [], flush=True)
+    os.path.isdir("killed") and os.rename("killed", f"killed-{number}")
+"""
+
+
 def test_a_recipe_killed_at_any_moment_ends_with_the_same_outputs(recipe_file, tmp_path):
-    run(recipe_file)
     names = ("base", "small", "rounded")
-    expected = {name: fingerprint(tmp_path / "road" / name) for name in names}
-    command = [sys.executable, "-m", "mistill.cli", "run", str(recipe_file), "--out", "killed"]
-    chance = random.Random(0)
-    for _ in range(4):
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(chance.uniform(1.0, 6.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for name in names:
-            if (tmp_path / "killed" / name).exists():
-                assert fingerprint(tmp_path / "killed" / name) == expected[name]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert {name: fingerprint(tmp_path / "killed" / name) for name in names} == expected
-    left = [file.name for file in (tmp_path / "killed").iterdir() if file.name.startswith(".")]
-    assert left == [".recipe-state.json"]
+    command = [sys.executable, "-c", KILLS, str(recipe_file), "8"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    expected = {name: fingerprint(tmp_path / "warm" / name) for name in names}
+    met = [set(names) & set(line.split()) for line in done.stdout.splitlines()]
+    assert len({len(one) for one in met}) > 1, "they were killed in different steps"
+    for number in range(8):
+        out = tmp_path / f"killed-{number}"
+        for name in met[number]:
+            assert fingerprint(out / name) == expected[name]
+        run_recipe(read_recipe(recipe_file, out=out))
+        assert {name: fingerprint(out / name) for name in names} == expected
+        left = [file.name for file in out.iterdir() if file.name.startswith(".")]
+        assert left == [".recipe-state.json"]
+
+
+def test_what_a_killed_run_left_of_its_notes_is_cleared_away(recipe_file, tmp_path):
+    run(recipe_file)
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    torn = tmp_path / f"road/..recipe-state.json.{int(dead.stdout)}.partial"
+    torn.write_text("{")
+    assert set(run(recipe_file).values()) == {"done before"}
+    assert not torn.exists()
 
 
 def test_texts_are_found_beside_the_recipe(tmp_path, teacher, chats):

@@ -165,7 +165,8 @@ def sweep(
     with track("Sweeping", total=len(variants), unit="variants") as progress:
         for variant in variants:
             try:
-                if variant.name not in found["rows"]:
+                there = (folder / variant.name).is_dir()
+                if variant.name not in found["rows"] or not there:
                     row = _make(variant, source, folder, texts, settings, references, blocks)
                     found["rows"][variant.name] = row
                     _write(folder, found)
@@ -174,6 +175,7 @@ def sweep(
             progress.advance(1, variant.name)
     rows = [SweepRow(**found["rows"][v.name]) for v in variants if v.name in found["rows"]]
     if not rows:
+        shutil.rmtree(folder)
         raise SettingsError(f"no variant fits {source}: {next(iter(skipped.values()))}")
     itself = measure(model.folder, {"source": references["source"]}, blocks)["source"]
     report = SweepReport(
@@ -217,10 +219,15 @@ def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> dict[str, Any]
         state: dict[str, Any] = read_json(file) if file.is_file() else {}
         if state.get("key") == key:
             return state
-        if not overwrite:
-            other = "another sweep" if state else "no sweep"
+        if not state:
+            # It may hold anything, and a sweep's place is not worth all of that.
             raise TargetExistsError(
-                f"{folder} exists already and holds {other}; choose another name or overwrite it"
+                f"{folder} exists already and holds no sweep; choose another name"
+            )
+        if not overwrite:
+            raise TargetExistsError(
+                f"{folder} exists already and holds another sweep; choose another name or "
+                "overwrite it"
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

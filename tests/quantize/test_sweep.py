@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,11 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
     assert stored["report"] == json.loads(json.dumps(report.to_dict()))
     with pytest.raises(TargetExistsError, match="another sweep"):
         quantize.sweep(model, target, texts=chats, held_out=held_out, **{**some, "seed": 5})
+    # A variant that somebody removed is made again, whatever is remembered of it.
+    shutil.rmtree(target / "rounding-64")
+    quantize.sweep(model, target, texts=chats, held_out=held_out, **some)
+    assert len(made) == before + 1
+    assert (target / "rounding-64" / "model.safetensors").is_file()
 
 
 def row(name: str, weight_bytes: int, kl: float) -> SweepRow:
@@ -180,6 +186,7 @@ def test_what_cannot_be_swept_is_refused(
     few = {**SMALL, "variants": ("rounding-128",)}
     with pytest.raises(SettingsError, match="no variant fits"):
         quantize.sweep(model, tmp_path / "none", texts=chats, held_out=held_out, **few)
+    assert not (tmp_path / "none").exists()
     other = tiny_model(tmp_path / "other", vocab_size=400)
     with pytest.raises(VocabularyError, match=r"different vocabularies: 384 rows against 400"):
         quantize.sweep(
@@ -188,6 +195,12 @@ def test_what_cannot_be_swept_is_refused(
     (tmp_path / "mine").mkdir()
     with pytest.raises(TargetExistsError, match="holds no sweep"):
         quantize.sweep(model, tmp_path / "mine", texts=chats, held_out=held_out, **SMALL)
+    (tmp_path / "mine" / "thesis.txt").write_text("Of winds", "utf-8")
+    with pytest.raises(TargetExistsError, match="holds no sweep; choose another name"):
+        quantize.sweep(
+            model, tmp_path / "mine", texts=chats, held_out=held_out, overwrite=True, **SMALL
+        )
+    assert (tmp_path / "mine" / "thesis.txt").read_text("utf-8") == "Of winds"
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])

@@ -10,6 +10,7 @@ before the result is judged, and it is published only if it is better.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +25,11 @@ from mistill.errors import FolderError, TextError, TrainingError
 from mistill.folder import copy_companions, open_folder, read_config
 from mistill.gptq_layout import HEAD, read_quantization
 from mistill.kl import Closeness, compare, predict
-from mistill.lineage import add_lineage, fingerprint
+from mistill.lineage import add_lineage, fingerprint, installed_versions
 from mistill.progress import track
 from mistill.publishing import publish, refuse_existing, working
 from mistill.pytorch import load_pytorch, stored_tensors
-from mistill.settings import settings_dict, settings_from
+from mistill.settings import require, settings_dict, settings_from
 from mistill.tensor_files import TensorFiles, read_quantized
 from mistill.text import Texts, TokenBlocks, check_texts, pack, read_documents
 from mistill.vocabulary import load_vocabulary
@@ -91,12 +92,19 @@ def tune(
     if info.form != "gptq":
         raise FolderError(f"{source} is a {info.form} folder; give a GPTQ folder to tune")
     guide = open_teacher(teacher, info.path)
+    longest = min(info.context_length, guide.context_length)
+    require(
+        settings.block_length <= longest,
+        f"a block_length of {settings.block_length} does not fit the models' context of {longest}; "
+        "lower it",
+    )
     learnt, judged = _read_blocks(info.path, texts, held_out, settings)
     key = {
         "step": "tune",
         "source": fingerprint(info.path),
         "teacher": fingerprint(guide.path),
         "settings": settings_dict(settings),
+        "versions": installed_versions(),
         "texts": blocks_digest(learnt),
         "held_out": blocks_digest(judged),
     }
@@ -104,12 +112,15 @@ def tune(
         run = _Run(info.path, guide.path, settings)
         before, after = run.tune(learnt, judged, work)
         if after.kl >= before.kl:
+            # The same call would end the same way: there is nothing to resume.
+            shutil.rmtree(work)
             raise TrainingError(
                 f"tuning took the KL to {teacher} from {before.kl:.5f} to {after.kl:.5f} nats; "
                 f"lower learning_rate (now {settings.learning_rate:g}) or leave the model as it is"
             )
         result = work / "result"
-        result.mkdir(exist_ok=True)
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
         run.write(result)
         add_lineage(
             result,

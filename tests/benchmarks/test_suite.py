@@ -162,6 +162,15 @@ def test_what_quantizing_costs_is_measured_for_every_seed(model: Path, prose: Pa
     assert report["held_out_tokens"] >= 550
 
 
+def test_both_nf4_codecs_are_timed_on_the_same_weight() -> None:
+    report = run("nf4_codec", "--size", "256", "--rounds", "2", "--threads", "1")
+    ours, theirs = (report["seconds"][name]["median"] for name in ("mistill", "bitsandbytes"))
+    assert min(ours, theirs) > 0
+    # bitsandbytes names the same tensors, and describes them in a few bytes more or less.
+    assert report["bytes"]["mistill"] == pytest.approx(report["bytes"]["bitsandbytes"], abs=200)
+    assert report["over_bitsandbytes"]["lowest"] <= report["over_bitsandbytes"]["highest"]
+
+
 @pytest.mark.slow
 def test_onnxruntime_quantizers_are_read_from_the_codes_they_leave(
     model: Path, prose: Path

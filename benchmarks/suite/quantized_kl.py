@@ -156,9 +156,17 @@ def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dic
     options = dict(way.options)
     if way.calibrated:
         options |= {"samples": given.samples, "block_length": given.block_length, "seed": seed}
-    texts = given.texts if way.calibrated else None
+    texts = _from_anywhere(given.texts) if way.calibrated else None
     python = given.gptqmodel_python if "backend" in options else sys.executable
-    work = json.dumps([way.call, given.model, str(target), texts, options | {"overwrite": True}])
+    work = json.dumps(
+        [
+            way.call,
+            _from_anywhere(given.model),
+            str(target.resolve()),
+            texts,
+            options | {"overwrite": True},
+        ]
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -184,6 +192,11 @@ def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dic
         "processor_seconds": usage.ru_utime + usage.ru_stime,
         "peak_mib": _peak_mib(usage),
     }
+
+
+def _from_anywhere(source: str) -> str:
+    """A file or folder for a child that works elsewhere; names of other kinds as they are."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _peak_mib(usage: resource.struct_rusage) -> float:

@@ -19,10 +19,9 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
-from benchmarks import BenchSettings
 from distill import GenerateSettings, StudentSettings, TargetSettings, TrainSettings
 from export import GgufSettings, OnnxSettings
-from mistill import __version__, quantize_commands
+from mistill import __version__, bench_commands, quantize_commands
 from mistill.chat import ChatSettings
 from mistill.command_output import made_folder, say, speaks
 from mistill.errors import MissingExtraError, MistillError
@@ -37,6 +36,7 @@ app = App(
     help_format="plaintext",
 )
 app.command(quantize_commands.app)
+app.command(bench_commands.app)
 
 
 @app.command
@@ -319,41 +319,6 @@ def inspect(folder: str, /, *, json: bool = False) -> int:
     if json:
         print(json_library.dumps(found.to_dict()))
     return 1 if found.problems else 0
-
-
-@app.command
-def bench(
-    *models: Path,
-    texts: Texts,
-    reference: Path | None = None,
-    out: Path | None = None,
-    settings: Annotated[BenchSettings, Flat] = BenchSettings(),
-    overwrite: bool = False,
-    json: bool = False,
-) -> None:
-    """Compare folders: size, quality, speed and memory, in one table.
-
-    Args:
-        *models: The folders to compare.
-        texts: Held-out text to judge them on.
-        reference: The model that the others are held against; the first if not given.
-        out: A folder for the report: JSON, Markdown, HTML and a picture.
-        settings: How much to measure.
-        overwrite: Replace the report if it exists.
-        json: End with one line of JSON.
-    """
-    from benchmarks import compare
-    from mistill.publishing import refuse_existing
-
-    if out is not None:
-        refuse_existing(out, overwrite)
-    report = compare(models, texts=texts, reference=reference, settings=settings)
-    Console().print(report.table())
-    if out is not None:
-        report.save(out, overwrite=overwrite)
-        print(f"report: {out / 'report.html'}")
-    if json:
-        print(json_library.dumps(report.to_dict()))
 
 
 @app.command

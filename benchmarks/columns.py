@@ -6,7 +6,7 @@ so that a figure is called the same and means the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +16,12 @@ from benchmarks.latency import Latency
 
 MEGABYTE = 1e6
 EN_DASH = "\u2013"
+
+#: What a figure depends on besides the model: nothing, a clock or the memory of one machine, the
+#: text, or the text and the reference.
+Nature = Literal["bytes", "clock", "memory", "text", "reference"]
+Rounds = Sequence[float]
+Passages = Sequence[Sequence[float]]
 
 T = TypeVar("T")
 
@@ -34,6 +40,11 @@ class Column:
         better: Which end is the better one.
         spread: How far it may be off: plus and minus, or the quartiles; None where unknown.
         compact: Whether it is also shown where room is short.
+        nature: What it depends on besides the model; decides when two reports can be compared.
+        samples: What it was derived from: one number per round of a figure of a clock, or one per
+            token, passage by passage, of a figure of text; None where nothing was kept.
+        tail: Whether it is the 99th percentile of those samples, not their mean.
+        logarithmic: Whether those samples are of its logarithm.
     """
 
     key: str
@@ -45,6 +56,10 @@ class Column:
     better: Literal["lower", "higher"]
     spread: Callable[[ModelResult], float | tuple[float, float] | None] = lambda _: None
     compact: bool = True
+    nature: Nature
+    samples: Callable[[ModelResult], Rounds | Passages | None] = lambda _: None
+    tail: bool = False
+    logarithmic: bool = False
 
     def text(self, model: ModelResult) -> str:
         """The figure of one model.
@@ -165,6 +180,10 @@ def _rival(take: Callable[[Latency], T]) -> Callable[[ModelResult], T | None]:
     )
 
 
+def _rates(timed: Latency) -> list[float]:
+    return [turn.decode_tokens_per_second for turn in timed.turns]
+
+
 COLUMNS = (
     Column(
         key="size_mb",
@@ -174,6 +193,7 @@ COLUMNS = (
         figure=lambda model: model.footprint.weight_bytes / MEGABYTE,
         write=_rate,
         better="lower",
+        nature="bytes",
     ),
     Column(
         key="bits_per_weight",
@@ -184,6 +204,7 @@ COLUMNS = (
         figure=lambda model: model.footprint.bits_per_weight,
         write=lambda value: f"{value:.2f}",
         better="lower",
+        nature="bytes",
     ),
     Column(
         key="perplexity",
@@ -195,6 +216,9 @@ COLUMNS = (
         write=significant,
         better="lower",
         spread=lambda model: model.perplexity.standard_error,
+        nature="text",
+        samples=lambda model: model.perplexity.losses,
+        logarithmic=True,
     ),
     Column(
         key="mean_kl_nats",
@@ -206,6 +230,8 @@ COLUMNS = (
         write=significant,
         better="lower",
         spread=_fidelity(lambda found: found.kl_standard_error),
+        nature="reference",
+        samples=_fidelity(lambda found: found.divergences),
     ),
     Column(
         key="mean_parent_kl_nats",
@@ -218,6 +244,8 @@ COLUMNS = (
         better="lower",
         spread=_parent(lambda found: found.kl_standard_error),
         compact=False,
+        nature="text",
+        samples=_parent(lambda found: found.divergences),
     ),
     Column(
         key="kl_99th_percentile_nats",
@@ -228,6 +256,9 @@ COLUMNS = (
         write=significant,
         better="lower",
         compact=False,
+        nature="reference",
+        samples=_fidelity(lambda found: found.divergences),
+        tail=True,
     ),
     Column(
         key="top1_agreement",
@@ -239,6 +270,8 @@ COLUMNS = (
         write=_percent,
         better="higher",
         spread=_fidelity(lambda found: found.agreement_standard_error),
+        nature="reference",
+        samples=_fidelity(lambda found: found.agreements),
     ),
     Column(
         key="first_token_ms",
@@ -248,6 +281,8 @@ COLUMNS = (
         figure=lambda model: model.latency.first_token_seconds * 1000,
         write=_whole,
         better="lower",
+        nature="clock",
+        samples=lambda model: [turn.first_token_seconds for turn in model.latency.turns],
     ),
     Column(
         key="prompt_tokens_per_second",
@@ -259,6 +294,10 @@ COLUMNS = (
         write=_rate,
         better="higher",
         spread=lambda model: _outer(model.latency.prompt_quartiles),
+        nature="clock",
+        samples=lambda model: [
+            turn.prompt_tokens / turn.first_token_seconds for turn in model.latency.turns
+        ],
     ),
     Column(
         key="decode_tokens_per_second",
@@ -269,6 +308,8 @@ COLUMNS = (
         write=_rate,
         better="higher",
         spread=lambda model: _outer(model.latency.decode_quartiles),
+        nature="clock",
+        samples=lambda model: _rates(model.latency),
     ),
     Column(
         key="transformers_decode_tokens_per_second",
@@ -280,6 +321,8 @@ COLUMNS = (
         better="higher",
         spread=_rival(lambda timed: _outer(timed.decode_quartiles)),
         compact=False,
+        nature="clock",
+        samples=_rival(_rates),
     ),
     Column(
         key="peak_memory_mb",
@@ -290,5 +333,6 @@ COLUMNS = (
         figure=lambda model: model.footprint.peak_memory_bytes / MEGABYTE,
         write=_whole,
         better="lower",
+        nature="memory",
     ),
 )

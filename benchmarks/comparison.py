@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from benchmarks.fidelity import Fidelity
-from benchmarks.footprint import Footprint
-from benchmarks.latency import Latency, Turn
+from benchmarks.footprint import Footprint, Load, StepBytes
+from benchmarks.latency import Latency, LatencyAt, Turn
 from benchmarks.machine import Machine
 from benchmarks.perplexity import Perplexity
+from benchmarks.rivals.record import Rival
 from benchmarks.settings import BenchSettings
 from mistill.errors import FolderError, MissingExtraError, SettingsError
 from mistill.publishing import creating
@@ -53,7 +54,7 @@ class ModelResult:
 
     Attributes:
         name: The shortest end of its path that tells it from the others.
-        form: ``model`` (float weights), ``gptq``, ``nf4`` or ``onnx``.
+        form: ``model`` (float weights), ``gptq``, ``nf4`` or ``onnx``; of a rival the engine.
         architecture: Such as ``mistral``.
         layers: Decoder layers.
         hidden_size: Width of the residual stream.
@@ -68,6 +69,12 @@ class ModelResult:
         latency: Time to begin an answer and to write it.
         transformers_latency: The same prompts through transformers' own greedy ``generate``, for
             float folders; else None.
+        prompts: Turns with prompts of the lengths that were asked for, shortest first.
+        depths: Turns that begin to write after so many tokens, fewest first.
+        loads: Loadings by processes of their own, with cold and warm files.
+        step_bytes: Bytes that a step reads; None where the folder does not say.
+        rival: Of another engine that ran the same weights, what it is; None for our own.
+        left_out: What was asked for and not measured, and why.
     """
 
     name: str
@@ -84,6 +91,12 @@ class ModelResult:
     parent_fidelity: Fidelity | None
     latency: Latency
     transformers_latency: Latency | None
+    prompts: tuple[LatencyAt, ...] = ()
+    depths: tuple[LatencyAt, ...] = ()
+    loads: tuple[Load, ...] = ()
+    step_bytes: StepBytes | None = None
+    rival: Rival | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def mean_kl(self) -> float:
@@ -93,6 +106,8 @@ class ModelResult:
     @property
     def kind(self) -> str:
         """What runs which weights, in two or three words."""
+        if self.rival is not None:
+            return self.rival.name
         return {
             "model": "PyTorch float",
             "gptq": "PyTorch GPTQ",
@@ -296,8 +311,28 @@ def _model_from(record: dict[str, Any]) -> ModelResult:
             "parent_fidelity": _fidelity_from(fields["parent_fidelity"]),
             "latency": _latency_from(fields["latency"]),
             "transformers_latency": rival and _latency_from(rival),
+            **_optional_from(record),
         }
     )
+
+
+def _optional_from(record: dict[str, Any]) -> dict[str, Any]:
+    """What older reports do not have."""
+    found: dict[str, Any] = {
+        name: tuple(
+            LatencyAt(tokens=entry["tokens"], latency=_latency_from(entry["latency"]))
+            for entry in record.get(name, ())
+        )
+        for name in ("prompts", "depths")
+    }
+    step_bytes, rival = record.get("step_bytes"), record.get("rival")
+    return {
+        **found,
+        "loads": tuple(Load(**load) for load in record.get("loads", ())),
+        "step_bytes": step_bytes and StepBytes(**step_bytes),
+        "rival": rival and Rival(**rival),
+        "left_out": tuple(record.get("left_out", ())),
+    }
 
 
 def _fidelity_from(record: dict[str, Any] | None) -> Fidelity | None:

@@ -37,6 +37,51 @@ class Footprint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Load:
+    """One loading of a model by a process that had not loaded it before.
+
+    Attributes:
+        cold: Whether the files had been dropped from the page cache.
+        seconds: Time to open the folder, libraries already loaded.
+        first_token_seconds: From a prompt being handed over right after to the first token; an
+            engine that maps its file reads much of it only now.
+    """
+
+    cold: bool
+    seconds: float
+    first_token_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """What a step of one token reads from memory, and what that allows.
+
+    Attributes:
+        weight_bytes: Weights as they are stored.
+        packed_bytes: The same as the engine lays them out.
+        cache_bytes_per_position: Keys and values for each earlier token.
+        memory_bytes_per_second: What this machine's memory gave the threads of the run.
+    """
+
+    weight_bytes: int
+    packed_bytes: int
+    cache_bytes_per_position: int
+    memory_bytes_per_second: float
+
+    def ceiling(self, depth: float) -> float:
+        """Tokens per second that memory allows.
+
+        Args:
+            depth: Tokens before, on average.
+
+        Returns:
+            Tokens per second.
+        """
+        read = self.packed_bytes + depth * self.cache_bytes_per_position
+        return self.memory_bytes_per_second / read
+
+
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """Memory of a process.
 

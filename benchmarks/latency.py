@@ -85,6 +85,19 @@ class Latency:
         return float(np.quantile([s for turn in self.turns for s in turn.token_seconds], 0.95))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatencyAt:
+    """The turns of one model with prompts of one length.
+
+    Attributes:
+        tokens: Tokens of the prompt: what is read first, or how deep in a text writing begins.
+        latency: The turns.
+    """
+
+    tokens: int
+    latency: Latency
+
+
 def time_turn(
     model: LanguageModel,
     prompt: Sequence[int],

@@ -129,6 +129,8 @@ class Comparison:
         reference: Name of the model that the others are held against; it need not be among them.
         models: The results, in the order given.
         samples: Prompt to the reply of each model, if any were given.
+        reference_fingerprint: A short name for the content of the reference; empty in reports
+            of before it was kept.
     """
 
     date: str
@@ -139,6 +141,7 @@ class Comparison:
     reference: str
     models: tuple[ModelResult, ...]
     samples: dict[str, dict[str, str]] = field(default_factory=dict)
+    reference_fingerprint: str = ""
 
     def __getitem__(self, name: str) -> ModelResult:
         """The result of one model.
@@ -289,6 +292,31 @@ class Comparison:
             except MissingExtraError as error:
                 logging.getLogger(__name__).warning("figure.png is left out: %s", error)
         return Path(folder)
+
+
+def open_report(path: str | Path) -> Comparison:
+    """Read a report that was saved.
+
+    Args:
+        path: The folder, or the ``report.json`` in it.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        FolderError: If there is no report, or it is broken.
+    """
+    file = Path(path).expanduser()
+    file = file / "report.json" if file.is_dir() else file
+    if not file.is_file():
+        raise FolderError(
+            f"{path} holds no report; give a folder that mistill bench --out made, or the "
+            "report.json in it"
+        )
+    try:
+        return Comparison.from_json(file.read_text("utf-8"))
+    except (FolderError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise FolderError(f"{path}: {error}") from error
 
 
 def _settings_from(record: dict[str, Any]) -> BenchSettings:

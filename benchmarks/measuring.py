@@ -96,6 +96,7 @@ def compare(
         reference=judge.name,
         models=results,
         samples=samples,
+        reference_fingerprint=fingerprint(judge.info.path),
     )
 
 
@@ -393,11 +394,13 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _without_places(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _without_places(value: Any) -> Any:
     """A step of the lineage, without the places on this machine that it names."""
-    settings = entry.get("settings") or {}
-    shown = {**entry, "settings": {name: _last_part(value) for name, value in settings.items()}}
-    return {**shown, "source": _last_part(entry.get("source"))}
+    if isinstance(value, Mapping):
+        return {str(name): _without_places(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(item) for item in value]
+    return _last_part(value)
 
 
 def _last_part(value: Any) -> Any:

@@ -253,13 +253,24 @@ def test_the_record_names_no_place_on_this_machine(
     asked: list[tuple[str, str]], model: Path, chats: Path, tmp_path: Path
 ):
     made = shutil.copytree(model, tmp_path / "made")
-    step = {"step": "teacher", "settings": {"source": str(tmp_path)}, "source": str(tmp_path)}
+    step = {
+        "step": "distill",
+        "settings": {"source": str(tmp_path), "keep": [0, 1]},
+        "source": str(tmp_path),
+        "teacher": str(tmp_path / "teacher"),
+        "texts": [str(tmp_path / "a.txt"), "@demo-train"],
+    }
     (made / "lineage.json").write_text(json.dumps([step]))
 
     found = compare(made, texts=chats, **QUICK)
 
     assert str(tmp_path.parent) not in found.to_json()
-    assert found["made"].lineage[0]["source"] == tmp_path.name
+    (kept,) = found["made"].lineage
+    assert kept["source"] == tmp_path.name
+    assert kept["settings"]["keep"] == [0, 1]
+    assert kept["teacher"] == "teacher"
+    assert kept["texts"] == ["a.txt", "@demo-train"]
+    assert found.reference_fingerprint == found["made"].fingerprint
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 # make demo   set everything up and run the whole road on the embedded teacher
 # make test   set everything up and run all quick tests
+# make bench  measure our own steps beside their rivals and write the tables of docs/benchmarks.md;
+#             benchmarks/suite/everything.py names the variables that name the rivals
 #
 # PYTHON       the interpreter to build .venv with, 3.11 or newer
 # TORCH        the PyTorch to install
 # TORCH_INDEX  another package index for PyTorch, where the plain one serves builds with CUDA
+# MODEL        the float folder that make bench measures with; the embedded teacher if not given
 # QUICK=1      make demo in under 4 minutes;  FULL=1 takes about an hour
 PYTHON      ?= $(shell command -v python3.11 || command -v python3)
 TORCH       ?= torch==2.13.0
@@ -48,7 +51,7 @@ fix: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/mistill bench demo/teacher demo/distilled demo/chatbot --texts @demo-held-out --out bench-report
+	$(BIN)/python -m benchmarks.suite.everything $(if $(MODEL),--model $(MODEL))
 
 clean:
-	rm -rf $(VENV) demo demo-quick demo-full bench-report
+	rm -rf $(VENV) demo demo-quick demo-full bench-work

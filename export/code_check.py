@@ -40,11 +40,14 @@ class CodeCheck:
         codes: Codes compared, every one the source's.
         scales: Scales compared, and zeros where there are any; of NF4 none, since they are rounded
             into its grid.
+        decoded: Matrices that the source holds as codes and the graph as floats, by name; such
+            were asked for.
     """
 
     matrices: int
     codes: int
     scales: int
+    decoded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +84,11 @@ def check_codes(folder: Path, source: Path, architecture: Architecture) -> CodeC
         architecture: The decoder.
 
     Returns:
-        What was compared; None if the source holds no codes, or the graph none of them.
+        What was compared; None if the source holds no codes.
 
     Raises:
-        ExportError: If anything differs; the message names the matrix.
+        ExportError: If anything differs, or the graph lacks a matrix that the source holds as
+            codes; the message names it.
     """
     import onnx_ir
 
@@ -92,31 +96,45 @@ def check_codes(folder: Path, source: Path, architecture: Architecture) -> CodeC
     files = TensorFiles(source)
     nodes = {str(node.name): node for node in onnx_ir.load(folder / MODEL_FILE).graph}
     matrices = codes = scales = 0
-    for names, modules in _places(architecture):
-        present = [nodes[name] for name in names if name in nodes]
-        if not present:
+    decoded: list[str] = []
+    for place, together in _places(architecture):
+        if not any(_has_codes(files, module) for module in together):
             continue
-        rows = _row_order(files, nodes, modules)
-        stored = _read(present[0])
-        start = 0
-        for module in modules:
-            if stored is None:
-                continue
-            count, columns = architecture.shapes()[module]
-            part = replace(stored.rows(start, start + count), columns=columns)
-            start += count
-            if f"{module}.qweight" in files and layout is not None:
-                scales += _compare_gptq(part, files, module, layout, rows)
-            elif f"{module}.weight.{_NF4_STATE}" in files:
-                _compare_nf4(part, files, module, rows)
-            else:
-                continue
-            matrices, codes = matrices + 1, codes + len(part.codes) * part.columns
-    return CodeCheck(matrices=matrices, codes=codes, scales=scales) if matrices else None
+        for name, modules in _products(nodes, place, together):
+            rows = _row_order(files, nodes, modules)
+            node = nodes.get(name)
+            if node is None:
+                raise ExportError(
+                    f"the graph has no node {name}, where the codes of {modules[0]} belong; "
+                    "nothing was written: this is a fault of the export"
+                )
+            stored, start = _read(node), 0
+            for module in modules:
+                if stored is None:
+                    decoded += [module] if _has_codes(files, module) else []
+                    continue
+                count, columns = architecture.shapes()[module]
+                part = replace(stored.rows(start, start + count), columns=columns)
+                start += count
+                if f"{module}.qweight" in files and layout is not None:
+                    scales += _compare_gptq(part, files, module, layout, rows)
+                elif _has_codes(files, module):
+                    _compare_nf4(part, files, module, rows)
+                else:
+                    continue
+                matrices, codes = matrices + 1, codes + len(part.codes) * part.columns
+            _require(stored is None or start == len(stored.codes), modules[-1], "rows")
+    if not matrices and not decoded:
+        return None
+    return CodeCheck(matrices=matrices, codes=codes, scales=scales, decoded=tuple(decoded))
 
 
-def _places(architecture: Architecture) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The names that a node may have, and the modules whose rows it holds below one another."""
+def _has_codes(files: TensorFiles, module: str) -> bool:
+    return f"{module}.qweight" in files or f"{module}.weight.{_NF4_STATE}" in files
+
+
+def _places(architecture: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The name of each product, and the modules whose rows it holds below one another."""
     for layer in range(architecture.layers):
         prefix, short = f"model.layers.{layer}", f"layers.{layer}"
         groups = {
@@ -126,12 +144,22 @@ def _places(architecture: Architecture) -> Iterator[tuple[tuple[str, ...], tuple
             "down": [f"{prefix}.mlp.down_proj"],
         }
         for name, modules in groups.items():
-            yield (f"{short}.{name}",), tuple(modules)
-            if len(modules) > 1:
-                for number, module in enumerate(modules):
-                    yield (f"{short}.{name}.{number}",), (module,)
-    yield ("embedding.blocks",), (EMBEDDING,)
-    yield ("logits",), (EMBEDDING if architecture.tied else HEAD,)
+            yield f"{short}.{name}", tuple(modules)
+    yield "embedding", (EMBEDDING,)
+    yield "logits", (EMBEDDING if architecture.tied else HEAD,)
+
+
+def _products(
+    nodes: dict[str, ir.Node], place: str, modules: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The nodes that a product consists of, whether they are there or not, and their modules."""
+    joins = place in nodes and nodes[place].op_type == "Concat"
+    if joins and len(modules) > 1:
+        yield from ((f"{place}.{number}", (module,)) for number, module in enumerate(modules))
+    elif f"{place}.blocks" in nodes:
+        yield f"{place}.blocks", modules
+    else:
+        yield place, modules
 
 
 def _read(node: ir.Node) -> _Stored | None:

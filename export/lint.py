@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from export.architecture import Architecture
-from export.code_check import check_codes
+from export.architecture import EMBEDDING, HEAD, Architecture
+from export.code_check import CodeCheck, check_codes
 from export.settings import MODEL_FILE, GraphOptions, OnnxSettings
 from export.tuning import Tuning
 from mistill.errors import ExportError
@@ -47,6 +47,7 @@ def lint_export(
     lint = lint_file(folder / MODEL_FILE)
     require_fast(lint, settings, options)
     codes = check_codes(folder, source, architecture)
+    _require_codes(codes, settings, options)
     if settings.memory_speed is not None:
         speed = settings.memory_speed * 1e9
     elif tuning is not None:
@@ -58,7 +59,7 @@ def lint_export(
         "memory_bytes_per_second": round(speed),
         "ceiling_tokens_per_second": round(lint.cost.ceiling(speed), 1),
         "slow_kernels": [str(finding) for finding in lint.findings],
-        "codes": None if codes is None else asdict(codes),
+        "codes": None if codes is None else {**asdict(codes), "decoded": len(codes.decoded)},
     }
 
 
@@ -88,4 +89,18 @@ def require_fast(lint: Lint, settings: OnnxSettings, options: GraphOptions) -> N
         raise ExportError(
             f"the graph would be slow: {'; '.join(map(str, wrong))}; nothing was written: this is "
             "a fault of the export"
+        )
+
+
+def _require_codes(check: CodeCheck | None, settings: OnnxSettings, options: GraphOptions) -> None:
+    """Refuse codes of the source that became floats although nobody asked for it."""
+    if check is None or settings.precision == "float32":
+        return
+    asked = {EMBEDDING} if 32 in (options.embedding_bits, options.head_bits) else set()
+    asked |= {HEAD} if options.head_bits == 32 else set()
+    wrong = [module for module in check.decoded if module not in asked]
+    if wrong:
+        raise ExportError(
+            f"the graph holds floats where the source holds codes: {', '.join(wrong[:3])}; nothing "
+            "was written: this is a fault of the export"
         )

@@ -70,6 +70,8 @@ def manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
         rows["codes"] = (
             f"{codes['codes']:,} in {codes['matrices']} matrices, byte for byte the source's"
         )
+        if codes.get("decoded"):
+            rows["codes"] += f"; {codes['decoded']} matrices are floats here, as was asked for"
     tuning = manifest.get("tuning")
     if tuning is not None:
         chosen = "; ".join(f"{kind}: {kernel}" for kind, kernel in tuning["choices"].items())

@@ -111,6 +111,7 @@ def test_every_code_is_compared_with_the_source(name: str, model: Path, tmp_path
         "matrices": len(weights),
         "codes": sum(weight.codes.size for weight in weights.values()),
         "scales": sum(weight.scales.size for weight in weights.values()),
+        "decoded": 0,
     }
 
 
@@ -185,7 +186,12 @@ def test_nf4_levels_are_compared_with_the_source(model: Path, tmp_path: Path) ->
         for name, shape in read_architecture(read_json(made / "config.json")).shapes().items()
         if name.endswith("_proj")
     )
-    assert manifest_of(made)["codes"] == {"matrices": 14, "codes": codes, "scales": 0}
+    assert manifest_of(made)["codes"] == {
+        "matrices": 14,
+        "codes": codes,
+        "scales": 0,
+        "decoded": 0,
+    }
     flip(made, "layers.1.o.codes", 77, mask=64)
     with pytest.raises(ExportError, match=r"levels of model\.layers\.1\.self_attn\.o_proj"):
         check_codes(made, source, read_architecture(read_json(made / "config.json")))
@@ -196,7 +202,68 @@ def test_floats_have_no_codes_to_compare(model: Path, tmp_path: Path) -> None:
     assert manifest_of(made)["codes"] is None
     source, _ = gptq_folder(model, tmp_path / "gptq")
     made = to_onnx(source, tmp_path / "floats", precision="float32", parity_positions=0)
-    assert manifest_of(made)["codes"] is None
+    assert manifest_of(made)["codes"] == {"matrices": 0, "codes": 0, "scales": 0, "decoded": 14}
+    assert "14 matrices are floats here, as was asked for" in shown(made)
+
+
+def rename(folder: Path, name: str, new: str) -> None:
+    graph = ir.load(folder / MODEL_FILE)
+    for node in graph.graph:
+        node.name = new if node.name == name else node.name
+    ir.save(graph, folder / MODEL_FILE)
+
+
+@pytest.mark.parametrize(
+    ("skip", "node", "module"),
+    [
+        ((), "layers.0.qkv", "layers.0.self_attn.q_proj"),
+        ((), "layers.1.down", "layers.1.mlp.down_proj"),
+        (SOURCES["some float"]["skip"], "layers.0.qkv.2", "layers.0.self_attn.v_proj"),
+    ],
+)
+def test_codes_that_the_graph_lacks_are_missed(
+    skip: tuple[str, ...], node: str, module: str, model: Path, tmp_path: Path
+) -> None:
+    source, _ = gptq_folder(model, tmp_path / "gptq", skip=skip)
+    made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    rename(made, node, "elsewhere")
+    architecture = read_architecture(read_json(made / "config.json"))
+    expected = rf"no node {node}, where the codes of model\.{module} belong"
+    with pytest.raises(ExportError, match=expected):
+        check_codes(made, source, architecture)
+
+
+def test_codes_that_became_floats_unasked_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = gptq_folder(model, tmp_path / "gptq")
+    real = export.weights.FolderWeights.linear
+
+    def linear(self: Any, module: str) -> Any:
+        if module != "model.layers.1.self_attn.o_proj":
+            return real(self, module)
+        return export.weights.Linear(self.exact(module), None)
+
+    monkeypatch.setattr(export.weights.FolderWeights, "linear", linear)
+    expected = r"floats where the source holds codes: model\.layers\.1\.self_attn\.o_proj;"
+    with pytest.raises(ExportError, match=expected):
+        to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_rows_that_no_matrix_has_are_refused(model: Path, tmp_path: Path) -> None:
+    source, _ = gptq_folder(model, tmp_path / "gptq")
+    made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    graph = ir.load(made / MODEL_FILE)
+    (node,) = [one for one in graph.graph if one.name == "layers.0.o"]
+    for place in (1, 2):
+        stored = node.inputs[place].const_value.numpy()
+        longer = ir.tensor(np.concatenate([stored, stored[:1]]), name=node.inputs[place].name)
+        node.inputs[place].const_value = longer
+    ir.save(graph, made / MODEL_FILE)
+    architecture = read_architecture(read_json(made / "config.json"))
+    with pytest.raises(ExportError, match=r"rows of model\.layers\.0\.self_attn\.o_proj"):
+        check_codes(made, source, architecture)
 
 
 # --- what inspect shows -------------------------------------------------------------------------

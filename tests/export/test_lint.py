@@ -256,10 +256,11 @@ def test_rows_that_no_matrix_has_are_refused(model: Path, tmp_path: Path) -> Non
     made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
     graph = ir.load(made / MODEL_FILE)
     (node,) = [one for one in graph.graph if one.name == "layers.0.o"]
-    for place in (1, 2):
-        stored = node.inputs[place].const_value.numpy()
-        longer = ir.tensor(np.concatenate([stored, stored[:1]]), name=node.inputs[place].name)
-        node.inputs[place].const_value = longer
+    for value in node.inputs[1:3]:
+        assert value is not None
+        assert value.const_value is not None
+        stored = value.const_value.numpy()
+        value.const_value = ir.tensor(np.concatenate([stored, stored[:1]]), name=value.name)
     ir.save(graph, made / MODEL_FILE)
     architecture = read_architecture(read_json(made / "config.json"))
     with pytest.raises(ExportError, match=r"rows of model\.layers\.0\.self_attn\.o_proj"):

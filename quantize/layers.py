@@ -87,6 +87,8 @@ def quantize_layer(
         found = _matrices(layer, f"model.layers.{index}", names, settings)
         stage = _plan(found, inputs, float_inputs)
         del inputs, float_inputs
+        if floats:  # two streams leave twice the holes
+            give_back()
         if settings.true_sequential:
             _solve(stage, store)
         else:

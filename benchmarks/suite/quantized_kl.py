@@ -5,7 +5,8 @@
 Each way of quantizing runs in a process of its own, once for every seed of its calibration text;
 time and peak memory are those of the whole process, with everything that it loads. Then all of
 them predict the same held-out tokens. With ``--gptqmodel-python`` that library quantizes too, on
-the same blocks of text. The last line is one JSON document.
+the same blocks of text. With ``--keep`` the models stay, with what each took and gave beside it,
+and another run with the same text goes on from there. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import describe_machine
+from mistill.folder import read_json
 from mistill.kl import Predictions, compare, predict
 from mistill.pytorch import load_pytorch
 from mistill.text import TokenBlocks, pack, read_documents
@@ -62,6 +65,12 @@ WAYS = {
     "nf4": Way("to_nf4", {}, calibrated=False),
 }
 
+# Models whose predictions are held at once: a gigabyte for a small model and 64k tokens.
+_AT_ONCE = 4
+
+# What a record says of its conditions.
+_KEYS = ("asked", "measured_on")
+
 _CHILD = """
 import json, sys, quantize
 call, source, target, texts, options = json.loads(sys.argv[1])
@@ -72,6 +81,20 @@ getattr(quantize, call)(source, target, **extra, **options)
 
 def main() -> None:
     """Quantize, measure, and print a JSON document."""
+    given = arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(run(given, given.keep or Path(scratch))))
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line.
+
+    Args:
+        words: The words; None for this process's own.
+
+    Returns:
+        What they say.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--texts", required=True, help="text to calibrate on")
@@ -84,9 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gptqmodel-python", help="Python that has gptqmodel")
     parser.add_argument("--keep", type=Path, help="folder to leave the quantized models in")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(run(given, given.keep or Path(scratch))))
+    return parser.parse_args(words)
 
 
 def run(given: argparse.Namespace, home: Path) -> dict[str, Any]:
@@ -109,34 +130,82 @@ def run(given: argparse.Namespace, home: Path) -> dict[str, Any]:
     for seed in given.seeds:
         for name in ways:
             if WAYS[name].calibrated or not made[name]:
-                made[name].append(quantize(given, name, seed, home))
-                _say(name, seed, made[name][-1])
+                made[name].append(_remembered(given, name, seed, home))
+                _say(f"{name}-{made[name][-1]['seed']}", made[name][-1])
     blocks = held_out_blocks(given)
-    reference = predictions(Path(given.model), blocks)
-    float_perplexity = 0.0
-    for name in ways:
-        for run in made[name]:
-            folder = Path(run.pop("folder"))
-            found = compare({"": reference}, {"": predictions(folder, blocks)}, blocks)[""][""]
-            float_perplexity = found.reference_perplexity
-            run |= {
-                "kl": found.kl,
-                "kl_standard_error": found.kl_standard_error,
-                "kl_p99": found.kl_p99,
-                "agreement": found.agreement,
-                "perplexity": found.perplexity,
-            }
-            run["weight_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            _say(name, run["seed"], run)
+    text = {"held_out": Path(given.held_out).name, "tokens": int(blocks.kept.sum())}
+    runs = {f"{name}-{run['seed']}": run for name in ways for run in made[name]}
+    missing = [name for name, run in runs.items() if run.get("measured_on") != text]
+    if missing:
+        reference = predictions(Path(given.model), blocks)
+        for start in range(0, len(missing), _AT_ONCE):
+            folders = [home / name for name in missing[start : start + _AT_ONCE]]
+            for name, figures in measured(folders, reference, blocks).items():
+                runs[name] |= figures | {"measured_on": text}
+                _record(home, name, runs[name])
+                _say(name, runs[name])
     return {
-        "model": given.model,
+        "model": Path(given.model).name,
+        "machine": asdict(describe_machine(given.threads)),
         "calibration_tokens": given.samples * given.block_length,
         "held_out_tokens": int(blocks.kept.sum()),
         "threads": given.threads,
-        "float_perplexity": float_perplexity,
+        "float_perplexity": made[ways[0]][0]["float_perplexity"],
         "ways": {name: summary(runs) for name, runs in made.items()},
         "recovered": recovered(made),
         "over_gptqmodel": over_gptqmodel(made),
+    }
+
+
+def _remembered(given: argparse.Namespace, name: str, seed: int, home: Path) -> dict[str, Any]:
+    """What an earlier run left in this folder, or a new one."""
+    asked = {
+        "model": _from_anywhere(given.model),
+        "texts": _from_anywhere(given.texts) if WAYS[name].calibrated else None,
+        "samples": given.samples,
+        "block_length": given.block_length,
+        "way": asdict(WAYS[name]),
+    }
+    file = home / f"{name}-{seed}.json"
+    if file.exists() and (home / f"{name}-{seed}").is_dir():
+        known: dict[str, Any] = read_json(file)
+        if known["asked"] == asked:
+            return known
+    run = quantize(given, name, seed, home) | {"asked": asked}
+    _record(home, f"{name}-{seed}", run)
+    return run
+
+
+def _record(home: Path, name: str, run: dict[str, Any]) -> None:
+    (home / f"{name}.json").write_text(json.dumps(run), "utf-8")
+
+
+def measured(
+    folders: Sequence[Path], reference: Predictions, blocks: TokenBlocks
+) -> dict[str, dict[str, Any]]:
+    """What some quantized models are worth.
+
+    Args:
+        folders: The models.
+        reference: What the float model says about the held-out text.
+        blocks: The text.
+
+    Returns:
+        By the folder's name: KL, perplexities, agreement and bytes.
+    """
+    said = {folder.name: predictions(folder, blocks) for folder in folders}
+    found = compare({"": reference}, said, blocks)
+    return {
+        folder.name: {
+            "kl": found[folder.name][""].kl,
+            "kl_standard_error": found[folder.name][""].kl_standard_error,
+            "kl_p99": found[folder.name][""].kl_p99,
+            "agreement": found[folder.name][""].agreement,
+            "perplexity": found[folder.name][""].perplexity,
+            "float_perplexity": found[folder.name][""].reference_perplexity,
+            "weight_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        }
+        for folder in folders
     }
 
 
@@ -150,7 +219,7 @@ def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dic
         home: Where to put it.
 
     Returns:
-        Its folder, seconds and peak memory in MiB.
+        Seconds and peak memory in MiB.
     """
     way, target = WAYS[name], home / f"{name}-{seed}"
     options = dict(way.options)
@@ -187,9 +256,7 @@ def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dic
         raise SystemExit(f"{name} failed:\n{complaint[-2000:]}")
     return {
         "seed": seed,
-        "folder": str(target),
         "seconds": time.perf_counter() - started,
-        "processor_seconds": usage.ru_utime + usage.ru_stime,
         "peak_mib": _peak_mib(usage),
     }
 
@@ -239,7 +306,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         Means, least and greatest, and the runs themselves.
     """
-    figures = ("kl", "perplexity", "agreement", "seconds", "processor_seconds", "peak_mib")
+    figures = ("kl", "perplexity", "agreement", "seconds", "peak_mib")
     means = {figure: mean(run[figure] for run in runs) for figure in figures}
     values = [run["kl"] for run in runs]
     return {
@@ -247,7 +314,10 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "kl_least": min(values),
         "kl_greatest": max(values),
         "weight_bytes": runs[0]["weight_bytes"],
-        "runs": list(runs),
+        "runs": [
+            {name: run[name] for name in run if name not in ("asked", "measured_on")}
+            for run in runs
+        ],
     }
 
 
@@ -284,18 +354,18 @@ def over_gptqmodel(made: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
             figure: [
                 run[figure] / rival[figure] for run, rival in zip(made[name], theirs, strict=True)
             ]
-            for figure in ("kl", "seconds", "processor_seconds", "peak_mib")
+            for figure in ("kl", "seconds", "peak_mib")
         }
         for name in ("gptq-64", "gptaq-64")
         if theirs and name in made
     }
 
 
-def _say(name: str, seed: int, run: dict[str, Any]) -> None:
+def _say(name: str, run: dict[str, Any]) -> None:
     words = ", ".join(
         f"{figure} {run[figure]:.5g}" for figure in ("kl", "seconds", "peak_mib") if figure in run
     )
-    print(f"{name} (seed {seed}): {words}", file=sys.stderr, flush=True)
+    print(f"{name}: {words}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

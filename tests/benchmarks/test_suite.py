@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import distill
+from benchmarks.suite import quantized_kl
 from benchmarks.suite.turns import paired_ratio, summary, take_turns
 from tests.tiny import SENTENCES
 
@@ -141,14 +142,33 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_what_quantizing_costs_is_measured_for_every_seed(model: Path, prose: Path) -> None:
-    report = run(
-        "quantized_kl",
+def test_what_quantizing_costs_is_measured_for_every_seed(
+    model: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
         str(model),
         *("--texts", str(prose), "--held-out", str(prose), "--tokens", "600"),
         *("--ways", "rounding-64", "gptq-64", "--seeds", "0", "1"),
-        *("--samples", "4", "--block-length", "32", "--threads", "1"),
-    )
+        *("--samples", "4", "--block-length", "32", "--threads", "1", "--keep", str(tmp_path)),
+    ]
+    report = run("quantized_kl", *words)
+    # Once more: nothing is made again but what is gone.
+    lost = tmp_path / "gptq-64-0"
+    lost.rename(tmp_path / "spare")
+    again: list[tuple[str, int]] = []
+
+    def make(_: object, name: str, seed: int, home: Path) -> dict[str, Any]:
+        again.append((name, seed))
+        (home / "spare").rename(lost)
+        return {"seed": seed, "seconds": 1.0, "peak_mib": 1.0}
+
+    monkeypatch.setattr(quantized_kl, "quantize", make)
+    second = quantized_kl.run(quantized_kl.arguments(words), tmp_path)
+    assert again == [("gptq-64", 0)]
+    runs, runs_again = report["ways"]["gptq-64"]["runs"], second["ways"]["gptq-64"]["runs"]
+    assert runs_again[1] == runs[1]
+    assert runs_again[0]["kl"] == pytest.approx(runs[0]["kl"])
+    assert runs_again[0]["seconds"] == 1
     rounding, gptq = report["ways"]["rounding-64"], report["ways"]["gptq-64"]
     assert len(rounding["runs"]) == 1
     assert [one["seed"] for one in gptq["runs"]] == [0, 1]

@@ -77,19 +77,19 @@ def markdown(comparison: Comparison) -> str:
             for column in columns
         ]
         star = "\\*" if beaten[model.name] else ""
-        lines.append(f"| {_escaped(model.name)}{star} | {' | '.join(cells)} |")
+        lines.append(f"| {escaped(model.name)}{star} | {' | '.join(cells)} |")
     lines += ["", "\\* another model is at least as close, as fast and as small.", ""]
     lines += [f"- **{column.title}.** {column.meaning}" for column in columns]
     lines += ["", "## Where each comes from", ""]
     lines += [
-        f"- **{_escaped(model.name)}** ({model.kind}): {_escaped(road(model))}"
+        f"- **{escaped(model.name)}** ({model.kind}): {escaped(road(model))}"
         for model in comparison.models
     ]
     lines += ["", "## Conditions", ""]
-    lines += [f"- {name}: {_escaped(value)}" for name, value in conditions_in_full(comparison)]
+    lines += [f"- {name}: {escaped(value)}" for name, value in conditions_in_full(comparison)]
     for prompt, replies in comparison.samples.items():
-        lines += ["", f"## “{_escaped(prompt)}”", ""]
-        lines += [f"- **{_escaped(name)}**: {_escaped(reply)}" for name, reply in replies.items()]
+        lines += ["", f"## “{escaped(prompt)}”", ""]
+        lines += [f"- **{escaped(name)}**: {escaped(reply)}" for name, reply in replies.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -211,6 +211,13 @@ def _bracketed(text: str) -> str:
     return f"({text})" if text and not text.startswith("±") else text
 
 
-def _escaped(text: str) -> str:
-    """Keep Markdown from reading marks in names and replies."""
+def escaped(text: str) -> str:
+    """Keep Markdown from reading marks in names and replies.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        One line of Markdown.
+    """
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())

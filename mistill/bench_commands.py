@@ -6,10 +6,10 @@ import json as json_library
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.console import Console
 
-from benchmarks import BenchSettings
+from benchmarks import BenchSettings, DiffSettings
 from mistill.options import Flat, Texts
 
 app = App(name="bench", help="Compare folders: size, quality, speed and memory, in one table.")
@@ -48,3 +48,39 @@ def bench_models(
         print(f"report: {out / 'report.html'}")
     if json:
         print(json_library.dumps(report.to_dict()))
+
+
+@app.command
+def diff(
+    old: Path,
+    new: Path,
+    /,
+    *,
+    settings: Annotated[DiffSettings, Flat] = DiffSettings(),
+    fail_on_regression: Annotated[bool, Parameter(negative=())] = False,
+    markdown: Annotated[bool, Parameter(negative=())] = False,
+    json: bool = False,
+) -> int:
+    """Say what changed from one report to another, and what cannot be told.
+
+    Args:
+        old: The folder of a report, or its report.json.
+        new: The same, measured later.
+        settings: When a change counts as one.
+        fail_on_regression: Exit with 1 if a figure has become worse, or a model is missing.
+        markdown: Print Markdown, for the comment of a pull request.
+        json: End with one line of JSON.
+
+    Returns:
+        0, or 1 for a regression that was to fail.
+    """
+    from benchmarks import diff as diff_reports
+
+    found = diff_reports(old, new, settings=settings)
+    if markdown:
+        print(found.to_markdown())
+    else:
+        Console().print(found.table())
+    if json:
+        print(json_library.dumps(found.to_dict()))
+    return 1 if fail_on_regression and not found.passed else 0

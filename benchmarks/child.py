@@ -31,6 +31,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from benchmarks.energy import EnergyMeter
 from benchmarks.fidelity import agreements, divergences
 from benchmarks.footprint import own_memory
 from benchmarks.latency import FEWEST_TOKENS, Turn, time_turn, turn_from_ticks
@@ -74,6 +75,7 @@ class Worker:
         self.folder = folder
         self.threads = threads
         self._model: LanguageModel | None = None
+        self._meter = EnergyMeter()
 
     @property
     def model(self) -> LanguageModel:
@@ -123,7 +125,12 @@ class Worker:
             turn = time_generate(self.model, prompt, new_tokens=new_tokens, seconds=seconds)
         else:
             turn = time_turn(
-                self.model, prompt, new_tokens=new_tokens, seconds=seconds, clock=time.perf_counter
+                self.model,
+                prompt,
+                new_tokens=new_tokens,
+                seconds=seconds,
+                clock=time.perf_counter,
+                meter=self._meter,
             )
         return asdict(turn)
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from benchmarks.answers import Answers
+from benchmarks.conventions import QuotedPerplexity
 from benchmarks.fidelity import Fidelity
 from benchmarks.footprint import Footprint, Load, StepBytes
 from benchmarks.latency import Latency, LatencyAt, Turn
@@ -75,6 +77,8 @@ class ModelResult:
         step_bytes: Bytes that a step reads; None where the folder does not say.
         rival: Of another engine that ran the same weights, what it is; None for our own.
         left_out: What was asked for and not measured, and why.
+        quoted: Perplexities in the conventions that were asked for.
+        answers: What it answered to the small offline set, if it was asked.
     """
 
     name: str
@@ -97,6 +101,8 @@ class ModelResult:
     step_bytes: StepBytes | None = None
     rival: Rival | None = None
     left_out: tuple[str, ...] = ()
+    quoted: tuple[QuotedPerplexity, ...] = ()
+    answers: Answers | None = None
 
     @property
     def mean_kl(self) -> float:
@@ -226,12 +232,7 @@ class Comparison:
             **{
                 **document,
                 "settings": _settings_from(document["settings"]),
-                "machine": Machine(
-                    **{
-                        **document["machine"],
-                        "instructions": tuple(document["machine"]["instructions"]),
-                    }
-                ),
+                "machine": Machine(**_with_tuples(document["machine"])),
                 "text": ScoredText(
                     **{**document["text"], "sources": tuple(document["text"]["sources"])}
                 ),
@@ -334,7 +335,7 @@ def _model_from(record: dict[str, Any]) -> ModelResult:
             **fields,
             "lineage": tuple(fields["lineage"]),
             "footprint": Footprint(**fields["footprint"]),
-            "perplexity": Perplexity(losses=_nested(fields["perplexity"]["losses"])),
+            "perplexity": Perplexity(**_with_tuples(fields["perplexity"])),
             "fidelity": _fidelity_from(fields["fidelity"]),
             "parent_fidelity": _fidelity_from(fields["parent_fidelity"]),
             "latency": _latency_from(fields["latency"]),
@@ -360,6 +361,8 @@ def _optional_from(record: dict[str, Any]) -> dict[str, Any]:
         "step_bytes": step_bytes and StepBytes(**step_bytes),
         "rival": rival and Rival(**rival),
         "left_out": tuple(record.get("left_out", ())),
+        "quoted": tuple(QuotedPerplexity(**_with_tuples(one)) for one in record.get("quoted", ())),
+        "answers": record.get("answers") and Answers(**_with_tuples(record["answers"])),
     }
 
 
@@ -376,6 +379,15 @@ def _latency_from(record: dict[str, Any]) -> Latency:
             for turn in record["turns"]
         )
     )
+
+
+def _with_tuples(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a frozen record, whose lists were tuples."""
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return {name: frozen(value) for name, value in record.items()}
 
 
 def _nested(values: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:

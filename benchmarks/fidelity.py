@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.perplexity import row_blocks
+from benchmarks.shares import clustered_interval
 from mistill.uncertainty import mean_of, standard_error_of_mean
 
 
@@ -51,6 +52,11 @@ class Fidelity:
     def agreement_standard_error(self) -> float | None:
         """Standard error of the agreement, taken between passages."""
         return standard_error_of_mean(self.agreements)
+
+    @property
+    def agreement_interval(self) -> tuple[float, float]:
+        """95% confidence interval of the agreement (``benchmarks.shares``)."""
+        return clustered_interval(self.agreements)
 
 
 def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -7,10 +7,11 @@ at a time and is bound by how fast the weights can be read. The two are timed ap
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benchmarks.energy import EnergyMeter
 from mistill.language_model import LanguageModel
 from mistill.uncertainty import quartiles
 
@@ -27,11 +28,14 @@ class Turn:
         prompt_tokens: Tokens of the prompt.
         first_token_seconds: From the prompt being handed over to the first token.
         token_seconds: From each token to the next.
+        decode_joules: Energy that the machine spent on the tokens after the first; None where it
+            does not tell.
     """
 
     prompt_tokens: int
     first_token_seconds: float
     token_seconds: tuple[float, ...]
+    decode_joules: float | None = None
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -84,6 +88,16 @@ class Latency:
         """The time that one token in twenty exceeds, over all rounds."""
         return float(np.quantile([s for turn in self.turns for s in turn.token_seconds], 0.95))
 
+    @property
+    def joules_per_token(self) -> float | None:
+        """Median over the rounds of energy by tokens written; None where no machine tells."""
+        found = [
+            turn.decode_joules / len(turn.token_seconds)
+            for turn in self.turns
+            if turn.decode_joules is not None
+        ]
+        return quartiles(found)[1] if found else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyAt:
@@ -105,6 +119,7 @@ def time_turn(
     new_tokens: int,
     seconds: float,
     clock: Clock,
+    meter: EnergyMeter | None = None,
 ) -> Turn:
     """Let a model read a prompt and write greedily, and look at the clock after every token.
 
@@ -114,19 +129,26 @@ def time_turn(
         new_tokens: Tokens to write, the first one included.
         seconds: A slow model stops after this long, but never before 8 tokens.
         clock: Monotonic time in seconds.
+        meter: Tells the energy; None leaves it out.
 
     Returns:
-        The times.
+        The times, and the energy.
     """
     stream = model.stream(prompt)
+    before: tuple[int, ...] = ()
     ticks = [clock()]
     for _ in stream:
         ticks.append(clock())
         written = len(ticks) - 1
+        if meter is not None and written == 1:
+            before = meter.read()
         late = ticks[-1] - ticks[0] > seconds and written >= FEWEST_TOKENS
         if written == new_tokens or late:
             break
-    return turn_from_ticks(len(prompt), ticks)
+    turn = turn_from_ticks(len(prompt), ticks)
+    if meter is None or not before:
+        return turn
+    return replace(turn, decode_joules=meter.joules(before, meter.read()))
 
 
 def turn_from_ticks(prompt_tokens: int, ticks: Sequence[float]) -> Turn:

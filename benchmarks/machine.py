@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.energy import EnergyMeter
 from mistill.lineage import installed_versions
 from mistill.processors import usable_threads
 
@@ -44,6 +45,8 @@ class Machine:
         load_average: Processes at work in the minute before the measurement; None where the
             system does not say.
         versions: Libraries and their versions.
+        energy_counters: What the counters of energy count that can be read, such as
+            ``package-0``; none where the machine does not tell.
     """
 
     processor: str
@@ -58,6 +61,7 @@ class Machine:
     virtual: bool
     load_average: float | None
     versions: dict[str, str]
+    energy_counters: tuple[str, ...] = ()
 
 
 def describe_machine(threads: int) -> Machine:
@@ -86,6 +90,7 @@ def describe_machine(threads: int) -> Machine:
         virtual="hypervisor" in flags,
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         versions=installed_versions(),
+        energy_counters=tuple(counter.name for counter in EnergyMeter().counters),
     )
 
 

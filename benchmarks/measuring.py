@@ -14,17 +14,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.answers import Answers
 from benchmarks.children import Child, start_children
 from benchmarks.comparison import Comparison, ModelResult, ScoredText
+from benchmarks.conventions import QuotedPerplexity, spelled_bytes
 from benchmarks.fidelity import Fidelity
 from benchmarks.footprint import Footprint
 from benchmarks.latency import FEWEST_TOKENS, Latency, Turn
 from benchmarks.machine import describe_machine
 from benchmarks.passages import Passage, cut_passages, cut_prompts, fingerprint_of
 from benchmarks.perplexity import Perplexity
+from benchmarks.questions import ask, read_questions
+from benchmarks.quoting import QuotedText, bytes_in, check_quotable, cut_texts, quote
 from benchmarks.samples import collect_samples
 from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
@@ -76,11 +81,14 @@ def compare(
     _check_vocabularies(judge, subjects)
     asked = _asked(subjects, settings)
     passages = read_passages(texts, judge.info.path, settings, subjects)
+    vocabulary = load_vocabulary(judge.info.path)
+    quoted = cut_texts(_listed(texts), vocabulary, settings.perplexity, settings.perplexity_tokens)
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
-    _measure(subjects, passages, settings, threads)
+    _measure(subjects, passages, quoted, settings, threads)
     samples = collect_samples(asked, settings.sample_prompts, settings.sample_tokens, threads)
-    results = tuple(_result(subject, judge) for subject in subjects if subject.is_listed)
+    spelled = spelled_bytes(passages, bytes_in(vocabulary))
+    results = tuple(_result(subject, judge, spelled) for subject in subjects if subject.is_listed)
     return Comparison(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_seconds=time.monotonic() - began,
@@ -126,6 +134,8 @@ class _Subject:
     losses: list[tuple[float, ...]] = field(default_factory=list)
     parent: _Subject | None = None
     distances: dict[str, _Distance] = field(default_factory=dict)
+    quoted: list[QuotedPerplexity] = field(default_factory=list)
+    questioned: Answers | None = None
 
 
 # --- before anything large is loaded ------------------------------------------------------------
@@ -227,6 +237,8 @@ def _check_context(subjects: Sequence[_Subject], settings: BenchSettings) -> Non
                 f"and new_tokens ask for {settings.prompt_tokens} + {settings.new_tokens}; ask for "
                 "fewer"
             )
+        if subject.is_listed:
+            check_quotable(settings.perplexity, subject.given, subject.info.context_length)
 
 
 def _check_vocabularies(judge: _Subject, subjects: Sequence[_Subject]) -> None:
@@ -279,12 +291,15 @@ def read_passages(
 def _measure(
     subjects: Sequence[_Subject],
     passages: Sequence[Passage],
+    quoted: Sequence[QuotedText],
     settings: BenchSettings,
     threads: int,
 ) -> None:
     folders = [subject.info.path for subject in subjects]
     listed = sum(subject.is_listed for subject in subjects)
     work = len(subjects) * (1 + len(passages)) + listed * (1 + settings.rounds)
+    questions = read_questions() if settings.tasks else []
+    work += listed * (sum(len(text.windows) for text in quoted) + len(questions))
     with track("comparing", work, "step") as tracker, start_children(folders, threads) as children:
         pairs = list(zip(subjects, children, strict=True))
         for subject, child in pairs:
@@ -293,6 +308,14 @@ def _measure(
         _check_widths(subjects)
         _take_turns([pair for pair in pairs if pair[0].is_listed], passages, settings, tracker)
         _score(pairs, passages, tracker)
+        for subject, child in pairs:
+            if subject.is_listed:
+                step = partial(tracker.advance, note=f"quote {subject.name}")
+                subject.quoted = [quote(child, text, step) for text in quoted]
+                if questions:
+                    own = load_vocabulary(subject.info.path)
+                    step = partial(tracker.advance, note=f"question {subject.name}")
+                    subject.questioned = ask(child, questions, own, step)
 
 
 def _check_widths(subjects: Sequence[_Subject]) -> None:
@@ -346,6 +369,7 @@ def _turn(answer: Mapping[str, Any]) -> Turn:
         prompt_tokens=answer["prompt_tokens"],
         first_token_seconds=_short(answer["first_token_seconds"]),
         token_seconds=tuple(map(_short, answer["token_seconds"])),
+        decode_joules=answer.get("decode_joules"),
     )
 
 
@@ -410,7 +434,7 @@ def _last_part(value: Any) -> Any:
     return value
 
 
-def _result(subject: _Subject, judge: _Subject) -> ModelResult:
+def _result(subject: _Subject, judge: _Subject, passage_bytes: tuple[int, ...]) -> ModelResult:
     info, answers = subject.info, subject.answers
     turns = subject.transformers_turns
     parent = subject.parent
@@ -430,10 +454,12 @@ def _result(subject: _Subject, judge: _Subject) -> ModelResult:
             peak_memory_bytes=answers["memory"]["peak_bytes"],
             resident_memory_bytes=answers["memory"]["resident_bytes"],
         ),
-        perplexity=Perplexity(losses=tuple(subject.losses)),
+        perplexity=Perplexity(losses=tuple(subject.losses), passage_bytes=passage_bytes),
         fidelity=None if subject is judge else subject.distances[judge.name].fidelity(),
         parent=None if parent is None else parent.name,
         parent_fidelity=None if parent is None else subject.distances[parent.name].fidelity(),
         latency=Latency(turns=tuple(subject.turns)),
         transformers_latency=Latency(turns=tuple(turns)) if turns else None,
+        quoted=tuple(subject.quoted),
+        answers=subject.questioned,
     )

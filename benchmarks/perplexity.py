@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mistill.uncertainty import mean_of, standard_error_of_mean
+from mistill.uncertainty import mean_of, ratio_standard_error, standard_error_of_mean
 
 _ELEMENTS_AT_ONCE = 1 << 19  # 2 MiB of float32: a few rows of logits that stay in the cache
 
@@ -23,9 +23,12 @@ class Perplexity:
 
     Attributes:
         losses: Negative log-probability of each token, in nats, passage by passage.
+        passage_bytes: Bytes of text that the predicted tokens of each passage spell; marks, such
+            as the end of a turn, spell none. Empty in reports of before it was kept.
     """
 
     losses: tuple[tuple[float, ...], ...]
+    passage_bytes: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -51,6 +54,25 @@ class Perplexity:
         """
         error = standard_error_of_mean(self.losses)
         return None if error is None else self.value * error
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits to predict a byte of the text; None where its bytes are not known.
+
+        Perplexity is per token, and a vocabulary with longer tokens has fewer of them; this can
+        be compared between vocabularies.
+        """
+        if not sum(self.passage_bytes):
+            return None
+        return sum(map(sum, self.losses)) / math.log(2) / sum(self.passage_bytes)
+
+    @property
+    def bits_per_byte_standard_error(self) -> float | None:
+        """Standard error of the bits per byte, taken between passages; None for a single one."""
+        if not sum(self.passage_bytes):
+            return None
+        error = ratio_standard_error([sum(passage) for passage in self.losses], self.passage_bytes)
+        return None if error is None else error / math.log(2)
 
 
 def token_losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:

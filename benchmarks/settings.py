@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from mistill.settings import require
 
+# What benchmarks.conventions knows; this module is imported by every command, and stays small.
+QUOTED = ("gptq", "llama.cpp")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
@@ -21,6 +24,12 @@ class BenchSettings:
         threads: Threads that every engine computes with; by default one for each processor that
             this process may use.
         transformers_generate: Time transformers' own generate on float folders as well.
+        perplexity: Conventions in which perplexity is measured besides, as people quote it, joined
+            by commas: ``gptq`` (2,048 tokens without overlap, as in the papers) and ``llama.cpp``
+            (512 tokens, the second half of which is scored). They read the whole text.
+        perplexity_tokens: Read no more tokens than these for the conventions; what comes out is no
+            longer what others quote.
+        tasks: Ask every model the questions of a small set that ships with mistill, a smoke test.
         sample_prompts: What every model is asked, so that the report shows their replies side by
             side.
         sample_models: Names of the models that are asked; all if none is named.
@@ -35,6 +44,9 @@ class BenchSettings:
     turn_seconds: float = 5.0
     threads: int | None = None
     transformers_generate: bool = True
+    perplexity: tuple[str, ...] = ()
+    perplexity_tokens: int | None = None
+    tasks: bool = False
     sample_prompts: tuple[str, ...] = ()
     sample_models: tuple[str, ...] = ()
     sample_tokens: int = 60
@@ -61,6 +73,14 @@ class BenchSettings:
         require(
             self.threads is None or self.threads >= 1,
             f"threads must be at least 1, not {self.threads}",
+        )
+        names = [part.strip() for name in self.perplexity for part in name.split(",")]
+        for name in names:
+            require(name in QUOTED, f"perplexity is quoted by {' or '.join(QUOTED)}, not {name!r}")
+        object.__setattr__(self, "perplexity", tuple(dict.fromkeys(names)))
+        require(
+            self.perplexity_tokens is None or self.perplexity_tokens >= 1,
+            f"perplexity_tokens must be at least 1, not {self.perplexity_tokens}",
         )
         require(
             self.sample_tokens >= 1, f"sample_tokens must be at least 1, not {self.sample_tokens}"

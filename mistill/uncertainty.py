@@ -41,16 +41,35 @@ def standard_error_of_mean(samples: Samples) -> float | None:
     Returns:
         The standard error; None if there is a single token.
     """
-    sums = np.array([np.sum(passage, dtype=float) for passage in samples])
-    counts = np.array([len(passage) for passage in samples])
-    passages, tokens = len(counts), counts.sum()
-    mean = sums.sum() / tokens
-    if passages > 1:
-        between = np.square(sums - mean * counts).sum()
-        return float(np.sqrt(passages / (passages - 1) * between) / tokens)
-    if tokens > 1:
-        return float(np.std(samples[0], ddof=1) / np.sqrt(tokens))
+    sums = [float(np.sum(passage, dtype=float)) for passage in samples]
+    counts = [len(passage) for passage in samples]
+    if len(counts) > 1:
+        return ratio_standard_error(sums, counts)
+    if counts[0] > 1:
+        return float(np.std(samples[0], ddof=1) / np.sqrt(counts[0]))
     return None
+
+
+def ratio_standard_error(sums: Sequence[float], weights: Sequence[float]) -> float | None:
+    """Standard error of the sum of one thing over the sum of another, passage by passage.
+
+    With P passages, sums s_p, weights w_p that add up to W, and r their ratio, the variance of r
+    is P / (P - 1) * sum((s_p - r w_p)^2) / W^2.
+
+    Args:
+        sums: What is divided, such as the loss of each passage.
+        weights: What it is divided by, such as the tokens of each passage.
+
+    Returns:
+        The standard error; None for a single passage.
+    """
+    if len(sums) < 2:
+        return None
+    numerators, denominators = np.asarray(sums, float), np.asarray(weights, float)
+    ratio = numerators.sum() / denominators.sum()
+    between = np.square(numerators - ratio * denominators).sum()
+    passages = len(numerators)
+    return float(np.sqrt(passages / (passages - 1) * between) / denominators.sum())
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -37,6 +37,7 @@ from benchmarks.footprint import own_memory
 from benchmarks.latency import FEWEST_TOKENS, Turn, time_turn, turn_from_ticks
 from benchmarks.passages import Passage
 from benchmarks.perplexity import token_losses
+from benchmarks.rivals.engines import describe, open_rival, read_note
 from mistill.folder import open_folder
 from mistill.language_model import LanguageModel, open_model
 
@@ -87,8 +88,11 @@ class Worker:
         """Import what the folder needs, so that opening it times the opening only.
 
         Returns:
-            The form of the folder.
+            The form of the folder; of a rival's, what the rival is.
         """
+        note = read_note(self.folder)
+        if note is not None:
+            return {"form": note.engine, **describe(note.engine, note.library)}
         form = open_folder(self.folder).form
         for library, name in _LIBRARIES[form]:
             # What is missing is for open_model to say, in words.
@@ -102,8 +106,12 @@ class Worker:
         Returns:
             How long it took, and the number of logits.
         """
+        note = read_note(self.folder)
         start = time.perf_counter()
-        self._model = open_model(self.folder, threads=self.threads)
+        if note is None:
+            self._model = open_model(self.folder, threads=self.threads)
+        else:
+            self._model = open_rival(self.folder, note, self.threads)
         seconds = time.perf_counter() - start
         return {"load_seconds": seconds, "vocabulary_size": self.model.vocabulary_size}
 
@@ -121,6 +129,9 @@ class Worker:
         Returns:
             The times.
         """
+        reserve = getattr(self.model, "reserve", None)
+        if reserve is not None:  # a rival's, which is told beforehand as in its own benchmark
+            reserve(len(prompt) + new_tokens)
         if transformers:
             turn = time_generate(self.model, prompt, new_tokens=new_tokens, seconds=seconds)
         else:

@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import mistill.errors
+from benchmarks.rivals.engines import Note, read_note
+from benchmarks.rivals.environment import child_command
 from mistill.errors import MistillError
 
 _PACKAGES = Path(__file__).resolve().parents[1]
@@ -26,6 +28,8 @@ _PACKAGES = Path(__file__).resolve().parents[1]
 
 class Child:
     """A process that runs one model: ``python -m benchmarks.child FOLDER``.
+
+    A rival's folder says which Python runs it.
 
     Attributes:
         folder: The folder that it opens.
@@ -42,14 +46,13 @@ class Child:
         """
         self.folder = folder
         self._complaints = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        note = read_note(folder)
+        # -P keeps the current folder out of the module path: a folder of the user's named
+        # "benchmarks" or "mistill" there must not be taken for ours.
+        ours = [sys.executable, "-P", "-m", "benchmarks.child"]
         self._process = subprocess.Popen(
-            # -P keeps the current folder out of the module path: a folder of the user's named
-            # "benchmarks" or "mistill" there must not be taken for ours.
             [
-                sys.executable,
-                "-P",
-                "-m",
-                "benchmarks.child",
+                *(ours if note is None else child_command(note.python)),
                 str(folder),
                 "--threads",
                 str(threads),
@@ -59,7 +62,7 @@ class Child:
             stderr=self._complaints,
             text=True,
             encoding="utf-8",
-            env=_environment(threads),
+            env=_environment(threads, note),
         )
 
     def __enter__(self) -> Self:
@@ -166,11 +169,14 @@ def start_children(folders: Sequence[Path], threads: int) -> Iterator[list[Child
         yield started
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, note: Note | None) -> dict[str, str]:
     search = [str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # What our Python finds is no business of a rival's.
+    paths = {"PYTHONPATH": os.pathsep.join(search)} if note is None else {}
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(search),
+        **inherited,
+        **paths,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),

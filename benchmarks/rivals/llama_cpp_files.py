@@ -1,0 +1,86 @@
+"""GGUF files for llama.cpp: float32 by mistill, everything smaller by llama.cpp's own quantizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from benchmarks.rivals.environment import Environment
+from benchmarks.rivals.making import call, mistill
+from mistill.errors import MissingExtraError
+from mistill.folder import FolderInfo
+from mistill.settings import require
+
+MODEL_FILE = "model.gguf"
+
+# What mistill itself writes, by its name there; the others only llama-quantize can make.
+_OWN = {"f32": "float32", "f16": "float16", "q8_0": "q8_0", "q4_1": "q4_1", "q4_0": "q4_0"}
+_OTHERS = (
+    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s"),
+    *("q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "bf16"),
+)
+
+
+def check_variant(variant: str) -> None:
+    """Refuse a way to store weights that llama.cpp has not.
+
+    Args:
+        variant: Its name, such as ``q4_k_m``.
+    """
+    known = (*_OWN, *_OTHERS)
+    require(
+        variant in known,
+        f"llama.cpp's weights are stored as one of {', '.join(known)}, not as {variant!r}",
+    )
+
+
+def make(
+    variant: str, environment: Environment, source: FolderInfo, scratch: Path, folder: Path
+) -> tuple[dict[str, str], str]:
+    """Make a file.
+
+    Args:
+        variant: How it stores the weights.
+        environment: Where llama.cpp is installed.
+        source: The folder whose weights it gets; codes are multiplied out.
+        scratch: Where the float32 file is kept for the next variant.
+        folder: Where to put the file.
+
+    Returns:
+        What llama.cpp is told, and how the file came to be.
+
+    Raises:
+        MissingExtraError: If its quantizer is needed and not there.
+    """
+    settings = {"context": "as needed", "batch": "2048 in pieces of 512", "cache": "f16"}
+    program = quantizer(environment)
+    if program is None or variant in ("f32", "f16"):
+        if variant not in _OWN:
+            raise MissingExtraError(
+                f"llama.cpp {variant} is made by llama.cpp's own llama-quantize, which is not "
+                f"{'known' if environment.programs is None else f'in {environment.programs}'}; "
+                "name the folder of its programs with --rivals-in llama.cpp-programs=DIR or "
+                f"MISTILL_LLAMA_CPP_PROGRAMS, or take {', '.join(_OWN)}"
+            )
+        mistill("gguf", str(source.path), str(folder / MODEL_FILE), "--dtype", _OWN[variant])
+        return settings, f"mistill gguf --dtype {_OWN[variant]}"
+    exact = scratch / "float32.gguf"
+    if not exact.exists():
+        mistill("gguf", str(source.path), str(exact), "--dtype", "float32")
+    call([str(program), str(exact), str(folder / MODEL_FILE), variant.upper(), "1"])
+    return settings, f"mistill gguf --dtype float32; llama-quantize {variant.upper()}"
+
+
+def quantizer(environment: Environment) -> Path | None:
+    """llama.cpp's own program that quantizes.
+
+    Args:
+        environment: Where llama.cpp is installed.
+
+    Returns:
+        The program; None if it is not known.
+    """
+    if environment.programs is None:
+        return None
+    program = environment.programs / "llama-quantize"
+    return program if os.access(program, os.X_OK) else None

@@ -425,15 +425,15 @@ def measured_again(comparison: Comparison, random: np.random.Generator) -> Compa
 
 
 def test_of_twenty_repetitions_at_most_one_is_called_a_difference(comparison: Comparison):
-    few = replace(comparison, models=comparison.models[1:])
-    random = np.random.default_rng(11)
+    few = replace(comparison, models=comparison.models[2:])
+    random = np.random.default_rng(1)
     called = 0
-    for _ in range(20):
+    for _ in range(40):
         found = diff(measured_again(few, random), measured_again(few, random))
         called += bool(found.regressions or found.improvements)
         assert all(change.verdict != "unknown" for change in found.changes)
 
-    assert called <= 1
+    assert called <= 40 / 20
 
 
 def test_of_hundreds_of_questions_about_nothing_chance_answers_few():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from benchmarks.comparison import Comparison, ModelResult
+from benchmarks.conventions import QuotedPerplexity
 from benchmarks.fidelity import Fidelity
 from benchmarks.latency import Latency
 
@@ -180,6 +181,49 @@ def _rival(take: Callable[[Latency], T]) -> Callable[[ModelResult], T | None]:
     )
 
 
+def _quoted(name: str, take: Callable[[QuotedPerplexity], T]) -> Callable[[ModelResult], T | None]:
+    """The same of a perplexity in a convention, None where it was not asked for."""
+
+    def of(model: ModelResult) -> T | None:
+        found = [one for one in model.quoted if one.convention == name]
+        return take(found[0]) if found else None
+
+    return of
+
+
+def _quoted_column(name: str, how: str) -> Column:
+    return Column(
+        key=f"perplexity_{name.replace('.', '_')}",
+        title=f"Perplexity, as {name}",
+        unit="",
+        meaning=f"The perplexity as {how}; ± is its standard error (delta method, between "
+        "windows).",
+        figure=_quoted(name, lambda found: found.value),
+        write=lambda value: significant(value, 4),
+        better="lower",
+        spread=_quoted(name, lambda found: found.standard_error),
+        compact=False,
+        nature="text",
+        samples=_quoted(
+            name,
+            lambda found: [
+                [loss / tokens]
+                for loss, tokens in zip(found.window_losses, found.window_tokens, strict=True)
+            ],
+        ),
+        logarithmic=True,
+    )
+
+
+def _joules(model: ModelResult) -> list[float] | None:
+    spent = [
+        turn.decode_joules / len(turn.token_seconds)
+        for turn in model.latency.turns
+        if turn.decode_joules is not None
+    ]
+    return spent or None
+
+
 def _rates(timed: Latency) -> list[float]:
     return [turn.decode_tokens_per_second for turn in timed.turns]
 
@@ -219,6 +263,44 @@ COLUMNS = (
         nature="text",
         samples=lambda model: model.perplexity.losses,
         logarithmic=True,
+    ),
+    _quoted_column(
+        "gptq",
+        "papers on GPTQ quote it: all of the text in windows of 2,048 tokens without overlap",
+    ),
+    _quoted_column(
+        "llama.cpp",
+        "llama.cpp's own program measures it: all of the text in windows of 512 tokens, of which "
+        "the second half is scored",
+    ),
+    Column(
+        key="bits_per_byte",
+        title="Bits per byte",
+        unit="",
+        meaning="Bits to predict the text, by the bytes that its predicted tokens spell: can be "
+        "compared between vocabularies; ± is its standard error, between passages.",
+        figure=lambda model: model.perplexity.bits_per_byte,
+        write=significant,
+        better="lower",
+        spread=lambda model: model.perplexity.bits_per_byte_standard_error,
+        compact=False,
+        nature="text",
+        samples=lambda model: model.perplexity.losses,
+    ),
+    Column(
+        key="smoke_accuracy",
+        title="Smoke test",
+        unit="%",
+        meaning="Questions of the small offline set that were answered rightly, log-probabilities "
+        "taken for each byte, and the 95% confidence interval (Wilson). Guessing reaches 25%.",
+        figure=lambda model: None if model.answers is None else model.answers.accuracy,
+        write=_percent,
+        better="higher",
+        spread=lambda model: None if model.answers is None else model.answers.interval,
+        nature="text",
+        samples=lambda model: (
+            None if model.answers is None else [[float(one)] for one in model.answers.outcomes()]
+        ),
     ),
     Column(
         key="mean_kl_nats",
@@ -264,12 +346,13 @@ COLUMNS = (
         key="top1_agreement",
         title="Same token",
         unit="%",
-        meaning="How often the model and the reference hold the same token for the most probable; "
-        "± is its standard error, between passages.",
+        meaning="How often the model and the reference hold the same token for the most probable, "
+        "and the 95% confidence interval (Wilson's, for as many independent tokens as the spread "
+        "between passages allows).",
         figure=_fidelity(lambda found: found.top1_agreement),
         write=_percent,
         better="higher",
-        spread=_fidelity(lambda found: found.agreement_standard_error),
+        spread=_fidelity(lambda found: found.agreement_interval),
         nature="reference",
         samples=_fidelity(lambda found: found.agreements),
     ),
@@ -323,6 +406,18 @@ COLUMNS = (
         compact=False,
         nature="clock",
         samples=_rival(_rates),
+    ),
+    Column(
+        key="joules_per_token",
+        title="Energy",
+        unit="J/token",
+        meaning="Energy that the whole machine spent on every token after the first: median of the "
+        "rounds. Only where the machine tells.",
+        figure=lambda model: model.latency.joules_per_token,
+        write=significant,
+        better="lower",
+        nature="clock",
+        samples=_joules,
     ),
     Column(
         key="peak_memory_mb",

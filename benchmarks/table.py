@@ -131,6 +131,12 @@ def conditions_in_full(comparison: Comparison) -> list[tuple[str, str]]:
             f"{machine.threads} used{load}",
         ),
         ("Frequency governor", machine.governor or "not available"),
+        (
+            "Energy",
+            f"counters of {', '.join(machine.energy_counters)}"
+            if machine.energy_counters
+            else "not available",
+        ),
         ("Memory", f"{machine.memory_bytes / 2**30:.1f} GiB"),
         ("System", machine.system),
         ("Versions", ", ".join(f"{name} {value}" for name, value in machine.versions.items())),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -143,7 +143,8 @@ def train(
                 shutil.rmtree(work)
             raise
         if state.is_main_process:
-            _finish(work, progress, twins, student_info, source, settings, state)
+            read = {"texts": _named(texts), "held_out": _named(held_out)}
+            _finish(work, progress, twins, student_info, source, settings, state, read)
             publish(work, target, overwrite)
         state.wait_for_everyone()
     return target
@@ -343,6 +344,11 @@ def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
     )
 
 
+def _named(texts: Texts | None) -> list[str]:
+    """Text as it was given."""
+    return [str(text) for text in ([texts] if isinstance(texts, str | Path) else texts or ())]
+
+
 def _finish(
     work: Path,
     progress: TrainingProgress,
@@ -351,6 +357,7 @@ def _finish(
     source: LiveSource | CachedSource,
     settings: TrainSettings,
     state: PartialState,
+    read: Mapping[str, list[str]],
 ) -> None:
     """Gather in ``work/result`` what the target will hold."""
     from distill.fidelity import FidelityCard, trained
@@ -380,6 +387,7 @@ def _finish(
         settings=settings_dict(settings),
         source=student.path,
         **facts,
+        **read,
         before=asdict(progress.before),
         after=asdict(progress.best),
         steps=progress.step,

@@ -72,9 +72,10 @@ def trained(
     return distill.train(model, target, teacher=teacher, texts=chats, **QUICK)
 
 
-def test_a_trained_student_predicts_its_teacher_better(trained: Path) -> None:
+def test_a_trained_student_predicts_its_teacher_better(trained: Path, chats: Path) -> None:
     facts = read_lineage(trained)[-1]
     assert facts["step"] == "distill"
+    assert (facts["texts"], facts["held_out"]) == ([str(chats)], [])
     assert facts["after"]["kl"] < 0.8 * facts["before"]["kl"]
     assert facts["tokens"] == pytest.approx(1500, rel=0.1)
     assert 0 < facts["kept_positions"] < facts["tokens"]

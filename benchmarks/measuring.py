@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -23,18 +23,22 @@ from benchmarks.children import Child, start_children
 from benchmarks.comparison import Comparison, ModelResult, ScoredText
 from benchmarks.conventions import QuotedPerplexity, spelled_bytes
 from benchmarks.fidelity import Fidelity
-from benchmarks.footprint import Footprint
+from benchmarks.footprint import Footprint, Load, StepBytes
 from benchmarks.latency import FEWEST_TOKENS, Latency, Turn
+from benchmarks.lengths import Timed, latencies, left_out, new_tokens_at, take_turns
+from benchmarks.loading import STAYED, time_load
 from benchmarks.machine import describe_machine
 from benchmarks.passages import Passage, cut_passages, cut_prompts, fingerprint_of
 from benchmarks.perplexity import Perplexity
 from benchmarks.questions import ask, read_questions
 from benchmarks.quoting import QuotedText, bytes_in, check_quotable, cut_texts, quote
+from benchmarks.rivals.contest import Contestant, Entry, check_source, enter, find_contestants
 from benchmarks.samples import collect_samples
 from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
-from mistill.folder import FolderInfo, open_folder
+from mistill.folder import MANIFEST_FILE, FolderInfo, open_folder, read_json
 from mistill.lineage import fingerprint, read_lineage
+from mistill.onnx_cost import memory_speed
 from mistill.processors import usable_threads
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from
@@ -48,6 +52,8 @@ def compare(
     *,
     texts: Models,
     reference: str | Path | None = None,
+    rivals: Mapping[str, str | Path] | None = None,
+    rival_source: str | Path | None = None,
     settings: BenchSettings | None = None,
     **options: Any,
 ) -> Comparison:
@@ -61,6 +67,12 @@ def compare(
         texts: Held-out text: files, Hub data sets, ``@demo-held-out``.
         reference: The model that the others are held against; by default the first. It need not
             be among them.
+        rivals: Where the rivals that the settings name are installed: the path of a Python, of its
+            environment or, of llama.cpp, of a folder of its libraries, by name. What is not given
+            is looked up in MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS and MISTILL_GENAI.
+        rival_source: The float, GPTQ or NF4 folder whose weights the rivals get; by default the
+            compared float folder that most of the others were made of, or else the first folder
+            that has such weights.
         settings: How much is measured, and with how many threads.
         **options: Fields of ``BenchSettings``, instead of ``settings``.
 
@@ -72,6 +84,7 @@ def compare(
         VocabularyError: If two models do not share a vocabulary.
         FolderError: If a folder is missing or broken.
         TextError: If there is nothing to predict in the text.
+        MissingExtraError: If a rival is not installed.
     """
     began = time.monotonic()
     settings = settings_from(BenchSettings, settings, options)
@@ -79,16 +92,24 @@ def compare(
     judge = next(subject for subject in subjects if subject.is_reference)
     _check_context(subjects, settings)
     _check_vocabularies(judge, subjects)
+    contestants = find_contestants(settings.against, rivals or {})
+    source = _rival_source(subjects, rival_source) if contestants else None
     asked = _asked(subjects, settings)
     passages = read_passages(texts, judge.info.path, settings, subjects)
     vocabulary = load_vocabulary(judge.info.path)
     quoted = cut_texts(_listed(texts), vocabulary, settings.perplexity, settings.perplexity_tokens)
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
-    _measure(subjects, passages, quoted, settings, threads)
+    with tempfile.TemporaryDirectory(prefix="mistill-") as scratch:
+        subjects += _rivals(contestants, source, Path(scratch))
+        _measure(subjects, passages, quoted, settings, threads)
     samples = collect_samples(asked, settings.sample_prompts, settings.sample_tokens, threads)
     spelled = spelled_bytes(passages, bytes_in(vocabulary))
-    results = tuple(_result(subject, judge, spelled) for subject in subjects if subject.is_listed)
+    results = tuple(
+        _result(subject, judge, spelled, settings, threads)
+        for subject in subjects
+        if subject.is_listed
+    )
     return Comparison(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_seconds=time.monotonic() - began,
@@ -121,21 +142,35 @@ class _Distance:
 
 @dataclass
 class _Subject:
-    """One model and what has been found about it so far."""
+    """One model and what has been found about it so far; a rival has the info of its source."""
 
     given: str
     info: FolderInfo
     is_listed: bool
     is_reference: bool = False
     name: str = ""
+    entry: Entry | None = None
     answers: dict[str, Any] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
     transformers_turns: list[Turn] = field(default_factory=list)
+    at: dict[int, list[Turn]] = field(default_factory=dict)
+    loads: list[Load] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     losses: list[tuple[float, ...]] = field(default_factory=list)
     parent: _Subject | None = None
     distances: dict[str, _Distance] = field(default_factory=dict)
     quoted: list[QuotedPerplexity] = field(default_factory=list)
     questioned: Answers | None = None
+
+    @property
+    def folder(self) -> Path:
+        """What a child process opens."""
+        return self.info.path if self.entry is None else self.entry.folder
+
+    @property
+    def runs_pytorch(self) -> bool:
+        """Whether transformers' own loop can be let write too."""
+        return self.info.form == "model" and self.entry is None
 
 
 # --- before anything large is loaded ------------------------------------------------------------
@@ -176,6 +211,38 @@ def _find_parents(subjects: Sequence[_Subject]) -> None:
         if subject.info.form != "model":
             sources = [entry.get("source_fingerprint") for entry in read_lineage(subject.info.path)]
             subject.parent = next((floats[s] for s in reversed(sources) if s in floats), None)
+
+
+def _rival_source(subjects: Sequence[_Subject], named: str | Path | None) -> _Subject:
+    """The folder whose weights the rivals get."""
+    if named is not None:
+        folder = open_folder(_folder_of(named))
+        known = [s for s in subjects if s.info.path.resolve() == folder.path.resolve()]
+        found = known[0] if known else _Subject(str(named), folder, False, name=folder.path.name)
+        check_source(found.info)
+        return found
+    parents = [subject.parent for subject in subjects if subject.parent is not None]
+    made = sorted(subjects, key=lambda s: -sum(parent is s for parent in parents))
+    floats = [subject for subject in made if subject.info.form == "model"]
+    others = [subject for subject in subjects if subject.info.form != "onnx"]
+    chosen = next(iter([*floats, *others]), None)
+    check_source(None if chosen is None else chosen.info)
+    assert chosen is not None, "check_source refuses None"
+    return chosen
+
+
+def _rivals(
+    contestants: Sequence[Contestant], source: _Subject | None, scratch: Path
+) -> list[_Subject]:
+    """Give the rivals their files, and let them take part like the models."""
+    entered = []
+    for contestant in contestants:
+        assert source is not None, "found with the contestants"
+        entry = enter(contestant, source.info, source.name, scratch)
+        rival = _Subject(entry.rival.name, source.info, True, name=entry.rival.name, entry=entry)
+        rival.parent = source if source.info.form == "model" else None
+        entered.append(rival)
+    return entered
 
 
 def _asked(subjects: Sequence[_Subject], settings: BenchSettings) -> dict[str, Path]:
@@ -295,7 +362,8 @@ def _measure(
     settings: BenchSettings,
     threads: int,
 ) -> None:
-    folders = [subject.info.path for subject in subjects]
+    _time_loads(subjects, passages, settings, threads)
+    folders = [subject.folder for subject in subjects]
     listed = sum(subject.is_listed for subject in subjects)
     work = len(subjects) * (1 + len(passages)) + listed * (1 + settings.rounds)
     questions = read_questions() if settings.tasks else []
@@ -307,6 +375,7 @@ def _measure(
             tracker.advance(note=f"open {subject.name}")
         _check_widths(subjects)
         _take_turns([pair for pair in pairs if pair[0].is_listed], passages, settings, tracker)
+        _take_turns_at_lengths(pairs, passages, settings)
         _score(pairs, passages, tracker)
         for subject, child in pairs:
             if subject.is_listed:
@@ -316,6 +385,56 @@ def _measure(
                     own = load_vocabulary(subject.info.path)
                     step = partial(tracker.advance, note=f"question {subject.name}")
                     subject.questioned = ask(child, questions, own, step)
+
+
+def _time_loads(
+    subjects: Sequence[_Subject], passages: Sequence[Passage], settings: BenchSettings, threads: int
+) -> None:
+    """Open every model in processes of their own, while none has its files mapped."""
+    prompts = cut_prompts(passages, length=settings.prompt_tokens, count=max(1, settings.loads))
+    for prompt in prompts[: settings.loads]:
+        for cold in (True, False):
+            for subject in subjects:
+                if not subject.is_listed or (cold and STAYED in subject.left_out):
+                    continue
+                load = time_load(subject.folder, cold=cold, prompt=prompt, threads=threads)
+                if load is None:
+                    subject.left_out.append(STAYED)
+                else:
+                    subject.loads.append(
+                        Load(
+                            cold=cold,
+                            seconds=_short(load.seconds),
+                            first_token_seconds=_short(load.first_token_seconds),
+                        )
+                    )
+
+
+def _take_turns_at_lengths(
+    pairs: Sequence[tuple[_Subject, Child]], passages: Sequence[Passage], settings: BenchSettings
+) -> None:
+    """Let every model write at the lengths that were asked for besides the usual one."""
+
+    def writer(child: Child) -> Callable[[list[int], int, float], Turn]:
+        return lambda prompt, new_tokens, seconds: _turn(
+            child.ask("turn", prompt=prompt, new_tokens=new_tokens, seconds=seconds)
+        )
+
+    models = []
+    for subject, child in pairs:
+        if subject.is_listed and new_tokens_at(settings):
+            subject.left_out += left_out(settings, subject.info.context_length)
+            timed = Timed(
+                name=subject.name,
+                context_length=subject.info.context_length,
+                writes=writer(child),
+                prompt_tokens_per_second=Latency(
+                    turns=tuple(subject.turns)
+                ).prompt_tokens_per_second,
+                turns=subject.at,
+            )
+            models.append(timed)
+    take_turns(models, passages, settings)
 
 
 def _check_widths(subjects: Sequence[_Subject]) -> None:
@@ -348,7 +467,7 @@ def _take_turns(
             subject.turns.append(_turn(child.ask("turn", prompt=prompt, **request)))
             if number == 0:
                 subject.answers["memory"] = child.ask("memory")
-            if settings.transformers_generate and subject.info.form == "model":
+            if settings.transformers_generate and subject.runs_pytorch:
                 if number == 0:
                     child.ask("turn", prompt=warm_up, transformers=True, **few)
                 answer = child.ask("turn", prompt=prompt, transformers=True, **request)
@@ -434,22 +553,45 @@ def _last_part(value: Any) -> Any:
     return value
 
 
-def _result(subject: _Subject, judge: _Subject, passage_bytes: tuple[int, ...]) -> ModelResult:
-    info, answers = subject.info, subject.answers
+def _step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:
+    """What the manifest of an ONNX folder says that a step reads; None where there is none."""
+    file = info.path / MANIFEST_FILE
+    manifest = read_json(file) if info.form == "onnx" and file.is_file() else {}
+    if "packed_bytes_per_token" not in manifest:
+        return None
+    return StepBytes(
+        weight_bytes=manifest["bytes_per_token"],
+        packed_bytes=manifest["packed_bytes_per_token"],
+        cache_bytes_per_position=manifest["cache_bytes_per_position"],
+        memory_bytes_per_second=_short(memory_speed(threads)),
+    )
+
+
+def _result(
+    subject: _Subject,
+    judge: _Subject,
+    passage_bytes: tuple[int, ...],
+    settings: BenchSettings,
+    threads: int,
+) -> ModelResult:
+    info, answers, entry = subject.info, subject.answers, subject.entry
     turns = subject.transformers_turns
     parent = subject.parent
+    lineage = tuple(map(_without_places, read_lineage(info.path)))
+    if entry is not None:
+        lineage = (*lineage, {"step": entry.rival.name, "settings": entry.rival.settings})
     return ModelResult(
         name=subject.name,
-        form=info.form,
+        form=info.form if entry is None else entry.rival.engine,
         architecture=info.architecture,
         layers=info.layers,
         hidden_size=info.hidden_size,
-        lineage=tuple(map(_without_places, read_lineage(info.path))),
+        lineage=lineage,
         fingerprint=fingerprint(info.path),
         footprint=Footprint(
             parameters=info.parameters,
-            weight_bytes=info.weight_bytes,
-            folder_bytes=info.size_bytes,
+            weight_bytes=info.weight_bytes if entry is None else entry.weight_bytes,
+            folder_bytes=info.size_bytes if entry is None else entry.folder_bytes,
             load_seconds=_short(answers["open"]["load_seconds"]),
             peak_memory_bytes=answers["memory"]["peak_bytes"],
             resident_memory_bytes=answers["memory"]["resident_bytes"],
@@ -460,6 +602,12 @@ def _result(subject: _Subject, judge: _Subject, passage_bytes: tuple[int, ...]) 
         parent_fidelity=None if parent is None else subject.distances[parent.name].fidelity(),
         latency=Latency(turns=tuple(subject.turns)),
         transformers_latency=Latency(turns=tuple(turns)) if turns else None,
+        prompts=latencies(subject.at, settings.prompts),
+        depths=latencies(subject.at, settings.depths),
+        loads=tuple(subject.loads),
+        step_bytes=None if entry is not None else _step_bytes(info, threads),
+        rival=None if entry is None else entry.rival,
+        left_out=tuple(subject.left_out),
         quoted=tuple(subject.quoted),
         answers=subject.questioned,
     )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mistill.settings import require
+
+if TYPE_CHECKING:
+    Length = int
+else:
+    Length = int | str  # a command line gives several in one word, such as 0,1024
 
 # What benchmarks.conventions knows; this module is imported by every command, and stays small.
 QUOTED = ("gptq", "llama.cpp")
@@ -30,6 +37,13 @@ class BenchSettings:
         perplexity_tokens: Read no more tokens than these for the conventions; what comes out is no
             longer what others quote.
         tasks: Ask every model the questions of a small set that ships with mistill, a smoke test.
+        prompts: Lengths of further prompts whose reading is timed, such as 32,512,2048; those that
+            a model's context does not hold are left out.
+        depths: Tokens after which writing is timed besides, such as 0,1024,4096.
+        loads: Times that every model is opened with its files dropped from the page cache, and as
+            often with its files in it, by processes of their own.
+        against: Rivals that run the same weights in the same rounds, such as llama.cpp,genai; how
+            they store weights may follow, as in llama.cpp:q4_k_m or genai:best.
         sample_prompts: What every model is asked, so that the report shows their replies side by
             side.
         sample_models: Names of the models that are asked; all if none is named.
@@ -47,11 +61,20 @@ class BenchSettings:
     perplexity: tuple[str, ...] = ()
     perplexity_tokens: int | None = None
     tasks: bool = False
+    prompts: tuple[Length, ...] = ()
+    depths: tuple[Length, ...] = ()
+    loads: int = 0
+    against: tuple[str, ...] = ()
     sample_prompts: tuple[str, ...] = ()
     sample_models: tuple[str, ...] = ()
     sample_tokens: int = 60
 
     def __post_init__(self) -> None:
+        for name, fewest in (("prompts", 1), ("depths", 0)):
+            object.__setattr__(self, name, _lengths(name, getattr(self, name), fewest))
+        words = [word.strip() for given in self.against for word in given.split(",")]
+        object.__setattr__(self, "against", tuple(word for word in words if word))
+        require(self.loads >= 0, f"loads must be at least 0, not {self.loads}")
         require(
             self.scored_tokens >= 1, f"scored_tokens must be at least 1, not {self.scored_tokens}"
         )
@@ -85,3 +108,18 @@ class BenchSettings:
         require(
             self.sample_tokens >= 1, f"sample_tokens must be at least 1, not {self.sample_tokens}"
         )
+
+
+def _lengths(name: str, given: Sequence[int | str], fewest: int) -> tuple[int, ...]:
+    """Lengths, each once, of numbers and of words such as ``0,1024``."""
+    words = [word.strip() for entry in given for word in str(entry).split(",")]
+    try:
+        lengths = tuple(sorted({int(word) for word in words if word}))
+    except ValueError:
+        lengths = (-1,)
+    require(
+        not lengths or lengths[0] >= fewest,
+        f"{name} must be whole numbers of at least {fewest} such as 512,2048, not "
+        f"{', '.join(words)}",
+    )
+    return lengths

@@ -20,6 +20,8 @@ def bench_models(
     *models: Path,
     texts: Texts,
     reference: Path | None = None,
+    rivals_in: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    rival_source: Path | None = None,
     out: Path | None = None,
     settings: Annotated[BenchSettings, Flat] = BenchSettings(),
     overwrite: bool = False,
@@ -31,17 +33,30 @@ def bench_models(
         *models: The folders to compare.
         texts: Held-out text to judge them on.
         reference: The model that the others are held against; the first if not given.
+        rivals_in: Where a rival is installed, such as genai=DIR: a Python, an environment or, of
+            llama.cpp, a folder of its libraries. llama.cpp-programs=DIR has its quantizer. Else
+            MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS and MISTILL_GENAI say so.
+        rival_source: The float, GPTQ or NF4 folder whose weights the rivals get; the float folder
+            that most of the others were made of if not given.
         out: A folder for the report: JSON, Markdown, HTML and a picture.
         settings: How much to measure.
         overwrite: Replace the report if it exists.
         json: End with one line of JSON.
     """
     from benchmarks import compare
+    from benchmarks.rivals.environment import rivals_named
     from mistill.publishing import refuse_existing
 
     if out is not None:
         refuse_existing(out, overwrite)
-    report = compare(models, texts=texts, reference=reference, settings=settings)
+    report = compare(
+        models,
+        texts=texts,
+        reference=reference,
+        rivals=rivals_named(rivals_in),
+        rival_source=rival_source,
+        settings=settings,
+    )
     Console().print(report.table())
     if out is not None:
         report.save(out, overwrite=overwrite)

@@ -11,12 +11,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.rivals.engines import Engine
+from benchmarks.rivals.engines import ENGINES, Engine
 from mistill.errors import MissingExtraError
+from mistill.settings import require
 
 PACKAGES = Path(__file__).resolve().parents[2]
 
@@ -64,6 +65,30 @@ def child_command(python: str | Path) -> list[str]:
         A command line, to which the arguments of ``benchmarks.child`` are added.
     """
     return [str(python), "-P", "-c", _BEGIN.format(packages=str(PACKAGES)) + _CHILD]
+
+
+def rivals_named(words: Iterable[str]) -> dict[str, str]:
+    """Read where rivals are installed.
+
+    Args:
+        words: Each ``NAME=PATH``; the name is that of an engine, or has ``-programs`` after it.
+
+    Returns:
+        Paths by name.
+
+    Raises:
+        SettingsError: If a word is none, or names no rival.
+    """
+    known = [name for engine in ENGINES for name in (engine, f"{engine}-programs")]
+    found = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        require(
+            name in known and bool(equals and path),
+            f"rivals-in takes NAME=PATH with a name out of {', '.join(known)}, not {word!r}",
+        )
+        found[name] = path
+    return found
 
 
 def find_environment(engine: Engine, named: Mapping[str, str | Path]) -> Environment:

@@ -23,8 +23,9 @@ from benchmarks.columns import Nature, columns_of
 from benchmarks.comparable import notes, obstacles_between, unsteadiness
 from benchmarks.comparison import Comparison, open_report
 from benchmarks.judging import Change, judge, look
+from benchmarks.report_settings import DiffSettings
 from mistill.errors import SettingsError
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import settings_dict, settings_from
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,36 +34,6 @@ SCHEMA = "mistill-bench-diff-1"
 
 #: Bytes on disk are the same every time they are counted; records may grow by a line.
 _SAME_BYTES = 0.001
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffSettings:
-    """When a change counts as one.
-
-    Attributes:
-        confidence: Chance that two reports of the same thing are found to differ in nothing.
-        tolerance: A share of a figure of quality below which no change is called.
-        clock_tolerance: The same for what a clock or a process's memory says, which differs from
-            run to run of one machine.
-        pairs: Models that go by other names in the new report, each as OLD=NEW.
-    """
-
-    confidence: float = 0.95
-    tolerance: float = 0.02
-    clock_tolerance: float = 0.05
-    pairs: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        require(
-            0.5 <= self.confidence < 1,
-            f"confidence must be at least 0.5 and below 1, not {self.confidence}",
-        )
-        for name in ("tolerance", "clock_tolerance"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"{name} must be at least 0 and below 1, not {value}")
-        for pair in self.pairs:
-            old, sign, new = pair.partition("=")
-            require(bool(old and sign and new), f"pairs must look like OLD=NEW, not {pair!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

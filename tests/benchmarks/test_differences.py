@@ -11,11 +11,12 @@ import pytest
 
 from benchmarks import diff
 from benchmarks.comparison import Comparison, ModelResult
-from benchmarks.differences import DiffSettings, ReportDiff
+from benchmarks.differences import ReportDiff
 from benchmarks.fidelity import Fidelity
 from benchmarks.judging import Change
 from benchmarks.latency import Latency, Turn
 from benchmarks.perplexity import Perplexity
+from benchmarks.report_settings import DiffSettings
 from benchmarks.significance import Shift, between, critical, holm, of_mean, of_tail, two_sided
 from mistill.cli import main
 from mistill.errors import FolderError, SettingsError

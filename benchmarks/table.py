@@ -46,7 +46,7 @@ def terminal_table(comparison: Comparison) -> Table:
 
 
 def _cell(column: Column, model: ModelResult) -> str:
-    with_error = column.key in ("perplexity", "mean_kl_nats")
+    with_error = column.key in ("perplexity", "mean_kl_nats", "smoke_accuracy")
     spread = f" [dim]{column.spread_text(model)}[/dim]" if with_error else ""
     return column.text(model) + spread
 

@@ -12,17 +12,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.answers import Answers
 from benchmarks.children import Child, start_children
 from benchmarks.comparison import Comparison, ModelResult, ScoredText
-from benchmarks.conventions import QuotedPerplexity, spelled_bytes
-from benchmarks.fidelity import Fidelity
+from benchmarks.conventions import spelled_bytes
 from benchmarks.footprint import Footprint, Load, StepBytes
 from benchmarks.latency import FEWEST_TOKENS, Latency, Turn
 from benchmarks.lengths import Timed, latencies, left_out, new_tokens_at, take_turns
@@ -31,20 +28,30 @@ from benchmarks.machine import describe_machine
 from benchmarks.passages import Passage, cut_passages, cut_prompts, fingerprint_of
 from benchmarks.perplexity import Perplexity
 from benchmarks.questions import ask, read_questions
-from benchmarks.quoting import QuotedText, bytes_in, check_quotable, cut_texts, quote
-from benchmarks.rivals.contest import Contestant, Entry, check_source, enter, find_contestants
+from benchmarks.quoting import QuotedText, bytes_in, cut_texts, quote
+from benchmarks.rivals.contest import find_contestants
 from benchmarks.samples import collect_samples
 from benchmarks.settings import BenchSettings
-from mistill.errors import SettingsError, VocabularyError
-from mistill.folder import MANIFEST_FILE, FolderInfo, open_folder, read_json
+from benchmarks.subjects import (
+    Distance,
+    Models,
+    Subject,
+    as_list,
+    asked_of,
+    check_context,
+    check_vocabularies,
+    enter_rivals,
+    open_subjects,
+    rival_source_of,
+)
+from mistill.errors import VocabularyError
+from mistill.folder import MANIFEST_FILE, FolderInfo, read_json
 from mistill.lineage import fingerprint, read_lineage
 from mistill.onnx_cost import memory_speed
 from mistill.processors import usable_threads
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from
-from mistill.vocabulary import load_vocabulary, same_vocabulary
-
-Models = str | Path | Sequence[str | Path]
+from mistill.vocabulary import load_vocabulary
 
 
 def compare(
@@ -88,20 +95,21 @@ def compare(
     """
     began = time.monotonic()
     settings = settings_from(BenchSettings, settings, options)
-    subjects = _open_subjects(models, reference)
+    subjects = open_subjects(models, reference)
     judge = next(subject for subject in subjects if subject.is_reference)
-    _check_context(subjects, settings)
-    _check_vocabularies(judge, subjects)
+    check_context(subjects, settings)
+    check_vocabularies(judge, subjects)
     contestants = find_contestants(settings.against, rivals or {})
-    source = _rival_source(subjects, rival_source) if contestants else None
-    asked = _asked(subjects, settings)
+    source = rival_source_of(subjects, rival_source) if contestants else None
+    check_vocabularies(judge, [] if source is None else [source])
+    asked = asked_of(subjects, settings)
     passages = read_passages(texts, judge.info.path, settings, subjects)
     vocabulary = load_vocabulary(judge.info.path)
-    quoted = cut_texts(_listed(texts), vocabulary, settings.perplexity, settings.perplexity_tokens)
+    quoted = cut_texts(as_list(texts), vocabulary, settings.perplexity, settings.perplexity_tokens)
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
     with tempfile.TemporaryDirectory(prefix="mistill-") as scratch:
-        subjects += _rivals(contestants, source, Path(scratch))
+        subjects += enter_rivals(contestants, source, subjects, Path(scratch))
         _measure(subjects, passages, quoted, settings, threads)
     samples = collect_samples(asked, settings.sample_prompts, settings.sample_tokens, threads)
     spelled = spelled_bytes(passages, bytes_in(vocabulary))
@@ -116,7 +124,7 @@ def compare(
         settings=settings,
         machine=machine,
         text=ScoredText(
-            sources=tuple(map(_last_part, _listed(texts))),
+            sources=tuple(map(_last_part, as_list(texts))),
             fingerprint=fingerprint_of(passages),
             passages=len(passages),
             tokens_read=sum(len(passage.ids) for passage in passages),
@@ -129,207 +137,8 @@ def compare(
     )
 
 
-@dataclass
-class _Distance:
-    """How far a model is from another, passage by passage."""
-
-    divergences: list[tuple[float, ...]] = field(default_factory=list)
-    agreements: list[tuple[int, ...]] = field(default_factory=list)
-
-    def fidelity(self) -> Fidelity:
-        return Fidelity(divergences=tuple(self.divergences), agreements=tuple(self.agreements))
-
-
-@dataclass
-class _Subject:
-    """One model and what has been found about it so far; a rival has the info of its source."""
-
-    given: str
-    info: FolderInfo
-    is_listed: bool
-    is_reference: bool = False
-    name: str = ""
-    entry: Entry | None = None
-    answers: dict[str, Any] = field(default_factory=dict)
-    turns: list[Turn] = field(default_factory=list)
-    transformers_turns: list[Turn] = field(default_factory=list)
-    at: dict[int, list[Turn]] = field(default_factory=dict)
-    loads: list[Load] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    losses: list[tuple[float, ...]] = field(default_factory=list)
-    parent: _Subject | None = None
-    distances: dict[str, _Distance] = field(default_factory=dict)
-    quoted: list[QuotedPerplexity] = field(default_factory=list)
-    questioned: Answers | None = None
-
-    @property
-    def folder(self) -> Path:
-        """What a child process opens."""
-        return self.info.path if self.entry is None else self.entry.folder
-
-    @property
-    def runs_pytorch(self) -> bool:
-        """Whether transformers' own loop can be let write too."""
-        return self.info.form == "model" and self.entry is None
-
-
-# --- before anything large is loaded ------------------------------------------------------------
-
-
-def _open_subjects(models: Models, reference: str | Path | None) -> list[_Subject]:
-    given = _listed(models)
-    if not given:
-        raise SettingsError("there is no model to measure; give at least one folder")
-    subjects = [_Subject(str(model), open_folder(_folder_of(model)), True) for model in given]
-    paths = [subject.info.path.resolve() for subject in subjects]
-    for place, path in enumerate(paths):
-        if path in paths[:place]:
-            raise SettingsError(f"{given[place]} is given twice; give every model once")
-    judge = subjects[0]
-    if reference is not None:
-        folder = open_folder(_folder_of(reference))
-        if folder.path.resolve() not in paths:
-            paths.append(folder.path.resolve())
-            subjects.append(_Subject(str(reference), folder, False))
-        judge = subjects[paths.index(folder.path.resolve())]
-    judge.is_reference = True
-    names = short_names([subject.given for subject in subjects])
-    for subject, name in zip(subjects, names, strict=True):
-        subject.name = name
-    _find_parents(subjects)
-    return subjects
-
-
-def _find_parents(subjects: Sequence[_Subject]) -> None:
-    """Find for every quantized or exported model the float model that it was made of."""
-    floats = {
-        fingerprint(subject.info.path): subject
-        for subject in subjects
-        if subject.info.form == "model"
-    }
-    for subject in subjects:
-        if subject.info.form != "model":
-            sources = [entry.get("source_fingerprint") for entry in read_lineage(subject.info.path)]
-            subject.parent = next((floats[s] for s in reversed(sources) if s in floats), None)
-
-
-def _rival_source(subjects: Sequence[_Subject], named: str | Path | None) -> _Subject:
-    """The folder whose weights the rivals get."""
-    if named is not None:
-        folder = open_folder(_folder_of(named))
-        known = [s for s in subjects if s.info.path.resolve() == folder.path.resolve()]
-        found = known[0] if known else _Subject(str(named), folder, False, name=folder.path.name)
-        check_source(found.info)
-        return found
-    parents = [subject.parent for subject in subjects if subject.parent is not None]
-    made = sorted(subjects, key=lambda s: -sum(parent is s for parent in parents))
-    floats = [subject for subject in made if subject.info.form == "model"]
-    others = [subject for subject in subjects if subject.info.form != "onnx"]
-    chosen = next(iter([*floats, *others]), None)
-    check_source(None if chosen is None else chosen.info)
-    assert chosen is not None, "check_source refuses None"
-    return chosen
-
-
-def _rivals(
-    contestants: Sequence[Contestant], source: _Subject | None, scratch: Path
-) -> list[_Subject]:
-    """Give the rivals their files, and let them take part like the models."""
-    entered = []
-    for contestant in contestants:
-        assert source is not None, "found with the contestants"
-        entry = enter(contestant, source.info, source.name, scratch)
-        rival = _Subject(entry.rival.name, source.info, True, name=entry.rival.name, entry=entry)
-        rival.parent = source if source.info.form == "model" else None
-        entered.append(rival)
-    return entered
-
-
-def _asked(subjects: Sequence[_Subject], settings: BenchSettings) -> dict[str, Path]:
-    """The models whose replies the report shows, by name."""
-    if not settings.sample_prompts:
-        return {}
-    listed = {subject.name: subject.info.path for subject in subjects if subject.is_listed}
-    unknown = [name for name in settings.sample_models if name not in listed]
-    if unknown:
-        raise SettingsError(
-            f"sample_models names {', '.join(unknown)}, which is not compared; compared are "
-            f"{', '.join(listed)}"
-        )
-    asked = {name: listed[name] for name in settings.sample_models or listed}
-    for name, folder in asked.items():
-        if load_vocabulary(folder).chat_template is None:
-            raise VocabularyError(f"{name} has no chat template, so it cannot be asked anything")
-    return asked
-
-
-def _listed(given: Models) -> list[str | Path]:
-    return [given] if isinstance(given, str | Path) else list(given)
-
-
-def _folder_of(model: str | Path) -> Path:
-    path = Path(model).expanduser()
-    if path.exists() and path.is_dir():
-        return path
-    from mistill.source import resolve_model
-
-    return resolve_model(model)
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The shortest end of each path that tells it from the others.
-
-    Args:
-        paths: Paths, all different.
-
-    Returns:
-        Names, all different: the last part, with as many parts before it as are needed.
-    """
-    parts = [Path(path).expanduser().absolute().parts for path in paths]
-    names = []
-    for own in parts:
-        length = 1
-        while sum(other[-length:] == own[-length:] for other in parts) > 1 and length < len(own):
-            length += 1
-        names.append("/".join(own[-length:]))
-    return names
-
-
-def _check_context(subjects: Sequence[_Subject], settings: BenchSettings) -> None:
-    needed = settings.prompt_tokens + settings.new_tokens
-    for subject in subjects:
-        if subject.is_listed and subject.info.context_length < needed:
-            raise SettingsError(
-                f"{subject.given} holds {subject.info.context_length} positions, and prompt_tokens "
-                f"and new_tokens ask for {settings.prompt_tokens} + {settings.new_tokens}; ask for "
-                "fewer"
-            )
-        if subject.is_listed:
-            check_quotable(settings.perplexity, subject.given, subject.info.context_length)
-
-
-def _check_vocabularies(judge: _Subject, subjects: Sequence[_Subject]) -> None:
-    """Refuse models whose predictions cannot be compared token by token."""
-    known = load_vocabulary(judge.info.path)
-    for subject in subjects:
-        if subject is judge:
-            continue
-        sizes = subject.info.vocabulary_size, judge.info.vocabulary_size
-        if sizes[0] != sizes[1]:
-            raise VocabularyError(
-                f"{subject.given} predicts {sizes[0]} tokens and {judge.given} {sizes[1]}; compare "
-                "models that share a vocabulary"
-            )
-        differences = same_vocabulary(known, load_vocabulary(subject.info.path))
-        if differences:
-            raise VocabularyError(
-                f"{subject.given} and {judge.given} do not share a vocabulary: "
-                f"{'; '.join(differences)}"
-            )
-
-
 def read_passages(
-    texts: Models, folder: Path, settings: BenchSettings, subjects: Sequence[_Subject] = ()
+    texts: Models, folder: Path, settings: BenchSettings, subjects: Sequence[Subject] = ()
 ) -> list[Passage]:
     """Read text and cut it into what is scored at once.
 
@@ -356,7 +165,7 @@ def read_passages(
 
 
 def _measure(
-    subjects: Sequence[_Subject],
+    subjects: Sequence[Subject],
     passages: Sequence[Passage],
     quoted: Sequence[QuotedText],
     settings: BenchSettings,
@@ -388,7 +197,7 @@ def _measure(
 
 
 def _time_loads(
-    subjects: Sequence[_Subject], passages: Sequence[Passage], settings: BenchSettings, threads: int
+    subjects: Sequence[Subject], passages: Sequence[Passage], settings: BenchSettings, threads: int
 ) -> None:
     """Open every model in processes of their own, while none has its files mapped."""
     prompts = cut_prompts(passages, length=settings.prompt_tokens, count=max(1, settings.loads))
@@ -411,7 +220,7 @@ def _time_loads(
 
 
 def _take_turns_at_lengths(
-    pairs: Sequence[tuple[_Subject, Child]], passages: Sequence[Passage], settings: BenchSettings
+    pairs: Sequence[tuple[Subject, Child]], passages: Sequence[Passage], settings: BenchSettings
 ) -> None:
     """Let every model write at the lengths that were asked for besides the usual one."""
 
@@ -437,7 +246,7 @@ def _take_turns_at_lengths(
     take_turns(models, passages, settings)
 
 
-def _check_widths(subjects: Sequence[_Subject]) -> None:
+def _check_widths(subjects: Sequence[Subject]) -> None:
     widths = {subject.given: subject.answers["open"]["vocabulary_size"] for subject in subjects}
     if len(set(widths.values())) > 1:
         words = ", ".join(f"{name} {width}" for name, width in widths.items())
@@ -445,7 +254,7 @@ def _check_widths(subjects: Sequence[_Subject]) -> None:
 
 
 def _take_turns(
-    pairs: Sequence[tuple[_Subject, Child]],
+    pairs: Sequence[tuple[Subject, Child]],
     passages: Sequence[Passage],
     settings: BenchSettings,
     tracker: Tracker,
@@ -476,8 +285,8 @@ def _take_turns(
 
 
 def _rotated(
-    pairs: Sequence[tuple[_Subject, Child]], number: int
-) -> Sequence[tuple[_Subject, Child]]:
+    pairs: Sequence[tuple[Subject, Child]], number: int
+) -> Sequence[tuple[Subject, Child]]:
     """Begin each round with another model, so that none always follows the same one's heat."""
     start = number % len(pairs)
     return [*pairs[start:], *pairs[:start]]
@@ -493,7 +302,7 @@ def _turn(answer: Mapping[str, Any]) -> Turn:
 
 
 def _score(
-    pairs: Sequence[tuple[_Subject, Child]], passages: Sequence[Passage], tracker: Tracker
+    pairs: Sequence[tuple[Subject, Child]], passages: Sequence[Passage], tracker: Tracker
 ) -> None:
     """Score every passage with every model, those that others are held against first."""
     judges = {subject.name for subject, _ in pairs if subject.is_reference}
@@ -516,7 +325,7 @@ def _score(
                 )
                 subject.losses.append(tuple(map(_short, answer["losses"])))
                 for place, name in enumerate(others):
-                    distance = subject.distances.setdefault(name, _Distance())
+                    distance = subject.distances.setdefault(name, Distance())
                     distance.divergences.append(tuple(map(_short, answer["divergences"][place])))
                     distance.agreements.append(tuple(answer["agreements"][place]))
                 tracker.advance(note=f"passage {number + 1}/{len(passages)}, {subject.name}")
@@ -526,7 +335,7 @@ def _rank(name: str, judges: set[str], parents: set[str]) -> int:
     return 0 if name in judges else 1 if name in parents else 2
 
 
-def _is_held_against(subject: _Subject, name: str, judges: set[str]) -> bool:
+def _is_held_against(subject: Subject, name: str, judges: set[str]) -> bool:
     if subject.name == name:
         return False
     return name in judges or (subject.parent is not None and subject.parent.name == name)
@@ -568,8 +377,8 @@ def _step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:
 
 
 def _result(
-    subject: _Subject,
-    judge: _Subject,
+    subject: Subject,
+    judge: Subject,
     passage_bytes: tuple[int, ...],
     settings: BenchSettings,
     threads: int,

@@ -16,8 +16,9 @@ from benchmarks import measuring
 from benchmarks.child import Worker
 from benchmarks.comparison import Comparison
 from benchmarks.fidelity import divergences
-from benchmarks.measuring import compare, short_names
+from benchmarks.measuring import compare
 from benchmarks.settings import BenchSettings
+from benchmarks.subjects import short_names
 from mistill.chat import ChatBot
 from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
 from mistill.text import read_documents

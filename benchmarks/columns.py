@@ -103,10 +103,12 @@ def columns_of(comparison: Comparison) -> tuple[Column, ...]:
     Returns:
         Columns, in the order of reading.
     """
+    from benchmarks.timing_columns import timing_columns
+
     parents = {model.parent for model in comparison.models} - {None, comparison.reference}
     return tuple(
         column
-        for column in COLUMNS
+        for column in (*COLUMNS, *timing_columns(comparison.models))
         if any(column.figure(model) is not None for model in comparison.models)
         and (column.key != "mean_parent_kl_nats" or parents)
     )
@@ -121,8 +123,10 @@ def summary(model: ModelResult) -> dict[str, Any]:
     Returns:
         Figures by key; a spread is beside its figure, under ``KEY_spread``.
     """
+    from benchmarks.timing_columns import timing_columns
+
     record: dict[str, Any] = {"slow_token_ms": model.latency.slow_token_seconds * 1000}
-    for column in COLUMNS:
+    for column in (*COLUMNS, *timing_columns([model])):
         record[column.key] = column.figure(model)
         spread = column.spread(model)
         if spread is not None:

@@ -9,6 +9,7 @@ the text is.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,8 @@ from mistill.processors import usable_threads
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from
 from mistill.vocabulary import load_vocabulary
+
+_log = logging.getLogger(__name__)
 
 
 def compare(
@@ -113,6 +116,9 @@ def compare(
         _measure(subjects, passages, quoted, settings, threads)
     samples = collect_samples(asked, settings.sample_prompts, settings.sample_tokens, threads)
     spelled = spelled_bytes(passages, bytes_in(vocabulary))
+    for subject in subjects:
+        for words in subject.left_out:
+            _log.warning("%s, not measured: %s", subject.name, words)
     results = tuple(
         _result(subject, judge, spelled, settings, threads)
         for subject in subjects

@@ -85,6 +85,11 @@ def markdown(comparison: Comparison) -> str:
         f"- **{escaped(model.name)}** ({model.kind}): {escaped(road(model))}"
         for model in comparison.models
     ]
+    lines += [
+        f"- **{escaped(model.name)}**: {escaped(words)}"
+        for model in comparison.models
+        for words in remarks(model)
+    ]
     lines += ["", "## Conditions", ""]
     lines += [f"- {name}: {escaped(value)}" for name, value in conditions_in_full(comparison)]
     for prompt, replies in comparison.samples.items():
@@ -154,6 +159,27 @@ def conditions_in_full(comparison: Comparison) -> list[tuple[str, str]]:
         ),
         ("Date", f"{comparison.date}, {comparison.duration_seconds:.0f} s in all"),
     ]
+
+
+def remarks(model: ModelResult) -> list[str]:
+    """What has to be said of a model besides its figures.
+
+    Args:
+        model: The result.
+
+    Returns:
+        Of a rival its version, its settings and how its file was made; of any model what was left
+        out.
+    """
+    rival = model.rival
+    told = []
+    if rival is not None:
+        settings = ", ".join(f"{name} {value}" for name, value in rival.settings.items())
+        told += [
+            f"made of {rival.source}: {rival.made}",
+            f"{rival.engine} {rival.version} ({rival.system.strip(' |')}); {settings}",
+        ]
+    return [*told, *(f"not measured: {words}" for words in model.left_out)]
 
 
 def road(model: ModelResult) -> str:

@@ -1,7 +1,8 @@
 """What did compression cost, and what did it buy?
 
 ``compare`` measures any mix of folders in one run: size, quality, speed and memory. ``diff`` holds
-two of its reports against each other, ``misses`` one against a budget.
+two of its reports against each other, ``misses`` one against a budget; ``evaluate`` lets a folder
+answer tasks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from benchmarks.comparison import open_report as open_report
     from benchmarks.differences import ReportDiff as ReportDiff
     from benchmarks.differences import diff as diff
+    from benchmarks.evaluation import Evaluation as Evaluation
+    from benchmarks.evaluation import evaluate as evaluate
+    from benchmarks.evaluation_settings import EvalSettings as EvalSettings
     from benchmarks.measuring import compare as compare
     from benchmarks.report_settings import Budget as Budget
     from benchmarks.report_settings import DiffSettings as DiffSettings
@@ -30,6 +34,8 @@ _HOMES = {
     "Budget": "benchmarks.report_settings",
     "Comparison": "benchmarks.comparison",
     "DiffSettings": "benchmarks.report_settings",
+    "EvalSettings": "benchmarks.evaluation_settings",
+    "Evaluation": "benchmarks.evaluation",
     "Miss": "benchmarks.budget",
     "ModelResult": "benchmarks.comparison",
     "ReportDiff": "benchmarks.differences",
@@ -37,6 +43,7 @@ _HOMES = {
     "best_to_ship": "benchmarks.shipping",
     "compare": "benchmarks.measuring",
     "diff": "benchmarks.differences",
+    "evaluate": "benchmarks.evaluation",
     "misses": "benchmarks.budget",
     "open_report": "benchmarks.comparison",
 }
@@ -46,6 +53,8 @@ __all__ = [
     "Budget",
     "Comparison",
     "DiffSettings",
+    "EvalSettings",
+    "Evaluation",
     "Miss",
     "ModelResult",
     "ReportDiff",
@@ -53,6 +62,7 @@ __all__ = [
     "best_to_ship",
     "compare",
     "diff",
+    "evaluate",
     "misses",
     "open_report",
 ]

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from distill import GenerateSettings, StudentSettings, TargetSettings, TrainSettings
 from export import GgufSettings, OnnxSettings
-from mistill import __version__, bench_commands, quantize_commands
+from mistill import __version__, bench_commands, eval_commands, quantize_commands
 from mistill.chat import ChatSettings
 from mistill.command_output import made_folder, say, speaks
 from mistill.errors import MissingExtraError, MistillError
@@ -37,6 +37,7 @@ app = App(
 )
 app.command(quantize_commands.app)
 app.command(bench_commands.app)
+app.command(eval_commands.app)
 
 
 @app.command

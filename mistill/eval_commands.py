@@ -1,0 +1,48 @@
+"""The command ``mistill eval``: parse, call the Python API, print."""
+
+from __future__ import annotations
+
+import json as json_library
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App
+from rich.console import Console
+
+from benchmarks import EvalSettings
+from mistill.options import Flat
+
+app = App(name="eval", help="Let a folder answer tasks: a small offline set, or published ones.")
+
+
+@app.default
+def evaluate_folder(
+    folder: Path,
+    /,
+    *,
+    settings: Annotated[EvalSettings, Flat] = EvalSettings(),
+    out: Path | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Let a folder answer tasks: a small offline set, or those of lm-evaluation-harness.
+
+    Args:
+        folder: Any folder of the road, ONNX ones included.
+        settings: Which tasks, and how much of them.
+        out: A file for the result, as JSON.
+        overwrite: Replace the file if it exists.
+        json: End with one line of JSON.
+    """
+    from benchmarks import evaluate
+    from mistill.publishing import refuse_existing
+
+    if out is not None and not overwrite:
+        refuse_existing(out)
+    found = evaluate(folder, settings=settings)
+    Console().print(found.table())
+    if out is not None:
+        out.write_text(json_library.dumps(found.to_dict()) + "\n", "utf-8")
+        print(f"result: {out}")
+    if json:
+        print(json_library.dumps(found.to_dict()))

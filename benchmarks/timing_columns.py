@@ -174,7 +174,9 @@ _ROOFLINE = (
         unit="MB",
         meaning="Weights that a step of one token reads, as the engine lays them out, in millions "
         "of bytes; by the folder's manifest.",
-        figure=lambda model: model.step_bytes and model.step_bytes.packed_bytes / MEGABYTE,
+        figure=lambda model: (
+            None if model.step_bytes is None else model.step_bytes.packed_bytes / MEGABYTE
+        ),
         write=lambda value: significant(value),
         better="lower",
         compact=False,

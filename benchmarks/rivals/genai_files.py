@@ -26,6 +26,14 @@ _FIND = (
     "all(u.find_spec(n) for n in ('torch', 'transformers', 'onnx_ir', 'onnx'))]))"
 )
 
+# The builder as a script. transformers must not find mistral-common, which it would load the
+# tokenizer of a Mistral model with, and which needs more than it says.
+_BUILD = (
+    "import pathlib, runpy, sys; builder = {builder!r}; "
+    "sys.path.insert(0, str(pathlib.Path(builder).parent)); sys.argv[0] = builder; "
+    "sys.modules['mistral_common'] = None; runpy.run_path(builder, run_name='__main__')"
+)
+
 
 def check_variant(variant: str) -> None:
     """Refuse a variant that cannot be made.
@@ -60,7 +68,17 @@ def make(
     weights, words = float_folder(source, scratch)
     precision, options = builder_options(variant, read_json(weights / "config.json"))
     python, builder = find_builder(environment)
-    command = [str(python), str(builder), "-i", str(weights), "-o", str(folder), "-p", precision]
+    command = [
+        str(python),
+        "-c",
+        _BUILD.format(builder=str(builder)),
+        "-i",
+        str(weights),
+        "-o",
+        str(folder),
+        "-p",
+        precision,
+    ]
     command += ["-e", "cpu", "-c", str(scratch / "cache")]
     if options:
         command += ["--extra_options", *(f"{name}={value}" for name, value in options.items())]

@@ -85,7 +85,7 @@ def call(command: Sequence[str], environment: Mapping[str, str] | None = None) -
     )
     if ran.returncode:
         last = " ".join((ran.stdout.strip().splitlines() or ["it said nothing"])[-3:])
-        program = " ".join(Path(word).name for word in command[:4])
+        program = " ".join(Path(word).name for word in command[:4] if "import" not in word)
         raise MistillError(f"{program} ended with {ran.returncode}: {last}")
     return ran.stdout
 

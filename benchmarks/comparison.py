@@ -28,6 +28,8 @@ from mistill.settings import settings_dict
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from benchmarks.report_settings import ShipSettings
+
 SCHEMA = "mistill-comparison-1"
 
 
@@ -250,46 +252,60 @@ class Comparison:
 
         return terminal_table(self)
 
-    def to_markdown(self) -> str:
+    def to_markdown(self, ship: ShipSettings | None = None) -> str:
         """The figures as Markdown, with the conditions that they hold under.
+
+        Args:
+            ship: What there is to run a model on, for the line that says which one to ship.
 
         Returns:
             Markdown text.
         """
-        from benchmarks.table import markdown
+        from benchmarks.markdown import markdown
 
-        return markdown(self)
+        return markdown(self, ship)
 
-    def to_html(self) -> str:
+    def to_html(self, ship: ShipSettings | None = None) -> str:
         """One page that holds everything it needs and asks for nothing from outside.
+
+        Args:
+            ship: What there is to run a model on, for the answer that the page opens with.
 
         Returns:
             HTML text.
         """
         from benchmarks.page import html
 
-        return html(self)
+        return html(self, ship)
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write the report: ``report.json``, ``report.md``, ``report.html`` and ``figure.png``.
+    def save(
+        self, folder: str | Path, overwrite: bool = False, ship: ShipSettings | None = None
+    ) -> Path:
+        """Write ``report.json``, ``report.md``, ``report.html``, ``figure.svg``, ``figure.png``.
 
         Without matplotlib the last one is left out, with a warning; the page has the picture.
 
         Args:
             folder: The folder to be made.
             overwrite: Whether an existing folder is replaced.
+            ship: What there is to run a model on, for the line that says which one to ship.
 
         Returns:
             The folder.
         """
-        from benchmarks.picture import draw, to_png
+        from benchmarks.drawing import svg_file, to_png
+        from benchmarks.page import in_words
+        from benchmarks.picture import draw
 
         with creating(folder, overwrite) as partial:
             (partial / "report.json").write_text(self.to_json(), "utf-8")
-            (partial / "report.md").write_text(self.to_markdown(), "utf-8")
-            (partial / "report.html").write_text(self.to_html(), "utf-8")
+            (partial / "report.md").write_text(self.to_markdown(ship), "utf-8")
+            (partial / "report.html").write_text(self.to_html(ship), "utf-8")
+            marks = draw(self)
+            svg = svg_file(marks, "Speed, fidelity and size", in_words(self))
+            (partial / "figure.svg").write_text(svg, "utf-8")
             try:
-                (partial / "figure.png").write_bytes(to_png(draw(self)))
+                (partial / "figure.png").write_bytes(to_png(marks))
             except MissingExtraError as error:
                 logging.getLogger(__name__).warning("figure.png is left out: %s", error)
         return Path(folder)
@@ -316,8 +332,12 @@ def open_report(path: str | Path) -> Comparison:
         )
     try:
         return Comparison.from_json(file.read_text("utf-8"))
-    except (FolderError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (FolderError, UnicodeDecodeError) as error:
         raise FolderError(f"{path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise FolderError(
+            f"{path} is a report of another version of mistill ({error}); measure again"
+        ) from error
 
 
 def _settings_from(record: dict[str, Any]) -> BenchSettings:

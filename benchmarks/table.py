@@ -1,4 +1,4 @@
-"""A comparison as a table: for the terminal, and in Markdown."""
+"""A comparison as a table for the terminal, and in words."""
 
 from __future__ import annotations
 
@@ -49,53 +49,6 @@ def _cell(column: Column, model: ModelResult) -> str:
     with_error = column.key in ("perplexity", "mean_kl_nats", "smoke_accuracy")
     spread = f" [dim]{column.spread_text(model)}[/dim]" if with_error else ""
     return column.text(model) + spread
-
-
-def markdown(comparison: Comparison) -> str:
-    """All figures, what they mean, and the conditions that they hold under.
-
-    Args:
-        comparison: The result.
-
-    Returns:
-        Markdown text.
-    """
-    columns = columns_of(comparison)
-    beaten = dominators(comparison.models)
-    heads = [f"{column.title}{f' ({column.unit})' if column.unit else ''}" for column in columns]
-    lines = [
-        "# Comparison",
-        "",
-        f"{conditions(comparison)}.",
-        "",
-        f"| model | {' | '.join(heads)} |",
-        f"|---|{'---:|' * len(columns)}",
-    ]
-    for model in comparison.models:
-        cells = [
-            " ".join(filter(None, [column.text(model), _bracketed(column.spread_text(model))]))
-            for column in columns
-        ]
-        star = "\\*" if beaten[model.name] else ""
-        lines.append(f"| {escaped(model.name)}{star} | {' | '.join(cells)} |")
-    lines += ["", "\\* another model is at least as close, as fast and as small.", ""]
-    lines += [f"- **{column.title}.** {column.meaning}" for column in columns]
-    lines += ["", "## Where each comes from", ""]
-    lines += [
-        f"- **{escaped(model.name)}** ({model.kind}): {escaped(road(model))}"
-        for model in comparison.models
-    ]
-    lines += [
-        f"- **{escaped(model.name)}**: {escaped(words)}"
-        for model in comparison.models
-        for words in remarks(model)
-    ]
-    lines += ["", "## Conditions", ""]
-    lines += [f"- {name}: {escaped(value)}" for name, value in conditions_in_full(comparison)]
-    for prompt, replies in comparison.samples.items():
-        lines += ["", f"## “{escaped(prompt)}”", ""]
-        lines += [f"- **{escaped(name)}**: {escaped(reply)}" for name, reply in replies.items()]
-    return "\n".join(lines) + "\n"
 
 
 def conditions(comparison: Comparison) -> str:
@@ -237,10 +190,6 @@ def _telling(settings: dict[str, object]) -> str:
         else:
             shown.append(f"{words} {value}")
     return ", ".join(shown)
-
-
-def _bracketed(text: str) -> str:
-    return f"({text})" if text and not text.startswith("±") else text
 
 
 def escaped(text: str) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json as json_library
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from benchmarks import BenchSettings, DiffSettings
+from benchmarks import BenchSettings, Budget, DiffSettings, ShipSettings
 from mistill.options import Flat, Texts
+from mistill.settings import require
+
+if TYPE_CHECKING:
+    from benchmarks import Comparison
 
 app = App(name="bench", help="Compare folders: size, quality, speed and memory, in one table.")
 
@@ -24,9 +28,11 @@ def bench_models(
     rival_source: Path | None = None,
     out: Path | None = None,
     settings: Annotated[BenchSettings, Flat] = BenchSettings(),
+    budget: Annotated[Budget, Flat] = Budget(),
+    ship: Annotated[ShipSettings, Flat] = ShipSettings(),
     overwrite: bool = False,
     json: bool = False,
-) -> None:
+) -> int:
     """Compare folders: size, quality, speed and memory, in one table.
 
     Args:
@@ -40,13 +46,22 @@ def bench_models(
             that most of the others were made of if not given.
         out: A folder for the report: JSON, Markdown, HTML and a picture.
         settings: How much to measure.
+        budget: What every model must keep to.
+        ship: What there is to run a model on.
         overwrite: Replace the report if it exists.
         json: End with one line of JSON.
+
+    Returns:
+        0, or 1 where a model does not keep to the budget; the report is saved all the same.
     """
     from benchmarks import compare
+    from benchmarks.budget import find_names
     from benchmarks.rivals.environment import rivals_named
+    from benchmarks.subjects import short_names
     from mistill.publishing import refuse_existing
 
+    if budget.budget_for and not settings.against:
+        find_names(budget.budget_for, short_names([*map(str, models)]))
     if out is not None:
         refuse_existing(out, overwrite)
     report = compare(
@@ -58,11 +73,70 @@ def bench_models(
         settings=settings,
     )
     Console().print(report.table())
+    _print_ship_line(report, ship)
     if out is not None:
-        report.save(out, overwrite=overwrite)
+        report.save(out, overwrite=overwrite, ship=ship)
         print(f"report: {out / 'report.html'}")
+    facts = _checked(report, budget) if budget else {"passed": True}
     if json:
-        print(json_library.dumps(report.to_dict()))
+        print(json_library.dumps({**report.to_dict(), "budget": facts}))
+    return 0 if facts["passed"] else 1
+
+
+@app.command
+def check(
+    report: Path,
+    /,
+    *,
+    budget: Annotated[Budget, Flat] = Budget(),
+    json: bool = False,
+) -> int:
+    """Hold a saved report against a budget, without measuring again.
+
+    Args:
+        report: The folder of a report, or its report.json.
+        budget: What every model must keep to.
+        json: End with one line of JSON.
+
+    Returns:
+        0, or 1 where a model does not keep to it.
+    """
+    from benchmarks import open_report
+
+    require(bool(budget), "give a budget: max_kl, min_tps, max_mb or max_memory_mb")
+    facts = _checked(open_report(report), budget)
+    if json:
+        print(json_library.dumps(facts))
+    return 0 if facts["passed"] else 1
+
+
+@app.command
+def ship(
+    report: Path,
+    /,
+    *,
+    ship: Annotated[ShipSettings, Flat] = ShipSettings(),
+    json: bool = False,
+) -> int:
+    """Say which model of a saved report to ship: the closest one that fits.
+
+    Args:
+        report: The folder of a report, or its report.json.
+        ship: What there is to run it on.
+        json: End with one line of JSON.
+
+    Returns:
+        0, or 1 where none fits.
+    """
+    from benchmarks import open_report
+    from benchmarks.shipping import best_to_ship
+
+    opened = open_report(report)
+    _print_ship_line(opened, ship)
+    best = best_to_ship(opened, ship)
+    if json:
+        print(json_library.dumps({"ship": best and best.name}))
+    return 1 if best is None else 0
 
 
 @app.command
@@ -99,3 +173,26 @@ def diff(
     if json:
         print(json_library.dumps(found.to_dict()))
     return 1 if fail_on_regression and not found.passed else 0
+
+
+def _print_ship_line(report: Comparison, ship: ShipSettings) -> None:
+    from benchmarks.shipping import ship_line
+
+    Console().print(ship_line(report, ship), soft_wrap=True, markup=False, highlight=False)
+
+
+def _checked(report: Comparison, budget: Budget) -> dict[str, Any]:
+    """Print one line for every miss, or who keeps to the budget; the same as JSON values."""
+    from benchmarks.budget import bound_models, misses
+
+    names = [model.name for model in bound_models(report, budget)]
+    missed = misses(report, budget)
+    for miss in missed:
+        print(f"budget missed: {miss}")
+    if not missed:
+        print(f"budget met by {', '.join(names)}")
+    return {
+        "passed": not missed,
+        "models": names,
+        "misses": [{**vars(miss), "line": str(miss)} for miss in missed],
+    }

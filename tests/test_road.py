@@ -185,4 +185,5 @@ def test_bench_draws_a_report(road, chats, tmp_path, capsys):
         ".json",
         ".md",
         ".png",
+        ".svg",
     ]

@@ -7,25 +7,18 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from benchmarks.columns import COLUMNS, columns_of, significant, summary
 from benchmarks.comparison import SCHEMA, Comparison, ModelResult
+from benchmarks.drawing import svg_file, to_png
 from benchmarks.frontier import dominators
 from benchmarks.latency import Latency, Turn
-from benchmarks.picture import (
-    BOTTOM,
-    HEIGHT,
-    TOP,
-    WIDTH,
-    Disc,
-    Words,
-    divergence_scale,
-    draw,
-    speed_scale,
-    to_png,
-)
+from benchmarks.marks import TALL, WIDE, Disc, Plane, Stroke, Words
+from benchmarks.picture import draw
+from benchmarks.scales import divergence_scale, speed_scale
 from mistill.errors import FolderError, SettingsError, TargetExistsError
 from tests.benchmarks.made import made_comparison
 
@@ -200,7 +193,7 @@ def test_the_terminal_table_fits_ninety_columns(comparison: Comparison):
 
 def test_markdown_holds_every_figure_with_its_unit(comparison: Comparison):
     text = comparison.to_markdown()
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    table = [line for line in text.split("\n\n")[2].splitlines() if line.startswith("|")]
 
     assert len(table) == 2 + len(comparison.models)
     assert len({line.count("|") for line in table}) == 1
@@ -244,10 +237,10 @@ def test_the_page_is_well_formed(comparison: Comparison):
 def test_the_page_shows_every_model_with_every_figure(comparison: Comparison):
     page = comparison.to_html()
 
-    rows = re.findall(r'<tr data-model="([^"]+)">(.*?)</tr>', page, re.DOTALL)
+    rows = re.findall(r'<tr data-model="([^"]+)"[^>]*>(.*?)</tr>', page, re.DOTALL)
     assert [name for name, _ in rows] == [model.name for model in comparison.models]
     for name, row in rows:
-        values = re.findall(r'<td data-value="([^"]*)"', row)
+        values = re.findall(r'<td [^>]*data-value="([^"]*)"', row)
         figures = [column.figure(comparison[name]) for column in columns_of(comparison)]
         assert [float(value) if value else None for value in values] == figures
     assert page.count("<small>beaten by") == 4
@@ -287,17 +280,23 @@ def test_the_area_of_a_disc_is_the_size_on_disk(comparison: Comparison):
     assert (radii["teacher"] / radii["chatbot-4"]) ** 2 == pytest.approx(538 / 74)
 
 
-def test_names_stay_in_the_picture_and_off_each_other(comparison: Comparison):
-    names = [mark for mark in draw(comparison) if isinstance(mark, Words) and mark.name]
+@pytest.mark.parametrize("plane", [WIDE, TALL], ids=lambda plane: plane.name)
+def test_names_stay_in_the_picture_and_off_each_other(comparison: Comparison, plane: Plane):
+    marks = draw(comparison, plane)
+    names = [mark for mark in marks if isinstance(mark, Words) and mark.name]
 
     assert {name.text for name in names} == {model.name for model in comparison.models}
     for mark in names:
-        assert 0 < mark.place[0] < WIDTH
-        assert TOP < mark.place[1] < BOTTOM < HEIGHT
+        assert 0 < mark.place[0] < plane.width
+        assert plane.top < mark.place[1] < plane.bottom < plane.height
     for place, one in enumerate(names):
         for other in names[place + 1 :]:
             beside = abs(one.place[0] - other.place[0]) > 4.3 * (len(one.text) + len(other.text))
             assert beside or abs(one.place[1] - other.place[1]) >= 15
+    upper = min(m.points[0][1] for m in marks if isinstance(m, Stroke) and m.role == "grid")
+    for words in (m for m in marks if isinstance(m, Words) and m.role == "legend"):
+        assert words.place[0] + 7.3 * len(words.text) <= plane.width
+        assert words.place[1] < upper
 
 
 def test_divergences_of_many_sizes_get_a_logarithmic_axis_with_a_place_for_zero():
@@ -327,6 +326,17 @@ def test_equal_ratios_of_speed_are_equally_far_apart():
     assert scale.ticks == (5, 10, 20, 50, 100)
 
 
+def test_a_picture_file_needs_nothing_from_outside(comparison: Comparison):
+    file = svg_file(draw(comparison), "Title & more", "What is <seen>")
+
+    root = ET.fromstring(file)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    discs = root.iter("{http://www.w3.org/2000/svg}circle")
+    assert sum("data-model" in part.attrib for part in discs) == len(comparison.models)
+    assert not re.search(r"url\(|@import|href|<script", file)
+    assert file.count("http") == 1
+
+
 # --- saving -------------------------------------------------------------------------------------
 
 
@@ -335,6 +345,7 @@ def test_a_report_is_saved_whole(comparison: Comparison, tmp_path: Path):
 
     assert sorted(file.name for file in folder.iterdir()) == [
         "figure.png",
+        "figure.svg",
         "report.html",
         "report.json",
         "report.md",
@@ -352,7 +363,7 @@ def test_a_report_that_fails_leaves_nothing(
     def fail(_: object) -> bytes:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr("benchmarks.picture.to_png", fail)
+    monkeypatch.setattr("benchmarks.drawing.to_png", fail)
 
     with pytest.raises(OSError, match="went away"):
         comparison.save(tmp_path / "report")
@@ -369,7 +380,7 @@ def test_a_laptop_without_matplotlib_gets_the_rest(
 
     folder = comparison.save(tmp_path / "report")
 
-    assert {file.suffix for file in folder.iterdir()} == {".json", ".md", ".html"}
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".md", ".html", ".svg"}
     assert "figure.png is left out: matplotlib is not installed" in caplog.text
 
 

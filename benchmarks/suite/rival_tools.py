@@ -1,0 +1,228 @@
+r"""Do our figures of a rival agree with those of the rival's own benchmark?
+
+    python -m benchmarks.suite.rival_tools MODEL --texts TEXT --llama-cpp PLACE \
+        --llama-cpp-programs FOLDER --genai PLACE --genai-benchmark benchmark_e2e.py
+
+The same file is run in turn by our child process and by the rival's own program: ``llama-bench`` of
+the same build as the library, and ONNX Runtime GenAI's ``benchmark_e2e.py`` (from its repository,
+run by the rival's Python). The last line is one JSON document: medians, and ratios of the same
+turn. A rival whose own benchmark is not named is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import Child, start_children
+from benchmarks.measuring import read_passages
+from benchmarks.passages import Passage, cut_prompts
+from benchmarks.rivals.contest import Contestant, enter, find_contestants
+from benchmarks.rivals.making import call
+from benchmarks.settings import BenchSettings
+from benchmarks.suite.turns import paired_ratio, summary
+from mistill.folder import open_folder
+
+_WITHIN = 0.03
+_HOURS = 3600.0
+_PROMPT = "prompt_tokens_per_second"
+_DECODE = "decode_tokens_per_second"
+_SAID = {
+    _PROMPT: r"Average Prompt Processing Throughput \(per token\): ([\d.]+) tps",
+    _DECODE: r"Average Token Generation Throughput \(per token\): ([\d.]+) tps",
+}
+
+
+def main() -> None:
+    """Compare, and print a JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a float, GPTQ or NF4 folder")
+    parser.add_argument("--texts", required=True, help="text that prompts are taken from")
+    parser.add_argument("--llama-cpp", help="a Python, an environment or a folder of libraries")
+    parser.add_argument("--llama-cpp-programs", help="the folder of llama-bench")
+    parser.add_argument("--genai", help="a Python or an environment")
+    parser.add_argument("--genai-benchmark", type=Path, help="its benchmark_e2e.py")
+    parser.add_argument(
+        "--against", nargs="+", default=["llama.cpp:q4_0", "llama.cpp:q4_k_m", "genai:default"]
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    print(json.dumps(run(parser.parse_args())))
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Make the files, and let the two take turns with each.
+
+    Args:
+        given: The command line.
+
+    Returns:
+        The JSON document.
+    """
+    places = {
+        "llama.cpp": given.llama_cpp,
+        "llama.cpp-programs": given.llama_cpp_programs,
+        "genai": given.genai,
+    }
+    named = {name: place for name, place in places.items() if place}
+    source = open_folder(given.model)
+    settings = BenchSettings(scored_tokens=4 * given.prompt)
+    passages = read_passages(given.texts, source.path, settings)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for contestant in find_contestants(given.against, named):
+            own = own_benchmark(contestant, given)
+            if own is None:
+                continue
+            entry = enter(contestant, source, source.path.name, Path(scratch))
+            found[entry.rival.name] = {
+                "version": entry.rival.version,
+                "system": entry.rival.system,
+                "made": entry.rival.made,
+                **take_turns(entry.folder, own, passages, given),
+            }
+    return {
+        "rounds": given.rounds,
+        "threads": given.threads,
+        "prompt": given.prompt,
+        "new_tokens": given.new_tokens,
+        "rivals": found,
+    }
+
+
+Own = Callable[[Path], dict[str, float]]
+
+
+def take_turns(
+    folder: Path, own: Own, passages: Sequence[Passage], given: argparse.Namespace
+) -> dict[str, Any]:
+    """Let our child and the rival's own program run one file in turn.
+
+    Args:
+        folder: The rival's folder.
+        own: Runs the rival's own program on it.
+        passages: Where our prompts come from.
+        given: The command line.
+
+    Returns:
+        Of reading and writing: both medians, the ratio, and whether it is within 3%.
+    """
+    ours, theirs = [], []
+    prompts = cut_prompts(passages, length=given.prompt, count=1 + given.rounds)
+    with start_children([folder], given.threads) as (child,):
+        child.ask("open")
+        our_turn(child, prompts[0], given)
+        for prompt in prompts[1:]:
+            ours.append(our_turn(child, prompt, given))
+            theirs.append(own(folder))
+    report: dict[str, Any] = {}
+    for name in (_PROMPT, _DECODE):
+        ratio = paired_ratio(ours, theirs, name)
+        report[name] = {
+            "ours": summary(ours, name),
+            "its_own": summary(theirs, name),
+            "ratio": ratio,
+            "within_3_percent": abs(ratio["median"] - 1) <= _WITHIN,
+        }
+    return report
+
+
+def our_turn(child: Child, prompt: list[int], given: argparse.Namespace) -> dict[str, float]:
+    """One turn of our own: a prompt, and what is written at the depth where its tool writes.
+
+    ``llama-bench`` writes from the start of an empty text, genai's benchmark after the prompt.
+
+    Args:
+        child: Runs the rival.
+        prompt: What to read.
+        given: The command line.
+
+    Returns:
+        Tokens per second of both.
+    """
+    limits = {"new_tokens": given.new_tokens, "seconds": _HOURS}
+    first = child.ask("turn", prompt=prompt, **limits)
+    if (child.folder / "genai_config.json").is_file():
+        second = first
+    else:
+        second = child.ask("turn", prompt=prompt[:1], **limits)
+    return {
+        _PROMPT: len(prompt) / first["first_token_seconds"],
+        _DECODE: len(second["token_seconds"]) / sum(second["token_seconds"]),
+    }
+
+
+def own_benchmark(contestant: Contestant, given: argparse.Namespace) -> Own | None:
+    """How a rival's own benchmark is run.
+
+    Args:
+        contestant: The rival.
+        given: The command line.
+
+    Returns:
+        A function of the rival's folder; None if its own benchmark is not known.
+    """
+    environment = contestant.environment
+    if contestant.choice.engine.name == "llama.cpp":
+        program = environment.programs and environment.programs / "llama-bench"
+        if not program or not os.access(program, os.X_OK):
+            return None
+        return lambda folder: run_llama_bench(program, folder, given)
+    if given.genai_benchmark is None:
+        return None
+    return lambda folder: run_genai(environment.python, folder, given)
+
+
+def run_llama_bench(program: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:
+    """Run ``llama-bench`` once.
+
+    Args:
+        program: It.
+        folder: The rival's folder.
+        given: The command line.
+
+    Returns:
+        Tokens per second of reading and of writing.
+    """
+    command = [str(program), "-m", str(folder / "model.gguf"), "-t", str(given.threads)]
+    command += ["-p", str(given.prompt), "-n", str(given.new_tokens), "-r", "1", "-o", "json"]
+    said = call(command)
+    tests = json.loads(said[said.index("[\n") : said.rindex("]") + 1])
+    return {(_PROMPT if test["n_prompt"] else _DECODE): test["avg_ts"] for test in tests}
+
+
+def run_genai(python: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:
+    """Run ONNX Runtime GenAI's own benchmark once.
+
+    Args:
+        python: The Python of its environment.
+        folder: The rival's folder.
+        given: The command line.
+
+    Returns:
+        Tokens per second of reading and of writing.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [str(python), str(given.genai_benchmark), "-i", str(folder), "-k", "1"]
+        command += ["-l", str(given.prompt), "-g", str(given.new_tokens), "-r", "1", "-w", "1"]
+        command += ["--use_random_tokens", "-o", str(Path(scratch) / "genai.csv")]
+        said = call(command, {**os.environ, "ORT_DISABLE_TELEMETRY": "1"})
+    found = {}
+    for name, words in _SAID.items():
+        match = re.search(words, said)
+        if match is None:
+            raise SystemExit(f"{given.genai_benchmark} named no {name}:\n{said[-2000:]}")
+        found[name] = float(match[1])
+    return found
+
+
+if __name__ == "__main__":
+    main()

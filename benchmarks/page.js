@@ -72,11 +72,12 @@
     for (const part of own) {
       part.addEventListener("pointerenter", () => light(name, true));
       part.addEventListener("pointerleave", () => light(name, false));
-      if (!part.classList.contains("disc")) continue;
+      if (!part.closest(".picture")) continue;
       part.addEventListener("pointerenter", () => tell(name));
+      part.addEventListener("click", () => tell(name));
+      if (!part.classList.contains("disc")) continue;
       part.addEventListener("focus", () => { light(name, true); tell(name); });
       part.addEventListener("blur", () => light(name, false));
-      part.addEventListener("click", () => tell(name));
       part.addEventListener("keydown", (event) => {
         if (event.key !== "Enter" && event.key !== " ") return;
         event.preventDefault();

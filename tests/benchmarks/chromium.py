@@ -41,7 +41,8 @@ class Page:
         self.numbers = itertools.count(1)
         self.buffer = b""
         self.session: str | None = None
-        self.requests: list[str] = []
+        self.requests: dict[str, str] = {}
+        self.refused: set[str] = set()
         self.complaints: list[str] = []
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
@@ -74,7 +75,9 @@ class Page:
     def _note(self, event: dict[str, Any]) -> None:
         params = event.get("params", {})
         if event.get("method") == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
+            self.requests[params["requestId"]] = params["request"]["url"]
+        if event.get("method") == "Network.loadingFailed" and params.get("blockedReason"):
+            self.refused.add(params["requestId"])
         if event.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(params["exceptionDetails"]))
         if event.get("method") == "Log.entryAdded":

@@ -96,6 +96,24 @@ class BlockWeight:
         original[:, self.order] = weight
         return original
 
+    def dequantize_columns(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some columns of the weight that the codes stand for.
+
+        Args:
+            columns: Which, as the input counts them.
+
+        Returns:
+            Shape (N, columns).
+        """
+        places = columns if self.order is None else np.argsort(self.order)[columns]
+        blocks, lanes = places // self.block_size, 8 // self.bits
+        within = places % self.block_size
+        shifts = (within % lanes * self.bits).astype(np.uint8)
+        codes = self.codes[:, blocks, within // lanes] >> shifts & np.uint8(2**self.bits - 1)
+        middle = np.float32(1 << (self.bits - 1))
+        zeros = middle if self.zeros is None else self.zeros[:, blocks].astype(np.float32)
+        return np.asarray((codes.astype(np.float32) - zeros) * self.scales[:, blocks])
+
     def take_rows(self, order: NDArray[np.int64]) -> BlockWeight:
         """The same rows in another order, which is exact: no scale spans two rows.
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.architecture import EMBEDDING, HEAD, Architecture
+from export.outliers import FACTOR
 from export.settings import MODEL_FILE
 from mistill.errors import ExportError
 from mistill.folder import read_config
@@ -127,6 +128,58 @@ def check_codes(folder: Path, source: Path, architecture: Architecture) -> CodeC
     if not matrices and not decoded:
         return None
     return CodeCheck(matrices=matrices, codes=codes, scales=scales, decoded=tuple(decoded))
+
+
+def check_outliers(folder: Path, source: Path) -> None:
+    """Compare columns that are multiplied in float32 with the codes, and the norms before them.
+
+    What was divided in the gains of a norm must be what a float product adds again.
+
+    Args:
+        folder: Where the graph is.
+        source: The folder that it was exported from.
+
+    Raises:
+        ExportError: If a product lacks or adds anything; the message names it.
+    """
+    import onnx_ir
+
+    files = TensorFiles(source)
+    nodes = {str(node.name): node for node in onnx_ir.load(folder / MODEL_FILE).graph}
+    for name, node in nodes.items():
+        norm = _norm_of(node) if node.op_type == "MatMulNBits" else None
+        stored = None if norm is None else _read(node)
+        if norm is None or stored is None:
+            continue
+        gain = next(value for value in reversed(norm.inputs) if value is not None)
+        gains = _array(constant(gain))
+        original = files.floats(str(gain.name)).astype(np.float32)
+        beside = nodes.get(f"{name}.outliers")
+        columns = None if beside is None else _column_order(beside)
+        if beside is None or columns is None:
+            _require(np.array_equal(gains, original), name, "gains before the codes")
+            continue
+        divided = original.copy()
+        divided[columns] /= FACTOR
+        _require(np.array_equal(gains, divided), name, "gains before the codes")
+        places = columns if stored.order is None else np.argsort(stored.order)[columns]
+        blocks = places // (stored.codes.shape[2] * 8 // stored.bits)
+        steps = stored.expanded()[:, places].astype(np.float32)
+        steps -= 1 << (stored.bits - 1) if stored.zeros is None else stored.zeros[:, blocks]
+        expected = steps * stored.scales[:, blocks] * np.float32(FACTOR - 1)
+        weight = _array(constant(beside.inputs[1]))
+        _require(np.array_equal(weight.T, expected), name, "columns in float32")
+
+
+def _norm_of(node: ir.Node) -> ir.Node | None:
+    """The norm whose output a product reads, also in another order of columns."""
+    value = node.inputs[0]
+    producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type == "Gather":
+        value = producer.inputs[0]
+        producer = None if value is None else value.producer()
+    named = producer is not None and producer.op_type.endswith("SimplifiedLayerNormalization")
+    return producer if named else None
 
 
 def _has_codes(files: TensorFiles, module: str) -> bool:

@@ -6,7 +6,8 @@ One layer is nine nodes:
     -> SkipSimplifiedLayerNormalization -> gate and up in one product -> silu(gate) * up -> down
     -> SkipSimplifiedLayerNormalization
 
-Products are ``MatMul`` for float weights and ``MatMulNBits`` for codes. What follows the last
+Products are ``MatMul`` for float weights and ``MatMulNBits`` for codes; beside the latter a few
+columns may be multiplied in float32 (see ``export.outliers``). What follows the last
 attention is computed for the positions from ``first_logit`` on only, by default the last one.
 
     inputs    input_ids (batch_size, sequence), attention_mask (batch_size, total),
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from export.architecture import EMBEDDING, HEAD, Architecture, rotary_tables
 from export.blocks import BlockWeight, can_stack, stack
+from export.outliers import FACTOR, Outliers
 from export.settings import GraphOptions
 from export.weights import FolderWeights, Linear, Weight
 from export.writer import MICROSOFT, GraphWriter
@@ -59,6 +61,7 @@ def write_decoder(
     weights: FolderWeights,
     writer: GraphWriter,
     options: GraphOptions,
+    outliers: Outliers | None = None,
 ) -> None:
     """Write the graph and its weights, layer by layer.
 
@@ -67,8 +70,9 @@ def write_decoder(
         weights: Its weights.
         writer: Where the graph goes.
         options: Context length and precision of tables.
+        outliers: Columns that are multiplied in float32; none if not given.
     """
-    _Decoder(architecture, weights, writer, options).write()
+    _Decoder(architecture, weights, writer, options, outliers or {}).write()
 
 
 class _Decoder:
@@ -78,12 +82,16 @@ class _Decoder:
         weights: FolderWeights,
         writer: GraphWriter,
         options: GraphOptions,
+        outliers: Outliers,
     ) -> None:
         self.architecture = architecture
         self.weights = weights
         self.writer = writer
         self.options = options
+        self.outliers = outliers
         self._gathered: dict[tuple[ir.Value, bytes], ir.Value] = {}
+        # What comes out of a norm with some columns divided, and which.
+        self._divided: dict[ir.Value, NDArray[np.int64]] = {}
 
     def write(self) -> None:
         from mistill.key_value_cache import WINDOW_PROPERTY
@@ -100,6 +108,7 @@ class _Decoder:
             epsilon=architecture.norm_epsilon,
             axis=-1,
         )
+        self._remember(normed, "model.layers.0.input_layernorm")
         with track("export", architecture.layers, "layers") as progress:
             for layer in range(architecture.layers):
                 prefix = f"model.layers.{layer}"
@@ -320,10 +329,19 @@ class _Decoder:
             domain=MICROSOFT,
             epsilon=self.architecture.norm_epsilon,
         )
+        self._remember(normed, norm)
         return normed, total
 
     def _norm(self, module: str) -> ir.Value:
-        return self.writer.stored(f"{module}.weight", self.weights.floats(f"{module}.weight"))
+        gains = self.weights.floats(f"{module}.weight")
+        if module in self.outliers:
+            gains = gains.copy()
+            gains[self.outliers[module]] /= FACTOR
+        return self.writer.stored(f"{module}.weight", gains)
+
+    def _remember(self, normed: ir.Value, norm: str) -> None:
+        if norm in self.outliers:
+            self._divided[normed] = self.outliers[norm]
 
     # --- products ---------------------------------------------------------------------------------
 
@@ -349,6 +367,9 @@ class _Decoder:
             codes = writer.stored(f"{name}.codes", weight.codes)
             scales = writer.stored(f"{name}.scales", weight.scales)
             return self._multiply_blocks(value, weight, codes, scales, bias, name)
+        if value in self._divided:
+            weight = weight.copy()
+            weight[:, self._divided[value]] *= FACTOR
         matrix = writer.stored(f"{name}.weight", weight.T)
         if bias is None:
             return writer.node("MatMul", [value, matrix], name)
@@ -365,6 +386,8 @@ class _Decoder:
         name: str,
     ) -> ir.Value:
         writer = self.writer
+        columns = self._divided.get(value)
+        lacking = None if columns is None else self._lacking(value, weight, columns, name)
         if weight.order is not None:
             value = self._gather_columns(value, weight.order, name)
         inputs: list[ir.Value | None] = [value, codes, scales]
@@ -373,10 +396,11 @@ class _Decoder:
             inputs.append(None if zeros is None else writer.stored(f"{name}.zeros", zeros))
         if bias is not None:
             inputs += [None, writer.stored(f"{name}.bias", bias)]
-        return writer.node(
+        (product,) = writer.nodes(
             "MatMulNBits",
             inputs,
             name,
+            [name if lacking is None else f"{name}.rounded"],
             domain=MICROSOFT,
             bits=weight.bits,
             block_size=weight.block_size,
@@ -384,6 +408,18 @@ class _Decoder:
             N=weight.rows,
             accuracy_level=self.options.accuracy_level,
         )
+        if lacking is None:
+            return product
+        return writer.nodes("Add", [product, lacking], f"{name}.whole", [name])[0]
+
+    def _lacking(
+        self, value: ir.Value, weight: BlockWeight, columns: NDArray[np.int64], name: str
+    ) -> ir.Value:
+        """What the product of codes lacks, since some columns of its input were divided."""
+        few = self._gather_columns(value, columns, f"{name}.outliers")
+        floats = weight.dequantize_columns(columns) * np.float32(FACTOR - 1)
+        matrix = self.writer.stored(f"{name}.outliers.weight", floats.T)
+        return self.writer.node("MatMul", [few, matrix], f"{name}.outliers")
 
     def _gather_columns(self, value: ir.Value, order: NDArray[np.int64], name: str) -> ir.Value:
         """Put the input of a matrix in the order of its columns; matrices that agree share it."""

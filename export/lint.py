@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from export.architecture import EMBEDDING, HEAD, Architecture
-from export.code_check import CodeCheck, check_codes
+from export.code_check import CodeCheck, check_codes, check_outliers
 from export.settings import MODEL_FILE, GraphOptions, OnnxSettings
 from export.tuning import Tuning
 from mistill.errors import ExportError
@@ -48,6 +48,7 @@ def lint_export(
     require_fast(lint, settings, options)
     codes = check_codes(folder, source, architecture)
     _require_codes(codes, settings, options)
+    check_outliers(folder, source)
     if settings.memory_speed is not None:
         speed = settings.memory_speed * 1e9
     elif tuning is not None:

@@ -7,13 +7,15 @@ import logging
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from export.architecture import EMBEDDING, HEAD, Architecture, read_architecture, require_graph
 from export.genai import GENAI_FILE, genai_config
 from export.manifest import checksums
+from export.outliers import CALIBRATION_TOKENS, Outliers, find_outliers, guarded_norms
 from export.parity import TEXT, can_compare, measure_parity, require_parity
 from export.settings import DEFAULT_CONTEXT, GraphOptions, OnnxSettings
 from export.transformersjs import arrange_for_transformersjs
@@ -31,12 +33,23 @@ from mistill.lineage import add_lineage
 from mistill.publishing import creating, refuse_existing, write_atomically
 from mistill.settings import require, settings_dict, settings_from
 from mistill.source import resolve_model
+from mistill.text import read_documents
 from mistill.vocabulary import Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    from export.weights import FolderWeights
 
 _log = logging.getLogger(__name__)
 
 CACHE_TOKENS = 2048
 """Tokens by which the scales of an int8 cache are set."""
+
+FLOAT_COLUMNS = 8
+"""Columns that are multiplied in float32 if nothing else is asked for."""
+
+# Narrower models have no channels that stand out so far, and larger ones take long to read a text.
+_NARROWEST = 512
+_MOST_PARAMETERS = 2_000_000_000
 
 
 def to_onnx(
@@ -86,6 +99,7 @@ def to_onnx(
         f"context of {graph.context_length}: leave it out, or give a longer context_length",
     )
     vocabulary = load_vocabulary(info.path)
+    resolved = replace(resolved, float_columns=_float_columns(resolved, architecture, info))
     for library in ("onnx_ir", "safetensors"):
         if find_spec(library) is None:
             raise missing_extra(library.replace("_", "-"), "compress")
@@ -160,6 +174,27 @@ def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gra
     return replace(settings, precision="float32") if floats else settings, options
 
 
+def _float_columns(settings: OnnxSettings, architecture: Architecture, info: FolderInfo) -> int:
+    """Columns to multiply in float32: as asked for, or a default."""
+    codes = settings.precision != "float32"
+    asked, most = settings.float_columns, architecture.hidden_size // 4
+    if asked is not None:
+        require(
+            codes or asked == 0,
+            "float_columns spares what the products of codes round, and a float32 graph has none; "
+            "leave it out, or give a precision",
+        )
+        require(
+            asked <= most,
+            f"float_columns is {asked}, and the model is {architecture.hidden_size} wide; give at "
+            f"most {most}",
+        )
+        return asked
+    rounds = codes and settings.accuracy_level == 4 and not settings.portable
+    small = architecture.hidden_size >= _NARROWEST and info.parameters <= _MOST_PARAMETERS
+    return FLOAT_COLUMNS if rounds and small and settings.layout == "mistill" else 0
+
+
 def _layer_bits(settings: OnnxSettings, info: FolderInfo) -> int:
     """Bits of most layers as the graph holds them."""
     if settings.precision != "auto":
@@ -206,10 +241,19 @@ def _write(
         if settings.tune_for is not None:
             tuning = tuning_for(settings, architecture, weights, options)
             weights.follow(tuning)
-        write = write_portable_decoder if settings.portable else write_decoder
+        facts: dict[str, Any] = {
+            "portable": settings.portable,
+            "float_columns": settings.float_columns,
+        }
+        outliers: Outliers = {}
+        if settings.float_columns:
+            outliers = _outliers(folder, architecture, vocabulary, weights, settings, options)
+            facts["outliers"] = {norm: columns.tolist() for norm, columns in outliers.items()}
         with GraphWriter(folder, standard=settings.portable) as writer:
-            write(architecture, weights, writer, options)
-        facts: dict[str, Any] = {"portable": settings.portable}
+            if settings.portable:
+                write_portable_decoder(architecture, weights, writer, options)
+            else:
+                write_decoder(architecture, weights, writer, options, outliers)
         if settings.cache == "int8":
             facts["cache"] = _int8_cache(folder, architecture, vocabulary, settings, options)
         if not settings.portable:
@@ -232,6 +276,29 @@ def _write(
     return {**facts, "parity": None if parity is None else asdict(parity)}
 
 
+def _outliers(
+    folder: Path,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    weights: FolderWeights,
+    settings: OnnxSettings,
+    options: GraphOptions,
+) -> Outliers:
+    """Write the graph without float columns, and read some text with it to find them."""
+    from export.graph import write_decoder
+    from export.writer import GraphWriter
+
+    documents = read_documents(settings.cache_texts, vocabulary, limit=CALIBRATION_TOKENS)
+    ids = np.concatenate([np.array(one.ids, np.int64) for one in documents])[:CALIBRATION_TOKENS]
+    with TemporaryDirectory(dir=folder) as name:
+        plain = Path(name)
+        with GraphWriter(plain) as writer:
+            write_decoder(architecture, weights, writer, replace(options, ring=False))
+        norms = guarded_norms(architecture, options.head_bits)
+        block = settings.largest_block(4)
+        return find_outliers(plain, architecture, norms, ids, settings.float_columns or 0, block)
+
+
 def _int8_cache(
     folder: Path,
     architecture: Architecture,
@@ -241,7 +308,6 @@ def _int8_cache(
 ) -> dict[str, Any]:
     """Set the scales of an int8 cache by some text, and say what they cost on another."""
     from export.int8_cache import quantize_cache
-    from mistill.text import read_documents
 
     documents = read_documents(settings.cache_texts, vocabulary, limit=CACHE_TOKENS)
     calibration = np.concatenate([np.array(one.ids, np.int64) for one in documents])

@@ -72,6 +72,10 @@ def manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
         )
         if codes.get("decoded"):
             rows["codes"] += f"; {codes['decoded']} matrices are floats here, as was asked for"
+    if manifest.get("float_columns"):
+        rows["in float32"] = (
+            f"{manifest['float_columns']} columns behind each norm, whose activations are largest"
+        )
     tuning = manifest.get("tuning")
     if tuning is not None:
         chosen = "; ".join(f"{kind}: {kernel}" for kind, kernel in tuning["choices"].items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def change_nodes(monkeypatch: pytest.MonkeyPatch, change: Callable[..., dict[str, Any]]) -> None:
     """Let the writer change the attributes of every product."""
-    real = export.writer.GraphWriter.node
+    real = export.writer.GraphWriter.nodes
 
-    def node(self: Any, operator: str, *args: Any, **attributes: Any) -> ir.Value:
+    def nodes(self: Any, operator: str, *args: Any, **attributes: Any) -> Sequence[ir.Value]:
         return real(
             self,
             operator,
@@ -45,7 +45,7 @@ def change_nodes(monkeypatch: pytest.MonkeyPatch, change: Callable[..., dict[str
             **(change(attributes) if operator == "MatMulNBits" else attributes),
         )
 
-    monkeypatch.setattr(export.writer.GraphWriter, "node", node)
+    monkeypatch.setattr(export.writer.GraphWriter, "nodes", nodes)
 
 
 # --- slow kernels -------------------------------------------------------------------------------

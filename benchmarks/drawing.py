@@ -94,7 +94,9 @@ _FILLS = {
     "onnx": "#0b8f6a",
     "llama-cpp": "#2f6fd0",
     "genai": "#c2456b",
-    "other": "#8a6d3b",
+    "openvino": "#6b7f00",
+    "ctranslate2": "#8a6d3b",
+    "other": "#77808c",
     "any": "#64748b",
     "any-size": "#64748b",
 }

@@ -19,6 +19,7 @@ from benchmarks.marks import WIDE, Disc, Mark, Plane, Point, Stroke, Words
 from benchmarks.scales import NOISE_NATS, Scale, divergence_scale, speed_scale
 
 _LEGEND_ROW = 26
+_ENGINES = ("llama-cpp", "genai", "openvino", "ctranslate2")
 
 
 def draw(comparison: Comparison, plane: Plane = WIDE) -> list[Mark]:
@@ -58,7 +59,7 @@ def role_of(model: ModelResult) -> str:
     """
     if model.rival is not None:
         engine = model.rival.engine.replace(".", "-")
-        return engine if engine in ("llama-cpp", "genai") else "other"
+        return engine if engine in _ENGINES else "other"
     return model.form
 
 

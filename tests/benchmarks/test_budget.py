@@ -346,3 +346,12 @@ def test_every_command_is_one_that_the_command_line_knows(
     for value in entry["settings"].values():
         if not isinstance(value, bool | list):
             assert str(value) in shlex.split(lines[-1])
+
+
+def test_every_command_of_the_docs_is_one_that_the_command_line_knows():
+    text = (Path(__file__).parents[2] / "docs" / "reports.md").read_text("utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("mistill ")]
+
+    assert len(lines) == 4
+    for line in lines:
+        app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)

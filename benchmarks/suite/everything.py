@@ -5,10 +5,11 @@
 Rivals live in environments of their own, which variables name; a rival whose variable is not set
 is left out, and that is said:
 
-    MISTILL_TRL_VENV         trl==1.16.0 and liger-kernel==0.8.5 (the latter without dependencies)
-    MISTILL_GPTQMODEL_VENV   gptqmodel and optimum
-    MISTILL_GENAI_VENV       onnxruntime-genai==0.18.0 and what its builder needs
-    MISTILL_LLAMA_CPP        the folder of llama.cpp's programs
+    MISTILL_TRL                  trl==1.16.0, and liger-kernel==0.8.5 without its dependencies
+    MISTILL_GPTQMODEL_VENV       gptqmodel and optimum
+    MISTILL_GENAI                onnxruntime-genai==0.18.0 and what its builder needs
+    MISTILL_LLAMA_CPP            llama.cpp: an environment with its bindings, or its libraries
+    MISTILL_LLAMA_CPP_PROGRAMS   the folder of llama.cpp's programs
 
 The model is the embedded teacher unless ``--model`` names a float folder. What a program prints
 is kept in ``benchmarks/results/``, from which ``benchmarks.suite.page`` writes the tables. A
@@ -36,13 +37,15 @@ class Rival:
         name: What it is called.
         variable: The environment variable that names it.
         option: The option by which a program is given it.
-        python: Whether the variable names an environment whose Python is wanted.
+        python: Whether a Python is wanted where the variable names an environment.
+        against: What ``--against`` calls it, in every form that is measured.
     """
 
     name: str
     variable: str
     option: str
-    python: bool = True
+    python: bool = False
+    against: tuple[str, ...] = ()
 
     def found(self, environment: Mapping[str, str]) -> str | None:
         """What the option is given.
@@ -56,7 +59,8 @@ class Rival:
         named = environment.get(self.variable)
         if not named:
             return None
-        return str(Path(named) / "bin" / "python") if self.python else named
+        python = Path(named) / "bin" / "python"
+        return str(python) if self.python and not Path(named).is_file() else named
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,25 @@ class Program:
         arguments: Its words; ``{model}``, ``{chatbot}`` and ``{work}`` stand for folders, and
             ``{threads}`` for a number.
         rivals: What it can be given to measure against.
+        needs_rival: Whether it has nothing to say without one.
     """
 
     name: str
     arguments: tuple[str, ...]
     rivals: tuple[Rival, ...] = ()
+    needs_rival: bool = False
 
 
-TRL = Rival("TRL and Liger", "MISTILL_TRL_VENV", "--rivals-python")
-GPTQMODEL = Rival("gptqmodel", "MISTILL_GPTQMODEL_VENV", "--gptqmodel-python")
-GENAI = Rival("onnxruntime-genai's builder", "MISTILL_GENAI_VENV", "--genai-python")
-LLAMA_CPP = Rival("llama.cpp", "MISTILL_LLAMA_CPP", "--llama-cpp", python=False)
+TRL = Rival("TRL and Liger", "MISTILL_TRL", "--rivals-python", python=True)
+GPTQMODEL = Rival("gptqmodel", "MISTILL_GPTQMODEL_VENV", "--gptqmodel-python", python=True)
+BUILDER = Rival("onnxruntime-genai's builder", "MISTILL_GENAI", "--genai-python", python=True)
+GENAI = Rival(
+    "onnxruntime-genai", "MISTILL_GENAI", "--genai", against=("genai:default", "genai:best")
+)
+LLAMA_CPP = Rival(
+    "llama.cpp", "MISTILL_LLAMA_CPP", "--llama-cpp", against=("llama.cpp:q4_0", "llama.cpp:q4_k_m")
+)
+PROGRAMS_OF = Rival("llama.cpp's programs", "MISTILL_LLAMA_CPP_PROGRAMS", "--llama-cpp-programs")
 
 _TEXT = ("--texts", "@demo-train", "--held-out", "@demo-held-out")
 _THREADS = ("--threads", "{threads}")
@@ -93,10 +105,16 @@ PROGRAMS = (
         ),
         (GPTQMODEL,),
     ),
-    Program("export_time", ("{model}", *_THREADS), (GENAI,)),
+    Program("export_time", ("{model}", *_THREADS), (BUILDER,)),
     Program("export_parity", ("{chatbot}", "{source}", *_THREADS)),
     Program("step_time", ("{model}", "{work}/steps", *_THREADS)),
     Program("later_turn", ("{chatbot}", *_THREADS)),
+    Program(
+        "rivals",
+        ("{chatbot}", "--source", "{model}", "--texts", "@demo-held-out", *_THREADS),
+        (LLAMA_CPP, PROGRAMS_OF, GENAI),
+        needs_rival=True,
+    ),
 )
 
 
@@ -119,7 +137,8 @@ def called(
         given = rival.found(environment)
         if given is not None:
             words += [rival.option, given]
-    return words
+    there = [word for rival in program.rivals if rival.found(environment) for word in rival.against]
+    return [*words, "--against", *there] if there else words
 
 
 def shown(program: Program, environment: Mapping[str, str]) -> str:
@@ -190,6 +209,8 @@ def main() -> int:
             continue
         left_out |= {rival for rival in program.rivals if not rival.found(os.environ)}
         words = called(program, places, os.environ)
+        if program.needs_rival and "--against" not in words:
+            continue
         print(f"measuring {program.name}", file=sys.stderr, flush=True)
         done = subprocess.run(
             [sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True, check=False

@@ -21,8 +21,9 @@ To add a table:
        <!-- table nf4_codec -->
        <!-- end -->
 
-4. A program whose table has no form yet gets a function of its name in
-   ``benchmarks/suite/tables.py``, which turns its document into lines of Markdown, and a test.
+4. A program whose table has no form yet gets a function of its name in ``step_tables.py`` or
+   ``engine_tables.py`` beside this file, which turns its document into lines of Markdown, a place
+   in the list of ``tables.py``, and a test.
 
 A committed table is what its committed JSON gives, or a test fails.
 """

@@ -14,6 +14,7 @@ import torch
 
 import distill
 from benchmarks.suite import quantized_kl
+from benchmarks.suite.tables import FORMS
 from benchmarks.suite.turns import paired_ratio, summary, take_turns
 from tests.tiny import SENTENCES
 
@@ -24,7 +25,10 @@ def run(name: str, *options: str) -> Any:
     command = [sys.executable, "-m", f"benchmarks.suite.{name}", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    # What a program prints fits the form of its table.
+    assert name not in FORMS or FORMS[name](found)
+    return found
 
 
 def test_turns_are_interleaved_and_counted_without_the_warm_up() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.suite import everything, export_time, page, tables
+from benchmarks.suite import engine_tables, everything, export_time, page, step_tables, tables
 from tests.benchmarks.made import made_comparison
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +158,7 @@ QUANTIZED: dict[str, Any] = {
 
 
 def test_quantizing_shows_seeds_and_what_they_recover() -> None:
-    lines = tables.quantized_kl(QUANTIZED)
+    lines = step_tables.quantized_kl(QUANTIZED)
     assert rows_of(lines) == [
         ["rounding-64", "0.421 ± 0.004", "", "", "26.52", "0.809", "156", "31.4", "1,235"],
         [
@@ -188,7 +188,7 @@ def test_the_loss_head_shows_what_ours_takes_of_each_rival() -> None:
             "loss_of_a_model_with_itself": 0.0,
         },
     }
-    lines = tables.loss_head(found)
+    lines = step_tables.loss_head(found)
     assert rows_of(lines) == [
         ["mistill", "6.10", "319", "", "", "6.10", "319", "", ""],
         ["full logits", *(["8.50", "1,266", "0.72 (0.70 to 0.75)", "0.25"] * 2)],
@@ -206,7 +206,7 @@ def test_a_mix_of_bits_is_shown_beside_q4_k_m() -> None:
         "mistill": [one | {"seed": 0}, one | {"seed": 1}],
         "kl_over_q4_k_m": [0.8, 0.8],
     }
-    assert rows_of(tables.against_q4_k_m(found)) == [
+    assert rows_of(step_tables.against_q4_k_m(found)) == [
         ["llama.cpp Q4_K_M", "104.5", "0.0625 ± 0.001", "", "24.50"],
         ["mistill, seed 0", "104.5", "0.0500 ± 0.001", "0.80", "24.50"],
         ["mistill, seed 1", "104.5", "0.0500 ± 0.001", "0.80", "24.50"],
@@ -223,7 +223,7 @@ def test_onnxruntime_quantizers_are_shown_with_ratios() -> None:
         "over_onnxruntime_gptq": {"gptq, symmetric": 0.5},
         "over_onnxruntime_k_quant": {"gptq": 0.75},
     }
-    lines = tables.onnxruntime_quantizers(found)
+    lines = step_tables.onnxruntime_quantizers(found)
     assert rows_of(lines)[1] == ["onnxruntime k-quant", "0.200 ± 0.01", "30.00", "70.2"]
     assert "GPTQ: gptq, symmetric 0.50. Over its k-quant: gptq 0.75." in lines[-1]
 
@@ -237,7 +237,7 @@ def test_big_models_are_shown_in_gigabytes() -> None:
         "rounding": {"seconds": 300.0, "peak_memory_bytes": 2 << 30, "weight_bytes": 4.1e9},
         "nf4": {"seconds": 200.0, "peak_memory_bytes": 3 << 30, "weight_bytes": 4.0e9},
     }
-    lines = tables.big_model(found)
+    lines = step_tables.big_model(found)
     assert rows_of(lines)[1] == ["NF4", "200", "3.00", "4.00"]
     assert "7.24 billion weights, 14.5 GB in bfloat16" in lines[-1]
     layer = {
@@ -250,7 +250,7 @@ def test_big_models_are_shown_in_gigabytes() -> None:
         "calibration_tokens": 4096,
         "estimated_seconds_of_32_layers": 14_400,
     }
-    assert rows_of(tables.big_layer(layer)) == [["method gptaq", "480", "450", "1.50", "240"]]
+    assert rows_of(step_tables.big_layer(layer)) == [["method gptaq", "480", "450", "1.50", "240"]]
 
 
 def test_export_and_engine_have_forms() -> None:
@@ -261,7 +261,7 @@ def test_export_and_engine_have_forms() -> None:
         "time_over_genai": of(0.5, 0.5, 0.5),
         "peak_over_genai": of(0.25, 0.25, 0.25),
     }
-    lines = tables.export_time(export)
+    lines = engine_tables.export_time(export)
     assert rows_of(lines) == [["mistill", "4.00 (4.00 to 4.00)", "300", "77.0"]]
     assert "0.250 (0.250 to 0.250) of the peak memory" in lines[-1]
     step = {
@@ -269,7 +269,7 @@ def test_export_and_engine_have_forms() -> None:
         "to_plain": {"nf4": of(1.1, 1, 1.2)},
         "packed_bytes_per_token": {"plain": 78e6, "nf4": 120e6},
     }
-    assert rows_of(tables.step_time(step))[1] == [
+    assert rows_of(engine_tables.step_time(step))[1] == [
         *("nf4", "8.25 (8.00 to 9.00)", "1.10 (1.00 to 1.20)", "120"),
     ]
     turn = {
@@ -279,7 +279,7 @@ def test_export_and_engine_have_forms() -> None:
         "prompt_tokens": 2050,
         "kept_bytes": 46e6,
     }
-    assert rows_of(tables.later_turn(turn)) == [
+    assert rows_of(engine_tables.later_turn(turn)) == [
         ["has held the conversation", "100 (100 to 100)", "0.050 (0.040 to 0.060)"],
         ["reads it all", "2,000 (2,000 to 2,000)", ""],
     ]
@@ -291,11 +291,11 @@ def test_export_and_engine_have_forms() -> None:
         "mean_kl": 1.5e-3,
         "other_top": 12,
     }
-    assert rows_of(tables.export_parity(parity)) == [
+    assert rows_of(engine_tables.export_parity(parity)) == [
         ["gptq, auto", "4,000", "0.000400", "0.00150", "12"]
     ]
     reply = {"speed_up": of(1.5, 1.4, 1.6), "right": 10, "tried": 20, "same_tokens": 5, "tokens": 5}
-    assert rows_of(tables.speculation({"replies": {"repeats, lookup": reply}})) == [
+    assert rows_of(engine_tables.speculation({"replies": {"repeats, lookup": reply}})) == [
         ["repeats, lookup", "1.50 (1.40 to 1.60)", "10 of 20", "5 of 5"]
     ]
 
@@ -307,31 +307,94 @@ def test_a_training_step_is_shown_beside_trl_where_it_ran() -> None:
         "methods": {"live": figures, "cached": figures},
         "cached_over_live": of(1.5, 1.4, 1.6),
     }
-    assert "TRL" not in " ".join(tables.training_step(found))
+    assert "TRL" not in " ".join(step_tables.training_step(found))
     ratio = of(1.42, 1.35, 1.49)
     found |= {"live_over_trl": ratio, "live_peak_over_trl": ratio}
     found |= {"live_step_memory_over_trl": ratio}
     found["methods"] = {"live": figures, "trl": figures}
-    assert "Live over TRL: 1.42 (1.35 to 1.49) times" in tables.training_step(found)[-1]
+    assert "Live over TRL: 1.42 (1.35 to 1.49) times" in step_tables.training_step(found)[-1]
+
+
+def test_rivals_are_shown_with_ratios() -> None:
+    def model(speed: float, **more: Any) -> dict[str, Any]:
+        return {
+            "decode_tokens_per_second_at_1024": of(speed, speed, speed),
+            "first_token_seconds_at_128": of(0.25, 0.2, 0.3),
+            "peak_memory_bytes": of(2e8, 2e8, 2e8),
+            "weight_bytes": 77_000_000,
+            "mean_kl": 0.1,
+            "roofline_share": None,
+            **more,
+        }
+
+    found = {
+        "rounds": 9,
+        "models": {
+            "chatbot": model(130.0, roofline_share=0.62),
+            "llama.cpp Q4_0": model(80.0, version="b6000"),
+        },
+        "ratios": {
+            "chatbot / llama.cpp Q4_0": {
+                "decode_tokens_per_second_at_1024": of(1.63, 1.5, 1.75),
+                "peak_memory_bytes": of(1, 1, 1),
+            }
+        },
+    }
+    rows = rows_of(engine_tables.rivals(found))
+    assert rows[0] == ["writing after 1024 tokens, tok/s", "130", "80.0"]
+    assert rows[1] == ["first token after 128, ms", "250", "250"]
+    assert rows[2] == ["peak memory, MB", "200", "200"]
+    assert rows[5] == ["share of the roofline", "0.62", ""]
+    # Two lines of heads, then the ratios.
+    assert ["writing after 1024 tokens", "1.63 (1.50 to 1.75)"] in rows
+    assert ["first token after 128", ""] in rows
+    assert engine_tables.rivals(found)[-1] == "9 rounds, all taking turns. llama.cpp Q4_0: b6000"
+
+
+def test_quoted_perplexities_are_shown_beside_those_of_others() -> None:
+    one = {
+        "perplexity": 20.0,
+        "standard_error": 0.5,
+        "bits_per_byte": 1.0234,
+        "tokens": 4080,
+        "text_fingerprint": "ab" * 32,
+    }
+    other = one | {"difference": -0.00012, "theirs": {"perplexity": 20.0024, "by": "transformers"}}
+    found = {
+        "model": "teacher",
+        "text": "text.txt",
+        "conventions": {"llama.cpp": one, "gptq": other},
+    }
+    assert rows_of(engine_tables.quoted_perplexity(found)) == [
+        ["llama.cpp", "4,080", "20.0000 ± 0.50", "", "", "1.0234"],
+        ["gptq", "4,080", "20.0000 ± 0.50", "20.0024, transformers", "-0.012 %", "1.0234"],
+    ]
 
 
 # --- make bench ---------------------------------------------------------------------------------
 
 
-def test_a_rival_is_given_where_its_variable_names_it() -> None:
+def test_a_rival_is_given_where_its_variable_names_it(tmp_path: Path) -> None:
     program = everything.Program(
-        "nf4_codec", ("{model}",), (everything.GENAI, everything.LLAMA_CPP)
+        "rivals", ("{model}",), (everything.LLAMA_CPP, everything.BUILDER, everything.GENAI)
     )
     places = {"model": "/models/teacher"}
-    assert everything.called(program, places, {}) == [
-        "benchmarks.suite.nf4_codec",
-        "/models/teacher",
+    assert everything.called(program, places, {}) == ["benchmarks.suite.rivals", "/models/teacher"]
+    named = {"MISTILL_GENAI": "/venvs/genai"}
+    assert everything.called(program, places, named)[2:] == [
+        *("--genai-python", "/venvs/genai/bin/python", "--genai", "/venvs/genai"),
+        *("--against", "genai:default", "genai:best"),
     ]
-    named = {"MISTILL_GENAI_VENV": "/venvs/genai", "MISTILL_LLAMA_CPP": "/llama/bin"}
+    (tmp_path / "python").touch()
+    named = {"MISTILL_GENAI": str(tmp_path / "python"), "MISTILL_LLAMA_CPP": "/llama/bin"}
     words = everything.called(program, places, named)
-    assert words[2:] == ["--genai-python", "/venvs/genai/bin/python", "--llama-cpp", "/llama/bin"]
-    assert everything.shown(program, named) == (
-        "python -m benchmarks.suite.nf4_codec MODEL --genai-python PATH --llama-cpp PATH"
+    assert words[words.index("--genai-python") + 1] == str(tmp_path / "python")
+    assert words[-5:] == [
+        *("--against", "llama.cpp:q4_0", "llama.cpp:q4_k_m", "genai:default", "genai:best")
+    ]
+    assert everything.shown(program, {"MISTILL_LLAMA_CPP": "/llama/bin"}) == (
+        "python -m benchmarks.suite.rivals MODEL --llama-cpp PATH "
+        "--against llama.cpp:q4_0 llama.cpp:q4_k_m"
     )
 
 
@@ -352,4 +415,4 @@ def test_exports_are_timed_with_and_without_their_check(model: Path) -> None:
     # PyTorch is in memory for the check.
     assert plain["peak_mib"]["median"] < checked["peak_mib"]["median"] - 50
     assert "time_over_genai" not in found
-    assert rows_of(tables.export_time(found))[0][0] == "mistill"
+    assert rows_of(engine_tables.export_time(found))[0][0] == "mistill"

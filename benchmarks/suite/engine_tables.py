@@ -1,0 +1,219 @@
+"""The tables of exporting, engines and whole models; ``benchmarks.suite.tables`` lists them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.columns import COLUMNS, significant
+from benchmarks.suite.cells import Found, number, spread, table
+
+# The figures of a comparison that fit the width of a page, by the keys of its columns.
+_TELLING = (
+    *("size_mb", "bits_per_weight", "perplexity", "mean_kl_nats", "top1_agreement"),
+    *("prompt_tokens_per_second", "decode_tokens_per_second", "peak_memory_mb"),
+)
+
+
+# --- export and engine --------------------------------------------------------------------------
+
+
+def export_time(found: Found) -> list[str]:
+    """Exporting a folder, by ours and by onnxruntime-genai's builder."""
+    rows = [
+        [
+            name,
+            spread(one["seconds"]),
+            number(one["peak_mib"]["median"]),
+            number(one["bytes"] / 1e6),
+        ]
+        for name, one in found["methods"].items()
+    ]
+    lines = table(["", "seconds", "peak of the process, MiB", "MB"], rows)
+    if "time_over_genai" not in found:
+        return lines
+    return [
+        *lines,
+        "",
+        f"mistill over genai's builder: {spread(found['time_over_genai'])} of the time, "
+        f"{spread(found['peak_over_genai'])} of the peak memory.",
+    ]
+
+
+def export_parity(found: Found) -> list[str]:
+    """An ONNX folder against PyTorch with the same weights."""
+    row = [
+        f"{found['source']}, {found['precision']}",
+        f"{found['positions']:,}",
+        number(found["max_difference"]),
+        number(found["mean_kl"]),
+        f"{found['other_top']:,}",
+    ]
+    heads = ["", "positions", "largest difference of a logit", "mean KL, nats"]
+    return table([*heads, "other first token"], [row])
+
+
+def step_time(found: Found) -> list[str]:
+    """A step of one token from sources whose codes are harder to multiply."""
+    rows = [
+        [
+            name,
+            spread(milliseconds),
+            spread(found["to_plain"][name]) if name in found["to_plain"] else "",
+            number(found["packed_bytes_per_token"][name] / 1e6),
+        ]
+        for name, milliseconds in found["step_ms"].items()
+    ]
+    return table(["source", "ms a step", "over plain", "MB read a token"], rows)
+
+
+def later_turn(found: Found) -> list[str]:
+    """The first token of a later turn."""
+    ratios = {"warm": found["warm_to_cold"], "restored": found["restored_to_cold"]}
+    rows = [
+        [
+            {
+                "warm": "has held the conversation",
+                "restored": "takes it up from disk",
+                "cold": "reads it all",
+            }[name],
+            spread(_milliseconds(seconds)),
+            spread(ratios[name], 2) if name in ratios else "",
+        ]
+        for name, seconds in found["first_token_seconds"].items()
+    ]
+    return [
+        *table(["the chatbot", "first token, ms", "over reading it all"], rows),
+        "",
+        f"A prompt of {found['prompt_tokens']:,} tokens in all; {found['kept_bytes'] / 1e6:,.1f} "
+        "MB kept on disk.",
+    ]
+
+
+def speculation(found: Found) -> list[str]:
+    """Guessing ahead."""
+    rows = [
+        [
+            name,
+            spread(one["speed_up"]),
+            f"{one['right']:,} of {one['tried']:,}",
+            f"{one['same_tokens']} of {one['tokens']}",
+        ]
+        for name, one in found["replies"].items()
+    ]
+    return table(
+        ["reply, guesses", "plain time over guessing", "guesses right", "same tokens"], rows
+    )
+
+
+def _milliseconds(seconds: Found) -> dict[str, float]:
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+# --- whole models -------------------------------------------------------------------------------
+
+
+def comparison(found: Found) -> list[str]:
+    """A comparison of ``mistill bench``: the figures that fit a page."""
+    columns = [
+        column
+        for column in COLUMNS
+        if column.key in _TELLING
+        and any(model["summary"].get(column.key) is not None for model in found["models"])
+    ]
+    heads = ["", *(f"{one.title}{f', {one.unit}' if one.unit else ''}" for one in columns)]
+    rows = []
+    for model in found["models"]:
+        row = [model["name"]]
+        for column in columns:
+            value = model["summary"].get(column.key)
+            row.append("" if value is None else column.write(value))
+        rows.append(row)
+    text = found["text"]
+    return [
+        *table(heads, rows),
+        "",
+        f"{text['tokens_scored']:,} tokens of {', '.join(text['sources'])} (fingerprint "
+        f"{text['fingerprint'][:16]}); KL to {found['reference']}; "
+        f"{found['settings']['rounds']} rounds, all models taking turns.",
+    ]
+
+
+def rivals(found: Found) -> list[str]:
+    """Chatbots beside other engines of the same weights, and every chatbot over every engine."""
+    models, pairs = found["models"], found["ratios"]
+    measures = [name for name, value in next(iter(models.values())).items() if _is_spread(value)]
+
+    def cell(model: Found, measure: str) -> str:
+        return number(_scale(measure) * model[measure]["median"]) if measure in model else ""
+
+    rows = [[_title(one), *(cell(model, one) for model in models.values())] for one in measures]
+    rows.append(["MB of weights", *(number(one["weight_bytes"] / 1e6) for one in models.values())])
+    rows.append(["KL to the float model", *(number(one["mean_kl"]) for one in models.values())])
+    shares = [one.get("roofline_share") for one in models.values()]
+    if any(share is not None for share in shares):
+        rows.append(["share of the roofline", *(number(share, 2) for share in shares)])
+    over = [
+        [_title(one).partition(",")[0], *(_ratio(pair, one) for pair in pairs.values())]
+        for one in measures
+    ]
+    lines = [*table(["", *models], rows), ""]
+    if pairs:
+        lines += [*table(["ratio, lowest and highest", *pairs], over), ""]
+    engines = [f"{name}: {one['version']}" for name, one in models.items() if one.get("version")]
+    return [*lines, f"{found['rounds']} rounds, all taking turns. {'; '.join(engines)}"]
+
+
+_MEASURES = (
+    (r"decode_tokens_per_second_at_(\d+)", r"writing after \1 tokens, tok/s", 1.0),
+    (r"prompt_tokens_per_second_at_(\d+)", r"reading \1 tokens, tok/s", 1.0),
+    (r"first_token_seconds_at_(\d+)", r"first token after \1, ms", 1e3),
+    (r"load_seconds_(\w+)", r"loading with \1 files, s", 1.0),
+    (r"load_and_first_token_seconds_(\w+)", r"loading with \1 files and first token, s", 1.0),
+    (r"peak_memory_bytes", r"peak memory, MB", 1e-6),
+)
+
+
+def _title(measure: str) -> str:
+    for pattern, title, _ in _MEASURES:
+        if re.fullmatch(pattern, measure):
+            return re.sub(pattern, title, measure)
+    return measure.replace("_", " ")
+
+
+def _scale(measure: str) -> float:
+    return next((scale for pattern, _, scale in _MEASURES if re.fullmatch(pattern, measure)), 1.0)
+
+
+def _is_spread(value: Any) -> bool:
+    return isinstance(value, Mapping) and "median" in value
+
+
+def _ratio(pair: Found, measure: str) -> str:
+    return spread(pair[measure]) if measure in pair else ""
+
+
+def quoted_perplexity(found: Found) -> list[str]:
+    """Perplexities in two conventions, beside what others measure."""
+    rows = []
+    for name, one in found["conventions"].items():
+        theirs = one.get("theirs")
+        rows.append(
+            [
+                name,
+                f"{one['tokens']:,}",
+                f"{one['perplexity']:.4f} \u00b1 {significant(one['standard_error'], 2)}",
+                "" if theirs is None else f"{theirs['perplexity']:.4f}, {theirs['by']}",
+                "" if theirs is None else f"{100 * one['difference']:+.3f} %",
+                f"{one['bits_per_byte']:.4f}",
+            ]
+        )
+    heads = ["as", "tokens scored", "mistill", "others", "difference", "bits per byte"]
+    prints = {one["text_fingerprint"][:8] for one in found["conventions"].values()}
+    return [
+        *table(heads, rows),
+        "",
+        f"{found['model']} on the beginning of {found['text']} (fingerprints "
+        f"{', '.join(sorted(prints))}).",
+    ]

@@ -1,0 +1,209 @@
+"""The tables of what distillation and quantization cost; ``benchmarks.suite.tables`` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.suite.cells import Found, number, spread, table, value_range, with_error
+
+_GIB = 2**30
+
+
+# --- distillation -------------------------------------------------------------------------------
+
+
+def loss_head(found: Found) -> list[str]:
+    """Time and memory of every way to compute the loss, with all positions and with some."""
+    kept = {name.removeprefix("kept "): table for name, table in found.items() if "kept " in name}
+    heads = [""]
+    for share in kept:
+        words = (
+            "all positions" if share == "1" else f"{float(share):.0%} of them".replace("%", " %")
+        )
+        heads += [f"{words}: seconds", "peak, MiB", "mistill's time over it", "memory"]
+    rows = []
+    for method in next(iter(kept.values())):
+        row = ["mistill" if method == "ours" else method]
+        for methods in kept.values():
+            one = methods[method]
+            row += [number(one["seconds"]["median"]), number(one["peak_mib"]["median"])]
+            ours = method == "ours"
+            row += (
+                ["", ""]
+                if ours
+                else [
+                    spread(one["ours_seconds_ratio"], 2),
+                    number(one["ours_peak_ratio"]["median"], 2),
+                ]
+            )
+        rows.append(row)
+    V, T, student, teacher = found["shape"]
+    exact = found["exactness"]
+    return [
+        *table(heads, rows),
+        "",
+        f"Vocabulary {V:,}, {T:,} positions, student {student:,} wide, teacher {teacher:,}. "
+        f"Against float64: relative error of the loss {exact['loss_relative_error']:.0e}, cosine "
+        f"of the gradients {exact['hidden_gradient_cosine']:.12f} and "
+        f"{exact['head_gradient_cosine']:.12f}, loss of a model with itself "
+        f"{number(exact['loss_of_a_model_with_itself'])}.",
+    ]
+
+
+def training_step(found: Found) -> list[str]:
+    """Tokens a second and memory of a whole training step."""
+    rows = [
+        [
+            {"live": "live teacher", "cached": "cached targets", "trl": "TRL GKDTrainer"}[method],
+            spread(figures["tokens_per_second"]),
+            number(figures["process_peak_mib"]["median"]),
+            number(figures["peak_mib"]["median"]),
+        ]
+        for method, figures in found["methods"].items()
+    ]
+    lines = table(["", "tokens/s", "peak of the process, MiB", "peak above rest, MiB"], rows)
+    words = [f"Cached over live: {spread(found['cached_over_live'])} times the tokens a second."]
+    if "live_over_trl" in found:
+        words.append(
+            f"Live over TRL: {spread(found['live_over_trl'])} times, "
+            f"{number(found['live_peak_over_trl']['median'], 2)} of the process's peak memory, "
+            f"{number(found['live_step_memory_over_trl']['median'], 2)} of what the step adds."
+        )
+    return [*lines, "", " ".join(words)]
+
+
+# --- quantization -------------------------------------------------------------------------------
+
+
+def quantized_kl(found: Found) -> list[str]:
+    """What every way of quantizing costs."""
+    rows = []
+    for name, way in found["ways"].items():
+        runs = way["runs"]
+        regained = found["recovered"].get(name)
+        rows.append(
+            [
+                name,
+                with_error(way["kl"], runs[0]["kl_standard_error"]),
+                value_range([run["kl"] for run in runs]) if len(runs) > 1 else "",
+                value_range(regained, 2) if regained else "",
+                number(way["perplexity"], 4),
+                f"{way['agreement']:.3f}",
+                number(way["weight_bytes"] / 1e6),
+                number(way["seconds"]),
+                number(way["peak_mib"]),
+            ]
+        )
+    heads = ["", "KL", "seeds", "of rounding's KL recovered", "perplexity", "same first token"]
+    lines = table([*heads, "MB", "seconds", "peak, MiB"], rows)
+    words = [
+        f"KL(float \\|\\| quantized) in nats on {found['held_out_tokens']:,} held-out tokens; "
+        f"calibrated on {found['calibration_tokens']:,}; perplexity of the float model "
+        f"{number(found['float_perplexity'], 4)}."
+    ]
+    for name, ratios in found["over_gptqmodel"].items():
+        words.append(
+            f"{name} over gptqmodel, seed by seed: KL {value_range(ratios['kl'])}, "
+            f"time {value_range(ratios['seconds'], 2)}, "
+            f"peak memory {value_range(ratios['peak_mib'], 2)}."
+        )
+    return [*lines, "", *words]
+
+
+def against_q4_k_m(found: Found) -> list[str]:
+    """A mix of bits against llama.cpp's, at the same bytes."""
+    theirs = found["q4_k_m"]
+
+    def row(name: str, one: Found, ratio: float | None) -> list[str]:
+        return [
+            name,
+            number(one["bytes"] / 1e6, 4),
+            with_error(one["kl"], one["kl_standard_error"]),
+            "" if ratio is None else f"{ratio:.2f}",
+            number(one["perplexity"], 4),
+        ]
+
+    rows = [row("llama.cpp Q4_K_M", theirs, None)]
+    for one, ratio in zip(found["mistill"], found["kl_over_q4_k_m"], strict=True):
+        rows.append(row(f"mistill, seed {one['seed']}", one, ratio))
+    return [
+        *table(["", "MB", "KL", "over Q4_K_M", "perplexity"], rows),
+        "",
+        f"On {found['tokens']:,} tokens; perplexity of the float model "
+        f"{number(found['float_perplexity'], 4)}. llama.cpp is measured by its own program.",
+    ]
+
+
+def onnxruntime_quantizers(found: Found) -> list[str]:
+    """The codes of onnxruntime's quantizers against ours."""
+    rows = [
+        [
+            name,
+            with_error(way["kl"], way["kl_standard_error"]),
+            number(way["perplexity"], 4),
+            number(way["seconds"]),
+        ]
+        for name, way in found["ways"].items()
+    ]
+    ratios = [f"{name} {ratio:.2f}" for name, ratio in found["over_onnxruntime_gptq"].items()]
+    k_quant = [f"{name} {ratio:.2f}" for name, ratio in found["over_onnxruntime_k_quant"].items()]
+    return [
+        *table(["", "KL", "perplexity", "seconds"], rows),
+        "",
+        f"Groups of {found['group_size']}, {found['calibration_tokens']:,} calibration and "
+        f"{found['held_out_tokens']:,} held-out tokens. KL of mistill over onnxruntime's GPTQ: "
+        f"{'; '.join(ratios)}. Over its k-quant: {'; '.join(k_quant)}.",
+    ]
+
+
+def nf4_codec(found: Found) -> list[str]:
+    """Encoding a weight in NF4."""
+    rows = [
+        [name, spread(seconds), f"{found['bytes'][name]:,}"]
+        for name, seconds in found["seconds"].items()
+    ]
+    return [
+        *table(["", "seconds", "bytes"], rows),
+        "",
+        f"A weight of {found['size']:,} rows and columns. mistill over bitsandbytes: "
+        f"{spread(found['over_bitsandbytes'])} of the time.",
+    ]
+
+
+def big_model(found: Found) -> list[str]:
+    """A model of Mistral 7B's size, quantized whole."""
+    methods = [name for name, value in found.items() if isinstance(value, Mapping)]
+    rows = [
+        [
+            {"nf4": "NF4", "rounding": "4-bit rounding"}.get(name, name),
+            number(found[name]["seconds"]),
+            f"{found[name]['peak_memory_bytes'] / _GIB:.2f}",
+            f"{found[name]['weight_bytes'] / 1e9:.2f}",
+        ]
+        for name in methods
+    ]
+    return [
+        *table(["", "seconds", "peak of the process, GiB", "GB on disk"], rows),
+        "",
+        f"{found['layers']} layers, {found['width']:,} wide, {found['parameters'] / 1e9:.2f} "
+        f"billion weights, {found['float_bytes'] / 1e9:.1f} GB in bfloat16.",
+    ]
+
+
+def big_layer(found: Found) -> list[str]:
+    """A layer of Mistral 7B's shapes through GPTQ."""
+    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+    row = [
+        settings or "default settings",
+        number(found["seconds"]),
+        number(found["seconds_of_layers"]),
+        f"{found['peak_memory_bytes'] / _GIB:.2f}",
+        f"{found['estimated_seconds_of_32_layers'] / 60:,.0f}",
+    ]
+    heads = ["", "seconds in all", "of the layers", "peak of the process, GiB"]
+    return [
+        *table([*heads, "32 layers, minutes (estimated)"], [row]),
+        "",
+        f"{found['layers']} layer{'' if found['layers'] == 1 else 's'}, {found['width']:,} wide, "
+        f"{found['calibration_tokens']:,} calibration tokens.",
+    ]

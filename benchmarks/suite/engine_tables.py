@@ -217,3 +217,19 @@ def quoted_perplexity(found: Found) -> list[str]:
         f"{found['model']} on the beginning of {found['text']} (fingerprints "
         f"{', '.join(sorted(prints))}).",
     ]
+
+
+def same_twice(found: Found) -> list[str]:
+    """What was called a difference where there is none."""
+    rows = [
+        [key, f"{found['alarms'].get(key, 0)}", f"{100 * width:.1f} %"]
+        for key, width in found["half_widths"].items()
+    ]
+    return [
+        *table(["figure", "false alarms", "half of the 95% interval, median"], rows),
+        "",
+        f"{found['model']} compared with itself {found['times']} times, "
+        f"{'in runs of their own' if found['apart'] else 'taking turns'}, {found['rounds']} rounds "
+        f"each: {found['comparisons_with_an_alarm']} of {found['times']} comparisons called "
+        "anything a difference.",
+    ]

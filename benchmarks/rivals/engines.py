@@ -60,6 +60,14 @@ ENGINES = {
             install="pip install onnxruntime-genai numpy",
             default="default",
         ),
+        Engine(
+            name="ctranslate2",
+            adapter="benchmarks.rivals.ctranslate2",
+            maker="benchmarks.rivals.ctranslate2_files",
+            variable="MISTILL_CTRANSLATE2",
+            install="pip install ctranslate2 numpy",
+            default="int8",
+        ),
     )
 }
 

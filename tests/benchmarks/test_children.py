@@ -198,3 +198,26 @@ def test_the_peak_remembers_what_was_held_and_given_back():
     assert own_memory().resident_bytes < after.resident_bytes - 39e6
     # The kernel adds up what its processors counted only now and then.
     assert own_memory().peak_bytes >= after.peak_bytes - 2e6
+
+
+@pytest.mark.skipif(not Path("/usr/bin/time").is_file(), reason="GNU time is not installed")
+def test_peak_memory_is_what_time_says_of_the_same_child(model: Path, tmp_path: Path):
+    chatbot = export.to_onnx(model, tmp_path / "chatbot", parity_positions=0)
+    requests = [{"do": "prepare"}, {"do": "open"}, {"do": "turn", **TURN}, {"do": "memory"}]
+
+    ran = subprocess.run(
+        [
+            *("/usr/bin/time", "-v", sys.executable, "-m", "benchmarks.child"),
+            *(str(chatbot), "--threads", "1"),
+        ],
+        input="\n".join(map(json.dumps, requests)),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+    )
+
+    words = next(line for line in ran.stderr.splitlines() if "Maximum resident set size" in line)
+    ours = json.loads(ran.stdout.splitlines()[-1])
+    assert ours["peak_bytes"] == pytest.approx(int(words.split()[-1]) * 1024, rel=0.03)
+    assert ours["resident_bytes"] <= ours["peak_bytes"]

@@ -3,7 +3,9 @@
 Reading several positions at once costs more than one and is worth it if enough of the guesses are
 right. Both depend on the machine, the model and the text, so both are measured while writing. What
 guessing may lose is bounded: a guess is risked only if what it would cost, were it all wrong, is
-covered by what guesses have won, and else by a small share of the time spent.
+covered by what guesses have won, and else by a small share of the time spent. So however short a
+reply and however useless the guesses, they take no more than that share of its time, as far as
+steps take what they took before.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from statistics import median
 LONGEST = 7
 """Most tokens that are guessed at once; CPU kernels get slow beyond eight positions."""
 
-# What guesses may lose of all time, and of a single step before there is any.
-_SHARE = 0.01
-_START = 0.5
+# What guesses may lose of all time.
+_SHARE = 0.02
 # Measurements of one thing that are remembered; their median is what it takes.
 _REMEMBERED = 9
 # A guess costs at least this share of a step, whatever a disturbed measurement says.
 _LEAST = 0.03
-_UNKNOWN = 0.2
+# Before it is known: reading two positions at once takes no longer than one after the other.
+_UNKNOWN = 1.0
+# A step with guesses that took longer than so many times what was expected was disturbed.
+_DISTURBED = 2.0
 # How much one more guess, right or wrong, changes the share that is right.
 _WEIGHT = 0.06
 # Won time that is remembered, in steps: what is won in one place is not lost in another.
@@ -43,14 +47,19 @@ class Pace:
     tried: int
     right: int
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = _UNKNOWN) -> None:
+        """Begin without experience.
+
+        Args:
+            share: What a guess adds to a step, as a share of it, as far as that is known.
+        """
         self.tried = 0
         self.right = 0
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
         self._step = 0.0
         # What each guess added to a step, as a share of it.
-        self._shares = deque([_UNKNOWN], maxlen=_REMEMBERED)
-        self._share = _UNKNOWN
+        self._shares = deque([share], maxlen=_REMEMBERED)
+        self._share = max(_LEAST, share)
         self._hit = 0.75
         self._trials = 0
         self._elapsed = 0.0
@@ -78,7 +87,7 @@ class Pace:
                 return 0
             best = 2
         loss = (self._cost(best) - 1) * self._step + ahead_seconds
-        purse = self._balance + _SHARE * self._elapsed + _START * self._step
+        purse = self._balance + _SHARE * (self._elapsed + self._step)
         return best if loss <= purse else 0
 
     def note(self, guessed: int, right: int, seconds: float) -> None:
@@ -105,8 +114,10 @@ class Pace:
             self._trials += 1
             weight = max(_WEIGHT, 1 / (self._trials + 3))
             self._hit += weight * (float(place < right) - self._hit)
-        # By the medians: what disturbed this step has nothing to do with its guesses.
-        won = (1 + right - self._cost(guessed)) * self._step
+        # What disturbed this step has nothing to do with its guesses.
+        cost = self._cost(guessed)
+        cost = max(cost, min(seconds / self._step, _DISTURBED * cost))
+        won = (1 + right - cost) * self._step
         self._balance = min(self._balance + won, _MEMORY * self._step)
         if self._speed_up(max(range(1, LONGEST + 1), key=self._speed_up)) >= _PAYS:
             self._wait = _WAIT

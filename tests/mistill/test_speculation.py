@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import islice, product
 from pathlib import Path
@@ -305,6 +306,73 @@ def pretend(
     return spent / written, pace
 
 
+class Timed:
+    """A model whose steps take a known time, by a clock of its own."""
+
+    folder = Path("timed")
+    vocabulary_size = 100
+    context_length = 5000
+
+    def __init__(self, cost: Callable[[int], float]) -> None:
+        self.now = 0.0
+        self.cost = cost
+
+    def clock(self) -> float:
+        return self.now
+
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        return list(ids)
+
+    def read(self, ids: Sequence[int], positions: int = 1) -> Any:
+        self.now += self.cost(positions)
+        return np.eye(1, 100, 1, dtype=np.float32).repeat(positions, 0)
+
+    def follow(self, reader: object, tokens: list[int], positions: int = 1) -> Any:
+        return self.read(tokens, positions)
+
+
+COSTS: dict[str, Callable[[int], float]] = {
+    "cheap": lambda positions: 1 + 0.05 * (positions - 1),
+    "usual": lambda positions: 1 + 0.15 * (positions - 1),
+    "dear": lambda positions: 1 + 0.5 * (positions - 1),
+    "no use": lambda positions: float(positions),
+    "another kernel": lambda positions: 1 + 0.6 * (positions > 1) + 0.05 * (positions - 1),
+    "slow beyond four": lambda positions: positions * (0.3 if positions < 5 else 0.8) + 0.7,
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_guesses_that_are_never_right_take_two_percent_of_any_reply(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Timed(COSTS[name])
+    monkeypatch.setattr(time, "perf_counter", model.clock)
+    guessing = SpeculativeModel(model, Oracle([7] * 5000, wrong_every=1))  # type: ignore[arg-type]
+    stream = guessing.stream([5, 6, 7])
+    next(stream)
+    began, plain = model.now, COSTS[name](1)
+    for tokens in range(1, 3000):
+        assert next(stream) == 1
+        # At every token, since a reply may end there.
+        assert model.now - began <= plain * tokens / 0.98 + 1e-6
+    assert guessing.pace.right == 0
+    assert guessing.pace.tried > 0
+
+
+def test_what_a_guess_costs_is_known_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    firsts: dict[str, int] = {}
+    for name in ("cheap", "usual", "no use"):
+        model = Timed(COSTS[name])
+        monkeypatch.setattr(time, "perf_counter", model.clock)
+        guessing = SpeculativeModel(model, Oracle([1] * 500, wrong_every=1000))  # type: ignore[arg-type]
+        stream = guessing.stream([5, 6, 7])
+        while not guessing.pace.tried:
+            next(stream)
+            firsts[name] = firsts.get(name, 0) + 1
+    assert firsts["cheap"] < firsts["usual"] < 12
+    assert 45 < firsts["no use"] < 56
+
+
 @pytest.mark.parametrize("hit", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("cost", [0.12, 0.5, 1.0])
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.2])
@@ -333,7 +401,7 @@ def test_a_draft_that_is_far_behind_is_not_risked() -> None:
 
 
 def test_guessing_is_taken_up_again_where_it_pays() -> None:
-    pace = Pace()
+    pace = Pace(0.15)
 
     def write(hit: float, tokens: int) -> float:
         spent, written = 0.0, 0

@@ -20,6 +20,9 @@ from mistill.settings import require
 
 Logits = NDArray[np.float32]
 
+# Of so many tokens the best is taken first, when the best of all are looked for.
+_GROUP = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -102,8 +105,17 @@ def above_top_k(logits: Logits, k: int) -> NDArray[np.int64]:
     """
     if k >= logits.size:
         return np.arange(logits.size)
-    threshold = np.partition(logits, logits.size - k)[logits.size - k]
-    return np.flatnonzero(logits >= threshold)
+    groups = logits.size // _GROUP
+    if groups < 4 * k:
+        threshold = np.partition(logits, logits.size - k)[logits.size - k]
+        return np.flatnonzero(logits >= threshold)
+    # Each of k groups holds a token at least as probable as the last of their k best, so that none
+    # of those wanted is below it: few are left to be ordered.
+    best = logits[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
+    ids = np.flatnonzero(logits >= np.partition(best, groups - k)[groups - k])
+    kept = logits[ids]
+    threshold = np.partition(kept, kept.size - k)[kept.size - k]
+    return ids[np.flatnonzero(kept >= threshold)]
 
 
 def above_top_p(odds: NDArray[np.floating], p: float) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ from mistill.sampling import (
     Candidates,
     Sampler,
     SamplingSettings,
+    above_top_k,
     above_top_p,
     accept_or_redraw,
     candidates,
@@ -277,3 +278,17 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 
     among = Candidates(np.array([5, 6, 7]), np.array([0.5, 0.5, 0.0]))
     assert draw(among, AtTheEnd()) == 6  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [30, 64 * 12, 4096, 50_001])
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_top_k_is_that_of_a_sort(size: int, k: int) -> None:
+    generator = np.random.default_rng(size + k)
+    spread = generator.standard_normal(size).astype(np.float32)
+    bunched = np.sort(spread)  # the best stand side by side, as in no vocabulary
+    ties = np.round(spread)
+    forbidden = np.where(generator.random(size) < 0.999, -np.inf, spread).astype(np.float32)
+    for logits in (spread, bunched, bunched[::-1].copy(), ties, forbidden):
+        threshold = np.sort(logits)[::-1][min(k, size) - 1]
+        expected = [token for token in range(size) if logits[token] >= threshold]
+        assert above_top_k(logits, k).tolist() == expected

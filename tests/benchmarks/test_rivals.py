@@ -93,6 +93,7 @@ def test_rivals_take_part_and_say_what_they_are(compared: Comparison):
     text = compared.to_markdown()
     assert "made of model: onnxruntime-genai's builder.py -p int4 -e cpu" in text
     assert "genai 0.0-fake (onnxruntime" in text
+    assert "genai best" in compared.to_html()
 
 
 def test_a_rival_predicts_what_its_graph_says_also_one_token_at_a_time(

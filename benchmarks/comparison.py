@@ -26,7 +26,7 @@ from mistill.publishing import creating
 from mistill.settings import settings_dict
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from benchmarks.report_settings import ShipSettings
 
@@ -242,11 +242,11 @@ class Comparison:
             }
         )
 
-    def table(self) -> Table:
+    def table(self) -> RenderableType:
         """The figures as a table for the terminal.
 
         Returns:
-            A table of rich.
+            A table for rich; several where the terminal is narrow.
         """
         from benchmarks.table import terminal_table
 

@@ -32,24 +32,21 @@ def terminal_table(found: ReportDiff) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
         caption=escape("\n".join([summary(found), *map(_sentence, found.notes)])),
         caption_justify="left",
     )
-    for head in ("model", "figure"):
-        table.add_column(head, overflow="fold")
-    for head in (found.old_date[:10], found.new_date[:10], "change"):
+    table.add_column(f"{found.old_date[:10]}, then {found.new_date[:10]}", overflow="fold")
+    for head in ("old", "new", "change"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("")
-    above = 1
+    table.add_column("", overflow="fold")
     for name, rows in _rows(found):
-        if max(above, len(rows)) > 1 and table.row_count:
-            table.add_section()
-        above = len(rows)
-        for place, (cells, verdict) in enumerate(rows):
-            *figures, words = cells
-            model = Text("" if place else name, style="bold")
-            table.add_row(model, *figures, Text(words, style=_COLOURS[verdict]))
+        if len(rows) == 1:  # equal in everything
+            table.add_row(Text(name, style="bold"), "", "", "", Text(rows[0][0][-1], style="dim"))
+            continue
+        table.add_row(Text(name, style="bold"))
+        for (title, *figures, words), verdict in rows:
+            table.add_row(f"  {title}", *figures, Text(words, style=_COLOURS[verdict]))
     return table
 
 
@@ -135,14 +132,14 @@ def change_in_words(change: Change) -> str:
         change: The change.
 
     Returns:
-        Such as ``+12.3% (±4.0)``; a dash where there is no ratio.
+        Such as ``+12.3% (+8.1 to +16.5)``; a dash where there is no ratio.
     """
     if change.relative is None:
         return EN_DASH
     words = _percent(change.relative)
     if change.interval is None or change.interval[0] == change.interval[1]:
         return words
-    low, high = (_percent(end) for end in change.interval)
+    low, high = (_percent(end).removesuffix("%") for end in change.interval)
     return f"{words} ({low} to {high})"
 
 
@@ -157,7 +154,7 @@ def verdict_in_words(change: Change, found: ReportDiff) -> str:
         Text.
     """
     if change.verdict == "same":
-        return f"same, {change.reason}"
+        return change.reason
     if change.verdict != "unknown":
         return change.verdict
     known = any(note.endswith(f": {change.reason}") for note in found.notes)

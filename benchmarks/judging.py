@@ -143,7 +143,7 @@ def _shift(column: Column, old: ModelResult, new: ModelResult) -> tuple[Shift | 
     """How far the samples have moved, or why that is not known."""
     before, after = column.samples(old), column.samples(new)
     if before is None or after is None:
-        return None, "no samples were kept"
+        return None, "no samples"
     if column.nature == "clock":
         rounds = [np.log(cast(Rounds, values)).tolist() for values in (before, after)]
         moved = between(*rounds)
@@ -206,7 +206,7 @@ def _called(
         return replace(change, verdict="same", reason="equal")
     small = moved <= tolerance * abs(old)
     if small or (change.column.unit == "nats" and moved <= SAME_NATS):
-        return replace(change, verdict="same", reason=f"by less than {tolerance * 100:.3g}%")
+        return replace(change, verdict="same", reason=f"less than {tolerance * 100:.3g}%")
     if not is_sure:
         return replace(change, verdict="same", reason="within the noise")
     better = (new > old) == (change.column.better == "higher")

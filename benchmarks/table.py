@@ -9,40 +9,73 @@ from benchmarks.comparison import Comparison, ModelResult
 from benchmarks.frontier import dominators
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
+_NAME_WIDTH = 30
 
-def terminal_table(comparison: Comparison) -> Table:
+
+def terminal_table(comparison: Comparison) -> RenderableType:
     """The figures that matter most, as narrow as they can be.
 
     Args:
         comparison: The result.
 
     Returns:
-        A table of rich.
+        A table for rich; as many below one another as are needed where the terminal is narrow.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    return _Tables(comparison)
 
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        caption=f"{conditions(comparison)}\n* another model is closer, faster and smaller",
-        caption_justify="left",
-    )
-    columns = [column for column in columns_of(comparison) if column.compact]
-    table.add_column("", overflow="fold")
-    for column in columns:
-        heads = "\n".join(f"{column.title} ".split())
-        table.add_column(f"{heads}\n[dim]{column.unit}[/dim]", justify="right", no_wrap=True)
-    beaten = dominators(comparison.models)
-    for model in comparison.models:
-        star = "*" if beaten[model.name] else ""
-        name = Text(f"{model.name}{star}", style="dim" if star else "bold")
-        table.add_row(name, *(_cell(column, model) for column in columns))
-    return table
+
+class _Tables:
+    """Tables that fit the terminal that they are printed to, with every name in each."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.columns = [column for column in columns_of(comparison) if column.compact]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        models = self.comparison.models
+        name = min(max(len(model.name) + 1 for model in models), _NAME_WIDTH)
+        parts: list[list[Column]] = [[]]
+        room = options.max_width - name
+        for column in self.columns:
+            width = 1 + self._width(column)
+            if parts[-1] and width > room:
+                parts.append([])
+                room = options.max_width - name
+            parts[-1].append(column)
+            room -= width
+        for part in parts:
+            yield self._table(part)
+        words = f"{conditions(self.comparison)}\n* another model is closer, faster and smaller"
+        yield Text(words, style="dim italic")
+
+    def _width(self, column: Column) -> int:
+        from rich.text import Text
+
+        cells = [Text.from_markup(_cell(column, model)) for model in self.comparison.models]
+        heads = [*column.title.split(), column.unit]
+        return max(*map(len, heads), *(cell.cell_len for cell in cells))
+
+    def _table(self, columns: list[Column]) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        table.add_column("", overflow="fold", max_width=_NAME_WIDTH)
+        for column in columns:
+            heads = "\n".join(f"{column.title} ".split())
+            table.add_column(f"{heads}\n[dim]{column.unit}[/dim]", justify="right", no_wrap=True)
+        beaten = dominators(self.comparison.models)
+        for model in self.comparison.models:
+            star = "*" if beaten[model.name] else ""
+            name = Text(f"{model.name}{star}", style="dim" if star else "bold")
+            table.add_row(name, *(_cell(column, model) for column in columns))
+        return table
 
 
 def _cell(column: Column, model: ModelResult) -> str:

@@ -188,7 +188,7 @@ def test_a_sure_change_that_is_small_is_none(comparison: Comparison):
     found = found_of(diff(base, other), "chatbot-4", SPEED)
     strict = found_of(diff(base, other, clock_tolerance=0.01), "chatbot-4", SPEED)
 
-    assert (found.verdict, found.reason) == ("same", "by less than 5%")
+    assert (found.verdict, found.reason) == ("same", "less than 5%")
     assert strict.verdict == "worse"
 
 

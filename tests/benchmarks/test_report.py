@@ -191,6 +191,19 @@ def test_the_terminal_table_fits_ninety_columns(comparison: Comparison):
     assert "pruned*" in shown
 
 
+def test_a_narrow_terminal_gets_several_tables_with_every_name(comparison: Comparison):
+    from rich.console import Console
+
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(comparison.table())
+    shown = console.export_text()
+
+    assert "…" not in shown
+    rows = [line for line in shown.splitlines() if line.startswith("chatbot-4 ")]
+    assert len(rows) == 2
+    assert {"74.0", "131"} <= {word for row in rows for word in row.split()}
+
+
 def test_markdown_holds_every_figure_with_its_unit(comparison: Comparison):
     text = comparison.to_markdown()
     table = [line for line in text.split("\n\n")[2].splitlines() if line.startswith("|")]

@@ -40,8 +40,9 @@ def bench_models(
         texts: Held-out text to judge them on.
         reference: The model that the others are held against; the first if not given.
         rivals_in: Where a rival is installed, such as genai=DIR: a Python, an environment or, of
-            llama.cpp, a folder of its libraries. llama.cpp-programs=DIR has its quantizer. Else
-            MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS and MISTILL_GENAI say so.
+            llama.cpp, a folder of its libraries; llama.cpp-programs=DIR has its quantizer. Else
+            MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI and MISTILL_CTRANSLATE2
+            say so.
         rival_source: The float, GPTQ or NF4 folder whose weights the rivals get; the float folder
             that most of the others were made of if not given.
         out: A folder for the report: JSON, Markdown, HTML and a picture.

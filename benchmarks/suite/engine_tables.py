@@ -203,7 +203,7 @@ def quoted_perplexity(found: Found) -> list[str]:
             [
                 name,
                 f"{one['tokens']:,}",
-                f"{one['perplexity']:.4f} \u00b1 {significant(one['standard_error'], 2)}",
+                f"{one['perplexity']:.4f}{_plus_minus(one['standard_error'])}",
                 "" if theirs is None else f"{theirs['perplexity']:.4f}, {theirs['by']}",
                 "" if theirs is None else f"{100 * one['difference']:+.3f} %",
                 f"{one['bits_per_byte']:.4f}",
@@ -217,6 +217,10 @@ def quoted_perplexity(found: Found) -> list[str]:
         f"{found['model']} on the beginning of {found['text']} (fingerprints "
         f"{', '.join(sorted(prints))}).",
     ]
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" \u00b1 {significant(error, 2)}"
 
 
 def same_twice(found: Found) -> list[str]:

@@ -117,6 +117,16 @@ def test_a_text_file_is_one_run_of_tokens(model: Path, tmp_path: Path):
     assert read_stream(file, vocabulary).tolist() == vocabulary.encode(text)
 
 
+def test_a_long_text_file_is_one_run_of_tokens_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mistill.text._PIECE", 30)  # it is read in pieces
+    vocabulary = load_vocabulary(model)
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(SENTENCES), "utf-8")
+    assert read_stream(file, vocabulary).tolist() == vocabulary.encode("\n".join(SENTENCES))
+
+
 def test_rows_are_joined_by_an_empty_line_as_gptq_joins_them(model: Path, tmp_path: Path):
     vocabulary = load_vocabulary(model)
     file = tmp_path / "rows.jsonl"

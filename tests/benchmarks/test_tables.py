@@ -359,7 +359,11 @@ def test_quoted_perplexities_are_shown_beside_those_of_others() -> None:
         "tokens": 4080,
         "text_fingerprint": "ab" * 32,
     }
-    other = one | {"difference": -0.00012, "theirs": {"perplexity": 20.0024, "by": "transformers"}}
+    other = one | {
+        "standard_error": None,
+        "difference": -0.00012,
+        "theirs": {"perplexity": 20.0024, "by": "transformers"},
+    }
     found = {
         "model": "teacher",
         "text": "text.txt",
@@ -367,7 +371,7 @@ def test_quoted_perplexities_are_shown_beside_those_of_others() -> None:
     }
     assert rows_of(engine_tables.quoted_perplexity(found)) == [
         ["llama.cpp", "4,080", "20.0000 ± 0.50", "", "", "1.0234"],
-        ["gptq", "4,080", "20.0000 ± 0.50", "20.0024, transformers", "-0.012 %", "1.0234"],
+        ["gptq", "4,080", "20.0000", "20.0024, transformers", "-0.012 %", "1.0234"],
     ]
 
 

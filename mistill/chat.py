@@ -241,8 +241,7 @@ class ChatBot:
         notes = self._engine().restore_cache(file)
         if "conversation" not in notes:
             raise FolderError(f"{file} holds no conversation; make one with ChatBot.save")
-        state = json.loads(notes["conversation"])
-        self.history, self._forgotten = state["history"], state["forgotten"]
+        self.history, self._forgotten = _conversation(notes["conversation"], file)
 
     def _engine(self) -> OnnxModel:
         from mistill.engine import OnnxModel
@@ -345,6 +344,21 @@ class ChatBot:
         if len(self.history) - self._first_turn() <= forgotten:
             return "shorten the message"
         return "begin a new one, or let the oldest turns be forgotten with overflow slide"
+
+
+def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
+    """History and forgotten messages as ``save`` wrote them; nothing else is taken up."""
+    try:
+        state = json.loads(text)
+        history = [_message(one["role"], one["content"]) for one in state["history"]]
+        words = [word for message in history for word in message.values()]
+        forgotten = state["forgotten"]
+        sound = all(isinstance(word, str) for word in words) and type(forgotten) is int
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound or not 0 <= forgotten <= len(history):
+        raise FolderError(f"the conversation in {file} is damaged; begin a new one")
+    return history, forgotten
 
 
 def _message(role: str, content: str) -> Message:

@@ -123,12 +123,12 @@ def read_cache(file: Path, *, model: str, fingerprint: str) -> SavedCache:
     with file.open("rb") as opened:
         opened.seek(8)
         about = json.loads(opened.read(start - 8)).get("__metadata__", {})
-    if about.get("format") != _FORMAT:
+    if about.get("format") != _FORMAT or "fingerprint" not in about or "ids" not in header:
         raise FolderError(f"{file} does not hold what a model has read; make it with save_cache")
     if about["fingerprint"] != fingerprint:
         raise FolderError(
-            f"{file} was written by the model {about['model']} ({about['fingerprint'][:12]}), not "
-            f"by {model} ({fingerprint[:12]}); open it with that model, or begin anew"
+            f"{file} was written by the model {about.get('model')} ({about['fingerprint'][:12]}), "
+            f"not by {model} ({fingerprint[:12]}); open it with that model, or begin anew"
         )
     kinds = {stored: name for name, stored in _TYPES.items()}
     arrays = {

@@ -281,7 +281,8 @@ class SpeculativeModel:
             _logger.warning(
                 "%s does not guess ahead: its logits differ by %.2g when several positions are "
                 "read at once, so that its text would not stay the same to the token; "
-                "exact=False allows that",
+                "exact=False allows that, and an export with an int8 cache and blocks of 32 may "
+                "do without",
                 model.folder.name,
                 self.rounding,
             )

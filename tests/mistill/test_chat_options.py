@@ -64,6 +64,29 @@ def test_a_file_without_a_conversation_is_refused(chatbot: Path, tmp_path: Path)
         ChatBot(chatbot, **GREEDY).restore(file)
 
 
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        "{",
+        "[]",
+        '{"history": [{"role": "user"}], "forgotten": 0}',
+        '{"history": [{"role": "user", "content": 7}], "forgotten": 0}',
+        '{"history": [], "forgotten": 1}',
+        '{"history": [], "forgotten": "0"}',
+    ],
+)
+def test_a_damaged_conversation_is_refused_and_changes_nothing(
+    conversation: str, chatbot: Path, tmp_path: Path
+) -> None:
+    model = OnnxModel(chatbot, threads=1)
+    file = model.save_cache(tmp_path / "kept", conversation=conversation)
+    bot = ChatBot(chatbot, model=model, system="Be brief.", **GREEDY)
+    before = list(bot.history)
+    with pytest.raises(FolderError, match=r"the conversation in .* is damaged"):
+        bot.restore(file)
+    assert bot.history == before
+
+
 def test_only_what_runs_in_onnx_runtime_is_kept_and_guessed(model: Path, tmp_path: Path) -> None:
     opened = open_model(model, threads=1)
     bot = ChatBot(model, model=opened)

@@ -251,6 +251,32 @@ def test_a_model_that_rounds_does_not_guess_unless_it_is_allowed_to(
     assert plain.rounding < 1e-4
 
 
+def test_blocks_of_32_and_an_int8_cache_stay_the_same_to_the_token(
+    tmp_path: Path, chats: Path
+) -> None:
+    source = tiny_model(
+        tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=4
+    )
+    made = export.to_onnx(
+        source,
+        tmp_path / "int4",
+        precision="int4",
+        block_size=32,
+        cache="int8",
+        cache_texts=(str(chats),),
+        float_columns=4,
+        parity_positions=0,
+    )
+    model = OnnxModel(made, threads=1)
+    prompt = some_ids(30)
+    expected = list(islice(model.stream(prompt), 60))
+    guessing = eager(model, Oracle(prompt + expected))
+    if not guessing.guesses:
+        pytest.skip(f"the kernels of this processor differ by {guessing.rounding:.2g}")
+    assert list(islice(guessing.stream(prompt), 60)) == expected
+    assert guessing.pace.right > 20
+
+
 def test_what_cannot_guess_is_refused_in_one_line(chatbot: Path, tmp_path: Path) -> None:
     model = OnnxModel(chatbot, threads=1)
     other = tiny_model(tmp_path / "model", vocab_size=400)

@@ -13,6 +13,7 @@ from benchmarks.report_settings import ShipSettings
 from benchmarks.shipping import best_to_ship, by_memory
 from tests.benchmarks.chromium import Page, chromium, find_chromium
 from tests.benchmarks.made import made_comparison
+from tests.benchmarks.test_budget import nearly_as_close
 
 HOSTILE = '<img src=x onerror="document.title=1">'
 ROWS = "[...document.querySelectorAll('#table tbody tr')]"
@@ -21,7 +22,7 @@ NAMES = f"{ROWS}.filter((row) => !row.hidden).map((row) => row.dataset.model)"
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    made = made_comparison()
+    made = nearly_as_close(made_comparison())
     return replace(made, samples={HOSTILE: {HOSTILE: HOSTILE}})
 
 
@@ -118,8 +119,8 @@ def test_what_another_beats_can_be_hidden(page: Page):
     assert len(page.run(NAMES)) == 7
 
 
-@pytest.mark.parametrize("speed", [None, 50.0, 500.0])
-@pytest.mark.parametrize("memory", [None, 100.0, 154.0, 250.0, 2000.0])
+@pytest.mark.parametrize("speed", [None, 40.0, 500.0])
+@pytest.mark.parametrize("memory", [None, 100.0, 154.0, 600.0, 2000.0])
 def test_the_page_ships_what_python_ships(
     page: Page, comparison: Comparison, memory: float | None, speed: float | None
 ):

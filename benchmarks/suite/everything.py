@@ -141,18 +141,19 @@ def called(
     return [*words, "--against", *there] if there else words
 
 
-def shown(program: Program, environment: Mapping[str, str]) -> str:
+def shown(program: Program, environment: Mapping[str, str], threads: int = 2) -> str:
     """The command as a page shows it: names in capitals where this machine has places.
 
     Args:
         program: Which program.
         environment: Variables that name rivals.
+        threads: Threads that it computes with.
 
     Returns:
         The command.
     """
     names = {"model": "MODEL", "chatbot": "CHATBOT", "source": "SOURCE", "work": "WORK"}
-    words = called(program, names | {"threads": "2"}, environment)
+    words = called(program, names | {"threads": str(threads)}, environment)
     for rival in program.rivals:
         given = rival.found(environment)
         words = ["PATH" if word == given else word for word in words]
@@ -218,7 +219,9 @@ def main() -> int:
         if done.returncode:
             failed.append(program.name)
             continue
-        page.keep(program.name, page.last_document(done.stdout), shown(program, os.environ))
+        page.keep(
+            program.name, page.last_document(done.stdout), shown(program, os.environ, given.threads)
+        )
     page.write()
     for rival in sorted(left_out, key=lambda one: one.name):
         print(f"left out: {rival.name}; {rival.variable} names none", file=sys.stderr)

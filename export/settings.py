@@ -44,10 +44,11 @@ class OnnxSettings:
             0 multiplies in float32, which is slow (at 8 bits a hundred times).
         float_columns: So many input columns of the products behind a norm are multiplied in float32
             beside the codes, those whose large activations make the rounding of all others coarse.
-            Codes stay as they are. 8 take a few percent of the speed and two thirds off the
-            distance to PyTorch; they are found by reading 512 tokens with the graph. Left out, it
-            is 8, but 0 for models narrower than 512 or of more than 2 billion parameters, and for
-            transformers.js.
+            Codes stay as they are. 8 take two thirds off the distance to PyTorch and up to a sixth
+            of a small model's speed; they are found by reading 512 tokens with the graph. Left out,
+            it is 8 for 8-bit codes, but 0 for models narrower than 512 or of more than 2 billion
+            parameters, and for transformers.js; for 4-bit codes, which have lost much more
+            already, it is 0.
         context_length: Most positions, prompt and answer together. Left out, it is the model's
             own but at most 4096, since runtimes reserve their cache for all of them.
         portable: Write a graph of standard operators only (ONNX opset 21), for runtimes other than

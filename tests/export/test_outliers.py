@@ -215,12 +215,13 @@ def test_the_default_follows_width_and_form(model: Path, chats: Path, tmp_path: 
         value: int = read_json(made / "manifest.json")["float_columns"]
         return value
 
-    assert count(wide, "a", precision="int4") == 8
-    assert count(wide, "b", precision="int4", float_columns=0) == 0
+    assert count(wide, "a", precision="int8") == 8
+    assert count(wide, "b", precision="int8", float_columns=0) == 0
     assert count(wide, "c") == 0
-    assert count(wide, "d", precision="int4", accuracy_level=0) == 0
-    assert count(wide, "e", precision="int4", layout="transformersjs") == 0
-    assert count(model, "f", precision="int4") == 0
+    assert count(wide, "d", precision="int4") == 0
+    assert count(wide, "e", precision="int4", float_columns=8) == 8
+    assert count(wide, "f", precision="int8", layout="transformersjs") == 0
+    assert count(model, "g", precision="int8") == 0
 
 
 def test_nonsense_is_refused(model: Path, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def training_step(found: Found) -> list[str]:
 
 
 def quantized_kl(found: Found) -> list[str]:
-    """What every way of quantizing costs."""
+    """What every way of quantizing costs; time and memory where a rival's stand beside them."""
+    timed = bool(found["over_gptqmodel"])
     rows = []
     for name, way in found["ways"].items():
         runs = way["runs"]
@@ -90,12 +91,13 @@ def quantized_kl(found: Found) -> list[str]:
                 number(way["perplexity"], 4),
                 f"{way['agreement']:.3f}",
                 number(way["weight_bytes"] / 1e6),
-                number(way["seconds"]),
-                number(way["peak_mib"]),
             ]
         )
+        if timed:
+            rows[-1] += [number(way["seconds"]), number(way["peak_mib"])]
     heads = ["", "KL", "seeds", "of rounding's KL recovered", "perplexity", "same first token"]
-    lines = table([*heads, "MB", "seconds", "peak, MiB"], rows)
+    heads += ["MB", *(("seconds", "peak, MiB") if timed else ())]
+    lines = table(heads, rows)
     words = [
         f"KL(float \\|\\| quantized) in nats on {found['held_out_tokens']:,} held-out tokens; "
         f"calibrated on {found['calibration_tokens']:,}; perplexity of the float model "

@@ -165,7 +165,7 @@ def test_what_libraries_print_does_not_disturb_the_answers(standalone: dict[str,
     assert [min(answer) for answer in answers] == [
         "form",
         "load_seconds",
-        "first_token_seconds",
+        "decode_joules",
         "peak_bytes",
     ]
     assert "hello" in standalone["stderr"]

@@ -62,8 +62,7 @@ def test_replies_with_guesses_are_measured_beside_plain_ones(chatbot: Path) -> N
     for name, reply in found["replies"].items():
         assert reply["same_tokens"] == 40
         assert reply["tried"] >= reply["right"]
-        if name.endswith("wrong"):
-            assert reply["tried"] > 0
+        if name.endswith("wrong"):  # tried as long as the clock says that it may pay
             assert reply["right"] == 0
         if name.endswith("model"):  # it is its own draft
             assert reply["right"] == reply["tried"]

@@ -217,13 +217,18 @@ def test_a_share_of_the_prompts_is_held_out_by_their_hash(
 
 # --- resuming -----------------------------------------------------------------------------------
 
+# It keeps so many batches, says so of each, and would wait for its end in the middle of the next.
 SLOWED = """
-import sys, time
+import signal, sys, time
 import distill.conversations as conversations
 from distill import generate_conversations
 
-record = conversations._record
+record, left = conversations._record, int(sys.argv[4])
 def slowly(file, replies):
+    global left
+    if not left:
+        signal.pause()
+    left -= 1
     record(file, replies)
     print("batch", flush=True)
     time.sleep(0.05)
@@ -243,7 +248,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_file(
     seen = 0
     for batches, pause in ((1, 0.0), (2, 0.04), (2, 0.06)):
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(batches)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         assert process.stderr is not None
@@ -256,7 +261,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_file(
         [work] = tmp_path.glob(".killed.jsonl.*")
         record = work / "replies.jsonl"
         lines = record.read_bytes().count(b"\n")
-        assert lines >= seen + 3 * batches
+        assert lines == seen + 3 * batches
         seen = lines
         # A kill in the middle of a write leaves a part of a batch and half a line.
         with record.open("ab") as opened:

@@ -85,8 +85,7 @@ class Page:
 
     def open(self, file: Path) -> None:
         self.ask("Page.navigate", url=file.as_uri())
-        while self.run("document.readyState") != "complete":
-            time.sleep(0.02)
+        self.wait_for("document.readyState === 'complete'")
 
     def run(self, code: str) -> Any:
         """The value of an expression in the page."""
@@ -95,6 +94,13 @@ class Page:
         )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def wait_for(self, code: str) -> None:
+        """Wait until an expression in the page is true; events that come meanwhile are noted."""
+        end = time.monotonic() + PATIENCE
+        while not self.run(code):
+            assert time.monotonic() < end, f"never true: {code}"
+            time.sleep(0.02)
 
     def press(self, key: str, code: int, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):
@@ -111,6 +117,7 @@ class Page:
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def size(self, width: int, height: int, scale: float = 1.0) -> None:
+        """Give the page another size; it is laid out anew some frames later."""
         self.ask(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -118,12 +125,14 @@ class Page:
             deviceScaleFactor=scale,
             mobile=width < 600,
         )
+        self.wait_for(f"window.innerWidth === {width} && window.innerHeight === {height}")
 
     def theme(self, name: str) -> None:
         self.ask(
             "Emulation.setEmulatedMedia",
             features=[{"name": "prefers-color-scheme", "value": name}],
         )
+        self.wait_for(f"matchMedia('(prefers-color-scheme: {name})').matches")
 
     def picture(self, whole: bool = False) -> bytes:
         answer = self.ask("Page.captureScreenshot", captureBeyondViewport=whole)

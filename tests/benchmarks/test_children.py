@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import benchmarks.child
 import export
 from benchmarks.child import Worker
 from benchmarks.children import Child, start_children
-from benchmarks.footprint import own_memory
 from mistill.errors import FolderError, MistillError
 
 REPOSITORY = Path(benchmarks.child.__file__).parents[1]
@@ -33,11 +33,14 @@ def child(model: Path) -> Iterator[Child]:
 
 
 def test_a_child_writes_and_says_how_long_it_took(child: Child):
+    began = time.perf_counter()
     answer = child.ask("turn", **TURN)
+    whole = time.perf_counter() - began
 
     assert answer["prompt_tokens"] == 4
     assert len(answer["token_seconds"]) == 3
-    assert 0 < min(answer["token_seconds"]) <= max(answer["token_seconds"]) < 5
+    assert min(answer["token_seconds"]) > 0
+    assert answer["first_token_seconds"] + sum(answer["token_seconds"]) < whole
 
 
 def test_transformers_own_loop_writes_as_many_tokens(child: Child):
@@ -186,18 +189,31 @@ def test_a_chatbots_process_holds_no_pytorch(
     assert memory["peak_bytes"] < standalone["peak_bytes"] / 2
 
 
+HOLDING = """
+import json
+from dataclasses import astuple
+from benchmarks.footprint import own_memory
+found = [astuple(own_memory())]
+held = bytearray(b"1") * 40_000_000
+found.append(astuple(own_memory()))
+del held
+found.append(astuple(own_memory()))
+print(json.dumps(found))
+"""
+
+
 def test_the_peak_remembers_what_was_held_and_given_back():
-    before = own_memory()
-    held = np.ones(40_000_000, np.uint8)
+    # A process of its own: in this one, anything may be given back in between.
+    ran = subprocess.run(
+        [sys.executable, "-c", HOLDING], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    (_, before), (peak, holding), (last_peak, after) = json.loads(ran.stdout)
 
-    after = own_memory()
-
-    assert after.resident_bytes - before.resident_bytes >= 39e6
-    assert after.peak_bytes >= after.resident_bytes
-    del held
-    assert own_memory().resident_bytes < after.resident_bytes - 39e6
+    assert holding - before >= 39e6
+    assert peak >= holding
+    assert after < holding - 39e6
     # The kernel adds up what its processors counted only now and then.
-    assert own_memory().peak_bytes >= after.peak_bytes - 2e6
+    assert last_peak >= peak - 2e6
 
 
 @pytest.mark.skipif(not Path("/usr/bin/time").is_file(), reason="GNU time is not installed")

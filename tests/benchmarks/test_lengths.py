@@ -99,13 +99,14 @@ def test_what_is_dropped_is_gone_and_what_is_read_is_there(tmp_path: Path):
     (tmp_path / "empty").touch()
 
     read(tmp_path)
-    assert resident_share(tmp_path) == 1.0
+    # The kernel may take back a page at any time, and on a busy machine it does.
+    assert resident_share(tmp_path) > 0.9
     drop(tmp_path)
     if resident_share(tmp_path) == 1.0:
         pytest.skip("this file system lives in memory")
     assert resident_share(tmp_path) < 0.05
     read(tmp_path)
-    assert resident_share(tmp_path) == 1.0
+    assert resident_share(tmp_path) > 0.9
 
 
 def test_the_share_of_the_roofline_is_as_worked_by_hand():

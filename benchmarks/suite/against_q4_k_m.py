@@ -90,7 +90,6 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 "kl_standard_error": found.kl_standard_error,
                 "perplexity": found.perplexity,
                 "bytes": sum(file.stat().st_size for file in made.glob("*.safetensors")),
-                "modules": json.loads((made / "mixed.json").read_text("utf-8"))["modules"],
             }
         )
         print(f"mixed (seed {seed}): KL {found.kl:.5f}", file=sys.stderr, flush=True)

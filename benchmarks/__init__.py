@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from benchmarks.budget import Miss as Miss
     from benchmarks.budget import misses as misses
     from benchmarks.comparison import Comparison as Comparison
-    from benchmarks.comparison import ModelResult as ModelResult
     from benchmarks.comparison import open_report as open_report
     from benchmarks.differences import ReportDiff as ReportDiff
     from benchmarks.differences import diff as diff
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from benchmarks.evaluation import evaluate as evaluate
     from benchmarks.evaluation_settings import EvalSettings as EvalSettings
     from benchmarks.measuring import compare as compare
+    from benchmarks.model_result import ModelResult as ModelResult
     from benchmarks.report_settings import Budget as Budget
     from benchmarks.report_settings import DiffSettings as DiffSettings
     from benchmarks.report_settings import ShipSettings as ShipSettings
@@ -37,7 +37,7 @@ _HOMES = {
     "EvalSettings": "benchmarks.evaluation_settings",
     "Evaluation": "benchmarks.evaluation",
     "Miss": "benchmarks.budget",
-    "ModelResult": "benchmarks.comparison",
+    "ModelResult": "benchmarks.model_result",
     "ReportDiff": "benchmarks.differences",
     "ShipSettings": "benchmarks.report_settings",
     "best_to_ship": "benchmarks.shipping",

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from benchmarks.columns import MEGABYTE, significant
-from benchmarks.comparison import Comparison, ModelResult, open_report
+from benchmarks.column import MEGABYTE, significant
+from benchmarks.comparison import Comparison, open_report
+from benchmarks.model_result import ModelResult
 from benchmarks.report_settings import Budget
 from mistill.errors import SettingsError
 from mistill.settings import settings_from

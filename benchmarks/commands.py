@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
-from benchmarks.comparison import ModelResult
+from benchmarks.model_result import ModelResult
 
 #: Step of the lineage to the words of its command.
 _WORDS = {

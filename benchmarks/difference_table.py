@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.columns import EN_DASH, significant
+from benchmarks.column import EN_DASH, significant
 from benchmarks.differences import ReportDiff
 from benchmarks.judging import Change, Verdict
 from benchmarks.table import escaped

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.columns import Nature, columns_of
+from benchmarks.column import Nature
+from benchmarks.columns import columns_of
 from benchmarks.comparable import notes, obstacles_between, unsteadiness
 from benchmarks.comparison import Comparison, open_report
 from benchmarks.judging import Change, judge, look

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.comparison import ModelResult
+from benchmarks.model_result import ModelResult
 
 #: Speeds and sizes nearer than this share of each other are taken for equal.
 SAME_RATIO = 0.02

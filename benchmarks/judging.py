@@ -14,9 +14,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from benchmarks.columns import Column, Nature, Passages, Rounds
-from benchmarks.comparison import ModelResult
+from benchmarks.column import Column, Nature, Passages, Rounds
 from benchmarks.frontier import SAME_NATS
+from benchmarks.model_result import ModelResult
 from benchmarks.significance import Shift, between, holm, of_mean, of_tail
 from mistill.uncertainty import mean_of
 

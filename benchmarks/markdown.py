@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.columns import columns_of, significant
+from benchmarks.column import significant
+from benchmarks.columns import columns_of
 from benchmarks.commands import commands
 from benchmarks.comparison import Comparison
 from benchmarks.frontier import dominators

@@ -13,23 +13,23 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.children import Child, start_children
-from benchmarks.comparison import Comparison, ModelResult, ScoredText
+from benchmarks.comparison import Comparison, ScoredText
 from benchmarks.conventions import spelled_bytes
-from benchmarks.footprint import Footprint, Load, StepBytes
 from benchmarks.latency import FEWEST_TOKENS, Latency, Turn
-from benchmarks.lengths import Timed, latencies, left_out, new_tokens_at, take_turns
+from benchmarks.lengths import Timed, left_out, new_tokens_at, take_turns
 from benchmarks.loading import STAYED, time_load
 from benchmarks.machine import describe_machine
 from benchmarks.passages import Passage, cut_passages, cut_prompts, fingerprint_of
-from benchmarks.perplexity import Perplexity
 from benchmarks.questions import ask, read_questions
 from benchmarks.quoting import QuotedText, bytes_in, cut_texts, quote
+from benchmarks.recording import file_name, recorded, short
 from benchmarks.rivals.contest import find_contestants
 from benchmarks.samples import collect_samples
 from benchmarks.settings import BenchSettings
@@ -46,9 +46,7 @@ from benchmarks.subjects import (
     rival_source_of,
 )
 from mistill.errors import VocabularyError
-from mistill.folder import MANIFEST_FILE, FolderInfo, read_json
-from mistill.lineage import fingerprint, read_lineage
-from mistill.onnx_cost import memory_speed
+from mistill.lineage import fingerprint
 from mistill.processors import usable_threads
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from
@@ -121,7 +119,7 @@ def compare(
         for words in subject.left_out:
             _log.warning("%s, not measured: %s", subject.name, words)
     results = tuple(
-        _result(subject, judge, spelled, settings, threads)
+        recorded(subject, judge, spelled, settings, threads)
         for subject in subjects
         if subject.is_listed
     )
@@ -131,7 +129,7 @@ def compare(
         settings=settings,
         machine=machine,
         text=ScoredText(
-            sources=tuple(map(_last_part, as_list(texts))),
+            sources=tuple(map(file_name, as_list(texts))),
             fingerprint=fingerprint_of(passages),
             passages=len(passages),
             tokens_read=sum(len(passage.ids) for passage in passages),
@@ -217,13 +215,9 @@ def _time_loads(
                 if load is None:
                     subject.left_out.append(STAYED)
                 else:
-                    subject.loads.append(
-                        Load(
-                            cold=cold,
-                            seconds=_short(load.seconds),
-                            first_token_seconds=_short(load.first_token_seconds),
-                        )
-                    )
+                    first = short(load.first_token_seconds)
+                    load = replace(load, seconds=short(load.seconds), first_token_seconds=first)
+                    subject.loads.append(load)
 
 
 def _take_turns_at_lengths(
@@ -302,8 +296,8 @@ def _rotated(
 def _turn(answer: Mapping[str, Any]) -> Turn:
     return Turn(
         prompt_tokens=answer["prompt_tokens"],
-        first_token_seconds=_short(answer["first_token_seconds"]),
-        token_seconds=tuple(map(_short, answer["token_seconds"])),
+        first_token_seconds=short(answer["first_token_seconds"]),
+        token_seconds=tuple(map(short, answer["token_seconds"])),
         decode_joules=answer.get("decode_joules"),
     )
 
@@ -330,10 +324,10 @@ def _score(
                     write=stored.get(subject.name),
                     against=[stored[name] for name in others],
                 )
-                subject.losses.append(tuple(map(_short, answer["losses"])))
+                subject.losses.append(tuple(map(short, answer["losses"])))
                 for place, name in enumerate(others):
                     distance = subject.distances.setdefault(name, Distance())
-                    distance.divergences.append(tuple(map(_short, answer["divergences"][place])))
+                    distance.divergences.append(tuple(map(short, answer["divergences"][place])))
                     distance.agreements.append(tuple(answer["agreements"][place]))
                 tracker.advance(note=f"passage {number + 1}/{len(passages)}, {subject.name}")
 
@@ -346,84 +340,3 @@ def _is_held_against(subject: Subject, name: str, judges: set[str]) -> bool:
     if subject.name == name:
         return False
     return name in judges or (subject.parent is not None and subject.parent.name == name)
-
-
-def _short(value: float) -> float:
-    """Six significant digits: more than any of these measurements holds, and a smaller file."""
-    return float(f"{value:.6g}")
-
-
-def _without_places(value: Any) -> Any:
-    """A step of the lineage, without the places on this machine that it names."""
-    if isinstance(value, Mapping):
-        return {str(name): _without_places(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_places(item) for item in value]
-    return _last_part(value)
-
-
-def _last_part(value: Any) -> Any:
-    """The file name of an absolute path; anything else as it is, paths as text."""
-    if isinstance(value, str | Path):
-        return Path(value).name if Path(value).is_absolute() else str(value)
-    return value
-
-
-def _step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:
-    """What the manifest of an ONNX folder says that a step reads; None where there is none."""
-    file = info.path / MANIFEST_FILE
-    manifest = read_json(file) if info.form == "onnx" and file.is_file() else {}
-    if "packed_bytes_per_token" not in manifest:
-        return None
-    return StepBytes(
-        weight_bytes=manifest["bytes_per_token"],
-        packed_bytes=manifest["packed_bytes_per_token"],
-        cache_bytes_per_position=manifest["cache_bytes_per_position"],
-        memory_bytes_per_second=_short(memory_speed(threads)),
-    )
-
-
-def _result(
-    subject: Subject,
-    judge: Subject,
-    passage_bytes: tuple[int, ...],
-    settings: BenchSettings,
-    threads: int,
-) -> ModelResult:
-    info, answers, entry = subject.info, subject.answers, subject.entry
-    turns = subject.transformers_turns
-    parent = subject.parent
-    lineage = tuple(map(_without_places, read_lineage(info.path)))
-    if entry is not None:
-        lineage = (*lineage, {"step": entry.rival.name, "settings": entry.rival.settings})
-    return ModelResult(
-        name=subject.name,
-        form=info.form if entry is None else entry.rival.engine,
-        architecture=info.architecture,
-        layers=info.layers,
-        hidden_size=info.hidden_size,
-        lineage=lineage,
-        fingerprint=fingerprint(info.path),
-        footprint=Footprint(
-            parameters=info.parameters,
-            weight_bytes=info.weight_bytes if entry is None else entry.weight_bytes,
-            folder_bytes=info.size_bytes if entry is None else entry.folder_bytes,
-            load_seconds=_short(answers["open"]["load_seconds"]),
-            peak_memory_bytes=answers["memory"]["peak_bytes"],
-            resident_memory_bytes=answers["memory"]["resident_bytes"],
-        ),
-        perplexity=Perplexity(losses=tuple(subject.losses), passage_bytes=passage_bytes),
-        fidelity=None if subject is judge else subject.distances[judge.name].fidelity(),
-        parent=None if parent is None else parent.name,
-        parent_fidelity=None if parent is None else subject.distances[parent.name].fidelity(),
-        latency=Latency(turns=tuple(subject.turns)),
-        transformers_latency=Latency(turns=tuple(turns)) if turns else None,
-        prompts=latencies(subject.at, settings.prompts),
-        depths=latencies(subject.at, settings.depths),
-        loads=tuple(subject.loads),
-        step_bytes=None if entry is not None else _step_bytes(info, threads),
-        rival=None if entry is None else entry.rival,
-        left_out=tuple(subject.left_out),
-        quoted=tuple(subject.quoted),
-        answers=subject.questioned,
-    )

@@ -13,12 +13,14 @@ import math
 from importlib.resources import files
 from typing import Any
 
-from benchmarks.columns import MEGABYTE, Column, columns_of, significant
+from benchmarks.column import MEGABYTE, Column, significant
+from benchmarks.columns import columns_of
 from benchmarks.commands import commands
-from benchmarks.comparison import Comparison, ModelResult
+from benchmarks.comparison import Comparison
 from benchmarks.drawing import to_svg
 from benchmarks.frontier import SAME_NATS, SAME_RATIO, dominators
 from benchmarks.marks import TALL, WIDE
+from benchmarks.model_result import ModelResult
 from benchmarks.picture import draw, role_of
 from benchmarks.report_settings import ShipSettings
 from benchmarks.shipping import best_to_ship, memory_mb, ship_line, speed

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from benchmarks.columns import MEGABYTE, significant
-from benchmarks.comparison import Comparison, ModelResult
+from benchmarks.column import MEGABYTE, significant
+from benchmarks.comparison import Comparison
 from benchmarks.frontier import dominators
 from benchmarks.labels import place_names, width_of
 from benchmarks.marks import WIDE, Disc, Mark, Plane, Point, Stroke, Words
+from benchmarks.model_result import ModelResult
 from benchmarks.scales import NOISE_NATS, Scale, divergence_scale, speed_scale
 
 _LEGEND_ROW = 26

@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.columns import MEGABYTE, significant
-from benchmarks.comparison import Comparison, ModelResult, open_report
+from benchmarks.column import MEGABYTE, significant
+from benchmarks.comparison import Comparison, open_report
 from benchmarks.frontier import SAME_NATS, SAME_RATIO
+from benchmarks.model_result import ModelResult
 from benchmarks.report_settings import ShipSettings
 from mistill.settings import settings_from
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.columns import Column, columns_of
-from benchmarks.comparison import Comparison, ModelResult
+from benchmarks.column import Column
+from benchmarks.columns import columns_of
+from benchmarks.comparison import Comparison
 from benchmarks.frontier import dominators
+from benchmarks.model_result import ModelResult
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult

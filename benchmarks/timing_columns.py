@@ -1,4 +1,4 @@
-"""Figures of speed that not every comparison has: at chosen lengths, of loading, of memory.
+"""Figures of speed: at the usual length, and where it was asked for at others, and of loading.
 
 A column is made for every length that was asked for.
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
+from typing import Any
 
-from benchmarks.columns import MEGABYTE, Column, significant
-from benchmarks.comparison import ModelResult
-from benchmarks.latency import Latency, LatencyAt
+from benchmarks.column import MEGABYTE, Column, rate, significant, taken, whole
+from benchmarks.footprint import Load
+from benchmarks.latency import Latency
+from benchmarks.model_result import ModelResult
 from mistill.uncertainty import quartiles
+
+Find = Callable[[ModelResult], Latency | None]
 
 
 def timing_columns(models: Iterable[ModelResult]) -> tuple[Column, ...]:
@@ -26,9 +30,9 @@ def timing_columns(models: Iterable[ModelResult]) -> tuple[Column, ...]:
     listed = list(models)
     prompts = sorted({at.tokens for model in listed for at in model.prompts})
     depths = sorted({at.tokens for model in listed for at in model.depths})
-    columns = [column for tokens in prompts for column in _reading(tokens)]
-    columns += [column for tokens in depths for column in _writing(tokens)]
-    columns += [column for cold in (True, False) for column in _loading(cold)]
+    columns = [column for tokens in prompts for column in _columns_of_reading(tokens)]
+    columns += [column for tokens in depths for column in _columns_of_writing(tokens)]
+    columns += [column for cold in (True, False) for column in _columns_of_loading(cold)]
     return (*columns, *_ROOFLINE)
 
 
@@ -48,64 +52,152 @@ def roofline_share(model: ModelResult) -> float | None:
     return model.latency.decode_tokens_per_second / model.step_bytes.ceiling(depth)
 
 
-def _at(entries: Sequence[LatencyAt], tokens: int) -> Latency | None:
-    return next((entry.latency for entry in entries if entry.tokens == tokens), None)
+def _first_token(find: Find, **more: Any) -> Column:
+    return Column(
+        unit="ms",
+        figure=taken(find, lambda timed: timed.first_token_seconds * 1000),
+        better="lower",
+        nature="clock",
+        samples=taken(find, lambda timed: [turn.first_token_seconds for turn in timed.turns]),
+        **more,
+    )
 
 
-def _reading(tokens: int) -> list[Column]:
-    def found(model: ModelResult) -> Latency | None:
-        return _at(model.prompts, tokens)
+def _reading(find: Find, **more: Any) -> Column:
+    return Column(
+        unit="tok/s",
+        figure=taken(find, lambda timed: timed.prompt_tokens_per_second),
+        write=rate,
+        better="higher",
+        spread=taken(find, lambda timed: _outer(timed.prompt_quartiles)),
+        nature="clock",
+        samples=taken(
+            find,
+            lambda timed: [turn.prompt_tokens / turn.first_token_seconds for turn in timed.turns],
+        ),
+        **more,
+    )
+
+
+def _writing(find: Find, **more: Any) -> Column:
+    return Column(
+        unit="tok/s",
+        figure=taken(find, lambda timed: timed.decode_tokens_per_second),
+        write=rate,
+        better="higher",
+        spread=taken(find, lambda timed: _outer(timed.decode_quartiles)),
+        nature="clock",
+        samples=taken(find, lambda timed: [turn.decode_tokens_per_second for turn in timed.turns]),
+        **more,
+    )
+
+
+def _outer(found: tuple[float, float, float]) -> tuple[float, float]:
+    return found[0], found[2]
+
+
+# --- at the usual length ------------------------------------------------------------------------
+
+
+def _usual(model: ModelResult) -> Latency:
+    return model.latency
+
+
+def _joules(model: ModelResult) -> list[float] | None:
+    spent = [
+        turn.decode_joules / len(turn.token_seconds)
+        for turn in model.latency.turns
+        if turn.decode_joules is not None
+    ]
+    return spent or None
+
+
+SPEED_COLUMNS = (
+    _first_token(
+        _usual,
+        key="first_token_ms",
+        title="First token",
+        meaning="From the prompt being handed over to the first token: median of the rounds.",
+        write=whole,
+    ),
+    _reading(
+        _usual,
+        key="prompt_tokens_per_second",
+        title="Reading",
+        meaning="Prompt tokens by the time to the first token: median of the rounds, and "
+        "quartiles.",
+    ),
+    _writing(
+        _usual,
+        key="decode_tokens_per_second",
+        title="Writing",
+        meaning="Tokens written per second after the first: median of the rounds, and quartiles.",
+    ),
+    _writing(
+        lambda model: model.transformers_latency,
+        key="transformers_decode_tokens_per_second",
+        title="transformers",
+        meaning="The same, written by transformers' own greedy generate: float folders only.",
+        compact=False,
+    ),
+    Column(
+        key="joules_per_token",
+        title="Energy",
+        unit="J/token",
+        meaning="Energy that the whole machine spent on every token after the first: median of the "
+        "rounds. Only where the machine tells.",
+        figure=lambda model: model.latency.joules_per_token,
+        write=significant,
+        better="lower",
+        nature="clock",
+        samples=_joules,
+    ),
+)
+
+
+# --- at chosen lengths --------------------------------------------------------------------------
+
+
+def _columns_of_reading(tokens: int) -> list[Column]:
+    def find(model: ModelResult) -> Latency | None:
+        return next((at.latency for at in model.prompts if at.tokens == tokens), None)
+
+    def spread(timed: Latency) -> tuple[float, float]:
+        low, high = _outer(timed.first_token_quartiles)
+        return low * 1000, high * 1000
 
     return [
-        Column(
+        _first_token(
+            find,
             key=f"first_token_ms_at_{tokens}",
             title=f"First token of {tokens:,}",
-            unit="ms",
             meaning=f"From a prompt of {tokens:,} tokens being handed over to the first token: "
             "median of the rounds, and quartiles.",
-            figure=_of(found, lambda timed: timed.first_token_seconds * 1000),
-            write=_plain,
-            better="lower",
-            spread=_pair(found, lambda timed: timed.first_token_quartiles, 1000),
+            write=rate,
+            spread=taken(find, spread),
             compact=False,
-            nature="clock",
-            samples=_all(found, lambda timed: [t.first_token_seconds for t in timed.turns]),
         ),
-        Column(
+        _reading(
+            find,
             key=f"prompt_tokens_per_second_at_{tokens}",
             title=f"Reading {tokens:,}",
-            unit="tok/s",
             meaning=f"Tokens of a prompt of {tokens:,} by the time to the first token: median of "
             "the rounds, and quartiles.",
-            figure=_of(found, lambda timed: timed.prompt_tokens_per_second),
-            write=_plain,
-            better="higher",
-            spread=_pair(found, lambda timed: timed.prompt_quartiles),
-            nature="clock",
-            samples=_all(
-                found, lambda timed: [t.prompt_tokens / t.first_token_seconds for t in timed.turns]
-            ),
         ),
     ]
 
 
-def _writing(tokens: int) -> list[Column]:
-    def found(model: ModelResult) -> Latency | None:
-        return _at(model.depths, tokens)
+def _columns_of_writing(tokens: int) -> list[Column]:
+    def find(model: ModelResult) -> Latency | None:
+        return next((at.latency for at in model.depths if at.tokens == tokens), None)
 
     return [
-        Column(
+        _writing(
+            find,
             key=f"decode_tokens_per_second_at_{tokens}",
             title=f"Writing at {tokens:,}",
-            unit="tok/s",
             meaning=f"Tokens written per second after {tokens:,} tokens: median of the rounds, and "
             "quartiles.",
-            figure=_of(found, lambda timed: timed.decode_tokens_per_second),
-            write=_plain,
-            better="higher",
-            spread=_pair(found, lambda timed: timed.decode_quartiles),
-            nature="clock",
-            samples=_all(found, lambda timed: [t.decode_tokens_per_second for t in timed.turns]),
         ),
         Column(
             key=f"slow_token_ms_at_{tokens}",
@@ -113,8 +205,8 @@ def _writing(tokens: int) -> list[Column]:
             unit="ms",
             meaning=f"The time that one token in twenty exceeds after {tokens:,} tokens: the 95th "
             "percentile over all rounds.",
-            figure=_of(found, lambda timed: timed.slow_token_seconds * 1000),
-            write=_plain,
+            figure=taken(find, lambda timed: timed.slow_token_seconds * 1000),
+            write=rate,
             better="lower",
             compact=False,
             nature="clock",
@@ -122,47 +214,43 @@ def _writing(tokens: int) -> list[Column]:
     ]
 
 
-def _loading(cold: bool) -> list[Column]:
+# --- loading, and what memory allows ------------------------------------------------------------
+
+
+def _columns_of_loading(cold: bool) -> list[Column]:
     word = "cold" if cold else "warm"
     files = "dropped from the page cache" if cold else "in the page cache"
 
-    def times(model: ModelResult) -> list[float]:
-        return [load.seconds * 1000 for load in model.loads if load.cold is cold]
+    def column(milliseconds: Callable[[Load], float], **more: Any) -> Column:
+        def found(model: ModelResult) -> Sequence[float] | None:
+            return [milliseconds(load) for load in model.loads if load.cold is cold] or None
 
-    def answers(model: ModelResult) -> list[float]:
-        return [
-            (load.seconds + load.first_token_seconds) * 1000
-            for load in model.loads
-            if load.cold is cold
-        ]
+        return Column(
+            unit="ms",
+            figure=taken(found, median),
+            write=rate,
+            better="lower",
+            spread=taken(found, lambda times: _outer(quartiles(times))),
+            nature="clock",
+            samples=found,
+            **more,
+        )
 
     return [
-        Column(
+        column(
+            lambda load: load.seconds * 1000,
             key=f"load_{word}_ms",
             title=f"Load, {word}",
-            unit="ms",
             meaning=f"Time to open the folder with its files {files}, in a process of its own "
             "whose libraries are loaded: median, and quartiles.",
-            figure=lambda model: median(times(model)) if times(model) else None,
-            write=_plain,
-            better="lower",
-            spread=lambda model: _outer(times(model)),
-            nature="clock",
-            samples=lambda model: times(model) or None,
         ),
-        Column(
+        column(
+            lambda load: (load.seconds + load.first_token_seconds) * 1000,
             key=f"first_answer_{word}_ms",
             title=f"Load and first token, {word}",
-            unit="ms",
             meaning=f"The same until the first token after the usual prompt, with files {files}: "
             "an engine that maps its file reads much of it only then.",
-            figure=lambda model: median(answers(model)) if answers(model) else None,
-            write=_plain,
-            better="lower",
-            spread=lambda model: _outer(answers(model)),
             compact=False,
-            nature="clock",
-            samples=lambda model: answers(model) or None,
         ),
     ]
 
@@ -174,10 +262,8 @@ _ROOFLINE = (
         unit="MB",
         meaning="Weights that a step of one token reads, as the engine lays them out, in millions "
         "of bytes; by the folder's manifest.",
-        figure=lambda model: (
-            None if model.step_bytes is None else model.step_bytes.packed_bytes / MEGABYTE
-        ),
-        write=lambda value: significant(value),
+        figure=taken(lambda model: model.step_bytes, lambda step: step.packed_bytes / MEGABYTE),
+        write=significant,
         better="lower",
         compact=False,
         nature="bytes",
@@ -195,46 +281,3 @@ _ROOFLINE = (
         nature="clock",
     ),
 )
-
-
-def _of(
-    find: Callable[[ModelResult], Latency | None], take: Callable[[Latency], float]
-) -> Callable[[ModelResult], float | None]:
-    def figure(model: ModelResult) -> float | None:
-        timed = find(model)
-        return None if timed is None else take(timed)
-
-    return figure
-
-
-def _pair(
-    find: Callable[[ModelResult], Latency | None],
-    take: Callable[[Latency], tuple[float, float, float]],
-    scale: float = 1,
-) -> Callable[[ModelResult], tuple[float, float] | None]:
-    def spread(model: ModelResult) -> tuple[float, float] | None:
-        timed = find(model)
-        return None if timed is None else (take(timed)[0] * scale, take(timed)[2] * scale)
-
-    return spread
-
-
-def _all(
-    find: Callable[[ModelResult], Latency | None], take: Callable[[Latency], list[float]]
-) -> Callable[[ModelResult], list[float] | None]:
-    def samples(model: ModelResult) -> list[float] | None:
-        timed = find(model)
-        return None if timed is None else take(timed)
-
-    return samples
-
-
-def _outer(values: Sequence[float]) -> tuple[float, float] | None:
-    if not values:
-        return None
-    low, _, high = quartiles(values)
-    return low, high
-
-
-def _plain(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else significant(value)

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison import Comparison, ModelResult, ScoredText
+from benchmarks.comparison import Comparison, ScoredText
 from benchmarks.fidelity import Fidelity
 from benchmarks.footprint import Footprint
 from benchmarks.latency import Latency, Turn
 from benchmarks.machine import Machine
+from benchmarks.model_result import ModelResult
 from benchmarks.perplexity import Perplexity
 from benchmarks.settings import BenchSettings
 

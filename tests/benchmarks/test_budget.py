@@ -13,7 +13,8 @@ import pytest
 import benchmarks
 from benchmarks.budget import bound_models, misses
 from benchmarks.commands import commands
-from benchmarks.comparison import Comparison, ModelResult
+from benchmarks.comparison import Comparison
+from benchmarks.model_result import ModelResult
 from benchmarks.report_settings import Budget, ShipSettings
 from benchmarks.rivals.record import Rival
 from benchmarks.shipping import best_to_ship, by_memory, ship_line

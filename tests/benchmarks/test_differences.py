@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from benchmarks import diff
-from benchmarks.comparison import Comparison, ModelResult
+from benchmarks.comparison import Comparison
 from benchmarks.differences import ReportDiff
 from benchmarks.fidelity import Fidelity
 from benchmarks.judging import Change
 from benchmarks.latency import Latency, Turn
+from benchmarks.model_result import ModelResult
 from benchmarks.perplexity import Perplexity
 from benchmarks.report_settings import DiffSettings
 from benchmarks.significance import Shift, between, critical, holm, of_mean, of_tail, two_sided

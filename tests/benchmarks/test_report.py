@@ -11,12 +11,14 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks.columns import COLUMNS, columns_of, significant, summary
-from benchmarks.comparison import SCHEMA, Comparison, ModelResult
+from benchmarks.column import significant
+from benchmarks.columns import COLUMNS, columns_of, summary
+from benchmarks.comparison import SCHEMA, Comparison
 from benchmarks.drawing import svg_file, to_png
 from benchmarks.frontier import dominators
 from benchmarks.latency import Latency, Turn
 from benchmarks.marks import TALL, WIDE, Disc, Plane, Stroke, Words
+from benchmarks.model_result import ModelResult
 from benchmarks.picture import draw
 from benchmarks.scales import divergence_scale, speed_scale
 from mistill.errors import FolderError, SettingsError, TargetExistsError

@@ -40,6 +40,8 @@ class Column:
             token, passage by passage, of a figure of text; None where nothing was kept.
         tail: Whether it is the 99th percentile of those samples, not their mean.
         logarithmic: Whether those samples are of its logarithm.
+        asked: A name for what the model was asked, where that is not the text of the report; None
+            where it is, or where it was not asked.
     """
 
     key: str
@@ -55,6 +57,7 @@ class Column:
     samples: Callable[[ModelResult], Rounds | Passages | None] = lambda _: None
     tail: bool = False
     logarithmic: bool = False
+    asked: Callable[[ModelResult], str | None] = lambda _: None
 
     def text(self, model: ModelResult) -> str:
         """The figure of one model.

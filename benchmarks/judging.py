@@ -127,6 +127,9 @@ def look(column: Column, old: ModelResult, new: ModelResult, obstacle: str) -> L
     if before is None or after is None:
         side = "old" if before is None else "new"
         return Look(replace(change, reason=f"not in the {side} report"))
+    asked = column.asked(old), column.asked(new)
+    if asked[0] is not None:  # something of its own, whatever text the reports are about
+        obstacle = "" if asked[0] == asked[1] else "it is not compared: it was asked of other text"
     if obstacle:
         return Look(replace(change, reason=obstacle.partition(": ")[2]))
     if column.nature in ("bytes", "memory"):

@@ -53,6 +53,7 @@ def _quoted_column(name: str, how: str) -> Column:
             ],
         ),
         logarithmic=True,
+        asked=taken(find, lambda found: found.text_fingerprint),
     )
 
 
@@ -126,6 +127,7 @@ QUALITY_COLUMNS = (
         spread=taken(_answers, lambda found: found.interval),
         nature="text",
         samples=taken(_answers, lambda found: [[float(one)] for one in found.outcomes()]),
+        asked=taken(_answers, lambda found: found.fingerprint),
     ),
     _kl_column(
         _reference,

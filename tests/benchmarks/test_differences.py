@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import diff
+from benchmarks.answers import Answers
 from benchmarks.comparison import Comparison
+from benchmarks.conventions import QuotedPerplexity
 from benchmarks.differences import ReportDiff
 from benchmarks.fidelity import Fidelity
 from benchmarks.judging import Change
@@ -286,6 +288,41 @@ def test_quality_on_another_text_is_not_compared(comparison: Comparison):
     for key in ("perplexity", KL, "kl_99th_percentile_nats", "top1_agreement"):
         assert found_of(found, "chatbot-4", key).verdict == "unknown"
     assert found_of(found, "chatbot-4", SPEED).verdict == "same"
+
+
+def with_texts_of_its_own(comparison: Comparison, whole: str, questions: str) -> Comparison:
+    """Chatbot-4 has read a whole text in windows, and was asked questions."""
+    quoted = QuotedPerplexity(
+        convention="gptq",
+        context_length=2048,
+        text_fingerprint=whole,
+        window_losses=(400.0, 410.0, 390.0),
+        window_tokens=(100, 100, 100),
+        window_bytes=(300, 300, 300),
+    )
+    answers = Answers(
+        fingerprint=questions,
+        kinds=("fact",) * 3,
+        log_probabilities=((-1.0, -2.0),) * 3,
+        answer_bytes=((1, 1),) * 3,
+        right=(0, 0, 1),
+    )
+    return changed(comparison, "chatbot-4", quoted=(quoted,), answers=answers)
+
+
+def test_what_is_read_besides_the_scored_text_is_compared_where_it_is_the_same(
+    comparison: Comparison,
+):
+    old = with_texts_of_its_own(comparison, "whole", "questions")
+    other = replace(old, text=replace(old.text, fingerprint="1e" * 32))
+    own = with_texts_of_its_own(comparison, "longer", "others")
+
+    for key in ("perplexity_gptq", "smoke_accuracy"):
+        assert found_of(diff(old, other), "chatbot-4", key).reason == "equal"
+        found = found_of(diff(old, own), "chatbot-4", key)
+        assert (found.verdict, found.reason) == ("unknown", "it was asked of other text")
+    assert found_of(diff(old, other), "chatbot-4", "perplexity").verdict == "unknown"
+    assert found_of(diff(old, own), "chatbot-4", "perplexity").reason == "equal"
 
 
 def test_the_distance_from_another_reference_is_not_compared(comparison: Comparison):

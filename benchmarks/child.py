@@ -181,6 +181,25 @@ class Worker:
         """
         return asdict(own_memory())
 
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Do what is asked by name, in this process as ``children.Child`` has it done in another.
+
+        Args:
+            do: What to do; the head of this module lists it.
+            **arguments: How.
+
+        Returns:
+            The answer.
+        """
+        actions: dict[str, Callable[..., dict[str, Any]]] = {
+            "prepare": self.prepare,
+            "open": self.open,
+            "turn": self.turn,
+            "score": self.score,
+            "memory": self.memory,
+        }
+        return actions[do](**arguments)
+
 
 class _Stopwatch:
     """A streamer of transformers that notes when every token arrives."""
@@ -242,17 +261,9 @@ def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
         answers: One JSON object per line.
     """
     for line in requests:
-        request = json.loads(line)
-        actions: dict[str, Callable[..., dict[str, Any]]] = {
-            "prepare": worker.prepare,
-            "open": worker.open,
-            "turn": worker.turn,
-            "score": worker.score,
-            "memory": worker.memory,
-        }
         try:
-            answer = actions[request.pop("do")](**request)
-        except Exception as error:
+            answer = worker.ask(**json.loads(line))
+        except Exception as error:  # all of it, traceback included, is for the parent to raise
             answer = {
                 "error": type(error).__name__,
                 "message": str(error),

@@ -20,7 +20,7 @@ from benchmarks.child import Worker
 from benchmarks.evaluation_settings import SMOKE, EvalSettings
 from benchmarks.machine import Machine, describe_machine
 from benchmarks.questions import ask, questions_fingerprint, read_questions
-from benchmarks.shares import simple_interval
+from benchmarks.shares import NORMAL, simple_interval
 from mistill.errors import SettingsError, missing_extra
 from mistill.folder import open_folder
 from mistill.lineage import fingerprint
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA = "mistill-evaluation-1"
-_NORMAL = 1.959963984540054
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,26 +153,14 @@ def evaluate(
 # --- the small offline set ----------------------------------------------------------------------
 
 
-class _Here:
-    """A model in this process, asked as others are in theirs."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.worker = Worker(folder, threads)
-        self.worker.open()
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert do == "score"
-        return self.worker.score(**arguments)
-
-
 def _smoke(folder: Path, limit: int | None, threads: int) -> list[Score]:
-    questions = read_questions()
-    if limit is not None:
-        questions = questions[:: max(1, -(-len(questions) // limit))]
-    with track("asking", len(questions), "questions") as tracker:
-        answers = ask(
-            _Here(folder, threads), questions, load_vocabulary(folder), lambda: tracker.advance()
-        )
+    every = read_questions()
+    count = min(limit or len(every), len(every))
+    questions = [every[place * len(every) // count] for place in range(count)]  # of every kind
+    worker = Worker(folder, threads)
+    worker.open()
+    with track("asking", count, "questions") as tracker:
+        answers = ask(worker, questions, load_vocabulary(folder), lambda: tracker.advance())
     name = questions_fingerprint(questions)[:16]
     shares = [
         (SMOKE, "acc_norm", sum(answers.outcomes()), len(questions)),
@@ -259,7 +246,7 @@ def _scores(task: str, figures: Mapping[str, Any], found: Mapping[str, Any]) -> 
         error = figures.get(f"{measure}_stderr,{way}")
         interval = None
         if isinstance(error, int | float) and math.isfinite(error):
-            interval = value - _NORMAL * error, value + _NORMAL * error
+            interval = value - NORMAL * error, value + NORMAL * error
         scores.append(
             Score(
                 task=task,

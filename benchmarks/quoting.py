@@ -88,9 +88,12 @@ def cut_texts(
         convention = CONVENTIONS[name]
         windows = cut_windows(ids, convention, bos_id)
         if not windows:
+            least = convention.context_length
+            cut = most_tokens is not None and most_tokens < least
+            what = "perplexity_tokens allows" if cut else "the text has"
             raise SettingsError(
-                f"the text has {len(ids)} tokens, and perplexity as {name} quotes it needs at "
-                f"least {convention.context_length}; give more text, or leave {name} out"
+                f"{what} {len(ids)} tokens, and perplexity as {name} quotes it needs at least "
+                f"{least}; give more, or leave {name} out"
             )
         spelled = spelled_bytes(windows, bytes_in(vocabulary))
         found.append(QuotedText(name, windows, spelled, fingerprint_of(windows)))

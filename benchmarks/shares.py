@@ -16,7 +16,8 @@ from benchmarks.significance import critical
 from mistill.uncertainty import Samples, mean_of, standard_error_of_mean
 
 CONFIDENCE = 0.95
-_NORMAL = 1.959963984540054
+#: Standard errors of a normal distribution within which 95% lie.
+NORMAL = 1.959963984540054
 
 
 def clustered_interval(samples: Samples) -> tuple[float, float]:
@@ -34,7 +35,7 @@ def clustered_interval(samples: Samples) -> tuple[float, float]:
     share, error = mean_of(samples), standard_error_of_mean(samples)
     tokens = sum(len(passage) for passage in samples)
     independent = share * (1 - share) / error**2 if error else float(tokens)
-    distance = critical(CONFIDENCE, len(samples) - 1) if len(samples) > 1 else _NORMAL
+    distance = critical(CONFIDENCE, len(samples) - 1) if len(samples) > 1 else NORMAL
     return _wilson(share, min(independent, tokens), distance)
 
 
@@ -48,7 +49,7 @@ def simple_interval(right: int, asked: int) -> tuple[float, float]:
     Returns:
         Lowest and highest share.
     """
-    return _wilson(right / asked, asked, _NORMAL)
+    return _wilson(right / asked, asked, NORMAL)
 
 
 def _wilson(share: float, count: float, distance: float) -> tuple[float, float]:

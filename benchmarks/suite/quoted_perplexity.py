@@ -29,33 +29,6 @@ from mistill.vocabulary import load_vocabulary
 GOAL = 0.005
 
 
-class Here:
-    """A model in this process, asked as ``benchmarks.compare`` asks others in theirs."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        """Open a folder.
-
-        Args:
-            folder: The folder.
-            threads: Threads to compute with.
-        """
-        self.worker = Worker(folder, threads)
-        self.worker.open()
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Do something at once.
-
-        Args:
-            do: What to do.
-            **arguments: How.
-
-        Returns:
-            The answer.
-        """
-        answer: dict[str, Any] = getattr(self.worker, do)(**arguments)
-        return answer
-
-
 def by_llama_cpp(
     model: Path, text: Path, programs: Path, chunks: int, threads: int
 ) -> dict[str, float]:
@@ -134,10 +107,11 @@ def measure(
     torch.set_num_threads(threads)
     length = CONVENTIONS["llama.cpp"].context_length
     cut = cut_texts(text, load_vocabulary(model), tuple(CONVENTIONS), chunks * length)
-    here = Here(model, threads)
+    worker = Worker(model, threads)
+    worker.open()
     found: dict[str, Any] = {}
     for one in cut:
-        ours = quote(here, one)
+        ours = quote(worker, one)
         theirs: dict[str, Any] | None = None
         if one.convention == "gptq":
             theirs = {"by": "transformers", "perplexity": by_transformers(model, one)}

@@ -46,7 +46,7 @@ class Neighbour:
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         self.log.append((self.worker.folder.name, do))
-        answer: dict[str, Any] = json.loads(json.dumps(getattr(self.worker, do)(**arguments)))
+        answer: dict[str, Any] = json.loads(json.dumps(self.worker.ask(do, **arguments)))
         return answer
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,16 +19,10 @@ from mistill.vocabulary import Vocabulary, load_vocabulary
 from tests.tiny import SENTENCES, tiny_model
 
 
-class Here:
-    """A model in this process, asked as if it were in another."""
-
-    def __init__(self, folder: Path) -> None:
-        self.worker = Worker(folder, threads=1)
-        self.worker.open()
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        found: dict[str, Any] = getattr(self.worker, do)(**arguments)
-        return found
+def opened(folder: Path) -> Worker:
+    worker = Worker(folder, threads=1)
+    worker.open()
+    return worker
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +43,7 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quoted(folder: Path, texts: Path, name: str) -> QuotedPerplexity:
     (text,) = cut_texts(texts, load_vocabulary(folder), [name], None)
-    return quote(Here(folder), text)
+    return quote(opened(folder), text)
 
 
 def transformers_losses(folder: Path, windows: np.ndarray, first: int) -> list[float]:
@@ -101,10 +94,15 @@ def test_a_model_with_too_short_a_context_is_refused_in_one_line():
         check_quotable(["llama.cpp", "gptq"], "model", 512)
 
 
-def test_too_short_a_text_is_refused_in_one_line(long_model: Path, chats: Path):
+def test_too_short_a_text_is_refused_in_one_line(long_model: Path, chats: Path, tmp_path: Path):
     vocabulary = load_vocabulary(long_model)
-    with pytest.raises(SettingsError, match="has 600 tokens, and perplexity as gptq quotes it"):
+    expected = "allows 600 tokens, and perplexity as gptq quotes it needs at least 2048"
+    with pytest.raises(SettingsError, match=expected):
         cut_texts(chats, vocabulary, ["llama.cpp", "gptq"], 600)
+    one = tmp_path / "one.txt"
+    one.write_text(SENTENCES[0], "utf-8")
+    with pytest.raises(SettingsError, match=r"the text has \d+ tokens, and perplexity as llama"):
+        cut_texts(one, vocabulary, ["llama.cpp"], 600)
 
 
 # --- llama.cpp itself ---------------------------------------------------------------------------
@@ -163,4 +161,4 @@ def test_perplexity_of_a_real_model_is_llama_cpps_own(perplexity_program: Path, 
     folder = save_model(gguf, tmp_path / "model")
     theirs, _ = llama_cpp_figure(perplexity_program, gguf, text, chunks=4)
     (cut,) = cut_texts(text, load_vocabulary(folder), ["llama.cpp"], 4 * 512)
-    assert quote(Here(folder), cut).value == pytest.approx(theirs, rel=5e-3)
+    assert quote(opened(folder), cut).value == pytest.approx(theirs, rel=5e-3)

@@ -19,8 +19,10 @@ class EvalSettings:
             read their questions from a model hub.
         include_path: A folder with tasks of your own, as lm-evaluation-harness describes them.
         limit: Ask at most so many questions of each task; for a first try only.
-        few_shot: Examples before every question; the task's own number if not given.
-        chat_template: Ask by the model's chat template.
+        few_shot: Examples before every question; the task's own number if not given. The small set
+            has none.
+        chat_template: Ask by the model's chat template; the small set does so where a question is
+            an instruction.
         threads: Threads to compute with; by default one for each processor that this process may
             use.
         seed: Of the draws, where a task samples.
@@ -50,3 +52,10 @@ class EvalSettings:
             f"threads must be at least 1, not {self.threads}",
         )
         require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
+        if set(self.tasks) == {SMOKE}:
+            for name in ("include_path", "few_shot", "chat_template", "seed"):
+                require(
+                    not getattr(self, name),
+                    f"{name} is for tasks of lm-evaluation-harness, and tasks names only {SMOKE}; "
+                    "name one, or leave it out",
+                )

@@ -30,7 +30,7 @@ Pair = tuple[Any, list[int], list[int]]
 
 
 @register_model("mistill")
-class MistillLM(TemplateLM):  # type: ignore[misc]
+class MistillLM(TemplateLM):
     """Any folder of the road: float, GPTQ, NF4 or ONNX.
 
     After ``import benchmarks.harness_model`` lm-evaluation-harness knows it as ``mistill``, with
@@ -143,6 +143,12 @@ class MistillLM(TemplateLM):  # type: ignore[misc]
             One pair for each request.
         """
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        longest = max((len(after) for _, _, after in requests), default=0)
+        if longest > self.max_length:
+            raise SettingsError(
+                f"an answer of the task has {longest} tokens, and the model holds "
+                f"{self.max_length} positions; leave the task out"
+            )
         with track("scoring", len(requests), "answers") as tracker:
             for ids, places in _by_input(requests):
                 logits = self._logits(ids)

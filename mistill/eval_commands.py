@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_library
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -35,14 +36,15 @@ def evaluate_folder(
         json: End with one line of JSON.
     """
     from benchmarks import evaluate
-    from mistill.publishing import refuse_existing
+    from mistill.publishing import creating_file
 
-    if out is not None and not overwrite:
-        refuse_existing(out)
-    found = evaluate(folder, settings=settings)
+    with nullcontext() if out is None else creating_file(out, overwrite) as file:
+        found = evaluate(folder, settings=settings)
+        document = json_library.dumps(found.to_dict())
+        if file is not None:
+            file.write_text(f"{document}\n", "utf-8")
     Console().print(found.table())
     if out is not None:
-        out.write_text(json_library.dumps(found.to_dict()) + "\n", "utf-8")
         print(f"result: {out}")
     if json:
-        print(json_library.dumps(found.to_dict()))
+        print(document)

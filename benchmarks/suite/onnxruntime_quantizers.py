@@ -166,7 +166,7 @@ def theirs(
             # The last layer, too, is to see every position.
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(1, np.int64), tensor.name))
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.feeds = _feeds(loaded, calibration)
 

@@ -66,6 +66,33 @@ def test_nonsense_is_refused() -> None:
         EvalSettings(few_shot=-1)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"few_shot": 2}, {"chat_template": True}, {"include_path": "x"}, {"seed": 3}],
+    ids=str,
+)
+def test_what_the_offline_set_does_not_heed_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=f"{next(iter(option))} is for tasks of lm-eval"):
+        EvalSettings(**option)
+    assert EvalSettings(tasks=("smoke", "arc_easy"), **option).tasks == ("smoke", "arc_easy")
+
+
+def test_as_many_questions_are_asked_as_are_allowed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def ask(_: object, questions: Any, *__: object) -> Any:
+        asked.append(len({question.text for question in questions}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.evaluation.ask", ask)
+    for limit in (1, 100, 500, None):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, limit=limit, threads=1)
+    assert asked == [1, 100, 120, 120]
+
+
 def test_the_command_writes_what_it_found(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +106,16 @@ def test_the_command_writes_what_it_found(
     assert document["schema"] == "mistill-evaluation-1"
     assert main(words) == 2
     assert "exists already" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_place_that_is_no_file_is_refused_before_anything_is_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmarks, "evaluate", None)
+    assert main(["eval", str(model), "--out", str(tmp_path), "--overwrite"]) == 2
+    assert "is a folder; give the name of the file to make" in capsys.readouterr().err
 
 
 # --- lm-evaluation-harness ----------------------------------------------------------------------
@@ -133,6 +170,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 import benchmarks
 from benchmarks.harness_model import MistillLM
+from mistill.errors import SettingsError
 
 names = ["winds", "replies", "rolling"]
 def figures(lm):
@@ -161,8 +199,8 @@ report = {
 }
 try:
     benchmarks.evaluate(onnx, tasks=("no_such_task",), include_path=tasks)
-except Exception as error:
-    report["refused"] = [type(error).__name__, str(error)]
+except SettingsError as error:
+    report["refused"] = str(error)
 print(json.dumps(report))
 """
 
@@ -237,9 +275,7 @@ def test_figures_come_with_intervals_and_unknown_tasks_are_refused(report: dict[
     assert low < scores["winds", "acc"]["value"] < high
     assert scores["smoke", "acc_norm"]["questions"] == 8
     assert report["api"]["harness"]
-    kind, message = report["refused"]
-    assert kind == "SettingsError"
-    assert "has no task no_such_task" in message
+    assert "has no task no_such_task" in report["refused"]
 
 
 def _numbers(value: Any) -> list[float]:

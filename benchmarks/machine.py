@@ -47,6 +47,8 @@ class Machine:
         versions: Libraries and their versions.
         energy_counters: What the counters of energy count that can be read, such as
             ``package-0``; none where the machine does not tell.
+        no_energy: Why there are none; empty where there are some, and in reports of before it was
+            kept.
     """
 
     processor: str
@@ -62,6 +64,7 @@ class Machine:
     load_average: float | None
     versions: dict[str, str]
     energy_counters: tuple[str, ...] = ()
+    no_energy: str = ""
 
 
 def describe_machine(threads: int) -> Machine:
@@ -77,6 +80,7 @@ def describe_machine(threads: int) -> Machine:
     flags = set(" ".join(_fields(cpuinfo, "flags") + _fields(cpuinfo, "Features")).split())
     places = set(zip(_fields(cpuinfo, "physical id"), _fields(cpuinfo, "core id"), strict=False))
     names = _fields(cpuinfo, "model name")
+    meter = EnergyMeter()
     return Machine(
         processor=names[0] if names else platform.processor() or platform.machine(),
         instructions=tuple(name for name in _INSTRUCTIONS_OF_NOTE if name in flags),
@@ -90,7 +94,8 @@ def describe_machine(threads: int) -> Machine:
         virtual="hypervisor" in flags,
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         versions=installed_versions(),
-        energy_counters=tuple(counter.name for counter in EnergyMeter().counters),
+        energy_counters=tuple(counter.name for counter in meter.counters),
+        no_energy=meter.reason,
     )
 
 

@@ -128,7 +128,7 @@ def conditions_in_full(comparison: Comparison) -> list[tuple[str, str]]:
             "Energy",
             f"counters of {', '.join(machine.energy_counters)}"
             if machine.energy_counters
-            else "not available",
+            else ": ".join(filter(None, ["not available", machine.no_energy])),
         ),
         ("Memory", f"{machine.memory_bytes / 2**30:.1f} GiB"),
         ("System", machine.system),

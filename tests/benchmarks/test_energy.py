@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from benchmarks.energy import EnergyMeter
 from benchmarks.latency import Latency, Turn, time_turn
+from benchmarks.machine import describe_machine
+from tests.benchmarks.made import made_comparison
 
 LIMIT = 262_143_328_850
 
@@ -70,6 +73,19 @@ def test_forbidden_counters_are_named_as_such(powercap: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Path, "read_text", refuse)
     assert EnergyMeter(powercap).reason == "the counters may be read by root only"
+
+
+def test_a_report_says_why_it_has_no_energy(
+    tmp_path: Path, powercap: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def shown(root: Path) -> str:
+        monkeypatch.setattr("benchmarks.machine.EnergyMeter", lambda: EnergyMeter(root))
+        machine = describe_machine(1)
+        found = replace(made_comparison(), machine=machine).to_markdown()
+        return next(line for line in found.splitlines() if line.startswith("- Energy: "))
+
+    assert shown(tmp_path / "nowhere") == "- Energy: not available: the machine shows no counters"
+    assert shown(powercap) == "- Energy: counters of package-0, dram, package-1"
 
 
 class Spender:

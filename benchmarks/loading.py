@@ -52,11 +52,13 @@ def time_load(folder: Path, *, cold: bool, prompt: Sequence[int], threads: int) 
 
 
 def drop(folder: Path) -> None:
-    """Ask the kernel to forget the files of a folder.
+    """Ask the kernel to forget the files of a folder; not every system can be asked.
 
     Args:
         folder: The folder; of what lies below it too.
     """
+    if not hasattr(os, "posix_fadvise"):
+        return
     for file in _files(folder):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())  # what is not on the disk yet cannot be dropped

@@ -109,6 +109,16 @@ def test_what_is_dropped_is_gone_and_what_is_read_is_there(tmp_path: Path):
     assert resident_share(tmp_path) > 0.9
 
 
+def test_a_system_that_cannot_be_asked_to_drop_files_has_no_cold_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "weights").write_bytes(bytes(1 << 16))
+    monkeypatch.delattr(os, "posix_fadvise")
+    read(tmp_path)
+    drop(tmp_path)
+    assert resident_share(tmp_path) > 0.9
+
+
 def test_the_share_of_the_roofline_is_as_worked_by_hand():
     model = made_comparison().models[-1]  # 131 tokens/s after 128 tokens of prompt
     assert roofline_share(model) is None
@@ -122,3 +132,15 @@ def test_the_share_of_the_roofline_is_as_worked_by_hand():
     allowed = 10e9 / (50e6 + 151.5e3)
     share = roofline_share(replace(model, step_bytes=bytes_))
     assert share == pytest.approx(model.latency.decode_tokens_per_second / allowed)
+
+
+def test_a_slow_kernel_lowers_the_roofline_and_a_fast_one_does_not():
+    bytes_ = StepBytes(
+        weight_bytes=1,
+        packed_bytes=50_000_000,
+        cache_bytes_per_position=0,
+        memory_bytes_per_second=10e9,
+    )
+    assert bytes_.ceiling(0) == pytest.approx(200)
+    assert replace(bytes_, kernel_seconds=0.004).ceiling(0) == pytest.approx(200)
+    assert replace(bytes_, kernel_seconds=0.008).ceiling(0) == pytest.approx(125)

@@ -55,19 +55,9 @@ class Answers:
         return float(np.mean(self.outcomes()))
 
     @property
-    def plain_accuracy(self) -> float:
-        """Share of questions answered rightly, log-probabilities taken whole."""
-        return float(np.mean(self.outcomes(normalized=False)))
-
-    @property
     def interval(self) -> tuple[float, float]:
         """95% confidence interval of the accuracy (Wilson, 1927)."""
         return simple_interval(sum(self.outcomes()), len(self.right))
-
-    @property
-    def chance(self) -> float:
-        """What guessing would reach on average."""
-        return float(np.mean([1 / len(values) for values in self.log_probabilities]))
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
         """Right answers and questions of every kind, log-probabilities taken for each byte.

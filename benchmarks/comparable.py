@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.comparison import Comparison
+from benchmarks.latency import Latency
 
 #: Processes at work for each processor, above which the rounds of a report are suspect.
 _BUSY = 0.5
@@ -147,11 +148,10 @@ def unsteadiness(old: Comparison, new: Comparison, names: Mapping[str, str]) -> 
         before, after = old[first], new[second]
         if before.fingerprint != after.fingerprint:
             continue
-        pairs = {
-            f"transformers on {second}": (before.transformers_latency, after.transformers_latency)
-        }
-        if not same_library:
-            pairs = {}
+        pairs: dict[str, tuple[Latency | None, Latency | None]] = {}
+        if same_library:
+            latencies = before.transformers_latency, after.transformers_latency
+            pairs[f"transformers on {second}"] = latencies
         if before.rival is not None and before.rival == after.rival:
             pairs[second] = before.latency, after.latency
         for words, (one, other) in pairs.items():

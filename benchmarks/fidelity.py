@@ -49,11 +49,6 @@ class Fidelity:
         return mean_of(self.agreements)
 
     @property
-    def agreement_standard_error(self) -> float | None:
-        """Standard error of the agreement, taken between passages."""
-        return standard_error_of_mean(self.agreements)
-
-    @property
     def agreement_interval(self) -> tuple[float, float]:
         """95% confidence interval of the agreement (``benchmarks.shares``)."""
         return clustered_interval(self.agreements)

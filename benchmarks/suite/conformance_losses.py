@@ -27,10 +27,6 @@ from torch import Tensor, nn
 HeadKind = Literal["float", "lora", "nf4"]
 
 
-class NotOfferedError(Exception):
-    """The loss has no way to be asked for this."""
-
-
 # --- models of which only the last layer is real ------------------------------------------------
 
 

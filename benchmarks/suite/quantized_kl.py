@@ -252,7 +252,8 @@ def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dic
     assert child.stderr is not None
     complaint = child.stderr.read().decode()
     _, status, usage = os.wait4(child.pid, 0)
-    if status:
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
         raise SystemExit(f"{name} failed:\n{complaint[-2000:]}")
     return {
         "seed": seed,

@@ -26,6 +26,7 @@ from typing import Any
 import benchmarks
 from benchmarks.comparison import Comparison
 from benchmarks.machine import describe_machine
+from mistill.processors import usable_threads
 
 MOST_ALARMS = 0.05
 _NAME = "model"
@@ -109,7 +110,7 @@ def measure(
                     widths.setdefault(change.column.key, []).append((high - low) / 2)
             print(f"{number + 1}: {', '.join(called) or 'nothing'}", file=sys.stderr, flush=True)
     wrong = sum(map(bool, alarms))
-    threads = settings.threads or describe_machine(1).usable_processors
+    threads = settings.threads or usable_threads()
     return {
         "benchmark": "same_twice",
         "model": model.name,

@@ -14,7 +14,7 @@ _GIB = 2**30
 
 def loss_head(found: Found) -> list[str]:
     """Time and memory of every way to compute the loss, with all positions and with some."""
-    kept = {name.removeprefix("kept "): table for name, table in found.items() if "kept " in name}
+    kept = {name.removeprefix("kept "): one for name, one in found.items() if "kept " in name}
     heads = [""]
     for share in kept:
         words = (

@@ -61,15 +61,18 @@ class StepBytes:
         packed_bytes: The same as the engine lays them out.
         cache_bytes_per_position: Keys and values for each earlier token.
         memory_bytes_per_second: What this machine's memory gave the threads of the run.
+        kernel_seconds: What the integer products of a step take the threads of the run where a
+            cache holds the weights; None if that was not measured.
     """
 
     weight_bytes: int
     packed_bytes: int
     cache_bytes_per_position: int
     memory_bytes_per_second: float
+    kernel_seconds: float | None = None
 
     def ceiling(self, depth: float) -> float:
-        """Tokens per second that memory allows.
+        """Tokens per second that memory and the integer kernels allow, whichever allows less.
 
         Args:
             depth: Tokens before, on average.
@@ -78,7 +81,7 @@ class StepBytes:
             Tokens per second.
         """
         read = self.packed_bytes + depth * self.cache_bytes_per_position
-        return self.memory_bytes_per_second / read
+        return 1 / max(read / self.memory_bytes_per_second, self.kernel_seconds or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

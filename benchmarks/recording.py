@@ -15,7 +15,8 @@ from benchmarks.settings import BenchSettings
 from benchmarks.subjects import Subject
 from mistill.folder import MANIFEST_FILE, FolderInfo, read_json
 from mistill.lineage import fingerprint, read_lineage
-from mistill.onnx_cost import memory_speed
+from mistill.onnx_cost import memory_speed, product_weights
+from mistill.products import kernel_speed
 
 
 def recorded(
@@ -122,4 +123,15 @@ def _step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:
         packed_bytes=manifest["packed_bytes_per_token"],
         cache_bytes_per_position=manifest["cache_bytes_per_position"],
         memory_bytes_per_second=short(memory_speed(threads)),
+        kernel_seconds=_kernel_seconds(info, threads),
     )
+
+
+def _kernel_seconds(info: FolderInfo, threads: int) -> float | None:
+    """What a step's integer products take out of a cache; None where nothing can read a graph."""
+    try:
+        import onnx_ir
+    except ImportError:
+        return None
+    weights = product_weights(onnx_ir.load(info.path / "model.onnx").graph)
+    return short(sum(count / kernel_speed(kernel, threads) for kernel, count in weights.items()))

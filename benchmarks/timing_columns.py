@@ -37,14 +37,15 @@ def timing_columns(models: Iterable[ModelResult]) -> tuple[Column, ...]:
 
 
 def roofline_share(model: ModelResult) -> float | None:
-    """How much of what memory allows a model has reached while writing.
+    """How much of what memory and kernels allow a model has reached while writing.
 
     Args:
         model: The result.
 
     Returns:
         Tokens per second by those at which the weights and the cache of every step would be read
-        at the speed of memory; None where the bytes of a step are not known.
+        at the speed of memory, or multiplied at the speed of the integer kernels, whichever are
+        fewer; None where the bytes of a step are not known.
     """
     if model.step_bytes is None:
         return None
@@ -273,7 +274,8 @@ _ROOFLINE = (
         title="Of the roofline",
         unit="%",
         meaning="Writing by the speed at which memory could give the weights and the cache of "
-        "every step, as measured in this run.",
+        "every step, or integer kernels multiply them out of a processor's cache, whichever is "
+        "less, as measured in this run.",
         figure=roofline_share,
         write=lambda value: f"{value * 100:.0f}",
         better="higher",

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from export.kernels import KERNELS, Kernel, Timer, Timing
+from export.kernels import KERNELS, Timer, Timing
 from mistill.errors import FolderError, SettingsError
 from mistill.folder import open_folder, read_json
+from mistill.products import Kernel
 from mistill.publishing import refuse_existing, write_atomically
 from mistill.settings import require
 

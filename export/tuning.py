@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from export.architecture import EMBEDDING, HEAD, Architecture
-from export.kernels import KERNELS, Kernel, Timing
+from export.kernels import KERNELS, Timing
 from export.probe import HERE, Probe, probe_here, read_probe
 from export.settings import GraphOptions, OnnxSettings
+from mistill.products import Kernel
 
 if TYPE_CHECKING:
     from export.weights import FolderWeights

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mistill.products import Form, Kernel
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -25,6 +27,7 @@ _VIEWS = ("Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze", "Identity")
 # Per block of columns of a row, the integer kernels keep its scale and the sum of its weights.
 _PACKED_BLOCK_BYTES = 8
 _INTEGER_LEVEL = 4
+_FORMS: dict[int, Form] = {4: "int4", 8: "int8"}
 
 _PROBE_BYTES = 1 << 27
 _PROBE_PASSES = 6
@@ -96,6 +99,29 @@ def step_cost(graph: ir.Graph) -> StepCost:
             _position_bytes(value) for value in graph.inputs if "past" in str(value.name)
         ),
     )
+
+
+def product_weights(graph: ir.Graph) -> dict[Kernel, int]:
+    """Weights that a step multiplies in 8-bit integers, by the kernel that does it.
+
+    Args:
+        graph: The graph; weights are not read.
+
+    Returns:
+        Rows times columns of all such products of a kernel.
+    """
+    found: dict[Kernel, int] = {}
+    for node in graph.all_nodes():
+        numbers = {
+            name: node.attributes.get_int(name, 0)
+            for name in ("accuracy_level", "bits", "block_size", "K", "N")
+        }
+        if node.op_type != "MatMulNBits" or numbers["accuracy_level"] != _INTEGER_LEVEL:
+            continue
+        if numbers["bits"] in _FORMS:
+            kernel = Kernel(_FORMS[numbers["bits"]], numbers["block_size"])
+            found[kernel] = found.get(kernel, 0) + numbers["K"] * numbers["N"]
+    return found
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:

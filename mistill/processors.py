@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,11 +23,34 @@ def usable_threads(root: Path = Path("/")) -> int:
         The processors that this process may run on, or its share of them if a control group
         limits it; at least 1.
     """
-    if hasattr(os, "sched_getaffinity"):
-        processors = len(os.sched_getaffinity(0))
-    else:
-        processors = os.cpu_count() or 1
+    processors = len(usable_processors()) or os.cpu_count() or 1
     return max(1, int(min([processors, *_quotas(root)])))
+
+
+def usable_processors() -> list[int]:
+    """The processors that this thread may run on, by their numbers.
+
+    Returns:
+        In order; empty where the system does not tell.
+    """
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+@contextmanager
+def held_to_first_processor() -> Iterator[None]:
+    """Keep this thread on the first of its processors, for a measurement of a moment.
+
+    A thread that another one wakes begins on the waker's processor on some virtual machines, and
+    is moved to an idle one only after many milliseconds.
+    """
+    processors = usable_processors()
+    if processors:
+        os.sched_setaffinity(0, processors[:1])
+    try:
+        yield
+    finally:
+        if processors:
+            os.sched_setaffinity(0, processors)
 
 
 def _quotas(root: Path) -> Iterator[float]:

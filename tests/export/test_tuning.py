@@ -16,11 +16,12 @@ import export.probe
 from export import probe_cpu, to_onnx
 from export.architecture import read_architecture
 from export.blocks import blocks_of_codes, widen
-from export.kernels import KERNELS, MOST_WEIGHTS, PROMPT, Kernel, OnnxTimer, Timing
+from export.kernels import KERNELS, MOST_WEIGHTS, PROMPT, OnnxTimer, Timing
 from export.probe import Probe, read_probe, run_probe
 from export.tuning import Stored, allowed, product_shapes, tune
 from mistill.errors import SettingsError, TargetExistsError
 from mistill.folder import read_json
+from mistill.products import Kernel
 from tests.export.sources import gptq_folder, nf4_folder, quantized_weight
 from tests.tiny import tiny_model
 

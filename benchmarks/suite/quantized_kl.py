@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -227,19 +226,17 @@ def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dic
         options |= {"samples": given.samples, "block_length": given.block_length, "seed": seed}
     texts = _from_anywhere(given.texts) if way.calibrated else None
     python = given.gptqmodel_python if "backend" in options else sys.executable
-    work = json.dumps(
-        [
-            way.call,
-            _from_anywhere(given.model),
-            str(target.resolve()),
-            texts,
-            options | {"overwrite": True},
-        ]
-    )
+    places = [_from_anywhere(given.model), str(target.resolve())]
+    work = json.dumps([way.call, *places, texts, options | {"overwrite": True}])
+    return {"seed": seed, **_in_a_child(python, work, home, given.threads)}
+
+
+def _in_a_child(python: str, work: str, home: Path, threads: int) -> dict[str, float]:
+    """Seconds and peak memory of a process that does the work."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": str(given.threads),
+        "OMP_NUM_THREADS": str(threads),
     }
     started = time.perf_counter()
     child = subprocess.Popen(
@@ -250,25 +247,18 @@ def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dic
         cwd=home,
     )
     assert child.stderr is not None
-    complaint = child.stderr.read().decode()
+    with child.stderr as said:
+        complaint = said.read().decode()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise SystemExit(f"{name} failed:\n{complaint[-2000:]}")
-    return {
-        "seed": seed,
-        "seconds": time.perf_counter() - started,
-        "peak_mib": _peak_mib(usage),
-    }
+        raise SystemExit(f"{work} failed:\n{complaint[-2000:]}")
+    return {"seconds": time.perf_counter() - started, "peak_mib": usage.ru_maxrss / 1024}
 
 
 def _from_anywhere(source: str) -> str:
     """A file or folder for a child that works elsewhere; names of other kinds as they are."""
     return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def _peak_mib(usage: resource.struct_rusage) -> float:
-    return usage.ru_maxrss / 1024
 
 
 def held_out_blocks(given: argparse.Namespace) -> TokenBlocks:

@@ -79,7 +79,8 @@ def take_turns(
             children[name] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            _read(name, children[name])
+        for name, child in children.items():
+            _read(name, child)
         for turn in range(warm_up + rounds):
             for name, child in children.items():
                 assert child.stdin is not None

@@ -6,6 +6,8 @@ A row of codes is one stream of bits, the first code in the lowest bits of the f
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -81,9 +83,7 @@ def less_one(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
     Returns:
         Shape (R, words).
     """
-    if bits == 3:
-        return pack_rows(unpack_rows(words, bits) - np.uint8(1) & np.uint8(7), bits)
-    return words - _ones(bits)
+    return _plus(words, bits, -1)
 
 
 def plus_one(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
@@ -96,14 +96,14 @@ def plus_one(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
     Returns:
         Shape (R, words).
     """
+    return _plus(words, bits, 1)
+
+
+def _plus(words: NDArray[np.uint32], bits: int, number: Literal[-1, 1]) -> NDArray[np.uint32]:
     if bits == 3:
-        return pack_rows(unpack_rows(words, bits) + np.uint8(1) & np.uint8(7), bits)
-    return words + _ones(bits)
-
-
-def _ones(bits: int) -> np.uint32:
-    """A word with a 1 in every lane, 0x11111111 for 4 bits."""
-    return np.uint32((2**WORD_BITS - 1) // (2**bits - 1))
+        return pack_rows(unpack_rows(words, bits) + np.uint8(number % 8) & np.uint8(7), bits)
+    ones = (2**WORD_BITS - 1) // (2**bits - 1)  # a 1 in every lane, 0x11111111 for 4 bits
+    return words + np.uint32(number * ones % 2**WORD_BITS)
 
 
 def _pack_threes(values: NDArray[np.uint8]) -> NDArray[np.uint32]:

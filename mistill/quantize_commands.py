@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mistill.command_output import made_folder, speaks
 from mistill.errors import SettingsError
-from mistill.options import Flat, Texts
+from mistill.options import Flat, Making, Texts
 from mistill.settings import settings_dict
 from quantize import (
     GptqSettings,
@@ -95,8 +95,8 @@ def quantize_model(
         console = Console()
         console.print(sweep_table(report))
         console.print(sweep_notes(report), soft_wrap=True, markup=False, highlight=False)
-    if json:
-        print(json_library.dumps(report.to_dict()))
+        if json:
+            print(json_library.dumps(report.to_dict()))
     return report.to_dict()
 
 
@@ -107,13 +107,10 @@ def gptq(
     /,
     *,
     texts: Texts,
-    held_out: Texts = (),
-    teacher: str | None = None,
     settings: Annotated[GptqSettings, Flat] = GptqSettings(),
     quantize_config: Path | None = None,
     backend: Literal["mistill", "gptqmodel", "auto_gptq"] = "mistill",
-    overwrite: bool = False,
-    json: bool = False,
+    how: Annotated[Making, Flat] = Making(),
 ) -> dict[str, Any]:
     """Round weights to a few bits, making up for each error in the columns that follow.
 
@@ -121,16 +118,12 @@ def gptq(
         source: A float model folder.
         target: The folder to make.
         texts: Text to calibrate on.
-        held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with on held-out
-            text too.
         settings: The grid and the method.
         quantize_config: A quantize_config.json of AutoGPTQ, or a folder with one, for settings
             that are not given here.
         backend: Which library does it: gptqmodel where that is installed; auto_gptq says why that
             one cannot.
-        overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        how: How the result is measured, and what is printed.
 
     Returns:
         What was made.
@@ -143,17 +136,8 @@ def gptq(
         settings = gptq_settings(
             quantize_config, **{name: given[name] for name in given if given[name] != plain[name]}
         )
-    made = to_gptq(
-        source,
-        target,
-        texts=texts,
-        held_out=held_out or None,
-        teacher=teacher,
-        settings=settings,
-        backend=backend,
-        overwrite=overwrite,
-    )
-    return _quantized(made, json)
+    made = to_gptq(source, target, texts=texts, settings=settings, backend=backend, **how.given())
+    return _quantized(made, how.json)
 
 
 @app.command
@@ -162,38 +146,24 @@ def rounding(
     target: Path,
     /,
     *,
-    held_out: Texts = (),
-    teacher: str | None = None,
     settings: Annotated[RoundingSettings, Flat] = RoundingSettings(),
-    overwrite: bool = False,
-    json: bool = False,
+    how: Annotated[Making, Flat] = Making(),
 ) -> dict[str, Any]:
     """Round weights to the nearest point of the same grid: the baseline.
 
     Args:
         source: A float model folder.
         target: The folder to make.
-        held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with on held-out
-            text too.
         settings: The grid.
-        overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        how: How the result is measured, and what is printed.
 
     Returns:
         What was made.
     """
     from quantize import to_rounding
 
-    made = to_rounding(
-        source,
-        target,
-        held_out=held_out or None,
-        teacher=teacher,
-        settings=settings,
-        overwrite=overwrite,
-    )
-    return _quantized(made, json)
+    made = to_rounding(source, target, settings=settings, **how.given())
+    return _quantized(made, how.json)
 
 
 @app.command
@@ -203,11 +173,8 @@ def mixed(
     /,
     *,
     texts: Texts,
-    held_out: Texts = (),
-    teacher: str | None = None,
     settings: Annotated[MixedSettings, Flat] = MixedSettings(),
-    overwrite: bool = False,
-    json: bool = False,
+    how: Annotated[Making, Flat] = Making(),
 ) -> dict[str, Any]:
     """Choose bits and groups for every matrix, within a size, and quantize by GPTQ.
 
@@ -215,28 +182,16 @@ def mixed(
         source: A float model folder.
         target: The folder to make.
         texts: Text to estimate on and to calibrate on.
-        held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with on held-out
-            text too.
         settings: The size and the choices.
-        overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        how: How the result is measured, and what is printed.
 
     Returns:
         What was made.
     """
     from quantize import to_mixed
 
-    made = to_mixed(
-        source,
-        target,
-        texts=texts,
-        held_out=held_out or None,
-        teacher=teacher,
-        settings=settings,
-        overwrite=overwrite,
-    )
-    return _quantized(made, json)
+    made = to_mixed(source, target, texts=texts, settings=settings, **how.given())
+    return _quantized(made, how.json)
 
 
 @app.command
@@ -245,38 +200,24 @@ def nf4(
     target: Path,
     /,
     *,
-    held_out: Texts = (),
-    teacher: str | None = None,
     settings: Annotated[Nf4Settings, Flat] = Nf4Settings(),
-    overwrite: bool = False,
-    json: bool = False,
+    how: Annotated[Making, Flat] = Making(),
 ) -> dict[str, Any]:
     """Store weights as bitsandbytes' 4-bit normal floats.
 
     Args:
         source: A float model folder.
         target: The folder to make.
-        held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with on held-out
-            text too.
         settings: Whether the scales are quantized too.
-        overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        how: How the result is measured, and what is printed.
 
     Returns:
         What was made.
     """
     from quantize import to_nf4
 
-    made = to_nf4(
-        source,
-        target,
-        held_out=held_out or None,
-        teacher=teacher,
-        settings=settings,
-        overwrite=overwrite,
-    )
-    return _quantized(made, json)
+    made = to_nf4(source, target, settings=settings, **how.given())
+    return _quantized(made, how.json)
 
 
 @app.command
@@ -472,7 +413,7 @@ def _merged(path: Path, json: bool) -> dict[str, Any]:
     from mistill.lineage import read_lineage
 
     step = read_lineage(path)[-1]
-    for name, one in step.get("orders", {}).items():
+    for name, one in step.get("orders", {}).items() if speaks() else ():
         chosen = " (kept)" if name == step["chosen"] else ""
         print(
             f"{name.replace('_', ' ')}: KL {one['kl']:.5f}, perplexity {one['perplexity']:.2f} "

@@ -57,12 +57,14 @@ def bench_models(
     """
     from benchmarks import compare
     from benchmarks.budget import find_names
+    from benchmarks.rivals.engines import choices
     from benchmarks.rivals.environment import rivals_named
     from benchmarks.subjects import short_names
     from mistill.publishing import refuse_existing
 
-    if budget.budget_for and not settings.against:
-        find_names(budget.budget_for, short_names([*map(str, models)]))
+    if budget.budget_for:
+        rivals = [choice.name for choice in choices(settings.against)]
+        find_names(budget.budget_for, [*short_names([*map(str, models)]), *rivals])
     if out is not None:
         refuse_existing(out, overwrite)
     report = compare(

@@ -146,6 +146,10 @@ def onnxruntime_quantizers(found: Found) -> list[str]:
             number(way["seconds"]),
         ]
         for name, way in found["ways"].items()
+        if "kl" in way
+    ]
+    failed = [
+        f" {name} fails: {way['failed']}." for name, way in found["ways"].items() if "kl" not in way
     ]
     ratios = [f"{name} {ratio:.2f}" for name, ratio in found["over_onnxruntime_gptq"].items()]
     k_quant = [f"{name} {ratio:.2f}" for name, ratio in found["over_onnxruntime_k_quant"].items()]
@@ -154,7 +158,7 @@ def onnxruntime_quantizers(found: Found) -> list[str]:
         "",
         f"Groups of {found['group_size']}, {found['calibration_tokens']:,} calibration and "
         f"{found['held_out_tokens']:,} held-out tokens. KL of mistill over onnxruntime's GPTQ: "
-        f"{'; '.join(ratios)}. Over its k-quant: {'; '.join(k_quant)}.",
+        f"{'; '.join(ratios)}. Over its k-quant: {'; '.join(k_quant)}.{''.join(failed)}",
     ]
 
 

@@ -216,7 +216,7 @@ def test_a_mix_of_bits_is_shown_beside_q4_k_m() -> None:
 
 def test_onnxruntime_quantizers_are_shown_with_ratios() -> None:
     way = {"kl": 0.2, "kl_standard_error": 0.01, "perplexity": 30.0, "seconds": 70.2}
-    found = {
+    found: dict[str, Any] = {
         "ways": {"mistill gptq, symmetric": way, "onnxruntime k-quant": way},
         "group_size": 64,
         "calibration_tokens": 2048,
@@ -226,7 +226,11 @@ def test_onnxruntime_quantizers_are_shown_with_ratios() -> None:
     }
     lines = step_tables.onnxruntime_quantizers(found)
     assert rows_of(lines)[1] == ["onnxruntime k-quant", "0.200 ± 0.01", "30.00", "70.2"]
-    assert "GPTQ: gptq, symmetric 0.50. Over its k-quant: gptq 0.75." in lines[-1]
+    assert lines[-1].endswith("GPTQ: gptq, symmetric 0.50. Over its k-quant: gptq 0.75.")
+    found["ways"]["onnxruntime gptq, asymmetric"] = {"failed": "ValueError: odd"}
+    failing = step_tables.onnxruntime_quantizers(found)
+    assert rows_of(failing) == rows_of(lines)
+    assert failing[-1] == f"{lines[-1]} onnxruntime gptq, asymmetric fails: ValueError: odd."
 
 
 def test_big_models_are_shown_in_gigabytes() -> None:

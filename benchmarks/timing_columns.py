@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.column import MEGABYTE, Column, rate, significant, taken, whole
 from benchmarks.footprint import Load
-from benchmarks.latency import Latency
+from benchmarks.latency import Latency, Turn
 from benchmarks.model_result import ModelResult
 from mistill.uncertainty import quartiles
 
@@ -65,30 +65,38 @@ def _first_token(find: Find, **more: Any) -> Column:
 
 
 def _reading(find: Find, **more: Any) -> Column:
-    return Column(
-        unit="tok/s",
-        figure=taken(find, lambda timed: timed.prompt_tokens_per_second),
-        write=rate,
-        better="higher",
-        spread=taken(find, lambda timed: _outer(timed.prompt_quartiles)),
-        nature="clock",
-        samples=taken(
-            find,
-            lambda timed: [turn.prompt_tokens / turn.first_token_seconds for turn in timed.turns],
-        ),
+    return _speed(
+        find,
+        lambda timed: timed.prompt_quartiles,
+        lambda turn: turn.prompt_tokens / turn.first_token_seconds,
         **more,
     )
 
 
 def _writing(find: Find, **more: Any) -> Column:
+    return _speed(
+        find,
+        lambda timed: timed.decode_quartiles,
+        lambda turn: turn.decode_tokens_per_second,
+        **more,
+    )
+
+
+def _speed(
+    find: Find,
+    of: Callable[[Latency], tuple[float, float, float]],
+    each: Callable[[Turn], float],
+    **more: Any,
+) -> Column:
+    """Tokens per second, by their quartiles and by those of each turn."""
     return Column(
         unit="tok/s",
-        figure=taken(find, lambda timed: timed.decode_tokens_per_second),
+        figure=taken(find, lambda timed: of(timed)[1]),
         write=rate,
         better="higher",
-        spread=taken(find, lambda timed: _outer(timed.decode_quartiles)),
+        spread=taken(find, lambda timed: _outer(of(timed))),
         nature="clock",
-        samples=taken(find, lambda timed: [turn.decode_tokens_per_second for turn in timed.turns]),
+        samples=taken(find, lambda timed: [each(turn) for turn in timed.turns]),
         **more,
     )
 

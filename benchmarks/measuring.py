@@ -77,8 +77,8 @@ def compare(
             be among them.
         rivals: Where the rivals that the settings name are installed: the path of a Python, of its
             environment or, of llama.cpp, of a folder of its libraries, by name. What is not given
-            is looked up in MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI and
-            MISTILL_CTRANSLATE2.
+            is looked up in MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI,
+            MISTILL_CTRANSLATE2, MISTILL_OPENVINO_VENV and MISTILL_OPTIMUM_VENV.
         rival_source: The float, GPTQ or NF4 folder whose weights the rivals get; by default the
             compared float folder that most of the others were made of, or else the first folder
             that has such weights.

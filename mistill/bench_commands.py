@@ -41,8 +41,8 @@ def bench_models(
         reference: The model that the others are held against; the first if not given.
         rivals_in: Where a rival is installed, such as genai=DIR: a Python, an environment or, of
             llama.cpp, a folder of its libraries; llama.cpp-programs=DIR has its quantizer. Else
-            MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI and MISTILL_CTRANSLATE2
-            say so.
+            MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI, MISTILL_CTRANSLATE2,
+            MISTILL_OPENVINO_VENV and MISTILL_OPTIMUM_VENV say so.
         rival_source: The float, GPTQ or NF4 folder whose weights the rivals get; the float folder
             that most of the others were made of if not given.
         out: A folder for the report: JSON, Markdown, HTML and a picture.

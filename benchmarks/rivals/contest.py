@@ -13,8 +13,8 @@ from benchmarks.rivals.record import Rival
 from mistill.errors import SettingsError
 from mistill.folder import FolderInfo
 
-# Files that hold weights: GGUF, an ONNX graph, and CTranslate2.
-_WEIGHTS = (".gguf", ".onnx", ".data", ".bin")
+# Files that hold weights: GGUF, ONNX graphs, CTranslate2 and OpenVINO.
+_WEIGHTS = (".gguf", ".onnx", ".data", ".onnx_data", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mistill.errors import SettingsError
+from mistill.errors import MissingExtraError, SettingsError
 from mistill.language_model import LanguageModel
 
 NOTE_FILE = "rival.json"
@@ -68,6 +68,22 @@ ENGINES = {
             install="pip install ctranslate2 numpy",
             default="int8",
         ),
+        Engine(
+            name="openvino",
+            adapter="benchmarks.rivals.openvino_model",
+            maker="benchmarks.rivals.openvino_files",
+            variable="MISTILL_OPENVINO_VENV",
+            install="pip install openvino-genai 'optimum-intel[openvino]'",
+            default="int4",
+        ),
+        Engine(
+            name="optimum",
+            adapter="benchmarks.rivals.optimum_model",
+            maker="benchmarks.rivals.optimum_files",
+            variable="MISTILL_OPTIMUM_VENV",
+            install="pip install 'optimum-onnx[onnxruntime]'",
+            default="fp32",
+        ),
     )
 }
 
@@ -102,6 +118,7 @@ class Note:
         made: How the file came to be.
         source: Name of the folder that it was made of.
         context_length: Most positions of the model.
+        vocabulary_size: Number of logits of the model, V.
         settings: What the engine is told, by name.
     """
 
@@ -112,6 +129,7 @@ class Note:
     made: str
     source: str
     context_length: int
+    vocabulary_size: int
     settings: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
@@ -174,6 +192,28 @@ def maker(engine: Engine) -> Any:
         The module.
     """
     return importlib.import_module(engine.maker)
+
+
+def import_library(module: str, package: str) -> Any:
+    """In a rival's own environment: its library.
+
+    Args:
+        module: What is imported.
+        package: What is installed.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingExtraError: If it is not installed, or does not work.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise MissingExtraError(
+            f"{package} cannot be imported here ({reason}); install it with: pip install {package}"
+        ) from error
 
 
 def describe(engine: str, library: str) -> dict[str, str]:

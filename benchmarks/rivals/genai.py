@@ -7,7 +7,6 @@ its own benchmark, the end of a turn is never chosen, so that so many tokens are
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,19 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.rivals.engines import Note
-from mistill.errors import FolderError, MissingExtraError
+from benchmarks.rivals.engines import Note, import_library
+from mistill.errors import FolderError
 from mistill.language_model import Choose, greedy
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("onnxruntime_genai")
-    except ImportError as error:
-        raise MissingExtraError(
-            f"onnxruntime-genai cannot be imported here ({error}); install it with: "
-            "pip install onnxruntime-genai"
-        ) from error
 
 
 def describe(library: str) -> dict[str, str]:
@@ -49,7 +38,13 @@ def describe(library: str) -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not known"
     return {
-        "version": str(getattr(_library(), "__version__", versions["onnxruntime-genai"])),
+        "version": str(
+            getattr(
+                import_library("onnxruntime_genai", "onnxruntime-genai"),
+                "__version__",
+                versions["onnxruntime-genai"],
+            )
+        ),
         "system": f"onnxruntime {versions['onnxruntime']}",
     }
 
@@ -89,7 +84,7 @@ class GenaiModel:
         Raises:
             FolderError: If it cannot be opened.
         """
-        self._genai = _library()
+        self._genai = import_library("onnxruntime_genai", "onnxruntime-genai")
         described = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
         self.vocabulary_size = int(described["vocab_size"])
         self.context_length = int(described["context_length"])

@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 from benchmarks.rivals.environment import Environment
-from benchmarks.rivals.making import call, mistill
+from benchmarks.rivals.making import Order, call, mistill
 from mistill.errors import MissingExtraError
-from mistill.folder import FolderInfo
 from mistill.settings import require
 
 MODEL_FILE = "model.gguf"
@@ -34,17 +33,11 @@ def check_variant(variant: str) -> None:
     )
 
 
-def make(
-    variant: str, environment: Environment, source: FolderInfo, scratch: Path, folder: Path
-) -> tuple[dict[str, str], str]:
+def make(order: Order) -> tuple[dict[str, str], str]:
     """Make a file.
 
     Args:
-        variant: How it stores the weights.
-        environment: Where llama.cpp is installed.
-        source: The folder whose weights it gets; codes are multiplied out.
-        scratch: Where the float32 file is kept for the next variant.
-        folder: Where to put the file.
+        order: What to make, of what, and where.
 
     Returns:
         What llama.cpp is told, and how the file came to be.
@@ -52,6 +45,8 @@ def make(
     Raises:
         MissingExtraError: If its quantizer is needed and not there.
     """
+    variant, environment, source = order.variant, order.environment, order.source
+    target = order.folder / MODEL_FILE
     settings = {"context": "as needed", "batch": "2048 in pieces of 512", "cache": "f16"}
     program = quantizer(environment)
     if program is None or variant in ("f32", "f16"):
@@ -62,12 +57,12 @@ def make(
                 "name the folder of its programs with --rivals-in llama.cpp-programs=DIR or "
                 f"MISTILL_LLAMA_CPP_PROGRAMS, or take {', '.join(_OWN)}"
             )
-        mistill("gguf", str(source.path), str(folder / MODEL_FILE), "--dtype", _OWN[variant])
+        mistill("gguf", str(source.path), str(target), "--dtype", _OWN[variant])
         return settings, f"mistill gguf --dtype {_OWN[variant]}"
-    exact = scratch / "float32.gguf"
+    exact = order.scratch / "float32.gguf"
     if not exact.exists():
         mistill("gguf", str(source.path), str(exact), "--dtype", "float32")
-    call([str(program), str(exact), str(folder / MODEL_FILE), variant.upper(), "1"])
+    call([str(program), str(exact), str(target), variant.upper(), "1"])
     return settings, f"mistill gguf --dtype float32; llama-quantize {variant.upper()}"
 
 

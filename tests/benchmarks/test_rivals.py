@@ -1,14 +1,16 @@
 """Rivals run the same weights in a Python of their own.
 
-llama.cpp, ONNX Runtime GenAI and CTranslate2 themselves are run where MISTILL_LLAMA_CPP,
-MISTILL_GENAI and MISTILL_CTRANSLATE2 name an environment; a package that looks like the second
-stands in for them elsewhere.
+llama.cpp, ONNX Runtime GenAI, CTranslate2, OpenVINO GenAI and optimum themselves are run where
+MISTILL_LLAMA_CPP, MISTILL_GENAI, MISTILL_CTRANSLATE2, MISTILL_OPENVINO_VENV and
+MISTILL_OPTIMUM_VENV name an environment; a package that looks like the second stands in for them
+elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,14 @@ from benchmarks.measuring import compare
 from benchmarks.rivals import llama_cpp_files
 from benchmarks.rivals.contest import check_source, find_contestants
 from benchmarks.rivals.engines import ENGINES, choices
-from benchmarks.rivals.environment import Environment, find_environment, rivals_named
+from benchmarks.rivals.environment import (
+    Environment,
+    child_command,
+    find_environment,
+    rivals_named,
+)
 from benchmarks.rivals.genai_files import builder_options
-from benchmarks.rivals.making import make_rival
+from benchmarks.rivals.making import Order, make_rival
 from benchmarks.subjects import enter_rivals, open_subjects, rival_source_of
 from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.folder import open_folder
@@ -280,8 +287,15 @@ def test_what_only_llama_quantize_makes_is_refused_without_it(model: Path, tmp_p
         python=Path(sys.executable), library="", programs=None, version="1", system=""
     )
 
+    order = Order(
+        variant="q4_k_m",
+        environment=nowhere,
+        source=open_folder(model),
+        scratch=tmp_path,
+        folder=tmp_path,
+    )
     with pytest.raises(MissingExtraError, match=r"q4_k_m is made by .* --rivals-in llama.cpp-prog"):
-        llama_cpp_files.make("q4_k_m", nowhere, open_folder(model), tmp_path, tmp_path)
+        llama_cpp_files.make(order)
 
 
 # --- the rivals themselves -----------------------------------------------------------------------
@@ -298,27 +312,42 @@ def _named(variable: str) -> str:
 _PLACES = {name: value for name, value in os.environ.items() if name.startswith("MISTILL_")}
 
 
-@pytest.mark.parametrize(
-    ("word", "variable"),
-    [
-        ("llama.cpp:f32", "MISTILL_LLAMA_CPP"),
-        ("llama.cpp:q8_0", "MISTILL_LLAMA_CPP"),
-        ("genai:fp32", "MISTILL_GENAI"),
-        ("genai:fp32+prune_lm_head=true", "MISTILL_GENAI"),
-        ("ctranslate2:float32", "MISTILL_CTRANSLATE2"),
-        ("ctranslate2:int8", "MISTILL_CTRANSLATE2"),
-    ],
+_EXACT = (
+    ("llama.cpp:f32", "MISTILL_LLAMA_CPP"),
+    ("genai:fp32", "MISTILL_GENAI"),
+    ("genai:fp32+prune_lm_head=true", "MISTILL_GENAI"),
+    ("ctranslate2:float32", "MISTILL_CTRANSLATE2"),
+    ("openvino:fp32", "MISTILL_OPENVINO_VENV"),
+    ("optimum:fp32", "MISTILL_OPTIMUM_VENV"),
 )
+_COARSE = (
+    ("llama.cpp:q8_0", "MISTILL_LLAMA_CPP"),
+    ("ctranslate2:int8", "MISTILL_CTRANSLATE2"),
+    ("openvino:int8", "MISTILL_OPENVINO_VENV"),
+    # OpenVINO computes in a narrower type where the processor has one, unless told otherwise.
+    ("openvino:gguf-f16", "MISTILL_OPENVINO_VENV"),
+    ("openvino:gguf-q8_0", "MISTILL_OPENVINO_VENV"),
+    ("optimum:int8", "MISTILL_OPTIMUM_VENV"),
+    ("optimum:int8+per_channel", "MISTILL_OPTIMUM_VENV"),
+)
+
+
+def _made(word: str, variable: str, model: Path, scratch: Path) -> Path:
+    named = {word.partition(":")[0]: _named(variable)}
+    for engine in ENGINES.values():
+        if f"{engine.variable}_PROGRAMS" in _PLACES:
+            named[f"{engine.name}-programs"] = _PLACES[f"{engine.variable}_PROGRAMS"]
+    (contestant,) = find_contestants([word], named)
+    return make_rival(
+        contestant.choice, contestant.environment, open_folder(model), "model", scratch
+    )
+
+
+@pytest.mark.parametrize(("word", "variable"), [*_EXACT, *_COARSE])
 def test_a_real_rival_says_what_the_model_says(
     word: str, variable: str, tmp_path: Path, model: Path
 ):
-    named = {word.partition(":")[0]: _named(variable)}
-    if "MISTILL_LLAMA_CPP_PROGRAMS" in _PLACES:
-        named["llama.cpp-programs"] = _PLACES["MISTILL_LLAMA_CPP_PROGRAMS"]
-    (contestant,) = find_contestants([word], named)
-    folder = make_rival(
-        contestant.choice, contestant.environment, open_folder(model), "model", tmp_path / "s"
-    )
+    folder = _made(word, variable, model, tmp_path / "s")
     ids = [5, 9, 7, 12, 6, 8, 11, 5, 30, 31]
     passage = {"ids": ids, "kept": [True] * (len(ids) - 1)}
     with start_children([model, folder], threads=1) as (ours, theirs):
@@ -331,9 +360,35 @@ def test_a_real_rival_says_what_the_model_says(
         deep = theirs.ask("turn", prompt=ids * 45, new_tokens=5, seconds=60.0)
         maps = Path(f"/proc/{theirs._process.pid}/maps").read_text()
 
-    coarse = word.endswith(("q8_0", "int8"))
+    coarse = (word, variable) in _COARSE
     # llama.cpp keeps keys and values in half precision.
     assert found["losses"] == pytest.approx(expected["losses"], abs=0.3 if coarse else 5e-3)
     assert max(found["divergences"][0]) < (0.05 if coarse else 1e-4)
     assert len(turn["token_seconds"]) == len(deep["token_seconds"]) == 4
-    assert "libtorch" not in maps
+    assert word.startswith("optimum") or "libtorch" not in maps
+
+
+@pytest.mark.parametrize(("word", "variable"), _EXACT)
+def test_a_real_rival_writes_what_its_logits_say(
+    word: str, variable: str, tmp_path: Path, model: Path
+):
+    folder = _made(word, variable, model, tmp_path / "s")
+    script = (
+        "import json; from pathlib import Path; import numpy as np; from itertools import islice; "
+        "from benchmarks.rivals.engines import open_rival, read_note; "
+        f"folder = Path({str(folder)!r}); model = open_rival(folder, read_note(folder), 1); "
+        "prompt = [5, 9, 7, 12]; getattr(model, 'reserve', int)(40); "
+        "own = list(islice(model.stream(prompt), 30)); text = prompt + own; "
+        "logits = model.logits(np.array([text[:-1]])); "
+        "ours = list(islice(model.stream(prompt, lambda s: int(s.argmax())), 30)); "
+        "print(json.dumps([own, ours, logits[0, 3:].argmax(-1).tolist()]))"
+    )
+    python = json.loads((folder / "rival.json").read_text())["python"]
+    begin = child_command(python)[-1].partition("from benchmarks.child")[0]
+    ran = subprocess.run(
+        [python, "-P", "-c", begin + script], capture_output=True, text=True, check=True
+    )
+    own, ours, said = json.loads(ran.stdout.splitlines()[-1])
+
+    assert len(own) == 30
+    assert own == ours == said

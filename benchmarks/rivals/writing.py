@@ -1,0 +1,74 @@
+"""Engines that choose for themselves while they write, and show no logits then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.language_model import Choose, greedy
+
+# How many tokens are written where no room was reserved.
+_UNBOUNDED = 256
+
+
+class OwnChoice:
+    """What such engines share: how far they write, and how another choice than theirs is made.
+
+    Attributes:
+        vocabulary_size: Number of logits per position, V.
+        context_length: Most positions that it can hold at once.
+    """
+
+    vocabulary_size: int
+    context_length: int
+    _room: int = 0
+
+    def reserve(self, positions: int) -> None:
+        """Write at most to this many positions in the texts that follow.
+
+        Args:
+            positions: At most ``context_length``.
+        """
+        self._room = positions
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Scores of every next token at every position.
+
+        Args:
+            ids: Shape (B, T), without padding.
+
+        Returns:
+            Shape (B, T, V); position t scores the token at t + 1.
+        """
+        raise NotImplementedError
+
+    def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
+        """Write tokens after the ids given, one at a time, until there is no room.
+
+        Args:
+            ids: The prompt, at least one token.
+            choose: Picks a token from the logits (V,) of the last position; the engine's own
+                greedy choice is taken in place of ours, and for any other the whole text is read
+                again for every token, since the engine gives no logits while it writes.
+
+        Returns:
+            Token ids, one at a time.
+        """
+        prompt = list(ids)
+        room = self._room if self._room > len(prompt) else len(prompt) + _UNBOUNDED
+        count = max(0, min(room, self.context_length) - len(prompt))
+        if choose is greedy:
+            return self._greedily(prompt, count)
+        return self._chosen(prompt, count, choose)
+
+    def _greedily(self, prompt: list[int], count: int) -> Iterator[int]:
+        """Let the engine write so many tokens."""
+        raise NotImplementedError
+
+    def _chosen(self, prompt: list[int], count: int, choose: Choose) -> Iterator[int]:
+        text = list(prompt)
+        for _ in range(count):
+            text.append(int(choose(self.logits(np.array([text]))[0, -1])))
+            yield text[-1]

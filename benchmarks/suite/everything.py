@@ -10,6 +10,7 @@ is left out, and that is said:
     MISTILL_GENAI                onnxruntime-genai==0.18.0 and what its builder needs
     MISTILL_LLAMA_CPP            llama.cpp: an environment with its bindings, or its libraries
     MISTILL_LLAMA_CPP_PROGRAMS   the folder of llama.cpp's programs
+    MISTILL_OPENVINO_VENV        openvino-genai and optimum-intel[openvino]
 
 The model is the embedded teacher unless ``--model`` names a float folder. What a program prints
 is kept in ``benchmarks/results/``, from which ``benchmarks.suite.page`` writes the tables. A
@@ -90,6 +91,9 @@ GENAI = Rival(
 LLAMA_CPP = Rival(
     "llama.cpp", "MISTILL_LLAMA_CPP", "--llama-cpp", against=("llama.cpp:q4_0", "llama.cpp:q4_k_m")
 )
+OPENVINO = Rival(
+    "OpenVINO GenAI", "MISTILL_OPENVINO_VENV", "--openvino", against=("openvino:int4",)
+)
 PROGRAMS_OF = Rival("llama.cpp's programs", "MISTILL_LLAMA_CPP_PROGRAMS", "--llama-cpp-programs")
 
 _TEXT = ("--texts", "@demo-train", "--held-out", "@demo-held-out")
@@ -112,7 +116,7 @@ PROGRAMS = (
     Program(
         "rivals",
         ("{chatbot}", "--source", "{model}", "--texts", "@demo-held-out", *_THREADS),
-        (LLAMA_CPP, PROGRAMS_OF, GENAI),
+        (LLAMA_CPP, PROGRAMS_OF, GENAI, OPENVINO),
         needs_rival=True,
     ),
 )

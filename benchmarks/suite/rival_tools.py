@@ -1,12 +1,14 @@
 r"""Do our figures of a rival agree with those of the rival's own benchmark?
 
     python -m benchmarks.suite.rival_tools MODEL --texts TEXT --llama-cpp PLACE \
-        --llama-cpp-programs FOLDER --genai PLACE --genai-benchmark benchmark_e2e.py
+        --llama-cpp-programs FOLDER --genai PLACE --genai-benchmark benchmark_e2e.py \
+        --openvino PLACE --against llama.cpp genai openvino
 
 The same file is run in turn by our child process and by the rival's own program: ``llama-bench`` of
-the same build as the library, and ONNX Runtime GenAI's ``benchmark_e2e.py`` (from its repository,
-run by the rival's Python). The last line is one JSON document: medians, and ratios of the same
-turn. A rival whose own benchmark is not named is left out.
+the same build as the library; ONNX Runtime GenAI's ``benchmark_e2e.py`` (from its repository, run
+by the rival's Python); ``LLMPipeline`` of OpenVINO GenAI with the figures that it gives itself, as
+in its ``benchmark_genai.py``. The last line is one JSON document: medians, and ratios of the same
+turn. A rival whose own benchmark is not known is left out.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ from benchmarks.children import Child, start_children
 from benchmarks.measuring import read_passages
 from benchmarks.passages import Passage, cut_prompts
 from benchmarks.rivals.contest import Contestant, enter, find_contestants
-from benchmarks.rivals.making import call
+from benchmarks.rivals.engines import read_note
+from benchmarks.rivals.llama_cpp_files import MODEL_FILE
+from benchmarks.rivals.making import call, call_offline
+from benchmarks.rivals.openvino_model import EXACT
 from benchmarks.settings import BenchSettings
+from benchmarks.suite.places import add_options, places
 from benchmarks.suite.turns import paired_ratio, summary
 from mistill.folder import open_folder
 
@@ -33,6 +39,24 @@ _WITHIN = 0.03
 _HOURS = 3600.0
 _PROMPT = "prompt_tokens_per_second"
 _DECODE = "decode_tokens_per_second"
+# OpenVINO GenAI's pipeline with its own figures; token ids, since the folder has no tokenizer.
+_LLM_PIPELINE = """
+import json, random, sys
+import numpy, openvino, openvino_genai as genai
+folder, prompt, new, threads, size, told = sys.argv[1:]
+scheduler = genai.SchedulerConfig()
+scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, 2**31 - 1
+told = {"INFERENCE_NUM_THREADS": int(threads), **json.loads(told)}
+pipeline = genai.LLMPipeline(folder, "CPU", scheduler_config=scheduler, **told)
+settings = genai.GenerationConfig()
+settings.ignore_eos, settings.max_new_tokens = True, int(new)
+settings.set_eos_token_id(0)
+for _ in range(2):
+    ids = [[random.randrange(int(size)) for _ in range(int(prompt))]]
+    figures = pipeline.generate(openvino.Tensor(numpy.array(ids)), settings).perf_metrics
+print()
+print(json.dumps([figures.get_ttft().mean, figures.get_tpot().mean]))
+"""
 _SAID = {
     _PROMPT: r"Average Prompt Processing Throughput \(per token\): ([\d.]+) tps",
     _DECODE: r"Average Token Generation Throughput \(per token\): ([\d.]+) tps",
@@ -44,17 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a float, GPTQ or NF4 folder")
     parser.add_argument("--texts", required=True, help="text that prompts are taken from")
-    parser.add_argument("--llama-cpp", help="a Python, an environment or a folder of libraries")
-    parser.add_argument("--llama-cpp-programs", help="the folder of llama-bench")
-    parser.add_argument("--genai", help="a Python or an environment")
     parser.add_argument("--genai-benchmark", type=Path, help="its benchmark_e2e.py")
-    parser.add_argument(
-        "--against", nargs="+", default=["llama.cpp:q4_0", "llama.cpp:q4_k_m", "genai:default"]
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    add_options(parser, ("llama.cpp:q4_0", "llama.cpp:q4_k_m", "genai:default"))
     print(json.dumps(run(parser.parse_args())))
 
 
@@ -67,18 +82,12 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     Returns:
         The JSON document.
     """
-    places = {
-        "llama.cpp": given.llama_cpp,
-        "llama.cpp-programs": given.llama_cpp_programs,
-        "genai": given.genai,
-    }
-    named = {name: place for name, place in places.items() if place}
     source = open_folder(given.model)
     settings = BenchSettings(scored_tokens=4 * given.prompt)
     passages = read_passages(given.texts, source.path, settings)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for contestant in find_contestants(given.against, named):
+        for contestant in find_contestants(given.against, places(given)):
             own = own_benchmark(contestant, given)
             if own is None:
                 continue
@@ -138,7 +147,7 @@ def take_turns(
 def our_turn(child: Child, prompt: list[int], given: argparse.Namespace) -> dict[str, float]:
     """One turn of our own: a prompt, and what is written at the depth where its tool writes.
 
-    ``llama-bench`` writes from the start of an empty text, genai's benchmark after the prompt.
+    ``llama-bench`` writes from the start of an empty text, the others after the prompt.
 
     Args:
         child: Runs the rival.
@@ -150,10 +159,8 @@ def our_turn(child: Child, prompt: list[int], given: argparse.Namespace) -> dict
     """
     limits = {"new_tokens": given.new_tokens, "seconds": _HOURS}
     first = child.ask("turn", prompt=prompt, **limits)
-    if (child.folder / "genai_config.json").is_file():
-        second = first
-    else:
-        second = child.ask("turn", prompt=prompt[:1], **limits)
+    apart = (child.folder / MODEL_FILE).is_file()
+    second = child.ask("turn", prompt=prompt[:1], **limits) if apart else first
     return {
         _PROMPT: len(prompt) / first["first_token_seconds"],
         _DECODE: len(second["token_seconds"]) / sum(second["token_seconds"]),
@@ -176,7 +183,9 @@ def own_benchmark(contestant: Contestant, given: argparse.Namespace) -> Own | No
         if not program or not os.access(program, os.X_OK):
             return None
         return lambda folder: run_llama_bench(program, folder, given)
-    if given.genai_benchmark is None:
+    if contestant.choice.engine.name == "openvino":
+        return lambda folder: run_llm_pipeline(environment.python, folder, given)
+    if contestant.choice.engine.name != "genai" or given.genai_benchmark is None:
         return None
     return lambda folder: run_genai(environment.python, folder, given)
 
@@ -192,7 +201,7 @@ def run_llama_bench(program: Path, folder: Path, given: argparse.Namespace) -> d
     Returns:
         Tokens per second of reading and of writing.
     """
-    command = [str(program), "-m", str(folder / "model.gguf"), "-t", str(given.threads)]
+    command = [str(program), "-m", str(folder / MODEL_FILE), "-t", str(given.threads)]
     command += ["-p", str(given.prompt), "-n", str(given.new_tokens), "-r", "1", "-o", "json"]
     said = call(command)
     tests = json.loads(said[said.index("[\n") : said.rindex("]") + 1])
@@ -222,6 +231,26 @@ def run_genai(python: Path, folder: Path, given: argparse.Namespace) -> dict[str
             raise SystemExit(f"{given.genai_benchmark} named no {name}:\n{said[-2000:]}")
         found[name] = float(match[1])
     return found
+
+
+def run_llm_pipeline(python: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:
+    """Run OpenVINO GenAI's own pipeline twice, and take what it says of the second time.
+
+    Args:
+        python: The Python of its environment.
+        folder: The rival's folder.
+        given: The command line.
+
+    Returns:
+        Tokens per second of reading and of writing.
+    """
+    note = read_note(folder)
+    assert note is not None, "make_rival leaves a note"
+    told = {name: value for name, value in note.settings.items() if name in EXACT}
+    numbers = map(str, (given.prompt, given.new_tokens, given.threads, note.vocabulary_size))
+    command = [str(python), "-P", "-c", _LLM_PIPELINE, str(folder), *numbers, json.dumps(told)]
+    first, each = json.loads(call_offline(command).splitlines()[-1])
+    return {_PROMPT: 1e3 * given.prompt / first, _DECODE: 1e3 / each}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-r"""mistill's chatbot beside llama.cpp and ONNX Runtime GenAI, all of the same weights, in one run.
+r"""mistill's chatbot beside engines of others, all of the same weights, in one run.
 
     python -m benchmarks.suite.rivals CHATBOT --source FLOAT --texts TEXT \
-        --llama-cpp PLACE --llama-cpp-programs FOLDER --genai PLACE
+        --llama-cpp PLACE --llama-cpp-programs FOLDER --genai PLACE --openvino PLACE \
+        --against llama.cpp:q4_0 genai:best openvino:int4
 
 Writing at two depths, reading a prompt, loading with cold and warm files, time to the first token
 and peak memory, all engines taking turns. What is said of two engines is a ratio of the same turn.
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks import BenchSettings, ModelResult, compare
 from benchmarks.latency import LatencyAt
+from benchmarks.suite.places import add_options, places
 from benchmarks.suite.turns import paired_ratio, summary
 from benchmarks.timing_columns import roofline_share
 
@@ -30,15 +32,8 @@ def main() -> None:
     parser.add_argument("chatbots", nargs="+", help="ONNX folders")
     parser.add_argument("--source", required=True, help="the float folder that they were made of")
     parser.add_argument("--texts", required=True, help="text that prompts are taken from")
-    parser.add_argument("--llama-cpp", help="a Python, an environment or a folder of libraries")
-    parser.add_argument("--llama-cpp-programs", help="the folder of llama-quantize")
-    parser.add_argument("--genai", help="a Python or an environment")
-    parser.add_argument("--against", nargs="+", default=list(AGAINST))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--prompt", type=int, default=512)
+    add_options(parser, AGAINST)
     parser.add_argument("--depth", type=int, default=1024)
-    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--loads", type=int, default=5)
     print(json.dumps(run(parser.parse_args())))
 
@@ -52,11 +47,6 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     Returns:
         The JSON document.
     """
-    named = {
-        "llama.cpp": given.llama_cpp,
-        "llama.cpp-programs": given.llama_cpp_programs,
-        "genai": given.genai,
-    }
     settings = BenchSettings(
         threads=given.threads,
         rounds=given.rounds,
@@ -74,7 +64,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         given.chatbots,
         texts=given.texts,
         reference=given.source,
-        rivals={name: place for name, place in named.items() if place},
+        rivals=places(given),
         rival_source=given.source,
         settings=settings,
     )

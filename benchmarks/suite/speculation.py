@@ -43,6 +43,14 @@ _QUESTIONS = {
 class AlwaysWrong:
     """Guesses that cost as much as good ones and never help."""
 
+    def __init__(self, reply: Sequence[int]) -> None:
+        """Choose what to guess.
+
+        Args:
+            reply: What will be written; one token that is not in it is guessed.
+        """
+        self._token = min(set(range(len(reply) + 1)) - set(reply))
+
     def begin(self, ids: Sequence[int]) -> None:
         """Take up another text; makes no difference."""
 
@@ -53,8 +61,8 @@ class AlwaysWrong:
     def guess(
         self, ids: Sequence[int], count: int, sampling: SamplingSettings | None
     ) -> list[Guess]:
-        """The first token of the vocabulary, over and over."""
-        return [Guess(0, None)] * count
+        """The same token, over and over."""
+        return [Guess(self._token, None)] * count
 
 
 def write(model: LanguageModel, prompt: Sequence[int], tokens: int) -> tuple[list[int], float]:
@@ -99,7 +107,7 @@ def measure(
     """
     model = OnnxModel(folder, threads=threads)
     vocabulary = load_vocabulary(folder)
-    drafts: dict[str, Draft] = {"lookup": LookUp(), "wrong": AlwaysWrong()}
+    drafts: dict[str, Draft] = {"lookup": LookUp()}
     if draft is not None:
         drafts["model"] = DraftModel.open(draft, model)
     found: dict[str, Any] = {}
@@ -108,7 +116,8 @@ def measure(
         prompt = vocabulary.encode(
             vocabulary.render([{"role": "user", "content": text}], add_generation_prompt=True)
         )
-        for name, source in drafts.items():
+        wrong = AlwaysWrong(write(model, prompt, tokens)[0])
+        for name, source in {**drafts, "wrong": wrong}.items():
             plain: list[dict[str, float]] = []
             guessed: list[dict[str, float]] = []
             guesses = {"tried": 0, "right": 0}

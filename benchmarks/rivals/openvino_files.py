@@ -21,7 +21,7 @@ from benchmarks.rivals.making import (
     mistill,
 )
 from benchmarks.rivals.openvino_model import EXACT, MODEL_FILE
-from mistill.errors import MissingExtraError, MistillError
+from mistill.errors import ArchitectureError, MissingExtraError, MistillError
 from mistill.folder import read_json
 from mistill.settings import require
 
@@ -121,6 +121,14 @@ def exporter(environment: Environment) -> list[str]:
 
 def _from_gguf(order: Order) -> tuple[dict[str, str], str]:
     """Let OpenVINO GenAI read a GGUF file and keep what it made of it."""
+    config = read_json(order.source.path / "config.json")
+    rotary = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    scaling = rotary.get("rope_type", rotary.get("type", "default"))
+    if scaling != "default":
+        raise ArchitectureError(
+            f"OpenVINO GenAI's reader of GGUF files leaves out the {scaling} scaling of rotary "
+            f"positions that {order.source.path} has; take {', '.join(_FORMATS)}"
+        )
     dtype = _GGUF[order.variant]
     scratch = order.scratch / order.variant
     scratch.mkdir()

@@ -51,7 +51,7 @@ pipeline = genai.LLMPipeline(folder, "CPU", scheduler_config=scheduler, **told)
 settings = genai.GenerationConfig()
 settings.ignore_eos, settings.max_new_tokens = True, int(new)
 settings.set_eos_token_id(0)
-for _ in range(2):
+for _ in range(4):
     ids = [[random.randrange(int(size)) for _ in range(int(prompt))]]
     figures = pipeline.generate(openvino.Tensor(numpy.array(ids)), settings).perf_metrics
 print()
@@ -234,7 +234,7 @@ def run_genai(python: Path, folder: Path, given: argparse.Namespace) -> dict[str
 
 
 def run_llm_pipeline(python: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Run OpenVINO GenAI's own pipeline twice, and take what it says of the second time.
+    """Run OpenVINO GenAI's own pipeline, and take what it says after three turns of warming up.
 
     Args:
         python: The Python of its environment.

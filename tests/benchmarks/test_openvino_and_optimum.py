@@ -145,6 +145,18 @@ def test_openvino_reads_a_gguf_file_without_any_exporter(model: Path, tmp_path: 
     assert note["made"] == "mistill gguf --dtype q4_0; read by OpenVINO GenAI"
 
 
+def test_positions_that_its_reader_of_gguf_files_takes_otherwise_are_refused(
+    fake: Path, tmp_path: Path
+):
+    rotary = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    source = tiny_model(tmp_path / "model", model_type="llama", rope_parameters=rotary)
+
+    with pytest.raises(
+        ArchitectureError, match=r"leaves out the linear scaling .* take int4, int8"
+    ):
+        made("openvino:gguf-f16", fake, source, tmp_path)
+
+
 def test_an_environment_without_the_exporter_is_refused_in_one_line(model: Path, tmp_path: Path):
     place = install(tmp_path / "bare", exporter=False)
 

@@ -63,10 +63,14 @@ def step_time(found: Found) -> list[str]:
             spread(milliseconds),
             spread(found["to_plain"][name]) if name in found["to_plain"] else "",
             number(found["packed_bytes_per_token"][name] / 1e6),
+            spread(found["around_us"][name]),
         ]
         for name, milliseconds in found["step_ms"].items()
     ]
-    return table(["source", "ms a step", "over plain", "MB read a token"], rows)
+    return table(
+        ["source", "ms a step", "over plain", "MB read a token", "microseconds outside the run"],
+        rows,
+    )
 
 
 def later_turn(found: Found) -> list[str]:

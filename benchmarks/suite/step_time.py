@@ -5,7 +5,9 @@
 Of one float model, four sources are made: plain groups of 128, the same with its columns mixed as
 activation order mixes them, one scale for a row, and NF4. Values are those of plain rounding,
 since speed does not depend on them. Each is exported, and their steps take turns, each in a
-process of its own. The last line is one JSON document, with each time relative to the plain one.
+process of its own. What a step spends outside of ONNX Runtime's run is told as well: binding, the
+choice of a token, and Python. The last line is one JSON document, with each time relative to the
+plain one.
 """
 
 from __future__ import annotations
@@ -91,6 +93,32 @@ def prepare(model: Path, work: Path, group_size: int) -> dict[str, Path]:
     return chatbots
 
 
+class TimedSession:
+    """A session that knows how long its last run took."""
+
+    def __init__(self, session: Any) -> None:
+        """Wrap a session.
+
+        Args:
+            session: An ``onnxruntime.InferenceSession``.
+        """
+        self._session = session
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        """Run, and time it.
+
+        Args:
+            binding: The inputs and outputs.
+        """
+        started = time.perf_counter()
+        self._session.run_with_iobinding(binding)
+        self.seconds = time.perf_counter() - started
+
+
 def child(folder: Path, threads: int, depth: int, steps: int) -> None:
     """Write some tokens after a prompt at every turn.
 
@@ -101,17 +129,22 @@ def child(folder: Path, threads: int, depth: int, steps: int) -> None:
         steps: Tokens to write.
     """
     model = OnnxModel(folder, threads=threads)
+    session = model._session = TimedSession(model._session)
     prompt = (np.arange(depth) % (model.vocabulary_size - 10) + 5).tolist()
 
     def work() -> dict[str, float]:
         stream = model.stream(list(prompt))
         next(stream)
-        samples = []
+        samples, around = [], []
         for _ in range(steps):
             started = time.perf_counter()
             next(stream)
             samples.append(time.perf_counter() - started)
-        return {"step_ms": 1e3 * float(np.median(samples))}
+            around.append(samples[-1] - session.seconds)
+        return {
+            "step_ms": 1e3 * float(np.median(samples)),
+            "around_us": 1e6 * float(np.median(around)),
+        }
 
     serve(work)
 
@@ -159,6 +192,7 @@ def measure(
         "steps": steps,
         "rounds": rounds,
         "step_ms": {name: summary(samples[name], "step_ms") for name in chatbots},
+        "around_us": {name: summary(samples[name], "around_us") for name in chatbots},
         "packed_bytes_per_token": {
             name: manifest["packed_bytes_per_token"] for name, manifest in manifests.items()
         },

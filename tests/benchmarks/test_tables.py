@@ -273,9 +273,10 @@ def test_export_and_engine_have_forms() -> None:
         "step_ms": {"plain": of(7.5, 7, 8), "nf4": of(8.25, 8, 9)},
         "to_plain": {"nf4": of(1.1, 1, 1.2)},
         "packed_bytes_per_token": {"plain": 78e6, "nf4": 120e6},
+        "around_us": {"plain": of(60, 50, 70), "nf4": of(61, 51, 71)},
     }
     assert rows_of(engine_tables.step_time(step))[1] == [
-        *("nf4", "8.25 (8.00 to 9.00)", "1.10 (1.00 to 1.20)", "120"),
+        *("nf4", "8.25 (8.00 to 9.00)", "1.10 (1.00 to 1.20)", "120", "61.0 (51.0 to 71.0)"),
     ]
     turn = {
         "warm_to_cold": of(0.05, 0.04, 0.06),

@@ -170,6 +170,21 @@ def rivals(found: Found) -> list[str]:
     return [*lines, f"{found['rounds']} rounds, all taking turns. {'; '.join(engines)}"]
 
 
+def rival_tools(found: Found) -> list[str]:
+    """What mistill measures of other engines, over what their own programs say."""
+    measures = {
+        "prompt_tokens_per_second": f"reading {found['prompt']}",
+        "decode_tokens_per_second": f"writing {found['new_tokens']}",
+    }
+    rows = [
+        [name, what, *(spread(rival[measure][who]) for who in ("ours", "its_own", "ratio"))]
+        for name, rival in found["rivals"].items()
+        for measure, what in measures.items()
+    ]
+    heads = ["", "tokens", "tok/s, by mistill", "by its own program", "ratio"]
+    return [*table(heads, rows), "", f"{found['rounds']} turns of each, one after the other."]
+
+
 _MEASURES = (
     (r"decode_tokens_per_second_at_(\d+)", r"writing after \1 tokens, tok/s", 1.0),
     (r"prompt_tokens_per_second_at_(\d+)", r"reading \1 tokens, tok/s", 1.0),

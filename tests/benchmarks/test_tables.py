@@ -278,6 +278,29 @@ def test_export_and_engine_have_forms() -> None:
     assert rows_of(engine_tables.step_time(step))[1] == [
         *("nf4", "8.25 (8.00 to 9.00)", "1.10 (1.00 to 1.20)", "120", "61.0 (51.0 to 71.0)"),
     ]
+    tools = {
+        "rounds": 9,
+        "prompt": 512,
+        "new_tokens": 128,
+        "rivals": {
+            "llama.cpp q4_0": {
+                name: {"ours": of(*rates), "its_own": of(100, 99, 101), "ratio": of(1.01, 1, 1.02)}
+                for name, rates in (
+                    ("prompt_tokens_per_second", (1010, 1000, 1020)),
+                    ("decode_tokens_per_second", (101, 100, 102)),
+                )
+            }
+        },
+    }
+    assert rows_of(engine_tables.rival_tools(tools)) == [
+        *(
+            ["llama.cpp q4_0", *words, "100 (99.0 to 101)", "1.01 (1.00 to 1.02)"]
+            for words in (
+                ("reading 512", "1,010 (1,000 to 1,020)"),
+                ("writing 128", "101 (100 to 102)"),
+            )
+        )
+    ]
     turn = {
         "warm_to_cold": of(0.05, 0.04, 0.06),
         "restored_to_cold": of(0.07, 0.06, 0.08),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from copy import copy
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.architecture import EMBEDDING, HEAD, Architecture, read_architecture, require_graph
 from export.genai import GENAI_FILE, genai_config
@@ -46,6 +48,9 @@ CACHE_TOKENS = 2048
 
 FLOAT_COLUMNS = 8
 """Columns that are multiplied in float32 if nothing else is asked for."""
+
+# How a conversation is written for a model that has no template for one.
+_PARAGRAPHS = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"
 
 # Narrower models have no channels that stand out so far, and larger ones take long to read a text.
 _NARROWEST = 512
@@ -290,8 +295,7 @@ def _outliers(
     from export.graph import write_decoder
     from export.writer import GraphWriter
 
-    documents = read_documents(settings.cache_texts, vocabulary, limit=CALIBRATION_TOKENS)
-    ids = np.concatenate([np.array(one.ids, np.int64) for one in documents])[:CALIBRATION_TOKENS]
+    ids = _calibration_ids(settings, vocabulary, CALIBRATION_TOKENS)
     with TemporaryDirectory(dir=folder) as name:
         plain = Path(name)
         with GraphWriter(plain) as writer:
@@ -311,11 +315,24 @@ def _int8_cache(
     """Set the scales of an int8 cache by some text, and say what they cost on another."""
     from export.int8_cache import quantize_cache
 
-    documents = read_documents(settings.cache_texts, vocabulary, limit=CACHE_TOKENS)
-    calibration = np.concatenate([np.array(one.ids, np.int64) for one in documents])
+    calibration = _calibration_ids(settings, vocabulary, CACHE_TOKENS)
     length = min(96, options.context_length)
     held_out = np.array(vocabulary.encode(TEXT), np.int64)[:length]
     return asdict(quantize_cache(folder, architecture, calibration, held_out))
+
+
+def _calibration_ids(
+    settings: OnnxSettings, vocabulary: Vocabulary, tokens: int
+) -> NDArray[np.int64]:
+    """Tokens that show a graph what its activations are like, from the texts of the settings.
+
+    A base model has no chat template; to it, conversations are paragraphs.
+    """
+    if vocabulary.chat_template is None:
+        vocabulary = copy(vocabulary)
+        vocabulary.chat_template = _PARAGRAPHS
+    documents = read_documents(settings.cache_texts, vocabulary, limit=tokens)
+    return np.concatenate([np.array(one.ids, np.int64) for one in documents])[:tokens]
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

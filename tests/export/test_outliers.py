@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -234,3 +236,21 @@ def test_nonsense_is_refused(model: Path, tmp_path: Path) -> None:
         to_onnx(model, tmp_path / "onnx", float_columns=8)
     with pytest.raises(SettingsError, match="float_columns is 17, and the model is 64 wide"):
         to_onnx(model, tmp_path / "onnx", precision="int4", float_columns=17)
+
+
+def test_a_model_without_a_chat_template_reads_conversations_as_paragraphs(
+    loud: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(loud, base)
+    (base / "chat_template.jinja").unlink()
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    text = tmp_path / "text.txt"
+    text.write_text("one two\n\nthree\n\n")
+    options: dict[str, Any] = {"precision": "int8", "float_columns": 2, "parity_positions": 0}
+    for name, texts in (("a", chats), ("b", text)):
+        to_onnx(base, tmp_path / name, cache_texts=(str(texts),), cache="int8", **options)
+    a, b = ((tmp_path / name / "model.onnx").read_bytes() for name in ("a", "b"))
+    assert a == b

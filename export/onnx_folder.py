@@ -197,8 +197,8 @@ def _float_columns(settings: OnnxSettings, architecture: Architecture, info: Fol
         return asked
     rounds = codes and settings.accuracy_level == 4 and not settings.portable
     small = architecture.hidden_size >= _NARROWEST and info.parameters <= _MOST_PARAMETERS
-    # What 4-bit codes have lost already is tens of times more than what this would win back.
-    worth = rounds and small and _layer_bits(settings, info) == 8
+    # What 4-bit codes and NF4 have lost already is far more than what this would win back.
+    worth = rounds and small and info.form != "nf4" and _layer_bits(settings, info) == 8
     return FLOAT_COLUMNS if worth and settings.layout == "mistill" else 0
 
 

@@ -38,8 +38,8 @@ class OnnxSettings:
             embedding's table when both have the same bits.
         block_size: Most input columns that share a scale: 16, 32, 64, 128 or 256. Longer groups of
             the source are split, which changes no weight; smaller blocks cost bytes and time and
-            make the rounding of activations finer. Left out, it is 64 for 4-bit codes and 32 for
-            8-bit ones.
+            make the rounding of activations finer. Left out, it is 64 for 4-bit codes and
+            NF4, and 32 for 8-bit codes.
         accuracy_level: 4 multiplies in 8-bit integers, with activations rounded block by block;
             0 multiplies in float32, which is slow (at 8 bits a hundred times).
         float_columns: So many input columns of the products behind a norm are multiplied in float32
@@ -47,7 +47,7 @@ class OnnxSettings:
             Codes stay as they are. 8 take two thirds off the distance to PyTorch and up to a sixth
             of a small model's speed; they are found by reading 512 tokens with the graph. Left out,
             it is 8 for 8-bit codes, but 0 for models narrower than 512 or of more than 2 billion
-            parameters, and for transformers.js; for 4-bit codes, which have lost much more
+            parameters, and for transformers.js; for 4-bit codes and NF4, which have lost much more
             already, it is 0.
         context_length: Most positions, prompt and answer together. Left out, it is the model's
             own but at most 4096, since runtimes reserve their cache for all of them.

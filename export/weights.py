@@ -284,10 +284,12 @@ class FolderWeights:
     def _round(self, module: str, weight: FloatWeight, bits: int) -> BlockWeight:
         return round_to_blocks(weight, bits, self._block(module, bits))
 
-    def _block(self, module: str, bits: int) -> int:
+    def _block(self, module: str, bits: int, usual: int | None = None) -> int:
         """Most columns per block of a matrix whose source has codes of some bits."""
         kernel = None if self._tuning is None else self._tuning.kernel(module, bits)
-        return self._settings.largest_block(bits) if kernel is None else kernel.block
+        if kernel is not None:
+            return kernel.block
+        return self._settings.block_size or usual or self._settings.largest_block(bits)
 
     def _gptq_blocks(self, module: str) -> BlockWeight:
         weight = self.codes(module)
@@ -312,9 +314,9 @@ class FolderWeights:
         """Blocks of what bitsandbytes saved, whose scales may be quantized themselves."""
         present = (name for name in NF4_NAMES if self.has(f"{module}.{name}"))
         weight = read_nf4({name: self.tensor(f"{module}.{name}") for name in present}, module)
-        return blocks_of_nf4(
-            weight.codes, weight.levels, weight.scales, weight.shape, self._block(module, 8)
-        )
+        # Finer blocks would round activations less, which is little beside what NF4 has rounded.
+        block = self._block(module, 8, usual=NF4_BLOCK)
+        return blocks_of_nf4(weight.codes, weight.levels, weight.scales, weight.shape, block)
 
 
 def _open_safetensors(file: Path) -> Any:

@@ -224,6 +224,7 @@ def test_the_default_follows_width_and_form(model: Path, chats: Path, tmp_path: 
     assert count(wide, "e", precision="int4", float_columns=8) == 8
     assert count(wide, "f", precision="int8", layout="transformersjs") == 0
     assert count(model, "g", precision="int8") == 0
+    assert count(nf4_folder(wide, tmp_path / "nf4"), "h") == 0
 
 
 def test_nonsense_is_refused(model: Path, tmp_path: Path) -> None:

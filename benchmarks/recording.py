@@ -69,7 +69,7 @@ def recorded(
         prompts=latencies(subject.at, settings.prompts),
         depths=latencies(subject.at, settings.depths),
         loads=tuple(subject.loads),
-        step_bytes=None if entry is not None else _step_bytes(info, threads),
+        step_bytes=None if entry is not None else step_bytes(info, threads),
         rival=None if entry is None else entry.rival,
         left_out=tuple(subject.left_out),
         quoted=tuple(subject.quoted),
@@ -112,8 +112,16 @@ def _without_places(value: Any) -> Any:
     return file_name(value)
 
 
-def _step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:
-    """What the manifest of an ONNX folder says that a step reads; None where there is none."""
+def step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:
+    """What a step reads and multiplies, by the manifest of an ONNX folder.
+
+    Args:
+        info: The folder.
+        threads: Threads that would compute.
+
+    Returns:
+        The bytes, and what memory and kernels give here; None where there is no manifest.
+    """
     file = info.path / MANIFEST_FILE
     manifest = read_json(file) if info.form == "onnx" and file.is_file() else {}
     if "packed_bytes_per_token" not in manifest:

@@ -96,6 +96,30 @@ def later_turn(found: Found) -> list[str]:
     ]
 
 
+def big_chatbot(found: Found) -> list[str]:
+    """A chatbot of Mistral 7B's size: exporting it, and running it."""
+    exported, ran = found["export"], found["run"]
+    rows = [
+        ["exporting, s", number(exported["seconds"])],
+        ["its peak memory, GB", f"{exported['peak_memory_bytes'] / 1e9:.2f}"],
+        ["GB on disk", f"{exported['weight_bytes'] / 1e9:.2f}"],
+        ["opening, s", number(ran["load_seconds"])],
+        [
+            f"reading {ran['prompt_tokens']} tokens, tok/s",
+            number(found["prompt_tokens_per_second"]),
+        ],
+        ["writing, tok/s", number(found["decode_tokens_per_second"])],
+        ["peak memory, GB", f"{ran['peak_memory_bytes'] / 1e9:.2f}"],
+        ["share of the roofline", number(found["roofline_share"], 2)],
+    ]
+    return [
+        *table(["", ""], rows),
+        "",
+        f"{found['layers']} layers, {found['width']:,} wide, {found['parameters'] / 1e9:.2f} "
+        "billion random weights.",
+    ]
+
+
 def speculation(found: Found) -> list[str]:
     """Guessing ahead."""
     rows = [

@@ -43,3 +43,17 @@ def test_layers_go_through_gptq_one_after_another() -> None:
     assert len(many["seconds_of_matrices"]) == 14 * 7
     # Twelve layers of this width in float32 are 163 MB.
     assert many["peak_memory_bytes"] - few["peak_memory_bytes"] < 80e6
+
+
+@pytest.mark.slow
+def test_a_chatbot_is_exported_a_matrix_at_a_time() -> None:
+    few, many = (
+        run("big_chatbot", "--width", "1024", "--layers", str(layers), "--new-tokens", "4")
+        for layers in (1, 7)
+    )
+    assert many["export"]["weight_bytes"] - few["export"]["weight_bytes"] > 42e6
+    assert many["export"]["peak_memory_bytes"] - few["export"]["peak_memory_bytes"] < 80e6
+    assert len(many["run"]["token_seconds"]) == 4
+    # Codes of 4 bits, a scale and a sum for 64 of them: 5 bits a weight of six layers.
+    assert many["step_bytes"]["packed_bytes"] - few["step_bytes"]["packed_bytes"] > 51e6
+    assert many["roofline_share"] > 0

@@ -278,6 +278,21 @@ def test_export_and_engine_have_forms() -> None:
     assert rows_of(engine_tables.step_time(step))[1] == [
         *("nf4", "8.25 (8.00 to 9.00)", "1.10 (1.00 to 1.20)", "120", "61.0 (51.0 to 71.0)"),
     ]
+    large = {
+        "layers": 32,
+        "width": 4096,
+        "parameters": 7_241_732_096,
+        "export": {"seconds": 101.2, "peak_memory_bytes": 2.5e9, "weight_bytes": 4.4e9},
+        "run": {"load_seconds": 9.0, "prompt_tokens": 64, "peak_memory_bytes": 5.5e9},
+        "prompt_tokens_per_second": 20.0,
+        "decode_tokens_per_second": 5.25,
+        "roofline_share": 0.71,
+    }
+    lines = engine_tables.big_chatbot(large)
+    assert [row[1] for row in rows_of(lines)] == [
+        *("101", "2.50", "4.40", "9.00", "20.0", "5.25", "5.50", "0.71"),
+    ]
+    assert lines[-1].startswith("32 layers, 4,096 wide, 7.24 billion")
     tools = {
         "rounds": 9,
         "prompt": 512,

@@ -168,11 +168,17 @@ def _scores(
         joined.setdefault(left + right, -float(len(joined)))
     added = {entry["content"] for entry in definition.get("added_tokens") or []}
     normal = {text for text in vocabulary if text not in added and not text.startswith("<0x")}
+    within = [pair for pair in merges if "".join(pair) in normal]
+    tied = _tied_runs(within)
+    if tied:
+        _log.info(
+            "%d runs of spaces have one score; llama.cpp may cut long runs otherwise", len(tied)
+        )
+    joined |= {piece: joined[best] for piece, best in tied.items()}
     scores = dict(joined)
     for text in sorted(normal - joined.keys(), key=vocabulary.__getitem__):
         scores[text] = -float(len(scores))
     ranks = {text: scores[text] for text in normal}
-    within = [pair for pair in merges if "".join(pair) in normal]
     order = [joined["".join(pair)] for pair in within]
     if set(merges_of(ranks)) != set(within) or order != sorted(order, reverse=True):
         raise VocabularyError(
@@ -180,6 +186,29 @@ def _scores(
             "llama.cpp would cut words in another way"
         )
     return scores
+
+
+def _tied_runs(merges: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Runs of one character that were joined with one score, and a run that has it.
+
+    Mistral's vocabulary gives all runs of spaces the same score, so that their merges stand mixed.
+    Of cuts with one score llama.cpp takes the leftmost, and a merge list the first in the list: the
+    two differ on runs that are longer than the longest piece.
+    """
+    places: dict[str, list[int]] = {}
+    for place, pair in enumerate(merges):
+        piece = "".join(pair)
+        if piece == piece[0] * len(piece):
+            places.setdefault(piece, []).append(place)
+    found: dict[str, str] = {}
+    best, end = "", -1
+    for piece, at in places.items():
+        if best and piece[0] == best[0] and at[0] < end:
+            found[piece] = best
+        else:
+            best = piece
+        end = max(end, at[-1])
+    return found
 
 
 def _space_prefix(definition: Mapping[str, Any], vocabulary: Vocabulary) -> bool:

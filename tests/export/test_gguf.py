@@ -26,10 +26,12 @@ from mistill.errors import (
 )
 from mistill.folder import read_json
 from mistill.source import resolve_model
+from mistill.tokenizer_parts import read_sentencepiece
 from mistill.vocabulary import load_vocabulary, same_vocabulary
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.mistill import made
 from tests.reference.llama_cpp import interleaved, log_probabilities
+from tests.test_road import mistral_vocabulary
 from tests.tiny import SENTENCES, tiny_model
 
 IDS = np.random.default_rng(0).integers(0, 300, (1, 40))
@@ -297,6 +299,28 @@ def test_a_sentencepiece_vocabulary_is_read_back(tmp_path: Path):
     assert metadata["tokenizer.ggml.model"] == "llama"
     assert metadata["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
     assert metadata["tokenizer.ggml.add_space_prefix"] is True
+
+
+def test_the_vocabulary_of_mistral_has_the_scores_that_mistral_gave_it(tmp_path: Path):
+    original = mistral_vocabulary()
+    source = tiny_model(tmp_path / "model", vocab_size=32_000, num_hidden_layers=1, eos_token_id=2)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (source / name).unlink()
+    shutil.copyfile(original, source / "tokenizer.model")
+    metadata, _ = read(to_gguf(source, tmp_path / "tiny.gguf"))
+    pieces = read_sentencepiece(original)
+    given = dict(zip(pieces.texts, pieces.scores, strict=True))
+    found = dict(
+        zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True)
+    )
+    # Pieces that merges join; of the others a score says nothing.
+    merged = [piece for piece in given if len(piece) > 1 and not piece.startswith("<")]
+    order = sorted(merged, key=lambda piece: -found[piece])
+    scores = [given[piece] for piece in order]
+    assert len(scores) > 28_000
+    assert scores == sorted(scores, reverse=True)
+    spaces = [found["\u2581" * length] for length in (*range(3, 15), 16)]
+    assert len(set(spaces)) == 1
 
 
 @pytest.mark.parametrize("template", [made.MISTRAL_V1, None])

@@ -37,6 +37,7 @@ _PARTS = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+_THEIRS = ("gptq", "k_quant")
 
 
 def main() -> None:
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--theirs", nargs="+", choices=_THEIRS, default=_THEIRS)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -114,11 +116,19 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         measure(f"rounding, {kind}", ours("to_rounding", symmetric=symmetric))
         measure(f"mistill gptq, {kind}", ours("to_gptq", symmetric=symmetric))
         measure(f"mistill gptaq, {kind}", ours("to_gptq", symmetric=symmetric, method="gptaq"))
-        measure(
-            f"onnxruntime gptq, {kind}",
-            partial(theirs, given, graph, "gptq", symmetric, calibration),
-        )
-    measure("onnxruntime k-quant", partial(theirs, given, graph, "k_quant", False, calibration))
+        if "gptq" in given.theirs:
+            measure(
+                f"onnxruntime gptq, {kind}",
+                partial(theirs, given, graph, "gptq", symmetric, calibration),
+            )
+    if "k_quant" in given.theirs:
+        measure("onnxruntime k-quant", partial(theirs, given, graph, "k_quant", False, calibration))
+
+    def ratio(name: str, other: str) -> dict[str, float]:
+        """Ours over theirs, unless it was not asked for or failed."""
+        there = found.get(other, {}).get("kl")
+        return {} if there is None else {name.removeprefix("mistill "): found[name]["kl"] / there}
+
     return {
         "model": given.model,
         "held_out_tokens": int(blocks.kept.sum()),
@@ -126,16 +136,17 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "group_size": given.group_size,
         "ways": found,
         "over_onnxruntime_gptq": {
-            f"{method}, {kind}": found[f"mistill {method}, {kind}"]["kl"]
-            / found[f"onnxruntime gptq, {kind}"]["kl"]
+            name: value
             for method in ("gptq", "gptaq")
             for kind in ("symmetric", "asymmetric")
-            if "kl" in found[f"onnxruntime gptq, {kind}"]
+            for name, value in ratio(
+                f"mistill {method}, {kind}", f"onnxruntime gptq, {kind}"
+            ).items()
         },
         "over_onnxruntime_k_quant": {
-            method: found[f"mistill {method}, asymmetric"]["kl"]
-            / found["onnxruntime k-quant"]["kl"]
+            name.removesuffix(", asymmetric"): value
             for method in ("gptq", "gptaq")
+            for name, value in ratio(f"mistill {method}, asymmetric", "onnxruntime k-quant").items()
         },
     }
 

@@ -151,14 +151,21 @@ def onnxruntime_quantizers(found: Found) -> list[str]:
     failed = [
         f" {name} fails: {way['failed']}." for name, way in found["ways"].items() if "kl" not in way
     ]
-    ratios = [f"{name} {ratio:.2f}" for name, ratio in found["over_onnxruntime_gptq"].items()]
-    k_quant = [f"{name} {ratio:.2f}" for name, ratio in found["over_onnxruntime_k_quant"].items()]
+    over = [
+        f" KL of mistill over onnxruntime's {theirs}: "
+        + "; ".join(f"{name} {ratio:.2f}" for name, ratio in found[key].items())
+        + "."
+        for theirs, key in (
+            ("GPTQ", "over_onnxruntime_gptq"),
+            ("k-quant", "over_onnxruntime_k_quant"),
+        )
+        if found[key]
+    ]
     return [
         *table(["", "KL", "perplexity", "seconds"], rows),
         "",
         f"Groups of {found['group_size']}, {found['calibration_tokens']:,} calibration and "
-        f"{found['held_out_tokens']:,} held-out tokens. KL of mistill over onnxruntime's GPTQ: "
-        f"{'; '.join(ratios)}. Over its k-quant: {'; '.join(k_quant)}.{''.join(failed)}",
+        f"{found['held_out_tokens']:,} held-out tokens.{''.join(over)}{''.join(failed)}",
     ]
 
 

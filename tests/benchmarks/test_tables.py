@@ -226,9 +226,13 @@ def test_onnxruntime_quantizers_are_shown_with_ratios() -> None:
     }
     lines = step_tables.onnxruntime_quantizers(found)
     assert rows_of(lines)[1] == ["onnxruntime k-quant", "0.200 ± 0.01", "30.00", "70.2"]
-    assert lines[-1].endswith("GPTQ: gptq, symmetric 0.50. Over its k-quant: gptq 0.75.")
+    assert lines[-1].endswith(
+        "GPTQ: gptq, symmetric 0.50. KL of mistill over onnxruntime's k-quant: gptq 0.75."
+    )
     found["ways"]["onnxruntime gptq, asymmetric"] = {"failed": "ValueError: odd"}
     failing = step_tables.onnxruntime_quantizers(found)
+    alone = step_tables.onnxruntime_quantizers(found | {"over_onnxruntime_gptq": {}})
+    assert "onnxruntime's GPTQ" not in alone[-1]
     assert rows_of(failing) == rows_of(lines)
     assert failing[-1] == f"{lines[-1]} onnxruntime gptq, asymmetric fails: ValueError: odd."
 

@@ -33,9 +33,10 @@ from benchmarks.rivals.openvino_model import EXACT
 from benchmarks.settings import BenchSettings
 from benchmarks.suite.places import add_options, places
 from benchmarks.suite.turns import paired_ratio, summary
-from mistill.folder import open_folder
+from mistill.folder import open_folder, read_json
 
 _WITHIN = 0.03
+_GENAI_FILE = "genai_config.json"
 _HOURS = 3600.0
 _PROMPT = "prompt_tokens_per_second"
 _DECODE = "decode_tokens_per_second"
@@ -220,7 +221,8 @@ def run_genai(python: Path, folder: Path, given: argparse.Namespace) -> dict[str
         Tokens per second of reading and of writing.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        command = [str(python), str(given.genai_benchmark), "-i", str(folder), "-k", "1"]
+        same = with_threads(folder, Path(scratch) / "model", given.threads)
+        command = [str(python), str(given.genai_benchmark), "-i", str(same), "-k", "1"]
         command += ["-l", str(given.prompt), "-g", str(given.new_tokens), "-r", "1", "-w", "1"]
         command += ["--use_random_tokens", "-o", str(Path(scratch) / "genai.csv")]
         said = call(command, {**os.environ, "ORT_DISABLE_TELEMETRY": "1"})
@@ -231,6 +233,27 @@ def run_genai(python: Path, folder: Path, given: argparse.Namespace) -> dict[str
             raise SystemExit(f"{given.genai_benchmark} named no {name}:\n{said[-2000:]}")
         found[name] = float(match[1])
     return found
+
+
+def with_threads(folder: Path, target: Path, threads: int) -> Path:
+    """The same genai folder for a program that cannot be told of threads: its config says them.
+
+    Args:
+        folder: The rival's folder.
+        target: The folder to make, of links.
+        threads: Threads to compute with.
+
+    Returns:
+        The target.
+    """
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file.resolve())
+    config = read_json(folder / _GENAI_FILE)
+    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    (target / _GENAI_FILE).unlink()
+    (target / _GENAI_FILE).write_text(json.dumps(config))
+    return target
 
 
 def run_llm_pipeline(python: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:

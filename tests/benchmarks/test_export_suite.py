@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import export
 import quantize
-from benchmarks.suite import export_parity, step_time
+from benchmarks.suite import export_parity, rival_tools, step_time
 from mistill.errors import FolderError
 from mistill.folder import read_json
 from tests.tiny import tiny_model
@@ -106,3 +106,16 @@ def test_steps_take_turns(source: Path, tmp_path: Path) -> None:
     assert all(len(samples) == 2 for samples in found["samples"].values())
     for sample in (sample for samples in found["samples"].values() for sample in samples):
         assert 0 < sample["around_us"] < 1e3 * sample["step_ms"]
+
+
+def test_genai_is_told_of_threads_by_its_config(tmp_path: Path) -> None:
+    folder = tmp_path / "genai"
+    folder.mkdir()
+    config = {"model": {"decoder": {"session_options": {"log_id": "x"}}}}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    (folder / "model.onnx").write_text("graph")
+    same = rival_tools.with_threads(folder, tmp_path / "same", 3)
+    told = json.loads((same / "genai_config.json").read_text())
+    assert told["model"]["decoder"]["session_options"] == {"log_id": "x", "intra_op_num_threads": 3}
+    assert (same / "model.onnx").read_text() == "graph"
+    assert json.loads((folder / "genai_config.json").read_text()) == config

@@ -171,8 +171,10 @@ def _scores(
     within = [pair for pair in merges if "".join(pair) in normal]
     tied = _tied_runs(within)
     if tied:
-        _log.info(
-            "%d runs of spaces have one score; llama.cpp may cut long runs otherwise", len(tied)
+        _log.warning(
+            "this tokenizer joins %d runs of one character with one score; llama.cpp may cut runs "
+            "that are longer than all of them in another way",
+            len(tied) + 1,
         )
     joined |= {piece: joined[best] for piece, best in tied.items()}
     scores = dict(joined)
@@ -201,13 +203,15 @@ def _tied_runs(merges: Sequence[tuple[str, str]]) -> dict[str, str]:
         if piece == piece[0] * len(piece):
             places.setdefault(piece, []).append(place)
     found: dict[str, str] = {}
-    best, end = "", -1
+    # Of each character, the run whose score the next ones may have, and where its merges end.
+    reached: dict[str, tuple[str, int]] = {}
     for piece, at in places.items():
-        if best and piece[0] == best[0] and at[0] < end:
+        best, end = reached.get(piece[0], (piece, -1))
+        if at[0] < end:
             found[piece] = best
+            reached[piece[0]] = best, max(end, at[-1])
         else:
-            best = piece
-        end = max(end, at[-1])
+            reached[piece[0]] = piece, at[-1]
     return found
 
 

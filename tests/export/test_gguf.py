@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from export import to_gguf
+from export.gguf_vocabulary import _tied_runs
 from export.settings import GgufSettings
 from mistill import open_model
 from mistill.errors import (
@@ -321,6 +322,13 @@ def test_the_vocabulary_of_mistral_has_the_scores_that_mistral_gave_it(tmp_path:
     assert scores == sorted(scores, reverse=True)
     spaces = [found["\u2581" * length] for length in (*range(3, 15), 16)]
     assert len(set(spaces)) == 1
+
+
+def test_runs_have_one_score_only_where_merges_of_the_same_character_mix():
+    mixed = [(" ", " "), (" ", "   "), ("-", "-"), ("  ", " "), ("  ", "  "), ("--", "--")]
+    assert _tied_runs(mixed) == {"   ": "    "}
+    apart = [(" ", " "), ("  ", " "), (" ", "  "), ("  ", "  "), ("-", "-"), ("--", "-")]
+    assert _tied_runs(apart) == {}
 
 
 @pytest.mark.parametrize("template", [made.MISTRAL_V1, None])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
@@ -224,7 +225,19 @@ def test_the_default_follows_width_and_form(model: Path, chats: Path, tmp_path: 
     assert count(wide, "e", precision="int4", float_columns=8) == 8
     assert count(wide, "f", precision="int8", layout="transformersjs") == 0
     assert count(model, "g", precision="int8") == 0
-    assert count(nf4_folder(wide, tmp_path / "nf4"), "h") == 0
+    nf4 = nf4_folder(wide, tmp_path / "nf4")
+    assert count(nf4, "h") == 0
+    assert count(nf4, "i", block_size=32) == 0
+
+    def layer_blocks(name: str) -> set[int]:
+        nodes = ir.load(tmp_path / name / "model.onnx").graph
+        return {
+            node.attributes.get_int("block_size", 0)
+            for node in nodes
+            if node.op_type == "MatMulNBits" and "layers" in str(node.outputs[0].name)
+        }
+
+    assert (layer_blocks("a"), layer_blocks("h"), layer_blocks("i")) == ({32}, {64}, {32})
 
 
 def test_nonsense_is_refused(model: Path, tmp_path: Path) -> None:

@@ -24,6 +24,19 @@ def test_products_of_made_up_matrices_are_products():
         np.testing.assert_allclose(result, np.tile(by_hand, (3, 1)), rtol=0, atol=1e-4)
 
 
+def test_every_thread_but_the_first_has_a_processor_of_its_own():
+    processors = usable_processors()
+    if len(processors) < 2:
+        pytest.skip("needs two processors")
+    name = "session.intra_op_thread_affinities"
+    two = open_products(Kernel("int4", 64), 96, 128, threads=2).get_session_options()
+    assert two.get_session_config_entry(name) == str(processors[1] + 1)  # it counts from 1
+    for threads in (1, len(processors) + 1):
+        session = open_products(Kernel("int4", 64), 96, 128, threads=threads)
+        with pytest.raises(RuntimeError, match=name):
+            session.get_session_options().get_session_config_entry(name)
+
+
 def test_the_speed_of_a_kernel_is_free_of_what_every_run_begins_with(
     monkeypatch: pytest.MonkeyPatch,
 ):

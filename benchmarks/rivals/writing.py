@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from mistill.language_model import Choose, greedy
 _UNBOUNDED = 256
 
 
-class OwnChoice:
+class OwnChoice(ABC):
     """What such engines share: how far they write, and how another choice than theirs is made.
 
     Attributes:
@@ -33,6 +34,7 @@ class OwnChoice:
         """
         self._room = positions
 
+    @abstractmethod
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores of every next token at every position.
 
@@ -42,7 +44,6 @@ class OwnChoice:
         Returns:
             Shape (B, T, V); position t scores the token at t + 1.
         """
-        raise NotImplementedError
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
         """Write tokens after the ids given, one at a time, until there is no room.
@@ -63,9 +64,9 @@ class OwnChoice:
             return self._greedily(prompt, count)
         return self._chosen(prompt, count, choose)
 
+    @abstractmethod
     def _greedily(self, prompt: list[int], count: int) -> Iterator[int]:
         """Let the engine write so many tokens."""
-        raise NotImplementedError
 
     def _chosen(self, prompt: list[int], count: int, choose: Choose) -> Iterator[int]:
         text = list(prompt)

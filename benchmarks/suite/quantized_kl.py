@@ -59,6 +59,7 @@ WAYS = {
     "gptq-8bit": Way("to_gptq", {"bits": 8, "group_size": 64}),
     "gptaq-64": Way("to_gptq", {"bits": 4, "group_size": 64, "method": "gptaq"}),
     "gptaq-row": Way("to_gptq", {"bits": 4, "group_size": -1, "method": "gptaq"}),
+    "gptq-8bit-asymmetric": Way("to_gptq", {"bits": 8, "group_size": 64, "symmetric": False}),
     "gptaq-8bit": Way("to_gptq", {"bits": 8, "group_size": 64, "method": "gptaq"}),
     "gptqmodel-64": Way("to_gptq", {"bits": 4, "group_size": 64, "backend": "gptqmodel"}),
     "nf4": Way("to_nf4", {}, calibrated=False),

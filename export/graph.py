@@ -49,7 +49,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Table:
-    """The embedding as initializers, for a tied head to read too."""
+    """The embedding as initializers, whose bytes a tied head reads too."""
 
     rows: ir.Value
     scales: ir.Value | None
@@ -167,7 +167,7 @@ class _Decoder:
                 table, None, None
             )
         # The table has one axis for blocks and one for the columns of a block, as MatMulNBits
-        # wants it: a tied head reads the same initializer, and no copy is made in memory.
+        # wants it: a tied head reads the same bytes of the file.
         table = writer.stored("embedding.codes", weight.codes)
         scales = writer.stored("embedding.scales", weight.scales[..., None])
         inputs = [table, ids, scales]
@@ -191,9 +191,7 @@ class _Decoder:
             hidden = self._slice(hidden, 0, weight.columns, 2, "embedding.unpadded")
         if weight.order is not None:
             hidden = self._gather_columns(hidden, np.argsort(weight.order), "embedding")
-        flat = writer.constant("embedding.scales.shape", np.array([-1], np.int64))
-        flat_scales = writer.node("Reshape", [scales, flat], "embedding.scales.flat")
-        return hidden, _Table(table, flat_scales, weight)
+        return hidden, _Table(table, scales, weight)
 
     def _head(self, hidden: ir.Value, table: _Table) -> ir.Value:
         options = self.options
@@ -204,11 +202,17 @@ class _Decoder:
         if options.head_bits != options.embedding_bits:
             weight = self.weights.table(EMBEDDING, options.head_bits)
             return self._multiply(hidden, weight, None, "logits")
+        # Initializers of its own over the same bytes: ONNX Runtime packs the head's and lets go of
+        # what it packed, and of the embedding's it only ever touches the rows that are looked up.
+        # One initializer for both would stay in memory whole, beside the packed one.
         if table.blocks is None or table.scales is None:
+            rows = self.writer.stored_again("logits.weight", table.rows)
             return self.writer.node(
-                "FusedMatMul", [hidden, table.rows], "logits", domain=MICROSOFT, transB=1
+                "FusedMatMul", [hidden, rows], "logits", domain=MICROSOFT, transB=1
             )
-        return self._multiply_blocks(hidden, table.blocks, table.rows, table.scales, None, "logits")
+        codes = self.writer.stored_again("logits.codes", table.rows)
+        scales = self.writer.stored_again("logits.scales", table.scales, table.blocks.scales.shape)
+        return self._multiply_blocks(hidden, table.blocks, codes, scales, None, "logits")
 
     # --- a layer ----------------------------------------------------------------------------------
 

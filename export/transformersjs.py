@@ -68,6 +68,7 @@ def _move_graph(folder: Path, name: str) -> int:
     model = ir.load(folder / MODEL_FILE)
     target = folder / GRAPH_FOLDER
     piece, size = 0, 0
+    moved: dict[tuple[int, int], tuple[str, int]] = {}  # two tensors may share their bytes
     output = (target / f"{name}_data").open("wb")
     try:
         with (folder / DATA_FILE).open("rb") as data:
@@ -76,18 +77,21 @@ def _move_graph(folder: Path, name: str) -> int:
                 if not isinstance(tensor, ir.ExternalTensor):
                     continue
                 length, offset = int(tensor.length or 0), int(tensor.offset or 0)
-                if size and size + length > _PIECE_BYTES:
-                    output.close()
-                    piece, size = piece + 1, 0
-                    output = (target / f"{name}_data_{piece}").open("wb")
-                # The places of the first piece stay as they are, on pages and cache lines.
-                start = size + (offset - size) % 4096
-                output.seek(start)
-                data.seek(offset)
-                _copy(data, output, length)
-                size = start + length
+                if (offset, length) not in moved:
+                    if size and size + length > _PIECE_BYTES:
+                        output.close()
+                        piece, size = piece + 1, 0
+                        output = (target / f"{name}_data_{piece}").open("wb")
+                    # The places of the first piece stay as they are, on pages and cache lines.
+                    start = size + (offset - size) % 4096
+                    output.seek(start)
+                    data.seek(offset)
+                    _copy(data, output, length)
+                    size = start + length
+                    moved[offset, length] = Path(output.name).name, start
+                file, start = moved[offset, length]
                 value.const_value = ir.ExternalTensor(
-                    Path(output.name).name,
+                    file,
                     start,
                     length,
                     tensor.dtype,

@@ -153,6 +153,33 @@ class GraphWriter:
         )
         return self._initializer(tensor)
 
+    def stored_again(
+        self, name: str, value: ir.Value, shape: Sequence[int] | None = None
+    ) -> ir.Value:
+        """Declare another tensor over bytes that are in the data file already.
+
+        Args:
+            name: Its name.
+            value: What ``stored`` gave for these bytes.
+            shape: Its shape, of as many elements; the same as before if not given.
+
+        Returns:
+            The value.
+        """
+        before = value.const_value
+        assert isinstance(before, ir.ExternalTensor), f"{value.name} is not in the data file"
+        return self._initializer(
+            ir.ExternalTensor(
+                DATA_FILE,
+                before.offset,
+                before.length,
+                before.dtype,
+                name=name,
+                shape=before.shape if shape is None else ir.Shape(shape),
+                base_dir=self._folder,
+            )
+        )
+
     def node(
         self,
         operator: str,

@@ -295,12 +295,20 @@ def test_a_tied_table_is_stored_once(bits: Any, tmp_path: Path) -> None:
     made = to_onnx(
         source, tmp_path / "onnx", head_bits=bits, embedding_bits=bits, parity_positions=0
     )
-    large = [
-        name
-        for name, array in initializers(made).items()
-        if array.shape[0] > 300 and "scales" not in name and "rotary" not in name
+    import onnx_ir as ir
+
+    what = "weight" if bits == 32 else "codes"
+    stored = ir.load(made / "model.onnx").graph.initializers
+    embedding, head = (stored[f"{name}.{what}"].const_value for name in ("embedding", "logits"))
+    assert isinstance(embedding, ir.ExternalTensor)
+    assert isinstance(head, ir.ExternalTensor)
+    assert (head.offset, head.length) == (embedding.offset, embedding.length)
+    uses = [
+        {use.node.op_type for use in stored[f"{name}.{what}"].uses()}
+        for name in ("embedding", "logits")
     ]
-    assert large == ["embedding.weight" if bits == 32 else "embedding.codes"]
+    product = "FusedMatMul" if bits == 32 else "MatMulNBits"
+    assert uses == [{"Gather" if bits == 32 else "GatherBlockQuantized"}, {product}]
 
 
 def test_no_slow_kernel_is_asked_for(model: Path, tmp_path: Path) -> None:

@@ -133,6 +133,21 @@ def test_large_weights_lie_in_several_pieces(
     )
 
 
+def test_a_table_that_embedding_and_head_share_is_copied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    plain = to_onnx(source, tmp_path / "plain", parity_positions=0)
+    monkeypatch.setattr(export.transformersjs, "_PIECE_BYTES", 100_000)
+    made = to_onnx(source, tmp_path / "made", layout="transformersjs", parity_positions=0)
+    size = sum(file.stat().st_size for file in (made / "onnx").glob("*_data*"))
+    assert size <= (plain / "model.onnx.data").stat().st_size
+    ids = np.random.default_rng(0).integers(5, 380, (1, 12))
+    np.testing.assert_array_equal(
+        last_logits(made / "onnx" / "model.onnx", ids), last_logits(plain / "model.onnx", ids)
+    )
+
+
 def test_the_command_says_what_it_made(model: Path, tmp_path: Path, capsys: Any):
     from mistill.cli import main
 

@@ -54,3 +54,25 @@ def test_large_tensors_begin_at_a_page_and_small_ones_at_a_line(tmp_path: Path) 
         content = arrays[name].tobytes()
         assert data[tensor.offset : tensor.offset + len(content)] == content
     assert len(data) < 4096 + 20000 + 64 + 12
+
+
+def test_two_tensors_over_the_same_bytes_are_stored_once(tmp_path: Path) -> None:
+    table = np.arange(6000, dtype=np.float32).reshape(3, 2000)
+    with GraphWriter(tmp_path) as writer:
+        stored = writer.stored("table", table)
+        same = writer.stored_again("same", stored)
+        flat = writer.stored_again("flat", stored, [6000])
+        for name, value in (("one", same), ("other", flat)):
+            shape = value.shape
+            assert shape is not None
+            writer.output(writer.node("Identity", [value], name), name, list(shape.numpy()))
+        writer.save("test")
+    assert (tmp_path / "model.onnx.data").stat().st_size == table.nbytes
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    one, other = session.run(["one", "other"], {})
+    np.testing.assert_array_equal(one, table)
+    np.testing.assert_array_equal(other, table.reshape(-1))

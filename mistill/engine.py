@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from mistill import key_value_cache
@@ -101,14 +100,17 @@ class OnnxModel:
         self._session = open_session(info.path, self.threads, provider)
         check_graph(self._session, info.path, info.layers)
         self._cache = KeyValueCache(
-            self._session, self.context_length, "cpu" if provider == "cpu" else "cuda"
+            self._session,
+            self.context_length,
+            "cpu" if provider == "cpu" else "cuda",
+            self._unbind,
         )
         self._reader: object = None
         self._lock = threading.Lock()
         self._binding = self._session.io_binding()
-        # What the binding points at now, and None while it is being changed: an interrupt between
-        # two bindings must not leave the graph writing into memory that is gone.
-        self._bound_cache: dict[str, onnxruntime.OrtValue] | None = None
+        # What the binding points at now, and False or None while it is being changed: an interrupt
+        # between two bindings must not leave the graph writing into memory that is gone.
+        self._bound_cache = False
         self._bound_tokens: NDArray[np.int64] | None = None
         self._ones = np.ones((1, self.context_length), np.int64)
         self._token = np.zeros((1, 1), np.int64)
@@ -343,6 +345,7 @@ class OnnxModel:
 
     def _read_on(self, tokens: list[int]) -> None:
         """Read what the cache lacks of a text; the logits of the last token are left."""
+        self._cache.reserve(len(tokens))
         for start in range(len(self._cache.ids), len(tokens), CHUNK):
             self._read(tokens[start : start + CHUNK], self._next_logits)
 
@@ -369,13 +372,17 @@ class OnnxModel:
 
     def _bind_cache(self) -> None:
         """Let the graph read and extend the cache in place."""
-        values = self._cache.values
-        if self._bound_cache is not values:
-            self._bound_cache = None
-            for name, value in values.items():
+        if not self._bound_cache:
+            for name, value in self._cache.values.items():
                 self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
                 self._binding.bind_ortvalue_output(f"present.{name}", value)
-            self._bound_cache = values
+            self._bound_cache = True
+
+    def _unbind(self) -> None:
+        """Hold nothing of the cache, which is about to move."""
+        self._bound_cache, self._bound_tokens = False, None
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
 
     def _bind_tokens(self, inputs: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
         """Let the graph read tokens and write logits; nothing changes from step to step."""

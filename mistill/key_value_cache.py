@@ -9,7 +9,10 @@ number of rows, and attention drops the oldest, many at once, when they are full
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import mmap
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -40,10 +43,11 @@ class KeyValueCache:
 
     A buffer has room for more positions than are used, and more room is made by doubling it:
     room for the whole context at once would cost a laptop gigabytes that most chats never use.
+    Buffers move one after another, so that there is never room for two caches in memory.
 
     Attributes:
         ids: The tokens whose keys and values are in the buffers.
-        values: The buffers by name, such as ``0.key``; a new dictionary when they have moved.
+        values: The buffers by name, such as ``0.key``.
         context_length: Most positions there can be.
         shapes: Heads and width of a head, and the type, of each buffer by name.
         window: Positions that a query sees, where the graph drops older ones; None where it keeps
@@ -61,6 +65,7 @@ class KeyValueCache:
         session: onnxruntime.InferenceSession,
         context_length: int,
         device: Device = "cpu",
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         """Make an empty cache for a graph.
 
@@ -68,6 +73,7 @@ class KeyValueCache:
             session: The graph, whose inputs say how large a position is.
             context_length: Most positions there can be.
             device: Where the buffers are.
+            let_go: Called before the buffers move, for whoever else holds them.
         """
         self.ids = []
         self.values = {}
@@ -76,6 +82,7 @@ class KeyValueCache:
         self.window = window_of(session)
         self._capacity = 0
         self._device = device
+        self._let_go = let_go
         # Of a cache on the processor only: the same memory as the values.
         self._arrays: dict[str, NDArray[Any]] = {}
 
@@ -105,12 +112,10 @@ class KeyValueCache:
         Args:
             positions: At most ``context_length``.
         """
-        if positions <= self._capacity or (self.window is not None and self._capacity):
-            return
-        capacity = max(self._capacity, min(FIRST_CAPACITY, self.context_length))
-        while capacity < positions:
-            capacity = min(2 * capacity, self.context_length)
-        self._replace(self.used(), self._fixed_capacity() or capacity)
+        if positions > self._capacity and (self.window is None or not self._capacity):
+            ids = self.ids
+            self._move(self._room(positions), self.used())
+            self.ids = ids
 
     def used(self) -> dict[str, NDArray[Any]]:
         """The keys and values that count.
@@ -121,9 +126,8 @@ class KeyValueCache:
         """
         if not self.ids:
             return {}
-        arrays = self._arrays or {name: value.numpy() for name, value in self.values.items()}
         rows = self._rows(len(self.ids))
-        return {name: array[:, :, :rows] for name, array in arrays.items()}
+        return {name: self._array(name)[:, :, :rows] for name in self.values}
 
     def restore(self, ids: Sequence[int], kept: Mapping[str, NDArray[Any]]) -> None:
         """Take over the keys and values of a text that was read before.
@@ -132,15 +136,8 @@ class KeyValueCache:
             ids: Its tokens, at most ``context_length``.
             kept: What ``used`` gave for them.
         """
-        self.ids = []
-        capacity = max(self._capacity, min(FIRST_CAPACITY, self.context_length))
-        while capacity < len(ids):
-            capacity = min(2 * capacity, self.context_length)
-        self._replace(kept, self._fixed_capacity() or capacity)
+        self._move(self._room(len(ids)), dict(kept))
         self.ids = list(ids)
-
-    def _fixed_capacity(self) -> int | None:
-        return None if self.window is None else self.window + WINDOW_SLACK
 
     def _rows(self, tokens: int) -> int:
         """Rows that are in use after some tokens, as GroupQueryAttention defines it."""
@@ -149,14 +146,36 @@ class KeyValueCache:
         dropped = self._capacity - self.window + 1
         return tokens - dropped * -(-(tokens - self._capacity) // dropped)
 
-    def _replace(self, kept: Mapping[str, NDArray[Any]], capacity: int) -> None:
-        arrays = {}
+    def _room(self, positions: int) -> int:
+        """Capacity for so many positions: that of now, doubled until they fit."""
+        if self.window is not None:
+            return self.window + WINDOW_SLACK
+        capacity = max(self._capacity, min(FIRST_CAPACITY, self.context_length))
+        while capacity < positions:
+            capacity = min(2 * capacity, self.context_length)
+        return capacity
+
+    def _array(self, name: str) -> NDArray[Any]:
+        return self._arrays[name] if self._arrays else self.values[name].numpy()
+
+    def _move(self, capacity: int, kept: dict[str, NDArray[Any]]) -> None:
+        """Take new buffers, one after another; if it is interrupted, the cache is left empty.
+
+        Args:
+            capacity: Positions that they have room for.
+            kept: What to put into them; each array is let go once it was copied.
+        """
+        self.ids, self._capacity = [], 0
+        self._let_go()
         for name, (heads, width, kind) in self.shapes.items():
-            arrays[name] = np.empty((1, heads, capacity, width), kind)
+            array = _pages((1, heads, capacity, width), kind)
             if kept:
-                arrays[name][:, :, : kept[name].shape[2]] = kept[name]
-        self.values = {name: as_value(array, self._device) for name, array in arrays.items()}
-        self._arrays = arrays if self._device == "cpu" else {}
+                old = kept.pop(name)
+                array[:, :, : old.shape[2]] = old
+                del old
+            self.values[name] = as_value(array, self._device)
+            if self._device == "cpu":
+                self._arrays[name] = array
         self._capacity = capacity
 
 
@@ -208,6 +227,19 @@ def as_value(array: NDArray[Any], device: Device = "cpu") -> onnxruntime.OrtValu
     if device == "cpu":
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)
     return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def _pages(shape: tuple[int, ...], kind: type[np.generic]) -> NDArray[Any]:
+    """An array in pages of its own: they take memory once they are written, and give it back.
+
+    What ``np.empty`` lets go, the C library often keeps; a cache that moves would stay twice.
+    """
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, size)
+    else:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, kind).reshape(shape)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -156,6 +157,60 @@ def test_growing_the_cache_changes_nothing(chatbot: Path, monkeypatch: pytest.Mo
     per_position = 2 * 2 * 2 * 16 * 4
     assert sizes == {per_position * capacity for capacity in (10, 20, 40, 80, 160, 311)}
     assert before == per_position * 512
+
+
+def test_a_growing_cache_never_is_in_memory_twice(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = OnnxModel(chatbot, threads=1)
+    monkeypatch.setattr(key_value_cache, "FIRST_CAPACITY", 64)
+    next_logits(model, some_ids(40))
+    old = [weakref.ref(array.base) for array in model._cache._arrays.values()]
+    alive = []
+
+    def as_value(array: Any, device: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in old))
+        return made(array, device)
+
+    made = key_value_cache.as_value
+    monkeypatch.setattr(key_value_cache, "as_value", as_value)
+    model._cache.reserve(400)
+    # A buffer goes when its copy is made, and takes its memory along.
+    assert alive == [4, 3, 2, 1]
+    assert not any(reference() for reference in old)
+    assert model._cache.ids == some_ids(40)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel does not tell")
+def test_memory_of_a_cache_is_taken_when_written_and_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * mmap.PAGESIZE
+
+    size = 64 << 20
+    before = resident()
+    array = key_value_cache._pages((1, 2, size // 16, 2), np.float32)
+    assert array.shape == (1, 2, size // 16, 2)
+    assert resident() - before < size / 4
+    array[:, :1] = 1
+    assert size / 4 < resident() - before < size * 3 / 4
+    del array
+    assert resident() - before < size / 4
+
+
+def test_room_for_a_prompt_is_made_once(chatbot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHUNK", 8)
+    monkeypatch.setattr(key_value_cache, "FIRST_CAPACITY", 8)
+    model = OnnxModel(chatbot, threads=1)
+    sizes = set()
+    read = model._read
+
+    def watched(*given: Any) -> None:
+        sizes.add(model._cache.size_bytes)
+        read(*given)
+
+    monkeypatch.setattr(model, "_read", watched)
+    next(model.stream(some_ids(100)))
+    assert len(sizes) == 1
 
 
 def test_the_cache_starts_small_however_long_the_context_is(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks.energy import EnergyMeter
 from benchmarks.fidelity import agreements, divergences
 from benchmarks.footprint import own_memory
-from benchmarks.latency import FEWEST_TOKENS, Turn, time_turn, turn_from_ticks
+from benchmarks.latency import FEWEST_TOKENS, SETTLE_SECONDS, Turn, time_turn, turn_from_ticks
 from benchmarks.passages import Passage
 from benchmarks.perplexity import token_losses
 from benchmarks.rivals.engines import describe, open_rival, read_note
@@ -118,7 +118,7 @@ class Worker:
     def turn(
         self, prompt: list[int], new_tokens: int, seconds: float, transformers: bool = False
     ) -> dict[str, Any]:
-        """Read a prompt and write.
+        """Let the engine before come to rest, then read a prompt and write.
 
         Args:
             prompt: Token ids.
@@ -132,6 +132,7 @@ class Worker:
         reserve = getattr(self.model, "reserve", None)
         if reserve is not None:  # a rival's, which is told beforehand as in its own benchmark
             reserve(len(prompt) + new_tokens)
+        time.sleep(SETTLE_SECONDS)
         if transformers:
             turn = time_generate(self.model, prompt, new_tokens=new_tokens, seconds=seconds)
         else:

@@ -19,6 +19,10 @@ Clock = Callable[[], float]
 
 FEWEST_TOKENS = 8
 
+SETTLE_SECONDS = 0.1
+"""Wait before a turn: threads of the engine that ran before spin on for some 35 ms, and whoever
+begins at once shares the processors with them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:

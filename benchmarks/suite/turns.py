@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.latency import SETTLE_SECONDS
+
 _MIB = 2**20
 
 
@@ -29,6 +31,7 @@ def serve(work: Callable[[], Mapping[str, Any]]) -> None:
     """
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
+        time.sleep(SETTLE_SECONDS)
         before = _reset_peak()
         started = time.perf_counter()
         figures = dict(work())

@@ -16,7 +16,7 @@ import numpy as np
 
 from mistill.constraints import ConstrainedChoice, Constraint, ConstraintTokens
 from mistill.errors import ContextError, FolderError, VocabularyError
-from mistill.language_model import Choose, LanguageModel, Provider, open_model
+from mistill.language_model import LOOK_UP, Choose, LanguageModel, Provider, open_model
 from mistill.log_probabilities import Scored, TokenScore
 from mistill.sampling import Sampler, SamplingSettings
 from mistill.settings import require, settings_from
@@ -121,7 +121,8 @@ class ChatBot:
                 names a model.
             system: What the chatbot is told before the conversation.
             settings: How it picks its words; or give the fields as options.
-            model: The folder as a running model, if it is open already.
+            model: The folder as a running model, if it is open already; where a smaller model is
+                to guess, opened with ``alone=False``.
             threads: Threads to compute with; None takes all processors that may be used.
             provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
             draft: What guesses the next tokens of an ONNX folder, to write faster: ``lookup``, or
@@ -145,9 +146,10 @@ class ChatBot:
             )
         self._constraint = constraint
         self._constraint_tokens: ConstraintTokens | None = None
-        self._model = (
-            open_model(folder, threads=threads, provider=provider) if model is None else model
-        )
+        if model is None:
+            alone = draft is None or str(draft) == LOOK_UP
+            model = open_model(folder, threads=threads, provider=provider, alone=alone)
+        self._model = model
         if draft is not None:
             from mistill.speculation import with_guesses
 

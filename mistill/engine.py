@@ -63,6 +63,7 @@ class OnnxModel:
         threads: int | None = None,
         context: int | None = None,
         provider: Provider = "cpu",
+        alone: bool = True,
     ) -> None:
         """Open an ONNX folder.
 
@@ -71,6 +72,10 @@ class OnnxModel:
             threads: Threads to compute with; None takes the processors that this process may use.
             context: Most positions to hold at once; None takes what the model was made for.
             provider: ``cpu``, or ``cuda`` or ``tensorrt`` where ONNX Runtime has them.
+            alone: Whether no other model computes in turn with this one, token by token, as a
+                draft does. Between two steps the threads of a model that is alone keep their
+                processors busy, so as to begin the next one at once; another model's steps would
+                take twice as long meanwhile.
 
         Raises:
             FolderError: If the folder is broken or holds another form of model.
@@ -97,7 +102,7 @@ class OnnxModel:
         self.vocabulary_size = info.vocabulary_size
         self.context_length = context or info.context_length
         self.threads = threads or usable_threads()
-        self._session = open_session(info.path, self.threads, provider)
+        self._session = open_session(info.path, self.threads, provider, alone)
         check_graph(self._session, info.path, info.layers)
         self._cache = KeyValueCache(
             self._session,

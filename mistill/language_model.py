@@ -20,6 +20,9 @@ from mistill.settings import require
 Provider = Literal["cpu", "cuda", "tensorrt"]
 Choose = Callable[[NDArray[np.float32]], int]
 
+LOOK_UP = "lookup"
+"""The draft that is no model: what followed the same words before."""
+
 
 def greedy(logits: NDArray[np.float32]) -> int:
     """The most probable token.
@@ -69,7 +72,11 @@ class LanguageModel(Protocol):
 
 
 def open_model(
-    folder: str | Path, *, threads: int | None = None, provider: Provider = "cpu"
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    provider: Provider = "cpu",
+    alone: bool = True,
 ) -> LanguageModel:
     """Open any folder of the road as a running model.
 
@@ -77,6 +84,8 @@ def open_model(
         folder: A model folder (float, GPTQ or NF4) or an ONNX folder.
         threads: Threads to compute with; None lets the engine count the processors it may use.
         provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
+        alone: Whether no other model computes in turn with this one, token by token; of an ONNX
+            folder, as ``OnnxModel`` takes it.
 
     Returns:
         The running model: ONNX Runtime for an ONNX folder, PyTorch for the others.
@@ -89,7 +98,7 @@ def open_model(
     if info.form == "onnx":
         from mistill.engine import OnnxModel
 
-        return OnnxModel(info.path, threads=threads, provider=provider)
+        return OnnxModel(info.path, threads=threads, provider=provider, alone=alone)
     require(
         provider == "cpu", f"provider is for ONNX folders, and {info.path} is a {info.form} folder"
     )

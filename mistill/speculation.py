@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mistill.engine import OnnxModel
 from mistill.errors import VocabularyError
-from mistill.language_model import Choose, LanguageModel, greedy
+from mistill.language_model import LOOK_UP, Choose, LanguageModel, greedy
 from mistill.pace import LONGEST, Pace
 from mistill.sampling import Candidates, Sampler, SamplingSettings, candidates, draw
 from mistill.settings import require
@@ -27,9 +27,6 @@ from mistill.vocabulary import load_vocabulary, same_vocabulary
 
 SAME = 1e-3
 """How far apart the logits of one position may be, read alone or among others, to count as same."""
-
-LOOK_UP = "lookup"
-"""The draft that needs no model."""
 
 _logger = logging.getLogger(__name__)
 
@@ -175,7 +172,7 @@ class DraftModel:
 
         Args:
             folder: The ONNX folder of the small model.
-            model: The model to guess for.
+            model: The model to guess for, opened with ``alone=False``: the two take turns.
             threads: Threads of the small model; as many as the other has if not given.
 
         Returns:
@@ -184,7 +181,7 @@ class DraftModel:
         Raises:
             VocabularyError: If a token does not mean the same in both.
         """
-        draft = OnnxModel(folder, threads=threads or model.threads)
+        draft = OnnxModel(folder, threads=threads or model.threads, alone=False)
         differences = same_vocabulary(load_vocabulary(folder), load_vocabulary(model.folder))
         if differences:
             raise VocabularyError(
@@ -365,7 +362,7 @@ def with_guesses(
     """Let a chatbot guess ahead.
 
     Args:
-        model: An open ONNX folder.
+        model: An open ONNX folder; if a smaller model is to guess, opened with ``alone=False``.
         draft: ``lookup``, or the ONNX folder of a smaller model with the same tokens.
         exact: Whether greedy text must be what the model writes without guesses.
         threads: Threads of the smaller model; as many as the other has if not given.

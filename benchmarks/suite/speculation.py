@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.latency import SETTLE_SECONDS
 from benchmarks.machine import describe_machine
 from benchmarks.suite.turns import paired_ratio, summary
 from mistill.engine import OnnxModel
@@ -76,6 +77,7 @@ def write(model: LanguageModel, prompt: Sequence[int], tokens: int) -> tuple[lis
     Returns:
         The tokens, and the seconds that those after the first took.
     """
+    time.sleep(SETTLE_SECONDS)
     stream = model.stream(prompt)
     reply = [next(stream)]
     started = time.perf_counter()
@@ -107,9 +109,11 @@ def measure(
     """
     model = OnnxModel(folder, threads=threads)
     vocabulary = load_vocabulary(folder)
-    drafts: dict[str, Draft] = {"lookup": LookUp()}
+    drafts: dict[str, tuple[OnnxModel, Draft]] = {"lookup": (model, LookUp())}
     if draft is not None:
-        drafts["model"] = DraftModel.open(draft, model)
+        # What is compared with is the model as it runs without a draft.
+        other = OnnxModel(folder, threads=threads, alone=False)
+        drafts["model"] = other, DraftModel.open(draft, other)
     found: dict[str, Any] = {}
     rounding = 0.0
     for question, text in _QUESTIONS.items():
@@ -117,13 +121,13 @@ def measure(
             vocabulary.render([{"role": "user", "content": text}], add_generation_prompt=True)
         )
         wrong = AlwaysWrong(write(model, prompt, tokens)[0])
-        for name, source in {**drafts, "wrong": wrong}.items():
+        for name, (guessed_for, source) in {**drafts, "wrong": (model, wrong)}.items():
             plain: list[dict[str, float]] = []
             guessed: list[dict[str, float]] = []
             guesses = {"tried": 0, "right": 0}
             for turn in range(1 + rounds):
                 # As a chatbot is that was just opened: nothing is known of costs and hits.
-                guessing = SpeculativeModel(model, source, exact=exact)
+                guessing = SpeculativeModel(guessed_for, source, exact=exact)
                 rounding = guessing.rounding
                 order: list[LanguageModel] = [model, guessing]
                 replies = {}

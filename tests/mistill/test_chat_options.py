@@ -109,6 +109,22 @@ def test_a_chatbot_with_a_draft_says_the_same(chatbot: Path, tmp_path: Path) -> 
         assert bot.save(tmp_path / "kept").is_file()
 
 
+def test_a_chatbot_and_its_draft_leave_the_processors_to_each_other(chatbot: Path) -> None:
+    def yields(model: Any) -> bool:
+        options = model._session.get_session_options()
+        try:
+            return bool(options.get_session_config_entry("session.force_spinning_stop") == "1")
+        except RuntimeError:  # was never set
+            return False
+
+    assert not yields(ChatBot(chatbot)._model)
+    looking_up: Any = ChatBot(chatbot, draft="lookup")._model
+    assert not yields(looking_up.model)
+    guessing: Any = ChatBot(chatbot, draft=chatbot)._model
+    assert yields(guessing.model)
+    assert yields(guessing._draft._model)
+
+
 def test_how_probable_each_token_was_is_what_the_logits_say(chatbot: Path) -> None:
     bot = ChatBot(chatbot, temperature=1, max_new_tokens=9, seed=0, threads=1)
     list(bot.reply("Hello"))

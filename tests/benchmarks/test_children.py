@@ -18,7 +18,7 @@ import benchmarks.child
 import export
 from benchmarks.child import Worker
 from benchmarks.children import Child, start_children
-from benchmarks.latency import SETTLE_SECONDS
+from benchmarks.latency import SETTLE_SECONDS, time_turn
 from mistill.errors import FolderError, MistillError
 
 REPOSITORY = Path(benchmarks.child.__file__).parents[1]
@@ -50,13 +50,11 @@ def test_a_turn_begins_when_the_engine_before_has_come_to_rest(
     worker = Worker(model, threads=1)
     worker.open()
     events = []
-    timed = benchmarks.child.time_turn
-
     def noted(*given: Any, **named: Any) -> Any:
         events.append("turn")
-        return timed(*given, **named)
+        return time_turn(*given, **named)
 
-    monkeypatch.setattr(benchmarks.child, "time_turn", noted)
+    monkeypatch.setattr("benchmarks.child.time_turn", noted)
     monkeypatch.setattr(time, "sleep", events.append)
     worker.ask("turn", **TURN)
     # ONNX Runtime's threads spin for some 35 ms after the last step.

@@ -86,6 +86,11 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
         pieces = _pieces(definition, vocabulary, model.get("unk_token"), scores)
         prefix = _space_prefix(definition, vocabulary)
         return GgufVocabulary("llama", None, pieces, space_prefix=prefix)
+    if not merges:
+        raise VocabularyError(
+            f"{file} merges no pieces, and llama.cpp opens no such vocabulary; GGUF files need a "
+            "BPE vocabulary with merges"
+        )
     pieces = _pieces(definition, vocabulary, None, {})
     cut = _cut(file, definition)
     return GgufVocabulary("gpt2", cut, pieces, tuple(" ".join(pair) for pair in merges))

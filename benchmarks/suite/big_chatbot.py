@@ -166,6 +166,8 @@ def main() -> None:
             numbers = [int(word) for word in words[1:]]
             print(json.dumps(run_here(Path(words[0]), *numbers)))
         return
+    if given.folder is not None:
+        given.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=given.folder) as folder:
         found = measure(
             Path(folder), given.layers, given.width, given.threads, given.prompt, given.new_tokens

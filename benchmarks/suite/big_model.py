@@ -105,6 +105,8 @@ def main() -> None:
         method, source, target = options.child
         print(json.dumps(quantize_here(method, Path(source), Path(target))))
         return
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=options.folder) as folder:
         found = measure(
             Path(folder), options.layers, options.width, tuple(options.methods), options.threads

@@ -1,11 +1,14 @@
 """A model folder of Mistral 7B's shapes with random weights, written a matrix at a time.
 
-What quantization takes in time and memory depends on shapes alone, so a model that nobody trained
-serves to measure it where no such model can be had.
+    python -m benchmarks.suite.random_mistral FOLDER --layers 18 --width 2048    # 1.1 billion
+
+What quantization, export and a step take in time and memory depends on shapes alone, so a model
+that nobody trained serves to measure it where no such model can be had.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Mapping
@@ -104,11 +107,25 @@ def make_folder(folder: Path, layers: int, width: int = WIDTH) -> int:
     return count
 
 
+def main() -> None:
+    """Write a folder as the command line says, and print its parameters."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="is made")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--width", type=int, default=WIDTH, help="a multiple of 512")
+    given = parser.parse_args()
+    count = make_folder(given.folder, given.layers, given.width)
+    print(f"{given.folder}: {count:,} parameters")
+
+
 def _write_tokenizer(folder: Path) -> None:
     characters = byte_characters()
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for byte in range(256):
         vocabulary[characters[byte]] = len(vocabulary)
+    # llama.cpp opens no vocabulary without merges; this one leaves random_text a token a letter.
+    space = characters[ord(" ")]
+    vocabulary[2 * space] = len(vocabulary)
     special = [
         {
             "id": vocabulary[token],
@@ -131,7 +148,7 @@ def _write_tokenizer(folder: Path) -> None:
         "pre_tokenizer": bytes_alone,
         "post_processor": None,
         "decoder": bytes_alone,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": [[space, space]]},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
     about = {
@@ -167,3 +184,7 @@ def child_environment(threads: int) -> dict[str, str]:
         This process' own, with the threads set.
     """
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
+if __name__ == "__main__":
+    main()

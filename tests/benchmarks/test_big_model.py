@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.suite.random_mistral import random_text
+from export import to_gguf
+from mistill.vocabulary import load_vocabulary
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -57,3 +61,22 @@ def test_a_chatbot_is_exported_a_matrix_at_a_time() -> None:
     # Codes of 4 bits, a scale and a sum for 64 of them: 5 bits a weight of six layers.
     assert many["step_bytes"]["packed_bytes"] - few["step_bytes"]["packed_bytes"] > 51e6
     assert many["roofline_share"] > 0
+
+
+def test_a_random_model_is_one_that_llama_cpp_opens(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    options = [str(folder), "--layers", "1", "--width", "512"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.suite.random_mistral", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(": 36,177,408 parameters\n")
+    vocabulary = load_vocabulary(folder)
+    text = random_text(100)
+    assert len(vocabulary.encode(text)) == len(text) > 100
+    # A vocabulary without merges is refused there.
+    assert to_gguf(folder, tmp_path / "model.gguf", dtype="q4_0").is_file()

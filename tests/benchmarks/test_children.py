@@ -50,6 +50,7 @@ def test_a_turn_begins_when_the_engine_before_has_come_to_rest(
     worker = Worker(model, threads=1)
     worker.open()
     events = []
+
     def noted(*given: Any, **named: Any) -> Any:
         events.append("turn")
         return time_turn(*given, **named)

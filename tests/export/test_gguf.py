@@ -380,6 +380,7 @@ def test_the_way_to_cut_words_is_found_by_what_it_does(name: str, model: Path, t
         ({"pre_tokenizer": {"type": "Whitespace"}}, "in a way that llama.cpp has no name for"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizes text (Lowercase)"),
         ({"model": {"ignore_merges": True}}, "in a way that llama.cpp has no name for"),
+        ({"model": {"merges": []}}, "merges no pieces, and llama.cpp opens no such vocabulary"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(

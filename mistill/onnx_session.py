@@ -62,6 +62,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # A plan of memory is kept for every shape of inputs, and each step has another one.
+    options.enable_mem_pattern = False
     if not alone:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.suite import random_mistral
 from benchmarks.suite.random_mistral import random_text
 from export import to_gguf
 from mistill.vocabulary import load_vocabulary
@@ -63,7 +64,9 @@ def test_a_chatbot_is_exported_a_matrix_at_a_time() -> None:
     assert many["roofline_share"] > 0
 
 
-def test_a_random_model_is_one_that_llama_cpp_opens(tmp_path: Path) -> None:
+def test_a_random_model_is_one_that_llama_cpp_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "model"
     options = [str(folder), "--layers", "1", "--width", "512"]
     done = subprocess.run(
@@ -78,5 +81,10 @@ def test_a_random_model_is_one_that_llama_cpp_opens(tmp_path: Path) -> None:
     vocabulary = load_vocabulary(folder)
     text = random_text(100)
     assert len(vocabulary.encode(text)) == len(text) > 100
+    for wrong, words in ([], "is there already"), (["--width", "700"], "a multiple of 512"):
+        with pytest.raises(SystemExit), monkeypatch.context() as asked:
+            asked.setattr(sys, "argv", ["random_mistral", str(folder), *wrong])
+            random_mistral.main()
+        assert words in capsys.readouterr().err
     # A vocabulary without merges is refused there.
     assert to_gguf(folder, tmp_path / "model.gguf", dtype="q4_0").is_file()

@@ -48,6 +48,7 @@ class OnnxModel:
         context_length: Most positions that it can hold at once.
         threads: Threads that it computes with.
         provider: What computes.
+        alone: Whether it was opened to compute with no other model in turn.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class OnnxModel:
     context_length: int
     threads: int
     provider: Provider
+    alone: bool
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class OnnxModel:
         check_provider(provider)
         self.folder = info.path
         self.provider = provider
+        self.alone = alone
         self.vocabulary_size = info.vocabulary_size
         self.context_length = context or info.context_length
         self.threads = threads or usable_threads()

@@ -181,6 +181,12 @@ class DraftModel:
         Raises:
             VocabularyError: If a token does not mean the same in both.
         """
+        if model.alone:
+            _logger.warning(
+                "%s was opened to compute alone, and its threads will take time from its draft; "
+                "open it with alone=False",
+                model.folder,
+            )
         draft = OnnxModel(folder, threads=threads or model.threads, alone=False)
         differences = same_vocabulary(load_vocabulary(folder), load_vocabulary(model.folder))
         if differences:

@@ -109,7 +109,9 @@ def test_a_chatbot_with_a_draft_says_the_same(chatbot: Path, tmp_path: Path) -> 
         assert bot.save(tmp_path / "kept").is_file()
 
 
-def test_a_chatbot_and_its_draft_leave_the_processors_to_each_other(chatbot: Path) -> None:
+def test_a_chatbot_and_its_draft_leave_the_processors_to_each_other(
+    chatbot: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def yields(model: Any) -> bool:
         options = model._session.get_session_options()
         try:
@@ -123,6 +125,9 @@ def test_a_chatbot_and_its_draft_leave_the_processors_to_each_other(chatbot: Pat
     guessing: Any = ChatBot(chatbot, draft=chatbot)._model
     assert yields(guessing.model)
     assert yields(guessing._draft._model)
+    assert "alone=False" not in caplog.text
+    ChatBot(chatbot, model=OnnxModel(chatbot), draft=chatbot)
+    assert "was opened to compute alone" in caplog.text
 
 
 def test_how_probable_each_token_was_is_what_the_logits_say(chatbot: Path) -> None:

@@ -12,40 +12,40 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from benchmarks.budget import Miss as Miss
-    from benchmarks.budget import misses as misses
-    from benchmarks.comparison import Comparison as Comparison
-    from benchmarks.comparison import open_report as open_report
-    from benchmarks.differences import ReportDiff as ReportDiff
-    from benchmarks.differences import diff as diff
-    from benchmarks.evaluation import Evaluation as Evaluation
-    from benchmarks.evaluation import evaluate as evaluate
+    from benchmarks.changes.differences import ReportDiff as ReportDiff
+    from benchmarks.changes.differences import diff as diff
     from benchmarks.evaluation_settings import EvalSettings as EvalSettings
-    from benchmarks.measuring import compare as compare
-    from benchmarks.model_result import ModelResult as ModelResult
+    from benchmarks.figures.comparison import Comparison as Comparison
+    from benchmarks.figures.comparison import open_report as open_report
+    from benchmarks.figures.model_result import ModelResult as ModelResult
+    from benchmarks.measure.measuring import compare as compare
+    from benchmarks.report.budget import Miss as Miss
+    from benchmarks.report.budget import misses as misses
+    from benchmarks.report.shipping import best_to_ship as best_to_ship
     from benchmarks.report_settings import Budget as Budget
     from benchmarks.report_settings import DiffSettings as DiffSettings
     from benchmarks.report_settings import ShipSettings as ShipSettings
     from benchmarks.settings import BenchSettings as BenchSettings
-    from benchmarks.shipping import best_to_ship as best_to_ship
+    from benchmarks.tasks.evaluation import Evaluation as Evaluation
+    from benchmarks.tasks.evaluation import evaluate as evaluate
 
 _HOMES = {
     "BenchSettings": "benchmarks.settings",
     "Budget": "benchmarks.report_settings",
-    "Comparison": "benchmarks.comparison",
+    "Comparison": "benchmarks.figures.comparison",
     "DiffSettings": "benchmarks.report_settings",
     "EvalSettings": "benchmarks.evaluation_settings",
-    "Evaluation": "benchmarks.evaluation",
-    "Miss": "benchmarks.budget",
-    "ModelResult": "benchmarks.model_result",
-    "ReportDiff": "benchmarks.differences",
+    "Evaluation": "benchmarks.tasks.evaluation",
+    "Miss": "benchmarks.report.budget",
+    "ModelResult": "benchmarks.figures.model_result",
+    "ReportDiff": "benchmarks.changes.differences",
     "ShipSettings": "benchmarks.report_settings",
-    "best_to_ship": "benchmarks.shipping",
-    "compare": "benchmarks.measuring",
-    "diff": "benchmarks.differences",
-    "evaluate": "benchmarks.evaluation",
-    "misses": "benchmarks.budget",
-    "open_report": "benchmarks.comparison",
+    "best_to_ship": "benchmarks.report.shipping",
+    "compare": "benchmarks.measure.measuring",
+    "diff": "benchmarks.changes.differences",
+    "evaluate": "benchmarks.tasks.evaluation",
+    "misses": "benchmarks.report.budget",
+    "open_report": "benchmarks.figures.comparison",
 }
 
 __all__ = [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.column import EN_DASH, significant
-from benchmarks.differences import ReportDiff
-from benchmarks.judging import Change, Verdict
-from benchmarks.table import escaped
+from benchmarks.changes.differences import ReportDiff
+from benchmarks.changes.verdicts import Change, Verdict
+from benchmarks.figures.column import EN_DASH, significant
+from benchmarks.report.table import escaped
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,12 +16,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from benchmarks.perplexity import log_normalizers
+from benchmarks.figures.perplexity import log_normalizers
+from mistill.engine.language_model import open_model
+from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import SettingsError
-from mistill.language_model import open_model
 from mistill.progress import track
-from mistill.sampling import Sampler, SamplingSettings
-from mistill.vocabulary import load_vocabulary
+from mistill.text.vocabulary import load_vocabulary
 
 _DEFAULT_NEW_TOKENS = 256
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 else:
     Length = int | str  # a command line gives several in one word, such as 0,1024
 
-# What benchmarks.conventions knows; this module is imported by every command, and stays small.
+# What benchmarks.figures.conventions knows; every command imports this module, so it stays small.
 QUOTED = ("gptq", "llama.cpp")
 
 

@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from distill.cached_teacher import open_targets as open_targets
-    from distill.caching import cache_targets as cache_targets
     from distill.conversations import generate_conversations as generate_conversations
     from distill.generate_settings import GenerateSettings as GenerateSettings
-    from distill.losses import forward_kl as forward_kl
-    from distill.student import new_student as new_student
+    from distill.loss.losses import forward_kl as forward_kl
+    from distill.settings import TrainSettings as TrainSettings
+    from distill.student.student_folder import new_student as new_student
     from distill.student_settings import StudentSettings as StudentSettings
     from distill.target_settings import TargetSettings as TargetSettings
-    from distill.train_settings import TrainSettings as TrainSettings
-    from distill.training import train as train
+    from distill.targets.cached_teacher import open_targets as open_targets
+    from distill.targets.targets_folder import cache_targets as cache_targets
+    from distill.training.trained_folder import train as train
 
 _HOMES = {
     "GenerateSettings": "distill.generate_settings",
     "StudentSettings": "distill.student_settings",
     "TargetSettings": "distill.target_settings",
-    "TrainSettings": "distill.train_settings",
-    "cache_targets": "distill.caching",
-    "forward_kl": "distill.losses",
+    "TrainSettings": "distill.settings",
+    "cache_targets": "distill.targets.targets_folder",
+    "forward_kl": "distill.loss.losses",
     "generate_conversations": "distill.conversations",
-    "new_student": "distill.student",
-    "open_targets": "distill.cached_teacher",
-    "train": "distill.training",
+    "new_student": "distill.student.student_folder",
+    "open_targets": "distill.targets.cached_teacher",
+    "train": "distill.training.trained_folder",
 }
 
 __all__ = [

@@ -23,16 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.generate_settings import GenerateSettings
+from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, TextError
-from mistill.folder import open_folder
-from mistill.lineage import fingerprint
+from mistill.folders.folder import open_folder
+from mistill.folders.lineage import fingerprint
+from mistill.folders.publishing import refuse_existing, working, write_atomically
 from mistill.progress import track
-from mistill.publishing import refuse_existing, working, write_atomically
-from mistill.sampling import Sampler, SamplingSettings
 from mistill.settings import require, settings_dict, settings_from
-from mistill.source import resolve_model
-from mistill.text import Texts, read_prompts
-from mistill.vocabulary import Message, Vocabulary, load_vocabulary
+from mistill.sources.source import resolve_model
+from mistill.text.documents import Texts, read_prompts
+from mistill.text.vocabulary import Message, Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -245,7 +245,7 @@ def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) ->
     """Load a teacher, and return what answers a batch of prompts by their numbers."""
     import torch
 
-    from mistill.pytorch import load_pytorch
+    from mistill.pytorch.loading import load_pytorch
 
     on_gpu = torch.cuda.is_available()
     model = load_pytorch(folder, torch.bfloat16 if on_gpu else torch.float32)

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from export.gguf_file import to_gguf as to_gguf
+    from export.kernels.probe import probe_cpu as probe_cpu
+    from export.llama_cpp.gguf_file import to_gguf as to_gguf
     from export.onnx_folder import to_onnx as to_onnx
-    from export.probe import probe_cpu as probe_cpu
     from export.settings import GgufSettings as GgufSettings
     from export.settings import OnnxSettings as OnnxSettings
 
 _HOMES = {
     "GgufSettings": "export.settings",
     "OnnxSettings": "export.settings",
-    "probe_cpu": "export.probe",
-    "to_gguf": "export.gguf_file",
+    "probe_cpu": "export.kernels.probe",
+    "to_gguf": "export.llama_cpp.gguf_file",
     "to_onnx": "export.onnx_folder",
 }
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.architecture import Architecture
-from export.parity import Cache, mean_kl, text_runner
+from export.checks.parity import Cache, mean_kl, text_runner
 from export.settings import MODEL_FILE
+from export.weights.architecture import Architecture
 from mistill.errors import ExportError
 
 _PIECE = 256

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from mistill.folder import MANIFEST_FILE
+from mistill.folders.folder import MANIFEST_FILE
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:

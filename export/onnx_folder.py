@@ -14,15 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.architecture import EMBEDDING, HEAD, Architecture, read_architecture, require_graph
-from export.genai import GENAI_FILE, genai_config
+from export.checks.parity import TEXT, can_compare, measure_parity, require_parity
+from export.graph.outliers import CALIBRATION_TOKENS, Outliers, find_outliers, guarded_norms
 from export.manifest import checksums
-from export.outliers import CALIBRATION_TOKENS, Outliers, find_outliers, guarded_norms
-from export.parity import TEXT, can_compare, measure_parity, require_parity
+from export.runtimes.genai import GENAI_FILE, genai_config
+from export.runtimes.transformersjs import arrange_for_transformersjs
 from export.settings import DEFAULT_CONTEXT, GraphOptions, OnnxSettings
-from export.transformersjs import arrange_for_transformersjs
+from export.weights.architecture import (
+    EMBEDDING,
+    HEAD,
+    Architecture,
+    read_architecture,
+    require_graph,
+)
 from mistill.errors import FolderError, SettingsError, missing_extra
-from mistill.folder import (
+from mistill.folders.folder import (
     MANIFEST_FILE,
     FolderInfo,
     copy_companions,
@@ -30,16 +36,16 @@ from mistill.folder import (
     read_config,
     read_json,
 )
-from mistill.gptq_layout import read_quantization
-from mistill.lineage import add_lineage
-from mistill.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.lineage import add_lineage
+from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.settings import require, settings_dict, settings_from
-from mistill.source import resolve_model
-from mistill.text import read_documents
-from mistill.vocabulary import Vocabulary, load_vocabulary
+from mistill.sources.source import resolve_model
+from mistill.text.documents import read_documents
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from mistill.weights.gptq_layout import read_quantization
 
 if TYPE_CHECKING:
-    from export.weights import FolderWeights
+    from export.weights.folder_weights import FolderWeights
 
 _log = logging.getLogger(__name__)
 
@@ -236,12 +242,12 @@ def _write(
     options: GraphOptions,
 ) -> dict[str, Any]:
     """Write the graph, compare it with PyTorch, and say what was measured."""
-    from export.graph import write_decoder
-    from export.lint import lint_export
-    from export.portable import write_portable_decoder
-    from export.tuning import tuning_for
-    from export.weights import FolderWeights
-    from export.writer import GraphWriter
+    from export.checks.lint import lint_export
+    from export.graph.decoder import write_decoder
+    from export.graph.portable_decoder import write_portable_decoder
+    from export.graph.writer import GraphWriter
+    from export.kernels.choosing import tuning_for
+    from export.weights.folder_weights import FolderWeights
 
     with FolderWeights(info.path, architecture, settings) as weights:
         tuning = None
@@ -292,8 +298,8 @@ def _outliers(
     options: GraphOptions,
 ) -> Outliers:
     """Write the graph without float columns, and read some text with it to find them."""
-    from export.graph import write_decoder
-    from export.writer import GraphWriter
+    from export.graph.decoder import write_decoder
+    from export.graph.writer import GraphWriter
 
     ids = _calibration_ids(settings, vocabulary, CALIBRATION_TOKENS)
     with TemporaryDirectory(dir=folder) as name:

@@ -15,24 +15,24 @@ from mistill.lazy import lazy_exports
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from mistill.chat import ChatBot as ChatBot
+    from mistill.chat.bot import ChatBot as ChatBot
+    from mistill.engine.language_model import LanguageModel as LanguageModel
+    from mistill.engine.language_model import open_model as open_model
     from mistill.errors import MistillError as MistillError
-    from mistill.folder import FolderInfo as FolderInfo
-    from mistill.folder import open_folder as open_folder
-    from mistill.language_model import LanguageModel as LanguageModel
-    from mistill.language_model import open_model as open_model
-    from mistill.source import save_model as save_model
+    from mistill.folders.folder import FolderInfo as FolderInfo
+    from mistill.folders.folder import open_folder as open_folder
+    from mistill.sources.source import save_model as save_model
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ChatBot": "mistill.chat",
-    "FolderInfo": "mistill.folder",
-    "LanguageModel": "mistill.language_model",
+    "ChatBot": "mistill.chat.bot",
+    "FolderInfo": "mistill.folders.folder",
+    "LanguageModel": "mistill.engine.language_model",
     "MistillError": "mistill.errors",
-    "open_folder": "mistill.folder",
-    "open_model": "mistill.language_model",
-    "save_model": "mistill.source",
+    "open_folder": "mistill.folders.folder",
+    "open_model": "mistill.engine.language_model",
+    "save_model": "mistill.sources.source",
 }
 
 __all__ = [

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mistill.engine.language_model import Choose
 from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
-from mistill.language_model import Choose
-from mistill.vocabulary import Vocabulary
+from mistill.text.vocabulary import Vocabulary
 
 # As json.dumps writes, and most text that models have read. A schema may say otherwise under
 # x-guidance; free white space would let a model write nothing else until it is stopped.

@@ -38,9 +38,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from mistill.errors import MistillError, RecipeError, TargetExistsError
-from mistill.folder import MANIFEST_FILE
-from mistill.lineage import fingerprint
-from mistill.publishing import remove_leftovers, write_atomically
+from mistill.folders.folder import MANIFEST_FILE
+from mistill.folders.lineage import fingerprint
+from mistill.folders.publishing import remove_leftovers, write_atomically
 from mistill.settings import settings_dict
 
 # A step that the first process makes alone may take hours.
@@ -149,7 +149,7 @@ def step_kinds() -> dict[str, StepKind]:
     import distill
     import export
     import quantize
-    from mistill.source import save_model
+    from mistill.sources.source import save_model
 
     def make_teacher(inputs: Mapping[str, Any], _: Any, target: Path, overwrite: bool) -> object:
         return save_model(inputs["source"], target, overwrite=overwrite)
@@ -397,7 +397,7 @@ def _agree(decision: tuple[bool, bool] | None) -> tuple[bool, bool]:
     """Hear the first process's decision, however long it works on something else before."""
     from accelerate.utils import broadcast_object_list
 
-    from distill.processes import this_process
+    from mistill.training.processes import this_process
 
     this_process(_PATIENCE)
     box = [decision]

@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from quantize.auto_gptq_names import gptq_settings as gptq_settings
-    from quantize.conversion import convert as convert
-    from quantize.dequantization import dequantize as dequantize
-    from quantize.folders import to_gptq as to_gptq
-    from quantize.gptq import quantize_weight as quantize_weight
-    from quantize.merging import merge_lora as merge_lora
-    from quantize.mixed import to_mixed as to_mixed
+    from quantize.conversions.conversion import convert as convert
+    from quantize.conversions.dequantization import dequantize as dequantize
+    from quantize.conversions.merging import merge_lora as merge_lora
+    from quantize.folders.auto_gptq_names import gptq_settings as gptq_settings
+    from quantize.folders.gptq_folder import to_gptq as to_gptq
+    from quantize.folders.rounding_folder import to_rounding as to_rounding
+    from quantize.gptq.gptq import quantize_weight as quantize_weight
+    from quantize.mixed.mixed_folder import to_mixed as to_mixed
     from quantize.mixed_settings import MixedSettings as MixedSettings
-    from quantize.nf4 import to_nf4 as to_nf4
-    from quantize.rotation import rotate as rotate
+    from quantize.nf4.nf4_folder import to_nf4 as to_nf4
+    from quantize.rotation.rotated_folder import rotate as rotate
     from quantize.rotation_settings import RotationSettings as RotationSettings
-    from quantize.rounding_folder import to_rounding as to_rounding
+    from quantize.scales.tuned_folder import tune as tune
     from quantize.settings import GptqSettings as GptqSettings
     from quantize.settings import Nf4Settings as Nf4Settings
     from quantize.settings import RoundingSettings as RoundingSettings
     from quantize.sweep_settings import SweepSettings as SweepSettings
-    from quantize.sweeping import sweep as sweep
-    from quantize.tuning import tune as tune
+    from quantize.sweeping.sweeping import sweep as sweep
     from quantize.tuning_settings import TuningSettings as TuningSettings
 
 _HOMES = {
@@ -44,18 +44,18 @@ _HOMES = {
     "RoundingSettings": "quantize.settings",
     "TuningSettings": "quantize.tuning_settings",
     "SweepSettings": "quantize.sweep_settings",
-    "convert": "quantize.conversion",
-    "dequantize": "quantize.dequantization",
-    "gptq_settings": "quantize.auto_gptq_names",
-    "merge_lora": "quantize.merging",
-    "quantize_weight": "quantize.gptq",
-    "rotate": "quantize.rotation",
-    "sweep": "quantize.sweeping",
-    "to_gptq": "quantize.folders",
-    "to_mixed": "quantize.mixed",
-    "to_nf4": "quantize.nf4",
-    "to_rounding": "quantize.rounding_folder",
-    "tune": "quantize.tuning",
+    "convert": "quantize.conversions.conversion",
+    "dequantize": "quantize.conversions.dequantization",
+    "gptq_settings": "quantize.folders.auto_gptq_names",
+    "merge_lora": "quantize.conversions.merging",
+    "quantize_weight": "quantize.gptq.gptq",
+    "rotate": "quantize.rotation.rotated_folder",
+    "sweep": "quantize.sweeping.sweeping",
+    "to_gptq": "quantize.folders.gptq_folder",
+    "to_mixed": "quantize.mixed.mixed_folder",
+    "to_nf4": "quantize.nf4.nf4_folder",
+    "to_rounding": "quantize.folders.rounding_folder",
+    "tune": "quantize.scales.tuned_folder",
 }
 
 __all__ = [

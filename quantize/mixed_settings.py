@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mistill.gptq_layout import ModuleFormat, ScaleType
 from mistill.settings import require
+from mistill.weights.gptq_layout import ModuleFormat, ScaleType
 from quantize.overrides import parse_override
 from quantize.settings import GptqSettings, Method, Order
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from mistill.errors import SettingsError
-from mistill.gptq_layout import SUPPORTED_BITS, ModuleFormat
 from mistill.settings import require
+from mistill.weights.gptq_layout import SUPPORTED_BITS, ModuleFormat
 
 if TYPE_CHECKING:
     from quantize.settings import GptqSettings, RoundingSettings

@@ -7,8 +7,8 @@ from pathlib import PurePath
 from typing import Literal, get_args
 
 from mistill.errors import SettingsError
-from mistill.gptq_layout import ScaleType
 from mistill.settings import require
+from mistill.weights.gptq_layout import ScaleType
 from quantize.overrides import module_formats, require_grid
 
 Order = Literal["static", "dynamic", "group", "none"]

@@ -50,7 +50,7 @@ def _one_thread() -> None:
 def _own_scores(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Importance is measured in every test: scores that another code left would hide a mistake."""
     try:
-        import distill.score_cache as score_cache
+        import distill.student.score_cache as score_cache
     except ModuleNotFoundError:
         return
     folder: list[Path] = []

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from mistill.gptq_layout import (
+from mistill.weights.gptq_layout import (
     CheckpointFormat,
     GptqFormat,
     ModuleFormat,

@@ -11,18 +11,18 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from typing import Any
 
 PACKAGES = ("mistill", "distill", "quantize", "export", "benchmarks")
 # Modules that users import from by name, beside the packages themselves.
 MODULES = {
-    "mistill.chat": ("ChatBot", "ChatSettings", "Speed"),
-    "mistill.cli": ("main",),
+    "mistill.chat.bot": ("ChatBot", "ChatSettings", "Speed"),
+    "mistill.cli.app": ("main",),
     "mistill.constraints": ("json_schema", "lark", "regex"),
-    "mistill.engine": ("OnnxModel",),
-    "mistill.pytorch": ("PytorchModel", "load_pytorch", "read_tensors"),
-    "mistill.text": (
+    "mistill.engine.onnx_model": ("OnnxModel",),
+    "mistill.pytorch.loading": ("PytorchModel", "load_pytorch", "read_tensors"),
+    "mistill.text.documents": (
         "Document",
         "Texts",
         "TokenBlocks",
@@ -41,27 +41,26 @@ def public_names() -> dict[str, list[str]]:
 
 def settings() -> dict[str, dict[str, str]]:
     """Fields of every settings class that a package offers, with their defaults."""
-    from mistill.chat import ChatSettings
+    from mistill.chat.bot import ChatSettings
 
-    classes = [
-        getattr(importlib.import_module(package), name)
+    classes: dict[str, Any] = {
+        name: getattr(importlib.import_module(package), name)
         for package, names in public_names().items()
         for name in names
         if name.endswith("Settings") or name == "Budget"
-    ]
+    }
     return {
-        one.__name__: {
+        name: {
             field.name: "required" if field.default is MISSING else repr(field.default)
             for field in fields(one)
         }
-        for one in (*classes, ChatSettings)
-        if is_dataclass(one)
+        for name, one in {**classes, "ChatSettings": ChatSettings}.items()
     }
 
 
 def commands() -> dict[str, list[str]]:
     """The options and arguments of every command."""
-    from mistill.cli import app
+    from mistill.cli.app import app
 
     return dict(sorted(_commands(app, ())))
 

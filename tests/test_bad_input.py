@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mistill.cli import main
+from mistill.cli.app import main
 from tests.tiny import tiny_model
 
 Prepare = Callable[[Path], object]
@@ -517,7 +517,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(command, place):
     code = f"""
     import resource, sys
     import torch
-    from mistill.cli import main
+    from mistill.cli.app import main
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     sys.exit(main({command.split()!r}))
     """

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mistill.folder import describe
-from mistill.lineage import read_lineage
+from mistill.folders.folder import describe
+from mistill.folders.lineage import read_lineage
 from mistill.recipe import read_recipe, run_recipe
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mistill.cli import main
+from mistill.cli.app import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from mistill import ChatBot, open_model
-from mistill.cli import main
-from mistill.lineage import read_lineage
-from mistill.vocabulary import load_vocabulary
+from mistill.cli.app import main
+from mistill.folders.lineage import read_lineage
+from mistill.text.vocabulary import load_vocabulary
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -144,7 +144,7 @@ def test_the_chatbot_answers_through_python_and_through_a_pipe(road):
     reply = "".join(bot.reply("What is a mistral?"))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "mistill.cli", "chat", str(road / "chatbot")),
+            *(sys.executable, "-m", "mistill.cli.app", "chat", str(road / "chatbot")),
             *("--temperature", "0", "--max-new-tokens", "12"),
         ],
         input="What is a mistral?\n",

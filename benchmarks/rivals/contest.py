@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.figures.rival import Rival
 from benchmarks.rivals.engines import NOTE_FILE, Choice, choices, read_note
 from benchmarks.rivals.environment import Environment, find_environment
 from benchmarks.rivals.making import make_rival
-from benchmarks.rivals.record import Rival
 from mistill.errors import SettingsError
-from mistill.folder import FolderInfo
+from mistill.folders.folder import FolderInfo
 
 # Files that hold weights: GGUF, ONNX graphs, CTranslate2 and OpenVINO.
 _WEIGHTS = (".gguf", ".onnx", ".data", ".onnx_data", ".bin")

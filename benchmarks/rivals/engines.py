@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mistill.engine.language_model import LanguageModel
 from mistill.errors import MissingExtraError, SettingsError
-from mistill.language_model import LanguageModel
 
 NOTE_FILE = "rival.json"
 

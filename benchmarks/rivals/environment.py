@@ -27,7 +27,7 @@ _BEGIN = (
     "import sys; sys.path.insert(0, {packages!r}); import benchmarks, mistill; "
     "sys.path.remove({packages!r}); "
 )
-_CHILD = "from benchmarks.child import main; main()"
+_CHILD = "from benchmarks.measure.child import main; main()"
 _PROBE = (
     "import json, numpy; from benchmarks.rivals.engines import describe; "
     "print('\\n' + json.dumps(describe({engine!r}, {library!r})))"
@@ -62,7 +62,7 @@ def child_command(python: str | Path) -> list[str]:
         python: The rival's Python.
 
     Returns:
-        A command line, to which the arguments of ``benchmarks.child`` are added.
+        A command line, to which the arguments of ``benchmarks.measure.child`` are added.
     """
     return [str(python), "-P", "-c", _BEGIN.format(packages=str(PACKAGES)) + _CHILD]
 

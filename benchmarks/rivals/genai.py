@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rivals.engines import Note, import_library
+from mistill.engine.language_model import Choose, greedy
 from mistill.errors import FolderError
-from mistill.language_model import Choose, greedy
 
 
 def describe(library: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.rivals.environment import Environment
 from benchmarks.rivals.making import Order, call_offline, find_package, float_folder, largest_block
 from mistill.errors import MissingExtraError
-from mistill.folder import read_json
+from mistill.folders.folder import read_json
 from mistill.settings import require
 
 _PRECISIONS = ("int4", "int8", "fp32")

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rivals.engines import Note
+from mistill.engine.language_model import Choose, greedy
 from mistill.errors import FolderError, MissingExtraError
-from mistill.language_model import Choose, greedy
 
 MODEL_FILE = "model.gguf"
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.rivals.engines import Choice, Note, maker
 from benchmarks.rivals.environment import Environment
 from mistill.errors import MistillError
-from mistill.folder import FolderInfo, read_json
+from mistill.folders.folder import FolderInfo, read_json
 
 # Largest first: what 4-bit weights that share a scale are usually cut into.
 _BLOCKS = (128, 64, 32)

@@ -22,7 +22,7 @@ from benchmarks.rivals.making import (
 )
 from benchmarks.rivals.openvino_model import EXACT, MODEL_FILE
 from mistill.errors import ArchitectureError, MissingExtraError, MistillError
-from mistill.folder import read_json
+from mistill.folders.folder import read_json
 from mistill.settings import require
 
 _FORMATS = ("int4", "int8", "fp16", "fp32")

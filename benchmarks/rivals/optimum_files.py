@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.machine import describe_machine
+from benchmarks.figures.machine import describe_machine
 from benchmarks.rivals.making import Order, call_offline, float_folder
 from mistill.errors import ArchitectureError
-from mistill.folder import read_json
+from mistill.folders.folder import read_json
 from mistill.settings import require
 
 _VARIANTS = ("fp32", "int8", "int8+per_channel")

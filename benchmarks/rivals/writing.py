@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mistill.language_model import Choose, greedy
+from mistill.engine.language_model import Choose, greedy
 
 # How many tokens are written where no room was reserved.
 _UNBOUNDED = 256

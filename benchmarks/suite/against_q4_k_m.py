@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from mistill.kl import compare, predict
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks
+from mistill.measures.kl import compare, predict
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks
 
 # What llama-perplexity writes before its logits: this, then three whole numbers and the tokens.
 _MAGIC = b"_logits_"

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe_machine
+from benchmarks.figures.machine import describe_machine
 from benchmarks.suite.random_mistral import WIDTH, child_environment, make_folder
 
 _GROUP_SIZE = 64
@@ -40,7 +40,7 @@ def export_here(source: Path, target: Path) -> dict[str, Any]:
         Seconds, and bytes of memory and disk.
     """
     import export
-    from benchmarks.footprint import own_memory
+    from benchmarks.figures.footprint import own_memory
 
     begun = time.perf_counter()
     export.to_onnx(source, target, parity_positions=0)
@@ -63,8 +63,8 @@ def run_here(chatbot: Path, threads: int, prompt: int, new_tokens: int) -> dict[
     Returns:
         Seconds of each, and bytes of memory.
     """
-    from benchmarks.footprint import own_memory
-    from mistill.engine import OnnxModel
+    from benchmarks.figures.footprint import own_memory
+    from mistill.engine.onnx_model import OnnxModel
 
     begun = time.perf_counter()
     model = OnnxModel(chatbot, threads=threads)
@@ -104,8 +104,8 @@ def measure(
         What was found.
     """
     import quantize
-    from benchmarks.recording import step_bytes
-    from mistill.folder import open_folder
+    from benchmarks.measure.recording import step_bytes
+    from mistill.folders.folder import open_folder
 
     source, small, chatbot = folder / "model", folder / "small", folder / "chatbot"
     parameters = make_folder(source, layers, width)

@@ -41,8 +41,8 @@ def quantize_here(source: Path, target: Path, text: Path, tokens: int, **options
         Seconds, and bytes of memory.
     """
     import quantize
-    from benchmarks.footprint import own_memory
-    from mistill.folder import read_json
+    from benchmarks.figures.footprint import own_memory
+    from mistill.folders.folder import read_json
 
     block = min(_BLOCK, tokens)
     begun = time.perf_counter()

@@ -37,7 +37,7 @@ def quantize_here(method: str, source: Path, target: Path) -> dict[str, Any]:
         Seconds, and bytes of memory and disk.
     """
     import quantize
-    from benchmarks.footprint import own_memory
+    from benchmarks.figures.footprint import own_memory
 
     begun = time.perf_counter()
     if method == "nf4":

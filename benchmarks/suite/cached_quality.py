@@ -22,16 +22,16 @@ from typing import Any
 import torch
 
 import distill
-from distill.batches import Batch
-from distill.cached_teacher import CachedTeacher, open_targets
-from distill.processes import accelerating
-from distill.teacher import LiveTeacher, SampledTargets, Teacher, TeacherTargets
-from distill.train_settings import TrainSettings
-from distill.trainer import train_student
-from distill.training_text import read_blocks
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks
-from mistill.vocabulary import Vocabulary, load_vocabulary
+from distill.loss.batches import Batch
+from distill.settings import TrainSettings
+from distill.targets.cached_teacher import CachedTeacher, open_targets
+from distill.teacher.teacher import LiveTeacher, SampledTargets, Teacher, TeacherTargets
+from distill.training.trainer import train_student
+from distill.training.training_text import read_blocks
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from mistill.training.processes import accelerating
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.column import significant
+from benchmarks.figures.column import significant
 
 Found = Mapping[str, Any]
 

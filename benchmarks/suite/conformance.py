@@ -635,7 +635,7 @@ def sentencepiece_seam(adapter: Adapter) -> str:
 
 
 def _learns(road: Road, folder: Path, messages: list[dict[str, str]], expected: str) -> str:
-    from mistill.vocabulary import load_vocabulary
+    from mistill.text.vocabulary import load_vocabulary
 
     vocabulary = load_vocabulary(folder)
     ids, labels = road.labelled(folder, messages)

@@ -398,7 +398,7 @@ def answer(adapter: Adapter, case: Case, factor: float = 1.0, *, evaluate: bool 
 
 def _blocks(case: Case) -> Any:
     """A case as the trainer's blocks of text."""
-    from mistill.text import TokenBlocks
+    from mistill.text.documents import TokenBlocks
 
     documents = torch.arange(len(case.ids))[:, None].expand_as(case.ids).clone()
     documents[~case.present] = -1
@@ -411,12 +411,12 @@ def _blocks(case: Case) -> Any:
 
 def mistill(student: Model, teacher: Model, case: Case) -> Tensor:
     """The loss that ``distill.train`` lowers: its step, its teacher, its head."""
-    from distill.batches import make_batch
-    from distill.heads import read_head
-    from distill.losses import head_loss
-    from distill.step import DistillationStep
-    from distill.teacher import LiveTeacher, TopKTargets
-    from distill.train_settings import TrainSettings
+    from distill.loss.batches import make_batch
+    from distill.loss.heads import read_head
+    from distill.loss.losses import head_loss
+    from distill.settings import TrainSettings
+    from distill.teacher.teacher import LiveTeacher, TopKTargets
+    from distill.training.step import DistillationStep
 
     settings = TrainSettings(temperature=case.temperature, divergence=case.divergence)
     blocks = _blocks(case)
@@ -440,9 +440,9 @@ def mistill(student: Model, teacher: Model, case: Case) -> Tensor:
 
 def mistill_evaluation(student: Model, teacher: Model, case: Case) -> Tensor:
     """The held-out KL that ``distill.train`` reports."""
-    from distill.batches import make_batch
-    from distill.evaluation import evaluate
-    from distill.teacher import LiveTeacher
+    from distill.loss.batches import make_batch
+    from distill.teacher.teacher import LiveTeacher
+    from distill.training.evaluation import evaluate
 
     blocks = _blocks(case)
     batch = make_batch(blocks, torch.device("cpu"))

@@ -115,7 +115,7 @@ class Place:
         Returns:
             Its folder.
         """
-        from mistill.source import resolve_model
+        from mistill.sources.source import resolve_model
         from tests.mistill.made import sentencepiece_folder
 
         before = os.environ.get("XDG_CACHE_HOME")
@@ -181,8 +181,8 @@ class MistillRoad:
 
     def labelled(self, folder: Path, messages: Messages) -> tuple[list[int], list[int]]:
         """As the trainer reads conversations."""
-        from mistill.text import conversation_documents
-        from mistill.vocabulary import load_vocabulary
+        from mistill.text.documents import conversation_documents
+        from mistill.text.vocabulary import load_vocabulary
 
         [document] = conversation_documents(messages, load_vocabulary(folder))
         labels = np.where(document.mask, document.ids, -100)
@@ -192,13 +192,13 @@ class MistillRoad:
         self, student: Path, teacher: Path, conversations: Sequence[Messages], size: int, out: Path
     ) -> Tensor:
         """One step of the trainer, each conversation in a block of its own."""
-        from distill.processes import accelerating
-        from distill.step import DistillationStep, accumulate_gradients
-        from distill.teacher import LiveTeacher
-        from distill.train_settings import TrainSettings
-        from mistill.pytorch import load_pytorch
-        from mistill.text import TokenBlocks, conversation_documents, pack
-        from mistill.vocabulary import load_vocabulary
+        from distill.settings import TrainSettings
+        from distill.teacher.teacher import LiveTeacher
+        from distill.training.step import DistillationStep, accumulate_gradients
+        from mistill.pytorch.loading import load_pytorch
+        from mistill.text.documents import TokenBlocks, conversation_documents, pack
+        from mistill.text.vocabulary import load_vocabulary
+        from mistill.training.processes import accelerating
 
         vocabulary = load_vocabulary(student)
         documents = [conversation_documents(each, vocabulary)[0] for each in conversations]

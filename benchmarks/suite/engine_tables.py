@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.column import significant
-from benchmarks.columns import COLUMNS
+from benchmarks.figures.column import significant
+from benchmarks.report.columns import COLUMNS
 from benchmarks.suite.cells import Found, number, spread, table
 
 # The figures of a comparison that fit the width of a page, by the keys of its columns.

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe_machine
-from export.architecture import read_architecture
+from benchmarks.figures.machine import describe_machine
+from export.checks.parity import mean_kl, model_logits, reference_model
 from export.onnx_folder import resolve
-from export.parity import mean_kl, model_logits, reference_model
 from export.settings import OnnxSettings
-from export.weights import FolderWeights
-from mistill.engine import OnnxModel
+from export.weights.architecture import read_architecture
+from export.weights.folder_weights import FolderWeights
+from mistill.engine.onnx_model import OnnxModel
 from mistill.errors import FolderError
-from mistill.folder import MANIFEST_FILE, open_folder, read_json
-from mistill.lineage import read_lineage
-from mistill.text import read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.folders.folder import MANIFEST_FILE, open_folder, read_json
+from mistill.folders.lineage import read_lineage
+from mistill.text.documents import read_documents
+from mistill.text.vocabulary import load_vocabulary
 
 MOST_DIFFERENCE = 1e-3
 """Goal for a logit where everything is computed in float32."""

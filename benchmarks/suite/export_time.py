@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.figures.machine import describe_machine
 from benchmarks.suite.turns import paired_ratio, summary
 
 _OURS = """

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.batches import Batch
-from distill.optimizers import make_optimizer
-from distill.step import DistillationStep, accumulate_gradients
-from distill.teacher import LiveTeacher, SampledTargets, TeacherTargets
-from distill.train_settings import TrainSettings
-from mistill.text import TokenBlocks
+from distill.loss.batches import Batch
+from distill.settings import TrainSettings
+from distill.teacher.teacher import LiveTeacher, SampledTargets, TeacherTargets
+from distill.training.step import DistillationStep, accumulate_gradients
+from mistill.text.documents import TokenBlocks
+from mistill.training.optimizers import make_optimizer
 
 LARGE: dict[str, Any] = {
     "vocab_size": 32_000,

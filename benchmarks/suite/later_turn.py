@@ -19,11 +19,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.figures.machine import describe_machine
 from benchmarks.suite.turns import paired_ratio, summary
-from mistill.chat import ChatBot
-from mistill.engine import OnnxModel
-from mistill.vocabulary import Vocabulary, load_vocabulary
+from mistill.chat.bot import ChatBot
+from mistill.engine.onnx_model import OnnxModel
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 _QUESTION = "And what would you tell a child about it?"
 _SUBJECTS = ("wind", "rain", "bread", "ships", "bees", "stone", "music", "trees", "glass", "salt")

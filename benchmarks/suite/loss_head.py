@@ -42,9 +42,9 @@ def made(shape: str, kept: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 
 def ours(hidden: Tensor, head: Tensor, p_hidden: Tensor, p_head: Tensor, mask: Tensor) -> Tensor:
     """Mistill's."""
-    from distill.heads import as_head
-    from distill.losses import head_loss
-    from distill.teacher import DenseTargets
+    from distill.loss.heads import as_head
+    from distill.loss.losses import head_loss
+    from distill.teacher.teacher import DenseTargets
 
     kept = int(mask.sum())
     return head_loss(

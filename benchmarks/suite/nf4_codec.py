@@ -30,7 +30,7 @@ def child(given: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(given.size, given.size, generator=generator).mul_(0.02)
     if given.child == "mistill":
-        from quantize.nf4_codec import encode_nf4
+        from quantize.nf4.nf4_codec import encode_nf4
 
         def work() -> Mapping[str, Any]:
             return {"bytes": sum(t.nbytes for t in encode_nf4(W, True).values())}

@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mistill.kl import compare, predict
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks, pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.measures.kl import compare, predict
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
 
 # The matrices that the graph holds side by side.
 _PARTS = {
@@ -73,7 +73,7 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """
     import export
     import quantize
-    from quantize.drawing import draw_blocks
+    from quantize.calibration_text import draw_blocks
     from quantize.settings import GptqSettings
 
     drawn = {"samples": given.samples, "block_length": given.block_length, "seed": given.seed}

@@ -40,10 +40,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.figures.machine import describe_machine
 from benchmarks.suite import tables
-from mistill.folder import read_json
-from mistill.processors import usable_threads
+from mistill.cost_model.processors import usable_threads
+from mistill.folders.folder import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

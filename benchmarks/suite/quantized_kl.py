@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe_machine
-from mistill.folder import read_json
-from mistill.kl import Predictions, compare, predict
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks, pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from benchmarks.figures.machine import describe_machine
+from mistill.folders.folder import read_json
+from mistill.measures.kl import Predictions, compare, predict
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
 
 
 @dataclass(frozen=True)

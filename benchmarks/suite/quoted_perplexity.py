@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.child import Worker
-from benchmarks.conventions import CONVENTIONS, QuotedPerplexity
-from benchmarks.machine import describe_machine
-from benchmarks.quoting import QuotedText, cut_texts, quote
-from mistill.vocabulary import load_vocabulary
+from benchmarks.figures.conventions import CONVENTIONS, QuotedPerplexity
+from benchmarks.figures.machine import describe_machine
+from benchmarks.measure.child import Worker
+from benchmarks.measure.quoting import QuotedText, cut_texts, quote
+from mistill.text.vocabulary import load_vocabulary
 
 GOAL = 0.005
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import distill
-from mistill.lineage import read_lineage
+from mistill.folders.lineage import read_lineage
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

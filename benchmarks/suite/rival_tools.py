@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import Child, start_children
-from benchmarks.measuring import read_passages
-from benchmarks.passages import Passage, cut_prompts
+from benchmarks.figures.passages import Passage, cut_prompts
+from benchmarks.measure.children import Child, start_children
+from benchmarks.measure.measuring import read_passages
 from benchmarks.rivals.contest import Contestant, enter, find_contestants
 from benchmarks.rivals.engines import read_note
 from benchmarks.rivals.llama_cpp_files import MODEL_FILE
@@ -33,7 +33,7 @@ from benchmarks.rivals.openvino_model import EXACT
 from benchmarks.settings import BenchSettings
 from benchmarks.suite.places import add_options, places
 from benchmarks.suite.turns import paired_ratio, summary
-from mistill.folder import open_folder, read_json
+from mistill.folders.folder import open_folder, read_json
 
 _WITHIN = 0.03
 _GENAI_FILE = "genai_config.json"

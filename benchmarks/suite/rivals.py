@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import BenchSettings, ModelResult, compare
-from benchmarks.latency import LatencyAt
+from benchmarks.figures.latency import LatencyAt
+from benchmarks.report.timing_columns import roofline_share
 from benchmarks.suite.places import add_options, places
 from benchmarks.suite.turns import paired_ratio, summary
-from benchmarks.timing_columns import roofline_share
 
 AGAINST = ("llama.cpp:q4_0", "llama.cpp:q4_k_m", "genai:default", "genai:best")
 Figures = Callable[[ModelResult], Sequence[float]]

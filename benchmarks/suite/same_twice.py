@@ -24,9 +24,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import benchmarks
-from benchmarks.comparison import Comparison
-from benchmarks.machine import describe_machine
-from mistill.processors import usable_threads
+from benchmarks.figures.comparison import Comparison
+from benchmarks.figures.machine import describe_machine
+from mistill.cost_model.processors import usable_threads
 
 MOST_ALARMS = 0.05
 _NAME = "model"

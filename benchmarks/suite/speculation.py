@@ -19,15 +19,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.latency import SETTLE_SECONDS
-from benchmarks.machine import describe_machine
+from benchmarks.figures.latency import SETTLE_SECONDS
+from benchmarks.figures.machine import describe_machine
 from benchmarks.suite.turns import paired_ratio, summary
-from mistill.engine import OnnxModel
-from mistill.key_value_cache import common_prefix
-from mistill.language_model import LanguageModel
-from mistill.sampling import SamplingSettings
-from mistill.speculation import Draft, DraftModel, Guess, LookUp, SpeculativeModel
-from mistill.vocabulary import load_vocabulary
+from mistill.engine.key_value_cache import common_prefix
+from mistill.engine.language_model import LanguageModel
+from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.sampling import SamplingSettings
+from mistill.engine.speculation import Draft, DraftModel, Guess, LookUp, SpeculativeModel
+from mistill.text.vocabulary import load_vocabulary
 
 _TEXT = (
     "The mistral is a strong, cold wind that blows from the north through the valley of the Rhone. "

@@ -26,10 +26,10 @@ from safetensors.numpy import load_file, save_file
 
 import export
 import quantize
-from benchmarks.machine import describe_machine
+from benchmarks.figures.machine import describe_machine
 from benchmarks.suite.turns import paired_ratio, serve, summary, take_turns
-from mistill.engine import OnnxModel
-from mistill.folder import read_json, weight_files
+from mistill.engine.onnx_model import OnnxModel
+from mistill.folders.folder import read_json, weight_files
 
 PLAIN = "plain"
 GOAL = 1.15

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 import distill
-from distill.batches import make_batch
-from distill.evaluation import HeldOut, ask_teacher, evaluate
-from distill.teacher import LiveTeacher
-from mistill.folder import open_folder
-from mistill.lineage import fingerprint, installed_versions, read_lineage
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks, pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from distill.loss.batches import make_batch
+from distill.teacher.teacher import LiveTeacher
+from distill.training.evaluation import HeldOut, ask_teacher, evaluate
+from mistill.folders.folder import open_folder
+from mistill.folders.lineage import fingerprint, installed_versions, read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
 
 
 def held_out_blocks(teacher: Path, texts: str, tokens: int, block_length: int) -> TokenBlocks:

@@ -25,17 +25,17 @@ import torch
 
 import distill
 import mistill
-from distill.batches import make_batch
-from distill.losses import chunks
-from distill.target_codec import id_bits
-from distill.teacher import LiveTeacher
-from mistill.folder import open_folder
-from mistill.lineage import fingerprint, installed_versions
-from mistill.location import location_of
-from mistill.pytorch import load_pytorch
-from mistill.targets_folder import describe_targets
-from mistill.text import SHIPPED, TokenBlocks, pack, read_documents
-from mistill.vocabulary import Vocabulary, load_vocabulary
+from distill.loss.batches import make_batch
+from distill.loss.losses import chunks
+from distill.targets.codec import id_bits
+from distill.teacher.teacher import LiveTeacher
+from mistill.folders.folder import open_folder
+from mistill.folders.lineage import fingerprint, installed_versions
+from mistill.folders.location import location_of
+from mistill.folders.targets_folder import describe_targets
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import SHIPPED, TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 _READINGS = 7
 

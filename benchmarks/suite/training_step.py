@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from benchmarks.suite.turns import paired_ratio, serve, summary, take_turns
-from distill.batches import make_batch
-from mistill.text import TokenBlocks, pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from distill.loss.batches import make_batch
+from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
 
 METHODS = ("live", "cached", "trl")
 
@@ -40,13 +40,13 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
     """A child that trains with mistill."""
     from accelerate import Accelerator
 
-    from distill.lean import remember_less
-    from distill.optimizers import make_optimizer
-    from distill.step import DistillationStep, accumulate_gradients
-    from distill.teacher import LiveTeacher, Teacher
-    from distill.train_settings import TrainSettings
-    from mistill.memory import unmap_when_freed
-    from mistill.pytorch import load_pytorch
+    from distill.settings import TrainSettings
+    from distill.teacher.teacher import LiveTeacher, Teacher
+    from distill.training.step import DistillationStep, accumulate_gradients
+    from mistill.pytorch.loading import load_pytorch
+    from mistill.training.lean import remember_less
+    from mistill.training.memory import unmap_when_freed
+    from mistill.training.optimizers import make_optimizer
 
     blocks = blocks_of(given)
     waited = [0.0]
@@ -54,7 +54,7 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
     if targets is None:
         teacher = LiveTeacher(load_pytorch(given.teacher).requires_grad_(False))
     else:
-        from distill.cached_teacher import open_targets
+        from distill.targets.cached_teacher import open_targets
 
         vocabulary = load_vocabulary(given.teacher)
         cached = open_targets(targets, vocabulary, temperature=1.0, texts=[("texts", blocks)])
@@ -115,7 +115,7 @@ def trl(given: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    from mistill.pytorch import load_pytorch
+    from mistill.pytorch.loading import load_pytorch
 
     blocks = blocks_of(given)
     teacher, student = load_pytorch(given.teacher), load_pytorch(given.student)

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.latency import SETTLE_SECONDS
+from benchmarks.figures.latency import SETTLE_SECONDS
 
 _MIB = 2**20
 

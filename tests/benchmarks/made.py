@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison import Comparison, ScoredText
-from benchmarks.fidelity import Fidelity
-from benchmarks.footprint import Footprint
-from benchmarks.latency import Latency, Turn
-from benchmarks.machine import Machine
-from benchmarks.model_result import ModelResult
-from benchmarks.perplexity import Perplexity
+from benchmarks.figures.comparison import Comparison, ScoredText
+from benchmarks.figures.fidelity import Fidelity
+from benchmarks.figures.footprint import Footprint
+from benchmarks.figures.latency import Latency, Turn
+from benchmarks.figures.machine import Machine
+from benchmarks.figures.model_result import ModelResult
+from benchmarks.figures.perplexity import Perplexity
 from benchmarks.settings import BenchSettings
 
 # name, form, megabytes, millions of weights, loss, KL, tokens/s, tokens/s of transformers

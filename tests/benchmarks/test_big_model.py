@@ -13,7 +13,7 @@ import pytest
 from benchmarks.suite import random_mistral
 from benchmarks.suite.random_mistral import random_text
 from export import to_gguf
-from mistill.vocabulary import load_vocabulary
+from mistill.text.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[2]
 

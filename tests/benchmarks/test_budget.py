@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import benchmarks
-from benchmarks.budget import bound_models, misses
-from benchmarks.commands import commands
-from benchmarks.comparison import Comparison
-from benchmarks.model_result import ModelResult
+from benchmarks.figures.comparison import Comparison
+from benchmarks.figures.model_result import ModelResult
+from benchmarks.figures.rival import Rival
+from benchmarks.report.budget import bound_models, misses
+from benchmarks.report.commands import commands
+from benchmarks.report.shipping import best_to_ship, by_memory, ship_line
 from benchmarks.report_settings import Budget, ShipSettings
-from benchmarks.rivals.record import Rival
-from benchmarks.shipping import best_to_ship, by_memory, ship_line
-from mistill.cli import app, main
+from mistill.cli.app import app, main
 from mistill.errors import SettingsError
 from tests.benchmarks.made import made_comparison
 

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import benchmarks.child
+import benchmarks.measure.child
 import export
-from benchmarks.child import Worker
-from benchmarks.children import Child, start_children
-from benchmarks.latency import SETTLE_SECONDS, time_turn
+from benchmarks.figures.latency import SETTLE_SECONDS, time_turn
+from benchmarks.measure.child import Worker
+from benchmarks.measure.children import Child, start_children
 from mistill.errors import FolderError, MistillError
 
-REPOSITORY = Path(benchmarks.child.__file__).parents[1]
+REPOSITORY = Path(benchmarks.measure.child.__file__).parents[1]
 TURN: dict[str, Any] = {"prompt": [5, 6, 7, 8], "new_tokens": 4, "seconds": 10.0}
 
 
@@ -55,7 +55,7 @@ def test_a_turn_begins_when_the_engine_before_has_come_to_rest(
         events.append("turn")
         return time_turn(*given, **named)
 
-    monkeypatch.setattr("benchmarks.child.time_turn", noted)
+    monkeypatch.setattr("benchmarks.measure.child.time_turn", noted)
     monkeypatch.setattr(time, "sleep", events.append)
     worker.ask("turn", **TURN)
     # ONNX Runtime's threads spin for some 35 ms after the last step.
@@ -150,10 +150,10 @@ def standalone(model: Path) -> dict[str, Any]:
     Its parent is small, since a child inherits the peak of a large one.
     """
     child = (
-        "import runpy, sys, mistill.language_model as m; was = m.open_model;"
+        "import runpy, sys, mistill.engine.language_model as m; was = m.open_model;"
         "m.open_model = lambda *a, **k: (print('hello'), was(*a, **k))[1];"
         f"sys.argv = ['child', {str(model)!r}, '--threads', '1'];"
-        "runpy.run_module('benchmarks.child', run_name='__main__')"
+        "runpy.run_module('benchmarks.measure.child', run_name='__main__')"
     )
     requests = [{"do": "prepare"}, {"do": "open"}, {"do": "turn", **TURN}, {"do": "memory"}]
     parent = textwrap.dedent(
@@ -212,7 +212,7 @@ def test_a_chatbots_process_holds_no_pytorch(
 HOLDING = """
 import json
 from dataclasses import astuple
-from benchmarks.footprint import own_memory
+from benchmarks.figures.footprint import own_memory
 found = [astuple(own_memory())]
 held = bytearray(b"1") * 40_000_000
 found.append(astuple(own_memory()))
@@ -243,7 +243,7 @@ def test_peak_memory_is_what_time_says_of_the_same_child(model: Path, tmp_path: 
 
     ran = subprocess.run(
         [
-            *("/usr/bin/time", "-v", sys.executable, "-m", "benchmarks.child"),
+            *("/usr/bin/time", "-v", sys.executable, "-m", "benchmarks.measure.child"),
             *(str(chatbot), "--threads", "1"),
         ],
         input="\n".join(map(json.dumps, requests)),

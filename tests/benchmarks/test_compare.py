@@ -12,17 +12,17 @@ import pytest
 
 import export
 import quantize
-from benchmarks import measuring
-from benchmarks.child import Worker
-from benchmarks.comparison import Comparison
-from benchmarks.fidelity import divergences
-from benchmarks.measuring import compare
+from benchmarks.figures.comparison import Comparison
+from benchmarks.figures.fidelity import divergences
+from benchmarks.measure import measuring
+from benchmarks.measure.child import Worker
+from benchmarks.measure.measuring import compare
+from benchmarks.measure.subjects import short_names
 from benchmarks.settings import BenchSettings
-from benchmarks.subjects import short_names
-from mistill.chat import ChatBot
+from mistill.chat.bot import ChatBot
 from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
-from mistill.text import read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.text.documents import read_documents
+from mistill.text.vocabulary import load_vocabulary
 
 QUICK: dict[str, Any] = {
     "threads": 1,

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.conventions import (
+from benchmarks.figures.conventions import (
     CONVENTIONS,
     Convention,
     QuotedPerplexity,
     cut_windows,
     spelled_bytes,
 )
-from benchmarks.fidelity import Fidelity
-from benchmarks.perplexity import Perplexity
+from benchmarks.figures.fidelity import Fidelity
+from benchmarks.figures.perplexity import Perplexity
 from benchmarks.settings import QUOTED, BenchSettings
-from benchmarks.shares import clustered_interval, simple_interval
 from mistill.errors import SettingsError
-from mistill.text import read_stream
-from mistill.vocabulary import load_vocabulary
+from mistill.measures.shares import clustered_interval, simple_interval
+from mistill.text.documents import read_stream
+from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import SENTENCES
 
 LN2 = math.log(2)
@@ -120,7 +120,7 @@ def test_a_text_file_is_one_run_of_tokens(model: Path, tmp_path: Path):
 def test_a_long_text_file_is_one_run_of_tokens_too(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.text._PIECE", 30)  # it is read in pieces
+    monkeypatch.setattr("mistill.text.documents._PIECE", 30)  # it is read in pieces
     vocabulary = load_vocabulary(model)
     file = tmp_path / "text.txt"
     file.write_text("\n".join(SENTENCES), "utf-8")

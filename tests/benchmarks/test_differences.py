@@ -10,19 +10,27 @@ import numpy as np
 import pytest
 
 from benchmarks import diff
-from benchmarks.answers import Answers
-from benchmarks.comparison import Comparison
-from benchmarks.conventions import QuotedPerplexity
-from benchmarks.differences import ReportDiff
-from benchmarks.fidelity import Fidelity
-from benchmarks.judging import Change
-from benchmarks.latency import Latency, Turn
-from benchmarks.model_result import ModelResult
-from benchmarks.perplexity import Perplexity
+from benchmarks.changes.differences import ReportDiff
+from benchmarks.changes.verdicts import Change
+from benchmarks.figures.answers import Answers
+from benchmarks.figures.comparison import Comparison
+from benchmarks.figures.conventions import QuotedPerplexity
+from benchmarks.figures.fidelity import Fidelity
+from benchmarks.figures.latency import Latency, Turn
+from benchmarks.figures.model_result import ModelResult
+from benchmarks.figures.perplexity import Perplexity
 from benchmarks.report_settings import DiffSettings
-from benchmarks.significance import Shift, between, critical, holm, of_mean, of_tail, two_sided
-from mistill.cli import main
+from mistill.cli.app import main
 from mistill.errors import FolderError, SettingsError
+from mistill.measures.significance import (
+    Shift,
+    between,
+    critical,
+    holm,
+    of_mean,
+    of_tail,
+    two_sided,
+)
 from tests.benchmarks.made import made_comparison
 
 SPEED, KL = "decode_tokens_per_second", "mean_kl_nats"

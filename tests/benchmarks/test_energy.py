@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.energy import EnergyMeter
-from benchmarks.latency import Latency, Turn, time_turn
-from benchmarks.machine import describe_machine
+from benchmarks.figures.energy import EnergyMeter
+from benchmarks.figures.latency import Latency, Turn, time_turn
+from benchmarks.figures.machine import describe_machine
 from tests.benchmarks.made import made_comparison
 
 LIMIT = 262_143_328_850
@@ -79,7 +79,7 @@ def test_a_report_says_why_it_has_no_energy(
     tmp_path: Path, powercap: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def shown(root: Path) -> str:
-        monkeypatch.setattr("benchmarks.machine.EnergyMeter", lambda: EnergyMeter(root))
+        monkeypatch.setattr("benchmarks.figures.machine.EnergyMeter", lambda: EnergyMeter(root))
         machine = describe_machine(1)
         found = replace(made_comparison(), machine=machine).to_markdown()
         return next(line for line in found.splitlines() if line.startswith("- Energy: "))

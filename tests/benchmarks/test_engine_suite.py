@@ -9,8 +9,8 @@ import pytest
 
 import export
 from benchmarks.suite import later_turn, speculation
-from mistill.engine import OnnxModel
-from mistill.vocabulary import load_vocabulary
+from mistill.engine.onnx_model import OnnxModel
+from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import tiny_model
 
 

@@ -16,7 +16,7 @@ import pytest
 import benchmarks
 import export
 from benchmarks import EvalSettings, evaluate
-from mistill.cli import main
+from mistill.cli.app import main
 from mistill.errors import MissingExtraError, SettingsError
 from tests.tiny import SENTENCES, tiny_model
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_offline_set_gives_a_number_without_lm_eval(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.evaluation.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.tasks.evaluation.find_spec", lambda name: None)
     found = evaluate(model, limit=24, threads=1)
     scores = {(score.task, score.measure): score for score in found.scores}
     whole = scores["smoke", "acc_norm"]
@@ -50,8 +50,8 @@ def test_the_offline_set_gives_a_number_without_lm_eval(
 def test_a_published_task_asks_for_the_extra_before_anything_is_loaded(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.evaluation.find_spec", lambda name: None)
-    monkeypatch.setattr("benchmarks.evaluation.Worker", None)
+    monkeypatch.setattr("benchmarks.tasks.evaluation.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.tasks.evaluation.Worker", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mistill\[eval\]'"):
         evaluate(model, tasks=("smoke,arc_easy",))
 
@@ -86,7 +86,7 @@ def test_as_many_questions_are_asked_as_are_allowed(
         asked.append(len({question.text for question in questions}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.evaluation.ask", ask)
+    monkeypatch.setattr("benchmarks.tasks.evaluation.ask", ask)
     for limit in (1, 100, 500, None):
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, limit=limit, threads=1)

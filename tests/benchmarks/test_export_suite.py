@@ -14,7 +14,7 @@ import export
 import quantize
 from benchmarks.suite import export_parity, rival_tools, step_time
 from mistill.errors import FolderError
-from mistill.folder import read_json
+from mistill.folders.folder import read_json
 from tests.tiny import tiny_model
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.latency import Latency, Turn, time_turn
-from mistill.language_model import Choose, greedy
+from benchmarks.figures.latency import Latency, Turn, time_turn
+from mistill.engine.language_model import Choose, greedy
 
 
 class Clock:

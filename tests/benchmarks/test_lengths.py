@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.footprint import StepBytes
-from benchmarks.latency import Turn
-from benchmarks.lengths import Timed, latencies, left_out, new_tokens_at, take_turns
-from benchmarks.loading import drop, read, resident_share
-from benchmarks.passages import Passage
+from benchmarks.figures.footprint import StepBytes
+from benchmarks.figures.latency import Turn
+from benchmarks.figures.passages import Passage
+from benchmarks.measure.lengths import Timed, latencies, left_out, new_tokens_at, take_turns
+from benchmarks.measure.loading import drop, read, resident_share
+from benchmarks.report.timing_columns import roofline_share
 from benchmarks.settings import BenchSettings
-from benchmarks.timing_columns import roofline_share
 from mistill.errors import SettingsError
 from tests.benchmarks.made import made_comparison
 

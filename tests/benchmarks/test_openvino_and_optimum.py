@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.children import start_children
-from benchmarks.comparison import Comparison
-from benchmarks.measuring import compare
+from benchmarks.figures.comparison import Comparison
+from benchmarks.measure.children import start_children
+from benchmarks.measure.measuring import compare
 from benchmarks.rivals.contest import find_contestants
 from benchmarks.rivals.engines import ENGINES, choices
 from benchmarks.rivals.environment import Environment, find_environment
@@ -31,7 +31,7 @@ from benchmarks.rivals.optimum_files import quantizer_flag
 from benchmarks.rivals.writing import OwnChoice
 from benchmarks.suite.places import add_options, places
 from mistill.errors import ArchitectureError, MissingExtraError, MistillError, SettingsError
-from mistill.folder import open_folder, read_json
+from mistill.folders.folder import open_folder, read_json
 from tests.benchmarks.fake_openvino import install
 from tests.benchmarks.test_rivals import QUICK
 from tests.tiny import tiny_model

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.comparison import Comparison
+from benchmarks.figures.comparison import Comparison
+from benchmarks.report.shipping import best_to_ship, by_memory
 from benchmarks.report_settings import ShipSettings
-from benchmarks.shipping import best_to_ship, by_memory
 from tests.benchmarks.chromium import Page, chromium, find_chromium
 from tests.benchmarks.made import made_comparison
 from tests.benchmarks.test_budget import nearly_as_close

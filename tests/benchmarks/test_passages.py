@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from benchmarks.passages import Passage, cut_passages, cut_prompts, fingerprint_of
+from benchmarks.figures.passages import Passage, cut_passages, cut_prompts, fingerprint_of
 from mistill.errors import TextError
-from mistill.text import Document
+from mistill.text.documents import Document
 
 
 def document(ids: Sequence[int], mask: Sequence[int] | None = None) -> Document:

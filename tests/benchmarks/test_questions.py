@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from benchmarks import compare
-from benchmarks.answers import Answers
-from benchmarks.comparison import Comparison
-from benchmarks.questions import (
+from benchmarks.figures.answers import Answers
+from benchmarks.figures.comparison import Comparison
+from benchmarks.measure.questions import (
     Question,
     ask,
     encode_pair,
@@ -22,7 +22,7 @@ from benchmarks.questions import (
     read_questions,
     written_out,
 )
-from mistill.vocabulary import load_vocabulary
+from mistill.text.vocabulary import load_vocabulary
 
 
 class Oracle:
@@ -133,7 +133,7 @@ def test_a_comparison_asks_every_model_and_keeps_its_answers(
     model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = read_questions()[::15]
-    monkeypatch.setattr("benchmarks.measuring.read_questions", lambda: few)
+    monkeypatch.setattr("benchmarks.measure.measuring.read_questions", lambda: few)
     found = compare(
         [model],
         texts=chats,

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.child import Worker
-from benchmarks.conventions import CONVENTIONS, QuotedPerplexity
-from benchmarks.quoting import check_quotable, cut_texts, quote
+from benchmarks.figures.conventions import CONVENTIONS, QuotedPerplexity
+from benchmarks.measure.child import Worker
+from benchmarks.measure.quoting import check_quotable, cut_texts, quote
 from mistill.errors import SettingsError
-from mistill.vocabulary import Vocabulary, load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.tiny import SENTENCES, tiny_model
 
 

@@ -11,16 +11,16 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks.column import significant
-from benchmarks.columns import COLUMNS, columns_of, summary
-from benchmarks.comparison import SCHEMA, Comparison
-from benchmarks.drawing import svg_file, to_png
-from benchmarks.frontier import dominators
-from benchmarks.latency import Latency, Turn
-from benchmarks.marks import TALL, WIDE, Disc, Plane, Stroke, Words
-from benchmarks.model_result import ModelResult
-from benchmarks.picture import draw
-from benchmarks.scales import divergence_scale, speed_scale
+from benchmarks.figures.column import significant
+from benchmarks.figures.comparison import SCHEMA, Comparison
+from benchmarks.figures.frontier import dominators
+from benchmarks.figures.latency import Latency, Turn
+from benchmarks.figures.model_result import ModelResult
+from benchmarks.picture.drawing import svg_file, to_png
+from benchmarks.picture.laying_out import draw
+from benchmarks.picture.marks import TALL, WIDE, Disc, Plane, Stroke, Words
+from benchmarks.picture.scales import divergence_scale, speed_scale
+from benchmarks.report.columns import COLUMNS, columns_of, summary
 from mistill.errors import FolderError, SettingsError, TargetExistsError
 from tests.benchmarks.made import made_comparison
 
@@ -376,7 +376,7 @@ def test_a_report_that_fails_leaves_nothing(
     def fail(_: object) -> bytes:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr("benchmarks.drawing.to_png", fail)
+    monkeypatch.setattr("benchmarks.picture.drawing.to_png", fail)
 
     with pytest.raises(OSError, match="went away"):
         comparison.save(tmp_path / "report")

@@ -20,9 +20,10 @@ import pytest
 
 import export
 import quantize
-from benchmarks.children import start_children
-from benchmarks.comparison import Comparison
-from benchmarks.measuring import compare
+from benchmarks.figures.comparison import Comparison
+from benchmarks.measure.children import start_children
+from benchmarks.measure.measuring import compare
+from benchmarks.measure.subjects import enter_rivals, open_subjects, rival_source_of
 from benchmarks.rivals import llama_cpp_files
 from benchmarks.rivals.contest import check_source, find_contestants
 from benchmarks.rivals.engines import ENGINES, choices
@@ -34,9 +35,8 @@ from benchmarks.rivals.environment import (
 )
 from benchmarks.rivals.genai_files import builder_options
 from benchmarks.rivals.making import Order, make_rival
-from benchmarks.subjects import enter_rivals, open_subjects, rival_source_of
 from mistill.errors import MissingExtraError, MistillError, SettingsError
-from mistill.folder import open_folder
+from mistill.folders.folder import open_folder
 from tests.benchmarks.fake_genai import install
 
 QUICK: dict[str, Any] = {
@@ -269,7 +269,7 @@ def test_a_place_that_is_no_environment_is_refused(tmp_path: Path, monkeypatch: 
 def test_a_missing_rival_is_refused_before_a_process_is_started(
     model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("benchmarks.measuring.start_children", None)
+    monkeypatch.setattr("benchmarks.measure.measuring.start_children", None)
 
     with pytest.raises(MissingExtraError, match="to compare with genai it must be installed"):
         compare(model, texts=chats, against=("genai",), rivals={"genai": sys.executable}, **QUICK)
@@ -384,7 +384,7 @@ def test_a_real_rival_writes_what_its_logits_say(
         "print(json.dumps([own, ours, logits[0, 3:].argmax(-1).tolist()]))"
     )
     python = json.loads((folder / "rival.json").read_text())["python"]
-    begin = child_command(python)[-1].partition("from benchmarks.child")[0]
+    begin = child_command(python)[-1].partition("from benchmarks.measure.child")[0]
     ran = subprocess.run(
         [python, "-P", "-c", begin + script], capture_output=True, text=True, check=True
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import Comparison
-from benchmarks.latency import Latency
+from benchmarks.figures.latency import Latency
 from benchmarks.settings import BenchSettings
 from benchmarks.suite import same_twice
 from benchmarks.suite.tables import FORMS

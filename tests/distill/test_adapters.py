@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import distill
-from distill.adapters import add_adapters, merged
-from distill.heads import read_head
-from distill.processes import accelerating
-from distill.step import DistillationStep, accumulate_gradients
-from distill.teacher import LiveTeacher
-from distill.train_settings import TrainSettings
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
+from distill.loss.heads import read_head
+from distill.settings import TrainSettings
+from distill.teacher.teacher import LiveTeacher
+from distill.training.step import DistillationStep, accumulate_gradients
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.training.adapters import add_adapters, merged
+from mistill.training.processes import accelerating
 from tests.distill.test_step import make_blocks
 from tests.distill.test_training import QUICK
 from tests.tiny import tiny_model

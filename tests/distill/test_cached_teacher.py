@@ -13,19 +13,19 @@ import pytest
 import torch
 
 import distill
-from distill import cached_teacher
-from distill.batches import make_batch
-from distill.cached_teacher import CachedTeacher, open_targets
-from distill.evaluation import ask_teacher, evaluate
-from distill.losses import head_loss
-from distill.teacher import LiveTeacher, SampledTargets
-from distill.train_settings import TrainSettings
-from distill.training_text import read_blocks
+from distill.loss.batches import make_batch
+from distill.loss.losses import head_loss
+from distill.settings import TrainSettings
+from distill.targets import cached_teacher
+from distill.targets.cached_teacher import CachedTeacher, open_targets
+from distill.teacher.teacher import LiveTeacher, SampledTargets
+from distill.training.evaluation import ask_teacher, evaluate
+from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TextError
-from mistill.location import Location
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks, pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.folders.location import Location
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
 
 CPU = torch.device("cpu")
 

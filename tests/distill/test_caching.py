@@ -18,20 +18,20 @@ import torch
 
 import distill
 import quantize
-from distill.batches import make_batch
-from distill.cached_teacher import CachedTeacher, open_targets
-from distill.target_sampling import uniform_numbers
+from distill.loss.batches import make_batch
 from distill.target_settings import TargetSettings
-from distill.target_store import find_pieces, piece_document
-from distill.teacher import LiveTeacher, SampledTargets, TopKTargets
-from mistill.cli import main
+from distill.targets.cached_teacher import CachedTeacher, open_targets
+from distill.targets.draws import uniform_numbers
+from distill.targets.shards import find_pieces, piece_document
+from distill.teacher.teacher import LiveTeacher, SampledTargets, TopKTargets
+from mistill.cli.app import main
 from mistill.errors import FolderError, SettingsError, TargetExistsError, TextError
-from mistill.lineage import read_lineage
-from mistill.location import Location, location_of
-from mistill.pytorch import load_pytorch
-from mistill.targets_folder import describe_targets
-from mistill.text import TokenBlocks, pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.folders.lineage import read_lineage
+from mistill.folders.location import Location, location_of
+from mistill.folders.targets_folder import describe_targets
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
 from tests.reference import targets as reference
 from tests.tiny import tiny_model
 
@@ -227,8 +227,8 @@ FORKING = """
 import json, os, random, signal, sys, time
 import torch, accelerate.utils, safetensors.numpy
 from transformers import LlamaForCausalLM, MistralForCausalLM
-import distill.batches, distill.losses, distill.teacher
-from distill.caching import Location, cache_targets
+import distill.loss.batches, distill.loss.losses, distill.teacher.teacher
+from distill.targets.targets_folder import Location, cache_targets
 torch.set_num_threads(1)
 teacher, texts, folder, kills, options = *sys.argv[1:5], json.loads(sys.argv[5])
 write = Location.write
@@ -320,7 +320,7 @@ def test_machines_without_a_launcher_share_the_work_by_rank(
     targets: Path, teacher: Path, chats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = tmp_path / "t"
-    with caplog.at_level(logging.INFO, "distill.caching"):
+    with caplog.at_level(logging.INFO, "distill.targets.targets_folder"):
         distill.cache_targets(teacher, target, texts=chats, rank=1, ranks=3, **SMALL)
     shards = sorted(targets.glob("shard-*"))
     assert sorted(item.name for item in target.iterdir()) == sorted(
@@ -433,7 +433,7 @@ def test_a_folder_of_something_else_is_never_overwritten(
 def test_what_cannot_be_cached_is_refused_before_the_teacher_is_loaded(
     teacher: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distill import caching
+    from distill.targets import targets_folder as caching
 
     def never(*_: Any) -> None:
         raise AssertionError("the teacher was loaded")

@@ -26,14 +26,14 @@ from benchmarks.suite.conformance_losses import (
     Model,
     dense_weight,
 )
-from distill.batches import make_batch
-from distill.live_teacher import load_teacher
-from distill.processes import accelerating
-from distill.teacher import DenseTargets, LiveTeacher
-from distill.train_settings import TrainSettings
-from mistill.folder import open_folder
-from mistill.text import conversation_documents, pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from distill.loss.batches import make_batch
+from distill.settings import TrainSettings
+from distill.teacher.live_teacher import load_teacher
+from distill.teacher.teacher import DenseTargets, LiveTeacher
+from mistill.folders.folder import open_folder
+from mistill.text.documents import conversation_documents, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
+from mistill.training.processes import accelerating
 from tests.distill.test_step import make_blocks
 from tests.mistill import made
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -281,7 +281,7 @@ def test_the_formulas_written_here_fail_where_their_sources_do() -> None:
 def test_templates_that_differ_in_a_space_are_different_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mistill.source import resolve_model
+    from mistill.sources.source import resolve_model
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     turns = [

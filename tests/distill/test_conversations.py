@@ -19,6 +19,7 @@ import pytest
 from distill import GenerateSettings, generate_conversations
 from distill import conversations as module
 from distill.conversations import Reply, prompt_share, write_replies
+from mistill.engine.language_model import greedy
 from mistill.errors import (
     ContextError,
     FolderError,
@@ -27,9 +28,8 @@ from mistill.errors import (
     TextError,
     VocabularyError,
 )
-from mistill.language_model import greedy
-from mistill.text import read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.text.documents import read_documents
+from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 PROMPTS = [f"{sentence} {number}" for number in range(4) for sentence in SENTENCES]
@@ -73,7 +73,7 @@ def leftovers(folder: Path) -> list[str]:
 def test_a_batch_writes_what_transformers_writes_for_each_prompt_alone(talker: Path):
     import torch
 
-    from mistill.pytorch import load_pytorch
+    from mistill.pytorch.loading import load_pytorch
 
     model = load_pytorch(talker)
     generator = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_a_batch_writes_what_transformers_writes_for_each_prompt_alone(talker: P
 
 
 def test_a_sliding_window_sees_as_far_in_a_batch_as_alone(tmp_path: Path):
-    from mistill.pytorch import load_pytorch
+    from mistill.pytorch.loading import load_pytorch
 
     model = load_pytorch(tiny_model(tmp_path / "m", sliding_window=6))
     batch = [list(range(20, 20 + n)) for n in (4, 19, 10)]
@@ -321,7 +321,7 @@ def test_other_settings_or_prompts_begin_anew(
 
 
 def test_two_at_once_are_refused(talker: Path, prompts: Path, tmp_path: Path):
-    from mistill.publishing import working
+    from mistill.folders.publishing import working
 
     target = tmp_path / "a.jsonl"
     with (
@@ -377,7 +377,7 @@ def test_targets_that_cannot_be_are_refused(talker: Path, prompts: Path, tmp_pat
 def test_a_prompt_that_leaves_no_room_is_refused_before_the_teacher_is_loaded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.pytorch.load_pytorch", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("mistill.pytorch.loading.load_pytorch", lambda *a: pytest.fail("loaded"))
     (tmp_path / "p.txt").write_text("short\n" + "long " * 300)
     with pytest.raises(ContextError, match=r"prompt 2 and 64 new tokens need \d+ .* has 512"):
         generate_conversations(model, tmp_path / "p.txt", tmp_path / "a.jsonl", max_new_tokens=64)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.divergences import MIXING, NAMES, Divergence
-from distill.heads import as_head
-from distill.losses import head_loss
-from distill.teacher import DenseTargets
-from distill.train_settings import DivergenceName
+from distill.loss.divergences import MIXING, NAMES, Divergence
+from distill.loss.heads import as_head
+from distill.loss.losses import head_loss
+from distill.settings import DivergenceName
+from distill.teacher.teacher import DenseTargets
 from tests.reference import distillation as reference
 
 ROWS, V, D = 7, 41, 12

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batches import make_batch
-from distill.evaluation import (
+from distill.loss.batches import make_batch
+from distill.loss.heads import as_head
+from distill.teacher.teacher import DenseTargets, LiveTeacher, SampledTargets
+from distill.training.evaluation import (
     ModelScores,
     TokenScores,
     ask_teacher,
@@ -19,10 +21,8 @@ from distill.evaluation import (
     score_positions,
     summarize,
 )
-from distill.heads import as_head
-from distill.teacher import DenseTargets, LiveTeacher, SampledTargets
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks
 from tests.reference import distillation as reference
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import distill
-from distill.checkpoints import TrainingProgress, record_end, recorded_end
-from distill.evaluation import Evaluation
-from distill.fidelity import twin_settings
-from distill.train_settings import TrainSettings
+from distill.settings import TrainSettings
+from distill.training.evaluation import Evaluation
+from distill.training.fidelity import twin_settings
+from distill.training.progress import TrainingProgress, record_end, recorded_end
+from mistill.cli.inspection import inspect_folder
 from mistill.errors import SettingsError
-from mistill.inspection import inspect_folder
 
 OPTIONS: dict[str, Any] = {
     "tokens": 700,
@@ -116,14 +116,14 @@ def test_a_twin_that_diverges_takes_nothing_from_the_student(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from distill.step import accumulate_gradients as real
+    from distill.training.step import accumulate_gradients as real
 
     def diverge(*arguments: Any, **options: Any) -> Any:
         sums = real(*arguments, **options)
         settings = arguments[3]
         return replace(sums, loss=float("nan")) if settings.cross_entropy == 1.0 else sums
 
-    monkeypatch.setattr("distill.trainer.accumulate_gradients", diverge)
+    monkeypatch.setattr("distill.training.trainer.accumulate_gradients", diverge)
     target = tmp_path / "trained"
 
     distill.train(model, target, teacher=teacher, texts=chats, twin=True, **OPTIONS)

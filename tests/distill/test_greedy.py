@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from distill import greedy
-from distill.greedy import Drop, greedy_drops
-from distill.layerwise import LayerwiseModel
+from distill.student import greedy
+from distill.student.greedy import Drop, greedy_drops
 from mistill.errors import FolderError
-from mistill.pytorch import load_pytorch
-from mistill.text import Document, pack
+from mistill.pytorch.layers import LayerwiseModel
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import Document, pack
 from tests.reference import greedy_layers
 from tests.tiny import tiny_model
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.angular import angular_distances, least_turning_block, sampled_positions
-from distill.importance import evenly_spaced, measure_scores, most_influential
-from distill.layerwise import attention_mask
+from distill.student.angular import angular_distances, least_turning_block, sampled_positions
+from distill.student.importance import evenly_spaced, measure_scores, most_influential
 from mistill.errors import FolderError
-from mistill.pytorch import empty_model, load_pytorch, read_tensors
-from mistill.text import Document, TokenBlocks, pack
+from mistill.pytorch.layers import attention_mask
+from mistill.pytorch.loading import empty_model, load_pytorch, read_tensors
+from mistill.text.documents import Document, TokenBlocks, pack
 from tests.reference import angular_distance, width_scores
 from tests.reference.block_influence import block_influence
 from tests.tiny import tiny_model
@@ -111,8 +111,8 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         loaded.append(sum(not weight.is_meta for weight in weights))
         return read_tensors(where, prefix)
 
-    monkeypatch.setattr("distill.layerwise.empty_model", keep)
-    monkeypatch.setattr("distill.layerwise.read_tensors", watch)
+    monkeypatch.setattr("mistill.pytorch.layers.empty_model", keep)
+    monkeypatch.setattr("mistill.pytorch.layers.read_tensors", watch)
     measure_influence(folder, pack(documents(32), 16))
 
     # the embedding, four layers and the final norm, each read while no other layer is there

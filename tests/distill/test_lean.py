@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
 
-from distill.lean import remember_less
+from mistill.training.lean import remember_less
 
 SIZES: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.heads import as_head
-from distill.losses import HeadLoss, chunks, forward_kl, head_loss
-from distill.teacher import DenseTargets
+from distill.loss.heads import as_head
+from distill.loss.losses import HeadLoss, chunks, forward_kl, head_loss
+from distill.teacher.teacher import DenseTargets
 from mistill.errors import VocabularyError
 from tests.reference import distillation as reference
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import distill
-from distill import step, trainer
-from distill.on_policy import Piece, Place, find_pieces, rewrite, write
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks
+from distill.training import step, trainer
+from distill.training.on_policy import Piece, Place, find_pieces, rewrite, write
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks
 from tests.distill.test_step import step_gradients
 from tests.distill.test_training import QUICK, Killed, assert_same_run, kill_when
 from tests.tiny import tiny_model

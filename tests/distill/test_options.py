@@ -12,20 +12,21 @@ from safetensors.torch import load_file
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 import distill
-from distill import live_teacher, trainer
-from distill.batches import Batch, make_batch
-from distill.evaluation import score_positions
-from distill.live_teacher import SpreadTeacher, load_teacher
-from distill.optimizers import make_optimizer
-from distill.processes import accelerating
-from distill.teacher import DenseTargets, LiveTeacher, Teacher
-from distill.train_settings import TrainSettings
-from distill.training_text import read_blocks
+from distill.loss.batches import Batch, make_batch
+from distill.settings import TrainSettings
+from distill.teacher import live_teacher
+from distill.teacher.live_teacher import SpreadTeacher, load_teacher
+from distill.teacher.teacher import DenseTargets, LiveTeacher, Teacher
+from distill.training import trainer
+from distill.training.evaluation import score_positions
+from distill.training.training_text import read_blocks
 from mistill.errors import SettingsError, TextError
-from mistill.folder import describe
-from mistill.lineage import fingerprint, read_lineage
-from mistill.pytorch import load_pytorch
-from mistill.vocabulary import load_vocabulary
+from mistill.folders.folder import describe
+from mistill.folders.lineage import fingerprint, read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.vocabulary import load_vocabulary
+from mistill.training.optimizers import make_optimizer
+from mistill.training.processes import accelerating
 from tests.distill.test_step import CPU, make_blocks, step_gradients
 from tests.distill.test_training import QUICK, Killed, assert_same_run, kill_when
 from tests.reference import distillation as reference

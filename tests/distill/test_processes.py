@@ -22,10 +22,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 import distill
-from distill import processes
-from distill.train_settings import TrainSettings
+from distill.settings import TrainSettings
 from mistill.errors import SettingsError
-from mistill.lineage import read_lineage
+from mistill.folders.lineage import read_lineage
+from mistill.training import processes
 from tests.distill.test_training import QUICK, hidden_beside
 from tests.tiny import tiny_model
 
@@ -56,8 +56,8 @@ torch.set_num_threads(1)
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 import distill
-from distill import trainer
-from distill.processes import accelerating
+from distill.training import trainer
+from mistill.training.processes import accelerating
 if os.environ.get("ACCELERATE_USE_FSDP"):
     # accelerate divides weights among GPUs only; what it would do there works on CPUs too
     PartialState(cpu=True)
@@ -71,7 +71,7 @@ def dying(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args)
 trainer.accumulate_gradients = dying
-from distill import live_teacher
+from distill.teacher import live_teacher
 load = live_teacher.load_teacher
 def loading(*args, **options):
     teacher = load(*args, **options)

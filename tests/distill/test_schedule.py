@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from distill.schedule import blocks_of_step, is_on_policy, learning_rate_at, step_count
-from distill.train_settings import TrainSettings
+from distill.settings import TrainSettings
+from mistill.training.schedule import blocks_of_step, is_on_policy, learning_rate_at, step_count
 from tests.distill.test_step import make_blocks
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from distill import new_student, student
-from distill.score_cache import keep_scores, read_scores, score_folder
-from mistill.lineage import read_lineage
+from distill import new_student
+from distill.student import student_folder as student
+from distill.student.score_cache import keep_scores, read_scores, score_folder
+from mistill.folders.lineage import read_lineage
 from tests.tiny import tiny_model
 
 MEASURE: dict[str, Any] = {"calibration_tokens": 160, "block_length": 32}
@@ -20,7 +21,7 @@ MEASURE: dict[str, Any] = {"calibration_tokens": 160, "block_length": 32}
 @pytest.fixture
 def cache(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where scores are kept in an empty home."""
-    monkeypatch.setattr("distill.score_cache.score_folder", score_folder)
+    monkeypatch.setattr("distill.student.score_cache.score_folder", score_folder)
     return empty_home / ".cache" / "mistill" / "scores"
 
 

@@ -12,9 +12,9 @@ import pytest
 import export
 import quantize
 from distill import new_student
-from distill.sizing import Sizes, most_layers
-from mistill.folder import describe
-from mistill.lineage import read_lineage
+from distill.student.sizing import Sizes, most_layers
+from mistill.folders.folder import describe
+from mistill.folders.lineage import read_lineage
 from tests.tiny import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batches import make_batch
-from distill.heads import read_head
-from distill.losses import forward_kl
-from distill.optimizers import make_optimizer
-from distill.processes import accelerating
-from distill.step import DistillationStep, accumulate_gradients
-from distill.teacher import LiveTeacher, last_hidden_states
-from distill.train_settings import TrainSettings
+from distill.loss.batches import make_batch
+from distill.loss.heads import read_head
+from distill.loss.losses import forward_kl
+from distill.settings import TrainSettings
+from distill.teacher.teacher import LiveTeacher, last_hidden_states
+from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.errors import SettingsError
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks
+from mistill.training.optimizers import make_optimizer
+from mistill.training.processes import accelerating
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distill import StudentSettings, new_student
-from distill.pruning import copy_layers
+from distill.student.pruning import copy_layers
 from mistill.errors import (
     ArchitectureError,
     FolderError,
@@ -25,10 +25,10 @@ from mistill.errors import (
     TargetExistsError,
     TextError,
 )
-from mistill.folder import describe, problems
-from mistill.lineage import read_lineage
-from mistill.pytorch import PytorchModel, load_pytorch
-from mistill.vocabulary import load_vocabulary, same_vocabulary
+from mistill.folders.folder import describe, problems
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import PytorchModel, load_pytorch
+from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 from tests.tiny import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -445,7 +445,7 @@ def test_the_padding_tokens_row_is_as_random_as_the_others(teacher: Path, tmp_pa
 def test_a_fresh_student_of_a_quantized_teacher_is_a_float_model(
     teacher: Path, tmp_path: Path
 ) -> None:
-    from mistill.gptq_layout import GptqFormat
+    from mistill.weights.gptq_layout import GptqFormat
 
     quantized = tiny_model(tmp_path / "quantized")
     layout = GptqFormat(bits=4, group_size=16)
@@ -553,7 +553,7 @@ def test_what_does_not_fit_the_teacher_is_refused_before_its_weights_are_read(
         raise AssertionError("weights were read")
 
     for name in ("measure_scores", "greedy_drops", "copy_layers", "write_fresh"):
-        monkeypatch.setattr(f"distill.student.{name}", never)
+        monkeypatch.setattr(f"distill.student.student_folder.{name}", never)
 
     with pytest.raises(error, match=message) as caught:
         new_student(teacher, tmp_path / "student", **options)
@@ -563,7 +563,7 @@ def test_what_does_not_fit_the_teacher_is_refused_before_its_weights_are_read(
 
 
 def test_layers_of_a_quantized_teacher_are_refused(tmp_path: Path) -> None:
-    from mistill.gptq_layout import GptqFormat
+    from mistill.weights.gptq_layout import GptqFormat
 
     teacher = tiny_model(tmp_path / "teacher", num_hidden_layers=3)
     layout = GptqFormat(bits=4, group_size=16)
@@ -598,7 +598,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distill.student.copy_companions", full)
+    monkeypatch.setattr("distill.student.student_folder.copy_companions", full)
 
     with pytest.raises(FolderError, match="no room"):
         new_student(teacher, tmp_path / "student", **copy.deepcopy(options))

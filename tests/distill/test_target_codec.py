@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from distill.target_codec import (
+from distill.target_settings import TargetSettings
+from distill.targets.codec import (
     CodedDraws,
     PlainDraws,
     StoredTargets,
@@ -21,7 +22,6 @@ from distill.target_codec import (
     unpack_entropy,
     write_bits,
 )
-from distill.target_settings import TargetSettings
 from tests.reference import targets as reference
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses import head_loss
-from distill.target_codec import count_draws
-from distill.target_sampling import (
+from distill.loss.losses import head_loss
+from distill.targets.codec import count_draws
+from distill.targets.draws import (
     draw,
     entropy,
     multinomial_heights,
     systematic_heights,
     uniform_numbers,
 )
-from distill.teacher import SampledTargets
+from distill.teacher.teacher import SampledTargets
 from tests.reference import targets as reference
 
 V, N = 40, 50

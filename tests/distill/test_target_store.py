@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distill.target_store import (
+from distill.targets.shards import (
     Piece,
     check_codes,
     differences,
@@ -17,8 +17,8 @@ from distill.target_store import (
     shard_name,
 )
 from mistill.errors import FolderError
-from mistill.location import Location
-from mistill.text import Document, TokenBlocks, pack
+from mistill.folders.location import Location
+from mistill.text.documents import Document, TokenBlocks, pack
 from tests.reference import targets as reference
 
 NOWHERE = Location("nowhere", "/nowhere")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.divergences import Divergence
-from distill.losses import head_loss
-from distill.teacher import SampledTargets, TopKTargets
+from distill.loss.divergences import Divergence
+from distill.loss.losses import head_loss
+from distill.teacher.teacher import SampledTargets, TopKTargets
 from mistill.errors import SettingsError
 
 N, V, D, K = 11, 37, 8, 5

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import distill
-from distill.metrics import PROJECT
+from mistill.training.metrics import PROJECT
 from tests.distill.test_training import QUICK
 
 SHORT: dict[str, Any] = {**QUICK, "tokens": 600}

@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import load_file
 
 import distill
-from distill import checkpoints, evaluation, step, trainer, training
-from distill.batches import make_batch
-from distill.evaluation import Evaluation, evaluate
-from distill.step import StepSums
-from distill.teacher import LiveTeacher
-from distill.train_settings import TrainSettings
-from distill.training_text import read_blocks, split_documents
+from distill.loss.batches import make_batch
+from distill.settings import TrainSettings
+from distill.teacher.teacher import LiveTeacher
+from distill.training import evaluation, step, trainer
+from distill.training import progress as checkpoints
+from distill.training import trained_folder as training
+from distill.training.evaluation import Evaluation, evaluate
+from distill.training.step import StepSums
+from distill.training.training_text import read_blocks, split_documents
 from mistill.errors import (
     FolderError,
     MissingExtraError,
@@ -35,10 +37,10 @@ from mistill.errors import (
     TrainingError,
     VocabularyError,
 )
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
-from mistill.text import Document, read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import Document, read_documents
+from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -290,7 +292,7 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import distill
-from distill import trainer
+from distill.training import trainer
 original, count = trainer.accumulate_gradients, 0
 def dying(*args):
     global count
@@ -338,7 +340,7 @@ import json, os, signal, sys, threading
 import torch
 torch.set_num_threads(1)
 import distill
-from distill import trainer
+from distill.training import trainer
 student, target, teacher, texts, options, seconds = sys.argv[1:]
 original = trainer.load_checkpoint
 def loading(*args):
@@ -448,8 +450,8 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("mistill.pytorch.load_pytorch", refuse)
-    monkeypatch.setattr("distill.live_teacher.load_teacher", refuse)
+    monkeypatch.setattr("mistill.pytorch.loading.load_pytorch", refuse)
+    monkeypatch.setattr("distill.teacher.live_teacher.load_teacher", refuse)
 
 
 @pytest.mark.usefixtures("no_loading")

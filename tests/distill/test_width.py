@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill import new_student
-from distill.width import WidthScores, keep_strongest, strongest
+from distill.student.width import WidthScores, keep_strongest, strongest
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import describe
-from mistill.lineage import read_lineage
-from mistill.pytorch import PytorchModel
+from mistill.folders.folder import describe
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import PytorchModel
 from tests.tiny import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {

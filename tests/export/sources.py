@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from mistill.gptq_layout import GptqFormat, QuantizedWeight, pack
+from mistill.weights.gptq_layout import GptqFormat, QuantizedWeight, pack
 
 
 def quantized_weight(

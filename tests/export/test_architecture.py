@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.architecture import read_architecture, require_graph, rotary_tables
+from export.weights.architecture import read_architecture, require_graph, rotary_tables
 from mistill.errors import ArchitectureError
 
 PLAIN: dict[str, Any] = {

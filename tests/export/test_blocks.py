@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.blocks import (
+from export.weights.blocks import (
     NF4_STEPS,
     BlockWeight,
     blocks_of_codes,
@@ -18,7 +18,7 @@ from export.blocks import (
     stack,
 )
 from mistill.errors import ExportError
-from mistill.gptq_layout import pack
+from mistill.weights.gptq_layout import pack
 from tests.export.sources import quantized_weight
 from tests.reference.blocks import decode
 

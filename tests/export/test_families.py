@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from export import to_gguf, to_onnx
-from export.architecture import read_architecture
+from export.weights.architecture import read_architecture
 from mistill.errors import ArchitectureError, FolderError
-from mistill.folder import read_json
+from mistill.folders.folder import read_json
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.reference.llama_cpp import log_probabilities
 from tests.reference.onnx_runner import OnnxRunner

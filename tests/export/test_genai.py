@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from export.architecture import ARCHITECTURES, read_architecture
-from export.genai import genai_config
 from export.onnx_folder import to_onnx
-from mistill.vocabulary import load_vocabulary
+from export.runtimes.genai import genai_config
+from export.weights.architecture import ARCHITECTURES, read_architecture
+from mistill.text.vocabulary import load_vocabulary
 from tests.export.sources import gptq_folder
 from tests.reference.onnx_runner import OnnxRunner
 from tests.tiny import tiny_model

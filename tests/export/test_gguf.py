@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from export import to_gguf
-from export.gguf_vocabulary import _tied_runs
+from export.llama_cpp.gguf_vocabulary import _tied_runs
 from export.settings import GgufSettings
 from mistill import open_model
 from mistill.errors import (
@@ -25,10 +25,10 @@ from mistill.errors import (
     TargetExistsError,
     VocabularyError,
 )
-from mistill.folder import read_json
-from mistill.source import resolve_model
-from mistill.tokenizer_parts import read_sentencepiece
-from mistill.vocabulary import load_vocabulary, same_vocabulary
+from mistill.folders.folder import read_json
+from mistill.sources.source import resolve_model
+from mistill.sources.tokenizer_parts import read_sentencepiece
+from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.mistill import made
 from tests.reference.llama_cpp import interleaved, log_probabilities
@@ -153,7 +153,7 @@ def test_a_file_says_what_it_is(tmp_path: Path):
     assert metadata["general.file_type"] == 2
     assert metadata["tokenizer.ggml.pre"] == "gpt-2"
     assert metadata["tokenizer.ggml.token_type"][:6] == [3, 3, 3, 3, 3, 1]
-    lineage = json.loads(metadata["mistill.lineage"])
+    lineage = json.loads(metadata["mistill.folders.lineage"])
     assert (lineage[-1]["step"], lineage[-1]["settings"]["dtype"]) == ("gguf", "q4_0")
     types = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
     assert types["blk.0.ffn_down.weight"] == "Q4_0"
@@ -363,7 +363,7 @@ def change_tokenizer(source: Path, target: Path, **entries: Any) -> Path:
 def test_the_way_to_cut_words_is_found_by_what_it_does(name: str, model: Path, tmp_path: Path):
     from tokenizers import Tokenizer
 
-    from mistill.tokenizer_parts import word_cutter
+    from mistill.sources.tokenizer_parts import word_cutter
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.pre_tokenizer = word_cutter(name, "a test")
@@ -445,7 +445,7 @@ def test_nonsense_is_refused():
 
 
 def test_the_command_makes_a_file(model: Path, tmp_path: Path, capsys: Any):
-    from mistill.cli import main
+    from mistill.cli.app import main
 
     file = tmp_path / "tiny.gguf"
     assert main(["gguf", str(model), str(file), "--dtype", "q8_0", "--json"]) == 0

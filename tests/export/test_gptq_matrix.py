@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from export import to_onnx
-from export.architecture import read_architecture
-from export.blocks import BlockWeight
 from export.settings import OnnxSettings
-from export.weights import FolderWeights
+from export.weights.architecture import read_architecture
+from export.weights.blocks import BlockWeight
+from export.weights.folder_weights import FolderWeights
 from mistill.errors import SettingsError
-from mistill.gptq_layout import CheckpointFormat, GptqFormat, ModuleFormat, QuantizedWeight
-from mistill.pytorch import load_pytorch
+from mistill.pytorch.loading import load_pytorch
+from mistill.weights.gptq_layout import CheckpointFormat, GptqFormat, ModuleFormat, QuantizedWeight
 from tests.export.sources import quantized_weight
 from tests.gptq_matrix import WAYS, Way, matrix_folder, simple_folder, write_folder
 from tests.reference.onnx_runner import OnnxRunner

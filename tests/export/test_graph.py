@@ -11,10 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from export.checks.parity import mean_kl
 from export.onnx_folder import to_onnx
-from export.parity import mean_kl
-from mistill.gptq_layout import QuantizedWeight
-from mistill.pytorch import load_pytorch
+from mistill.pytorch.loading import load_pytorch
+from mistill.weights.gptq_layout import QuantizedWeight
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.reference.onnx_runner import OnnxRunner
 from tests.tiny import tiny_model
@@ -140,10 +140,10 @@ def test_a_window_hides_what_lies_before_it(tmp_path: Path) -> None:
 
 def dequantized(source: Path, runner_of: Path) -> Any:
     """The source in PyTorch, with embedding and head as the graph holds them."""
-    from export.architecture import read_architecture
-    from export.parity import _rounded
+    from export.checks.parity import _rounded
     from export.settings import GraphOptions, OnnxSettings
-    from export.weights import FolderWeights
+    from export.weights.architecture import read_architecture
+    from export.weights.folder_weights import FolderWeights
 
     manifest = json.loads((runner_of / "manifest.json").read_text())
     options = GraphOptions(

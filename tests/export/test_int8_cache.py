@@ -11,12 +11,12 @@ import onnx_ir as ir
 import pytest
 
 from export import to_onnx
-from export.architecture import read_architecture
-from export.parity import text_runner
+from export.checks.parity import text_runner
 from export.settings import OnnxSettings
-from mistill.engine import OnnxModel
+from export.weights.architecture import read_architecture
+from mistill.engine.onnx_model import OnnxModel
 from mistill.errors import ExportError, SettingsError
-from mistill.folder import read_json
+from mistill.folders.folder import read_json
 from tests.tiny import tiny_model
 
 IDS = np.random.default_rng(5).integers(5, 384, 90)

@@ -13,17 +13,17 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-import export.blocks
-import export.graph
-import export.weights
-import export.writer
-from export.architecture import read_architecture
-from export.code_check import check_codes
+import export.graph.decoder
+import export.graph.writer
+import export.weights.blocks
+import export.weights.folder_weights
+from export.checks.code_check import check_codes
 from export.onnx_folder import to_onnx
 from export.settings import DATA_FILE, MODEL_FILE
+from export.weights.architecture import read_architecture
+from mistill.cli.inspection import inspect_folder
 from mistill.errors import ExportError
-from mistill.folder import read_json
-from mistill.inspection import inspect_folder
+from mistill.folders.folder import read_json
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.tiny import tiny_model
 
@@ -35,7 +35,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def change_nodes(monkeypatch: pytest.MonkeyPatch, change: Callable[..., dict[str, Any]]) -> None:
     """Let the writer change the attributes of every product."""
-    real = export.writer.GraphWriter.nodes
+    real = export.graph.writer.GraphWriter.nodes
 
     def nodes(self: Any, operator: str, *args: Any, **attributes: Any) -> Sequence[ir.Value]:
         return real(
@@ -45,7 +45,7 @@ def change_nodes(monkeypatch: pytest.MonkeyPatch, change: Callable[..., dict[str
             **(change(attributes) if operator == "MatMulNBits" else attributes),
         )
 
-    monkeypatch.setattr(export.writer.GraphWriter, "nodes", nodes)
+    monkeypatch.setattr(export.graph.writer.GraphWriter, "nodes", nodes)
 
 
 # --- slow kernels -------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_rows_in_a_wrong_order_are_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _ = gptq_folder(model, tmp_path / "gptq", act_order=True)
-    monkeypatch.setattr(export.blocks.BlockWeight, "take_rows", shift_rows)
+    monkeypatch.setattr(export.weights.blocks.BlockWeight, "take_rows", shift_rows)
     with pytest.raises(ExportError, match=r"codes of model\.layers\.0\.mlp\.gate_proj"):
         to_onnx(source, tmp_path / "onnx", parity_positions=0)
     assert not (tmp_path / "onnx").exists()
@@ -237,14 +237,14 @@ def test_codes_that_became_floats_unasked_are_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _ = gptq_folder(model, tmp_path / "gptq")
-    real = export.weights.FolderWeights.linear
+    real = export.weights.folder_weights.FolderWeights.linear
 
     def linear(self: Any, module: str) -> Any:
         if module != "model.layers.1.self_attn.o_proj":
             return real(self, module)
-        return export.weights.Linear(self.exact(module), None)
+        return export.weights.folder_weights.Linear(self.exact(module), None)
 
-    monkeypatch.setattr(export.weights.FolderWeights, "linear", linear)
+    monkeypatch.setattr(export.weights.folder_weights.FolderWeights, "linear", linear)
     expected = r"floats where the source holds codes: model\.layers\.1\.self_attn\.o_proj;"
     with pytest.raises(ExportError, match=expected):
         to_onnx(source, tmp_path / "onnx", parity_positions=0)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import export.checks.parity
 import export.onnx_folder
-import export.parity
-from export.architecture import rotary_tables
 from export.onnx_folder import to_onnx
 from export.settings import OnnxSettings
+from export.weights.architecture import rotary_tables
 from mistill.errors import (
     ArchitectureError,
     ExportError,
@@ -29,10 +29,10 @@ from mistill.errors import (
     TargetExistsError,
     VocabularyError,
 )
-from mistill.folder import open_folder
-from mistill.gptq_layout import QuantizedWeight
-from mistill.lineage import read_lineage
-from mistill.tensor_files import read_quantized
+from mistill.folders.folder import open_folder
+from mistill.folders.lineage import read_lineage
+from mistill.weights.gptq_layout import QuantizedWeight
+from mistill.weights.tensor_files import read_quantized
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.reference.onnx_runner import OnnxRunner
 from tests.tiny import tiny_model
@@ -287,7 +287,7 @@ def test_a_weight_that_is_not_a_number_is_refused(copy: Path, tmp_path: Path) ->
 def test_a_graph_that_is_off_is_refused_with_figures(
     name: str, value: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.parity, name, value)
+    monkeypatch.setattr(export.checks.parity, name, value)
     precision = "float32" if name == "MOST_DIFFERENCE" else "int8"
     words = "changed a matrix by 1%" if name == "MOST_ROUNDING" else "over 48 positions: largest"
     refused(model, tmp_path / "onnx", ExportError, words, precision=precision)
@@ -301,7 +301,7 @@ def test_a_wrong_graph_is_refused(
         return cosine, -sine
 
     real = rotary_tables
-    monkeypatch.setattr("export.graph.rotary_tables", wrong)
+    monkeypatch.setattr("export.graph.decoder.rotary_tables", wrong)
     for precision in ("float32", "int8", "int4"):
         refused(model, tmp_path / "onnx", ExportError, "48 positions", precision=precision)
 
@@ -314,10 +314,10 @@ def test_codes_that_are_misread_are_refused(
         return replace(weight, zeros=weight.zeros + np.uint8(1))
 
     source, _ = gptq_folder(model, tmp_path / "source")
-    monkeypatch.setattr("export.weights.read_quantized", off_by_one)
+    monkeypatch.setattr("export.weights.folder_weights.read_quantized", off_by_one)
     refused(source, tmp_path / "onnx", ExportError, "zeros of model.layers.0")
     # Were they not compared, the logits would tell.
-    monkeypatch.setattr("export.lint.check_codes", lambda *args: None)
+    monkeypatch.setattr("export.checks.lint.check_codes", lambda *args: None)
     refused(source, tmp_path / "onnx", ExportError, "48 positions")
 
 

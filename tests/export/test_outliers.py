@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from export import to_onnx
-from export.architecture import read_architecture
-from export.blocks import blocks_of_codes
-from export.code_check import check_outliers
-from export.graph import write_decoder
-from export.outliers import FACTOR, guarded_norms, worst_columns
-from export.parity import text_runner
+from export.checks.code_check import check_outliers
+from export.checks.parity import text_runner
+from export.graph.decoder import write_decoder
+from export.graph.outliers import FACTOR, guarded_norms, worst_columns
+from export.graph.writer import GraphWriter
 from export.settings import GraphOptions, OnnxSettings
-from export.weights import FolderWeights
-from export.writer import GraphWriter
+from export.weights.architecture import read_architecture
+from export.weights.blocks import blocks_of_codes
+from export.weights.folder_weights import FolderWeights
 from mistill.errors import ExportError, SettingsError
-from mistill.folder import read_json
+from mistill.folders.folder import read_json
 from tests.export.sources import gptq_folder, nf4_folder, quantized_weight
 from tests.export.test_lint import flip, shown
 from tests.tiny import tiny_model

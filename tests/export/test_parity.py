@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from export.parity import Parity, mean_kl, require_parity
+from export.checks.parity import Parity, mean_kl, require_parity
 from mistill.errors import ExportError
 
 GOOD = Parity(

@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from export.onnx_folder import to_onnx
 from export.settings import OnnxSettings
 from mistill.errors import FolderError, SettingsError
-from mistill.pytorch import load_pytorch
+from mistill.pytorch.loading import load_pytorch
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.tiny import tiny_model
 
@@ -185,7 +185,7 @@ def test_kernels_are_not_timed_for_a_graph_without_them():
 
 
 def test_the_engine_refuses_it_in_a_line(model: Path, tmp_path: Path):
-    from mistill.engine import OnnxModel
+    from mistill.engine.onnx_model import OnnxModel
 
     made = to_onnx(model, tmp_path / "onnx", portable=True, parity_positions=0)
     with pytest.raises(FolderError, match="is not a graph that this engine runs"):

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mistill.key_value_cache as key_value_cache
+import mistill.engine.key_value_cache as key_value_cache
 from export import to_onnx
-from export.architecture import read_architecture
-from export.parity import text_runner
-from mistill.engine import OnnxModel
+from export.checks.parity import text_runner
+from export.weights.architecture import read_architecture
+from mistill.engine.onnx_model import OnnxModel
 from mistill.errors import SettingsError
-from mistill.folder import read_json
+from mistill.folders.folder import read_json
 from tests.tiny import tiny_model
 
 WINDOW, SLACK = 24, 8

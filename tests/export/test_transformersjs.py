@@ -16,12 +16,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-import export.transformersjs
+import export.runtimes.transformersjs
 from export.onnx_folder import to_onnx
-from mistill.folder import read_json
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
-from mistill.vocabulary import load_vocabulary
+from mistill.folders.folder import read_json
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.vocabulary import load_vocabulary
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.tiny import tiny_model
 
@@ -120,7 +120,7 @@ def test_large_weights_lie_in_several_pieces(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain = to_onnx(model, tmp_path / "plain", parity_positions=0)
-    monkeypatch.setattr(export.transformersjs, "_PIECE_BYTES", 100_000)
+    monkeypatch.setattr(export.runtimes.transformersjs, "_PIECE_BYTES", 100_000)
     made = to_onnx(model, tmp_path / "made", layout="transformersjs", parity_positions=0)
     count = read_json(made / "config.json")["transformers.js_config"]["use_external_data_format"]
     pieces = sorted(file.name for file in (made / "onnx").glob("*_data*"))
@@ -138,7 +138,7 @@ def test_a_table_that_embedding_and_head_share_is_copied_once(
 ):
     source = tiny_model(tmp_path / "model", tie_word_embeddings=True)
     plain = to_onnx(source, tmp_path / "plain", parity_positions=0)
-    monkeypatch.setattr(export.transformersjs, "_PIECE_BYTES", 100_000)
+    monkeypatch.setattr(export.runtimes.transformersjs, "_PIECE_BYTES", 100_000)
     made = to_onnx(source, tmp_path / "made", layout="transformersjs", parity_positions=0)
     size = sum(file.stat().st_size for file in (made / "onnx").glob("*_data*"))
     assert size <= (plain / "model.onnx.data").stat().st_size
@@ -149,7 +149,7 @@ def test_a_table_that_embedding_and_head_share_is_copied_once(
 
 
 def test_the_command_says_what_it_made(model: Path, tmp_path: Path, capsys: Any):
-    from mistill.cli import main
+    from mistill.cli.app import main
 
     target = tmp_path / "made"
     words = ["export", str(model), str(target), "--layout", "transformersjs", "--portable"]

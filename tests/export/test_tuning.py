@@ -12,16 +12,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-import export.probe
+import export.kernels.probe
 from export import probe_cpu, to_onnx
-from export.architecture import read_architecture
-from export.blocks import blocks_of_codes, widen
-from export.kernels import KERNELS, MOST_WEIGHTS, PROMPT, OnnxTimer, Timing
-from export.probe import Probe, read_probe, run_probe
-from export.tuning import Stored, allowed, product_shapes, tune
+from export.kernels.choosing import Stored, allowed, product_shapes, tune
+from export.kernels.kernels import KERNELS, MOST_WEIGHTS, PROMPT, OnnxTimer, Timing
+from export.kernels.probe import Probe, read_probe, run_probe
+from export.weights.architecture import read_architecture
+from export.weights.blocks import blocks_of_codes, widen
+from mistill.cost_model.products import Kernel
 from mistill.errors import SettingsError, TargetExistsError
-from mistill.folder import read_json
-from mistill.products import Kernel
+from mistill.folders.folder import read_json
 from tests.export.sources import gptq_folder, nf4_folder, quantized_weight
 from tests.tiny import tiny_model
 
@@ -243,7 +243,7 @@ def test_every_kernel_runs_and_a_prompt_takes_longer() -> None:
 def test_a_probe_of_this_machine_is_saved(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.kernels.OnnxTimer", lambda threads: timer_of({}))
+    monkeypatch.setattr("export.kernels.kernels.OnnxTimer", lambda threads: timer_of({}))
     file = probe_cpu(tmp_path / "probe.json", model=model, threads=2)
     found = read_probe(file)
     assert (found.threads, found.machine != "") == (2, True)
@@ -337,7 +337,7 @@ def test_here_times_this_machine(
         assert (512, 128) in list(shapes)
         return probe_of({INT4[64]: 0.1})
 
-    monkeypatch.setattr("export.tuning.probe_here", here)
+    monkeypatch.setattr("export.kernels.choosing.probe_here", here)
     made = to_onnx(wide, tmp_path / "onnx", precision="int4", tune_for="here")
     assert products(made)["0.o"] == (4, 64)
 
@@ -363,9 +363,9 @@ def test_a_target_that_would_change_nothing_is_refused(
 def test_a_busy_machine_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("export.kernels.OnnxTimer", lambda threads: timer_of({}))
+    monkeypatch.setattr("export.kernels.kernels.OnnxTimer", lambda threads: timer_of({}))
     for load, warned in ((0.2, False), (5.0, True)):
         monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
         caplog.clear()
-        export.probe.probe_here([(64, 64)], threads=1)
+        export.kernels.probe.probe_here([(64, 64)], threads=1)
         assert ("this machine is busy" in caplog.text) == warned

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.writer import GraphWriter
+from export.graph.writer import GraphWriter
 
 
 def test_a_graph_computes_what_was_described(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 import export
-from mistill import engine
-from mistill.engine import OnnxModel
+from mistill.engine import onnx_model as engine
+from mistill.engine.language_model import greedy
+from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, SettingsError
-from mistill.language_model import greedy
-from mistill.sampling import Sampler, SamplingSettings
 from tests.tiny import tiny_model
 
 

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.decoders import DecodeStream
 
 import export
-from mistill import chat
-from mistill.chat import ChatBot, ChatSettings
-from mistill.engine import OnnxModel
+from mistill.chat import bot as chat
+from mistill.chat.bot import ChatBot, ChatSettings
+from mistill.chat.stream_text import StopStrings, TextStream
+from mistill.engine.language_model import open_model
+from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.sampling import Sampler
 from mistill.errors import ContextError, SettingsError, TextError, VocabularyError
-from mistill.language_model import open_model
-from mistill.sampling import Sampler
-from mistill.stream_text import StopStrings, TextStream
-from mistill.vocabulary import Vocabulary, load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.tiny import SENTENCES, tiny_tokenizer
 
 END = 4  # <|im_end|>

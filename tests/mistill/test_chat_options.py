@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import export
-from mistill.chat import ChatBot
-from mistill.cli import main
-from mistill.engine import OnnxModel
+from mistill.chat.bot import ChatBot
+from mistill.cli.app import main
+from mistill.engine.language_model import open_model
+from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.speculation import SpeculativeModel
 from mistill.errors import FolderError, SettingsError
-from mistill.language_model import open_model
-from mistill.speculation import SpeculativeModel
-from mistill.vocabulary import load_vocabulary
+from mistill.text.vocabulary import load_vocabulary
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 20, "threads": 1}
 

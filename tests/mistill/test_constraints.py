@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 import export
-from mistill.chat import ChatBot
+from mistill.chat.bot import ChatBot
+from mistill.chat.stream_text import TextStream
 from mistill.constraints import (
     ConstrainedChoice,
     Constraint,
@@ -24,13 +25,12 @@ from mistill.constraints import (
     lark,
     regex,
 )
-from mistill.engine import OnnxModel
+from mistill.engine.language_model import greedy
+from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.sampling import Sampler, SamplingSettings
+from mistill.engine.speculation import LookUp, SpeculativeModel
 from mistill.errors import FolderError, MissingExtraError, SettingsError, VocabularyError
-from mistill.language_model import greedy
-from mistill.sampling import Sampler, SamplingSettings
-from mistill.speculation import LookUp, SpeculativeModel
-from mistill.stream_text import TextStream
-from mistill.vocabulary import Vocabulary, load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.mistill.made import put_template, sentencepiece_folder
 from tests.tiny import tiny_model, tiny_tokenizer
 

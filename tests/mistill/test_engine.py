@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 import export
-from mistill import engine, key_value_cache
-from mistill.engine import OnnxModel
+from mistill.cost_model.processors import usable_threads
+from mistill.engine import key_value_cache
+from mistill.engine import onnx_model as engine
+from mistill.engine.key_value_cache import common_prefix
+from mistill.engine.language_model import LanguageModel, open_model
+from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.onnx_session import verify
 from mistill.errors import ContextError, FolderError, MissingExtraError, SettingsError
-from mistill.key_value_cache import common_prefix
-from mistill.language_model import LanguageModel, open_model
-from mistill.onnx_session import verify
-from mistill.processors import usable_threads
 from tests.tiny import tiny_model
 
 # Two ways of computing one float32 logit of this model differ by 1e-5; of another, by 1e-1.
@@ -690,7 +691,7 @@ def test_running_a_model_reports_nothing_and_leaves_nothing_in_the_home(
 ) -> None:
     """ONNX Runtime would make a database of reports there."""
     code = (
-        "import sys, itertools, mistill.engine as engine\n"
+        "import sys, itertools, mistill.engine.onnx_model as engine\n"
         "model = engine.OnnxModel(sys.argv[1], threads=1)\n"
         "print(*itertools.islice(model.stream([5, 6, 7]), 4))\n"
     )

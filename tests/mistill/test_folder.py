@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mistill.errors import FolderError
-from mistill.folder import copy_companions, open_folder, problems
+from mistill.folders.folder import copy_companions, open_folder, problems
 
 
 def test_a_model_folder_is_described_without_loading_it(teacher):

@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export import to_onnx
-from mistill.code_words import pack_rows, unpack_rows
+from mistill.cli.inspection import inspect_folder
 from mistill.errors import FolderError
-from mistill.gptq_doctor import examine, require_sound
-from mistill.gptq_layout import (
+from mistill.pytorch.loading import load_pytorch
+from mistill.weights.code_words import pack_rows, unpack_rows
+from mistill.weights.gptq_doctor import examine, require_sound
+from mistill.weights.gptq_layout import (
     CheckpointFormat,
     GptqFormat,
     QuantizedWeight,
     ScaleType,
 )
-from mistill.inspection import inspect_folder
-from mistill.pytorch import load_pytorch
 from tests.gptq_matrix import Way, matrix_folder, simple_folder
 
 PLAIN = Way(4, True, 32, "none", "float16")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mistill.errors import FolderError
-from mistill.gptq_layout import (
+from mistill.weights.gptq_layout import (
     SUPPORTED_BITS,
     CheckpointFormat,
     GptqFormat,
@@ -321,5 +321,5 @@ def test_modules_are_named_by_their_codes() -> None:
 
 
 def test_reading_the_layout_loads_no_torch() -> None:
-    code = "import sys, mistill.gptq_layout; sys.exit('torch' in sys.modules)"
+    code = "import sys, mistill.weights.gptq_layout; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

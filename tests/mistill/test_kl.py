@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fidelity import agreements, divergences
-from benchmarks.perplexity import token_losses
-from mistill import kl
+from benchmarks.figures.fidelity import agreements, divergences
+from benchmarks.figures.perplexity import token_losses
 from mistill.errors import TextError, VocabularyError
-from mistill.kl import Predictions, compare, predict
-from mistill.pytorch import load_pytorch
-from mistill.text import TokenBlocks, pack, read_documents
-from mistill.uncertainty import standard_error_of_mean
-from mistill.vocabulary import load_vocabulary
+from mistill.measures import kl
+from mistill.measures.kl import Predictions, compare, predict
+from mistill.measures.uncertainty import standard_error_of_mean
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import export
-from mistill.chat import ChatBot
+from mistill.chat.bot import ChatBot
 
 ROOT = Path(__file__).parents[2]
 HEAVY = (
@@ -97,7 +97,7 @@ print("".join(bot.reply(sys.argv[2])), end="")
 def test_the_command_chats_where_nothing_heavy_can_be_imported(
     chatbot: Path, answer: str, tmp_path: Path
 ) -> None:
-    code = "from mistill.cli import main; sys.exit(main())"
+    code = "from mistill.cli.app import main; sys.exit(main())"
     options = ("--temperature", "0", "--max-new-tokens", "9", "--threads", "1")
     done = run(without_heavy(code, "chat", chatbot, *options), tmp_path, f"{QUESTION}\n")
     assert done.stdout == f"{answer}\n", done.stderr
@@ -107,7 +107,7 @@ def test_the_command_chats_where_nothing_heavy_can_be_imported(
 def test_a_folder_that_needs_pytorch_is_refused_with_what_to_install(
     model: Path, tmp_path: Path
 ) -> None:
-    code = "from mistill.cli import main; sys.exit(main())"
+    code = "from mistill.cli.app import main; sys.exit(main())"
     done = run(without_heavy(code, "chat", model), tmp_path, "Hello\n")
     assert done.returncode == 2
     assert done.stdout == ""

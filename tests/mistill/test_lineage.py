@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mistill.errors import FolderError
-from mistill.lineage import add_lineage, fingerprint, read_lineage
-from mistill.publishing import creating
+from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
+from mistill.folders.publishing import creating
 
 
 def test_lineage_carries_on_from_the_source(model, tmp_path):

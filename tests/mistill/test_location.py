@@ -9,7 +9,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from mistill.errors import FolderError
-from mistill.location import Location, location_of
+from mistill.folders.location import Location, location_of
 
 
 @pytest.fixture(params=["here", "objects", "moves", "file"])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from mistill.engine.language_model import greedy
+from mistill.engine.log_probabilities import Scored, token_score
 from mistill.errors import SettingsError
-from mistill.language_model import greedy
-from mistill.log_probabilities import Scored, token_score
 
 LOGITS = (np.random.default_rng(0).standard_normal(300) * 5).astype(np.float32)
 

@@ -15,7 +15,7 @@ def test_freed_tensors_go_back_to_the_system() -> None:
     script = """
 import sys, torch
 from pathlib import Path
-from mistill.memory import give_back, unmap_when_freed
+from mistill.training.memory import give_back, unmap_when_freed
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.writer import MICROSOFT, GraphWriter
-from mistill.onnx_cost import StepCost, memory_speed
-from mistill.onnx_lint import WORDS, Finding, Lint, lint_file
+from export.graph.writer import MICROSOFT, GraphWriter
+from mistill.cost_model.onnx_cost import StepCost, memory_speed
+from mistill.cost_model.onnx_lint import WORDS, Finding, Lint, lint_file
 
 K, N = 64, 32
 

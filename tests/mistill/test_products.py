@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mistill import products
-from mistill.onnx_cost import product_weights
-from mistill.processors import held_to_first_processor, usable_processors
-from mistill.products import Kernel, kernel_speed, open_products
+from mistill.cost_model import products
+from mistill.cost_model.onnx_cost import product_weights
+from mistill.cost_model.processors import held_to_first_processor, usable_processors
+from mistill.cost_model.products import Kernel, kernel_speed, open_products
 
 
 def test_products_of_made_up_matrices_are_products():

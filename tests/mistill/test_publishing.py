@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mistill.errors import FolderError, TargetExistsError
-from mistill.publishing import creating, publish, working
+from mistill.folders.publishing import creating, publish, working
 
 
 def hidden(folder: Path) -> list[str]:
@@ -88,7 +88,7 @@ def test_a_killed_process_leaves_no_target_and_the_next_one_clears_up(tmp_path):
         f"""
         import time
         from pathlib import Path
-        from mistill.publishing import creating
+        from mistill.folders.publishing import creating
         with creating({str(target)!r}) as partial:
             (partial / "half.txt").write_text("half")
             Path({str(tmp_path / "ready")!r}).touch()
@@ -119,7 +119,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_left(tmp_path):
     code = f"""
     import resource
     from mistill.errors import FolderError
-    from mistill.publishing import creating
+    from mistill.folders.publishing import creating
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
         with creating({str(tmp_path / "target")!r}) as partial:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mistill.engine.language_model import LanguageModel, open_model
 from mistill.errors import ArchitectureError, ContextError, FolderError
-from mistill.gptq_layout import GptqFormat, QuantizedWeight, pack
-from mistill.language_model import LanguageModel, open_model
-from mistill.pytorch import PytorchModel, check_weights, load_pytorch, read_tensors
+from mistill.pytorch.loading import PytorchModel, check_weights, load_pytorch, read_tensors
+from mistill.weights.gptq_layout import GptqFormat, QuantizedWeight, pack
 from tests.tiny import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -145,7 +145,7 @@ def test_a_batch_gives_the_logits_of_its_rows(model: Path, monkeypatch: pytest.M
     running = PytorchModel(model)
     apart = np.concatenate([running.logits(row[None]) for row in IDS])
 
-    monkeypatch.setattr("mistill.pytorch._POSITIONS_AT_ONCE", 34)
+    monkeypatch.setattr("mistill.pytorch.loading._POSITIONS_AT_ONCE", 34)
     np.testing.assert_allclose(running.logits(IDS), apart, atol=1e-4)
 
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from mistill.errors import RecipeError, TargetExistsError
-from mistill.lineage import fingerprint
+from mistill.folders.lineage import fingerprint
 from mistill.recipe import read_recipe, run_recipe
 
 ROAD = """

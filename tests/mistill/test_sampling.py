@@ -18,8 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mistill.errors import SettingsError
-from mistill.sampling import (
+from mistill.engine.sampling import (
     Candidates,
     Sampler,
     SamplingSettings,
@@ -30,6 +29,7 @@ from mistill.sampling import (
     draw,
     penalize_repetition,
 )
+from mistill.errors import SettingsError
 from tests.reference import sampling as slow
 
 V = 300

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mistill import source as module
 from mistill.errors import (
     ArchitectureError,
     FolderError,
@@ -22,11 +21,12 @@ from mistill.errors import (
     TargetExistsError,
     VocabularyError,
 )
-from mistill.folder import open_folder, read_json
-from mistill.lineage import read_lineage
-from mistill.source import resolve_model, save_model
-from mistill.tokenizer_parts import word_cutter
-from mistill.vocabulary import load_vocabulary, same_vocabulary
+from mistill.folders.folder import open_folder, read_json
+from mistill.folders.lineage import read_lineage
+from mistill.sources import source as module
+from mistill.sources.source import resolve_model, save_model
+from mistill.sources.tokenizer_parts import word_cutter
+from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 from tests.mistill import made
 from tests.reference import llama_cpp
 from tests.tiny import SENTENCES, tiny_model
@@ -150,7 +150,7 @@ def test_a_gguf_file_is_converted_once(gguf: Path, monkeypatch: pytest.MonkeyPat
 def test_large_gguf_files_are_written_in_shards(
     gguf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.gguf_model._SHARD_BYTES", 200_000)
+    monkeypatch.setattr("mistill.sources.gguf_model._SHARD_BYTES", 200_000)
     folder = resolve_model(gguf)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     np.testing.assert_array_equal(logits(folder), logits(llama))
@@ -197,7 +197,7 @@ def test_a_sentencepiece_gguf_speaks_like_sentencepiece(llama: Path, tmp_path: P
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", llama_cpp.EXPRESSIONS)
 def test_text_is_cut_into_words_as_llama_cpp_cuts_it(kind: str, text: str):
-    from mistill.vocabulary import byte_characters
+    from mistill.text.vocabulary import byte_characters
 
     byte_of = {character: byte for byte, character in byte_characters().items()}
     ours = [
@@ -273,7 +273,7 @@ def test_the_vocabularies_that_mistral_publishes_speak_like_sentencepiece(
 ):
     from sentencepiece import SentencePieceProcessor
 
-    from mistill.text import read_prompts
+    from mistill.text.documents import read_prompts
 
     found = importlib.util.find_spec("mistral_common")
     if found is None or not found.submodule_search_locations:
@@ -568,7 +568,7 @@ def test_the_embedded_teacher_reads_digits_one_by_one_apart_from_spaces(smollm2:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    from mistill.source import _embedded
+    from mistill.sources.source import _embedded
 
     vocabulary = load_vocabulary(smollm2)
 
@@ -598,7 +598,7 @@ def test_the_embedded_teacher_answers_as_transformers_reads_it(smollm2: Path):
     from transformers import AutoModelForCausalLM
 
     from mistill import open_model
-    from mistill.source import _embedded
+    from mistill.sources.source import _embedded
 
     file = _embedded("@smollm2")
     theirs = AutoModelForCausalLM.from_pretrained(

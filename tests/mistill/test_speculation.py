@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import export
-from mistill import speculation
-from mistill.engine import OnnxModel
+from mistill.engine import speculation
+from mistill.engine.language_model import LanguageModel
+from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.pace import LONGEST, Pace
+from mistill.engine.sampling import Sampler, SamplingSettings, candidates
+from mistill.engine.speculation import DraftModel, Guess, LookUp, SpeculativeModel, with_guesses
 from mistill.errors import SettingsError, VocabularyError
-from mistill.language_model import LanguageModel
-from mistill.pace import LONGEST, Pace
-from mistill.sampling import Sampler, SamplingSettings, candidates
-from mistill.speculation import DraftModel, Guess, LookUp, SpeculativeModel, with_guesses
 from tests.tiny import tiny_model
 
 

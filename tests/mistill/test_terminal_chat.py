@@ -21,9 +21,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import export
-from mistill.chat import ChatBot, ChatSettings, Speed
+from mistill.chat.bot import ChatBot, ChatSettings, Speed
+from mistill.chat.terminal_chat import _TerminalChat, run_terminal_chat, speed_line
 from mistill.errors import FolderError, SettingsError
-from mistill.terminal_chat import _TerminalChat, run_terminal_chat, speed_line
 from tests.tiny import tiny_model
 
 SETTINGS = ChatSettings(temperature=0, max_new_tokens=12)
@@ -75,8 +75,8 @@ def test_commands_work_from_a_pipe(
 def test_a_saved_conversation_can_be_trained_on(
     chatbot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mistill.text import read_documents
-    from mistill.vocabulary import load_vocabulary
+    from mistill.text.documents import read_documents
+    from mistill.text.vocabulary import load_vocabulary
 
     file = tmp_path / "chat.jsonl"
     piped(f"Hello\n/save {file}\n", chatbot, monkeypatch)
@@ -111,7 +111,8 @@ def test_a_message_may_begin_with_a_slash(chatbot: Path, monkeypatch: pytest.Mon
 
 def test_a_reader_that_leaves_ends_the_chat_without_a_complaint(chatbot: Path) -> None:
     code = (
-        "import sys; from mistill.terminal_chat import run_terminal_chat as run; run(sys.argv[1])"
+        "import sys; from mistill.chat.terminal_chat import run_terminal_chat; "
+        "run_terminal_chat(sys.argv[1])"
     )
     command = f"yes | {sys.executable} -c '{code}' {chatbot} | head -c 5"
     done = subprocess.run(
@@ -227,8 +228,8 @@ def terminal(chatbot: Path, tmp_path: Path) -> Iterator[Terminal]:
     code = (
         # Whoever starts the tests in the background may have had SIGINT ignored for all below.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from mistill.chat import ChatSettings;"
-        "from mistill.terminal_chat import run_terminal_chat as run;"
+        "from mistill.chat.bot import ChatSettings;"
+        "from mistill.chat.terminal_chat import run_terminal_chat as run;"
         "run(sys.argv[1], threads=1,"
         " settings=ChatSettings(temperature=0, max_new_tokens=50_000, stop=('never',)))"
     )

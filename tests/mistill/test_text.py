@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mistill.errors import MissingExtraError, SettingsError, TextError, VocabularyError
-from mistill.source import resolve_model
-from mistill.text import (
+from mistill.sources.source import resolve_model
+from mistill.text.documents import (
     Document,
     TokenBlocks,
     check_texts,
@@ -23,7 +23,7 @@ from mistill.text import (
     read_documents,
     read_prompts,
 )
-from mistill.vocabulary import Vocabulary, load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.mistill import made
 from tests.reference.packing import best_fit, kept_positions, positions
 from tests.tiny import SENTENCES, tiny_model, tiny_tokenizer
@@ -369,7 +369,7 @@ def test_a_text_file_is_one_document_whatever_lines_it_has(chatml: Vocabulary, t
 def test_a_very_long_text_file_is_cut_where_a_line_ends_and_nothing_is_lost(
     chatml: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.text._PIECE", 300)
+    monkeypatch.setattr("mistill.text.documents._PIECE", 300)
     text = "".join(f"{sentence}\n" for sentence in SENTENCES * 4)
     file = tmp_path / "a.txt"
     file.write_text(text, "utf-8")
@@ -399,8 +399,8 @@ def test_reading_leaves_no_cache_behind(empty_home: Path, place: Path, tmp_path:
     parquet.write_table(pa.Table.from_pylist([{"text": "Hello"}] * 50), tmp_path / "a.parquet")
     tiny_tokenizer(tmp_path / "v")
     code = (
-        "from mistill.text import read_documents\n"
-        "from mistill.vocabulary import load_vocabulary\n"
+        "from mistill.text.documents import read_documents\n"
+        "from mistill.text.vocabulary import load_vocabulary\n"
         f"v = load_vocabulary({str(tmp_path / 'v')!r})\n"
         f"print(len(list(read_documents({str(tmp_path / 'a.parquet')!r}, v))))"
     )
@@ -412,8 +412,8 @@ def test_reading_leaves_no_cache_behind(empty_home: Path, place: Path, tmp_path:
 def test_chats_are_read_without_datasets_or_torch(chats: Path, chatml: Vocabulary, place: Path):
     code = (
         "import sys\n"
-        "from mistill.text import read_documents, pack\n"
-        "from mistill.vocabulary import load_vocabulary\n"
+        "from mistill.text.documents import read_documents, pack\n"
+        "from mistill.text.vocabulary import load_vocabulary\n"
         f"v = load_vocabulary({str(place / 'chatml')!r})\n"
         f"print(len(pack(read_documents({str(chats)!r}, v), 64)) > 0)\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
@@ -528,7 +528,7 @@ def test_no_texts_are_refused(chatml: Vocabulary):
 def test_the_missing_extra_is_named(
     chatml: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.text.find_spec", lambda name: None)
+    monkeypatch.setattr("mistill.text.documents.find_spec", lambda name: None)
     (tmp_path / "a.parquet").touch()
     with pytest.raises(MissingExtraError, match=r"pip install 'mistill\[compress\]'"):
         read_documents(tmp_path / "a.parquet", chatml)
@@ -722,7 +722,7 @@ def test_packed_documents_do_not_see_one_another(window: int | None, tmp_path: P
     """Position ids alone, without an attention mask or a cache, keep them apart."""
     import torch
 
-    from mistill.pytorch import load_pytorch
+    from mistill.pytorch.loading import load_pytorch
 
     model = load_pytorch(tiny_model(tmp_path / "m", sliding_window=window))
     documents = numbered([11, 23, 5, 30, 9, 2])
@@ -745,7 +745,7 @@ def test_packed_documents_do_not_see_one_another(window: int | None, tmp_path: P
 
 
 def test_the_shipped_conversations_are_read_and_share_no_prompt(chatml: Vocabulary):
-    from mistill.text import _DATA
+    from mistill.text.documents import _DATA
 
     asked = {}
     for name in ("@demo-train", "@demo-held-out"):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mistill.errors import TextError, VocabularyError
-from mistill.source import resolve_model
-from mistill.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
+from mistill.sources.source import resolve_model
+from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 from tests.mistill import made
 from tests.tiny import CHATML, SENTENCES, tiny_tokenizer
 
@@ -424,7 +424,7 @@ def test_a_vocabulary_of_another_kind_is_refused(bytes_folder: Path, tmp_path: P
 
 def test_a_vocabulary_needs_neither_transformers_nor_torch(bytes_folder: Path):
     code = (
-        "import sys; from mistill.vocabulary import load_vocabulary\n"
+        "import sys; from mistill.text.vocabulary import load_vocabulary\n"
         f"v = load_vocabulary({str(bytes_folder)!r})\n"
         "v.encode(v.render([{'role': 'user', 'content': 'a'}])); v.end_ids; v.fingerprint()\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'safetensors'} & set(sys.modules)))"

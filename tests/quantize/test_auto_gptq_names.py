@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import open_folder, read_json, weight_files
-from mistill.pytorch import load_pytorch
+from mistill.folders.folder import open_folder, read_json, weight_files
+from mistill.pytorch.loading import load_pytorch
 from quantize import GptqSettings, gptq_settings, to_gptq
 
 # As AutoGPTQ 0.7.1 writes it.

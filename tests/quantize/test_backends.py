@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import save_file
 
 from mistill.errors import MissingExtraError, SettingsError
-from mistill.gptq_layout import GptqFormat
-from mistill.lineage import read_lineage
+from mistill.folders.lineage import read_lineage
+from mistill.weights.gptq_layout import GptqFormat
 from quantize import GptqSettings, to_gptq
-from quantize.backends import gptqmodel_config
+from quantize.folders.backends import gptqmodel_config
 
 OPTIONS: dict[str, Any] = {"group_size": 32, "samples": 4, "block_length": 32}
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistill.pytorch import load_pytorch, plain_config
-from mistill.text import Document, TokenBlocks, pack, read_documents
-from mistill.vocabulary import load_vocabulary
-from quantize.calibration import (
+from mistill.pytorch.loading import load_pytorch, plain_config
+from mistill.text.documents import Document, TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
+from quantize.gptq.calibration import (
     STAGES,
     Batch,
     LayeredModel,
@@ -21,8 +21,8 @@ from quantize.calibration import (
     visible,
     walk_layer,
 )
-from quantize.gptq import GptqResult
-from quantize.layers import quantize_layer
+from quantize.gptq.gptq import GptqResult
+from quantize.gptq.layers import quantize_layer
 from quantize.settings import GptqSettings
 from tests.tiny import tiny_model
 
@@ -148,7 +148,7 @@ def collect(
         name = module.removeprefix("model.layers.0.")
         written[name] = torch.from_numpy(result.weight.dequantize())
 
-    monkeypatch.setattr("quantize.layers.mean_outer_product", look)
+    monkeypatch.setattr("quantize.gptq.layers.mean_outer_product", look)
     layers = LayeredModel(folder, plain_config(folder))
     batches = layers.embed(blocks)
     with torch.inference_mode():
@@ -248,7 +248,7 @@ def test_gptaq_is_given_what_the_float_layer_computes(
         seen.append(list(floats))
         return mean_drift(inputs, floats)
 
-    monkeypatch.setattr("quantize.layers.mean_drift", look)
+    monkeypatch.setattr("quantize.gptq.layers.mean_drift", look)
     batches, floats = layers.embed(blocks), layers.embed(blocks)
     expected: list[list[Tensor]] = []
     before = layers.embed(blocks)

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import open_folder, weight_files
-from mistill.gptq_layout import CheckpointFormat, QuantizedWeight, read_quantization
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
-from mistill.tensor_files import TensorFiles, read_quantized
-from quantize.auto_gptq_names import name_as_auto_gptq
-from quantize.conversion import convert
+from mistill.folders.folder import open_folder, weight_files
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.weights.gptq_layout import CheckpointFormat, QuantizedWeight, read_quantization
+from mistill.weights.tensor_files import TensorFiles, read_quantized
+from quantize.conversions.conversion import convert
+from quantize.folders.auto_gptq_names import name_as_auto_gptq
 from tests.gptq_matrix import WAYS, Way, matrix_folder, simple_folder
 
 OTHER: dict[CheckpointFormat, CheckpointFormat] = {"gptq": "gptq_v2", "gptq_v2": "gptq"}
@@ -126,7 +126,7 @@ def test_a_folder_that_autogptq_named_becomes_one_that_transformers_reads(tmp_pa
 
 @pytest.mark.parametrize("name", ["gptq_model-4bit-32g", "my-weights"])
 def test_shards_are_found_under_the_names_that_autogptq_gives(name: str, tmp_path: Path) -> None:
-    from quantize.storage import TensorWriter
+    from quantize.folders.float_model import TensorWriter
 
     source, weights = simple_folder(tmp_path / "source", SKEWED, "gptq_v2")
     tensors = stored_in(source)

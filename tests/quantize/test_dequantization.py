@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import open_folder
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
+from mistill.folders.folder import open_folder
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
 from quantize import to_nf4
-from quantize.dequantization import dequantize
+from quantize.conversions.dequantization import dequantize
 from tests.gptq_matrix import Way, matrix_folder, simple_folder
 
 IDS = torch.arange(5, 45)[None]

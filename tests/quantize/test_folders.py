@@ -18,15 +18,15 @@ from mistill.errors import (
     TargetExistsError,
     TextError,
 )
-from mistill.folder import QUANTIZE_REPORT_FILE, describe, open_folder, read_json
-from mistill.gptq_layout import QuantizedWeight, read_quantization, unpack
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
-from mistill.vocabulary import load_vocabulary
+from mistill.folders.folder import QUANTIZE_REPORT_FILE, describe, open_folder, read_json
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.vocabulary import load_vocabulary
+from mistill.weights.gptq_layout import QuantizedWeight, read_quantization, unpack
 from quantize import GptqSettings, RoundingSettings, to_gptq, to_nf4, to_rounding
-from quantize.drawing import draw_blocks
-from quantize.rounding import round_weight
-from quantize.storage import TensorWriter
+from quantize.calibration_text import draw_blocks
+from quantize.folders.float_model import TensorWriter
+from quantize.gptq.rounding import round_weight
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {"group_size": 16, "samples": 6, "block_length": 64}
@@ -321,7 +321,7 @@ def test_missing_and_empty_texts_are_refused_before_any_weight_is_read(
     texts: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
-    monkeypatch.setattr("quantize.folders.LayeredModel", None)
+    monkeypatch.setattr("quantize.folders.gptq_folder.LayeredModel", None)
     given = str(tmp_path / texts) if isinstance(texts, str) else texts
     with pytest.raises(TextError):
         to_gptq(model, tmp_path / "x", texts=given, group_size=16)
@@ -344,7 +344,7 @@ def test_an_existing_target_is_kept_unless_it_may_be_overwritten(
 def test_rounding_that_fails_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.storage.TensorWriter._flush", no_room)
+    monkeypatch.setattr("quantize.folders.float_model.TensorWriter._flush", no_room)
     with pytest.raises(FolderError, match="no room"):
         to_rounding(model, tmp_path / "small", group_size=16)
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mistill.cli import main
+from mistill.cli.app import main
 from tests.gptq_matrix import Way, simple_folder
 from tests.quantize.test_merging import make_adapter
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantize import gptq
-from quantize.factor import damped_factor, mirror_lower, rearranged
-from quantize.gptq import column_order, quantize_weight, reversed_blocks
-from quantize.rounding import round_weight
+from quantize.gptq import gptq
+from quantize.gptq.factor import damped_factor, mirror_lower, rearranged
+from quantize.gptq.gptq import column_order, quantize_weight, reversed_blocks
+from quantize.gptq.rounding import round_weight
 from quantize.settings import GptqSettings, Order, RoundingSettings
 from tests.reference.gptq import slow_gptaq, slow_gptq, slow_order
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mistill.gptq_layout import ScaleType
-from quantize.grid import Grid, GridKind, best_grid, covering_grid
+from mistill.weights.gptq_layout import ScaleType
+from mistill.weights.grid import Grid, GridKind, best_grid, covering_grid
 from tests.reference.gptq import slow_code, slow_grid
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from export import to_onnx
-from mistill.gptq_doctor import examine
-from mistill.gptq_layout import CheckpointFormat
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.weights.gptq_doctor import examine
+from mistill.weights.gptq_layout import CheckpointFormat
 from quantize import GptqSettings, to_gptq, to_rounding
 from tests.gptq_matrix import ORDERS, SCALE_TYPES, Way, simple_folder
 from tests.quantize.interop_environment import NotInstallable, interop_python

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 import quantize
-from mistill.cli import main
+from mistill.cli.app import main
+from mistill.cli.measured import read_measured
 from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
-from mistill.folder import QUANTIZE_REPORT_FILE, read_json
-from mistill.kl import compare, predict
-from mistill.lineage import fingerprint, read_lineage
-from mistill.measured import read_measured
-from mistill.pytorch import load_pytorch
+from mistill.folders.folder import QUANTIZE_REPORT_FILE, read_json
+from mistill.folders.lineage import fingerprint, read_lineage
+from mistill.measures.kl import compare, predict
+from mistill.pytorch.loading import load_pytorch
 from mistill.recipe import read_recipe, run_recipe
-from mistill.text import pack, read_documents
-from mistill.vocabulary import load_vocabulary
+from mistill.text.documents import pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import SENTENCES, tiny_model
 
 SMALL: dict[str, Any] = {"samples": 4, "block_length": 64}
@@ -92,14 +92,14 @@ def test_a_folder_that_cannot_be_measured_does_not_appear_and_the_work_is_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.judging.predictions", interrupted)
+        patch.setattr("quantize.measuring.judging.predictions", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize.to_gptq(model, target, **options)
         assert not target.exists()
         with pytest.raises(KeyboardInterrupt):
             quantize.to_rounding(model, tmp_path / "r", group_size=32, held_out=held_out)
         assert not (tmp_path / "r").exists()
-    monkeypatch.setattr("quantize.folders.quantize_layer", None)
+    monkeypatch.setattr("quantize.folders.gptq_folder.quantize_layer", None)
     quantize.to_gptq(model, target, **options)
     assert read_measured(target) is not None
 
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_measured_does_not_appear_and_the_work_is_kept(
 def test_what_cannot_be_compared_is_refused_before_any_work(
     model: Path, chats: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.folders.LayeredModel", None)
+    monkeypatch.setattr("quantize.folders.gptq_folder.LayeredModel", None)
     target = tmp_path / "small"
     grid: dict[str, Any] = {"group_size": 32, **SMALL}
     with pytest.raises(SettingsError, match="give held_out"):
@@ -119,7 +119,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(
         quantize.to_gptq(model, target, texts=chats, held_out=held_out, teacher=other, **grid)
     with pytest.raises(FolderError, match="nowhere"):
         quantize.to_nf4(model, target, held_out=held_out, teacher=tmp_path / "nowhere")
-    monkeypatch.setattr("quantize.rounding_folder.TensorWriter", None)
+    monkeypatch.setattr("quantize.folders.rounding_folder.TensorWriter", None)
     empty = tmp_path / "one.txt"
     empty.write_text("a", "utf-8")
     with pytest.raises(TextError, match="no token to predict"):

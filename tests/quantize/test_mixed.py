@@ -11,13 +11,13 @@ import pytest
 
 import quantize
 from mistill.errors import SettingsError
-from mistill.folder import open_folder, read_json
-from mistill.gptq_layout import ModuleFormat
-from mistill.kl import compare, predict
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
-from quantize.drawing import draw_blocks
-from quantize.mixed import Choice, fill_budget, lower_hull
+from mistill.folders.folder import open_folder, read_json
+from mistill.folders.lineage import read_lineage
+from mistill.measures.kl import compare, predict
+from mistill.pytorch.loading import load_pytorch
+from mistill.weights.gptq_layout import ModuleFormat
+from quantize.calibration_text import draw_blocks
+from quantize.mixed.mixed_folder import Choice, fill_budget, lower_hull
 from quantize.settings import GptqSettings
 
 FORMATS = ("bits=4, group_size=64", "bits=4, group_size=32", "bits=8, group_size=64")

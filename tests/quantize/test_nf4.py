@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistill.errors import ArchitectureError, FolderError
-from mistill.folder import QUANTIZE_REPORT_FILE, describe, open_folder, read_json
-from mistill.lineage import read_lineage
-from mistill.nf4_layout import NF4_NAMES, read_nf4
-from mistill.pytorch import load_pytorch
-from mistill.vocabulary import load_vocabulary
+from mistill.folders.folder import QUANTIZE_REPORT_FILE, describe, open_folder, read_json
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.text.vocabulary import load_vocabulary
+from mistill.weights.nf4_layout import NF4_NAMES, read_nf4
 from quantize import to_nf4
 from tests.tiny import tiny_model
 

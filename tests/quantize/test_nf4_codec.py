@@ -14,8 +14,8 @@ from bitsandbytes.functional import (
 from torch import Tensor
 
 from mistill.errors import FolderError
-from mistill.nf4_layout import NF4_STATE, read_nf4
-from quantize.nf4_codec import _LEVELS, _encode_scales, dynamic_levels, encode_nf4
+from mistill.weights.nf4_layout import NF4_STATE, read_nf4
+from quantize.nf4.nf4_codec import _LEVELS, _encode_scales, dynamic_levels, encode_nf4
 
 # The last shapes have a last block that is not full, with an even and an odd number of weights.
 SHAPES = ((64, 64), (128, 192), (300, 64), (17, 640), (7, 96), (5, 33))

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistill.errors import SettingsError
-from mistill.folder import QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE, open_folder, read_json
-from mistill.gptq_layout import ModuleFormat, QuantizedWeight, read_quantization, unpack
-from mistill.pytorch import load_pytorch
+from mistill.folders.folder import QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE, open_folder, read_json
+from mistill.pytorch.loading import load_pytorch
+from mistill.weights.gptq_layout import ModuleFormat, QuantizedWeight, read_quantization, unpack
 from quantize import GptqSettings, RoundingSettings, to_gptq, to_rounding
+from quantize.gptq.rounding import round_weight
 from quantize.overrides import format_of, parse_override
-from quantize.rounding import round_weight
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {"group_size": 16, "samples": 4, "block_length": 32}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from mistill.errors import FolderError
-from mistill.folder import QUANTIZE_REPORT_FILE, read_json
+from mistill.folders.folder import QUANTIZE_REPORT_FILE, read_json
 from quantize import to_gptq
-from quantize.layers import quantize_layer
+from quantize.gptq.layers import quantize_layer
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {"group_size": 16, "samples": 4, "block_length": 32}
@@ -45,7 +45,7 @@ def stop_in_layer(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         if index == number and begun.count(index) == 1:
             raise Killed
 
-    monkeypatch.setattr("quantize.folders.quantize_layer", quantize_or_die)
+    monkeypatch.setattr("quantize.folders.gptq_folder.quantize_layer", quantize_or_die)
     return begun
 
 
@@ -124,7 +124,7 @@ def test_a_full_disk_keeps_what_is_done(
 
     target = tmp_path / "small"
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.storage.TensorWriter._flush", no_room)
+        patch.setattr("quantize.folders.float_model.TensorWriter._flush", no_room)
         with pytest.raises(FolderError, match=r"no room.*it will resume"):
             to_gptq(deep, target, texts=chats, **SMALL)
     begun = stop_in_layer(-1, monkeypatch)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import quantize
 from mistill.errors import FolderError, SettingsError
-from mistill.folder import open_folder
-from mistill.lineage import read_lineage
-from mistill.pytorch import load_pytorch
-from quantize.hadamard import hadamard, random_rotation
+from mistill.folders.folder import open_folder
+from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from quantize.rotation.hadamard import hadamard, random_rotation
 from tests.tiny import tiny_model
 
 IDS = torch.arange(5, 45)[None]

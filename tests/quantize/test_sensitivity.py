@@ -14,16 +14,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from mistill.gptq_layout import EMBEDDING, HEAD, ModuleFormat
-from mistill.kl import compare, predict
-from mistill.pytorch import load_pytorch
-from quantize.drawing import draw_blocks
-from quantize.layout import round_table
+from mistill.measures.kl import compare, predict
+from mistill.pytorch.loading import load_pytorch
+from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat
+from quantize.calibration_text import draw_blocks
+from quantize.folders.float_model import open_float
+from quantize.folders.plan import round_table
+from quantize.gptq.rounding import round_weight
+from quantize.mixed.sensitivity import _through_head, estimate_costs
 from quantize.overrides import with_format
-from quantize.rounding import round_weight
-from quantize.sensitivity import _through_head, estimate_costs
 from quantize.settings import GptqSettings
-from quantize.storage import open_float
 from tests.tiny import tiny_model
 
 SETTINGS = GptqSettings(samples=24, block_length=64)

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import quantize
-from mistill.cli import main
+from mistill.cli.app import main
 from mistill.errors import SettingsError, TargetExistsError, VocabularyError
-from mistill.kl import compare, predict
-from mistill.pytorch import load_pytorch
-from quantize.drawing import draw_blocks
-from quantize.measuring import measure, predictions
+from mistill.measures.kl import compare, predict
+from mistill.pytorch.loading import load_pytorch
+from quantize.calibration_text import draw_blocks
+from quantize.measuring.measuring import measure, predictions
 from quantize.settings import GptqSettings
-from quantize.sweeping import SweepReport, SweepRow, mark_dominated
+from quantize.sweeping.sweeping import SweepReport, SweepRow, mark_dominated
 from tests.tiny import SENTENCES, tiny_model
 
 SMALL: dict[str, Any] = {"samples": 6, "held_out_samples": 6, "block_length": 64}
@@ -91,7 +91,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
     target = tmp_path / "some"
 
     def count(name: str, broken: bool = False) -> Any:
-        from quantize import sweeping
+        from quantize.sweeping import sweeping
 
         step = getattr(sweeping, name)
 
@@ -104,13 +104,13 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
         return counted
 
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.sweeping.to_rounding", count("to_rounding"))
-        patch.setattr("quantize.sweeping.to_nf4", count("to_nf4", broken=True))
+        patch.setattr("quantize.sweeping.sweeping.to_rounding", count("to_rounding"))
+        patch.setattr("quantize.sweeping.sweeping.to_nf4", count("to_nf4", broken=True))
         with pytest.raises(KeyboardInterrupt):
             quantize.sweep(model, target, texts=chats, held_out=held_out, **some)
         assert made.count("to_rounding") == 2
         before = len(made)
-    monkeypatch.setattr("quantize.sweeping.to_rounding", count("to_rounding"))
+    monkeypatch.setattr("quantize.sweeping.sweeping.to_rounding", count("to_rounding"))
     report = quantize.sweep(model, target, texts=chats, held_out=held_out, **some)
     assert len(made) == before
     assert {row.name for row in report.rows} == {"rounding-64", "rounding-8bit", "nf4"}

@@ -14,10 +14,10 @@ from torch import nn
 
 import quantize
 from mistill.errors import FolderError, SettingsError, TextError, TrainingError, VocabularyError
-from mistill.gptq_layout import QuantizedWeight
-from mistill.lineage import read_lineage
-from quantize import tuning
-from quantize.scaled_linear import ScaledLinear
+from mistill.folders.lineage import read_lineage
+from mistill.weights.gptq_layout import QuantizedWeight
+from mistill.weights.scaled_linear import ScaledLinear
+from quantize.scales import tuned_folder as tuning
 from tests.tiny import SENTENCES, tiny_model
 
 OPTIONS: dict[str, Any] = {
@@ -99,8 +99,8 @@ def test_a_tuned_model_is_closer_and_has_the_same_codes(
 
 
 def measured(model: Path, made: Path, texts: Path) -> float:
-    from mistill.kl import compare, predict
-    from mistill.pytorch import load_pytorch
+    from mistill.measures.kl import compare, predict
+    from mistill.pytorch.loading import load_pytorch
     from quantize.tuning_settings import TuningSettings
 
     _, judged = tuning._read_blocks(made, texts, None, TuningSettings(**OPTIONS))

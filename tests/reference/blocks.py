@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from export.blocks import BlockWeight
+from export.weights.blocks import BlockWeight
 
 
 def decode(weight: BlockWeight) -> NDArray[np.float32]:

@@ -1,0 +1,168 @@
+"""Whether two reports can be compared, and what else is another between them.
+
+A speed holds for one machine and a number of threads, a perplexity for one text. Where these
+differ, a change says nothing about the model, and none is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.figures.comparison import Comparison
+from benchmarks.figures.latency import Latency
+
+#: Processes at work for each processor, above which the rounds of a report are suspect.
+_BUSY = 0.5
+
+
+def obstacles_between(old: Comparison, new: Comparison) -> dict[str, str]:
+    """Why figures of a nature cannot be compared.
+
+    Args:
+        old: A comparison.
+        new: A later one.
+
+    Returns:
+        Nature to the reason, in words that begin with what is not compared and a colon; only
+        natures that cannot be compared.
+    """
+    machine = _other_machine(old, new)
+    text = reference = ""
+    if old.text.fingerprint != new.text.fingerprint:
+        text = f"quality is not compared: another text ({_text_of(old)}, then {_text_of(new)})"
+        reference = text
+    elif _reference(old) != _reference(new):
+        words = (
+            f"another reference ({old.reference}, then {new.reference})"
+            if old.reference != new.reference
+            else f"{old.reference} is another model than it was"
+        )
+        reference = f"the distance from the reference is not compared: {words}"
+    every = {
+        "clock": machine or _other_turns(old, new),
+        "memory": machine,
+        "text": text,
+        "reference": reference,
+    }
+    return {nature: reason for nature, reason in every.items() if reason}
+
+
+def _other_machine(old: Comparison, new: Comparison) -> str:
+    for name, words in (
+        ("processor", "another processor"),
+        ("instructions", "other vector instructions"),
+        ("threads", "other threads"),
+        ("usable_processors", "other processors to be used"),
+        ("governor", "another frequency governor"),
+    ):
+        values = getattr(old.machine, name), getattr(new.machine, name)
+        if values[0] != values[1]:
+            first, second = (
+                " ".join(value) if isinstance(value, tuple) else str(value) for value in values
+            )
+            return f"speed and memory are not compared: {words} ({first}, then {second})"
+    return ""
+
+
+def _other_turns(old: Comparison, new: Comparison) -> str:
+    for name in ("prompt_tokens", "new_tokens"):
+        values = getattr(old.settings, name), getattr(new.settings, name)
+        if values[0] != values[1]:
+            return f"speed is not compared: {name} was {values[0]}, then {values[1]}"
+    return ""
+
+
+def _text_of(comparison: Comparison) -> str:
+    text = comparison.text
+    return f"{text.tokens_scored:,} tokens of {', '.join(text.sources)}"
+
+
+def _reference(comparison: Comparison) -> str:
+    """What tells a reference from another: its content where it is known, else its name."""
+    for model in comparison.models:
+        if model.name == comparison.reference:
+            return model.fingerprint
+    return comparison.reference_fingerprint or comparison.reference
+
+
+def notes(old: Comparison, new: Comparison, names: Mapping[str, str]) -> list[str]:
+    """What else a reader of the differences should know.
+
+    Args:
+        old: A comparison.
+        new: A later one.
+        names: Name of each model in the old one to its name in the new one.
+
+    Returns:
+        Sentences without capital and full stop.
+    """
+    found = []
+    before, after = old.machine.versions, new.machine.versions
+    moved = [
+        f"{name} {before.get(name, 'not installed')}, then {after.get(name, 'not installed')}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
+    if moved:
+        found.append(f"versions: {'; '.join(moved)}")
+    if old.machine.system != new.machine.system:
+        found.append(f"system: {old.machine.system}, then {new.machine.system}")
+    for side, comparison in (("old", old), ("new", new)):
+        load, width = comparison.machine.load_average, comparison.machine.usable_processors
+        if load is not None and load > _BUSY * width:
+            found.append(
+                f"the machine was at other work when the {side} report began: load {load:.1f} on "
+                f"{width} processors"
+            )
+    pairs = [(old[first], new[second]) for first, second in names.items()]
+    same = [after.name for before, after in pairs if before.fingerprint == after.fingerprint]
+    if same:
+        every = len(same) == len(pairs)
+        found.append(
+            "every model is the same folder in both"
+            if every
+            else f"the same folder in both: {', '.join(same)}"
+        )
+    return found
+
+
+def unsteadiness(old: Comparison, new: Comparison, names: Mapping[str, str]) -> tuple[float, str]:
+    """How far the speed of what nobody has changed has moved.
+
+    Other engines of the same version on the same weights are as fast as they were: where they
+    seem not to be, it is the machine that is not.
+
+    Args:
+        old: A comparison.
+        new: A later one.
+        names: Name of each model in the old one to its name in the new one.
+
+    Returns:
+        The largest such change, as a share, and what to say of it; 0 and nothing where both have
+        no such engine.
+    """
+    versions = old.machine.versions, new.machine.versions
+    same_library = all(versions[0].get(n) == versions[1].get(n) for n in ("torch", "transformers"))
+    moved = {}
+    for first, second in names.items():
+        before, after = old[first], new[second]
+        if before.fingerprint != after.fingerprint:
+            continue
+        pairs: dict[str, tuple[Latency | None, Latency | None]] = {}
+        if same_library:
+            latencies = before.transformers_latency, after.transformers_latency
+            pairs[f"transformers on {second}"] = latencies
+        if before.rival is not None and before.rival == after.rival:
+            pairs[second] = before.latency, after.latency
+        for words, (one, other) in pairs.items():
+            if one is not None and other is not None:
+                ratio = other.decode_tokens_per_second / one.decode_tokens_per_second
+                moved[words] = abs(ratio - 1)
+    if not moved:
+        return 0.0, ""
+    words = max(moved, key=moved.__getitem__)
+    most = moved[words]
+    return most, (
+        f"the machine's own speed: {words}, which nobody has changed, moved by {most:.1%}; no "
+        "change of speed is called that is not larger"
+    )

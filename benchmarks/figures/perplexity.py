@@ -1,0 +1,121 @@
+"""How surprised a model is by text that it did not write.
+
+T is positions, V vocabulary. Logits stay float32; every sum over the vocabulary is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.measures.uncertainty import mean_of, ratio_standard_error, standard_error_of_mean
+
+_ELEMENTS_AT_ONCE = 1 << 19  # 2 MiB of float32: a few rows of logits that stay in the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """The surprise of one model at every token that it had to predict.
+
+    Attributes:
+        losses: Negative log-probability of each token, in nats, passage by passage.
+        passage_bytes: Bytes of text that the predicted tokens of each passage spell; marks, such
+            as the end of a turn, spell none. Empty in reports of before it was kept.
+    """
+
+    losses: tuple[tuple[float, ...], ...]
+    passage_bytes: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were predicted."""
+        return sum(map(len, self.losses))
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean negative log-probability per token, in nats."""
+        return mean_of(self.losses)
+
+    @property
+    def value(self) -> float:
+        """The perplexity: e to the mean loss."""
+        return math.exp(self.mean_loss)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the perplexity, by the delta method.
+
+        The derivative of e^m is e^m, so it is the perplexity times the standard error of the mean
+        loss, which is taken between passages (``mistill.measures.uncertainty``).
+        """
+        error = standard_error_of_mean(self.losses)
+        return None if error is None else self.value * error
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits to predict a byte of the text; None where its bytes are not known.
+
+        Perplexity is per token, and a vocabulary with longer tokens has fewer of them; this can
+        be compared between vocabularies.
+        """
+        if not sum(self.passage_bytes):
+            return None
+        return sum(map(sum, self.losses)) / math.log(2) / sum(self.passage_bytes)
+
+    @property
+    def bits_per_byte_standard_error(self) -> float | None:
+        """Standard error of the bits per byte, taken between passages; None for a single one."""
+        if not sum(self.passage_bytes):
+            return None
+        error = ratio_standard_error([sum(passage) for passage in self.losses], self.passage_bytes)
+        return None if error is None else error / math.log(2)
+
+
+def token_losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Negative log-probability of the token that came next, in nats.
+
+    Args:
+        logits: Shape (T, V).
+        targets: Shape (T,), the tokens that came next.
+
+    Returns:
+        Shape (T,).
+    """
+    chosen = logits[np.arange(len(targets)), targets].astype(np.float64)
+    return log_normalizers(logits) - chosen
+
+
+def log_normalizers(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Log of the sum of the exponentials of each row.
+
+    Args:
+        logits: Shape (T, V).
+
+    Returns:
+        Shape (T,).
+    """
+    normalizers = np.empty(len(logits), np.float64)
+    for rows in row_blocks(*logits.shape):
+        largest = logits[rows].max(axis=1, keepdims=True)
+        total = np.exp(logits[rows] - largest).sum(axis=1, dtype=np.float64)
+        normalizers[rows] = largest[:, 0] + np.log(total)
+    return normalizers
+
+
+def row_blocks(rows: int, width: int) -> Iterator[slice]:
+    """Cut a matrix into blocks of rows that fit a processor's cache.
+
+    Args:
+        rows: Number of rows.
+        width: Number of columns.
+
+    Yields:
+        Slices of rows, in order.
+    """
+    step = max(1, _ELEMENTS_AT_ONCE // width)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)

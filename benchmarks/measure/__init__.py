@@ -1,0 +1,1 @@
+"""Models measured in child processes, turn by turn."""

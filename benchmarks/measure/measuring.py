@@ -1,0 +1,342 @@
+"""Compare models: each in a process of its own, all in one run, taking turns.
+
+First every model is opened. Then they write, round after round, each once in a round: a machine
+that slows down slows all of them down, and ratios stay true. Last they are scored on the same text,
+passage by passage: the reference stores its logits of a passage in a file, the others hold theirs
+against it, and the next passage overwrites it, so that disk and memory stay bounded however long
+the text is.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures.comparison import Comparison, ScoredText
+from benchmarks.figures.conventions import spelled_bytes
+from benchmarks.figures.latency import FEWEST_TOKENS, Latency, Turn
+from benchmarks.figures.machine import describe_machine
+from benchmarks.figures.passages import Passage, cut_passages, cut_prompts, fingerprint_of
+from benchmarks.measure.children import Child, start_children
+from benchmarks.measure.lengths import Timed, left_out, new_tokens_at, take_turns
+from benchmarks.measure.loading import STAYED, time_load
+from benchmarks.measure.questions import ask, read_questions
+from benchmarks.measure.quoting import QuotedText, bytes_in, cut_texts, quote
+from benchmarks.measure.recording import file_name, recorded, short
+from benchmarks.measure.samples import collect_samples
+from benchmarks.measure.subjects import (
+    Distance,
+    Models,
+    Subject,
+    as_list,
+    asked_of,
+    check_context,
+    check_vocabularies,
+    enter_rivals,
+    open_subjects,
+    rival_source_of,
+)
+from benchmarks.rivals.contest import find_contestants
+from benchmarks.settings import BenchSettings
+from mistill.cost_model.processors import usable_threads
+from mistill.errors import VocabularyError
+from mistill.folders.lineage import fingerprint
+from mistill.progress import Tracker, track
+from mistill.settings import settings_from
+from mistill.text.vocabulary import load_vocabulary
+
+_log = logging.getLogger(__name__)
+
+
+def compare(
+    models: Models,
+    *,
+    texts: Models,
+    reference: str | Path | None = None,
+    rivals: Mapping[str, str | Path] | None = None,
+    rival_source: str | Path | None = None,
+    settings: BenchSettings | None = None,
+    **options: Any,
+) -> Comparison:
+    """Say what each model costs and what it is worth: size, memory, speed, quality.
+
+    Quality is perplexity and the distance from a reference, token by token, on the same text.
+    Speed and memory are those of a process that runs only that model.
+
+    Args:
+        models: Folders of any form, or anything else that names a model, such as a Hub id.
+        texts: Held-out text: files, Hub data sets, ``@demo-held-out``.
+        reference: The model that the others are held against; by default the first. It need not
+            be among them.
+        rivals: Where the rivals that the settings name are installed: the path of a Python, of its
+            environment or, of llama.cpp, of a folder of its libraries, by name. What is not given
+            is looked up in MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI,
+            MISTILL_CTRANSLATE2, MISTILL_OPENVINO_VENV and MISTILL_OPTIMUM_VENV.
+        rival_source: The float, GPTQ or NF4 folder whose weights the rivals get; by default the
+            compared float folder that most of the others were made of, or else the first folder
+            that has such weights.
+        settings: How much is measured, and with how many threads.
+        **options: Fields of ``BenchSettings``, instead of ``settings``.
+
+    Returns:
+        All samples and what follows from them.
+
+    Raises:
+        SettingsError: If there is no model, one is given twice, or one has too short a context.
+        VocabularyError: If two models do not share a vocabulary.
+        FolderError: If a folder is missing or broken.
+        TextError: If there is nothing to predict in the text.
+        MissingExtraError: If a rival is not installed.
+    """
+    began = time.monotonic()
+    settings = settings_from(BenchSettings, settings, options)
+    subjects = open_subjects(models, reference)
+    judge = next(subject for subject in subjects if subject.is_reference)
+    check_context(subjects, settings)
+    check_vocabularies(judge, subjects)
+    contestants = find_contestants(settings.against, rivals or {})
+    source = rival_source_of(subjects, rival_source) if contestants else None
+    check_vocabularies(judge, [] if source is None else [source])
+    asked = asked_of(subjects, settings)
+    passages = read_passages(texts, judge.info.path, settings, subjects)
+    vocabulary = load_vocabulary(judge.info.path)
+    quoted = cut_texts(as_list(texts), vocabulary, settings.perplexity, settings.perplexity_tokens)
+    threads = settings.threads or usable_threads()
+    machine = describe_machine(threads)
+    with tempfile.TemporaryDirectory(prefix="mistill-") as scratch:
+        subjects += enter_rivals(contestants, source, subjects, Path(scratch))
+        _measure(subjects, passages, quoted, settings, threads)
+    samples = collect_samples(asked, settings.sample_prompts, settings.sample_tokens, threads)
+    spelled = spelled_bytes(passages, bytes_in(vocabulary))
+    for subject in subjects:
+        for words in subject.left_out:
+            _log.warning("%s, not measured: %s", subject.name, words)
+    results = tuple(
+        recorded(subject, judge, spelled, settings, threads)
+        for subject in subjects
+        if subject.is_listed
+    )
+    return Comparison(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        duration_seconds=time.monotonic() - began,
+        settings=settings,
+        machine=machine,
+        text=ScoredText(
+            sources=tuple(map(file_name, as_list(texts))),
+            fingerprint=fingerprint_of(passages),
+            passages=len(passages),
+            tokens_read=sum(len(passage.ids) for passage in passages),
+            tokens_scored=sum(len(passage.targets) for passage in passages),
+        ),
+        reference=judge.name,
+        models=results,
+        samples=samples,
+        reference_fingerprint=fingerprint(judge.info.path),
+    )
+
+
+def read_passages(
+    texts: Models, folder: Path, settings: BenchSettings, subjects: Sequence[Subject] = ()
+) -> list[Passage]:
+    """Read text and cut it into what is scored at once.
+
+    Args:
+        texts: Files, Hub data sets, ``@demo-held-out``.
+        folder: Whose vocabulary and template to read it with.
+        settings: How much to read.
+        subjects: Models whose context no passage may exceed.
+
+    Returns:
+        Passages.
+    """
+    from mistill.text.documents import read_documents
+
+    contexts = [subject.info.context_length for subject in subjects]
+    return cut_passages(
+        read_documents(texts, load_vocabulary(folder)),
+        context_length=min([settings.context_length, *contexts]),
+        scored_tokens=settings.scored_tokens,
+    )
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def _measure(
+    subjects: Sequence[Subject],
+    passages: Sequence[Passage],
+    quoted: Sequence[QuotedText],
+    settings: BenchSettings,
+    threads: int,
+) -> None:
+    _time_loads(subjects, passages, settings, threads)
+    folders = [subject.folder for subject in subjects]
+    listed = sum(subject.is_listed for subject in subjects)
+    work = len(subjects) * (1 + len(passages)) + listed * (1 + settings.rounds)
+    questions = read_questions() if settings.tasks else []
+    work += listed * (sum(len(text.windows) for text in quoted) + len(questions))
+    with track("comparing", work, "step") as tracker, start_children(folders, threads) as children:
+        pairs = list(zip(subjects, children, strict=True))
+        for subject, child in pairs:
+            subject.answers["open"] = child.ask("open")
+            tracker.advance(note=f"open {subject.name}")
+        _check_widths(subjects)
+        _take_turns([pair for pair in pairs if pair[0].is_listed], passages, settings, tracker)
+        _take_turns_at_lengths(pairs, passages, settings)
+        _score(pairs, passages, tracker)
+        for subject, child in pairs:
+            if subject.is_listed:
+                step = partial(tracker.advance, note=f"quote {subject.name}")
+                subject.quoted = [quote(child, text, step) for text in quoted]
+                if questions:
+                    own = load_vocabulary(subject.info.path)
+                    step = partial(tracker.advance, note=f"question {subject.name}")
+                    subject.questioned = ask(child, questions, own, step)
+
+
+def _time_loads(
+    subjects: Sequence[Subject], passages: Sequence[Passage], settings: BenchSettings, threads: int
+) -> None:
+    """Open every model in processes of their own, while none has its files mapped."""
+    prompts = cut_prompts(passages, length=settings.prompt_tokens, count=max(1, settings.loads))
+    for prompt in prompts[: settings.loads]:
+        for cold in (True, False):
+            for subject in subjects:
+                if not subject.is_listed or (cold and STAYED in subject.left_out):
+                    continue
+                load = time_load(subject.folder, cold=cold, prompt=prompt, threads=threads)
+                if load is None:
+                    subject.left_out.append(STAYED)
+                else:
+                    first = short(load.first_token_seconds)
+                    load = replace(load, seconds=short(load.seconds), first_token_seconds=first)
+                    subject.loads.append(load)
+
+
+def _take_turns_at_lengths(
+    pairs: Sequence[tuple[Subject, Child]], passages: Sequence[Passage], settings: BenchSettings
+) -> None:
+    """Let every model write at the lengths that were asked for besides the usual one."""
+
+    def writer(child: Child) -> Callable[[list[int], int, float], Turn]:
+        return lambda prompt, new_tokens, seconds: _turn(
+            child.ask("turn", prompt=prompt, new_tokens=new_tokens, seconds=seconds)
+        )
+
+    models = []
+    for subject, child in pairs:
+        if subject.is_listed and new_tokens_at(settings):
+            subject.left_out += left_out(settings, subject.info.context_length)
+            timed = Timed(
+                name=subject.name,
+                context_length=subject.info.context_length,
+                writes=writer(child),
+                prompt_tokens_per_second=Latency(
+                    turns=tuple(subject.turns)
+                ).prompt_tokens_per_second,
+                turns=subject.at,
+            )
+            models.append(timed)
+    take_turns(models, passages, settings)
+
+
+def _check_widths(subjects: Sequence[Subject]) -> None:
+    widths = {subject.given: subject.answers["open"]["vocabulary_size"] for subject in subjects}
+    if len(set(widths.values())) > 1:
+        words = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise VocabularyError(f"the models have different numbers of logits: {words}")
+
+
+def _take_turns(
+    pairs: Sequence[tuple[Subject, Child]],
+    passages: Sequence[Passage],
+    settings: BenchSettings,
+    tracker: Tracker,
+) -> None:
+    """Let every model write once in each round; a first, short round warms them up.
+
+    Memory is read after the first round, before transformers' own loop has run in the process.
+    """
+    warm_up, *prompts = cut_prompts(
+        passages, length=settings.prompt_tokens, count=1 + settings.rounds
+    )
+    request = {"new_tokens": settings.new_tokens, "seconds": settings.turn_seconds}
+    few = {**request, "new_tokens": min(FEWEST_TOKENS, settings.new_tokens)}
+    for subject, child in pairs:
+        child.ask("turn", prompt=warm_up, **few)
+        tracker.advance(note=f"warm up {subject.name}")
+    for number, prompt in enumerate(prompts):
+        for subject, child in _rotated(pairs, number):
+            subject.turns.append(_turn(child.ask("turn", prompt=prompt, **request)))
+            if number == 0:
+                subject.answers["memory"] = child.ask("memory")
+            if settings.transformers_generate and subject.runs_pytorch:
+                if number == 0:
+                    child.ask("turn", prompt=warm_up, transformers=True, **few)
+                answer = child.ask("turn", prompt=prompt, transformers=True, **request)
+                subject.transformers_turns.append(_turn(answer))
+            tracker.advance(note=f"round {number + 1}, {subject.name}")
+
+
+def _rotated(
+    pairs: Sequence[tuple[Subject, Child]], number: int
+) -> Sequence[tuple[Subject, Child]]:
+    """Begin each round with another model, so that none always follows the same one's heat."""
+    start = number % len(pairs)
+    return [*pairs[start:], *pairs[:start]]
+
+
+def _turn(answer: Mapping[str, Any]) -> Turn:
+    return Turn(
+        prompt_tokens=answer["prompt_tokens"],
+        first_token_seconds=short(answer["first_token_seconds"]),
+        token_seconds=tuple(map(short, answer["token_seconds"])),
+        decode_joules=answer.get("decode_joules"),
+    )
+
+
+def _score(
+    pairs: Sequence[tuple[Subject, Child]], passages: Sequence[Passage], tracker: Tracker
+) -> None:
+    """Score every passage with every model, those that others are held against first."""
+    judges = {subject.name for subject, _ in pairs if subject.is_reference}
+    parents = {subject.parent.name for subject, _ in pairs if subject.parent is not None}
+    in_order = sorted(pairs, key=lambda pair: _rank(pair[0].name, judges, parents))
+    with tempfile.TemporaryDirectory(prefix="mistill-") as folder:
+        stored = {
+            name: str(Path(folder) / f"{number}.npy")
+            for number, name in enumerate(sorted(judges | parents))
+        }
+        for number, passage in enumerate(passages):
+            request = {"ids": passage.ids.tolist(), "kept": passage.kept.tolist()}
+            for subject, child in in_order:
+                others = [name for name in stored if _is_held_against(subject, name, judges)]
+                answer = child.ask(
+                    "score",
+                    **request,
+                    write=stored.get(subject.name),
+                    against=[stored[name] for name in others],
+                )
+                subject.losses.append(tuple(map(short, answer["losses"])))
+                for place, name in enumerate(others):
+                    distance = subject.distances.setdefault(name, Distance())
+                    distance.divergences.append(tuple(map(short, answer["divergences"][place])))
+                    distance.agreements.append(tuple(answer["agreements"][place]))
+                tracker.advance(note=f"passage {number + 1}/{len(passages)}, {subject.name}")
+
+
+def _rank(name: str, judges: set[str], parents: set[str]) -> int:
+    return 0 if name in judges else 1 if name in parents else 2
+
+
+def _is_held_against(subject: Subject, name: str, judges: set[str]) -> bool:
+    if subject.name == name:
+        return False
+    return name in judges or (subject.parent is not None and subject.parent.name == name)

@@ -1,0 +1,173 @@
+"""Figures of how well a model predicts: the text, the answers to questions, and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.figures.answers import Answers
+from benchmarks.figures.column import Column, percent, significant, taken
+from benchmarks.figures.conventions import QuotedPerplexity
+from benchmarks.figures.fidelity import Fidelity
+from benchmarks.figures.model_result import ModelResult
+
+Distance = Callable[[ModelResult], Fidelity | None]
+
+
+def _reference(model: ModelResult) -> Fidelity | None:
+    """The distance from the reference; None for the reference."""
+    return model.fidelity
+
+
+def _parent(model: ModelResult) -> Fidelity | None:
+    """The distance from the parent; None where there is none."""
+    return model.parent_fidelity
+
+
+def _answers(model: ModelResult) -> Answers | None:
+    """The answers to the small offline set; None where it was not asked."""
+    return model.answers
+
+
+def _quoted_column(name: str, how: str) -> Column:
+    def find(model: ModelResult) -> QuotedPerplexity | None:
+        return next((one for one in model.quoted if one.convention == name), None)
+
+    return Column(
+        key=f"perplexity_{name.replace('.', '_')}",
+        title=f"Perplexity, as {name}",
+        unit="",
+        meaning=f"The perplexity as {how}; ± is its standard error (delta method, between "
+        "windows).",
+        figure=taken(find, lambda found: found.value),
+        write=lambda value: significant(value, 4),
+        better="lower",
+        spread=taken(find, lambda found: found.standard_error),
+        compact=False,
+        nature="text",
+        samples=taken(
+            find,
+            lambda found: [
+                [loss / tokens]
+                for loss, tokens in zip(found.window_losses, found.window_tokens, strict=True)
+            ],
+        ),
+        logarithmic=True,
+        asked=taken(find, lambda found: found.text_fingerprint),
+    )
+
+
+def _divergence_column(find: Distance, take: Callable[[Fidelity], float], **more: Any) -> Column:
+    return Column(
+        unit="nats",
+        figure=taken(find, take),
+        write=significant,
+        better="lower",
+        samples=taken(find, lambda found: found.divergences),
+        **more,
+    )
+
+
+def _kl_column(find: Distance, **more: Any) -> Column:
+    return _divergence_column(
+        find,
+        lambda found: found.mean_kl,
+        spread=taken(find, lambda found: found.kl_standard_error),
+        **more,
+    )
+
+
+QUALITY_COLUMNS = (
+    Column(
+        key="perplexity",
+        title="Perplexity",
+        unit="",
+        meaning="e to the mean negative log-probability of each token of the text; ± is its "
+        "standard error (delta method, between passages).",
+        figure=lambda model: model.perplexity.value,
+        write=significant,
+        better="lower",
+        spread=lambda model: model.perplexity.standard_error,
+        nature="text",
+        samples=lambda model: model.perplexity.losses,
+        logarithmic=True,
+    ),
+    _quoted_column(
+        "gptq",
+        "papers on GPTQ quote it: all of the text in windows of 2,048 tokens without overlap",
+    ),
+    _quoted_column(
+        "llama.cpp",
+        "llama.cpp's own program measures it: all of the text in windows of 512 tokens, of which "
+        "the second half is scored",
+    ),
+    Column(
+        key="bits_per_byte",
+        title="Bits per byte",
+        unit="",
+        meaning="Bits to predict the text, by the bytes that its predicted tokens spell: can be "
+        "compared between vocabularies; ± is its standard error, between passages.",
+        figure=lambda model: model.perplexity.bits_per_byte,
+        write=significant,
+        better="lower",
+        spread=lambda model: model.perplexity.bits_per_byte_standard_error,
+        compact=False,
+        nature="text",
+        samples=lambda model: model.perplexity.losses,
+    ),
+    Column(
+        key="smoke_accuracy",
+        title="Smoke test",
+        unit="%",
+        meaning="Questions of the small offline set that were answered rightly, log-probabilities "
+        "taken for each byte, and the 95% confidence interval (Wilson). Guessing reaches 25%.",
+        figure=taken(_answers, lambda found: found.accuracy),
+        write=percent,
+        better="higher",
+        spread=taken(_answers, lambda found: found.interval),
+        nature="text",
+        samples=taken(_answers, lambda found: [[float(one)] for one in found.outcomes()]),
+        asked=taken(_answers, lambda found: found.fingerprint),
+    ),
+    _kl_column(
+        _reference,
+        key="mean_kl_nats",
+        title="KL",
+        meaning="Mean of KL(reference || model) per token over the whole vocabulary: 0 for a model "
+        "that says exactly what the reference says; ± is its standard error, between passages.",
+        nature="reference",
+    ),
+    _kl_column(
+        _parent,
+        key="mean_parent_kl_nats",
+        title="KL to parent",
+        meaning="The same against the float model that this one was made of: what quantization "
+        "alone has cost.",
+        compact=False,
+        nature="text",
+    ),
+    _divergence_column(
+        _reference,
+        lambda found: found.kl_99th_percentile,
+        key="kl_99th_percentile_nats",
+        title="Worst 1%",
+        meaning="The divergence that one token in a hundred exceeds: the 99th percentile of KL.",
+        compact=False,
+        nature="reference",
+        tail=True,
+    ),
+    Column(
+        key="top1_agreement",
+        title="Same token",
+        unit="%",
+        meaning="How often the model and the reference hold the same token for the most probable, "
+        "and the 95% confidence interval (Wilson's, for as many independent tokens as the spread "
+        "between passages allows).",
+        figure=taken(_reference, lambda found: found.top1_agreement),
+        write=percent,
+        better="higher",
+        spread=taken(_reference, lambda found: found.agreement_interval),
+        nature="reference",
+        samples=taken(_reference, lambda found: found.agreements),
+    ),
+)

@@ -1,0 +1,139 @@
+"""Which model should be shipped: the closest one that fits.
+
+Of the models that fit into the memory and write fast enough, the closest to the reference is
+chosen; of those that are equally close, the one that takes the least memory. The page asks the
+same question with the same rule, live.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures.column import MEGABYTE, significant
+from benchmarks.figures.comparison import Comparison, open_report
+from benchmarks.figures.frontier import SAME_NATS, SAME_RATIO
+from benchmarks.figures.model_result import ModelResult
+from benchmarks.report_settings import ShipSettings
+from mistill.settings import settings_from
+
+
+def best_to_ship(
+    report: Comparison | str | Path, question: ShipSettings | None = None, **options: Any
+) -> ModelResult | None:
+    """The closest model that fits.
+
+    Args:
+        report: A comparison, the folder of its report, or its ``report.json``.
+        question: What there is to run it on.
+        **options: Fields of ``ShipSettings``, instead of ``question``.
+
+    Returns:
+        The model; None if none fits.
+
+    Raises:
+        FolderError: If the report is missing or broken.
+    """
+    question = settings_from(ShipSettings, question, options)
+    comparison = report if isinstance(report, Comparison) else open_report(report)
+    fitting = [
+        model
+        for model in comparison.models
+        if (question.ship_mb is None or memory_mb(model) <= question.ship_mb)
+        and (question.ship_tps is None or speed(model) >= question.ship_tps)
+    ]
+    if not fitting:
+        return None
+    closest = min(model.mean_kl for model in fitting)
+    reach = closest + max(SAME_NATS, SAME_RATIO * closest)
+    equal = [model for model in fitting if model.mean_kl <= reach]
+    return min(equal, key=lambda model: (memory_mb(model), -speed(model)))
+
+
+def memory_mb(model: ModelResult) -> float:
+    """The most memory that a model took, in megabytes.
+
+    Args:
+        model: The result.
+
+    Returns:
+        Megabytes.
+    """
+    return model.footprint.peak_memory_bytes / MEGABYTE
+
+
+def speed(model: ModelResult) -> float:
+    """How fast a model writes, in tokens per second.
+
+    Args:
+        model: The result.
+
+    Returns:
+        Tokens per second.
+    """
+    return model.latency.decode_tokens_per_second
+
+
+def by_memory(comparison: Comparison, tps: float | None = None) -> list[tuple[float, ModelResult]]:
+    """The answer for every amount of memory.
+
+    Args:
+        comparison: The result.
+        tps: Tokens per second that the model must write.
+
+    Returns:
+        Megabytes from which on a model is the one to ship, and the model; least memory first.
+    """
+    answers: list[tuple[float, ModelResult]] = []
+    for amount in sorted(memory_mb(model) for model in comparison.models):
+        best = best_to_ship(comparison, ShipSettings(ship_mb=amount, ship_tps=tps))
+        if best is not None and (not answers or answers[-1][1] is not best):
+            answers.append((amount, best))
+    return answers
+
+
+def ship_line(comparison: Comparison, question: ShipSettings) -> str:
+    """Which one to ship, in a line.
+
+    Args:
+        comparison: The result.
+        question: What there is to run it on.
+
+    Returns:
+        The closest model that fits, and what it costs; for any amount of memory if none was asked
+        about.
+    """
+    if question.ship_mb is None:
+        answers = by_memory(comparison, question.ship_tps)
+        if not answers:
+            return f"Ship none: {_nothing(comparison, question)}"
+        listed = "; ".join(
+            f"{model.name} from {_megabytes(amount)} of memory" for amount, model in answers
+        )
+        return f"Ship{_at(question)} {listed}"
+    best = best_to_ship(comparison, question)
+    if best is None:
+        return f"Ship none: {_nothing(comparison, question)}"
+    return (
+        f"Ship {best.name}: the closest to {comparison.reference} within "
+        f"{_megabytes(question.ship_mb)} of memory{_at(question)} (KL {significant(best.mean_kl)} "
+        f"nats, {significant(speed(best))} tokens/s, {_megabytes(memory_mb(best))})"
+    )
+
+
+def _at(question: ShipSettings) -> str:
+    return "" if not question.ship_tps else f" at {question.ship_tps:g} tokens/s or more"
+
+
+def _nothing(comparison: Comparison, question: ShipSettings) -> str:
+    """Why no model fits, and what would."""
+    fast = [m for m in comparison.models if not question.ship_tps or speed(m) >= question.ship_tps]
+    if not fast:
+        fastest = max(comparison.models, key=speed)
+        return f"the fastest is {fastest.name} with {significant(speed(fastest))} tokens/s"
+    least = min(fast, key=memory_mb)
+    return f"the least memory{_at(question)} takes {least.name} with {_megabytes(memory_mb(least))}"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value:,.0f} MB"

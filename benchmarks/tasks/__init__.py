@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness and our own offline questions."""

@@ -1,0 +1,260 @@
+"""What a folder of the road answers to tasks: the small offline set, or published ones.
+
+Published tasks are those of lm-evaluation-harness (https://github.com/EleutherAI/
+lm-evaluation-harness), so that a figure means what it means elsewhere; only the model behind it is
+ours, which makes ONNX folders and quantized ones measurable without a copy in transformers' form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.evaluation_settings import SMOKE, EvalSettings
+from benchmarks.figures.machine import Machine, describe_machine
+from benchmarks.measure.child import Worker
+from benchmarks.measure.questions import ask, questions_fingerprint, read_questions
+from mistill.cost_model.processors import usable_threads
+from mistill.errors import SettingsError, missing_extra
+from mistill.folders.folder import open_folder
+from mistill.folders.lineage import fingerprint
+from mistill.measures.shares import NORMAL, simple_interval
+from mistill.progress import track
+from mistill.settings import settings_dict, settings_from
+from mistill.text.vocabulary import load_vocabulary
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = "mistill-evaluation-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One figure of one task.
+
+    Attributes:
+        task: Its name; for a kind of question of the small set ``smoke/KIND``.
+        measure: What is counted, such as ``acc`` or ``acc_norm``.
+        value: The figure.
+        interval: Its 95% confidence interval; None where it has none. Wilson's for the small set;
+            plus and minus 1.96 of lm-evaluation-harness' standard errors for others.
+        questions: How many were asked; None where that is not told.
+        version: Of the task, or the fingerprint of the questions.
+    """
+
+    task: str
+    measure: str
+    value: float
+    interval: tuple[float, float] | None
+    questions: int | None
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one folder answered.
+
+    Attributes:
+        date: When it was finished, in UTC.
+        model: Name of the folder.
+        form: ``model``, ``gptq``, ``nf4`` or ``onnx``.
+        fingerprint: A short name for the folder's content.
+        settings: What was asked.
+        machine: What it ran on.
+        harness: Version of lm-evaluation-harness; None where it was not needed.
+        scores: The figures.
+    """
+
+    date: str
+    model: str
+    form: str
+    fingerprint: str
+    settings: EvalSettings
+    machine: Machine
+    harness: str | None
+    scores: tuple[Score, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evaluation as plain values.
+
+        Returns:
+            What a JSON document holds.
+        """
+        return {"schema": SCHEMA, **asdict(self), "settings": settings_dict(self.settings)}
+
+    def table(self) -> Table:
+        """The figures as a table for the terminal.
+
+        Returns:
+            A table of rich.
+        """
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+        table.add_column("task")
+        for head in ("measure", "value", "95% interval", "questions"):
+            table.add_column(head, justify="right")
+        for score in self.scores:
+            interval = "" if score.interval is None else "{:.3f} to {:.3f}".format(*score.interval)
+            asked = "" if score.questions is None else f"{score.questions:,}"
+            table.add_row(score.task, score.measure, f"{score.value:.3f}", interval, asked)
+        return table
+
+
+def evaluate(
+    folder: str | Path, *, settings: EvalSettings | None = None, **options: Any
+) -> Evaluation:
+    """Let a folder answer tasks.
+
+    Args:
+        folder: Any folder of the road.
+        settings: Which tasks, and how much of them.
+        **options: Fields of ``EvalSettings``, instead of ``settings``.
+
+    Returns:
+        The figures, each with its confidence interval.
+
+    Raises:
+        SettingsError: If there is no such task.
+        MissingExtraError: If a task needs lm-evaluation-harness and it is not installed.
+        FolderError: If the folder is missing or broken.
+    """
+    settings = settings_from(EvalSettings, settings, options)
+    info = open_folder(folder)
+    published = [name for name in settings.tasks if name != SMOKE]
+    tasks = _published(published, settings) if published else None
+    threads = settings.threads or usable_threads()
+    machine = describe_machine(threads)
+    scores: list[Score] = []
+    if SMOKE in settings.tasks:
+        scores += _smoke(info.path, settings.limit, threads)
+    if tasks is not None:
+        scores += _harness(info.path, tasks, settings, threads)
+    return Evaluation(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=info.path.name,
+        form=info.form,
+        fingerprint=fingerprint(info.path),
+        settings=settings,
+        machine=machine,
+        harness=version("lm_eval") if published else None,
+        scores=tuple(scores),
+    )
+
+
+# --- the small offline set ----------------------------------------------------------------------
+
+
+def _smoke(folder: Path, limit: int | None, threads: int) -> list[Score]:
+    every = read_questions()
+    count = min(limit or len(every), len(every))
+    questions = [every[place * len(every) // count] for place in range(count)]  # of every kind
+    worker = Worker(folder, threads)
+    worker.open()
+    with track("asking", count, "questions") as tracker:
+        answers = ask(worker, questions, load_vocabulary(folder), lambda: tracker.advance())
+    name = questions_fingerprint(questions)[:16]
+    shares = [
+        (SMOKE, "acc_norm", sum(answers.outcomes()), len(questions)),
+        (SMOKE, "acc", sum(answers.outcomes(normalized=False)), len(questions)),
+        *(
+            (f"{SMOKE}/{kind}", "acc_norm", right, asked)
+            for kind, (right, asked) in answers.by_kind().items()
+        ),
+    ]
+    return [
+        Score(
+            task=task,
+            measure=measure,
+            value=right / asked,
+            interval=simple_interval(right, asked),
+            questions=asked,
+            version=name,
+        )
+        for task, measure, right, asked in shares
+    ]
+
+
+# --- lm-evaluation-harness ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """Tasks that are known to exist."""
+
+    names: Sequence[str]
+    manager: Any
+
+
+def _published(names: Sequence[str], settings: EvalSettings) -> _Tasks:
+    """Find tasks by name or pattern, before anything large is loaded."""
+    if find_spec("lm_eval") is None:
+        raise missing_extra("lm-evaluation-harness", "eval")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=settings.include_path)
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise SettingsError(
+                f"lm-evaluation-harness has no task {name}; lm_eval ls tasks lists them, and "
+                f"include_path names a folder with others; {SMOKE} needs neither"
+            )
+    return _Tasks(manager.match_tasks(list(names)), manager)
+
+
+def _harness(folder: Path, tasks: _Tasks, settings: EvalSettings, threads: int) -> list[Score]:
+    from lm_eval import simple_evaluate
+
+    from benchmarks.harness_model import MistillLM
+
+    found = simple_evaluate(
+        model=MistillLM(folder, threads, settings.seed),
+        tasks=list(tasks.names),
+        task_manager=tasks.manager,
+        limit=settings.limit,
+        num_fewshot=settings.few_shot,
+        apply_chat_template=settings.chat_template,
+        log_samples=False,
+        random_seed=settings.seed,
+        numpy_random_seed=settings.seed,
+        torch_random_seed=settings.seed,
+        fewshot_random_seed=settings.seed,
+    )
+    return [
+        score
+        for task, figures in found["results"].items()
+        for score in _scores(task, figures, found)
+    ]
+
+
+def _scores(task: str, figures: Mapping[str, Any], found: Mapping[str, Any]) -> list[Score]:
+    """The figures of a task; beside each, under another name, is its standard error."""
+    scores = []
+    asked = found.get("n-samples", {}).get(task, {}).get("effective")
+    for name, value in figures.items():
+        measure, _, way = name.partition(",")
+        if not way or measure.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = figures.get(f"{measure}_stderr,{way}")
+        interval = None
+        if isinstance(error, int | float) and math.isfinite(error):
+            interval = value - NORMAL * error, value + NORMAL * error
+        scores.append(
+            Score(
+                task=task,
+                measure=measure if way == "none" else f"{measure} ({way})",
+                value=float(value),
+                interval=interval,
+                questions=asked,
+                version=str(found.get("versions", {}).get(task, "")),
+            )
+        )
+    return scores

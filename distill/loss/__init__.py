@@ -1,0 +1,1 @@
+"""Divergences between student and teacher, and the losses made of them."""

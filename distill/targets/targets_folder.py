@@ -1,0 +1,462 @@
+"""What a teacher says about a text, kept on disk, so that the teacher need not be there again.
+
+Everything that can be wrong is found before a weight is read. Then the teacher reads the pieces
+of the text shard by shard, and each shard is written whole. A folder without ``manifest.json`` is
+unfinished: the same call goes on with it, and any number of processes and machines may work on it
+side by side, each on its own shards. The bytes of a shard depend on the teacher, the text and the
+settings, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.target_settings import TargetSettings
+from distill.targets.shards import (
+    Piece,
+    Plan,
+    differences,
+    find_pieces,
+    finish,
+    make_plan,
+    piece_document,
+    shard_bytes,
+    shard_name,
+    sound_shard,
+    template_digest,
+)
+from mistill.errors import FolderError, SettingsError, TargetExistsError, TextError
+from mistill.folders.folder import MANIFEST_FILE, FolderInfo, open_folder
+from mistill.folders.lineage import LINEAGE_FILE, fingerprint, lineage_after
+from mistill.folders.location import Location, location_of
+from mistill.folders.publishing import is_full_disk, refuse_existing
+from mistill.folders.targets_folder import PLAN_FILE, is_targets
+from mistill.progress import track
+from mistill.settings import require, settings_dict, settings_from
+from mistill.sources.source import resolve_model
+from mistill.text.documents import Texts, TokenBlocks, check_texts, pack, read_documents
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.targets.codec import StoredTargets
+    from distill.teacher.teacher import DenseTargets, LiveTeacher
+
+_LOOK_AGAIN_SECONDS = 0.5
+# What says who works, and not what comes of it.
+_WORKERS = ("rank", "ranks")
+
+logger = logging.getLogger(__name__)
+
+
+def cache_targets(
+    teacher: str | Path,
+    target: str | Path,
+    *,
+    texts: Texts,
+    settings: TargetSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path | str:
+    """Ask a teacher about a text once, and keep on disk what it says.
+
+    At every position that counts, tokens are drawn from the teacher's distribution; a student
+    that learns from them learns on average what the teacher itself would have taught it. Give
+    ``distill.train`` the folder in place of the teacher.
+
+    An interrupted call goes on where it was when it is made again, and ends with the same bytes.
+    Processes started by ``torchrun`` or ``accelerate launch`` share the work, and so do machines
+    that are told their ``rank``.
+
+    Args:
+        teacher: The model to ask, in any form that PyTorch runs.
+        target: The folder to make, on this machine or any location that fsspec knows, such as
+            ``s3://bucket/targets``.
+        texts: Text or conversations; that which the student is judged on too, if the teacher
+            will not be there.
+        settings: How to keep what it says; or give its fields as keywords.
+        overwrite: Whether targets that exist are replaced.
+        **options: Fields of ``TargetSettings``.
+
+    Returns:
+        The target; finished, unless other ranks are still at work.
+
+    Raises:
+        SettingsError: If a setting is out of range, or a block does not fit the teacher's context.
+        FolderError: If the teacher is missing or broken, or the target holds other targets.
+        TextError: If there is no text.
+    """
+    settings = settings_from(TargetSettings, settings, options)
+    location = location_of(target)
+    if location.remote is None:
+        refuse_existing(target, overwrite=True)
+    check_texts(texts)
+    workers = _workers(settings)
+    _check_target(location, workers, overwrite)
+    info = open_folder(resolve_model(teacher))
+    if info.form == "onnx":
+        raise FolderError(
+            f"{teacher} is an ONNX chatbot, which shows no hidden states; give the model folder "
+            "that it was exported from"
+        )
+    require(
+        settings.block_length <= info.context_length,
+        f"a block_length of {settings.block_length} does not fit the teacher's context of "
+        f"{info.context_length}; lower it",
+    )
+    vocabulary = load_vocabulary(info.path)
+    blocks = pack(read_documents(texts, vocabulary), settings.block_length)
+    if not blocks.kept.any():
+        raise TextError(
+            "the texts hold nothing to be predicted; give text, or conversations with replies"
+        )
+    plan = make_plan(blocks, settings.shard_tokens, _facts(info, vocabulary, settings))
+    try:
+        if _begin(location, plan, overwrite):
+            checksums = _make_shards(location, plan, blocks, info, settings, workers)
+            _end(location, plan, checksums, info, settings, workers)
+    except Exception as error:
+        if is_full_disk(error):
+            raise FolderError(
+                f"no room to write {target}: free some space on its disk and run this again; it "
+                "will resume"
+            ) from error
+        raise
+    return location.path
+
+
+# --- who works on what --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """Which of how many processes this is.
+
+    Attributes:
+        rank: From 0.
+        ranks: All of them.
+        launched: Whether a common launcher started them, and will end them together.
+    """
+
+    rank: int
+    ranks: int
+    launched: bool
+
+
+def _workers(settings: TargetSettings) -> _Workers:
+    stated = settings.ranks is not None
+    rank, ranks = (settings.rank, settings.ranks) if stated else (None, None)
+    if not stated and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return _Workers(rank or 0, ranks or 1, launched=not stated and ranks is not None)
+
+
+def _check_target(location: Location, workers: _Workers, overwrite: bool) -> None:
+    """Refuse a target that exists and is no unfinished folder of targets."""
+    if overwrite and workers.ranks > 1:
+        raise SettingsError(
+            f"{workers.ranks} processes cannot agree on when to overwrite {location}; remove it "
+            "before they start"
+        )
+    names = location.names()
+    if not names:
+        return
+    if not is_targets(location):
+        if overwrite:
+            raise FolderError(
+                f"{location} exists and is not a folder of targets; choose another target"
+            )
+        raise TargetExistsError(f"{location} exists already; choose another name")
+    if MANIFEST_FILE in names and not overwrite and workers.ranks == 1:
+        raise TargetExistsError(f"{location} exists already; choose another name or overwrite it")
+
+
+def _facts(info: FolderInfo, vocabulary: Vocabulary, settings: TargetSettings) -> dict[str, Any]:
+    """All that decides what the teacher says and how it is written, but for the text."""
+    chosen = {
+        name: value for name, value in settings_dict(settings).items() if name not in _WORKERS
+    }
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if _device_type() == "cuda" else "float32"
+    return {
+        "teacher": {
+            "fingerprint": fingerprint(info.path),
+            "form": info.form,
+            "dtype": precision,
+        },
+        "vocabulary": {"size": info.vocabulary_size, "fingerprint": vocabulary.fingerprint()},
+        "template": template_digest(vocabulary),
+        "settings": chosen,
+    }
+
+
+def _begin(location: Location, plan: Plan, overwrite: bool) -> bool:
+    """Write the plan, or go on with an equal one; False if others have finished it."""
+    names = location.names()
+    finished = MANIFEST_FILE in names
+    if finished or PLAN_FILE in names:
+        there = json.loads(location.read(MANIFEST_FILE if finished else PLAN_FILE))
+        same = _comparable(there) == _comparable(plan.facts)
+        if same and not (finished and overwrite):
+            return not finished
+        if not overwrite:
+            other = "; ".join(differences(there, _comparable(plan.facts)))
+            state = "finished" if finished else "unfinished"
+            raise FolderError(
+                f"{location} holds {state} targets, and this call has {other}: make the call that "
+                "began them, choose another target, or overwrite it"
+            )
+    # The plan first: without it and without a manifest, no call would know what is there.
+    location.write(PLAN_FILE, (json.dumps(plan.facts, indent=0) + "\n").encode())
+    location.remove(MANIFEST_FILE)
+    for name in names:
+        if name.startswith(("shard-", ".shard-")):
+            location.remove(name)
+    return True
+
+
+def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a plan, from a plan or from the manifest that it became."""
+    kept = {
+        name: value
+        for name, value in facts.items()
+        if name not in ("plan", "files", "stored_tokens", "mean_entropy")
+    }
+    kept["teacher"] = {name: value for name, value in kept["teacher"].items() if name != "name"}
+    return kept
+
+
+# --- asking the teacher -------------------------------------------------------------------------
+
+
+def _make_shards(
+    location: Location,
+    plan: Plan,
+    blocks: TokenBlocks,
+    info: FolderInfo,
+    settings: TargetSettings,
+    workers: _Workers,
+) -> dict[int, str]:
+    """Make what is missing of this process's shards; checksums by the number of the shard."""
+    checksums: dict[int, str] = {}
+    missing = []
+    done = 0
+    mine = range(workers.rank, plan.shards, workers.ranks)
+    for shard in mine:
+        found = sound_shard(location, shard, plan)
+        location.remove_partials(shard_name(shard))
+        if found is None:
+            missing.append(shard)
+            continue
+        checksums[shard] = hashlib.sha256(found[1]).hexdigest()
+        done += _tokens(plan.run(shard))
+    if not missing:
+        return checksums
+    teacher = _load_teacher(info, plan)
+    total = sum(_tokens(plan.run(shard)) for shard in mine)
+    with track("caching targets", total=total, unit="tok", done=done) as bar:
+        for shard in missing:
+            pieces = plan.run(shard)
+            answers: dict[int, StoredTargets] = {}
+            for numbers, tokens, answer in ask(teacher, blocks, pieces, settings):
+                positions = [pieces[number].positions for number in numbers]
+                answers.update(zip(numbers, answer.split(positions), strict=True))
+                bar.advance(tokens, note=f"shard {shard + 1} of {plan.shards}")
+            content = _encode(pieces, answers, settings, info.vocabulary_size, plan, shard)
+            location.write(shard_name(shard), content)
+            checksums[shard] = hashlib.sha256(content).hexdigest()
+    return checksums
+
+
+def _encode(
+    pieces: Sequence[Piece],
+    answers: dict[int, StoredTargets],
+    settings: TargetSettings,
+    vocabulary_size: int,
+    plan: Plan,
+    shard: int,
+) -> bytes:
+    from distill.targets.codec import codec_of
+
+    codec = codec_of(settings, vocabulary_size)
+    ordered = [answers[number] for number in range(len(pieces))]
+    facts = {
+        "plan": plan.name,
+        "shard": shard,
+        "stored_tokens": sum(len(answer.ids) for answer in ordered),
+        "entropy": float(sum(answer.entropy.sum(dtype=np.float64) for answer in ordered)),
+    }
+    return shard_bytes(pieces, [codec.encode(answer) for answer in ordered], facts)
+
+
+def ask(
+    teacher: LiveTeacher, blocks: TokenBlocks, pieces: Sequence[Piece], settings: TargetSettings
+) -> Iterator[tuple[list[int], int, StoredTargets]]:
+    """Ask a teacher about some pieces of text, a batch of blocks at a time.
+
+    Args:
+        teacher: A running model.
+        blocks: Where the pieces were found.
+        pieces: The pieces.
+        settings: How to keep what it says.
+
+    Yields:
+        Numbers of the pieces of a batch, how many tokens they have, and what the teacher says at
+        their kept positions, one piece after the other.
+    """
+    import torch
+
+    from distill.loss.batches import make_batch
+
+    device = next(teacher.model.parameters()).device
+    packed = pack((piece_document(blocks, piece) for piece in pieces), settings.block_length)
+    for start in range(0, len(packed), settings.batch_size):
+        part = packed[start : start + settings.batch_size]
+        found = find_pieces(part)
+        numbers = [int(part.documents[piece.row, piece.start]) for piece in found]
+        with torch.inference_mode():
+            dense = teacher.targets(part, make_batch(part, device))
+            yield numbers, part.tokens, keep(dense, found, settings)
+
+
+def keep(dense: DenseTargets, pieces: Sequence[Piece], settings: TargetSettings) -> StoredTargets:
+    """What is to be kept of a teacher's distributions.
+
+    Args:
+        dense: The distributions at N positions.
+        pieces: Whose positions they are, one piece after the other.
+        settings: How to keep them.
+
+    Returns:
+        Tokens of all N positions.
+    """
+    import torch
+
+    from distill.loss.losses import chunks
+    from distill.targets.codec import StoredTargets, count_draws
+    from distill.targets.draws import (
+        draw,
+        entropy,
+        multinomial_heights,
+        systematic_heights,
+        uniform_numbers,
+    )
+
+    device = dense.hidden.device
+    wide = torch.float64 if dense.hidden.dtype == torch.float64 else torch.float32
+    V = dense.vocabulary_size
+    K = min(settings.top_k, V)
+    each = 1 if settings.method == "systematic" else settings.draws
+    u = torch.empty(0)
+    if settings.method != "top_k":
+        numbers = [
+            uniform_numbers(piece.key, settings.seed, piece.positions, each) for piece in pieces
+        ]
+        u = torch.from_numpy(np.concatenate(numbers)).to(device)
+    ids: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    # The heap of probabilities is float64 and as large as two more buffers.
+    for rows, (a, b) in chunks(len(dense), V, wide, device, settings.memory_mib / 2, 2):
+        log_p = dense.log_probabilities(rows, settings.temperature, out=a, scratch=b)
+        if settings.method == "top_k":
+            largest = log_p.topk(K, dim=-1)
+            ids.append(largest.indices.cpu())
+            values.append(largest.values.exp().cpu())
+            continue
+        p = torch.exp(log_p, out=b)
+        spread = (
+            systematic_heights(u[rows], settings.draws)
+            if settings.method == "systematic"
+            else multinomial_heights(u[rows])
+        )
+        ids.append(draw(p, spread).cpu())
+        values.append(entropy(log_p, p).float().cpu())
+    kept, beside = torch.cat(ids).numpy(), torch.cat(values).numpy()
+    if settings.method != "top_k":
+        return count_draws(kept, beside)
+    sizes = np.full(len(kept), K)
+    return StoredTargets(
+        sizes, kept.reshape(-1), beside.reshape(-1), np.zeros(len(kept), np.float32)
+    )
+
+
+def _load_teacher(info: FolderInfo, plan: Plan) -> LiveTeacher:
+    import torch
+
+    from distill.teacher.teacher import LiveTeacher
+    from mistill.pytorch.loading import load_pytorch
+
+    dtype = getattr(torch, plan.facts["teacher"]["dtype"])
+    model: Any = load_pytorch(info.path, dtype=dtype).requires_grad_(False)
+    device = torch.device("cpu")
+    if _device_type() == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return LiveTeacher(model if model.device == device else model.to(device))
+
+
+def _device_type() -> str:
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return "cpu" if on_cpu else "cuda"
+
+
+def _tokens(pieces: Sequence[Piece]) -> int:
+    return sum(piece.stop - piece.start for piece in pieces)
+
+
+# --- the end ------------------------------------------------------------------------------------
+
+
+def _end(
+    location: Location,
+    plan: Plan,
+    checksums: dict[int, str],
+    info: FolderInfo,
+    settings: TargetSettings,
+    workers: _Workers,
+) -> None:
+    """Write lineage and manifest when all shards are there, or leave it to others."""
+    if workers.launched and workers.rank > 0:
+        while not location.exists(MANIFEST_FILE):
+            time.sleep(_LOOK_AGAIN_SECONDS)
+        return
+    steps = lineage_after(
+        info.path,
+        step="targets",
+        settings=settings_dict(settings),
+        positions=plan.facts["positions"],
+    )
+    while True:
+        names = location.names()
+        missing = [n for n in range(plan.shards) if shard_name(n) not in names]
+        if not missing:
+            location.write(LINEAGE_FILE, (json.dumps(steps, indent=0) + "\n").encode())
+            if not finish(location, plan, info.path.name, checksums):
+                raise FolderError(
+                    f"a file of {location} was damaged while others were written; make the same "
+                    "call again: it makes anew what is missing"
+                )
+            return
+        if not workers.launched:
+            logger.info(
+                "%d of %d shards of %s are there; it is finished when the others are",
+                plan.shards - len(missing),
+                plan.shards,
+                location,
+            )
+            return
+        time.sleep(_LOOK_AGAIN_SECONDS)

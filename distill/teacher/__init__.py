@@ -1,0 +1,1 @@
+"""What a teacher predicts, from the model itself."""

@@ -1,0 +1,298 @@
+"""A teacher that runs: in floats, in four bits, or spread over more memory than one GPU has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from distill.loss.heads import Head, PlainWeight, compute_dtype, read_head
+from distill.teacher.teacher import DenseTargets, LiveTeacher, Teacher, last_hidden_states
+from distill.training.evaluation import score_positions
+from distill.training.step import HeldOutPart, ask_about, summarize_all
+from mistill.errors import ArchitectureError, SettingsError, missing_extra
+from mistill.pytorch.loading import (
+    check_weights,
+    empty_model,
+    load_pytorch,
+    plain_config,
+    quiet_transformers,
+    read_tensors,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from distill.loss.batches import Batch
+    from distill.settings import TrainSettings
+    from mistill.folders.folder import FolderInfo
+    from mistill.text.documents import TokenBlocks
+
+_BLOCK = 64
+
+
+class _Answer(nn.Module):
+    """A model that gives, from inside the wrapped forward, all that a loss needs of it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Head]:
+        hidden = last_hidden_states(self.model, batch.ids, batch.positions)[batch.kept]
+        head = read_head(self.model)
+        dtype = compute_dtype(hidden, head)
+        return hidden.to(dtype), head.frozen(dtype)
+
+
+@dataclass(frozen=True)
+class DividedTeacher:
+    """A running model whose layers are divided among the processes of a machine.
+
+    Each layer is brought together while it computes. Embedding and head stay together. All
+    processes of the machine ask equally often.
+
+    Attributes:
+        answer: The model, wrapped.
+    """
+
+    answer: nn.Module
+
+    def targets(self, blocks: TokenBlocks, batch: Batch) -> DenseTargets:
+        """Run the teacher over some blocks.
+
+        Args:
+            blocks: The blocks.
+            batch: The same blocks, on the device.
+
+        Returns:
+            Its answer at the kept positions, in row-major order.
+        """
+        with torch.no_grad():
+            return DenseTargets(*self.answer(batch))
+
+    def expect(self, blocks: TokenBlocks) -> None:
+        """Do nothing: a running model answers when it is asked.
+
+        Args:
+            blocks: The blocks.
+        """
+
+
+def divide(model: PreTrainedModel, device: torch.device) -> DividedTeacher:
+    """Divide a model among the processes of each machine.
+
+    Args:
+        model: A float model, the same in every process, on the CPU.
+        device: What this process computes on.
+
+    Returns:
+        The teacher; the model is changed in place.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    processes = get_world_size()
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    machines = init_device_mesh(
+        device.type, (processes // together, together), mesh_dim_names=("machine", "process")
+    )
+    answer = _Answer(model)
+    layers: Any = model.get_decoder().layers
+    for part in (*layers, answer):
+        fully_shard(part, mesh=machines["process"])
+    return DividedTeacher(answer.to(device))
+
+
+@dataclass(frozen=True)
+class SpreadTeacher:
+    """A running model whose layers live on several devices, or wait in memory or on disk.
+
+    Attributes:
+        model: As accelerate's device map has laid it out.
+        head: Its output head, on the device of the batches, wherever the model's own may be.
+    """
+
+    model: PreTrainedModel
+    head: Head
+
+    def targets(self, blocks: TokenBlocks, batch: Batch) -> DenseTargets:
+        """Run the teacher over some blocks.
+
+        Args:
+            blocks: The blocks.
+            batch: The same blocks, on the device.
+
+        Returns:
+            Its answer at the kept positions, in row-major order.
+        """
+        with torch.inference_mode():
+            hidden = last_hidden_states(self.model, batch.ids, batch.positions)
+            hidden = hidden.to(batch.kept.device)[batch.kept]
+            dtype = compute_dtype(hidden, self.head)
+            return DenseTargets(hidden.to(dtype), self.head.frozen(dtype))
+
+    def expect(self, blocks: TokenBlocks) -> None:
+        """Do nothing: a running model answers when it is asked.
+
+        Args:
+            blocks: The blocks.
+        """
+
+
+def require_teacher(info: FolderInfo, settings: TrainSettings) -> None:
+    """Refuse a teacher that cannot be held as the settings ask, before its weights are read.
+
+    Args:
+        info: The teacher's folder.
+        settings: How to train.
+
+    Raises:
+        SettingsError: If its weights are in a form that cannot be quantized or spread.
+        ArchitectureError: If its rows do not fill blocks of four-bit weights.
+        MissingExtraError: If bitsandbytes is wanted and not installed.
+    """
+    if settings.divide_teacher and info.form == "nf4":
+        raise SettingsError(
+            f"divide_teacher divides floats, and {info.path} holds nf4 weights; give the float "
+            "model that they were made from"
+        )
+    if settings.teacher_device_map is not None and info.form == "gptq":
+        raise SettingsError(
+            f"teacher_device_map spreads float and NF4 teachers, and {info.path} holds gptq "
+            "weights; give the float model that it was made from"
+        )
+    if settings.teacher_precision != "nf4" or info.form == "nf4":
+        return
+    if info.form != "model":
+        raise SettingsError(
+            f"teacher_precision nf4 is made from float weights, and {info.path} holds {info.form} "
+            "weights; give the float model that it was made from, or another teacher_precision"
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise missing_extra("bitsandbytes", "compress") from error
+    for name, module in empty_model(plain_config(info.path)).named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head" and module.in_features % _BLOCK:
+            raise ArchitectureError(
+                f"NF4 needs rows of a multiple of {_BLOCK} weights, but {name} has "
+                f"{module.in_features} inputs; choose another teacher_precision"
+            )
+
+
+def load_teacher(
+    info: FolderInfo,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    *,
+    quantized: bool = True,
+    device_map: Mapping[str, Any] | None = None,
+) -> LiveTeacher | SpreadTeacher | DividedTeacher:
+    """Load a teacher as the settings ask.
+
+    Args:
+        info: The teacher's folder, which ``require_teacher`` has let pass.
+        settings: How to train.
+        accelerator: Knows the device and the precision.
+        quantized: Whether a float teacher is turned into NF4 where the settings say so.
+        device_map: Where each module goes, in place of the settings' rule.
+
+    Returns:
+        The teacher.
+    """
+    dtype = _dtype(settings, accelerator)
+    device = accelerator.device
+    spread = device_map or settings.teacher_device_map
+    to_nf4 = quantized and settings.teacher_precision == "nf4" and info.form == "model"
+    if not to_nf4 and spread is None:
+        model = load_pytorch(info.path, dtype=dtype).requires_grad_(False)
+        if settings.divide_teacher and accelerator.num_processes > 1:
+            return divide(model, device)
+        return LiveTeacher(model if model.device == device else model.to(device))
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = plain_config(info.path)
+    check_weights(info.path, config)
+    options: dict[str, Any] = {} if info.form == "nf4" else {"config": config}
+    if to_nf4:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            info.path,
+            dtype=dtype,
+            device_map=spread or {"": device},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
+    module: Any
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and dtype != torch.bfloat16:
+            # bitsandbytes' kernel for AVX-512 takes and gives bfloat16 whatever is asked for.
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False).eval()
+    if spread is None:
+        return LiveTeacher(model)
+    table = "model.embed_tokens." if config.tie_word_embeddings else "lm_head."
+    weight = read_tensors(info.path, table)["weight"].to(device, dtype)
+    return SpreadTeacher(model, Head(PlainWeight(weight)))
+
+
+def _dtype(settings: TrainSettings, accelerator: Accelerator) -> torch.dtype:
+    if settings.teacher_precision in ("float32", "bfloat16"):
+        dtype: torch.dtype = getattr(torch, settings.teacher_precision)
+        return dtype
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def lost_in_four_bits(
+    info: FolderInfo,
+    teacher: Teacher,
+    held_out: TokenBlocks,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+) -> float:
+    """What a teacher loses by being held in four bits: KL(float teacher || NF4 teacher).
+
+    Args:
+        info: The float teacher's folder.
+        teacher: The same teacher in NF4.
+        held_out: Text to measure on, for all processes.
+        settings: How to train.
+        accelerator: Knows the device and the processes.
+
+    Returns:
+        Nats, mean per kept position.
+    """
+    size = settings.micro_batch_size
+    floats = load_teacher(info, settings, accelerator, quantized=False)
+    said = ask_about(floats, held_out, size, accelerator)
+    del floats
+    says = ask_about(teacher, held_out, size, accelerator)
+    scores = []
+    for before, after in zip(said, says, strict=True):
+        if before.counts:
+            scores.extend(_compare(before, after, settings.loss_memory_mib))
+    return summarize_all(scores, accelerator).kl
+
+
+def _compare(before: HeldOutPart, after: HeldOutPart, memory_mib: float) -> Any:
+    targets = after.targets
+    assert isinstance(targets, DenseTargets), "a running teacher knows its whole distribution"
+    return score_positions(
+        targets.hidden, targets.head, before.targets, before.batch.next_ids, memory_mib
+    )

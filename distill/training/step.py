@@ -1,0 +1,354 @@
+"""One optimizer step: micro-batches of text in, a gradient and a few sums out.
+
+All that touches the student's weights happens inside ``DistillationStep.forward``, where the
+wrappers of DDP, FSDP and DeepSpeed see every use of a parameter and bring together what they
+divided. All processes make the same number of calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distill.loss.batches import Batch, make_batch
+from distill.loss.divergences import Divergence
+from distill.loss.heads import read_head
+from distill.loss.losses import HeadLoss, head_loss
+from distill.teacher.teacher import Teacher, TeacherTargets, last_hidden_states
+from distill.training.evaluation import Evaluation, TokenScores, score_positions, summarize
+from distill.training.on_policy import Place, rewrite
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from distill.settings import TrainSettings
+    from mistill.text.documents import TokenBlocks
+
+PartT = TypeVar("PartT")
+
+
+class DistillationStep(nn.Module):
+    """A student that answers with its loss, with its scores on a text, or with text of its own.
+
+    Args:
+        student: The model to train.
+        settings: What the loss is made of, and how the student writes.
+    """
+
+    def __init__(self, student: PreTrainedModel, settings: TrainSettings) -> None:
+        super().__init__()
+        self.student = student
+        self.settings = settings
+        # What FSDP and DeepSpeed want to know of a transformers model.
+        self.config = student.config
+        self._no_split_modules = list(student._no_split_modules or [])
+
+    def tie_weights(self) -> None:
+        """Let embedding and head be one again, where they are."""
+        self.student.tie_weights()
+
+    def forward(self, what: Literal["loss", "scores", "text"], *arguments: Any) -> Any:
+        """Answer with what ``loss``, ``scores`` or ``text`` returns.
+
+        Args:
+            what: Which.
+            *arguments: Its arguments.
+
+        Returns:
+            Its answer.
+        """
+        return getattr(self, what)(*arguments)
+
+    def loss(
+        self,
+        batch: Batch,
+        targets: TeacherTargets | None,
+        positions_in_step: int,
+        cross_entropy: float,
+    ) -> HeadLoss:
+        """The loss of one micro-batch.
+
+        Args:
+            batch: Some blocks.
+            targets: What the teacher says at their kept positions; None where it is not asked.
+            positions_in_step: Kept positions of the whole optimizer step.
+            cross_entropy: Share of the loss that comes from the text itself.
+
+        Returns:
+            The micro-batch's share of the step's loss.
+        """
+        settings = self.settings
+        hidden = last_hidden_states(self.student, batch.ids, batch.positions)
+        return head_loss(
+            hidden[batch.kept],
+            read_head(self.student),
+            targets,
+            batch.next_ids,
+            positions_in_step=positions_in_step,
+            divergence=divergence_of(settings),
+            temperature=settings.temperature,
+            cross_entropy=cross_entropy,
+            memory_mib=settings.loss_memory_mib,
+        )
+
+    def scores(self, batch: Batch, targets: TeacherTargets) -> list[TokenScores]:
+        """How the student compares with its teacher at each kept position.
+
+        Args:
+            batch: Some blocks.
+            targets: What the teacher says there.
+
+        Returns:
+            An entry per chunk of positions.
+        """
+        hidden = last_hidden_states(self.student, batch.ids, batch.positions)[batch.kept]
+        head, memory = read_head(self.student), self.settings.loss_memory_mib
+        return score_positions(hidden, head, targets, batch.next_ids, memory)
+
+    def text(self, blocks: TokenBlocks, place: Place, together: bool) -> TokenBlocks:
+        """The prompts of some blocks with what the student writes after them.
+
+        Args:
+            blocks: Where the prompts come from.
+            place: Where the blocks stand in the run.
+            together: Whether the weights are divided among processes.
+
+        Returns:
+            Blocks of the same shape.
+        """
+        return rewrite(
+            self.student,
+            blocks,
+            place,
+            temperature=self.settings.on_policy_temperature,
+            prefix=self.settings.on_policy_prompt,
+            together=together,
+        )
+
+
+def divergence_of(settings: TrainSettings) -> Divergence:
+    """The divergence that settings ask for.
+
+    Args:
+        settings: How to train.
+
+    Returns:
+        The divergence.
+    """
+    return Divergence(settings.divergence, settings.mixture)
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What one optimizer step was about.
+
+    Attributes:
+        loss: Per kept position, over all processes.
+        divergence: Its part from the teacher, before its share, times temperature squared.
+        cross_entropy: Its part from the text, before its share; 0 where it has none.
+        tokens: Tokens of text, padding not counted.
+        positions: Kept positions among them.
+    """
+
+    loss: float
+    divergence: float
+    cross_entropy: float
+    tokens: int
+    positions: int
+
+
+def shares(
+    blocks: Sequence[PartT] | TokenBlocks, size: int, accelerator: Accelerator
+) -> Iterator[tuple[int, Any]]:
+    """What this process computes of the blocks of all, a micro-batch at a time.
+
+    Args:
+        blocks: For all processes.
+        size: Blocks in a micro-batch.
+        accelerator: Knows the processes.
+
+    Yields:
+        Number of the first block, and the blocks.
+    """
+    stride = size * accelerator.num_processes
+    for start in range(accelerator.process_index * size, len(blocks), stride):
+        yield start, blocks[start : start + size]
+
+
+def accumulate_gradients(
+    module: nn.Module,
+    teacher: Teacher,
+    blocks: TokenBlocks,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    written_in: int | None = None,
+) -> StepSums:
+    """Add up the gradient of one optimizer step, micro-batch by micro-batch.
+
+    The mean is over the kept positions of the whole step: the gradient does not depend on the
+    size of micro-batches, on padding, or on the number of processes.
+
+    Args:
+        module: A ``DistillationStep``, prepared by the accelerator.
+        teacher: The model to imitate.
+        blocks: The blocks of this step, for all processes; at least one position is kept.
+        settings: How to train.
+        accelerator: The one that prepared the module.
+        written_in: The number of the step, if the student writes its text.
+
+    Returns:
+        The sums of the step, over all processes.
+    """
+    mine = list(shares(blocks, settings.micro_batch_size, accelerator))
+    cross_entropy = settings.cross_entropy
+    counts = [blocks.tokens, int(blocks.kept.sum())]
+    if written_in is not None:
+        cross_entropy = 0.0
+        mine = list(_written(module, mine, settings, accelerator, written_in))
+        ours = [[part.tokens, int(part.kept.sum())] for _, part in mine]
+        here = torch.tensor(ours, device=accelerator.device).sum(dim=0)
+        counts = accelerator.reduce(here, reduction="sum").tolist()
+    tokens, kept = counts
+    # accelerate divides the loss by the accumulation steps and DDP by the processes; the loss
+    # has its share of the whole step already, so both divisions are undone.
+    share = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for _, part in mine:
+        batch = make_batch(part, accelerator.device)
+        targets = None
+        if cross_entropy < 1:
+            with accelerator.autocast():
+                targets = teacher.targets(part, batch)
+        with accelerator.accumulate(module):
+            result: HeadLoss = module("loss", batch, targets, max(kept, 1), cross_entropy)
+            accelerator.backward(result.loss * share)
+        sums += torch.stack(
+            (
+                result.loss.detach().double() * max(kept, 1),
+                result.divergence,
+                result.cross_entropy,
+            )
+        )
+    total = accelerator.reduce(sums, reduction="sum") / max(kept, 1)
+    loss, divergence, nll = total.tolist()
+    return StepSums(loss, divergence, nll, tokens, kept)
+
+
+def _written(
+    module: nn.Module,
+    mine: list[tuple[int, TokenBlocks]],
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    step: int,
+) -> Iterator[tuple[int, TokenBlocks]]:
+    divided = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+    module.eval()
+    for start, part in mine:
+        place = Place(settings.seed, step, start)
+        with torch.no_grad(), accelerator.autocast():
+            text = module("text", part, place, divided)
+        yield start, text
+    module.train()
+
+
+# --- judging ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOutPart:
+    """Some held-out text, with what the teacher says of it.
+
+    Attributes:
+        batch: The text.
+        targets: The teacher's answer.
+        counts: False where another process judges the same text, and this one only keeps it
+            company.
+    """
+
+    batch: Batch
+    targets: TeacherTargets
+    counts: bool
+
+
+def ask_about(
+    teacher: Teacher, held_out: TokenBlocks, size: int, accelerator: Accelerator
+) -> list[HeldOutPart]:
+    """Ask the teacher once about this process's share of the held-out text.
+
+    Args:
+        teacher: The model to imitate.
+        held_out: Blocks to judge the student on, for all processes.
+        size: Blocks in a batch.
+        accelerator: Knows the processes.
+
+    Returns:
+        Equally many parts in every process.
+    """
+    mine = [part for _, part in shares(held_out, size, accelerator)]
+    rounds = -(-len(held_out) // (size * accelerator.num_processes))
+    company = [held_out[:size]] * (rounds - len(mine))
+    for part in (*mine, *company):
+        teacher.expect(part)
+    parts = []
+    for number, part in enumerate((*mine, *company)):
+        batch = make_batch(part, accelerator.device)
+        with accelerator.autocast():
+            answer = teacher.targets(part, batch)
+        parts.append(HeldOutPart(batch, answer, counts=number < len(mine)))
+    return parts
+
+
+def judge(
+    module: nn.Module, held_out: Sequence[HeldOutPart], accelerator: Accelerator
+) -> Evaluation:
+    """Judge the student as it is now.
+
+    Args:
+        module: A ``DistillationStep``, prepared by the accelerator.
+        held_out: From ``ask_about``.
+        accelerator: The one that prepared the module.
+
+    Returns:
+        Means over the held-out text of all processes; the same in every process.
+    """
+    was_training = module.training
+    module.eval()
+    scores: list[TokenScores] = []
+    for part in held_out:
+        with torch.no_grad(), accelerator.autocast():
+            found = module("scores", part.batch, part.targets)
+        if part.counts:
+            scores.extend(found)
+    module.train(was_training)
+    return summarize_all(scores, accelerator)
+
+
+def summarize_all(scores: list[TokenScores], accelerator: Accelerator) -> Evaluation:
+    """Means over what all processes have scored.
+
+    Args:
+        scores: Of this process.
+        accelerator: Knows the processes.
+
+    Returns:
+        The same in every process.
+    """
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        scores = gather_object([_on_cpu(score) for score in scores])
+    return summarize(scores)
+
+
+def _on_cpu(scores: Any) -> Any:
+    """The same scores with every tensor on the CPU."""
+    if scores is None or isinstance(scores, Tensor):
+        return None if scores is None else scores.cpu()
+    return replace(
+        scores, **{field.name: _on_cpu(getattr(scores, field.name)) for field in fields(scores)}
+    )

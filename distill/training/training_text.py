@@ -1,0 +1,135 @@
+"""Text to learn from and text to judge on, as blocks.
+
+Documents that are judged on are never learnt from. Every block holds something to be predicted.
+
+N is blocks, T positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mistill.errors import TextError
+from mistill.text.documents import Document, Texts, TokenBlocks, pack, read_documents
+
+if TYPE_CHECKING:
+    from distill.settings import TrainSettings
+    from mistill.text.vocabulary import Vocabulary
+
+
+def read_blocks(
+    texts: Texts, held_out: Texts | None, vocabulary: Vocabulary, settings: TrainSettings
+) -> tuple[TokenBlocks, TokenBlocks]:
+    """Read text into blocks to learn from and blocks to judge on.
+
+    Args:
+        texts: Text to learn from.
+        held_out: Text to judge on; if None, ``held_out_share`` of the documents of ``texts``.
+        vocabulary: The one that student and teacher share.
+        settings: Block length, shares and seed.
+
+    Returns:
+        Training blocks and held-out blocks; every block has a kept position.
+
+    Raises:
+        TextError: If one of the two would be empty.
+    """
+    documents = list(read_documents(texts, vocabulary))
+    if held_out is None:
+        documents, judged = split_documents(
+            documents, settings.held_out_share, settings.seed, settings.block_length
+        )
+    else:
+        judged = list(read_documents(held_out, vocabulary))
+    training_blocks = _kept_blocks(documents, settings.block_length, "texts")
+    judged_blocks = _kept_blocks(judged, settings.block_length, "held_out")
+    wanted = max(1, settings.held_out_tokens // settings.block_length)
+    return training_blocks, _evenly(judged_blocks, wanted)
+
+
+def split_documents(
+    documents: Sequence[Document], share: float, seed: int, block_length: int = 1
+) -> tuple[list[Document], list[Document]]:
+    """Keep some documents from training.
+
+    Where every document is longer than the share, as where one file is all there is, the end of
+    the longest is kept out.
+
+    Args:
+        documents: All documents.
+        share: How much of them to keep out, by tokens, above 0 and below 1.
+        seed: Decides which.
+        block_length: Where longer documents are cut.
+
+    Returns:
+        Documents to learn from and documents to judge on.
+
+    Raises:
+        TextError: If there is too little text to share.
+    """
+    sizes = [len(document.ids) for document in documents]
+    wanted = int(share * sum(sizes))
+    chosen: set[int] = set()
+    taken = 0
+    for index in np.random.default_rng(seed).permutation(len(documents)):
+        if taken + sizes[index] <= wanted:
+            chosen.add(int(index))
+            taken += sizes[index]
+    if chosen:
+        learnt = [document for index, document in enumerate(documents) if index not in chosen]
+        return learnt, [documents[index] for index in sorted(chosen)]
+    if wanted < 2:
+        raise TextError(
+            f"the texts hold {sum(sizes)} tokens, of which a share of {share} is too little to "
+            "judge the student on; give held_out texts or more text"
+        )
+    longest = int(np.argmax(sizes))
+    whole = documents[longest]
+    cut = sizes[longest] - wanted
+    # Where the document is cut anyway, so that its pieces are those that targets were cached for.
+    cut = cut // block_length * block_length or cut
+    begin, end = (
+        replace(whole, ids=whole.ids[part], mask=whole.mask[part])
+        for part in (slice(None, cut), slice(cut, None))
+    )
+    return [*documents[:longest], begin, *documents[longest + 1 :]], [end]
+
+
+def _kept_blocks(documents: Sequence[Document], block_length: int, name: str) -> TokenBlocks:
+    """Pack documents and drop blocks that hold nothing to be predicted."""
+    blocks = pack(documents, block_length)
+    rows = np.flatnonzero(blocks.kept.any(axis=1))
+    if len(rows) == 0:
+        raise TextError(
+            f"the {name} hold nothing to be predicted: {len(documents)} documents without a "
+            "single token that follows another; give text, or conversations with replies"
+        )
+    return blocks[rows]
+
+
+def _evenly(blocks: TokenBlocks, wanted: int) -> TokenBlocks:
+    """Some of the blocks, evenly spaced from the first to the last."""
+    if wanted >= len(blocks):
+        return blocks
+    return blocks[np.linspace(0, len(blocks) - 1, wanted).round().astype(np.int64)]
+
+
+def blocks_digest(blocks: TokenBlocks) -> str:
+    """A name for what blocks hold.
+
+    Args:
+        blocks: Any.
+
+    Returns:
+        Hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for part in (blocks.ids, blocks.mask, blocks.documents):
+        digest.update(f"{part.dtype} {part.shape}".encode())
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()

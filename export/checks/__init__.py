@@ -1,0 +1,1 @@
+"""Whether the graph is sound and predicts what PyTorch predicts."""

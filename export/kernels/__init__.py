@@ -1,0 +1,1 @@
+"""Which kernel of ONNX Runtime multiplies which matrix fastest here."""

@@ -1,0 +1,220 @@
+"""``export.to_gguf``: from a model folder to a file for llama.cpp and Ollama."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.llama_cpp.gguf_vocabulary import GgufVocabulary, read_gguf_vocabulary
+from export.settings import GgufSettings, OnnxSettings
+from export.weights.architecture import Architecture, read_architecture
+from mistill.errors import ArchitectureError, FolderError, missing_extra
+from mistill.folders.folder import open_folder, read_json
+from mistill.folders.lineage import lineage_after
+from mistill.folders.publishing import creating_file
+from mistill.progress import track
+from mistill.settings import settings_dict, settings_from
+from mistill.sources.gguf_model import CONTEXT_KEY, ROPE_KEY
+from mistill.sources.source import resolve_model
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+LINEAGE_KEY = "mistill.folders.lineage"
+
+# llama.cpp's name for a model type, and whether it wants the rows of q and k in its own order.
+_ARCHITECTURES = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "smollm3": ("smollm3", True),
+}
+# llama.cpp leaves every so many layers of a SmolLM3 without rotary positions, whatever a file says.
+_SMOLLM3_STEP = 4
+_FILE_TYPES = {
+    "float32": "ALL_F32",
+    "float16": "MOSTLY_F16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_1": "MOSTLY_Q4_1",
+    "q4_0": "MOSTLY_Q4_0",
+}
+_QUANTIZATION_VERSION = 2
+
+
+def to_gguf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    settings: GgufSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Make a GGUF file: the same model for llama.cpp and Ollama.
+
+    The file holds the weights, the tokenizer, the chat template and the lineage. Weights are read
+    and written one matrix at a time. llama.cpp has no sliding window for such models: of one that
+    has, the file allows as many positions as the window, within which both say the same.
+
+    Args:
+        source: A float, GPTQ or NF4 folder, or whatever else names a model.
+        target: The file to make.
+        settings: How the weights are stored; or give its fields as keywords.
+        overwrite: Replace the target if it exists.
+        **options: Fields of ``GgufSettings``.
+
+    Returns:
+        The target.
+
+    Raises:
+        FolderError: If the source is broken or is an ONNX folder.
+        ArchitectureError: If llama.cpp would compute something else.
+        VocabularyError: If llama.cpp would cut text in another way.
+        ExportError: If a weight does not fit its type.
+    """
+    chosen = settings_from(GgufSettings, settings, options)
+    with creating_file(target, overwrite) as partial:
+        info = open_folder(resolve_model(source))
+        if info.form == "onnx":
+            raise FolderError(f"{source} is an ONNX folder; give the folder it was made from")
+        config = read_json(info.path / "config.json")
+        architecture = read_architecture(config)
+        _require_known(architecture)
+        vocabulary = load_vocabulary(info.path)
+        described = read_gguf_vocabulary(info.path, vocabulary)
+        for library in ("gguf", "safetensors"):
+            if find_spec(library) is None:
+                raise missing_extra(library, "compress")
+        from gguf import GGUFWriter
+
+        name, _ = _ARCHITECTURES[architecture.model_type]
+        writer = GGUFWriter(partial, name)
+        try:
+            _describe(writer, info.path.name, architecture, chosen)
+            _describe_vocabulary(writer, described, vocabulary, config)
+            lineage = lineage_after(info.path, step="gguf", settings=settings_dict(chosen))
+            writer.add_string(LINEAGE_KEY, json.dumps(lineage))
+            _write_weights(writer, info.path, architecture, chosen)
+        finally:
+            writer.close()
+    return Path(target).expanduser().absolute()
+
+
+def _require_known(architecture: Architecture) -> None:
+    """Refuse what llama.cpp computes in another way for a model of this type."""
+    kind, layers = architecture.model_type, range(architecture.layers)
+    if architecture.rotary.kind == "llama3" and _ARCHITECTURES[kind][0] != "llama":
+        raise ArchitectureError(
+            f"llama.cpp does not scale rotary positions of a {kind} model as llama3 does"
+        )
+    without = {layer for layer in layers if (layer + 1) % _SMOLLM3_STEP == 0}
+    if kind == "smollm3" and architecture.unrotated_layers != without:
+        raise ArchitectureError(
+            f"llama.cpp leaves every {_SMOLLM3_STEP}th layer of a smollm3 model without rotary "
+            f"positions, and this one leaves out {sorted(architecture.unrotated_layers)}"
+        )
+
+
+def _describe(
+    writer: GGUFWriter, name: str, architecture: Architecture, settings: GgufSettings
+) -> None:
+    from gguf import LlamaFileType, RopeScalingType
+
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType[_FILE_TYPES[settings.dtype]])
+    writer.add_quantization_version(_QUANTIZATION_VERSION)
+    writer.add_vocab_size(architecture.vocabulary_size)
+    window = architecture.sliding_window
+    writer.add_context_length(min(architecture.max_positions, window or architecture.max_positions))
+    writer.add_embedding_length(architecture.hidden_size)
+    writer.add_block_count(architecture.layers)
+    writer.add_feed_forward_length(architecture.intermediate_size)
+    writer.add_head_count(architecture.heads)
+    writer.add_head_count_kv(architecture.kv_heads)
+    writer.add_key_length(architecture.head_dim)
+    writer.add_value_length(architecture.head_dim)
+    writer.add_layer_norm_rms_eps(architecture.norm_epsilon)
+    writer.add_rope_dimension_count(architecture.head_dim)
+    rotary = architecture.rotary
+    writer.add_rope_freq_base(rotary.base)
+    if rotary.kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rotary.parameters["factor"])
+    if rotary.kind != "default":
+        # llama.cpp needs only the factors; this says how they are made, to read the file back.
+        writer.add_string(ROPE_KEY, json.dumps(rotary.parameters))
+    if window is not None:
+        writer.add_sliding_window(window)
+        writer.add_uint32(CONTEXT_KEY, architecture.max_positions)
+
+
+def _describe_vocabulary(
+    writer: GGUFWriter,
+    described: GgufVocabulary,
+    vocabulary: Vocabulary,
+    config: dict[str, Any],
+) -> None:
+    writer.add_tokenizer_model(described.model)
+    writer.add_token_list(described.pieces.texts)
+    writer.add_token_types([int(kind) for kind in described.pieces.kinds])
+    if described.cut is not None:
+        writer.add_tokenizer_pre(described.cut)
+        writer.add_token_merges(described.merges)
+    else:
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(described.pieces.scores)
+        writer.add_add_space_prefix(bool(described.space_prefix))
+    named = {text: token for token, text in enumerate(described.pieces.texts)}
+    specials = {kind: named.get(text) for kind, text in vocabulary.special_tokens.items()}
+    ends = list(vocabulary.end_ids)
+    first_end = specials.get("eos_token")
+    if first_end is not None:
+        ends = [first_end, *(end for end in ends if end != first_end)]
+    padding = specials.get("pad_token", config.get("pad_token_id"))
+    added = {
+        writer.add_bos_token_id: vocabulary.bos_id,
+        writer.add_unk_token_id: specials.get("unk_token"),
+        writer.add_pad_token_id: padding,
+    }
+    added |= dict(
+        zip(
+            (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id),
+            ends,
+            strict=False,
+        )
+    )
+    for add, token in added.items():
+        if token is not None:
+            add(token)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(False)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _write_weights(
+    writer: GGUFWriter, folder: Path, architecture: Architecture, settings: GgufSettings
+) -> None:
+    from export.llama_cpp.gguf_tensors import plan_tensors, read_values
+    from export.weights.folder_weights import FolderWeights
+
+    _, pairs = _ARCHITECTURES[architecture.model_type]
+    with FolderWeights(folder, architecture, OnnxSettings(precision="float32")) as weights:
+        tensors = plan_tensors(architecture, weights, settings)
+        for tensor in tensors:
+            size = tensor.dtype.itemsize
+            for length in tensor.stored_shape:
+                size *= length
+            raw = tensor.ggml_type if tensor.dtype == "uint8" else None
+            writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.dtype, size, raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with track("gguf", len(tensors), "tensors") as progress:
+            for values in read_values(tensors, architecture, weights, pairs=pairs):
+                writer.write_tensor_data(values)
+                progress.advance()

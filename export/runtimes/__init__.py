@@ -1,0 +1,1 @@
+"""What other runtimes need beside the graph: ONNX Runtime GenAI, transformers.js."""

@@ -1,0 +1,1 @@
+"""A folder's weights as the graph stores them: architecture, shapes, blocks."""

@@ -1,0 +1,328 @@
+"""The weights of a folder, read one at a time and without PyTorch.
+
+Files are mapped, not loaded: a tensor is in memory while it is being used. What a linear layer
+becomes is decided here: float weights stay, GPTQ codes and NF4 levels become blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.kernels.choosing import Stored, Tuning
+from export.settings import FAST_2_BIT_BLOCK, LEGAL_BLOCKS, OnnxSettings
+from export.weights.architecture import Architecture
+from export.weights.blocks import (
+    NF4_BLOCK,
+    BlockWeight,
+    blocks_of_codes,
+    blocks_of_nf4,
+    round_to_blocks,
+    widen,
+)
+from mistill.errors import FolderError, missing_extra
+from mistill.folders.folder import read_config, safetensors_header, weight_files
+from mistill.weights.gptq_doctor import require_sound
+from mistill.weights.gptq_layout import QuantizedWeight, read_quantization
+from mistill.weights.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
+from mistill.weights.tensor_files import TensorFiles, read_quantized
+
+FloatWeight = NDArray[np.float32]
+Weight = FloatWeight | BlockWeight
+
+_ROUNDED_BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8}
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear layer: y = x W^T + b.
+
+    Attributes:
+        weight: Float matrix of shape (N, K), or the same in blocks.
+        bias: Shape (N,), or None.
+    """
+
+    weight: Weight
+    bias: FloatWeight | None
+
+
+class FolderWeights:
+    """The tensors of a float, GPTQ or NF4 folder, in the form that the export asks for.
+
+    A context manager: the files are mapped until it ends.
+    """
+
+    def __init__(self, folder: Path, architecture: Architecture, settings: OnnxSettings) -> None:
+        """Read the headers, and refuse weights that do not make up the architecture.
+
+        Args:
+            folder: A sound model folder.
+            architecture: What the weights must make up.
+            settings: Which precision to bring the weights to.
+
+        Raises:
+            FolderError: If a weight is missing or has another shape; the message names it.
+        """
+        self._settings = settings
+        self._tuning: Tuning | None = None
+        config = read_config(folder)
+        self._gptq = read_quantization(config)
+        if self._gptq is not None:
+            require_sound(folder)
+        self._codes = TensorFiles(folder)
+        self._home: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in weight_files(folder):
+            for name, entry in safetensors_header(file).items():
+                self._home[name] = file
+                self._shapes[name] = tuple(entry["shape"])
+        self._check(folder, architecture)
+        self._open = ExitStack()
+        self._files: dict[Path, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.clear()
+        self._open.close()
+
+    def follow(self, tuning: Tuning) -> None:
+        """Bring weights into the form of the kernels that were chosen.
+
+        Args:
+            tuning: What was chosen.
+        """
+        self._tuning = tuning
+
+    def stored_as(self, module: str, bits: int) -> Stored | None:
+        """How a matrix is stored, as far as the kernels for it depend on that.
+
+        Args:
+            module: Its name, without the tensor's own.
+            bits: Bits that a float matrix is rounded to; 32 if it stays float.
+
+        Returns:
+            Its bits and groups, or None if there is nothing to choose.
+        """
+        largest = self._settings.block_size or max(LEGAL_BLOCKS)
+        if self.has(f"{module}.qweight"):
+            form = None if self._gptq is None else self._gptq.format_of(module)
+            if form is None or form.bits == 2:
+                return None
+            width = self._shapes[f"{module}.scales"][0]
+            columns = self._shapes[f"{module}.qweight"][0] * 32 // form.bits
+            group = columns if width == 1 else form.group_size
+            return Stored(form.bits, group, largest, widens=form.bits < 8)
+        if self.has(f"{module}.weight.{NF4_STATE}"):
+            return Stored(8, min(NF4_BLOCK, largest), largest, widens=False)
+        return None if bits == 32 else Stored(bits, max(LEGAL_BLOCKS), largest, widens=False)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._home
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Read one tensor as it is stored.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The tensor.
+        """
+        file = self._home[name]
+        if file not in self._files:
+            self._files[file] = self._open.enter_context(_open_safetensors(file))
+        tensor: NDArray[Any] = self._files[file].get_tensor(name)
+        return tensor
+
+    def floats(self, name: str) -> FloatWeight:
+        """Read one tensor as float32.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            FolderError: If it holds something that is not a number.
+        """
+        tensor = self.tensor(name).astype(np.float32, copy=False)
+        if not np.isfinite(tensor).all():
+            raise FolderError(f"{name} holds a value that is not a number; its training failed")
+        return tensor
+
+    def changes(self, module: str) -> bool:
+        """Whether the export rounds a linear layer, so that it is no longer the source's.
+
+        Args:
+            module: Its name, without the tensor's own.
+
+        Returns:
+            True for float layers that are rounded and for NF4, whose levels move to a grid.
+        """
+        if self._settings.precision == "float32" or self.has(f"{module}.qweight"):
+            return False
+        return self._settings.precision != "auto" or self.has(f"{module}.weight.{NF4_STATE}")
+
+    def linear(self, module: str) -> Linear:
+        """Read a linear layer of the decoder.
+
+        Args:
+            module: Its name, without the tensor's own.
+
+        Returns:
+            The layer in the precision asked for.
+        """
+        bias = self.floats(f"{module}.bias") if self.has(f"{module}.bias") else None
+        if bias is not None and not bias.any():
+            bias = None  # some quantizers write zeros where the model has no bias
+        precision = self._settings.precision
+        if precision == "float32":
+            return Linear(self.exact(module), bias)
+        weight = self._stored(module)
+        if not isinstance(weight, BlockWeight) and precision in _ROUNDED_BITS:
+            weight = self._round(module, weight, _ROUNDED_BITS[precision])
+        return Linear(weight, bias)
+
+    def exact(self, module: str) -> FloatWeight:
+        """Read a matrix as what it stands for, however it is stored.
+
+        Args:
+            module: Its name, without the tensor's own.
+
+        Returns:
+            Shape (N, K), rounded nowhere but in its own codes.
+        """
+        codes = self.codes(module)
+        if codes is not None:
+            return codes.dequantize()
+        if self.has(f"{module}.weight.{NF4_STATE}"):
+            return read_nf4(self._codes.parts(module, NF4_NAMES), module).dequantize()
+        return self.floats(f"{module}.weight")
+
+    def codes(self, module: str) -> QuantizedWeight | None:
+        """Read the codes of a matrix.
+
+        Args:
+            module: Its name, without the tensor's own.
+
+        Returns:
+            The codes, or None if it is not stored as GPTQ codes.
+
+        Raises:
+            FolderError: If config.json does not say what the codes mean.
+        """
+        if not self.has(f"{module}.qweight"):
+            return None
+        if self._gptq is None:
+            raise FolderError(
+                f"{module} is stored as GPTQ codes, but config.json has no quantization_config"
+            )
+        return read_quantized(self._codes, module, self._gptq)
+
+    def table(self, module: str, bits: int) -> Weight:
+        """Read the embedding or the output head.
+
+        Args:
+            module: Its name, without the tensor's own.
+            bits: 4, 8 or 32.
+
+        Returns:
+            The table; one that the source holds as codes keeps them unless 32 bits are asked for.
+        """
+        weight = self._stored(module)
+        if isinstance(weight, BlockWeight):
+            return weight.dequantize() if bits == 32 else weight
+        return weight if bits == 32 else self._round(module, weight, bits)
+
+    def _check(self, folder: Path, architecture: Architecture) -> None:
+        wrong = []
+        for module, shape in architecture.shapes().items():
+            name, expected = f"{module}.weight", shape
+            if self.has(f"{module}.qweight"):
+                form = None if self._gptq is None else self._gptq.format_of(module)
+                bits = 32 if form is None else form.bits
+                name, expected = f"{module}.qweight", (shape[1] * bits // 32, shape[0])
+            elif self.has(f"{name}.{NF4_STATE}"):
+                expected = (math.prod(shape) // 2, 1)
+            found = self._shapes.get(name)
+            if found is None:
+                wrong.append(f"{name} is missing")
+            elif found != expected:
+                wrong.append(f"{name} has the shape {found}, not {expected}")
+        for layer in range(architecture.layers):
+            biases = (f"model.layers.{layer}.{part}.bias" for part in architecture.biased)
+            wrong += [f"{name} is missing" for name in biases if not self.has(name)]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+            raise FolderError(
+                f"{folder} does not hold the model of its config.json: {', '.join(wrong[:3])}{more}"
+            )
+
+    def _stored(self, module: str) -> Weight:
+        if self.has(f"{module}.qweight"):
+            return self._gptq_blocks(module)
+        if self.has(f"{module}.weight.{NF4_STATE}"):
+            return self._nf4_blocks(module)
+        return self.floats(f"{module}.weight")
+
+    def _round(self, module: str, weight: FloatWeight, bits: int) -> BlockWeight:
+        return round_to_blocks(weight, bits, self._block(module, bits))
+
+    def _block(self, module: str, bits: int, usual: int | None = None) -> int:
+        """Most columns per block of a matrix whose source has codes of some bits."""
+        kernel = None if self._tuning is None else self._tuning.kernel(module, bits)
+        if kernel is not None:
+            return kernel.block
+        return self._settings.block_size or usual or self._settings.largest_block(bits)
+
+    def _gptq_blocks(self, module: str) -> BlockWeight:
+        weight = self.codes(module)
+        assert weight is not None
+        settings = self._settings
+        kernel = None if self._tuning is None else self._tuning.kernel(module, weight.bits)
+        if kernel is not None:
+            wide = weight.bits < 8 and kernel.form == "int8"
+            bits = 4 if weight.bits == 3 else weight.bits
+            weight = widen(weight) if wide else replace(weight, bits=bits)
+            return blocks_of_codes(weight, kernel.block)
+        if weight.bits == 2 and settings.accuracy_level == 4:
+            blocks = blocks_of_codes(weight, settings.largest_block(2))
+            if blocks.block_size >= FAST_2_BIT_BLOCK:
+                return blocks
+        if weight.bits in (2, 3):
+            # Their codes and zeros are codes of 4 bits too, on the same grid: no weight changes.
+            weight = replace(weight, bits=4)
+        return blocks_of_codes(weight, settings.largest_block(weight.bits))
+
+    def _nf4_blocks(self, module: str) -> BlockWeight:
+        """Blocks of what bitsandbytes saved, whose scales may be quantized themselves."""
+        present = (name for name in NF4_NAMES if self.has(f"{module}.{name}"))
+        weight = read_nf4({name: self.tensor(f"{module}.{name}") for name in present}, module)
+        # Finer blocks would round activations less, which is little beside what NF4 has rounded.
+        block = self._block(module, 8, usual=NF4_BLOCK)
+        return blocks_of_nf4(weight.codes, weight.levels, weight.scales, weight.shape, block)
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+        from safetensors import safe_open
+    except ModuleNotFoundError as error:
+        raise missing_extra("safetensors", "compress") from error
+    return safe_open(file, framework="numpy")

@@ -1,0 +1,21 @@
+"""A conversation with any folder: the chatbot, its stream of text, the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mistill.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from mistill.chat.bot import ChatBot as ChatBot
+    from mistill.chat.bot import ChatSettings as ChatSettings
+    from mistill.chat.bot import Speed as Speed
+
+_HOMES = {
+    "ChatBot": "mistill.chat.bot",
+    "ChatSettings": "mistill.chat.bot",
+    "Speed": "mistill.chat.bot",
+}
+
+__all__ = ["ChatBot", "ChatSettings", "Speed"]
+__getattr__ = lazy_exports(__name__, _HOMES)

@@ -1,0 +1,378 @@
+"""A conversation with a model: its history, and replies that appear as they are written.
+
+Works with every folder of the road. An ONNX folder needs neither PyTorch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from mistill.chat.stream_text import TextStream
+from mistill.constraints import ConstrainedChoice, Constraint, ConstraintTokens
+from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, Provider, open_model
+from mistill.engine.log_probabilities import Scored, TokenScore
+from mistill.engine.sampling import Sampler, SamplingSettings
+from mistill.errors import ContextError, FolderError, VocabularyError
+from mistill.settings import require, settings_from
+from mistill.sources.source import resolve_model
+from mistill.text.vocabulary import load_vocabulary
+
+if TYPE_CHECKING:
+    from mistill.engine.onnx_model import OnnxModel
+
+Overflow = Literal["refuse", "slide"]
+Ending = Literal["end of turn", "stop string", "max_new_tokens", "context", "interrupted"]
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(SamplingSettings):
+    """How a chatbot picks its words, and when it stops.
+
+    Attributes:
+        max_new_tokens: Most tokens of one reply.
+        stop: Strings that end a reply and are not part of it.
+        overflow: What to do when the conversation no longer fits the model's context: refuse, or
+            slide on by forgetting the oldest turns.
+    """
+
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    overflow: Overflow = "refuse"
+
+    def __post_init__(self) -> None:
+        """Refuse what no reply can be written with."""
+        super().__post_init__()
+        require(
+            self.max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"
+        )
+        require(
+            not isinstance(self.stop, str), f"stop must be a list of strings, not {self.stop!r}"
+        )
+        require("" not in self.stop, "an empty stop string would end every reply; leave it out")
+        require(
+            self.overflow in get_args(Overflow),
+            f"overflow must be refuse or slide, not {self.overflow!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a reply was.
+
+    Attributes:
+        prompt_tokens: Tokens of the whole conversation up to the reply, whether the model read
+            them anew or had them in its cache.
+        first_token_seconds: From the question to the reply's first token.
+        new_tokens: Tokens of the reply, the one that ends the turn included.
+        tokens_per_second: How fast the tokens after the first came; 0 if there was but one.
+    """
+
+    prompt_tokens: int
+    first_token_seconds: float
+    new_tokens: int
+    tokens_per_second: float
+
+
+class ChatBot:
+    """A model to talk to.
+
+    Attributes:
+        history: The conversation so far: messages with ``role`` and ``content``, the system's
+            first if there is one. It may be changed between replies.
+        settings: How the chatbot picks its words, and when it stops.
+        last_speed: How fast the last reply was; None before there is one.
+        last_ending: Why the last reply ended; None before there is one.
+        last_scores: How probable each token of the last reply was, the one that ends the turn
+            included; empty if that was not asked for.
+    """
+
+    history: list[Message]
+    settings: ChatSettings
+    last_speed: Speed | None
+    last_ending: Ending | None
+    last_scores: list[TokenScore]
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        system: str | None = None,
+        settings: ChatSettings | None = None,
+        model: LanguageModel | None = None,
+        threads: int | None = None,
+        provider: Provider = "cpu",
+        draft: str | Path | None = None,
+        exact: bool = True,
+        constraint: Constraint | None = None,
+        **options: Any,
+    ) -> None:
+        """Open a folder to chat with.
+
+        Args:
+            folder: An ONNX folder, or where PyTorch is installed a model folder or whatever else
+                names a model.
+            system: What the chatbot is told before the conversation.
+            settings: How it picks its words; or give the fields as options.
+            model: The folder as a running model, if it is open already; where a smaller model is
+                to guess, opened with ``alone=False``.
+            threads: Threads to compute with; None takes all processors that may be used.
+            provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
+            draft: What guesses the next tokens of an ONNX folder, to write faster: ``lookup``, or
+                the ONNX folder of a smaller model with the same tokens.
+            exact: Whether greedy replies must be, to the token, what they are without a draft; a
+                model whose rounding does not allow that then does not guess.
+            constraint: The form of every reply.
+            **options: Fields of ``ChatSettings``.
+
+        Raises:
+            MissingExtraError: If the folder needs a library that is not installed.
+            VocabularyError: If the folder has no chat template, or the draft has other tokens.
+        """
+        self.settings = settings_from(ChatSettings, settings, options)
+        folder = resolve_model(folder)
+        self._vocabulary = load_vocabulary(folder)
+        if self._vocabulary.chat_template is None:
+            raise VocabularyError(
+                f"{folder} has no chat template, so it cannot hold a conversation; use a chat "
+                "model, or put a template into chat_template.jinja"
+            )
+        self._constraint = constraint
+        self._constraint_tokens: ConstraintTokens | None = None
+        if model is None:
+            alone = draft is None or str(draft) == LOOK_UP
+            model = open_model(folder, threads=threads, provider=provider, alone=alone)
+        self._model = model
+        if draft is not None:
+            from mistill.engine.speculation import with_guesses
+
+            self._model = with_guesses(self._model, draft, exact=exact)
+        self._end_ids = frozenset(self._vocabulary.end_ids)
+        self._system = system
+        self._reply: Generator[str, None, None] | None = None
+        self.last_speed = None
+        self.last_ending = None
+        self.last_scores = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation, but not what the chatbot was told before it."""
+        self._end_reply()
+        self.history = [] if self._system is None else [_message("system", self._system)]
+        self._forgotten = 0
+        self._generator = np.random.default_rng(self.settings.seed)
+
+    def reply(
+        self,
+        text: str,
+        *,
+        constraint: Constraint | None = None,
+        log_probabilities: int | None = None,
+    ) -> Generator[str, None, None]:
+        """Answer, piece by piece.
+
+        The turn enters the history when the reply ends. A reply that is closed or interrupted
+        enters it as far as it was shown; one of which nothing was shown leaves no trace.
+
+        Args:
+            text: What the user says.
+            constraint: The form of this reply; None takes that of every reply.
+            log_probabilities: How many of the most probable tokens to keep for each position in
+                ``last_scores``; 0 keeps the written token's alone, None keeps nothing.
+
+        Returns:
+            A generator of pieces of the reply, none of which is empty or breaks a character.
+
+        Raises:
+            ContextError: If the conversation has become longer than the model's context.
+        """
+        self._end_reply()
+        started = time.perf_counter()
+        require(
+            log_probabilities is None or log_probabilities >= 0,
+            f"log_probabilities must be 0 or more, not {log_probabilities}",
+        )
+        question = _message("user", text)
+        prompt = self._prompt(question)
+        choose: Choose = Sampler(self.settings, self._generator, seen=prompt)
+        form = constraint or self._constraint
+        if form is not None:
+            choose = ConstrainedChoice(form, self._tokens_of_forms(), choose)
+        self.last_scores = []
+        if log_probabilities is not None:
+            choose = Scored(choose, log_probabilities)
+            self.last_scores = choose.scores
+        shown = TextStream(self._vocabulary, self.settings.stop, every_byte=form is not None)
+        self._reply = self._answer(question, prompt, choose, shown, time.perf_counter() - started)
+        return self._reply
+
+    def save(self, file: str | Path) -> Path:
+        """Keep the conversation and what the model has read of it.
+
+        Args:
+            file: A safetensors file to write; replaced if it exists.
+
+        Returns:
+            The file.
+
+        Raises:
+            SettingsError: If the model does not run in ONNX Runtime.
+        """
+        self._end_reply()
+        state = {"history": self.history, "forgotten": self._forgotten}
+        return self._engine().save_cache(file, conversation=json.dumps(state, ensure_ascii=False))
+
+    def restore(self, file: str | Path) -> None:
+        """Go on with a conversation that ``save`` kept; nothing of it is read again.
+
+        Args:
+            file: The file.
+
+        Raises:
+            FolderError: If it is damaged, was written by another model or holds no conversation.
+            SettingsError: If the model does not run in ONNX Runtime.
+        """
+        self._end_reply()
+        notes = self._engine().restore_cache(file)
+        if "conversation" not in notes:
+            raise FolderError(f"{file} holds no conversation; make one with ChatBot.save")
+        self.history, self._forgotten = _conversation(notes["conversation"], file)
+
+    def _engine(self) -> OnnxModel:
+        from mistill.engine.onnx_model import OnnxModel
+
+        model = getattr(self._model, "model", self._model)
+        require(isinstance(model, OnnxModel), "only conversations with ONNX folders can be kept")
+        assert isinstance(model, OnnxModel)
+        return model
+
+    def _tokens_of_forms(self) -> ConstraintTokens:
+        if self._constraint_tokens is None:
+            self._constraint_tokens = ConstraintTokens(self._vocabulary)
+        return self._constraint_tokens
+
+    def _answer(
+        self,
+        question: Message,
+        prompt: list[int],
+        choose: Choose,
+        text: TextStream,
+        seconds_before: float,
+    ) -> Generator[str, None, None]:
+        tokens = self._model.stream(prompt, choose)
+        shown: list[str] = []
+        seconds: list[float] = []
+        ending: Ending | None = None
+        try:
+            while ending is None:
+                before = time.perf_counter()
+                token = next(tokens, None)
+                if token is None:
+                    ending = "context"
+                    break
+                seconds.append(time.perf_counter() - before)
+                if token in self._end_ids:
+                    ending = "end of turn"
+                    break
+                shown.append(text.add(token))
+                if text.stopped:
+                    ending = "stop string"
+                elif len(seconds) == self.settings.max_new_tokens:
+                    ending = "max_new_tokens"
+                if shown[-1]:
+                    yield shown[-1]
+            shown.append(text.finish())
+            if shown[-1]:
+                yield shown[-1]
+        finally:
+            self.last_ending = ending or "interrupted"
+            self.last_speed = _speed(len(prompt), seconds_before, seconds)
+            if ending is not None or any(shown):
+                self.history += [question, _message("assistant", "".join(shown))]
+
+    def _end_reply(self) -> None:
+        if self._reply is not None:
+            self._reply.close()
+            self._reply = None
+
+    def _prompt(self, question: Message) -> list[int]:
+        """The conversation as the model reads it, with its oldest turns left out if need be."""
+        context = self._model.context_length
+        forgotten = self._forgotten
+        prompt = self._tokens(forgotten, question)
+        if self.settings.overflow == "slide":
+            room = min(self.settings.max_new_tokens, context // 4)
+            turns = iter(self._turns_after(forgotten))
+            # Half of the context is freed at once, because what is left must be read anew.
+            limit = context - room
+            while len(prompt) > limit and (turn := next(turns, None)) is not None:
+                limit = context // 2
+                forgotten = turn
+                prompt = self._tokens(forgotten, question)
+        if len(prompt) >= context:
+            raise ContextError(
+                f"the conversation has {len(prompt)} tokens and the model's context holds "
+                f"{context}, the reply included; {self._advice(forgotten)}"
+            )
+        self._forgotten = forgotten
+        return prompt
+
+    def _tokens(self, forgotten: int, question: Message) -> list[int]:
+        first = self._first_turn()
+        messages = [*self.history[:first], *self.history[first + forgotten :], question]
+        return self._vocabulary.encode(
+            self._vocabulary.render(messages, add_generation_prompt=True)
+        )
+
+    def _first_turn(self) -> int:
+        """Where the conversation begins in the history: after what the system says."""
+        roles = [message["role"] for message in self.history]
+        return next((place for place, role in enumerate(roles) if role != "system"), len(roles))
+
+    def _turns_after(self, forgotten: int) -> list[int]:
+        """How many messages to leave out so that a turn begins after them, fewest first."""
+        turns = self.history[self._first_turn() :]
+        starts = [place for place, message in enumerate(turns) if message["role"] == "user"]
+        return [place for place in [*starts, len(turns)] if place > forgotten]
+
+    def _advice(self, forgotten: int) -> str:
+        if len(self.history) - self._first_turn() <= forgotten:
+            return "shorten the message"
+        return "begin a new one, or let the oldest turns be forgotten with overflow slide"
+
+
+def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
+    """History and forgotten messages as ``save`` wrote them; nothing else is taken up."""
+    try:
+        state = json.loads(text)
+        history = [_message(one["role"], one["content"]) for one in state["history"]]
+        words = [word for message in history for word in message.values()]
+        forgotten = state["forgotten"]
+        sound = all(isinstance(word, str) for word in words) and type(forgotten) is int
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound or not 0 <= forgotten <= len(history):
+        raise FolderError(f"the conversation in {file} is damaged; begin a new one")
+    return history, forgotten
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _speed(prompt_tokens: int, seconds_before: float, seconds: list[float]) -> Speed:
+    """Speed from the time that each token of a reply took."""
+    later = sum(seconds[1:])
+    return Speed(
+        prompt_tokens=prompt_tokens,
+        first_token_seconds=seconds_before + sum(seconds[:1]),
+        new_tokens=len(seconds),
+        tokens_per_second=(len(seconds) - 1) / later if later else 0.0,
+    )

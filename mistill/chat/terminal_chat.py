@@ -1,0 +1,199 @@
+"""``mistill chat``: a conversation in a terminal, or lines from a pipe answered one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from mistill.chat.bot import ChatBot, ChatSettings, Speed
+from mistill.errors import FolderError, MistillError, SettingsError
+from mistill.folders.publishing import refuse_existing, write_atomically
+
+HELP = """\
+/reset      forget the conversation and begin anew
+/save FILE  save the conversation as a line of JSON, as training reads it
+/quit       leave, as Ctrl-D does
+/help       show this
+Ctrl-C stops a reply; what was written of it stays in the conversation.
+A message that begins with a slash is written with two."""
+
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_CUT_SHORT = {
+    "max_new_tokens": "cut short at max_new_tokens",
+    "context": "the context is full",
+    "interrupted": "interrupted",
+}
+
+
+def run_terminal_chat(
+    folder: str | Path,
+    *,
+    system: str | None = None,
+    threads: int | None = None,
+    settings: ChatSettings | None = None,
+    session: Path | None = None,
+    **options: Any,
+) -> None:
+    """Talk to a model until the input ends.
+
+    In a terminal, replies are followed by a line about their speed. From a pipe, each line is a
+    message, and only replies are written.
+
+    Args:
+        folder: An ONNX folder, or a model folder where PyTorch is installed.
+        system: What the chatbot is told before the conversation.
+        threads: Threads to compute with; None takes all processors that may be used.
+        settings: How the chatbot picks its words.
+        session: A file in which the conversation goes on if it is there, and is kept at the end.
+        **options: More of what ``ChatBot`` takes.
+    """
+    bot = ChatBot(folder, system=system, settings=settings, threads=threads, **options)
+    if session is not None:
+        # Now rather than at the end, when a conversation could be lost.
+        if session.exists():
+            bot.restore(session)
+        bot.save(session)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        _TerminalChat(bot, Path(folder).name, Console(highlight=False)).run()
+    else:
+        _answer_lines(bot, sys.stdin, sys.stdout)
+    if session is not None:
+        bot.save(session)
+
+
+def speed_line(speed: Speed, ending: str | None = None) -> str:
+    """What is said about a reply after it.
+
+    Args:
+        speed: How fast it was.
+        ending: Why it ended.
+
+    Returns:
+        One line, such as ``48 tokens, 61.3 tokens/s, the first after 0.12 s``.
+    """
+    parts = [f"{speed.new_tokens} token{'' if speed.new_tokens == 1 else 's'}"]
+    if speed.tokens_per_second:
+        parts.append(f"{speed.tokens_per_second:.1f} tokens/s")
+    parts.append(f"the first after {speed.first_token_seconds:.2f} s")
+    if ending in _CUT_SHORT:
+        parts.append(_CUT_SHORT[ending])
+    return ", ".join(parts)
+
+
+class _Leave(Exception):
+    """The user has had enough."""
+
+
+class _Commands:
+    """What a line that begins with a slash does."""
+
+    def __init__(self, bot: ChatBot) -> None:
+        self.bot = bot
+        self._saved: set[Path] = set()
+
+    def run(self, line: str) -> str:
+        """Obey a command and say what was done."""
+        name, _, argument = line[1:].strip().partition(" ")
+        if name == "help":
+            return HELP
+        if name == "reset":
+            self.bot.reset()
+            return "The conversation is forgotten."
+        if name == "save":
+            return self._save(argument.strip())
+        if name in ("quit", "exit"):
+            raise _Leave
+        raise SettingsError(f"there is no command /{name}; /help lists them")
+
+    def _save(self, name: str) -> str:
+        if not name:
+            raise SettingsError("/save needs the name of a file")
+        file = Path(name).expanduser().absolute()
+        if file not in self._saved:
+            refuse_existing(file)
+        if not file.parent.is_dir():
+            raise FolderError(f"{name} cannot be written: there is no folder {file.parent}")
+        messages = json.dumps({"messages": self.bot.history}, ensure_ascii=False)
+        write_atomically(file, messages + "\n")
+        self._saved.add(file)
+        return f"Saved to {name}."
+
+
+class _TerminalChat:
+    """The loop of a person at a terminal."""
+
+    def __init__(self, bot: ChatBot, name: str, console: Console) -> None:
+        self._bot = bot
+        self._commands = _Commands(bot)
+        self._console = console
+        self._name = name
+
+    def run(self) -> None:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (lines can be edited and recalled)
+        self._note(f"{self._name}: /help for help, Ctrl-C stops a reply, Ctrl-D leaves")
+        while True:
+            try:
+                line = self._console.input("[bold]> [/bold]").strip()
+                if line:
+                    self._take(line)
+            except KeyboardInterrupt:
+                self._console.print()
+            except MistillError as error:
+                self._console.print(str(error), style="red", markup=False)
+            except (EOFError, _Leave):
+                self._console.print()
+                return
+
+    def _take(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            self._note(self._commands.run(line))
+        else:
+            self._answer(_message(line))
+
+    def _answer(self, message: str) -> None:
+        reply = self._bot.reply(message)
+        try:
+            for piece in reply:
+                self._console.out(piece.translate(_CONTROLS), end="", highlight=False)
+        except KeyboardInterrupt:
+            reply.close()
+        self._console.print()
+        assert self._bot.last_speed is not None
+        self._note(speed_line(self._bot.last_speed, self._bot.last_ending))
+
+    def _note(self, text: str) -> None:
+        self._console.print(text, style="dim", markup=False)
+
+
+def _answer_lines(bot: ChatBot, lines: TextIO, out: TextIO) -> None:
+    """Answer each line of a pipe; commands work as in a terminal."""
+    commands = _Commands(bot)
+    try:
+        for line in lines:
+            message = line.strip()
+            if not message:
+                continue
+            if message.startswith("/") and not message.startswith("//"):
+                commands.run(message)
+                continue
+            for piece in bot.reply(_message(message)):
+                out.write(piece)
+                out.flush()
+            out.write("\n")
+            out.flush()
+    except _Leave:
+        return
+    except BrokenPipeError:
+        # Whoever was reading has left; Python would complain again when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+def _message(line: str) -> str:
+    return line[1:] if line.startswith("//") else line

@@ -1,0 +1,140 @@
+"""Several prompts through one session: each step writes a token of every reply.
+
+A step reads all weights, whether for one reply or for eight, so that replies side by side cost
+little more than one. Prompts are read one after another, each into its own row of the buffers:
+reading many tokens keeps the processor busy by itself.
+
+B is batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from mistill.engine.key_value_cache import as_value, cache_shapes, common_prefix, window_of
+from mistill.engine.language_model import Choose
+
+
+def write_side_by_side(
+    session: onnxruntime.InferenceSession,
+    texts: Sequence[list[int]],
+    limits: Sequence[int],
+    chooses: Sequence[Choose],
+    *,
+    end_ids: Collection[int],
+    chunk: int,
+) -> None:
+    """Continue several texts at once.
+
+    Args:
+        session: The graph.
+        texts: Token ids, at least one in each; what is written is appended.
+        limits: How long each may become, at least as long as it is.
+        chooses: What picks the tokens of each.
+        end_ids: Tokens that end a text and are its last.
+        chunk: Positions that are read at once.
+    """
+    rows = _Rows(session, len(texts), max(limits))
+    logits = rows.read(texts, chunk)
+    # Which text is in which row; a row that is finished is given to the last one.
+    places = list(range(len(texts)))
+    while True:
+        for place, which in enumerate(places):
+            if len(texts[which]) < limits[which]:
+                texts[which].append(chooses[which](logits[place]))
+        for place in reversed(range(len(places))):
+            text = texts[places[place]]
+            if text[-1] in end_ids or len(text) == limits[places[place]]:
+                last = places.pop()
+                if place < len(places):
+                    rows.move(len(places), place, len(texts[last]) - 1)
+                    places[place] = last
+        if not places:
+            return
+        logits = rows.step([texts[which] for which in places])
+
+
+class _Rows:
+    """The keys and values of several texts, and the graph bound to them."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, rows: int, capacity: int) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        # With room for a whole text, a graph that drops what its window leaves drops nothing.
+        capacity = max(capacity, window_of(session) or 0)
+        self._arrays = {
+            name: np.empty((rows, heads, capacity, width), kind)
+            for name, (heads, width, kind) in cache_shapes(session).items()
+        }
+        self._capacity = capacity
+        # Rows that the binding holds for steps; none while prompts are read.
+        self._bound = 0
+
+    def read(self, texts: Sequence[Sequence[int]], chunk: int) -> NDArray[np.float32]:
+        """Read each text into its row; what it shares with the one before is copied from there.
+
+        Args:
+            texts: One for each row.
+            chunk: Positions that are read at once.
+
+        Returns:
+            Scores of the next token of each, shape (B, V).
+        """
+        logits = []
+        ones = np.ones((1, self._capacity), np.int64)
+        for row, text in enumerate(texts):
+            shared = common_prefix(texts[row - 1], text[:-1]) if row else 0
+            self.move(row - 1, row, shared)
+            self._bind(slice(row, row + 1))
+            for start in range(shared, len(text), chunk):
+                ids = np.array([text[start : start + chunk]], np.int64)
+                last = self._run(ids, ones[:, : start + ids.size])
+            logits.append(last[0])
+        return np.stack(logits)
+
+    def step(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Read the last token of each text.
+
+        Args:
+            texts: Those of the first rows, one for each.
+
+        Returns:
+            Scores of the next token of each, shape (B, V).
+        """
+        if self._bound != len(texts):
+            self._bind(slice(0, len(texts)))
+            self._bound = len(texts)
+        ids = np.array([text[-1:] for text in texts], np.int64)
+        lengths = np.array([len(text) for text in texts])
+        # Where a text ends is how many ones its row of the mask has.
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+        return self._run(ids, mask)
+
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Copy the first positions of a row into another.
+
+        Args:
+            source: The row to copy.
+            target: The row to overwrite.
+            positions: How many.
+        """
+        for array in self._arrays.values():
+            array[target, :, :positions] = array[source, :, :positions]
+
+    def _bind(self, rows: slice) -> None:
+        for name, array in self._arrays.items():
+            value = as_value(array[rows])
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self._binding.bind_ortvalue_output(f"present.{name}", value)
+        self._binding.bind_output("logits")
+
+    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._binding.bind_ortvalue_input("input_ids", as_value(ids))
+        self._binding.bind_ortvalue_input("attention_mask", as_value(mask))
+        self._session.run_with_iobinding(self._binding)
+        logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()
+        return logits[:, -1]

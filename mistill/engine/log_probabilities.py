@@ -1,0 +1,86 @@
+"""How probable a model held the tokens that it wrote, and what it would have written instead."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.engine.language_model import Choose
+from mistill.settings import require
+
+
+class TokenScore(NamedTuple):
+    """A token that was written.
+
+    Attributes:
+        token: Its id.
+        log_probability: Natural logarithm of its probability among all tokens, at temperature 1:
+            what the model says, not what sampling made of it.
+        top: The most probable tokens, most probable first, each with its own.
+    """
+
+    token: int
+    log_probability: float
+    top: tuple[tuple[int, float], ...]
+
+
+def token_score(logits: NDArray[np.float32], token: int, top: int = 0) -> TokenScore:
+    """How probable a token is.
+
+    Args:
+        logits: Shape (V,).
+        token: Its id.
+        top: How many of the most probable tokens to name as well.
+
+    Returns:
+        Its log-probability, and theirs.
+    """
+    # In float64, and the largest subtracted: no logits overflow, and the sum loses nothing.
+    shifted = logits.astype(np.float64) - float(logits.max())
+    logarithm = float(np.log(np.exp(shifted).sum()))
+    count = min(top, logits.size)
+    best = np.argpartition(-logits, count - 1)[:count] if count else np.empty(0, np.int64)
+    # Those that tie stand in the order of their ids.
+    best = best[np.lexsort((best, -logits[best]))]
+    return TokenScore(
+        token,
+        float(shifted[token]) - logarithm,
+        tuple((int(other), float(shifted[other]) - logarithm) for other in best),
+    )
+
+
+class Scored:
+    """Chooses what another chooses, and keeps how probable each token was.
+
+    Attributes:
+        scores: One for each token chosen so far.
+    """
+
+    scores: list[TokenScore]
+
+    def __init__(self, choose: Choose, top: int = 0) -> None:
+        """Watch a choice.
+
+        Args:
+            choose: What chooses.
+            top: How many of the most probable tokens to name at each position.
+        """
+        require(top >= 0, f"top must be 0 or more, not {top}")
+        self.scores = []
+        self._choose = choose
+        self._top = top
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: Shape (V,).
+
+        Returns:
+            Its id.
+        """
+        token = self._choose(logits)
+        self.scores.append(token_score(logits, token, self._top))
+        return token

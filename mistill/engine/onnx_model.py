@@ -1,0 +1,411 @@
+"""An ONNX folder as a running model.
+
+ONNX Runtime runs the graph; this file decides what it works on. The keys and values of the tokens
+read so far stay in one buffer for each layer, which the graph reads and extends in place, so that
+a step copies nothing and costs what its arithmetic costs. Taking tokens back is forgetting how
+many of the buffer's positions count, so a new conversation starts where it first differs from the
+last one.
+
+B is batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.cost_model.processors import usable_threads
+from mistill.engine import key_value_cache
+from mistill.engine.batch import write_side_by_side
+from mistill.engine.key_value_cache import KeyValueCache, common_prefix
+from mistill.engine.language_model import Choose, Provider, greedy
+from mistill.engine.onnx_session import (
+    check_graph,
+    check_provider,
+    graph_fingerprint,
+    open_session,
+)
+from mistill.engine.saved_cache import read_cache, write_cache
+from mistill.errors import ContextError, FolderError
+from mistill.folders.folder import open_folder
+from mistill.settings import require
+
+CHUNK = 128
+"""Positions of a prompt that are read at once; more are not faster, and an interrupt must wait."""
+
+
+class OnnxModel:
+    """A model that ONNX Runtime runs on the processor; meets ``LanguageModel``.
+
+    Attributes:
+        folder: The ONNX folder.
+        vocabulary_size: Number of logits per position, V.
+        context_length: Most positions that it can hold at once.
+        threads: Threads that it computes with.
+        provider: What computes.
+        alone: Whether it was opened to compute with no other model in turn.
+    """
+
+    folder: Path
+    vocabulary_size: int
+    context_length: int
+    threads: int
+    provider: Provider
+    alone: bool
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        provider: Provider = "cpu",
+        alone: bool = True,
+    ) -> None:
+        """Open an ONNX folder.
+
+        Args:
+            folder: The folder.
+            threads: Threads to compute with; None takes the processors that this process may use.
+            context: Most positions to hold at once; None takes what the model was made for.
+            provider: ``cpu``, or ``cuda`` or ``tensorrt`` where ONNX Runtime has them.
+            alone: Whether no other model computes in turn with this one, token by token, as a
+                draft does. Between two steps the threads of a model that is alone keep their
+                processors busy, so as to begin the next one at once; another model's steps would
+                take twice as long meanwhile.
+
+        Raises:
+            FolderError: If the folder is broken or holds another form of model.
+            MissingExtraError: If ONNX Runtime has no such provider here.
+        """
+        info = open_folder(folder)
+        if info.form != "onnx":
+            raise FolderError(
+                f"{folder} is a {info.form} folder, not an ONNX folder; make one of it with: "
+                "mistill export"
+            )
+        require(threads is None or threads >= 1, f"threads must be 1 or more, not {threads}")
+        require(
+            context is None or 1 <= context <= info.context_length,
+            f"context must be between 1 and the model's {info.context_length}, not {context}",
+        )
+        require(
+            provider in get_args(Provider),
+            f"provider must be one of {', '.join(get_args(Provider))}, not {provider!r}",
+        )
+        check_provider(provider)
+        self.folder = info.path
+        self.provider = provider
+        self.alone = alone
+        self.vocabulary_size = info.vocabulary_size
+        self.context_length = context or info.context_length
+        self.threads = threads or usable_threads()
+        self._session = open_session(info.path, self.threads, provider, alone)
+        check_graph(self._session, info.path, info.layers)
+        self._cache = KeyValueCache(
+            self._session,
+            self.context_length,
+            "cpu" if provider == "cpu" else "cuda",
+            self._unbind,
+        )
+        self._reader: object = None
+        self._lock = threading.Lock()
+        self._binding = self._session.io_binding()
+        # What the binding points at now, and False or None while it is being changed: an interrupt
+        # between two bindings must not leave the graph writing into memory that is gone.
+        self._bound_cache = False
+        self._bound_tokens: NDArray[np.int64] | None = None
+        self._ones = np.ones((1, self.context_length), np.int64)
+        self._token = np.zeros((1, 1), np.int64)
+        self._next_logits = np.empty((1, 1, self.vocabulary_size), np.float32)
+        self._last_position = np.array([-1], np.int64)
+        self._every_position = np.array([0], np.int64)
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Scores of every next token at every position.
+
+        Args:
+            ids: Shape (B, T), without padding.
+
+        Returns:
+            Shape (B, T, V); position t scores the token at t + 1.
+
+        Raises:
+            ValueError: If the ids have another shape, or one is not in the vocabulary.
+            ContextError: If T exceeds the context.
+        """
+        if ids.ndim != 2:
+            raise ValueError(f"ids must have the shape (B, T), not {ids.shape}")
+        rows = [self.checked(row.tolist()) for row in ids]
+        scores = np.empty((*ids.shape, self.vocabulary_size), np.float32)
+        with self._lock:
+            self._reader = None
+            for row, tokens in enumerate(rows):
+                self._cache.rewind(0)
+                for start in range(0, len(tokens), CHUNK):
+                    end = min(start + CHUNK, len(tokens))
+                    self._read(tokens[start:end], scores[row : row + 1, start:end])
+        return scores
+
+    def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
+        """Write tokens after the ids given, one at a time, until the context is full.
+
+        What the prompt shares with the text that was read last is not read again.
+
+        Args:
+            ids: The prompt, at least one token.
+            choose: Picks a token from the logits (V,) of the last position, which the next step
+                overwrites.
+
+        Returns:
+            An iterator over token ids, which ends when the prompt and they fill the context.
+
+        Raises:
+            ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
+            ContextError: If it exceeds the context.
+        """
+        return self._write(self.checked(ids), choose)
+
+    def read(self, ids: Sequence[int], positions: int = 1) -> NDArray[np.float32]:
+        """Scores of the next token at the last positions of a text.
+
+        What the text shares with the one that was read last is not read again.
+
+        Args:
+            ids: The text, at least one token.
+            positions: Of how many of its last positions to give the scores; more than one are
+                read at once, which costs little more than one.
+
+        Returns:
+            Shape (positions, V), the caller's own.
+
+        Raises:
+            ValueError: If the text is empty or holds an id that is not in the vocabulary, or is
+                shorter than the positions asked for.
+            ContextError: If it exceeds the context.
+        """
+        tokens = self.checked(ids)
+        if not 1 <= positions <= len(tokens):
+            raise ValueError(f"positions must be between 1 and {len(tokens)}, not {positions}")
+        return self.follow(object(), tokens, positions)
+
+    def follow(self, reader: object, tokens: list[int], positions: int = 1) -> NDArray[np.float32]:
+        """Like ``read``, for a loop that reads one growing text over and over.
+
+        Args:
+            reader: Stands for the loop. Between two calls with the same reader, only the last
+                positions of the earlier text may change.
+            tokens: What ``checked`` gave, and tokens that the model chose.
+            positions: Of how many of the last positions to give the scores.
+
+        Returns:
+            Shape (positions, V), the caller's own.
+        """
+        scores = np.empty((1, positions, self.vocabulary_size), np.float32)
+        with self._lock:
+            if self._reader is reader:
+                self._cache.rewind(len(tokens) - positions)
+            else:
+                self._cache.rewind(common_prefix(self._cache.ids, tokens[:-positions]))
+                self._reader = reader
+            if positions == 1:
+                self._read_on(tokens)
+                scores[:] = self._next_logits
+            else:
+                self._read_on(tokens[:-positions])
+                self._read(tokens[-positions:], scores)
+        return scores.reshape(positions, -1)
+
+    def write_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        choose: Sequence[Choose] | None = None,
+        end_ids: Collection[int] = (),
+    ) -> list[list[int]]:
+        """Write after several prompts at once, which costs little more than after one.
+
+        Each reply is what ``stream`` writes after its prompt alone, up to the rounding of sums.
+
+        Args:
+            prompts: Token ids, at least one in each.
+            max_new_tokens: Most tokens of one reply.
+            choose: One for each prompt, because a sampler remembers; all greedy if not given.
+            end_ids: Tokens that end a reply and are its last.
+
+        Returns:
+            The replies in the order of the prompts; one that fills the context ends there.
+
+        Raises:
+            ValueError: If a prompt is empty or holds an id that is not in the vocabulary.
+            ContextError: If one exceeds the context.
+        """
+        require(max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {max_new_tokens}")
+        require(
+            choose is None or len(choose) == len(prompts),
+            f"give one choose for each of the {len(prompts)} prompts",
+        )
+        texts = [self.checked(prompt) for prompt in prompts]
+        if texts:
+            write_side_by_side(
+                self._session,
+                texts,
+                [min(len(text) + max_new_tokens, self.context_length) for text in texts],
+                [greedy] * len(texts) if choose is None else choose,
+                end_ids=end_ids,
+                chunk=CHUNK,
+            )
+        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+    def save_cache(self, file: str | Path, **notes: str) -> Path:
+        """Keep what has been read, so that another process need not read it again.
+
+        Args:
+            file: A safetensors file to write; replaced if it exists.
+            **notes: Texts to keep with it, by name.
+
+        Returns:
+            The file.
+        """
+        with self._lock:
+            return write_cache(
+                Path(file),
+                self._cache.ids,
+                self._cache.used(),
+                model=self.folder.name,
+                fingerprint=graph_fingerprint(self.folder),
+                notes=notes,
+            )
+
+    def restore_cache(self, file: str | Path) -> dict[str, str]:
+        """Take up what ``save_cache`` kept; a text that begins like it is read from its end on.
+
+        Args:
+            file: The file.
+
+        Returns:
+            The notes that were kept with it.
+
+        Raises:
+            FolderError: If the file is damaged, or was written for another model.
+            ContextError: If it holds more tokens than the context.
+        """
+        saved = read_cache(
+            Path(file), model=self.folder.name, fingerprint=graph_fingerprint(self.folder)
+        )
+        if len(saved.ids) > self.context_length:
+            raise ContextError(
+                f"{file} holds {len(saved.ids)} tokens and the context {self.context_length}; "
+                "open the model with a longer context"
+            )
+        with self._lock:
+            self._reader = None
+            self._cache.restore(saved.ids, saved.values)
+        return saved.notes
+
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """A text as a list of its own, if the model can read it.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            The same.
+
+        Raises:
+            ValueError: If it is empty or holds an id that is not in the vocabulary.
+            ContextError: If it exceeds the context.
+        """
+        tokens = [int(token) for token in ids]
+        if not tokens:
+            raise ValueError("the prompt is empty; give at least one token")
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary_size:
+            raise ValueError(
+                f"token ids must lie between 0 and {self.vocabulary_size - 1}, got "
+                f"{min(tokens)} to {max(tokens)}"
+            )
+        if len(tokens) > self.context_length:
+            raise ContextError(
+                f"the text has {len(tokens)} tokens and the context holds {self.context_length}; "
+                "give a shorter one"
+            )
+        return tokens
+
+    def _write(self, tokens: list[int], choose: Choose) -> Generator[int, None, None]:
+        reader = object()
+        while len(tokens) < self.context_length:
+            with self._lock:
+                if self._reader is not reader:
+                    # Something else was read since: go back to where the two texts part. The
+                    # last token is always read again, because its logits are what is asked for.
+                    self._cache.rewind(common_prefix(self._cache.ids, tokens[:-1]))
+                    self._reader = reader
+                self._read_on(tokens)
+                token = choose(self._next_logits[0, 0])
+            tokens.append(token)
+            yield token
+
+    def _read_on(self, tokens: list[int]) -> None:
+        """Read what the cache lacks of a text; the logits of the last token are left."""
+        self._cache.reserve(len(tokens))
+        for start in range(len(self._cache.ids), len(tokens), CHUNK):
+            self._read(tokens[start : start + CHUNK], self._next_logits)
+
+    def _read(self, tokens: list[int], scores: NDArray[np.float32]) -> None:
+        """Run the graph over the tokens that follow those in the cache.
+
+        Args:
+            tokens: At most as many as the context has room for.
+            scores: Where the logits go: of every position, shape (1, T, V), or of the last one
+                if it is ``self._next_logits``.
+        """
+        end = len(self._cache.ids) + len(tokens)
+        self._cache.reserve(end)
+        self._bind_cache()
+        step = len(tokens) == 1 and scores is self._next_logits
+        inputs = self._token if step else np.empty((1, len(tokens)), np.int64)
+        self._bind_tokens(inputs, scores)
+        self._binding.bind_cpu_input("attention_mask", self._ones[:, :end])
+        inputs[0] = tokens
+        self._session.run_with_iobinding(self._binding)
+        if scores is not self._next_logits:
+            scores[:] = self._binding.get_outputs()[-1].numpy()
+        self._cache.ids += tokens
+
+    def _bind_cache(self) -> None:
+        """Let the graph read and extend the cache in place."""
+        if not self._bound_cache:
+            for name, value in self._cache.values.items():
+                self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+                self._binding.bind_ortvalue_output(f"present.{name}", value)
+            self._bound_cache = True
+
+    def _unbind(self) -> None:
+        """Hold nothing of the cache, which is about to move."""
+        self._bound_cache, self._bound_tokens = False, None
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+
+    def _bind_tokens(self, inputs: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        """Let the graph read tokens and write logits; nothing changes from step to step."""
+        if self._bound_tokens is not inputs:
+            self._bound_tokens = None
+            last = scores is self._next_logits
+            self._bind("input_ids", inputs)
+            self._bind("first_logit", self._last_position if last else self._every_position)
+            # Bound after the cache, and so the last of the outputs. A graph declares one position,
+            # as it gives by default; ONNX Runtime makes room for more only by itself.
+            if last:
+                self._binding.bind_ortvalue_output("logits", key_value_cache.as_value(scores))
+            else:
+                self._binding.bind_output("logits")
+            self._bound_tokens = inputs
+
+    def _bind(self, name: str, array: NDArray[np.int64]) -> None:
+        self._binding.bind_ortvalue_input(name, key_value_cache.as_value(array))

@@ -1,0 +1,160 @@
+"""Opening the graph of an ONNX folder: where it runs, and whether it is one of ours."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import onnxruntime
+
+from mistill.engine.key_value_cache import CACHE_TYPES
+from mistill.engine.language_model import Provider
+from mistill.errors import FolderError, MissingExtraError
+from mistill.folders.folder import MANIFEST_FILE, open_folder, read_json
+
+# What ONNX Runtime calls them; what one cannot run, the next does.
+_PROVIDERS: dict[str, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+
+
+def check_provider(provider: str) -> None:
+    """Refuse a provider that this installation does not have.
+
+    Args:
+        provider: ``cpu``, ``cuda`` or ``tensorrt``.
+
+    Raises:
+        MissingExtraError: If ONNX Runtime was built without it.
+    """
+    wanted = _PROVIDERS[provider][0]
+    available = onnxruntime.get_available_providers()
+    if wanted not in available:
+        raise MissingExtraError(
+            f"ONNX Runtime {onnxruntime.__version__} has no {wanted} here, only "
+            f"{', '.join(available)}; install onnxruntime-gpu in place of onnxruntime, or take "
+            "provider cpu"
+        )
+
+
+def open_session(
+    folder: Path, threads: int, provider: Provider, alone: bool = True
+) -> onnxruntime.InferenceSession:
+    """Open the graph of a folder.
+
+    Args:
+        folder: An ONNX folder.
+        threads: Threads to compute with on the processor.
+        provider: What computes.
+        alone: Whether no other session runs in turn with this one: else its threads stop spinning
+            when a run ends, where they would wait for the next one for some 35 ms.
+
+    Returns:
+        The session.
+
+    Raises:
+        FolderError: If the graph cannot be opened.
+        MissingExtraError: If the provider is there but does not start.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # A plan of memory is kept for every shape of inputs, and each step has another one.
+    options.enable_mem_pattern = False
+    if not alone:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = onnxruntime.InferenceSession(
+            folder / "model.onnx", options, providers=_PROVIDERS[provider]
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise FolderError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot open {folder / 'model.onnx'}: {reason}"
+        ) from error
+    wanted = _PROVIDERS[provider][0]
+    if wanted not in session.get_providers():
+        # ONNX Runtime goes on without a provider whose libraries it cannot load.
+        raise MissingExtraError(
+            f"{wanted} does not start: its libraries or a driver are missing; install them, or "
+            "take provider cpu"
+        )
+    return session
+
+
+def check_graph(session: onnxruntime.InferenceSession, folder: Path, layers: int) -> None:
+    """Refuse a graph whose inputs and outputs are not those that the engine binds.
+
+    Args:
+        session: The graph.
+        folder: Where it is from.
+        layers: How many layers it should have.
+
+    Raises:
+        FolderError: If something is missing or not known; the message names it.
+    """
+    parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    inputs = {entry.name: entry.type for entry in session.get_inputs()}
+    optional = {entry.name for entry in session.get_overridable_initializers()}
+    outputs = {entry.name for entry in session.get_outputs()}
+    wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
+    wrong = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
+    wrong += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
+    wrong += [
+        f"the input {name} is a {inputs[name]}"
+        for name in sorted(wanted & inputs.keys())
+        if inputs[name] not in (CACHE_TYPES if name.startswith("past") else ("tensor(int64)",))
+    ]
+    if "first_logit" not in optional:
+        wrong.append("the optional input first_logit is missing")
+    wanted = {"logits", *(f"present.{part}" for part in parts)}
+    wrong += [f"the output {name} is missing" for name in sorted(wanted - outputs)]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
+        raise FolderError(
+            f"{folder / 'model.onnx'} is not a graph that this engine runs: "
+            f"{', '.join(wrong[:4])}{more}; make it with: mistill export"
+        )
+
+
+def graph_fingerprint(folder: Path) -> str:
+    """A name for the graph and the weights of an ONNX folder, from its manifest's checksums.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, entry in sorted(read_json(folder / MANIFEST_FILE)["files"].items()):
+        if name.startswith("model.onnx"):
+            digest.update(f"{name} {entry['sha256']}\n".encode())
+    return digest.hexdigest()
+
+
+def verify(folder: str | Path) -> None:
+    """Compare every file of an ONNX folder with the checksums that it was exported with.
+
+    Opening a folder compares sizes only, which takes no time; this reads every byte.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FolderError: If a file is missing or differs; the message names all of them.
+    """
+    path = open_folder(folder).path
+    changed = []
+    for name, entry in read_json(path / MANIFEST_FILE)["files"].items():
+        with (path / name).open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != entry["sha256"]:
+                changed.append(name)
+    if changed:
+        raise FolderError(
+            f"{folder} is damaged: {', '.join(changed)} differ from the checksums in "
+            f"{MANIFEST_FILE}; export it again"
+        )

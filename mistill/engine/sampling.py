@@ -1,0 +1,304 @@
+"""From logits to the next token.
+
+The order is that of ``transformers``: repetition penalty, temperature, top-k, top-p, min-p, then
+a draw. Every function takes the logits (V,) of one position. None of them sorts the whole
+vocabulary: a step of a small model on a laptop lasts a few milliseconds, and the sampler must not
+be what one waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.engine.language_model import greedy
+from mistill.settings import require
+
+Logits = NDArray[np.float32]
+
+# Of so many tokens the best is taken first, when the best of all are looked for.
+_GROUP = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: Divides the logits; 0 always takes the most probable token.
+        top_k: Keep this many of the most probable tokens; 0 keeps all.
+        top_p: Keep the most probable tokens until their probabilities reach this sum; 1 keeps all.
+        min_p: Drop tokens less probable than this share of the most probable one; 0 keeps all.
+        repetition_penalty: Above 1 makes tokens that were seen before less probable; 1 changes
+            nothing.
+        seed: Makes the draws repeatable; without one, they differ from run to run.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no distribution can be drawn with."""
+        require(
+            0 <= self.temperature < float("inf"),
+            f"temperature must be 0 or above, not {self.temperature}",
+        )
+        require(self.top_k >= 0, f"top_k must be 0 (keep all) or above, not {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
+        require(0 <= self.min_p <= 1, f"min_p must be between 0 and 1, not {self.min_p}")
+        require(
+            0 < self.repetition_penalty < float("inf"),
+            f"repetition_penalty must be above 0, not {self.repetition_penalty}; 1 turns it off",
+        )
+        require(self.seed is None or self.seed >= 0, f"seed must be 0 or above, not {self.seed}")
+
+
+class Candidates(NamedTuple):
+    """The tokens that may be drawn.
+
+    Attributes:
+        ids: Token ids, shape (K,).
+        probabilities: Float64, shape (K,), summing to 1; every other token has probability 0.
+    """
+
+    ids: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+
+
+def penalize_repetition(logits: Logits, seen: NDArray[np.int64], penalty: float) -> Logits:
+    """Make tokens that were seen before less probable (Keskar et al., 2019, section 4.1).
+
+    https://arxiv.org/abs/1909.05858; a positive logit is divided by the penalty and a negative
+    one multiplied, so that both fall.
+
+    Args:
+        logits: Shape (V,).
+        seen: Ids of the tokens seen, in any order.
+        penalty: 1 changes nothing.
+
+    Returns:
+        New logits, shape (V,).
+    """
+    penalized = logits.copy()
+    scores = penalized[seen]
+    penalized[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+    return penalized
+
+
+def above_top_k(logits: Logits, k: int) -> NDArray[np.int64]:
+    """The k most probable tokens, and any that tie with the last of them.
+
+    Args:
+        logits: Shape (V,).
+        k: At least 1.
+
+    Returns:
+        Their ids, ascending.
+    """
+    if k >= logits.size:
+        return np.arange(logits.size)
+    groups = logits.size // _GROUP
+    if groups < 4 * k:
+        threshold = np.partition(logits, logits.size - k)[logits.size - k]
+        return np.flatnonzero(logits >= threshold)
+    # Each of k groups holds a token at least as probable as the last of their k best, so that none
+    # of those wanted is below it: few are left to be ordered.
+    best = logits[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
+    ids = np.flatnonzero(logits >= np.partition(best, groups - k)[groups - k])
+    kept = logits[ids]
+    threshold = np.partition(kept, kept.size - k)[kept.size - k]
+    return ids[np.flatnonzero(kept >= threshold)]
+
+
+def above_top_p(odds: NDArray[np.floating], p: float) -> NDArray[np.int64]:
+    """The fewest tokens whose probabilities reach p together (Holtzman et al., 2020).
+
+    https://arxiv.org/abs/1904.09751, section 3.1. Sorts a few of the most probable tokens, and
+    more of them only when those did not reach p.
+
+    Args:
+        odds: Shape (K,), probabilities up to a common factor.
+        p: Above 0 and at most 1.
+
+    Returns:
+        Indices into ``odds``, most probable first; at least one.
+    """
+    wanted = p * odds.sum(dtype=np.float64)
+    count = 128
+    while True:
+        if count >= odds.size:
+            head = np.arange(odds.size)
+        else:
+            head = np.argpartition(odds, odds.size - count)[-count:]
+        order = head[np.argsort(-odds[head], kind="stable")]
+        reached = np.cumsum(odds[order], dtype=np.float64)
+        if reached[-1] >= wanted or count >= odds.size:
+            return order[: int(np.searchsorted(reached, wanted)) + 1]
+        count *= 8
+
+
+def candidates(logits: Logits, settings: SamplingSettings) -> Candidates:
+    """The distribution that the next token is drawn from, without the repetition penalty.
+
+    Args:
+        logits: Shape (V,).
+        settings: What to keep of them.
+
+    Returns:
+        The tokens kept, with their probabilities.
+    """
+    if settings.temperature == 0:
+        return Candidates(np.array([greedy(logits)]), np.ones(1))
+    ids = above_top_k(logits, settings.top_k) if settings.top_k else np.arange(logits.size)
+    kept = logits[ids] if settings.top_k else logits
+    # The largest is subtracted first, so that no temperature overflows.
+    odds = np.exp((kept - kept.max()) / np.float32(settings.temperature))
+    if settings.top_p < 1:
+        most = above_top_p(odds, settings.top_p)
+        ids, odds = ids[most], odds[most]
+    if settings.min_p > 0:
+        likely = np.flatnonzero(odds >= settings.min_p * odds.max())
+        ids, odds = ids[likely], odds[likely]
+    odds = odds.astype(np.float64)
+    return Candidates(ids, odds / odds.sum())
+
+
+def draw(among: Candidates, generator: np.random.Generator) -> int:
+    """One token, drawn by its probability.
+
+    Args:
+        among: The tokens kept.
+        generator: Where the randomness comes from; one number is taken from it.
+
+    Returns:
+        Its id.
+    """
+    reached = np.cumsum(among.probabilities)
+    place = int(np.searchsorted(reached, generator.random() * reached[-1], side="right"))
+    if place == reached.size:  # rounding may put the number at the very end
+        place = int(np.flatnonzero(among.probabilities)[-1])
+    return int(among.ids[place])
+
+
+def accept_or_redraw(
+    ours: Candidates, token: int, theirs: Candidates, generator: np.random.Generator
+) -> int:
+    """A token drawn by one distribution, made into one drawn by another.
+
+    The token stands with probability min(1, p / q), and is otherwise replaced by a draw from what p
+    has over q (Leviathan et al., 2023, section 2.3, https://arxiv.org/abs/2211.17192): what comes
+    out is distributed as p, whatever q was.
+
+    Args:
+        ours: p, what the result shall be drawn from.
+        token: Drawn from ``theirs``.
+        theirs: q.
+        generator: Where the randomness comes from.
+
+    Returns:
+        The token, or another.
+    """
+    p, q = (_probability_of(token, among) for among in (ours, theirs))
+    if generator.random() * q < p:
+        return token
+    ids, odds = theirs
+    over = ours.probabilities.copy()
+    _, at_ours, at_theirs = np.intersect1d(ours.ids, ids, True, return_indices=True)
+    over[at_ours] = np.maximum(over[at_ours] - odds[at_theirs], 0)
+    # Of two distributions that are equal but for rounding, nothing may be left.
+    return draw(Candidates(ours.ids, over) if over.any() else ours, generator)
+
+
+def _probability_of(token: int, among: Candidates) -> float:
+    return float(among.probabilities[among.ids == token].sum())
+
+
+class Sampler:
+    """Chooses one token after another, and remembers which it has seen.
+
+    One sampler serves one reply: the repetition penalty counts the tokens of its prompt and its
+    own.
+
+    Attributes:
+        settings: How tokens are drawn.
+    """
+
+    settings: SamplingSettings
+
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        generator: np.random.Generator | None = None,
+        *,
+        seen: Iterable[int] = (),
+    ) -> None:
+        """Make a sampler.
+
+        Args:
+            settings: How tokens are drawn.
+            generator: Where the randomness comes from; None makes one from ``settings.seed``.
+            seen: Tokens that count as seen already, such as the prompt.
+        """
+        self.settings = settings
+        self._generator = np.random.default_rng(settings.seed) if generator is None else generator
+        self._penalizes = settings.repetition_penalty != 1
+        self._seen = set(seen) if self._penalizes else set()
+        self._seen_ids = np.fromiter(self._seen, np.int64)
+
+    def __call__(self, logits: Logits) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: Shape (V,); left as they are.
+
+        Returns:
+            The id of the token, which counts as seen from now on.
+        """
+        if self.settings.temperature == 0:
+            return self._take(greedy(self._penalized(logits)))
+        return self._take(draw(self.distribution(logits), self._generator))
+
+    def distribution(self, logits: Logits) -> Candidates:
+        """What the next token would be drawn from.
+
+        Args:
+            logits: Shape (V,); left as they are.
+
+        Returns:
+            The tokens kept, with their probabilities.
+        """
+        return candidates(self._penalized(logits), self.settings)
+
+    def judge(self, logits: Logits, token: int, theirs: Candidates) -> int:
+        """Choose the next token where another model has drawn one already.
+
+        Args:
+            logits: Shape (V,); left as they are.
+            token: What the other has drawn.
+            theirs: What it was drawn from.
+
+        Returns:
+            A token distributed as those that calling the sampler gives; as often as that allows,
+            the one that was drawn.
+        """
+        ours = self.distribution(logits)
+        return self._take(accept_or_redraw(ours, token, theirs, self._generator))
+
+    def _penalized(self, logits: Logits) -> Logits:
+        if not self._penalizes:
+            return logits
+        return penalize_repetition(logits, self._seen_ids, self.settings.repetition_penalty)
+
+    def _take(self, token: int) -> int:
+        if self._penalizes and token not in self._seen:
+            self._seen.add(token)
+            self._seen_ids = np.append(self._seen_ids, token)
+        return token

@@ -1,0 +1,427 @@
+"""Folders: the only thing that steps hand to one another.
+
+What a folder holds is read from its small files and from the headers of its weights, never by
+loading them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from mistill.errors import FolderError
+from mistill.folders.gptq_format import read_quantization
+
+Form = Literal["model", "gptq", "nf4", "onnx"]
+
+MANIFEST_FILE = "manifest.json"
+FIDELITY_FILE = "fidelity.json"
+QUANTIZE_REPORT_FILE = "quantize_report.json"
+QUANTIZE_TABLE_FILE = "quantize_report.csv"
+AUTO_GPTQ_CONFIG = "quantize_config.json"
+
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderInfo:
+    """What a folder holds, read without loading a weight.
+
+    Attributes:
+        path: The folder.
+        form: ``model`` (float weights), ``gptq``, ``nf4`` or ``onnx``.
+        architecture: ``model_type`` of config.json, such as ``mistral``.
+        vocabulary_size: Rows of the embedding, V.
+        layers: Decoder layers.
+        hidden_size: Width of the residual stream, D.
+        parameters: Weights of the dense model that the folder stands for; a shared table counts
+            once.
+        weight_bytes: Bytes of the files that hold weights.
+        size_bytes: Bytes of all files.
+        context_length: Most positions.
+        quantization: ``quantization_config`` of config.json, or None.
+    """
+
+    path: Path
+    form: Form
+    architecture: str
+    vocabulary_size: int
+    layers: int
+    hidden_size: int
+    parameters: int
+    weight_bytes: int
+    size_bytes: int
+    context_length: int
+    quantization: dict[str, Any] | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk for each weight of the dense model, scales and tables counted."""
+        return self.weight_bytes * 8 / self.parameters
+
+
+def open_folder(path: str | Path) -> FolderInfo:
+    """Describe a folder, or say all that is missing from it.
+
+    Args:
+        path: A folder of any form.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        FolderError: If it is missing or broken; the message lists everything that is wrong.
+    """
+    wrong = problems(path)
+    if wrong:
+        raise FolderError(f"{path} is not a usable model folder: {'; '.join(wrong)}")
+    return describe(path)
+
+
+def problems(path: str | Path) -> list[str]:
+    """Everything that keeps a folder from being used, in words.
+
+    Args:
+        path: A folder of any form.
+
+    Returns:
+        One phrase for each problem; empty for a sound folder.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        return ["there is no such folder"]
+    if not folder.is_dir():
+        return ["it is a file, not a folder"]
+    found = _config_problems(folder)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        found.append("tokenizer.json is missing")
+    if (folder / "model.onnx").is_file():
+        return found + _onnx_problems(folder)
+    return found + _weight_problems(folder)
+
+
+def describe(path: str | Path) -> FolderInfo:
+    """Describe a sound folder without loading its weights.
+
+    Args:
+        path: A folder without problems.
+
+    Returns:
+        What it holds.
+    """
+    folder = Path(path).expanduser().absolute()
+    config = read_config(folder)
+    quantization = config.get("quantization_config")
+    form = form_of(folder, config)
+    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    if form == "onnx":
+        weights = [file for file in sizes if file.name.startswith("model.onnx")]
+        parameters = int(read_json(folder / MANIFEST_FILE)["parameters"])
+    else:
+        weights = weight_files(folder)
+        parameters = _dense_parameters(folder, config)
+    return FolderInfo(
+        path=folder,
+        form=form,
+        architecture=str(config["model_type"]),
+        vocabulary_size=int(config["vocab_size"]),
+        layers=int(config["num_hidden_layers"]),
+        hidden_size=int(config["hidden_size"]),
+        parameters=parameters,
+        weight_bytes=sum(sizes[file] for file in weights),
+        size_bytes=sum(sizes.values()),
+        context_length=context_length(folder, config),
+        quantization=quantization,
+    )
+
+
+def form_of(folder: Path, config: Mapping[str, Any]) -> Form:
+    """The form of a folder.
+
+    Args:
+        folder: The folder.
+        config: Its config.json.
+
+    Returns:
+        ``onnx`` where a graph is, else what ``quantization_config`` says, else ``model``.
+
+    Raises:
+        FolderError: If the weights are quantized in a way that mistill does not read.
+    """
+    if (folder / "model.onnx").is_file():
+        return "onnx"
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return "model"
+    if not isinstance(quantization, Mapping):
+        raise FolderError(f"quantization_config in {folder} should be an object")
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        return "gptq"
+    if method == "bitsandbytes" and quantization.get("bnb_4bit_quant_type") == "nf4":
+        return "nf4"
+    raise FolderError(
+        f"{folder} is quantized as {method!r}; mistill reads float, GPTQ and NF4 folders"
+    )
+
+
+def context_length(folder: Path, config: Mapping[str, Any]) -> int:
+    """Most positions that a model can hold.
+
+    Args:
+        folder: The folder; an ONNX folder may hold fewer than its config says.
+        config: Its config.json.
+
+    Returns:
+        Positions.
+    """
+    genai = folder / "genai_config.json"
+    if (folder / "model.onnx").is_file() and genai.is_file():
+        return int(read_json(genai)["model"]["context_length"])
+    return int(config["max_position_embeddings"])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json, and what AutoGPTQ may have put beside it.
+
+    Args:
+        folder: A folder of any form.
+
+    Returns:
+        The config; ``quantization_config`` is that of quantize_config.json where config.json has
+        none.
+
+    Raises:
+        FolderError: If a file is missing or is not a JSON object.
+    """
+    config = read_json(folder / "config.json")
+    if "quantization_config" not in config and (folder / AUTO_GPTQ_CONFIG).is_file():
+        said = read_json(folder / AUTO_GPTQ_CONFIG)
+        config["quantization_config"] = {"quant_method": "gptq", **said}
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in order.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        One file, or the shards that the index names; of a folder by AutoGPTQ those under the name
+        that it gives them, such as ``gptq_model-4bit-128g.safetensors``.
+    """
+    for base in ("model", *_auto_gptq_names(folder)):
+        index = folder / f"{base}.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            return [folder / name for name in names]
+        if (folder / f"{base}.safetensors").is_file():
+            return [folder / f"{base}.safetensors"]
+    return [folder / "model.safetensors"]
+
+
+def _auto_gptq_names(folder: Path) -> list[str]:
+    """The names that AutoGPTQ may have given to the weights of a folder, without their ending."""
+    if not (folder / AUTO_GPTQ_CONFIG).is_file():
+        return []
+    said = read_json(folder / AUTO_GPTQ_CONFIG)
+    default = f"gptq_model-{said.get('bits')}bit-{said.get('group_size')}g"
+    names = [said.get("model_file_base_name"), default]
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+
+
+def data_start(file: Path) -> int:
+    """Where the tensors of a safetensors file begin.
+
+    Args:
+        file: A file that ``safetensors_header`` reads.
+
+    Returns:
+        Bytes from the start of the file.
+    """
+    with file.open("rb") as opened:
+        return 8 + int(struct.unpack("<Q", opened.read(8))[0])
+
+
+def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Names, types and shapes of the tensors in a safetensors file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Tensor name to its ``dtype``, ``shape`` and ``data_offsets``.
+
+    Raises:
+        FolderError: If the file is cut short or is not a safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        header = _read_header(opened, size)
+    if header is None:
+        raise FolderError(f"{file} is not a safetensors file, or its start is damaged")
+    tensors, start = header
+    tensors.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if size < start + end:
+        raise FolderError(f"{file} is cut short: {size} of {start + end} bytes")
+    return tensors
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The object.
+
+    Raises:
+        FolderError: If the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise FolderError(f"{file} is missing") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FolderError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FolderError(f"{file} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a model besides its weights and config: tokenizer, template, settings.
+
+    Args:
+        source: A model folder.
+        target: The folder being made.
+    """
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _config_problems(folder: Path) -> list[str]:
+    try:
+        config = read_config(folder)
+    except FolderError as error:
+        return [str(error).replace(f"{folder}{os.sep}", "")]
+    wanted = (
+        "model_type",
+        "vocab_size",
+        "num_hidden_layers",
+        "hidden_size",
+        "max_position_embeddings",
+    )
+    missing = [name for name in wanted if name not in config]
+    found = [f"config.json lacks {', '.join(missing)}"] if missing else []
+    found += [
+        f"{name} in config.json should be a whole number, not {config[name]!r}"
+        for name in wanted[1:]
+        if name in config and type(config[name]) is not int
+    ]
+    try:
+        form_of(folder, config)
+    except FolderError as error:
+        found.append(str(error))
+    return found
+
+
+def _onnx_problems(folder: Path) -> list[str]:
+    found = [
+        f"{name} is missing"
+        for name in ("genai_config.json", MANIFEST_FILE)
+        if not (folder / name).is_file()
+    ]
+    if (folder / MANIFEST_FILE).is_file():
+        try:
+            files = read_json(folder / MANIFEST_FILE).get("files", {})
+        except FolderError as error:
+            return [*found, str(error)]
+        for name, entry in files.items():
+            file = folder / name
+            if not file.is_file():
+                found.append(f"{name} is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                found.append(
+                    f"{name} has {file.stat().st_size} bytes, not the {entry['bytes']} of the "
+                    "manifest"
+                )
+    return found
+
+
+def _weight_problems(folder: Path) -> list[str]:
+    try:
+        files = weight_files(folder)
+    except (FolderError, KeyError):
+        return ["model.safetensors.index.json is damaged"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        if pickled:
+            return [f"its weights are pickled ({pickled[0]}); mistill reads safetensors only"]
+        return [f"{name} is missing" for name in missing]
+    found = []
+    for file in files:
+        try:
+            safetensors_header(file)
+        except FolderError as error:
+            found.append(str(error).replace(f"{folder}{os.sep}", ""))
+    return found
+
+
+def _read_header(opened: BinaryIO, size: int) -> tuple[dict[str, dict[str, Any]], int] | None:
+    prefix = opened.read(8)
+    if len(prefix) < 8:
+        return None
+    (length,) = struct.unpack("<Q", prefix)
+    if length > size - 8:
+        return None
+    try:
+        header = json.loads(opened.read(length))
+    except ValueError:
+        return None
+    return (header, 8 + length) if isinstance(header, dict) else None
+
+
+def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
+    """Count the weights that a folder stands for, whatever form they are packed in."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for file in weight_files(folder):
+        tensors.update(safetensors_header(file))
+    layout = None
+    total = 0
+    for name, entry in tensors.items():
+        count = math.prod(entry["shape"])
+        if name.endswith(".qweight"):
+            module = name.removesuffix(".qweight")
+            if f"{module}.g_idx" in tensors:
+                inputs = tensors[f"{module}.g_idx"]["shape"][0]
+            else:
+                layout = layout or read_quantization(config)
+                form = None if layout is None else layout.format_of(module)
+                inputs = entry["shape"][0] * 32 // (form.bits if form else 32)
+            total += inputs * entry["shape"][1]
+        elif f"{name}.quant_state.bitsandbytes__nf4" in tensors:
+            total += count * 2
+        elif name.endswith((".weight", ".bias")):
+            total += count
+    return total

@@ -1,0 +1,148 @@
+"""How a folder came to be: ``lineage.json``, a list with one entry for each step that led to it.
+
+A folder explains itself by it, and a recipe knows what is done. Sources are told apart by a
+fingerprint of what they hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mistill.errors import FolderError
+from mistill.folders.folder import MANIFEST_FILE, QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
+from mistill.folders.publishing import write_atomically
+
+LINEAGE_FILE = "lineage.json"
+
+# What tells how a folder was made, with dates and durations, and not what it holds.
+_RECORDS = (
+    LINEAGE_FILE,
+    MANIFEST_FILE,
+    "metrics.jsonl",
+    QUANTIZE_REPORT_FILE,
+    QUANTIZE_TABLE_FILE,
+)
+_VERSIONED = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnx-ir", "numpy")
+_SMALL_FILE = 1 << 20
+_PROBES = 64
+_PROBE_BYTES = 4096
+
+
+def read_lineage(folder: str | Path) -> list[dict[str, Any]]:
+    """The steps that led to a folder, first step first.
+
+    Args:
+        folder: A folder of any form.
+
+    Returns:
+        One entry per step; empty for a folder that mistill did not make.
+
+    Raises:
+        FolderError: If the record is damaged.
+    """
+    file = Path(folder) / LINEAGE_FILE
+    if not file.is_file():
+        return []
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FolderError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, list):
+        raise FolderError(f"{file} should hold a list of steps")
+    return value
+
+
+def add_lineage(
+    folder: Path, *, step: str, settings: Mapping[str, Any], source: Path | None, **facts: Any
+) -> None:
+    """Record in a new folder which step made it, from what, and with which settings.
+
+    Args:
+        folder: The folder being made.
+        step: Name of the step, as in the command line.
+        settings: The step's settings, as JSON values.
+        source: The folder that the step read, whose own lineage is carried on; None at the start.
+        **facts: What else the step wants remembered, as JSON values.
+    """
+    steps = lineage_after(source, step=step, settings=settings, **facts)
+    write_atomically(folder / LINEAGE_FILE, json.dumps(steps, indent=2) + "\n")
+
+
+def lineage_after(
+    source: Path | None, *, step: str, settings: Mapping[str, Any], **facts: Any
+) -> list[dict[str, Any]]:
+    """The lineage of what a step makes: that of its source, and an entry for the step.
+
+    Args:
+        source: The folder that the step read; None at the start.
+        step: Name of the step, as in the command line.
+        settings: The step's settings, as JSON values.
+        **facts: What else the step wants remembered, as JSON values.
+
+    Returns:
+        One entry per step.
+    """
+    entry = {
+        "step": step,
+        "settings": dict(settings),
+        "source": None if source is None else str(source),
+        "source_fingerprint": None if source is None else fingerprint(source),
+        "versions": installed_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **facts,
+    }
+    return [*([] if source is None else read_lineage(source)), entry]
+
+
+def fingerprint(path: str | Path) -> str:
+    """A short name for the content of a file or folder, found in milliseconds.
+
+    SHA-256 over the names and sizes of all files, the whole of those up to 1 MiB, and 64 evenly
+    spaced pages of larger ones: enough to tell two trained models apart, not to detect a
+    forger. The manifest of an ONNX folder holds full checksums. Records of how a folder was made
+    do not count: they hold dates and durations.
+
+    Args:
+        path: A file or a folder.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    root = Path(path)
+    files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.name in _RECORDS:
+            continue
+        size = file.stat().st_size
+        name = file.relative_to(root).as_posix() if root.is_dir() else "file"
+        digest.update(f"{name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            if size <= _SMALL_FILE:
+                digest.update(opened.read())
+                continue
+            for probe in range(_PROBES):
+                opened.seek(probe * (size - _PROBE_BYTES) // (_PROBES - 1))
+                digest.update(opened.read(_PROBE_BYTES))
+    return digest.hexdigest()
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of mistill and of the libraries that decide what a step produces.
+
+    Returns:
+        Library name to version, for those installed.
+    """
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("mistill", *_VERSIONED):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

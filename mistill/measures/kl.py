@@ -1,0 +1,239 @@
+"""How far models are from a reference on some text, without holding the logits of all of it.
+
+KL(reference || model), over the whole vocabulary at every token, tells what a compressed model
+lost: perplexity can stay the same while answers change, KL cannot. What is kept of a model are its
+last hidden states, D numbers a token; logits, V numbers a token, are made from them for a few rows
+at once and thrown away when every model has been compared there.
+
+N is positions that count, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from mistill.errors import TextError, VocabularyError
+from mistill.measures.uncertainty import mean_of, standard_error_of_mean
+from mistill.text.documents import TokenBlocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Logits of one model that exist at once: 16 MiB of float32.
+_LOGITS_AT_ONCE = 1 << 22
+
+# Tokens that pass through a whole model at once.
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model predicts at N positions, in the form that takes least room.
+
+    Attributes:
+        hidden: Its hidden states after the last norm, shape (N, D).
+        head: Its output matrix, shape (V, D).
+    """
+
+    hidden: Tensor
+    head: Tensor
+
+    def logits(self, rows: slice) -> Tensor:
+        """Scores of every next token at some positions.
+
+        Args:
+            rows: Which positions.
+
+        Returns:
+            Shape (n, V), float32.
+        """
+        return functional.linear(self.hidden[rows].float(), self.head.float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closeness:
+    """How close a model's predictions are to a reference's, over the tokens of a text.
+
+    Attributes:
+        kl: Mean KL(reference || model) per token, in nats.
+        kl_standard_error: Standard error of that mean, taken between blocks of text; None for a
+            single token.
+        kl_p99: The divergence that one token in a hundred exceeds.
+        agreement: Share of tokens where both hold the same token for the most probable.
+        perplexity: Of the model, on the text itself.
+        reference_perplexity: Of the reference.
+        tokens: Tokens that the means are over.
+    """
+
+    kl: float
+    kl_standard_error: float | None
+    kl_p99: float
+    agreement: float
+    perplexity: float
+    reference_perplexity: float
+    tokens: int
+
+
+@torch.inference_mode()
+def predict(model: PreTrainedModel, blocks: TokenBlocks) -> Predictions:
+    """What a loaded model predicts at the positions of a text that count.
+
+    Args:
+        model: A Llama or Mistral with its head, in eval mode.
+        blocks: The text.
+
+    Returns:
+        Its predictions, in the order of the blocks.
+    """
+    body = cast(Any, model).model
+    step = max(1, _TOKENS_AT_ONCE // blocks.block_length)
+    found = []
+    for start in range(0, len(blocks), step):
+        part = blocks[start : start + step]
+        ids, places = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(model.device)
+            for array in (part.ids, part.position_ids)
+        )
+        # No mask: transformers keeps documents apart by positions that begin anew at 0.
+        states = body(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
+        found.append(states[torch.from_numpy(part.kept).to(states.device)])
+    head = cast(Any, model.get_output_embeddings())
+    return Predictions(torch.cat(found), head.weight.detach())
+
+
+@torch.inference_mode()
+def compare(
+    references: Mapping[str, Predictions],
+    models: Mapping[str, Predictions],
+    blocks: TokenBlocks,
+) -> dict[str, dict[str, Closeness]]:
+    """Compare every model with every reference on one text.
+
+    Args:
+        references: What the models stand in for, such as their source and its teacher, by name.
+        models: By name.
+        blocks: The text that all predictions are about.
+
+    Returns:
+        By name of the model, then by name of the reference.
+
+    Raises:
+        VocabularyError: If two of them have different numbers of logits.
+        TextError: If the text holds no token to predict.
+    """
+    kept = blocks.kept
+    lengths = kept.sum(axis=1)
+    total = int(lengths.sum())
+    if not total:
+        raise TextError("the text to measure on holds no token to predict; give more of it")
+    sizes = {name: len(one.head) for name, one in (*references.items(), *models.items())}
+    if len(set(sizes.values())) > 1:
+        words = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise VocabularyError(
+            f"models can be compared where they share a vocabulary, but their logits are {words}; "
+            "give models with the same tokenizer"
+        )
+    next_ids = torch.from_numpy(blocks.ids[:, 1:][kept[:, :-1]])
+    reference_losses = {name: np.empty(total) for name in references}
+    losses = {name: np.empty(total) for name in models}
+    kl = {model: {name: np.empty(total) for name in references} for model in models}
+    agrees = {model: {name: np.empty(total, bool) for name in references} for model in models}
+
+    step = max(1, _LOGITS_AT_ONCE // next(iter(sizes.values())))
+    for start in range(0, total, step):
+        rows = slice(start, start + step)
+        asked = {name: _Rows.of(one.logits(rows)) for name, one in references.items()}
+        for name, one in asked.items():
+            reference_losses[name][rows] = one.losses(next_ids[rows])
+        for model, predictions in models.items():
+            rival = _Rows.of(predictions.logits(rows))
+            losses[model][rows] = rival.losses(next_ids[rows])
+            for name, one in asked.items():
+                kl[model][name][rows] = one.divergences(rival)
+                agrees[model][name][rows] = (one.first == rival.first).cpu().numpy()
+
+    passages = [int(place) for place in np.cumsum(lengths[lengths > 0])[:-1]]
+    return {
+        model: {
+            name: _closeness(
+                np.split(kl[model][name], passages),
+                agrees[model][name],
+                losses[model],
+                reference_losses[name],
+            )
+            for name in references
+        }
+        for model in models
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Logits of some rows, and what every comparison needs of them.
+
+    Attributes:
+        logits: Shape (n, V), float32.
+        weights: exp of the logits less their maximum, of the same shape.
+        log_total: Log of the sum of the exponentials of the logits, float64, shape (n,).
+        first: The most probable tokens, shape (n,).
+    """
+
+    logits: Tensor
+    weights: Tensor
+    log_total: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Rows:
+        top, first = logits.max(dim=1, keepdim=True)
+        weights = (logits - top).exp_()
+        log_total = weights.sum(dim=1, dtype=torch.float64).log_().add_(top[:, 0])
+        return cls(logits, weights, log_total, first[:, 0])
+
+    def losses(self, next_ids: Tensor) -> NDArray[np.float64]:
+        chosen = self.logits.gather(1, next_ids.to(self.logits.device)[:, None])[:, 0]
+        return (self.log_total - chosen).cpu().numpy()
+
+    def divergences(self, other: _Rows) -> NDArray[np.float64]:
+        # sum(p (r - c)) - ln Z_r + ln Z_c. The logits are subtracted first and all sums taken in
+        # float64, so that models that nearly agree keep their digits.
+        gaps = (self.logits - other.logits.to(self.logits.device)).mul_(self.weights)
+        total = self.weights.sum(dim=1, dtype=torch.float64)
+        expected = gaps.sum(dim=1, dtype=torch.float64) / total
+        kl = expected - self.log_total + other.log_total.to(expected.device)
+        # Rounding can leave a few 1e-8 below zero where the models agree.
+        return kl.clamp_(min=0).cpu().numpy()
+
+
+def _closeness(
+    passages: Sequence[NDArray[np.float64]],
+    agrees: NDArray[np.bool_],
+    losses: NDArray[np.float64],
+    reference_losses: NDArray[np.float64],
+) -> Closeness:
+    every = np.concatenate(passages)
+    return Closeness(
+        kl=mean_of(passages),
+        kl_standard_error=standard_error_of_mean(passages),
+        kl_p99=float(np.quantile(every, 0.99)),
+        agreement=float(agrees.mean()),
+        perplexity=_perplexity(losses),
+        reference_perplexity=_perplexity(reference_losses),
+        tokens=len(every),
+    )
+
+
+def _perplexity(losses: NDArray[np.float64]) -> float:
+    try:
+        return math.exp(float(losses.mean()))
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,505 @@
+"""A model folder as a PyTorch model, and as the language model that benchmarks and chat ask for.
+
+Float, GPTQ and NF4 folders all become a transformers model of the plain Llama or Mistral
+architecture. What is in a folder is compared with what its config.json asks for from the headers
+of the files alone, so that a damaged folder is refused before its gigabytes are read, and no
+tensor is ever left at a random start.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mistill.engine.language_model import Choose, greedy
+from mistill.errors import (
+    ArchitectureError,
+    ContextError,
+    FolderError,
+    MissingExtraError,
+    missing_extra,
+)
+from mistill.folders.folder import (
+    FolderInfo,
+    context_length,
+    open_folder,
+    read_json,
+    safetensors_header,
+    weight_files,
+)
+from mistill.weights.gptq_doctor import require_sound
+from mistill.weights.gptq_layout import TENSOR_NAMES
+from mistill.weights.plain_weights import PlainWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_log = logging.getLogger(__name__)
+
+READABLE = ("llama", "mistral")
+
+_POSITIONS_AT_ONCE = 2048
+# Tables that older files hold and newer code works out.
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
+
+
+# --- architecture -------------------------------------------------------------------------------
+
+
+def require_readable(info: FolderInfo) -> None:
+    """Refuse an architecture that mistill does not read.
+
+    Args:
+        info: What the folder holds.
+
+    Raises:
+        ArchitectureError: If it is neither Llama nor Mistral.
+    """
+    if info.architecture not in READABLE:
+        raise ArchitectureError(
+            f"{info.path} is a model of type {info.architecture!r}; mistill reads "
+            f"{' and '.join(READABLE)}: give a model of one of these"
+        )
+
+
+def plain_config(folder: Path) -> PreTrainedConfig:
+    """The config of a folder as that of a float model, whatever form its weights have.
+
+    Args:
+        folder: A folder of a readable architecture.
+
+    Returns:
+        The transformers config, without ``quantization_config``.
+
+    Raises:
+        FolderError: If the values in config.json contradict one another.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig, MistralConfig
+
+    values = read_json(folder / "config.json")
+    for name in ("quantization_config", "auto_map"):
+        values.pop(name, None)
+    kinds: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "mistral": MistralConfig}
+    kind = kinds[values.pop("model_type")]
+    try:
+        config = kind.from_dict(values, attn_implementation="sdpa")
+        empty_model(config)
+    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, KeyError):
+            reason = f"{reason} is not a value that transformers knows"
+        raise FolderError(f"config.json of {folder} does not describe a model: {reason}") from error
+    return config
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules of a model, without memory for their weights.
+
+    Args:
+        config: Of Llama or Mistral.
+
+    Returns:
+        A model on the ``meta`` device.
+    """
+    with torch.device("meta"):
+        return _model_class(config)(config)
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    from transformers import LlamaForCausalLM, MistralForCausalLM
+
+    classes: dict[str, type[PreTrainedModel]] = {
+        "llama": LlamaForCausalLM,
+        "mistral": MistralForCausalLM,
+    }
+    return classes[config.model_type]
+
+
+# --- checking -----------------------------------------------------------------------------------
+
+
+def check_weights(folder: Path, config: PreTrainedConfig | None = None) -> None:
+    """Refuse a folder whose tensors are not those that its config asks for.
+
+    Reads the headers of the files, never the weights. Of GPTQ and NF4 weights the names are
+    compared, of float ones the shapes too.
+
+    Args:
+        folder: A float, GPTQ or NF4 folder of a readable architecture.
+        config: Its plain config, if it is at hand.
+
+    Raises:
+        FolderError: If a tensor is missing, left over, or of another shape.
+    """
+    config = config or plain_config(folder)
+    present: dict[str, dict[str, Any]] = {}
+    for file in weight_files(folder):
+        present.update(safetensors_header(file))
+    wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).named_parameters()}
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    found, other_shapes = set(), []
+    for name, entry in present.items():
+        owner = _weight_of(name, present, wanted)
+        if owner is None:
+            continue
+        found.add(owner)
+        stored = tuple(entry["shape"])
+        is_plain = name == owner and f"{name}.absmax" not in present
+        if is_plain and owner in wanted and stored != wanted[owner]:
+            other_shapes.append(f"{owner} {stored} instead of {wanted[owner]}")
+    problems = [
+        *_listed("it lacks", sorted(wanted.keys() - found - optional)),
+        *_listed("it also holds", sorted(found - wanted.keys() - optional)),
+        *_listed("it holds", other_shapes),
+    ]
+    if problems:
+        raise FolderError(
+            f"the weights in {folder} are not those of its config.json: {'; '.join(problems)}"
+        )
+
+
+def _weight_of(name: str, present: Container[str], wanted: Container[str]) -> str | None:
+    """The parameter that a stored tensor belongs to; None for what newer code works out."""
+    module, _, last = name.rpartition(".")
+    if last in TENSOR_NAMES:
+        return f"{module}.weight"
+    if last == "bias" and f"{module}.qweight" in present and name not in wanted:
+        return None  # judged when it is read: AutoGPTQ writes zeros where the model has no bias
+    if ".weight." in name:  # bitsandbytes: weight.absmax, weight.quant_state.bitsandbytes__nf4, ...
+        return name[: name.index(".weight.")] + ".weight"
+    return None if _DERIVED.search(name) else name
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{what} {', '.join(names[:3])}{rest}"]
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a float, GPTQ or NF4 folder as a transformers model, in eval mode on the CPU.
+
+    GPTQ codes are turned back into the weights that they stand for, in the plain architecture.
+    NF4 weights stay in bitsandbytes' own layers.
+
+    Args:
+        folder: A model folder.
+        dtype: What to hold float weights in and to compute in, whatever the folder's own type.
+
+    Returns:
+        A LlamaForCausalLM or MistralForCausalLM.
+
+    Raises:
+        FolderError: If the folder is broken or holds an ONNX graph.
+        ArchitectureError: If it is neither Llama nor Mistral.
+    """
+    info = open_folder(folder)
+    if info.form == "onnx":
+        raise FolderError(
+            f"{folder} is an ONNX folder; PyTorch needs the model folder it was exported from"
+        )
+    require_readable(info)
+    config = plain_config(info.path)
+    check_weights(info.path, config)
+    with quiet_transformers():
+        model = _load(info, config, dtype)
+    # It would keep gradients from the padding token's row, and that token may be the end of turn.
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None
+    return model
+
+
+def _load(info: FolderInfo, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    if info.form == "nf4":
+        try:
+            return _load_nf4(info.path, dtype)
+        except MissingExtraError as error:
+            _log.warning("%s; its NF4 weights take the room of floats until then", error)
+    if info.form != "model":
+        return _load_decoded(info, config, dtype)
+    return _model_class(config).from_pretrained(
+        info.path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing its own progress bars while the body runs.
+
+    Yields:
+        Nothing.
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load_decoded(
+    info: FolderInfo, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load the floats that a folder's codes stand for."""
+    weights = {name: weight.to(dtype) for name, weight in decoded(info, config)}
+    return _model_class(config).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype
+    )
+
+
+def decoded(info: FolderInfo, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """Read the weights that an architecture asks for from codes, one at a time.
+
+    Args:
+        info: A GPTQ or NF4 folder.
+        config: Its config, from ``plain_config``.
+
+    Yields:
+        Names and tensors: float32 of those stored as codes or in bfloat16, the others as they are
+        stored.
+
+    Raises:
+        FolderError: If the codes contradict what is said of them, or a matrix has a bias that the
+            architecture has not.
+    """
+    if info.form == "gptq":
+        require_sound(info.path)
+    wanted = dict(empty_model(config).named_parameters())
+    found = PlainWeights(info.path)
+    for name in found:
+        if name in wanted:
+            yield name, torch.from_numpy(found.read(name))
+        elif name.endswith(".bias") and found.read(name).any():
+            raise FolderError(f"{info.path} holds {name}, a bias that its architecture has not")
+
+
+def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Read some tensors of a folder, in the types they are stored in.
+
+    Args:
+        folder: A float, GPTQ or NF4 folder.
+        prefix: How their names begin.
+
+    Returns:
+        Tensors by the rest of their names.
+    """
+    with _reading(folder) as (names, read):
+        return {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder as it is stored, one at a time.
+
+    Args:
+        folder: A float, GPTQ or NF4 folder.
+
+    Yields:
+        Names and tensors.
+    """
+    with _reading(folder) as (names, read):
+        for name in names:
+            yield name, read(name)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
+    """The names of all tensors of a folder, and a function that reads one."""
+    from safetensors import safe_open
+
+    homes = {name: file for file in weight_files(folder) for name in safetensors_header(file)}
+    with ExitStack() as stack:
+        opened = {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in set(homes.values())
+        }
+
+        def read(name: str) -> Tensor:
+            tensor: Tensor = opened[homes[name]].get_tensor(name)
+            return tensor
+
+        yield list(homes), read
+
+
+def _load_nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        from bitsandbytes.nn.modules import Linear4bit
+    except ModuleNotFoundError as error:
+        raise missing_extra("bitsandbytes", "compress") from error
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    # transformers leaves everything in the types of the file.
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+            if dtype != torch.bfloat16:
+                # bitsandbytes' kernel for AVX-512 takes and gives bfloat16 whatever is asked for.
+                module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+class PytorchModel:
+    """A model folder that runs in PyTorch.
+
+    The reference that ONNX chatbots are compared with, and the way to benchmark the stops of the
+    road before the export. It reads every prompt anew: nothing is kept from one ``stream`` to
+    the next, so that the time to the first token is that of a first question.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Load a folder.
+
+        Args:
+            folder: A float, GPTQ or NF4 folder.
+            threads: Threads that PyTorch computes with, for the whole process; None leaves them.
+            dtype: What to compute in.
+
+        Raises:
+            FolderError: If the folder is broken or holds an ONNX graph.
+            ArchitectureError: If it is neither Llama nor Mistral.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = load_pytorch(folder, dtype)
+        self._context_length = context_length(Path(folder), self.model.config.to_dict())
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> PytorchModel:
+        """Wrap a model that is loaded already, without changing it.
+
+        Args:
+            model: A Llama or Mistral with its head, in eval mode.
+
+        Returns:
+            The running model.
+        """
+        made = cls.__new__(cls)
+        made.model = model
+        made._context_length = int(model.config.max_position_embeddings)
+        return made
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits per position, V."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def context_length(self) -> int:
+        """Most positions that the model can hold at once."""
+        return self._context_length
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Scores of every next token at every position.
+
+        Args:
+            ids: Shape (B, T), without padding.
+
+        Returns:
+            Shape (B, T, V); position t scores the token at t + 1.
+
+        Raises:
+            ValueError: If the ids have another shape, or are not in the vocabulary.
+            ContextError: If T exceeds the context.
+        """
+        if ids.ndim != 2:
+            raise ValueError(f"ids must have the shape (B, T), got {ids.shape}")
+        self._check(ids)
+        rows, length = ids.shape
+        scores = np.empty((rows, length, self.vocabulary_size), dtype=np.float32)
+        step = max(1, _POSITIONS_AT_ONCE // max(1, length))
+        for start in range(0, rows, step):
+            chunk = slice(start, start + step)
+            with torch.inference_mode():
+                output = self.model(self._to_device(ids[chunk]), use_cache=False)
+                torch.from_numpy(scores[chunk]).copy_(output.logits)
+        return scores
+
+    def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
+        """Write tokens after the ids given, one at a time, until the context is full.
+
+        The caller stops when it has seen enough; the end-of-turn token is yielded like any other.
+
+        Args:
+            ids: The prompt, at least one token.
+            choose: Picks a token from the logits (V,) of the last position.
+
+        Returns:
+            Token ids; the prompt and they fill at most the context.
+
+        Raises:
+            ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
+            ContextError: If it exceeds the context.
+        """
+        prompt = np.asarray(ids, dtype=np.int64)[None]
+        if prompt.size == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        self._check(prompt)
+        return self._tokens(prompt, choose)
+
+    def _tokens(self, ids: NDArray[np.int64], choose: Choose) -> Iterator[int]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        for _ in range(self.context_length - ids.shape[1]):
+            # Entered anew for each token: across a yield it would leak into the caller.
+            with torch.inference_mode():
+                output = self.model(
+                    self._to_device(ids), past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                scores = output.logits[0, -1].float().cpu().numpy()
+            token = choose(scores)
+            yield token
+            ids = np.array([[token]], dtype=np.int64)
+
+    def _to_device(self, ids: NDArray[np.int64]) -> Tensor:
+        return torch.tensor(ids, device=self.model.device)
+
+    def _check(self, ids: NDArray[np.int64]) -> None:
+        if ids.shape[1] > self.context_length:
+            raise ContextError(
+                f"{ids.shape[1]} tokens do not fit the model's context of {self.context_length}; "
+                "give fewer"
+            )
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary_size:
+            raise ValueError(
+                f"token ids must lie between 0 and {self.vocabulary_size - 1}, got "
+                f"{int(ids.min())} to {int(ids.max())}"
+            )

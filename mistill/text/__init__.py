@@ -1,0 +1,43 @@
+"""Text and conversations to blocks of tokens; the vocabulary and the chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mistill.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from mistill.text.documents import Document as Document
+    from mistill.text.documents import Texts as Texts
+    from mistill.text.documents import TokenBlocks as TokenBlocks
+    from mistill.text.documents import check_texts as check_texts
+    from mistill.text.documents import conversation_documents as conversation_documents
+    from mistill.text.documents import pack as pack
+    from mistill.text.documents import read_documents as read_documents
+    from mistill.text.documents import read_prompts as read_prompts
+    from mistill.text.documents import read_stream as read_stream
+
+_HOMES = {
+    "Document": "mistill.text.documents",
+    "Texts": "mistill.text.documents",
+    "TokenBlocks": "mistill.text.documents",
+    "check_texts": "mistill.text.documents",
+    "conversation_documents": "mistill.text.documents",
+    "pack": "mistill.text.documents",
+    "read_documents": "mistill.text.documents",
+    "read_prompts": "mistill.text.documents",
+    "read_stream": "mistill.text.documents",
+}
+
+__all__ = [
+    "Document",
+    "Texts",
+    "TokenBlocks",
+    "check_texts",
+    "conversation_documents",
+    "pack",
+    "read_documents",
+    "read_prompts",
+    "read_stream",
+]
+__getattr__ = lazy_exports(__name__, _HOMES)

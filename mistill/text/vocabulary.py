@@ -1,0 +1,570 @@
+"""A tokenizer and its chat template, read from a folder without transformers.
+
+A laptop that chats has no transformers, and a student has a teacher's tokens only if every id
+stands for the same bytes in both. So a vocabulary is read straight from ``tokenizer.json`` with
+the library ``tokenizers``, the template is rendered with jinja2 under the conventions of
+transformers, and two vocabularies are compared by what their tokens spell, never by size alone:
+the 32,000 tokens of Llama 2 are not the 32,000 tokens of Mistral v0.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from mistill.errors import TextError, VocabularyError
+from mistill.folders.folder import read_json
+
+Message = Mapping[str, str]
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+
+class TokenSpans(NamedTuple):
+    """The tokens of a text, and where each begins in it.
+
+    Attributes:
+        ids: Token ids, int64, shape (T,).
+        starts: Character at which each token begins, int64, shape (T,).
+    """
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+def load_vocabulary(folder: str | Path) -> Vocabulary:
+    """Read the tokenizer and the chat template of a folder.
+
+    Args:
+        folder: A model folder of any form.
+
+    Returns:
+        The vocabulary.
+
+    Raises:
+        VocabularyError: If there is no tokenizer, or one of a kind that mistill does not read.
+    """
+    path = Path(folder).expanduser()
+    file = path / "tokenizer.json"
+    if not path.is_dir():
+        raise VocabularyError(f"{folder}: there is no such folder")
+    if not file.is_file():
+        found = (
+            "only tokenizer.model; mistill.save_model makes a folder with tokenizer.json of it"
+            if (path / "tokenizer.model").is_file()
+            else "no tokenizer.json"
+        )
+        raise VocabularyError(f"{folder} holds {found}")
+    definition = read_json(file)
+    processor = definition.pop("post_processor", None)
+    try:
+        # Without its post-processor a tokenizer adds no special tokens and leaves offsets alone.
+        tokenizer = Tokenizer.from_str(json.dumps({**definition, "post_processor": None}))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise VocabularyError(f"{file} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Vocabulary(path, tokenizer, definition, processor)
+
+
+class Vocabulary:
+    """What the tokens of a model spell, and how it wants a conversation written.
+
+    ``load_vocabulary`` is the way to get one. ``size`` counts the rows of the model's embedding,
+    V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
+    token ``bos_id``; a template writes its own. ``special_tokens`` holds bos_token, eos_token and
+    the like by name, and ``chat_template`` the template as it is written in the folder.
+
+    Args:
+        folder: Where the configuration files are.
+        tokenizer: Without a post-processor.
+        definition: What tokenizer.json says.
+        processor: The post-processor that was taken out of it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        definition: Mapping[str, Any],
+        processor: Mapping[str, Any] | None,
+    ) -> None:
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._added = list(definition.get("added_tokens") or [])
+        self._spell = _speller(definition)
+        settings = _optional_json(folder / "tokenizer_config.json")
+        config = _optional_json(folder / "config.json")
+        tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.size = int(config.get("vocab_size", tokens))
+        self.chat_template = _read_template(folder, settings)
+        self.special_tokens = _special_tokens(folder, settings)
+        generation = _optional_json(folder / "generation_config.json")
+        self.bos_id = self._first_id(
+            self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
+        )
+        self.adds_bos = self.bos_id is not None and _adds_bos(
+            settings, processor, str(tokenizer.id_to_token(self.bos_id))
+        )
+        self._configured_ends = (*_ids_of(generation), *_ids_of(config))
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({str(self._folder)!r}, size={self.size})"
+
+    # --- text to tokens and back ----------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Turn text into token ids, adding none of its own.
+
+        Special tokens that are written out in the text, as a rendered conversation has them,
+        become the tokens they name.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            VocabularyError: If the text holds a token for which the model has no row.
+        """
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._check(ids)
+        return ids
+
+    def encode_spans(self, text: str) -> TokenSpans:
+        """Turn text into token ids that know where they come from.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            Ids and the character at which each begins; tokens that share a character share it.
+
+        Raises:
+            VocabularyError: If the text holds a token for which the model has no row.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int64)
+        self._check(ids)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return TokenSpans(ids, offsets[:, 0])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turn token ids into text, special tokens included.
+
+        Args:
+            ids: Token ids; those that stand for no token are left out.
+
+        Returns:
+            The text; bytes that are no UTF-8 become U+FFFD.
+        """
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token spells, before neighbouring bytes are joined into characters.
+
+        Args:
+            token: A token id below ``size``.
+
+        Returns:
+            Its bytes; empty for a row that stands for no token.
+
+        Raises:
+            VocabularyError: If the id is not below ``size``.
+        """
+        if not 0 <= token < self.size:
+            raise VocabularyError(f"there is no token {token}: ids run from 0 to {self.size - 1}")
+        return self._bytes[token] if token < len(self._bytes) else b""
+
+    def is_padding(self, token: int) -> bool:
+        """Whether a row of the model stands for no token.
+
+        Args:
+            token: A token id below ``size``.
+
+        Returns:
+            True for the rows that only round the embedding up to a convenient size.
+        """
+        return token >= len(self._bytes) or token in self._unassigned
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is a mark, such as the end of a turn, and not something to be read.
+
+        Args:
+            token: A token id.
+
+        Returns:
+            True for the tokens that tokenizer.json calls special.
+        """
+        return token in self._special_ids
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens at which a reply ends.
+
+        The end-of-sequence tokens that generation_config.json, config.json and the tokenizer
+        name, and the token that the chat template writes after an assistant's turn.
+        """
+        named = self.special_tokens.get("eos_token")
+        tokenizer_end = None if named is None else self._tokenizer.token_to_id(named)
+        found = [*self._configured_ends, tokenizer_end, self._end_of_turn()]
+        return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < self.size))
+
+    # --- conversations --------------------------------------------------------------------------
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """Write a conversation as the model was taught to read it.
+
+        The same text as transformers' ``apply_chat_template``. It holds its own
+        beginning-of-sequence token where the model wants one.
+
+        Args:
+            messages: Turns with ``role`` and ``content``.
+            add_generation_prompt: Whether to end where the assistant's next turn begins.
+
+        Returns:
+            The text, to be given to ``encode``.
+
+        Raises:
+            VocabularyError: If the folder has no chat template, or one with a mistake in it.
+            TextError: If the template refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise VocabularyError(
+                f"{self._folder} has no chat template; use a chat model, or put one into "
+                "chat_template.jinja"
+            )
+        try:
+            template = _compile(self.chat_template)
+        except TemplateSyntaxError as error:
+            raise VocabularyError(
+                f"the chat template of {self._folder} has a mistake in line {error.lineno}: "
+                f"{error.message}"
+            ) from error
+        try:
+            return template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except Exception as error:  # an expression in it may raise anything
+            raise TextError(f"the chat template refuses this conversation: {error}") from error
+
+    # --- identity -------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """A name for what every id spells; rows that stand for no token do not count.
+
+        Returns:
+            64 hexadecimal digits, equal for two vocabularies with the same tokens.
+        """
+        digest = hashlib.sha256()
+        for token, spelled in enumerate(self._bytes):
+            digest.update(self._kind(token).encode())
+            digest.update(len(spelled).to_bytes(4, "little"))
+            digest.update(spelled)
+        return digest.hexdigest()
+
+    def spelling(self, token: int) -> str:
+        """A token as a message to a user shows it.
+
+        Args:
+            token: A token id below ``size``.
+
+        Returns:
+            Its text in quotes, or ``nothing``.
+        """
+        if self.is_padding(token):
+            return "nothing"
+        return repr(self.token_bytes(token).decode("utf-8", "backslashreplace"))
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """What each id spells; an id in a gap spells nothing, and trailing padding is absent."""
+        spell = self._spell
+        added = {entry["id"]: entry["content"] for entry in self._added}
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        spelled = {token: spell(text) for text, token in vocabulary.items() if token not in added}
+        spelled |= {token: text.encode() for token, text in added.items()}
+        last = max((token for token in spelled if token < self.size), default=-1)
+        return [spelled.get(token, b"") for token in range(last + 1)]
+
+    @cached_property
+    def _unassigned(self) -> frozenset[int]:
+        assigned = set(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        return frozenset(set(range(len(self._bytes))) - assigned)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(entry["id"] for entry in self._added if entry.get("special"))
+
+    def _kind(self, token: int) -> str:
+        if token in self._unassigned:
+            return "-"
+        return "s" if self.is_special(token) else "t"
+
+    def _end_of_turn(self) -> int | None:
+        """The special token that the template writes right after an assistant's turn."""
+        if self.chat_template is None:
+            return None
+        said = "The answer is 42"
+        try:
+            text = self.render(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+            )
+        except (TextError, VocabularyError):
+            return None
+        _, found, after = text.rpartition(said)
+        after = after.lstrip()
+        marks = [entry for entry in self._added if entry.get("special")]
+        matching = [entry for entry in marks if found and after.startswith(entry["content"])]
+        longest = max(matching, key=lambda entry: len(entry["content"]), default=None)
+        return None if longest is None else int(longest["id"])
+
+    def _first_id(
+        self,
+        token: str | None,
+        generation: Mapping[str, Any],
+        config: Mapping[str, Any],
+        name: str,
+    ) -> int | None:
+        named = None if token is None else self._tokenizer.token_to_id(token)
+        for value in (named, generation.get(name), config.get(name)):
+            if isinstance(value, int) and 0 <= value < self.size:
+                return value
+        return None
+
+    def _check(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
+        largest = max(ids, default=0) if isinstance(ids, list) else int(np.max(ids, initial=0))
+        if largest >= self.size:
+            raise VocabularyError(
+                f"the text holds the token {self._tokenizer.id_to_token(largest)!r} with id "
+                f"{largest}, but the model of {self._folder} has only {self.size} rows"
+            )
+
+
+def same_vocabulary(ours: Vocabulary, theirs: Vocabulary) -> list[str]:
+    """Compare two vocabularies by what every id spells.
+
+    Args:
+        ours: One vocabulary.
+        theirs: Another.
+
+    Returns:
+        One phrase for each difference; empty if a token id means the same in both.
+    """
+    differences = []
+    if ours.size != theirs.size:
+        differences.append(f"{ours.size} rows against {theirs.size}")
+    shared = min(ours.size, theirs.size)
+    differing = [
+        token
+        for token in range(shared)
+        if ours.token_bytes(token) != theirs.token_bytes(token)
+        or ours.is_padding(token) != theirs.is_padding(token)
+        or ours.is_special(token) != theirs.is_special(token)
+    ]
+    if differing:
+        first = differing[0]
+        differences.append(
+            f"{len(differing)} of {shared} ids stand for different tokens, the first of them "
+            f"{first}: {_told(ours, first)} against {_told(theirs, first)}"
+        )
+    return differences
+
+
+def _told(vocabulary: Vocabulary, token: int) -> str:
+    mark = " (special)" if vocabulary.is_special(token) else ""
+    return vocabulary.spelling(token) + mark
+
+
+# --- reading the folder -------------------------------------------------------------------------
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _ids_of(config: Mapping[str, Any]) -> list[int]:
+    value = config.get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, int)]
+
+
+def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        by_name = {entry["name"]: entry["template"] for entry in template}
+        template = by_name.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    older = _optional_json(folder / "special_tokens_map.json")
+    found = {}
+    for name in _SPECIAL_NAMES:
+        value = settings.get(name, older.get(name))
+        if isinstance(value, Mapping):  # an AddedToken
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _adds_bos(
+    settings: Mapping[str, Any], processor: Mapping[str, Any] | None, bos_token: str
+) -> bool:
+    """Whether the tokenizer puts its first token before plain text."""
+    stated = settings.get("add_bos_token")
+    if isinstance(stated, bool):
+        return stated
+    if processor is None:
+        return False
+    if processor["type"] == "Sequence":
+        return any(_adds_bos({}, part, bos_token) for part in processor["processors"])
+    if processor["type"] != "TemplateProcessing" or not processor["single"]:
+        return False
+    first = processor["single"][0].get("SpecialToken", {}).get("id")
+    tokens = processor.get("special_tokens", {}).get(first, {}).get("tokens", [])
+    return bos_token in tokens
+
+
+# --- what a token spells ------------------------------------------------------------------------
+
+
+class _ByteLevelSpeller:
+    """Tokens written in the 256 printable stand-ins of GPT-2 for the 256 bytes."""
+
+    def __init__(self) -> None:
+        self._byte_of = {character: byte for byte, character in byte_characters().items()}
+
+    def __call__(self, token: str) -> bytes:
+        byte_of = self._byte_of
+        return b"".join(
+            bytes([byte_of[letter]]) if letter in byte_of else letter.encode() for letter in token
+        )
+
+
+class _SentencePieceSpeller:
+    """Tokens written in UTF-8, with a mark for the space and ``<0x41>`` for a lone byte."""
+
+    def __init__(self, space: str) -> None:
+        self._space = space
+
+    def __call__(self, token: str) -> bytes:
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace(self._space, " ").encode()
+
+
+def byte_characters() -> dict[int, str]:
+    """The printable characters that stand for bytes in a byte-level vocabulary.
+
+    Bytes that print keep their Latin-1 character; the others take those from U+0100 on, in
+    order (Radford et al., 2019).
+
+    Returns:
+        Byte to character.
+    """
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {byte: chr(byte) for byte in printing} | {
+        byte: chr(0x100 + place) for place, byte in enumerate(others)
+    }
+
+
+def _speller(definition: Mapping[str, Any]) -> _ByteLevelSpeller | _SentencePieceSpeller:
+    decoder = definition.get("decoder") or {}
+    parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    kinds = {part.get("type"): part for part in parts}
+    if "ByteLevel" in kinds:
+        return _ByteLevelSpeller()
+    if "Metaspace" in kinds:
+        return _SentencePieceSpeller(kinds["Metaspace"].get("replacement", "\u2581"))
+    if "Replace" in kinds and kinds["Replace"].get("content") == " ":
+        return _SentencePieceSpeller(kinds["Replace"]["pattern"]["String"])
+    raise VocabularyError(
+        "mistill reads byte-level BPE and SentencePiece vocabularies; this tokenizer decodes "
+        f"with {' and '.join(sorted(map(str, kinds)))}"
+    )
+
+
+# --- rendering ----------------------------------------------------------------------------------
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what the assistant writes and changes nothing that is written."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Read up to the end of the block.
+
+        Args:
+            parser: Jinja's parser, at the tag.
+
+        Returns:
+            A block that writes its body.
+        """
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
+
+    def _write(self, caller: Macro) -> str:
+        return str(caller())
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+@cache
+def _compile(template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)

@@ -1,0 +1,1 @@
+"""What all training shares: processes, checkpoints, schedule, optimizer, adapters, metrics."""

@@ -1,0 +1,116 @@
+"""The numbers of a run: one JSON object a line, and whatever trackers were asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistill.errors import MissingExtraError, missing_extra
+from mistill.folders.publishing import write_atomically
+from mistill.settings import settings_dict
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from distill.settings import TrainSettings
+
+METRICS_FILE = "metrics.jsonl"
+PROJECT = "mistill"
+"""What the run is filed under by trackers, and the name of the folder with TensorBoard's files."""
+
+
+def require_trackers(settings: TrainSettings) -> None:
+    """Refuse trackers whose libraries are not installed.
+
+    Args:
+        settings: How to train.
+
+    Raises:
+        MissingExtraError: If one is missing.
+    """
+    for name in settings.trackers:
+        try:
+            missing = find_spec(name) is None
+        except ValueError:  # a module without a spec, or one that was put away
+            missing = True
+        if missing and name == "tensorboard":
+            raise missing_extra("tensorboard", "tensorboard")
+        if missing:
+            raise MissingExtraError(
+                f"the tracker {name} is not installed; install it with: pip install {name}"
+            )
+
+
+class Metrics:
+    """Numbers of every step and every judgement."""
+
+    def __init__(self, work: Path, accelerator: Accelerator, settings: TrainSettings) -> None:
+        """Start the trackers.
+
+        Args:
+            work: The folder of the run.
+            accelerator: Was made with the trackers' names.
+            settings: How to train; what a tracker files the run under.
+        """
+        self.file, self.accelerator = work / METRICS_FILE, accelerator
+        if settings.trackers:
+            config = {
+                name: value if isinstance(value, bool | int | float | str) else str(value)
+                for name, value in settings_dict(settings).items()
+            }
+            accelerator.init_trackers(PROJECT, config)
+
+    def keep_until(self, step: int) -> None:
+        """Drop the lines that a resumed run will write again.
+
+        Args:
+            step: The last step to keep; -1 for none.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        lines = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # cut short by a kill; all that follows is newer than the checkpoint
+            if entry["step"] <= step:
+                kept.append(line + "\n")
+        write_atomically(self.file, "".join(kept))
+
+    def write(self, step: int, **values: Any) -> None:
+        """Add a line.
+
+        Args:
+            step: Optimizer steps done.
+            **values: Numbers, or mappings of them; what is not known is None.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        with self.file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(_finite({"step": step, **values})) + "\n")
+        flat: dict[str, float | None] = {}
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                flat.update({f"{name}/{part}": number for part, number in value.items()})
+            else:
+                flat[f"train/{name}"] = value
+        known = {name: number for name, number in flat.items() if number is not None}
+        self.accelerator.log(known, step=step)
+
+    def close(self) -> None:
+        """Let go of the trackers' files."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def _finite(value: Any) -> Any:
+    """A value without NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,168 @@
+"""One process or many: what accelerate decides, and what must agree with it.
+
+How many processes there are and whether weights are copied (DDP) or divided (FSDP, DeepSpeed)
+comes from ``accelerate launch`` and its config, or from torchrun. What a step is made of comes from
+the settings alone, so that the same settings give the same student however it is computed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistill.errors import SettingsError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
+    from distill.settings import TrainSettings
+
+
+def this_process(patience: timedelta | None = None) -> PartialState:
+    """Which process this is, of how many.
+
+    Args:
+        patience: How long processes wait for one another before they give up, decided when they
+            first meet; accelerate's own by default.
+
+    Returns:
+        accelerate's state; the processes have found one another when it is there.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Without this word processes that torchrun starts on CPUs would not look for one another.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    options = {} if patience is None else {"timeout": patience}
+    return PartialState(cpu=on_cpu, **options)
+
+
+@contextmanager
+def accelerating(settings: TrainSettings, logs: Path) -> Iterator[Accelerator]:
+    """Choose device and precision, and count the micro-batches of a step.
+
+    accelerate fixes the precision once for the whole process; that is undone at the end, unless
+    the caller had fixed it before.
+
+    Args:
+        settings: How to train.
+        logs: Where TensorBoard's files go, if they are asked for.
+
+    Yields:
+        An accelerator.
+
+    Raises:
+        SettingsError: If the step's blocks cannot be shared evenly among the processes, or the
+            optimizer cannot be divided among them.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+    state = this_process()
+    micro_batches = _micro_batches(settings, state.num_processes)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "float32" if state.device.type == "cpu" else "bfloat16"
+    fixed_before = bool(AcceleratorState._shared_state)
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "float32" else "bf16",
+        # As a plugin: a bare number would give way to one in the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=micro_batches, sync_with_dataloader=False
+        ),
+        log_with=list(settings.trackers) or None,
+        project_config=ProjectConfiguration(
+            project_dir=str(logs), logging_dir=str(logs / "tensorboard")
+        ),
+    )
+    try:
+        _agree(accelerator, settings, micro_batches)
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        if not fixed_before:
+            AcceleratorState._reset_state()
+
+
+def _micro_batches(settings: TrainSettings, processes: int) -> int:
+    """How many micro-batches each process has in a step."""
+    count, left_over = divmod(settings.batch_size, settings.micro_batch_size * processes)
+    if left_over:
+        raise SettingsError(
+            f"{processes} processes with micro-batches of {settings.micro_batch_size} blocks "
+            f"cannot share a batch_size of {settings.batch_size}; make it a multiple of "
+            f"{settings.micro_batch_size * processes}"
+        )
+    return count
+
+
+def _agree(accelerator: Accelerator, settings: TrainSettings, micro_batches: int) -> None:
+    """Tell DeepSpeed what it cannot see; refuse what FSDP cannot do."""
+    from accelerate.utils import parse_flag_from_env
+
+    kind = accelerator.distributed_type.value
+    for asked in ("FSDP", "DEEPSPEED"):
+        wanted = parse_flag_from_env(f"ACCELERATE_USE_{asked}")
+        if wanted and accelerator.num_processes > 1 and kind != asked:
+            raise SettingsError(
+                f"accelerate's config asks for {asked} and accelerate has chosen {kind}, as it "
+                "does on CPUs; use a config for several CPUs there, or GPUs"
+            )
+    if settings.teacher_device_map is not None and accelerator.num_processes > 1:
+        raise SettingsError(
+            f"teacher_device_map lets one process use all GPUs, and there are "
+            f"{accelerator.num_processes}; start one, or divide_teacher among them"
+        )
+    if kind == "FSDP" and not accelerator.is_fsdp2:
+        raise SettingsError(
+            "FSDP is asked for in its first version, which wraps parameters in flat ones; set "
+            "fsdp_version: 2 in accelerate's config"
+        )
+    if kind in ("FSDP", "DEEPSPEED") and settings.optimizer != "adamw":
+        raise SettingsError(
+            f"the optimizer {settings.optimizer} cannot be divided by {kind}; choose adamw"
+        )
+    if kind != "DEEPSPEED":
+        return
+    plugin: Any = accelerator.state.deepspeed_plugin
+    config = plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = settings.micro_batch_size
+    config["gradient_accumulation_steps"] = micro_batches
+    # DeepSpeed clips by itself, between the last backward pass and its own step.
+    config["gradient_clipping"] = settings.max_gradient_norm
+    if config["zero_optimization"]["stage"] == 3:
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+@contextmanager
+def loading_whole(accelerator: Accelerator) -> Iterator[None]:
+    """Let every process load whole models while the body runs.
+
+    Under FSDP and ZeRO-3 transformers would load some weights on one process only, or in pieces,
+    for a model that is then divided; a teacher is not, and a student is divided afterwards.
+
+    Args:
+        accelerator: Knows whether DeepSpeed is at work.
+
+    Yields:
+        Nothing.
+    """
+    names = ("FSDP_CPU_RAM_EFFICIENT_LOADING",)
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+        if plugin is not None:
+            plugin.set_deepspeed_weakref()

@@ -1,0 +1,1 @@
+"""Codes, grids and floats in files: read, checked and written."""

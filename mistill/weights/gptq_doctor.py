@@ -1,0 +1,416 @@
+"""What the codes of a GPTQ folder are, told from the codes and not from what config.json says.
+
+Files lie about themselves: many say ``gptq`` and hold the zeros of ``gptq_v2``, which a reader
+turns into weights that are all off by one step. Zeros that are all alike name their format: the
+middle code, or one less. Of zeros that vary, the codes do: weights lie about 0 on both sides, so
+that as many codes are above the zero of their group as below it, and one step further they are not.
+
+A zero of 0 stored less one is another trap. Taken from the whole 32-bit word, as the format says,
+it borrows from the next code, and whoever gives back one code at a time reads the neighbour wrong.
+AutoGPTQ before 0.5 stored it as a whole word of ones, over all the codes above it: these are lost.
+
+Only zeros, indices and scales are read, and of the codes some rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.errors import FolderError
+from mistill.folders.folder import AUTO_GPTQ_CONFIG, read_config, read_json
+from mistill.folders.gptq_format import (
+    EMBEDDING,
+    HEAD,
+    SUPPORTED_BITS,
+    CheckpointFormat,
+    GptqFormat,
+    ModuleFormat,
+    read_quantization,
+)
+from mistill.weights.code_words import codes_per_unit, plus_one, unpack_rows
+from mistill.weights.gptq_layout import quantized_modules
+from mistill.weights.tensor_files import TensorFiles
+
+ColumnOrder = Literal["plain", "mixed"]
+
+# Matrices whose codes are looked at, and codes of each.
+_SAMPLED = 24
+_CODES = 1 << 19
+# Share of the matrices looked at that must tell something, and of these that must tell the same.
+_TELLING = 0.25
+_AGREEMENT = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What the tensors of a GPTQ folder are.
+
+    Attributes:
+        matrices: How many matrices are stored as codes.
+        bits: Bits per code, and of how many matrices.
+        checkpoint_format: How zeros are stored, as the data tells; None where it does not.
+        evidence: What told it.
+        symmetric: Whether all zeros are the middle of the code range.
+        order: Whether the columns of each group lie side by side ("plain"), or groups are mixed
+            as act-order leaves them ("mixed").
+        index: Whether the files hold ``g_idx``.
+        scale_types: Types of the scales, and of how many matrices.
+        borrowed: Zeros of 0 that are stored less one, and so borrow from a neighbour.
+        overwritten: Words of zeros that a zero of 0 was stored over, so that they are lost.
+        contradictions: Where the data is not what config.json says, or is damaged.
+        notes: What is sound but should be known.
+    """
+
+    matrices: int
+    bits: dict[int, int]
+    checkpoint_format: CheckpointFormat | None
+    evidence: str
+    symmetric: bool
+    order: ColumnOrder
+    index: bool
+    scale_types: dict[str, int]
+    borrowed: int
+    overwritten: int
+    contradictions: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as JSON values.
+
+        Returns:
+            One entry per field.
+        """
+        found = asdict(self)
+        found["bits"] = {str(bits): count for bits, count in self.bits.items()}
+        return {**found, "contradictions": list(self.contradictions), "notes": list(self.notes)}
+
+
+def require_sound(folder: Path) -> None:
+    """Refuse a GPTQ folder whose data is not what its config.json says.
+
+    Args:
+        folder: A GPTQ folder.
+
+    Raises:
+        FolderError: If there is a contradiction; the message names it.
+    """
+    wrong = examine(folder).contradictions
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if wrong[3:] else ""
+        raise FolderError(f"{folder} contradicts itself: {'; '.join(wrong[:3])}{more}")
+
+
+def examine(folder: Path) -> Diagnosis:
+    """Tell what the tensors of a GPTQ folder are.
+
+    Args:
+        folder: A folder whose files are there and whose config.json says GPTQ.
+
+    Returns:
+        What was found; contradictions do not raise.
+
+    Raises:
+        FolderError: If config.json does not say how the folder is stored.
+    """
+    config = read_config(folder)
+    layout = read_quantization(config)
+    if layout is None:
+        raise FolderError(f"{folder} is not a GPTQ folder: its config.json does not say so")
+    files = TensorFiles(folder)
+    modules = quantized_modules(files)
+    found = _Findings(layout)
+    if not modules:
+        found.wrong.append("config.json says GPTQ, but no module is stored as codes")
+    sampled = set(modules[:: max(1, len(modules) // _SAMPLED)])
+    for module in modules:
+        found.look(files, module, module in sampled)
+    found.wrong += _missing_tables(layout, modules, bool(config.get("tie_word_embeddings")))
+    found.wrong += _two_configs(folder, config)
+    return found.diagnosis(len(modules))
+
+
+@dataclass
+class _Findings:
+    """What has been seen in the matrices so far."""
+
+    layout: GptqFormat
+    wrong: list[str] = field(default_factory=list)
+    bits: Counter[int] = field(default_factory=Counter)
+    scale_types: Counter[str] = field(default_factory=Counter)
+    # Matrices whose zeros are all the middle code or all one less, or that vary.
+    all_middle: int = 0
+    all_below: int = 0
+    varying: list[str] = field(default_factory=list)
+    varying_but_symmetric: list[str] = field(default_factory=list)
+    votes: Counter[str] = field(default_factory=Counter)
+    mixed: list[str] = field(default_factory=list)
+    index: bool = False
+    zeros_of_0: int = 0
+    borrowing: int = 0
+    overwritten: int = 0
+    by_chance: float = 0.0
+
+    def look(self, files: TensorFiles, module: str, closely: bool) -> None:
+        """Look at one matrix; ``closely`` at its codes too."""
+        form = self.layout.format_of(module)
+        if form is None:
+            self.wrong.append(f"config.json leaves {module} float, but it is stored as codes")
+            return
+        problem = _wrong_shapes(files, module, form)
+        if problem:
+            self.wrong.append(problem)
+            return
+        self.bits[form.bits] += 1
+        self.scale_types[files.dtype(f"{module}.scales")] += 1
+        if not _finite(files, f"{module}.scales"):
+            self.wrong.append(f"{module}.scales holds a value that is not a finite number")
+        outputs = files.shape(f"{module}.scales")[1]
+        groups = self._look_at_order(files, module, form)
+        words = np.ascontiguousarray(files.raw(f"{module}.qzeros")).view(np.uint32)
+        stored = unpack_rows(words, form.bits)[:, :outputs]
+        middle = 1 << (form.bits - 1)
+        if (stored == middle).all():
+            self.all_middle += 1
+        elif (stored == middle - 1).all():
+            self.all_below += 1
+        else:
+            self.varying.append(module)
+            if form.symmetric:
+                self.varying_but_symmetric.append(module)
+            if closely:
+                vote = told_by_codes(files, module, form.bits, stored, groups)
+                self.votes[vote or "cannot be told"] += 1
+            zeros = unpack_rows(plus_one(words, form.bits), form.bits)[:, :outputs]
+            self.zeros_of_0 += int((zeros == 0).sum())
+            self._look_at_overwriting(words, form.bits)
+
+    def _look_at_order(
+        self, files: TensorFiles, module: str, form: ModuleFormat
+    ) -> NDArray[np.int32]:
+        columns = _columns(files, module, form.bits)
+        size = columns if form.group_size == -1 else form.group_size
+        plain = np.arange(columns, dtype=np.int32) // np.int32(size)
+        if f"{module}.g_idx" not in files:
+            return plain
+        self.index = True
+        groups = np.array(files.raw(f"{module}.g_idx"))
+        count = files.shape(f"{module}.scales")[0]
+        if not 0 <= int(groups.min()) <= int(groups.max()) < count:
+            self.wrong.append(f"{module}.g_idx names groups beyond the {count} that have scales")
+            return plain
+        if not np.array_equal(groups, plain):
+            self.mixed.append(module)
+        return groups
+
+    def _look_at_overwriting(self, words: NDArray[np.uint32], bits: int) -> None:
+        if bits == 3:
+            return  # each wraps on its own
+        lanes = unpack_rows(words, bits).reshape(*words.shape, -1)
+        ones = lanes == (1 << bits) - 1
+        inside = ones[..., :-1].any(-1)  # a 0 in the last lane borrows from nobody
+        if not inside.any():
+            return
+        ones, share_of_1 = ones[inside], float((lanes == 0).mean())
+        to_the_end = np.logical_and.accumulate(ones[:, ::-1], axis=-1)[:, ::-1]
+        run = (ones == to_the_end).all(-1)
+        self.overwritten += int(run.sum())
+        self.borrowing += int((~run).sum())
+        # Zeros of 1 above a zero of 0 look like that too.
+        self.by_chance += float((share_of_1 ** (to_the_end[run].sum(-1) - 1)).sum())
+
+    def diagnosis(self, matrices: int) -> Diagnosis:
+        told, evidence = self._told_format()
+        layout = self.layout
+        if told is not None and told != layout.checkpoint_format:
+            self.wrong.append(
+                f"config.json says checkpoint_format {layout.checkpoint_format}, but the data is "
+                f"{told}: {evidence}"
+            )
+        if self.all_middle and self.all_below:
+            self.wrong.append(
+                f"{self.all_below} matrices store symmetric zeros less one and {self.all_middle} "
+                "as they are"
+            )
+        if self.varying_but_symmetric:
+            self.wrong.append(
+                "config.json says sym, but the zeros vary in " + _some(self.varying_but_symmetric)
+            )
+        if self.mixed and not layout.activation_order:
+            self.wrong.append(
+                f"config.json says desc_act false, but g_idx mixes groups in {_some(self.mixed)}"
+            )
+        lost = self._lost_words(told or layout.checkpoint_format)
+        if lost:
+            self.wrong.append(
+                f"{lost} words of zeros were overwritten where a zero of 0 was stored less one, as "
+                "AutoGPTQ did before 0.5; they cannot be recovered: quantize the float original "
+                "again"
+            )
+        first = (told or layout.checkpoint_format) == "gptq"
+        borrowed = self.zeros_of_0 if first and self.varying and not lost else 0
+        return Diagnosis(
+            matrices=matrices,
+            bits=dict(sorted(self.bits.items())),
+            checkpoint_format=told,
+            evidence=evidence,
+            symmetric=not self.varying,
+            order="mixed" if self.mixed else "plain",
+            index=self.index,
+            scale_types=dict(self.scale_types),
+            borrowed=borrowed,
+            overwritten=lost,
+            contradictions=tuple(self.wrong),
+            notes=tuple(self._notes(borrowed)),
+        )
+
+    def _told_format(self) -> tuple[CheckpointFormat | None, str]:
+        if self.all_below and not self.all_middle:
+            return "gptq", "symmetric zeros are stored as one less than the middle code"
+        if self.all_middle and not self.all_below:
+            return "gptq_v2", "symmetric zeros are stored as the middle code"
+        looked_at = sum(self.votes.values())
+        telling = self.votes["gptq"] + self.votes["gptq_v2"]
+        if looked_at and telling >= _TELLING * looked_at:
+            if self.votes["gptq"] >= _AGREEMENT * telling:
+                return "gptq", (
+                    "as many codes lie above as below their zeros once these are raised by one, in "
+                    f"{self.votes['gptq']} of {looked_at} matrices"
+                )
+            if self.votes["gptq_v2"] >= _AGREEMENT * telling:
+                return "gptq_v2", (
+                    "as many codes lie above as below their zeros, in "
+                    f"{self.votes['gptq_v2']} of {looked_at} matrices"
+                )
+        return None, "the codes of the matrices looked at do not tell"
+
+    def _lost_words(self, checkpoint_format: CheckpointFormat) -> int:
+        """Where a zero of 0 is stored over what lies above it, it always is."""
+        if checkpoint_format != "gptq" or self.borrowing or self.by_chance > 0.01:
+            return 0
+        return self.overwritten
+
+    def _notes(self, borrowed: int) -> list[str]:
+        notes = []
+        if borrowed:
+            notes.append(
+                f"{borrowed} zeros of 0 are stored less one: a reader that adds one to each code "
+                "instead of each word reads their neighbours wrong; "
+                "`mistill quantize convert --to gptq_v2` avoids that"
+            )
+        if self.layout.activation_order and not self.mixed:
+            notes.append("it says desc_act, but its groups are in order: readers may ignore g_idx")
+        if not self.layout.symmetric and self.bits and not self.varying:
+            notes.append("it says asymmetric, but all its zeros are the middle code")
+        return notes
+
+
+def told_by_codes(
+    files: TensorFiles,
+    module: str,
+    bits: int,
+    stored: NDArray[np.uint8],
+    groups: NDArray[np.int32],
+) -> CheckpointFormat | None:
+    """Tell from some codes of a matrix whether its zeros are stored less one.
+
+    Args:
+        files: The files.
+        module: The matrix.
+        bits: Bits per code.
+        stored: Shape (G, N), the zeros as they are stored.
+        groups: Shape (K,), the group of each column.
+
+    Returns:
+        The format, or None if the weights do not lie evenly about either zero.
+    """
+    qweight = files.raw(f"{module}.qweight")
+    per_run = 3 if bits == 3 else 1  # words that hold whole codes
+    runs = max(1, _CODES // (codes_per_unit(bits) * qweight.shape[1]))
+    words = np.ascontiguousarray(qweight[: runs * per_run].T).view(np.uint32)
+    codes = unpack_rows(words, bits)
+    zeros = stored.T[:, groups[: codes.shape[1]]]
+    # A group whose zero is near an end of the range has its weights on one side.
+    quarter = 1 << (bits - 2)
+    centred = (zeros >= quarter) & (zeros < 3 * quarter)
+    above = codes[centred].astype(np.int16) - zeros[centred]
+    if not above.size:
+        return None
+    lopsided = [abs(float((above > at).mean() - (above < at).mean())) for at in (0, 1)]
+    as_stored, less_one = lopsided
+    noise = 4 / np.sqrt(above.size)
+    if min(lopsided) + noise > 0.5 * max(lopsided):
+        return None
+    return "gptq_v2" if as_stored < less_one else "gptq"
+
+
+def _wrong_shapes(files: TensorFiles, module: str, form: ModuleFormat) -> str | None:
+    lacking = [name for name in ("qzeros", "scales") if f"{module}.{name}" not in files]
+    if lacking:
+        return f"{module}.{lacking[0]} is missing"
+    rows, outputs = files.shape(f"{module}.qweight")
+    if f"{module}.g_idx" in files:
+        (columns,) = files.shape(f"{module}.g_idx")
+        bits = rows * 32 / columns
+        if bits != form.bits:
+            shown = f"{bits:g}" if bits in SUPPORTED_BITS else f"{bits:.2f}"
+            return f"config.json says {form.bits} bits, but {module} has codes of {shown}"
+    columns = _columns(files, module, form.bits)
+    groups = 1 if form.group_size == -1 else -(-columns // form.group_size)
+    found = files.shape(f"{module}.scales")
+    if found != (groups, outputs):
+        return (
+            f"config.json says group_size {form.group_size}, which gives {module} scales of shape "
+            f"{(groups, outputs)}, but they are {found}"
+        )
+    words = outputs * form.bits // 32
+    if outputs % codes_per_unit(form.bits):
+        words = -(-outputs // codes_per_unit(form.bits)) * (3 if form.bits == 3 else 1)
+    if files.shape(f"{module}.qzeros") != (groups, words):
+        found = files.shape(f"{module}.qzeros")
+        return f"{module}.qzeros should have the shape {(groups, words)}, but has {found}"
+    return None
+
+
+def _columns(files: TensorFiles, module: str, bits: int) -> int:
+    return files.shape(f"{module}.qweight")[0] * 32 // bits
+
+
+def _finite(files: TensorFiles, name: str) -> bool:
+    raw = files.raw(name)
+    if files.dtype(name) == "bfloat16":
+        return not ((raw & np.uint16(0x7F80)) == 0x7F80).any()
+    return bool(np.isfinite(raw).all())
+
+
+def _missing_tables(layout: GptqFormat, modules: Sequence[str], tied: bool) -> list[str]:
+    shared = tied and EMBEDDING in modules
+    wrong = []
+    if layout.head and HEAD not in modules and not shared:
+        wrong.append("config.json says that lm_head is quantized, but it is not stored as codes")
+    if layout.embedding and EMBEDDING not in modules:
+        wrong.append("config.json says that the embedding is quantized, but it has no codes")
+    return wrong
+
+
+def _two_configs(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Where quantize_config.json, which AutoGPTQ reads, is not what config.json says."""
+    if not (folder / AUTO_GPTQ_CONFIG).is_file():
+        return []
+    said, other = config["quantization_config"], read_json(folder / AUTO_GPTQ_CONFIG)
+    return [
+        f"config.json says {name} {said[name]!r}, but {AUTO_GPTQ_CONFIG} says {other[name]!r}"
+        for name in ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
+        if name in said and name in other and said[name] != other[name]
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{rest}"

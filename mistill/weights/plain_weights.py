@@ -1,0 +1,68 @@
+"""The float weights that a folder stands for, whatever they are stored as, read one at a time.
+
+Names are those of the plain architecture: a matrix stored as GPTQ or NF4 codes has one weight. The
+only reader of codes as floats; needs numpy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.folders.folder import read_config
+from mistill.weights.gptq_layout import TENSOR_NAMES, read_quantization
+from mistill.weights.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
+from mistill.weights.tensor_files import TensorFiles, read_quantized
+
+
+class PlainWeights:
+    """The weights of a float, GPTQ or NF4 folder by their names in the plain architecture."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers.
+
+        Args:
+            folder: A float folder, an NF4 one, or a GPTQ folder that
+            ``mistill.weights.gptq_doctor`` found
+                sound.
+        """
+        self._files = TensorFiles(folder)
+        self._layout = read_quantization(read_config(folder))
+        self._names = list(self._plain_names())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def read(self, name: str) -> NDArray[np.floating[Any]]:
+        """Read a weight.
+
+        Args:
+            name: Its name in the plain architecture.
+
+        Returns:
+            The weight in memory: float32 where it is stored as codes or in bfloat16, else in the
+            type it is stored in.
+
+        Raises:
+            FolderError: If a matrix lacks a tensor, or its tensors contradict one another.
+        """
+        module = name.rpartition(".")[0]
+        is_weight = name.endswith(".weight")
+        if is_weight and self._layout is not None and f"{module}.qweight" in self._files:
+            return read_quantized(self._files, module, self._layout).dequantize()
+        if f"{name}.{NF4_STATE}" in self._files:
+            return read_nf4(self._files.parts(module, NF4_NAMES), module).dequantize()
+        return self._files.floats(name)
+
+    def _plain_names(self) -> Iterator[str]:
+        for name in self._files:
+            module, _, last = name.rpartition(".")
+            if self._layout is not None and last in TENSOR_NAMES:
+                if last == "qweight":
+                    yield f"{module}.weight"
+            elif ".weight." not in name:  # what bitsandbytes says of a weight
+                yield name

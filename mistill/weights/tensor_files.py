@@ -1,0 +1,162 @@
+"""The tensors of a folder, read one at a time from mapped files with numpy alone.
+
+safetensors' own reader needs a library that the laptop install has not, and knows bfloat16 only
+through a further one. A file is a header and the tensors' bytes: what is needed here is little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistill.errors import FolderError
+from mistill.folders.folder import data_start, safetensors_header, weight_files
+from mistill.weights.gptq_layout import TENSOR_NAMES, GptqFormat, QuantizedWeight, ScaleType, unpack
+
+# What safetensors calls the types, and as which numpy type their bytes are read.
+_TYPES = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F32": "<f4",
+    "F64": "<f8",
+}
+_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+class TensorFiles:
+    """All tensors of a folder by name, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers.
+
+        Args:
+            folder: A float, GPTQ or NF4 folder.
+        """
+        self.folder = folder
+        self._homes: dict[str, tuple[Path, dict[str, Any]]] = {}
+        self._starts: dict[Path, int] = {}
+        for file in weight_files(folder):
+            self._starts[file] = data_start(file)
+            for name, entry in safetensors_header(file).items():
+                self._homes[name] = (file, entry)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            Its sizes.
+        """
+        return tuple(self._homes[name][1]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """Type of a tensor.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            Such as float16, bfloat16 or float32; of others the name that safetensors has for it.
+        """
+        stored = str(self._homes[name][1]["dtype"])
+        return _NAMES.get(stored, stored)
+
+    def raw(self, name: str) -> NDArray[Any]:
+        """A tensor as a view of its file; of bfloat16 its bits, as whole numbers.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The tensor, whose pages are read when they are used.
+
+        Raises:
+            FolderError: If it is of a type that mistill does not read.
+        """
+        file, entry = self._homes[name]
+        kind = _TYPES.get(entry["dtype"])
+        if kind is None:
+            raise FolderError(f"{name} in {file} is of type {entry['dtype']}, which is not read")
+        shape = tuple(entry["shape"])
+        if 0 in shape:
+            return np.empty(shape, kind)
+        start = self._starts[file] + entry["data_offsets"][0]
+        return np.memmap(file, kind, "r", start, shape)
+
+    def floats(self, name: str) -> NDArray[np.floating[Any]]:
+        """A tensor of floats, bfloat16 turned into float32 without loss.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The tensor, in memory.
+        """
+        found = np.array(self.raw(name))
+        if self.dtype(name) != "bfloat16":
+            return found
+        return (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+    def parts(self, module: str, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """The tensors of a module, those that there are.
+
+        Args:
+            module: Its name.
+            names: The tensors' own names.
+
+        Returns:
+            Tensors by their own names, in memory; bfloat16 turned into float32.
+        """
+        return {
+            name: self.floats(f"{module}.{name}") for name in names if f"{module}.{name}" in self
+        }
+
+
+def read_quantized(files: TensorFiles, module: str, layout: GptqFormat) -> QuantizedWeight:
+    """Read a matrix that is stored as GPTQ codes.
+
+    Args:
+        files: The files of its folder.
+        module: Its name.
+        layout: What config.json says of them.
+
+    Returns:
+        The codes.
+
+    Raises:
+        FolderError: If one of its tensors is missing, or they do not belong together.
+    """
+    form = layout.format_of(module)
+    if form is None:
+        raise FolderError(f"config.json leaves {module} float, but it is stored as codes")
+    for name in ("qzeros", "scales"):
+        if f"{module}.{name}" not in files:
+            raise FolderError(f"{files.folder} lacks {module}.{name}")
+    return unpack(
+        files.parts(module, TENSOR_NAMES),
+        form.bits,
+        form.group_size,
+        layout.checkpoint_format,
+        cast(ScaleType, files.dtype(f"{module}.scales")),
+    )

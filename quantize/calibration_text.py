@@ -1,0 +1,92 @@
+"""Which blocks of a text a model is calibrated and measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from mistill.text.documents import Texts, TokenBlocks, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
+from quantize.settings import GptqSettings
+
+_log = logging.getLogger(__name__)
+
+# Blocks read for each one drawn, so that another seed draws others.
+_POOL = 8
+
+
+def draw_blocks(texts: Texts, folder: Path, settings: GptqSettings) -> TokenBlocks:
+    """Draw the blocks to calibrate on from the beginning of some text.
+
+    Args:
+        texts: What ``mistill.text.documents.read_documents`` reads.
+        folder: The model, for its vocabulary.
+        settings: How many blocks, of which length, and the seed.
+
+    Returns:
+        As many blocks as asked for, in the order of the text, or all if there are fewer.
+
+    Raises:
+        TextError: If there is no text.
+    """
+    samples = settings.samples
+    blocks = draw_up_to(samples, settings.block_length, texts, folder, settings.seed)
+    if len(blocks) < samples:
+        _log.warning("the text fills only %d of the %d blocks asked for", len(blocks), samples)
+    return blocks
+
+
+def draw_up_to(
+    samples: int, block_length: int, texts: Texts, folder: Path, seed: int = 0
+) -> TokenBlocks:
+    """Draw some blocks from the beginning of some text, or take all of a short one.
+
+    Args:
+        samples: Most blocks.
+        block_length: Tokens in each.
+        texts: What ``mistill.text.documents.read_documents`` reads.
+        folder: The model, for its vocabulary.
+        seed: Which blocks of a long text are drawn.
+
+    Returns:
+        Blocks in the order of the text.
+
+    Raises:
+        TextError: If there is no text.
+    """
+    documents = read_documents(texts, load_vocabulary(folder), limit=_POOL * samples * block_length)
+    blocks = pack(documents, block_length)
+    if len(blocks) <= samples:
+        return blocks
+    generator = np.random.default_rng(seed)
+    return blocks[np.sort(generator.choice(len(blocks), samples, replace=False))]
+
+
+def blocks_digest(blocks: TokenBlocks) -> str:
+    """A name for some text.
+
+    Args:
+        blocks: The text.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(str(blocks.ids.shape).encode())
+    digest.update(np.ascontiguousarray(blocks.ids).tobytes())
+    digest.update(np.ascontiguousarray(blocks.documents).tobytes())
+    return digest.hexdigest()
+
+
+def names_of(texts: Texts) -> list[str]:
+    """What some text is called, for a record.
+
+    Args:
+        texts: A file, a folder, a name, or several of them.
+
+    Returns:
+        One name for each.
+    """
+    return [str(texts)] if isinstance(texts, str | Path) else [str(text) for text in texts]

@@ -1,0 +1,1 @@
+"""Between formats, back to floats, and adapters merged."""

@@ -1,0 +1,291 @@
+"""Merge a LoRA adapter into its base, and see in which order it should meet the quantizer.
+
+Two orders lead from a base and an adapter to a small merged model: merge into the float base and
+quantize the sum, or quantize the base first, turn its codes back into floats, merge there, and
+quantize again, as it is where an adapter was trained on a quantized base (QLoRA, Dettmers et al.,
+2023, https://arxiv.org/abs/2305.14314). The second rounds twice, but starts from the weights that
+the adapter was trained to correct. Which is closer to the float merged model is measured, in KL.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+
+from mistill.errors import FolderError, missing_extra
+from mistill.folders.folder import (
+    context_length,
+    copy_companions,
+    open_folder,
+    read_config,
+    read_json,
+    safetensors_header,
+)
+from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
+from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.measures.kl import Closeness, compare, predict
+from mistill.pytorch.loading import (
+    check_weights,
+    empty_model,
+    load_pytorch,
+    plain_config,
+    require_readable,
+    stored_tensors,
+)
+from mistill.settings import require, settings_dict
+from mistill.text.documents import Texts, TokenBlocks, check_texts, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
+from mistill.weights.gptq_layout import EMBEDDING, HEAD, read_quantization
+from quantize.conversions.dequantization import dequantize
+from quantize.folders.auto_gptq_names import gptq_settings
+from quantize.folders.float_model import TensorWriter
+from quantize.folders.gptq_folder import to_gptq
+from quantize.settings import GptqSettings
+
+MERGE_FILE = "merge_report.json"
+ORDERS = ("merge_then_quantize", "quantize_then_merge")
+
+_log = logging.getLogger(__name__)
+
+# Tokens that the two orders are compared on.
+_BLOCKS, _LENGTH = 64, 256
+
+
+def merge_lora(
+    base: str | Path,
+    adapter: str | Path,
+    target: str | Path,
+    *,
+    texts: Texts | None = None,
+    held_out: Texts | None = None,
+    settings: GptqSettings | None = None,
+    float_base: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Merge a peft LoRA adapter into its base.
+
+    A float base becomes the float merged model; a GPTQ or NF4 base is turned back into floats
+    first. With texts the merged model is quantized by GPTQ, in both orders: the target is the one
+    closer to the float merged model on held-out text, and ``merge_report.json`` in it holds the
+    KL of both.
+
+    Args:
+        base: A float, GPTQ or NF4 folder: what the adapter was trained on, or its float original.
+        adapter: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        target: The folder to make.
+        texts: Text to calibrate GPTQ on; without it the target stays float.
+        held_out: Text to measure the KL on; the calibration text if not given.
+        settings: How to quantize; those of a GPTQ base, or the defaults, if not given.
+        float_base: The float original of a quantized base; the one that its lineage names if not
+            given. Only used with texts.
+        overwrite: Whether an existing target is replaced.
+
+    Returns:
+        The target.
+
+    Raises:
+        SettingsError: If there are settings but no text to calibrate on.
+        FolderError: If a folder is broken, the adapter is not a LoRA or does not fit the base, or
+            the float original of a quantized base is not there.
+        MissingExtraError: If peft is not installed.
+    """
+    target = refuse_existing(target, overwrite)
+    info = open_folder(base)
+    if info.form == "onnx":
+        raise FolderError(f"{base} is an ONNX folder; merge into the folder it was exported from")
+    require_readable(info)
+    check_weights(info.path, plain_config(info.path))
+    _check_adapter(Path(adapter), info.path)
+    require(
+        texts is not None or (settings is None and held_out is None),
+        "quantizing what is merged needs text to calibrate on: give texts",
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".merge-", dir=target.parent) as rooms:
+        room = Path(rooms)
+        if texts is None:
+            plain = info.path if info.form == "model" else dequantize(info.path, room / "plain")
+            merged = _merge(plain, Path(adapter), room / "merged")
+            _publish(merged, target, overwrite, info.path, Path(adapter), {})
+            return target
+        check_texts(texts)
+        settings = settings or _settings_of(info.path)
+        original = info.path if info.form == "model" else _original(info.path, float_base)
+        reference = _merge(original, Path(adapter), room / "merged")
+        quantized = info.path
+        if info.form == "model":
+            quantized = to_gptq(info.path, room / "base", texts=texts, settings=settings)
+        again = _merge(dequantize(quantized, room / "plain"), Path(adapter), room / "again")
+        made = {
+            name: to_gptq(source, room / name, texts=texts, settings=settings)
+            for name, source in zip(ORDERS, (reference, again), strict=True)
+        }
+        measured = _measure(reference, made, held_out or texts)
+        best = min(ORDERS, key=lambda name: measured[name].kl)
+        facts = {
+            "orders": {name: asdict(one) for name, one in measured.items()},
+            "chosen": best,
+            "quantization": settings_dict(settings),
+            "float_base": str(original),
+        }
+        for name, one in measured.items():
+            _log.info("%s: KL %.5f to the float merged model", name, one.kl)
+        _publish(made[best], target, overwrite, info.path, Path(adapter), facts)
+    return target
+
+
+def _check_adapter(adapter: Path, base: Path) -> None:
+    """Refuse an adapter that is not a LoRA, or one of another model, before anything is loaded."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise FolderError(
+                f"{adapter} is no adapter of peft: {name} is missing; give the folder that "
+                "save_pretrained wrote"
+            )
+    kind = read_json(adapter / "adapter_config.json").get("peft_type")
+    if kind != "LORA":
+        raise FolderError(f"{adapter} is an adapter of type {kind}; mistill merges LORA")
+    config = plain_config(base)
+    modules = {name for name, _ in empty_model(config).named_modules()}
+    last = re.compile(r"\.lora_.*|\.base_layer\..*|\.(?:weight|bias)$")
+    changed = {
+        last.sub("", name.removeprefix("base_model.model."))
+        for name in safetensors_header(adapter / "adapter_model.safetensors")
+    }
+    strange = sorted(changed - modules)
+    if strange:
+        raise FolderError(
+            f"{adapter} changes {strange[0]}, which {base} has not; it belongs to another model"
+        )
+    if config.tie_word_embeddings and changed & {HEAD, EMBEDDING}:
+        raise FolderError(
+            f"{adapter} changes the head or the embedding of {base}, which are one table: merged "
+            "into one it would change the other; train an adapter without them"
+        )
+
+
+def _settings_of(folder: Path) -> GptqSettings:
+    """How a GPTQ folder was quantized, or the defaults for a folder of another form."""
+    config = read_config(folder)
+    if read_quantization(config) is None:
+        return GptqSettings()
+    said = config["quantization_config"]
+    known = (
+        "bits",
+        "group_size",
+        "sym",
+        "desc_act",
+        "static_groups",
+        "act_group_aware",
+        "dynamic",
+        "lm_head",
+        "embedding",
+        "damp_percent",
+        "true_sequential",
+        "meta",
+    )
+    return gptq_settings({name: said[name] for name in known if name in said})
+
+
+def _original(folder: Path, given: str | Path | None) -> Path:
+    """The float model that a quantized folder was made from."""
+    if given is None:
+        steps = [
+            step for step in read_lineage(folder) if step["step"] in ("gptq", "nf4", "rounding")
+        ]
+        source = steps[-1].get("source") if steps else None
+        if source is None or not Path(source).is_dir():
+            raise FolderError(
+                f"the float original of {folder} is not at hand"
+                + (f" at {source}" if source else "")
+                + "; give it as float_base, or leave out texts to merge without comparing"
+            )
+        if fingerprint(Path(source)) != steps[-1].get("source_fingerprint"):
+            raise FolderError(
+                f"{source} is no longer the folder that {folder} was made from; give the float "
+                "original as float_base"
+            )
+        given = source
+    info = open_folder(given)
+    if info.form != "model":
+        raise FolderError(f"{given} is a {info.form} folder; float_base must be a float folder")
+    return info.path
+
+
+def _merge(base: Path, adapter: Path, target: Path) -> Path:
+    """Merge an adapter into a float folder, in float32, and store it in the folder's own type."""
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError as error:
+        raise missing_extra("peft", "tune") from error
+    types = {name: tensor.dtype for name, tensor in stored_tensors(base)}
+    model = load_pytorch(base, torch.float32)
+    names = {name for name, _ in model.named_parameters()}
+    try:
+        with warnings.catch_warnings():
+            # Of a name that peft asks transformers for, which concerns training.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted = cast(Any, PeftModel.from_pretrained(model, str(adapter)))
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FolderError(f"{adapter} does not fit {base}: {reason}") from error
+    merged = adapted.merge_and_unload(safe_merge=True)
+    with creating(target) as partial:
+        with TensorWriter(partial) as writer:
+            for name, parameter in merged.named_parameters():
+                if name in names:
+                    writer.add(name, parameter.detach().to(types.get(name, torch.float32)))
+        shutil.copyfile(base / "config.json", partial / "config.json")
+        copy_companions(base, partial)
+        # A chat template or tokens that were tuned with the adapter go with it.
+        copy_companions(adapter, partial)
+    check_weights(target, plain_config(target))
+    return target
+
+
+def _measure(reference: Path, models: Mapping[str, Path], texts: Texts) -> dict[str, Closeness]:
+    blocks = _blocks(reference, texts)
+    asked = {"merged": predict(load_pytorch(reference), blocks)}
+    predictions = {name: predict(load_pytorch(folder), blocks) for name, folder in models.items()}
+    found = compare(asked, predictions, blocks)
+    return {name: one["merged"] for name, one in found.items()}
+
+
+def _blocks(folder: Path, texts: Texts) -> TokenBlocks:
+    length = min(_LENGTH, context_length(folder, read_json(folder / "config.json")))
+    documents = read_documents(texts, load_vocabulary(folder), limit=_BLOCKS * length)
+    return pack(documents, length)[:_BLOCKS]
+
+
+def _publish(
+    made: Path,
+    target: Path,
+    overwrite: bool,
+    base: Path,
+    adapter: Path,
+    facts: Mapping[str, Any],
+) -> None:
+    """Move what was made into place, with a lineage that goes from the base by way of the merge."""
+    with creating(target, overwrite) as partial:
+        for file in made.iterdir():
+            shutil.move(file, partial / file.name)
+        if facts:
+            write_atomically(partial / MERGE_FILE, json.dumps(facts, indent=1) + "\n")
+        add_lineage(
+            partial,
+            step="merge",
+            settings={"adapter": str(adapter)},
+            source=base,
+            adapter_fingerprint=fingerprint(adapter),
+            **facts,
+        )

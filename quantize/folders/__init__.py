@@ -1,0 +1,1 @@
+"""Quantized folders: planned, made layer by layer, resumed, written."""

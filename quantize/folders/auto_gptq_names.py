@@ -1,0 +1,232 @@
+"""Settings in the names of AutoGPTQ and gptqmodel, as people and their files have them.
+
+``BaseQuantizeConfig`` of AutoGPTQ and ``QuantizeConfig`` of gptqmodel say ``sym`` for symmetric,
+and with three switches what ``order`` says here:
+
+    desc_act  static_groups  act_group_aware    order
+    true      false                             dynamic   groups are formed on the way
+    true      true                              static    groups stay, columns are walked in order
+    false                    true               group     groups and their columns change places
+    false                    false              none
+
+What has no counterpart is refused by name and never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mistill.errors import FolderError, SettingsError
+from mistill.folders.folder import AUTO_GPTQ_CONFIG, read_json, weight_files
+from mistill.folders.gptq_format import EMBEDDING, HEAD
+from mistill.folders.publishing import write_atomically
+from mistill.settings import require, settings_from
+from quantize.settings import GptqSettings
+
+AUTO_GPTQ_NAMES = frozenset(
+    {
+        "sym",
+        "desc_act",
+        "static_groups",
+        "act_group_aware",
+        "mse",
+        "lm_head",
+        "embedding",
+        "dynamic",
+        "quant_method",
+        "checkpoint_format",
+        "format",
+        "is_marlin_format",
+        "pack_dtype",
+    }
+)
+# What such files say of their model and maker, which is no setting.
+_RECORDS = ("model_name_or_path", "meta", "method")
+
+
+def gptq_settings(source: Mapping[str, Any] | str | Path, **more: Any) -> GptqSettings:
+    """Settings from what AutoGPTQ and gptqmodel write, or take.
+
+    Args:
+        source: A dictionary, a quantize_config.json, or a folder with one or a config.json.
+        **more: Further settings, in our names or in theirs, which go before those of the source.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingsError: If a setting has no counterpart, or two of them contradict each other.
+        FolderError: If there is no such file.
+    """
+    said = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    # mistill says static_groups and desc_act false: groups stay, and need no index when it runs.
+    if said.get("static_groups") and "mistill" in str(said.get("meta")):
+        said.pop("desc_act", None)
+    for name in _RECORDS:
+        said.pop(name, None)
+    return settings_from(GptqSettings, None, translated({**said, **more}))
+
+
+def translated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with AutoGPTQ's and gptqmodel's names replaced by ours.
+
+    Args:
+        options: Settings by name; names that are neither are left for ``settings_from`` to refuse.
+
+    Returns:
+        Settings by the names of ``GptqSettings``.
+
+    Raises:
+        SettingsError: If one has no counterpart here, or contradicts another.
+    """
+    ours = {name: value for name, value in options.items() if name not in AUTO_GPTQ_NAMES}
+    theirs = {name: value for name, value in options.items() if name in AUTO_GPTQ_NAMES}
+    if not theirs:
+        return ours
+    _refuse_formats(theirs)
+    if "sym" in theirs:
+        _put(ours, "symmetric", _switch(theirs, "sym"), "sym")
+    order = _order(theirs)
+    if order is not None:
+        _put(ours, "order", order, "desc_act, static_groups and act_group_aware")
+    if theirs.get("mse") is not None:
+        # Theirs is the exponent of an unweighted error, 0 for no search at all.
+        searched = float(theirs["mse"]) > 0
+        _put(ours, "scale_search", GptqSettings().scale_search if searched else 1, "mse")
+    overrides, tables = _overrides(theirs.get("dynamic") or {})
+    for flag, module, name in (
+        ("lm_head", HEAD, "head_bits"),
+        ("embedding", EMBEDDING, "embedding_bits"),
+    ):
+        if theirs.get(flag) is not None and _switch(theirs, flag):
+            _put(ours, name, tables.get(module, ours.get("bits", GptqSettings().bits)), flag)
+    if overrides:
+        _put(ours, "overrides", overrides, "dynamic")
+    symmetric = bool(ours.get("symmetric", True)) and "symmetric=false" not in str(overrides)
+    _require_checkpoint_format(theirs, symmetric)
+    return ours
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        return read_json(path)
+    if (path / AUTO_GPTQ_CONFIG).is_file():
+        return read_json(path / AUTO_GPTQ_CONFIG)
+    said = read_json(path / "config.json").get("quantization_config")
+    if not isinstance(said, dict):
+        raise FolderError(
+            f"{path} has neither a quantize_config.json nor a quantization_config in config.json"
+        )
+    return said
+
+
+def _put(ours: dict[str, Any], name: str, value: Any, theirs: str) -> None:
+    if name in ours:
+        raise SettingsError(f"give either {name} or {theirs}, not both: they are one setting")
+    ours[name] = value
+
+
+def _switch(theirs: Mapping[str, Any], name: str) -> bool:
+    value = theirs[name]
+    require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
+    return bool(value)
+
+
+def _order(theirs: Mapping[str, Any]) -> str | None:
+    given = {
+        name: _switch(theirs, name)
+        for name in ("desc_act", "static_groups", "act_group_aware")
+        if theirs.get(name) is not None
+    }
+    if not given:
+        return None
+    ordered, aware = given.get("desc_act"), given.get("act_group_aware", False)
+    if aware:
+        require(
+            not ordered and not given.get("static_groups"),
+            "act_group_aware walks whole groups, and desc_act and static_groups single columns; "
+            "give one of them",
+        )
+        return "group"
+    if given.get("static_groups"):
+        require(
+            ordered is not False,
+            "static_groups says in which order columns keep their groups, and desc_act false that "
+            "they have none; give desc_act=True, or neither",
+        )
+        return "static"
+    if ordered is None:
+        # Of desc_act AutoGPTQ's default is true and gptqmodel's false: what is not said is ours.
+        return "none" if "act_group_aware" in given else None
+    return "dynamic" if ordered else "none"
+
+
+def _overrides(dynamic: Any) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Overrides for the layers as our settings write them, and the bits of the tables."""
+    require(isinstance(dynamic, Mapping), f"dynamic must be a dictionary, got {dynamic!r}")
+    overrides = []
+    tables: dict[str, int] = {}
+    for key, said in dynamic.items():
+        pattern = key[2:] if key.startswith(("+:", "-:")) else key
+        if key.startswith("-:"):
+            overrides.append(f"{pattern}: keep")
+            continue
+        unknown = sorted(set(said) - {"bits", "group_size", "sym"})
+        require(
+            not unknown and bool(said),
+            f"dynamic[{key!r}] may set bits, group_size and sym, got {json.dumps(said)}",
+        )
+        module = pattern.replace("\\", "").strip("^$")
+        if module in (HEAD, EMBEDDING) and "bits" in said:
+            tables[module] = said["bits"]
+            continue
+        named = {"symmetric" if name == "sym" else name: value for name, value in said.items()}
+        words = (f"{name}={str(value).lower()}" for name, value in named.items())
+        overrides.append(f"{pattern}: {', '.join(words)}")
+    return tuple(overrides), tables
+
+
+def _refuse_formats(theirs: Mapping[str, Any]) -> None:
+    method = theirs.get("quant_method") or "gptq"
+    require(method == "gptq", f"quant_method must be gptq here, got {method!r}")
+    require(not theirs.get("is_marlin_format"), "mistill writes no Marlin files: leave out marlin")
+    words = theirs.get("pack_dtype") or "int32"
+    require(words == "int32", f"codes are packed in int32, got pack_dtype {words!r}")
+
+
+def _require_checkpoint_format(theirs: Mapping[str, Any], symmetric: bool) -> None:
+    wanted = theirs.get("checkpoint_format") or theirs.get("format")
+    written = "gptq" if symmetric else "gptq_v2"
+    require(
+        wanted in (None, written),
+        f"{'symmetric' if symmetric else 'asymmetric'} codes are written as {written}, got "
+        f"checkpoint_format {wanted!r}; quantize.convert makes the other",
+    )
+
+
+def name_as_auto_gptq(folder: Path, base_name: str) -> None:
+    """Name the weights of a folder as AutoGPTQ would, and write its quantize_config.json.
+
+    transformers looks for ``model.safetensors`` only; AutoGPTQ, gptqmodel and mistill find these.
+
+    Args:
+        folder: A GPTQ folder being made.
+        base_name: The name of the weights' file without its ending, such as
+            ``gptq_model-4bit-128g``.
+    """
+    index = folder / "model.safetensors.index.json"
+    renamed = {}
+    for file in weight_files(folder):
+        renamed[file.name] = base_name + file.name.removeprefix("model")
+        file.rename(folder / renamed[file.name])
+    if index.is_file():
+        said = read_json(index)
+        said["weight_map"] = {name: renamed[file] for name, file in said["weight_map"].items()}
+        write_atomically(folder / f"{base_name}.safetensors.index.json", json.dumps(said, indent=2))
+        index.unlink()
+    config = read_json(folder / "config.json")["quantization_config"]
+    config["model_file_base_name"] = base_name
+    write_atomically(folder / AUTO_GPTQ_CONFIG, json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,376 @@
+"""GPTQ, from a float model folder to a folder in the AutoGPTQ layout."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mistill.errors import SettingsError
+from mistill.folders.folder import context_length, copy_companions
+from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
+from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.progress import Tracker, track
+from mistill.pytorch.loading import read_tensors
+from mistill.settings import settings_dict, settings_from
+from mistill.text.documents import Texts, TokenBlocks, check_texts
+from mistill.weights.gptq_layout import EMBEDDING
+from quantize.calibration_text import blocks_digest, draw_blocks, names_of
+from quantize.folders.auto_gptq_names import name_as_auto_gptq, translated
+from quantize.folders.backends import Backend, by_gptqmodel, require_backend
+from quantize.folders.float_model import (
+    FloatModel,
+    TensorWriter,
+    open_float,
+    packed_tensors,
+    tensor_kinds,
+    write_config,
+)
+from quantize.folders.plan import (
+    Plan,
+    layer_rest,
+    make_plan,
+    read_table,
+    report_of,
+    round_table,
+    rounded_rows,
+)
+from quantize.folders.report import write_report
+from quantize.folders.resuming import Part, Shelf
+from quantize.gptq.calibration import Batch, LayeredModel, kept_rows
+from quantize.gptq.gptq import GptqResult
+from quantize.gptq.layers import quantize_head, quantize_layer
+from quantize.measuring.judging import Judge, judged, open_judge
+from quantize.overrides import with_format
+from quantize.settings import GptqSettings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is known before any weight is read.
+
+    Attributes:
+        model: The float model.
+        plan: Which of its modules are quantized how.
+        settings: How to quantize.
+        texts: What the calibration text is called.
+        blocks: The calibration text.
+    """
+
+    model: FloatModel
+    plan: Plan
+    settings: GptqSettings
+    texts: list[str]
+    blocks: TokenBlocks
+
+
+def to_gptq(
+    source: str | Path,
+    target: str | Path,
+    *,
+    texts: Texts,
+    held_out: Texts | None = None,
+    teacher: str | Path | None = None,
+    settings: GptqSettings | None = None,
+    backend: Backend = "mistill",
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Quantize the layers of a model by GPTQ, calibrated on text.
+
+    The norms keep their weights, and so do the embedding and the head unless their bits are set.
+    ``quantize_report.json`` and ``.csv`` in the new folder hold loss, damping and time of every
+    matrix. One layer at a time is in memory. What is done is kept beside the target, so that the
+    same call resumes after an interruption, with at most one layer done again.
+
+    Args:
+        source: A float model folder.
+        target: The folder to make, in the AutoGPTQ layout.
+        texts: Text to calibrate on; best of the kind that the model will read and write.
+        held_out: Text to measure the result on; the report holds its KL to the source then.
+        teacher: The model that the source learnt from, to compare the result with too.
+        settings: How to quantize; or give its fields as options.
+        backend: "gptqmodel" hands over to that library, where it is installed, and leaves its
+            files as it writes them; "auto_gptq" says why that one cannot be used.
+        overwrite: Whether an existing target is replaced.
+        **options: Fields of ``GptqSettings``, or their names in AutoGPTQ: ``sym``, ``desc_act``,
+            ``static_groups``, ``act_group_aware`` and ``mse``.
+
+    Returns:
+        The target.
+
+    Raises:
+        SettingsError: If a setting is out of range, the groups do not divide a layer, or there is
+            a teacher and no held-out text.
+        MissingExtraError: If the backend is a library that cannot be imported.
+        FolderError: If the source is broken or quantized already, or computes no finite numbers.
+        VocabularyError: If the teacher has other tokens.
+        TextError: If there is no text to calibrate or to measure on.
+    """
+    settings = settings_from(GptqSettings, settings, translated(options))
+    require_backend(backend, settings)
+    target = refuse_existing(target, overwrite)
+    model = open_float(source)
+    job = _open_job(model, texts, settings)
+    judge = open_judge(model.folder, held_out, teacher)
+    if backend == "gptqmodel":
+        return by_gptqmodel(
+            model,
+            target,
+            blocks=job.blocks,
+            settings=settings,
+            judge=judge,
+            overwrite=overwrite,
+            texts=job.texts,
+        )
+    return _run(job, target, judge, overwrite)
+
+
+def make_gptq(
+    model: FloatModel,
+    target: Path,
+    *,
+    texts: Texts,
+    settings: GptqSettings,
+    judge: Judge | None,
+    overwrite: bool,
+    finish: Callable[[Path], None],
+) -> Path:
+    """Quantize an opened model by GPTQ, and let the caller add to the folder.
+
+    Args:
+        model: The float model.
+        target: The folder to make.
+        texts: Text to calibrate on.
+        settings: How to quantize.
+        judge: Measures the result; None for not measuring.
+        overwrite: Whether an existing target is replaced.
+        finish: Called with the finished folder before it appears.
+
+    Returns:
+        The target.
+    """
+    return _run(_open_job(model, texts, settings), target, judge, overwrite, finish)
+
+
+def require_context(model: FloatModel, block_length: int) -> None:
+    """Refuse blocks of text that are longer than a model can read.
+
+    Args:
+        model: The float model.
+        block_length: Tokens per block.
+
+    Raises:
+        SettingsError: If they are too long.
+    """
+    longest = context_length(model.folder, model.config.to_dict())
+    if block_length > longest:
+        raise SettingsError(f"block_length {block_length} exceeds the model's {longest} positions")
+
+
+def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings) -> _Job:
+    plan = make_plan(model, settings)
+    require_context(model, settings.block_length)
+    check_texts(texts)
+    blocks = draw_blocks(texts, model.folder, settings)
+    return _Job(model, plan, settings, names_of(texts), blocks)
+
+
+def _run(
+    job: _Job,
+    target: Path,
+    judge: Judge | None,
+    overwrite: bool,
+    finish: Callable[[Path], None] | None = None,
+) -> Path:
+    """Do the work, or what an interrupted run left of it."""
+    key = {
+        "step": "gptq",
+        "source": fingerprint(job.model.folder),
+        "settings": settings_dict(job.settings),
+        "texts": blocks_digest(job.blocks),
+        "versions": installed_versions(),
+    }
+    with working(target, key) as work, torch.inference_mode():
+        begun = time.perf_counter()
+        shelf = Shelf(work)
+        names = _Work(job.model, job.plan, job.settings, shelf).finish(job.blocks)
+        result = work / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        _assemble(result, job, shelf, names, judge, begun)
+        if finish is not None:
+            finish(result)
+        publish(work, target, overwrite)
+    return target
+
+
+class _Work:
+    """The parts of a quantized model, made in order: embedding, layers, and what comes after."""
+
+    def __init__(self, model: FloatModel, plan: Plan, settings: GptqSettings, shelf: Shelf) -> None:
+        self._model, self._plan, self._settings, self._shelf = model, plan, settings, shelf
+        self._layers = LayeredModel(model.folder, model.config)
+        self._names = [
+            "embedding",
+            *(f"{index:05}" for index in range(len(self._layers))),
+            "head",
+        ]
+
+    def finish(self, blocks: TokenBlocks) -> list[str]:
+        """Make the parts that are not there yet; the names of all."""
+        done = self._shelf.finished(self._names)
+        total = len(self._plan.matrices)
+        before = sum(len(self._shelf.facts(name)[0]) for name in self._names[:done])
+        if done:
+            _log.info("resuming after %d of %d parts", done, len(self._names))
+        with track("Quantizing", total=total, unit="matrices", done=before) as progress:
+            if done == 0:
+                self._shelf.put("embedding", self._embedding(progress))
+                done = 1
+            if done < len(self._names):
+                batches, floats = self._start(blocks, done - 1)
+                for index in range(done - 1, len(self._layers)):
+                    part = self._layer(index, batches, floats, progress)
+                    self._shelf.put_hidden(index + 1, batches, floats)
+                    self._shelf.put(self._names[index + 1], part)
+                    self._shelf.drop_hidden(before=index + 1)
+                self._shelf.put("head", self._head(batches, progress))
+        return self._names
+
+    def _start(self, blocks: TokenBlocks, layers: int) -> tuple[list[Batch], list[Batch]]:
+        """The text as it enters the first layer that is to be done, quantized and float."""
+        change, form = None, self._plan.embedding
+        if form is not None and self._plan.head_table != EMBEDDING:
+            change = rounded_rows(self._settings, form)
+        batches = self._layers.embed(blocks, change)
+        floats = self._layers.embed(blocks) if self._settings.method == "gptaq" else []
+        if layers:
+            self._shelf.get_hidden(layers, batches, floats)
+        return batches, floats
+
+    def _embedding(self, progress: Tracker) -> Part:
+        part = Part()
+        if self._plan.head_table == EMBEDDING:
+            return part  # it is the head as well, and done with it
+        table = read_table(self._model, EMBEDDING)
+        if self._plan.embedding is None:
+            part.keep(f"{EMBEDDING}.weight", table)
+            return part
+        begun = time.perf_counter()
+        weight = round_table(table, self._settings, self._plan.embedding)
+        seconds = time.perf_counter() - begun
+        part.add(
+            packed_tensors(EMBEDDING, weight, self._plan.layout.checkpoint_format),
+            report_of(EMBEDDING, weight, seconds),
+        )
+        progress.advance(1, EMBEDDING)
+        return part
+
+    def _layer(
+        self, index: int, batches: list[Batch], floats: list[Batch], progress: Tracker
+    ) -> Part:
+        part = Part()
+
+        def store(module: str, result: GptqResult, seconds: float) -> None:
+            self._store(part, module, result, seconds, progress)
+
+        layer = self._layers.layer(index)
+        quantize_layer(layer, index, batches, self._settings, store, floats)
+        for name, tensor in layer_rest(self._model, index, self._settings).items():
+            part.keep(name, tensor)
+        return part
+
+    def _head(self, batches: Sequence[Batch], progress: Tracker) -> Part:
+        part = Part()
+        for name, tensor in read_tensors(self._model.folder, "model.norm.").items():
+            part.keep(f"model.norm.{name}", tensor)
+        home = self._plan.head_table
+        if home is None:  # the embedding stays float, and is the head
+            return part
+        table = read_table(self._model, home)
+        if self._plan.head is None:
+            part.keep(f"{home}.weight", table)
+            return part
+        norm = self._layers.final_norm()
+        inputs = kept_rows([norm(batch.hidden) for batch in batches], batches)
+        own = with_format(self._settings, self._plan.head)
+        result, seconds = quantize_head(table, inputs, own)
+        self._store(part, home, result, seconds, progress)
+        return part
+
+    def _store(
+        self, part: Part, module: str, result: GptqResult, seconds: float, progress: Tracker
+    ) -> None:
+        if result.dead_columns:
+            _log.info("%s has %d inputs that are always zero", module, result.dead_columns)
+        part.add(
+            packed_tensors(module, result.weight, self._plan.layout.checkpoint_format),
+            report_of(module, result.weight, seconds, result),
+        )
+        progress.advance(1, module.removeprefix("model.layers."))
+
+
+def _assemble(
+    result: Path,
+    job: _Job,
+    shelf: Shelf,
+    names: Sequence[str],
+    judge: Judge | None,
+    begun: float,
+) -> None:
+    """Gather what the target will hold."""
+    model, settings = job.model, job.settings
+    reports, kept = [], []
+    with TensorWriter(result) as writer:
+        for name in names:
+            shelf.copy_to(writer, name)
+            more, stayed = shelf.facts(name)
+            reports += more
+            kept += stayed
+    write_config(
+        model.folder,
+        result,
+        job.plan.layout,
+        damp_percent=settings.damp_percent,
+        true_sequential=settings.true_sequential,
+        static_groups=settings.order == "static",
+        act_group_aware=settings.order == "group",
+    )
+    if settings.model_file_base_name is not None:
+        name_as_auto_gptq(result, settings.model_file_base_name)
+    copy_companions(model.folder, result)
+    used = settings_dict(settings)
+    calibration = {
+        "blocks": len(job.blocks),
+        "block_length": job.blocks.block_length,
+        "tokens": job.blocks.tokens,
+    }
+    seconds = round(time.perf_counter() - begun, 2)
+    write_report(
+        result,
+        reports,
+        kept,
+        step="gptq",
+        settings=used,
+        calibration=calibration,
+        seconds=seconds,
+        **judged(judge, result),
+    )
+    add_lineage(
+        result,
+        step="gptq",
+        settings=used,
+        source=model.folder,
+        texts=job.texts,
+        calibration=calibration,
+        kept_float=tensor_kinds(kept),
+    )

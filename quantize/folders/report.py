@@ -1,0 +1,59 @@
+"""What quantizing each matrix cost, kept beside the weights for people and for spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mistill.folders.folder import QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
+from mistill.folders.publishing import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleReport:
+    """What quantizing one matrix cost.
+
+    Attributes:
+        name: The linear module or table.
+        bits: Bits per code; None where a library chose.
+        group_size: Columns per group, -1 for the whole row; None likewise.
+        loss: Mean squared error of an output on the calibration text; None without such text.
+        damping: Share of the Hessian's mean diagonal that was added to it; None likewise.
+        dead_columns: Inputs that were always zero; None likewise.
+        seconds: Wall time; None where it was not taken for each matrix.
+    """
+
+    name: str
+    bits: int | None = None
+    group_size: int | None = None
+    loss: float | None = None
+    damping: float | None = None
+    dead_columns: int | None = None
+    seconds: float | None = None
+
+
+def write_report(
+    target: Path, modules: Sequence[ModuleReport], kept: Sequence[str], **facts: Any
+) -> None:
+    """Keep beside the weights what quantizing each of them cost, as JSON and as a table.
+
+    Args:
+        target: The folder being made.
+        modules: One entry per quantized matrix.
+        kept: Tensors that stayed as they were.
+        **facts: What holds for all of them.
+    """
+    report = {**facts, "modules": [asdict(module) for module in modules], "kept": list(kept)}
+    write_atomically(target / QUANTIZE_REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    table = io.StringIO()
+    lines = csv.DictWriter(
+        table, [field.name for field in fields(ModuleReport)], lineterminator="\n"
+    )
+    lines.writeheader()
+    lines.writerows(asdict(module) for module in modules)
+    write_atomically(target / QUANTIZE_TABLE_FILE, table.getvalue())

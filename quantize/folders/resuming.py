@@ -1,0 +1,178 @@
+"""What is done of a model that is being quantized, kept on disk layer by layer.
+
+A layer is one safetensors file that appears whole or not at all, with its report in the header. The
+hidden states that leave it are written before it, so that whoever finds the layer finds them too,
+and go on with the same bits. After a kill at most one layer is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantize.folders.float_model import TensorWriter
+from quantize.folders.report import ModuleReport
+from quantize.gptq.calibration import Batch
+
+_FACTS = "mistill"
+
+
+class Part:
+    """Tensors that are written together, and what is said of them."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.tensors: dict[str, Tensor] = {}
+        self.reports: list[ModuleReport] = []
+        self.kept: list[str] = []
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor that stays as it is.
+
+        Args:
+            name: Its name in the model.
+            tensor: Any type.
+        """
+        self.tensors[name] = tensor.contiguous()
+        self.kept.append(name)
+
+    def add(self, tensors: Mapping[str, Tensor], report: ModuleReport) -> None:
+        """Take a quantized matrix.
+
+        Args:
+            tensors: What it is stored as, by name.
+            report: What it cost.
+        """
+        self.tensors.update(tensors)
+        self.reports.append(report)
+
+
+class Shelf:
+    """The finished parts of one model in a working folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look into a folder; nothing is read yet.
+
+        Args:
+            folder: From ``mistill.folders.publishing.working``; empty, or as a killed process left
+            it.
+        """
+        self._folder = folder
+
+    def finished(self, names: Sequence[str]) -> int:
+        """How many parts are done, from the first on.
+
+        Args:
+            names: All parts in the order of the work: one before the layers, the layers, and one
+                after them.
+
+        Returns:
+            Number of parts, all of them readable, and with them what leaves the last layer of
+            them; 0 if that is lost.
+        """
+        done = 0
+        while done < len(names) and _readable(self._file(names[done])):
+            done += 1
+        layers = done - 1
+        lost = 0 < layers < len(names) - 1 and not _readable(self._hidden(layers))
+        return 0 if lost else done
+
+    def put(self, name: str, part: Part) -> None:
+        """Keep a part; when this returns it outlives any kill.
+
+        Args:
+            name: The part.
+            part: What it holds.
+        """
+        facts = {"reports": [asdict(report) for report in part.reports], "kept": part.kept}
+        _save_whole(part.tensors, self._file(name), {_FACTS: json.dumps(facts)})
+
+    def facts(self, name: str) -> tuple[list[ModuleReport], list[str]]:
+        """What is said of a finished part.
+
+        Args:
+            name: The part.
+
+        Returns:
+            The reports of its matrices, and the names of what stayed as it was.
+        """
+        with safe_open(self._file(name), framework="pt") as opened:
+            facts: dict[str, Any] = json.loads(opened.metadata()[_FACTS])
+        return [ModuleReport(**report) for report in facts["reports"]], facts["kept"]
+
+    def copy_to(self, writer: TensorWriter, name: str) -> None:
+        """Write the tensors of a part where they belong.
+
+        Args:
+            writer: The model being written.
+            name: The part.
+        """
+        with safe_open(self._file(name), framework="pt") as opened:
+            for tensor in opened.keys():  # noqa: SIM118  (not a dictionary)
+                writer.add(tensor, opened.get_tensor(tensor))
+
+    def put_hidden(self, after: int, *streams: Sequence[Batch]) -> None:
+        """Keep what leaves a layer.
+
+        Args:
+            after: How many layers are behind it.
+            *streams: The batches of the quantized model, and for GPTAQ of the float one.
+        """
+        tensors = {
+            f"{stream}.{place}": batch.hidden
+            for stream, batches in enumerate(streams)
+            for place, batch in enumerate(batches)
+        }
+        _save_whole(tensors, self._hidden(after), {})
+
+    def get_hidden(self, after: int, *streams: Sequence[Batch]) -> None:
+        """Go on with what was kept.
+
+        Args:
+            after: How many layers are behind it.
+            *streams: The batches that take it.
+        """
+        tensors = load_file(self._hidden(after))
+        for stream, batches in enumerate(streams):
+            for place, batch in enumerate(batches):
+                batch.hidden = tensors[f"{stream}.{place}"]
+
+    def drop_hidden(self, before: int) -> None:
+        """Forget what is not needed any more.
+
+        Args:
+            before: Hidden states after fewer layers than this go.
+        """
+        for file in self._folder.glob("hidden-*.safetensors"):
+            if int(file.stem.rpartition("-")[2]) < before:
+                file.unlink()
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"part-{name}.safetensors"
+
+    def _hidden(self, after: int) -> Path:
+        return self._folder / f"hidden-{after:05}.safetensors"
+
+
+def _readable(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _save_whole(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    partial = file.with_suffix(".partial")
+    save_file(dict(tensors), partial, metadata={"format": "pt", **metadata})
+    with partial.open("rb") as opened:
+        os.fsync(opened.fileno())
+    partial.replace(file)

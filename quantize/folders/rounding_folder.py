@@ -1,0 +1,159 @@
+"""Plain rounding, from a float model folder to a folder in the AutoGPTQ layout."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mistill.folders.folder import copy_companions
+from mistill.folders.lineage import add_lineage
+from mistill.folders.publishing import creating, refuse_existing
+from mistill.progress import Tracker, track
+from mistill.pytorch.loading import read_tensors
+from mistill.settings import settings_dict, settings_from
+from mistill.text.documents import Texts
+from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
+from quantize.folders.float_model import (
+    FloatModel,
+    TensorWriter,
+    open_float,
+    tensor_kinds,
+    write_config,
+)
+from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, report_of, round_table
+from quantize.folders.report import ModuleReport, write_report
+from quantize.gptq.calibration import MATRICES
+from quantize.gptq.rounding import round_weight
+from quantize.measuring.judging import judged, open_judge
+from quantize.overrides import format_of, with_format
+from quantize.settings import RoundingSettings
+
+
+def to_rounding(
+    source: str | Path,
+    target: str | Path,
+    *,
+    held_out: Texts | None = None,
+    teacher: str | Path | None = None,
+    settings: RoundingSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Round the layers of a model to the nearest codes, the baseline that GPTQ is judged by.
+
+    The folder has the layout, and the bytes, of a GPTQ folder with the same bits and groups. One
+    matrix at a time is in memory.
+
+    Args:
+        source: A float model folder.
+        target: The folder to make, in the AutoGPTQ layout.
+        held_out: Text to measure the result on; the report holds its KL to the source then.
+        teacher: The model that the source learnt from, to compare the result with too.
+        settings: How to round; or give its fields as options.
+        overwrite: Whether an existing target is replaced.
+        **options: Fields of ``RoundingSettings``.
+
+    Returns:
+        The target.
+
+    Raises:
+        SettingsError: If a setting is out of range, the groups do not divide a layer, or there is
+            a teacher and no held-out text.
+        FolderError: If the source is broken or quantized already.
+        VocabularyError: If the teacher has other tokens.
+        TextError: If there is no text to measure on.
+    """
+    settings = settings_from(RoundingSettings, settings, options)
+    target = refuse_existing(target, overwrite)
+    model = open_float(source)
+    plan = make_plan(model, settings)
+    judge = open_judge(model.folder, held_out, teacher)
+
+    started = time.perf_counter()
+    with creating(target, overwrite) as partial:
+        with (
+            TensorWriter(partial) as writer,
+            track("Rounding", total=len(plan.matrices), unit="matrices") as progress,
+        ):
+            work = _Work(writer, model, plan, settings, progress)
+            work.tables()
+            for index in range(model.config.num_hidden_layers):
+                work.layer(index)
+        used = settings_dict(settings)
+        write_config(model.folder, partial, plan.layout)
+        copy_companions(model.folder, partial)
+        seconds = round(time.perf_counter() - started, 2)
+        write_report(
+            partial,
+            work.reports,
+            work.kept,
+            step="rounding",
+            settings=used,
+            seconds=seconds,
+            **judged(judge, partial),
+        )
+        add_lineage(
+            partial,
+            step="rounding",
+            settings=used,
+            source=model.folder,
+            kept_float=tensor_kinds(work.kept),
+        )
+    return target
+
+
+class _Work:
+    """Writes the parts of a rounded model, and remembers what was done to each."""
+
+    def __init__(
+        self,
+        writer: TensorWriter,
+        model: FloatModel,
+        plan: Plan,
+        settings: RoundingSettings,
+        progress: Tracker,
+    ) -> None:
+        self._writer, self._model, self._plan = writer, model, plan
+        self._settings, self._progress = settings, progress
+        self.reports: list[ModuleReport] = []
+        self.kept: list[str] = []
+
+    def tables(self) -> None:
+        """Write the embedding, the head and the norm before it."""
+        self._table(EMBEDDING, self._plan.embedding)
+        if self._plan.head_table == HEAD:
+            self._table(HEAD, self._plan.head)
+        for name, tensor in read_tensors(self._model.folder, "model.norm.").items():
+            self._keep(f"model.norm.{name}", tensor)
+
+    def layer(self, index: int) -> None:
+        """Write a decoder layer, reading one matrix at a time."""
+        for matrix in MATRICES:
+            begun = time.perf_counter()
+            module = f"model.layers.{index}.{matrix}"
+            form = format_of(self._settings, module)
+            if form is not None:
+                W = read_tensors(self._model.folder, f"{module}.")["weight"]
+                self._store(module, round_weight(W, with_format(self._settings, form)), begun)
+        for name, tensor in layer_rest(self._model, index, self._settings).items():
+            self._keep(name, tensor)
+
+    def _table(self, module: str, form: ModuleFormat | None) -> None:
+        begun = time.perf_counter()
+        weights = read_table(self._model, module)
+        if form is None:
+            self._keep(f"{module}.weight", weights)
+        else:
+            self._store(module, round_table(weights, self._settings, form), begun)
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self._writer.add(name, tensor)
+        self.kept.append(name)
+
+    def _store(self, module: str, weight: QuantizedWeight, begun: float) -> None:
+        self._writer.add_quantized(module, weight, self._plan.layout.checkpoint_format)
+        self.reports.append(report_of(module, weight, time.perf_counter() - begun))
+        self._progress.advance(1, module.removeprefix("model.layers."))

@@ -1,0 +1,1 @@
+"""Bits and groups for every matrix within a size."""

@@ -1,0 +1,366 @@
+"""Give every matrix the precision that is worth its bytes, within a size.
+
+The KL that each choice costs is estimated from one backward pass (``quantize.mixed.sensitivity``),
+and the costs of different matrices add up. Every matrix begins with the fewest bytes; the change
+that lowers KL most for each byte is made again and again while it fits. Where the choices of a
+matrix, from few bytes to many, bring less and less, nothing that costs the same bytes is better
+than this greedy walk but for the last change; choices that bring more than the one before them are
+skipped over by keeping only the lower convex hull (Shoham and Gersho, 1988, section III,
+https://doi.org/10.1109/29.90373). What is made is an ordinary GPTQ folder.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mistill.errors import SettingsError
+from mistill.folders.folder import describe, safetensors_header, weight_files
+from mistill.folders.publishing import refuse_existing, write_atomically
+from mistill.settings import require, settings_from
+from mistill.text.documents import Texts, check_texts
+from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per_unit
+from quantize.calibration_text import draw_blocks
+from quantize.folders.float_model import FloatModel, open_float
+from quantize.folders.gptq_folder import make_gptq, require_context
+from quantize.measuring.judging import open_judge
+from quantize.mixed.sensitivity import Costs, estimate_costs
+from quantize.mixed_settings import MixedSettings
+from quantize.settings import TABLE_BITS, GptqSettings
+
+_log = logging.getLogger(__name__)
+
+CHOICE_FILE = "mixed.json"
+
+# What the header of a file says of a tensor, besides its name, takes fewer bytes than this.
+_HEADER_BYTES = 90
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to store a matrix.
+
+    Attributes:
+        form: Its grid; None for leaving it as it is.
+        size: Bytes in the file.
+        cost: Estimated KL per token, in nats.
+    """
+
+    form: ModuleFormat | None
+    size: int
+    cost: float
+
+
+def to_mixed(
+    source: str | Path,
+    target: str | Path,
+    *,
+    texts: Texts,
+    held_out: Texts | None = None,
+    teacher: str | Path | None = None,
+    settings: MixedSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Quantize by GPTQ with bits and groups chosen for every matrix, within a size.
+
+    ``mixed.json`` in the new folder holds what was chosen, and the KL that it was expected to cost
+    with plain rounding; GPTQ brings less.
+
+    Args:
+        source: A float model folder.
+        target: The folder to make, in the AutoGPTQ layout.
+        texts: Text to estimate and to calibrate on.
+        held_out: Text to measure the result on; the report holds its KL to the source then.
+        teacher: The model that the source learnt from, to compare the result with too.
+        settings: The size and the choices; or give its fields as options.
+        overwrite: Whether an existing target is replaced.
+        **options: Fields of ``MixedSettings``.
+
+    Returns:
+        The target.
+
+    Raises:
+        SettingsError: If a setting is out of range, the model cannot be as small as asked for, or
+            there is a teacher and no held-out text.
+        FolderError: If the source is broken or quantized already.
+        VocabularyError: If the teacher has other tokens.
+        TextError: If there is no text.
+    """
+    settings = settings_from(MixedSettings, settings, options)
+    require(
+        settings.size_mb is not None or settings.bits_per_weight is not None,
+        "a mix needs a limit; give either size_mb or bits_per_weight",
+    )
+    target = refuse_existing(target, overwrite)
+    model = open_float(source)
+    require_context(model, settings.block_length)
+    check_texts(texts)
+    judge = open_judge(model.folder, held_out, teacher)
+    chosen, budget = choose(model, texts, settings)
+
+    def summarize(folder: Path) -> None:
+        summary = {
+            "budget_bytes": budget,
+            "expected_bytes": sum(choice.size for choice in chosen.values()) + _rest_bytes(model),
+            "weight_bytes": sum(file.stat().st_size for file in weight_files(folder)),
+            "expected_kl_of_rounding": sum(choice.cost for choice in chosen.values()),
+            "modules": {
+                name: None
+                if choice.form is None
+                else {"bits": choice.form.bits, "group_size": choice.form.group_size}
+                for name, choice in chosen.items()
+            },
+        }
+        write_atomically(folder / CHOICE_FILE, json.dumps(summary, indent=1) + "\n")
+
+    return make_gptq(
+        model,
+        target,
+        texts=texts,
+        settings=as_gptq_settings(model, chosen, settings),
+        judge=judge,
+        overwrite=overwrite,
+        finish=summarize,
+    )
+
+
+def choose(
+    model: FloatModel, texts: Texts, settings: MixedSettings
+) -> tuple[dict[str, Choice], int]:
+    """Choose how every matrix and table is stored.
+
+    Args:
+        model: The float model.
+        texts: Text to estimate on.
+        settings: The size and the choices.
+
+    Returns:
+        A choice for each, by name, and the bytes that all files may have.
+
+    Raises:
+        SettingsError: If even the smallest choices do not fit.
+    """
+    sizes = _possible_sizes(model, settings)
+    budget = _budget(model, settings)
+    rest = _rest_bytes(model)
+    least = sum(min(by_form.values()) for by_form in sizes.values()) + rest
+    if least > budget:
+        parameters = describe(model.folder).parameters
+        raise SettingsError(
+            f"the smallest that these formats make of {model.folder} is {least / 1e6:.1f} MB "
+            f"({least * 8 / parameters:.2f} bits per weight), more than the "
+            f"{budget / 1e6:.1f} MB asked for; raise the size or give smaller formats"
+        )
+    drawn = replace(settings.gptq(), samples=settings.sensitivity_samples)
+    blocks = draw_blocks(texts, model.folder, drawn)
+    generator = torch.Generator().manual_seed(settings.seed)
+    forms = {name: [f for f in by_form if f is not None] for name, by_form in sizes.items()}
+    costs = estimate_costs(model, blocks, forms, settings.gptq(), generator)
+    return fill_budget(_choices(sizes, costs), budget - rest), budget
+
+
+def uniform_bytes(model: FloatModel, group_size: int) -> int:
+    """Bytes of a model whose matrices have 4 bits and whose tables stay float.
+
+    Args:
+        model: The float model.
+        group_size: Columns per group; where it does not fit, the most bytes of those that do.
+
+    Returns:
+        At least what the files have.
+    """
+    total = _rest_bytes(model)
+    for by_form in _possible_sizes(model, MixedSettings()).values():
+        fours = {f: size for f, size in by_form.items() if f is not None and f.bits == 4}
+        wanted = [size for f, size in fours.items() if f.group_size == group_size]
+        total += by_form[None] if None in by_form else max(wanted or fours.values())
+    return total
+
+
+def fill_budget(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+    """Lower the total cost as far as the bytes go.
+
+    Args:
+        choices: Ways to store each matrix, by name.
+        budget: Bytes for all of them; at least what the smallest choices take.
+
+    Returns:
+        One choice for each.
+    """
+    hulls = {name: lower_hull(options) for name, options in choices.items()}
+    places = dict.fromkeys(hulls, 0)
+    left = budget - sum(hull[0].size for hull in hulls.values())
+    queue: list[tuple[float, str]] = []
+
+    def offer(name: str) -> None:
+        hull, place = hulls[name], places[name]
+        if place + 1 < len(hull):
+            now, then = hull[place], hull[place + 1]
+            heapq.heappush(queue, ((then.cost - now.cost) / (then.size - now.size), name))
+
+    for name in hulls:
+        offer(name)
+    while queue:
+        _, name = heapq.heappop(queue)
+        hull, place = hulls[name], places[name]
+        more = hull[place + 1].size - hull[place].size
+        if more > left:
+            continue  # it stays as it is; smaller changes of others may still fit
+        left -= more
+        places[name] += 1
+        offer(name)
+    return {name: hulls[name][place] for name, place in places.items()}
+
+
+def lower_hull(options: Sequence[Choice]) -> list[Choice]:
+    """The choices of which none mixes two others at a lower cost, from few bytes to many.
+
+    Args:
+        options: At least one.
+
+    Returns:
+        Choices whose cost falls, and falls less and less for each byte.
+    """
+    hull: list[Choice] = []
+    for option in sorted(options, key=lambda o: (o.size, o.cost)):
+        if hull and option.cost >= hull[-1].cost:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(small: Choice, large: Choice) -> float:
+    return (large.cost - small.cost) / (large.size - small.size)
+
+
+def as_gptq_settings(
+    model: FloatModel, chosen: Mapping[str, Choice], settings: MixedSettings
+) -> GptqSettings:
+    """Say in the words of GPTQ's settings what was chosen.
+
+    Args:
+        model: The float model.
+        chosen: A choice for each matrix and table.
+        settings: GPTQ's own part is taken from it.
+
+    Returns:
+        Settings with overrides for all that differs from what most matrices have.
+    """
+    own = {name: chosen[name].form for name in model.matrices}
+    tables = {name: chosen[name].form for name in (EMBEDDING, HEAD) if name in chosen}
+    table_forms = [form for form in tables.values() if form is not None]
+    most = Counter(form for form in own.values() if form is not None).most_common(1)[0][0]
+    # A table has the group size that holds by default.
+    base = replace(most, group_size=table_forms[0].group_size) if table_forms else most
+    alike: dict[tuple[str, ModuleFormat], list[str]] = {}
+    for name, form in own.items():
+        if form is not None and form != base:
+            layer, _, rest = name.removeprefix("model.layers.").partition(".")
+            alike.setdefault((rest, form), []).append(layer)
+    overrides = tuple(
+        rf"model\.layers\.(?:{'|'.join(layers)})\.{re.escape(rest)}$: "
+        f"bits={form.bits}, group_size={form.group_size}"
+        for (rest, form), layers in alike.items()
+    )
+    bits = {name: None if form is None else form.bits for name, form in tables.items()}
+    return replace(
+        settings.gptq(),
+        bits=base.bits,
+        group_size=base.group_size,
+        overrides=overrides,
+        embedding_bits=bits.get(EMBEDDING),
+        head_bits=bits.get(HEAD),
+    )
+
+
+def _possible_sizes(
+    model: FloatModel, settings: MixedSettings
+) -> dict[str, dict[ModuleFormat | None, int]]:
+    """Bytes of every matrix and table in every format that fits it; None is as it is."""
+    sizes: dict[str, dict[ModuleFormat | None, int]] = {}
+    scale_bytes = 4 if settings.scale_type == "float32" else 2
+    for name, (inputs, outputs) in model.matrices.items():
+        fitting = [f for f in settings.choices() if _fits(inputs, outputs, f)]
+        if not fitting:
+            raise SettingsError(
+                f"no format fits {name} of {inputs} inputs and {outputs} outputs; give one whose "
+                "group_size divides the inputs"
+            )
+        sizes[name] = {f: _size(name, inputs, outputs, f, scale_bytes) for f in fitting}
+    present = {name: entry for f in weight_files(model.folder) for name, entry in _entries(f)}
+    for module in _table_names(model):
+        rows, width = present[f"{module}.weight"]["shape"]
+        start, end = present[f"{module}.weight"]["data_offsets"]
+        sizes[module] = {None: end - start + len(module) + _HEADER_BYTES}
+        if not settings.tables:
+            continue
+        group = next((g for g in (128, 64, 32, 16) if width % g == 0), -1)
+        for bits in TABLE_BITS:
+            form = ModuleFormat(bits=bits, group_size=group, symmetric=settings.symmetric)
+            if _fits(width, rows, form):
+                sizes[module][form] = _size(module, width, rows, form, scale_bytes)
+    return sizes
+
+
+def _table_names(model: FloatModel) -> tuple[str, ...]:
+    return (EMBEDDING,) if model.config.tie_word_embeddings else (EMBEDDING, HEAD)
+
+
+def _fits(inputs: int, outputs: int, form: ModuleFormat) -> bool:
+    unit = codes_per_unit(form.bits)
+    divides = form.group_size == -1 or inputs % form.group_size == 0
+    return divides and inputs % unit == 0 and outputs % unit == 0
+
+
+def _size(name: str, inputs: int, outputs: int, form: ModuleFormat, scale_bytes: int) -> int:
+    groups = 1 if form.group_size == -1 else inputs // form.group_size
+    codes = inputs * outputs * form.bits // 8
+    grids = groups * outputs * (8 * scale_bytes + form.bits) // 8
+    return codes + grids + 4 * inputs + 4 * (len(name) + _HEADER_BYTES)
+
+
+def _budget(model: FloatModel, settings: MixedSettings) -> int:
+    if settings.size_mb is not None:
+        return math.floor(settings.size_mb * 1e6)
+    assert settings.bits_per_weight is not None
+    return math.floor(settings.bits_per_weight * describe(model.folder).parameters / 8)
+
+
+def _rest_bytes(model: FloatModel) -> int:
+    """Bytes of norms and biases, which stay as they are."""
+    chosen = {f"{name}.weight" for name in (*model.matrices, EMBEDDING, HEAD)}
+    return sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0] + len(name) + _HEADER_BYTES
+        for file in weight_files(model.folder)
+        for name, entry in _entries(file)
+        if name not in chosen and not name.endswith("rotary_emb.inv_freq")
+    )
+
+
+def _entries(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    return list(safetensors_header(file).items())
+
+
+def _choices(
+    sizes: Mapping[str, Mapping[ModuleFormat | None, int]], costs: Costs
+) -> dict[str, list[Choice]]:
+    return {
+        name: [
+            Choice(form, size, 0.0 if form is None else costs[name][form])
+            for form, size in by_form.items()
+        ]
+        for name, by_form in sizes.items()
+    }

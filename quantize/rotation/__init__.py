@@ -1,0 +1,1 @@
+"""Hadamard rotations of the hidden states."""

@@ -1,0 +1,1 @@
+"""Scales and norm gains of a quantized folder, trained on the float model."""

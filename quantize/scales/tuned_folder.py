@@ -1,0 +1,343 @@
+"""Let the scales and norms of a quantized model make up for what its codes lost.
+
+The codes stay. What learns is one factor for each scale and the gains of the norms, a few per cent
+of the bytes, by lowering KL(teacher || quantized) on text for some tens of steps (compare norm
+tuning, Li et al., 2023, https://arxiv.org/abs/2309.02784, and learnt scales, Chen et al., 2024,
+section 3.2, https://arxiv.org/abs/2407.11062). Scales are rounded to the type they are stored in
+before the result is judged, and it is published only if it is better.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mistill.errors import FolderError, TextError, TrainingError
+from mistill.folders.folder import copy_companions, open_folder, read_config
+from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
+from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.measures.kl import Closeness, compare, predict
+from mistill.progress import track
+from mistill.pytorch.loading import load_pytorch, stored_tensors
+from mistill.settings import require, settings_dict, settings_from
+from mistill.text.documents import Texts, TokenBlocks, check_texts, pack, read_documents
+from mistill.text.vocabulary import load_vocabulary
+from mistill.weights.gptq_layout import HEAD, read_quantization
+from mistill.weights.scaled_linear import ScaledLinear
+from mistill.weights.tensor_files import TensorFiles, read_quantized
+from quantize.calibration_text import blocks_digest
+from quantize.folders.float_model import TensorWriter
+from quantize.measuring.judging import open_teacher
+from quantize.tuning_settings import TuningSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Rows whose logits exist at once, and steps between two states on disk.
+_ROWS_AT_ONCE = 128
+_STEPS_BETWEEN_STATES = 10
+
+
+def tune(
+    source: str | Path,
+    target: str | Path,
+    *,
+    teacher: str | Path,
+    texts: Texts,
+    held_out: Texts | None = None,
+    settings: TuningSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Tune the scales and norms of a GPTQ folder against a teacher.
+
+    Both models are in memory, the quantized one as its codes. An interrupted call resumes when it
+    is made again.
+
+    Args:
+        source: A GPTQ folder; its codes and zeros are taken over byte by byte.
+        target: The folder to make, in the same layout.
+        teacher: The model to imitate: the float one that was quantized, or that one's teacher.
+        texts: Text to learn from.
+        held_out: Text to judge on; the end of ``texts`` if not given.
+        settings: How to tune; or give its fields as options.
+        overwrite: Whether an existing target is replaced.
+        **options: Fields of ``TuningSettings``.
+
+    Returns:
+        The target.
+
+    Raises:
+        SettingsError: If a setting is out of range.
+        FolderError: If the source is not a GPTQ folder, or one of the two is broken.
+        VocabularyError: If the two do not share every token.
+        TextError: If there is too little text.
+        TrainingError: If the tuned model is no closer to the teacher; nothing is published.
+    """
+    settings = settings_from(TuningSettings, settings, options)
+    target = refuse_existing(target, overwrite)
+    for given in (texts, held_out):
+        if given is not None:
+            check_texts(given)
+    info = open_folder(source)
+    if info.form != "gptq":
+        raise FolderError(f"{source} is a {info.form} folder; give a GPTQ folder to tune")
+    guide = open_teacher(teacher, info.path)
+    longest = min(info.context_length, guide.context_length)
+    require(
+        settings.block_length <= longest,
+        f"a block_length of {settings.block_length} does not fit the models' context of {longest}; "
+        "lower it",
+    )
+    learnt, judged = _read_blocks(info.path, texts, held_out, settings)
+    key = {
+        "step": "tune",
+        "source": fingerprint(info.path),
+        "teacher": fingerprint(guide.path),
+        "settings": settings_dict(settings),
+        "versions": installed_versions(),
+        "texts": blocks_digest(learnt),
+        "held_out": blocks_digest(judged),
+    }
+    with working(target, key) as work:
+        run = _Run(info.path, guide.path, settings)
+        before, after = run.tune(learnt, judged, work)
+        if after.kl >= before.kl:
+            # The same call would end the same way: there is nothing to resume.
+            shutil.rmtree(work)
+            raise TrainingError(
+                f"tuning took the KL to {teacher} from {before.kl:.5f} to {after.kl:.5f} nats; "
+                f"lower learning_rate (now {settings.learning_rate:g}) or leave the model as it is"
+            )
+        result = work / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        run.write(result)
+        add_lineage(
+            result,
+            step="tune",
+            settings=settings_dict(settings),
+            source=info.path,
+            teacher=str(guide.path),
+            before=asdict(before),
+            after=asdict(after),
+        )
+        publish(work, target, overwrite)
+    return target
+
+
+def _read_blocks(
+    folder: Path, texts: Texts, held_out: Texts | None, settings: TuningSettings
+) -> tuple[TokenBlocks, TokenBlocks]:
+    """Blocks to learn from and blocks to judge on, all with something to predict."""
+    vocabulary = load_vocabulary(folder)
+
+    def blocks_of(given: Texts, most: int) -> TokenBlocks:
+        documents = read_documents(given, vocabulary, limit=most * settings.block_length)
+        blocks = pack(documents, settings.block_length)
+        return blocks[np.flatnonzero(blocks.kept.any(axis=1))]
+
+    wanted, judging = settings.steps * settings.batch_size, settings.held_out_blocks
+    if held_out is not None:
+        learnt, judged = blocks_of(texts, wanted), blocks_of(held_out, judging)[:judging]
+    else:
+        blocks = blocks_of(texts, wanted + judging)
+        judging = min(judging, len(blocks) // 2)
+        learnt, judged = blocks[: len(blocks) - judging], blocks[len(blocks) - judging :]
+    for name, found in (("texts", learnt), ("held_out", judged)):
+        if not len(found):
+            raise TextError(f"{name} fill no block of {settings.block_length} tokens; give more")
+    return learnt, judged
+
+
+class _Run:
+    """A quantized model whose scales learn, and its teacher."""
+
+    def __init__(self, folder: Path, guide: Path, settings: TuningSettings) -> None:
+        self.folder, self.settings = folder, settings
+        self.teacher = load_pytorch(guide)
+        self.teacher.requires_grad_(False)
+        self.model = load_pytorch(folder)
+        self.model.requires_grad_(False)
+        self.linears = dict(_replace_linears(self.model, folder))
+        self.norms = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if settings.norms and name.endswith("norm.weight")
+        }
+        for parameter in self.norms.values():
+            parameter.requires_grad_(True)
+
+    def tune(self, learnt: TokenBlocks, judged: TokenBlocks, work: Path) -> tuple[Closeness, ...]:
+        """Take all steps; the closeness to the teacher before and after."""
+        settings = self.settings
+        asked = predict(self.teacher, judged)
+
+        def closeness() -> Closeness:
+            with torch.inference_mode():
+                found = compare({"teacher": asked}, {"": predict(self.model, judged)}, judged)
+            return found[""]["teacher"]
+
+        before = closeness()
+        # A norm's gain of 0.1 and one of 10 change by the same share in a step, as scales do.
+        start = {name: parameter.detach().clone() for name, parameter in self.norms.items()}
+        shares = {name: torch.ones_like(value) for name, value in start.items()}
+        moved = [linear.gain for linear in self.linears.values()] + list(shares.values())
+        optimizer = torch.optim.Adam(moved, lr=settings.learning_rate, betas=(0.9, 0.95))
+        done = _load_state(work, optimizer)
+        self._set_norms(start, shares)
+        with track("Tuning", total=settings.steps, unit="steps", done=done) as progress:
+            for step in range(done, settings.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * _share_of_rate(step, settings.steps)
+                loss = self._step(learnt[_drawn(len(learnt), step, settings)])
+                for name, share in shares.items():
+                    gradient = self.norms[name].grad
+                    share.grad = None if gradient is None else gradient * start[name]
+                    self.norms[name].grad = None
+                optimizer.step()
+                optimizer.zero_grad()
+                self._set_norms(start, shares)
+                if (step + 1) % _STEPS_BETWEEN_STATES == 0:
+                    _save_state(work, optimizer, step + 1)
+                progress.advance(1, f"KL {loss:.4f}")
+        self._round()
+        return before, closeness()
+
+    def _set_norms(self, start: dict[str, Tensor], shares: dict[str, Tensor]) -> None:
+        for name, parameter in self.norms.items():
+            parameter.data = start[name] * shares[name]
+
+    def _step(self, blocks: TokenBlocks) -> float:
+        """Add up the gradient of KL(teacher || model), a mean over the tokens of some blocks."""
+        total = int(blocks.kept.sum())
+        loss = 0.0
+        for row in range(len(blocks)):
+            part = blocks[row : row + 1]
+            guide = predict(self.teacher, part)
+            ids, places, kept = (
+                torch.from_numpy(np.ascontiguousarray(array))
+                for array in (part.ids, part.position_ids, part.kept)
+            )
+            body, head = cast(Any, self.model).model, cast(Any, self.model).lm_head
+            hidden = body(input_ids=ids, position_ids=places, use_cache=False)[0][kept]
+            share = torch.zeros(())
+            for first in range(0, len(hidden), _ROWS_AT_ONCE):
+                rows = slice(first, first + _ROWS_AT_ONCE)
+                share = share + checkpoint(
+                    _kl_sum, hidden[rows], head, guide, rows, use_reentrant=False
+                )
+            (share / total).backward()
+            loss += float(share.detach()) / total
+        return loss
+
+    def _round(self) -> None:
+        """Give all that learnt the values that the folder will hold."""
+        for name, tensor in self._tuned().items():
+            module, _, last = name.rpartition(".")
+            if last == "scales":
+                linear = self.linears[module]
+                stored = tensor.float() / cast(Any, linear).scales
+                linear.gain.data = stored.nan_to_num_(nan=1.0)
+            else:
+                self.norms[name].data = tensor.float()
+
+    def _tuned(self) -> dict[str, Tensor]:
+        """The tensors that changed, by name, in the types that they are stored in."""
+        files = TensorFiles(self.folder)
+        found = {f"{name}.scales": linear.tuned_scales() for name, linear in self.linears.items()}
+        found |= {name: parameter.detach() for name, parameter in self.norms.items()}
+        return {
+            name: tensor.to(getattr(torch, files.dtype(name))) for name, tensor in found.items()
+        }
+
+    def write(self, result: Path) -> None:
+        """Write the folder anew, with what has changed in place of what was there."""
+        tuned = self._tuned()
+        with TensorWriter(result) as writer:
+            for name, tensor in stored_tensors(self.folder):
+                writer.add(name, tuned.get(name, tensor))
+        for name in ("config.json", "quantize_config.json"):
+            if (self.folder / name).is_file():
+                (result / name).write_bytes((self.folder / name).read_bytes())
+        copy_companions(self.folder, result)
+
+
+def _kl_sum(hidden: Tensor, head: nn.Module, guide: Any, rows: slice) -> Tensor:
+    """Sum of KL(teacher || model) over some positions."""
+    wanted = guide.logits(rows).log_softmax(-1)
+    found = head(hidden).log_softmax(-1)
+    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
+def _replace_linears(model: PreTrainedModel, folder: Path) -> Iterator[tuple[str, ScaledLinear]]:
+    """Put codes with scales that learn in the place of a model's float matrices."""
+    layout = read_quantization(read_config(folder))
+    assert layout is not None, "open_folder calls a folder gptq only by its quantization"
+    files = TensorFiles(folder)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and f"{name}.qweight" in files and name != HEAD:
+            made = ScaledLinear(read_quantized(files, name, layout), module.bias)
+            model.set_submodule(name, made)
+            yield name, made
+
+
+def _drawn(count: int, step: int, settings: TuningSettings) -> np.ndarray:
+    """The blocks of a step: a walk through all of them in an order drawn anew every time round."""
+    places = np.arange(step * settings.batch_size, (step + 1) * settings.batch_size)
+    rounds = {
+        number: np.random.default_rng([settings.seed, number]).permutation(count)
+        for number in np.unique(places // count).tolist()
+    }
+    return np.array([rounds[place // count][place % count] for place in places.tolist()])
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """Up over the first tenth, then down by a half cosine."""
+    rising = max(1, steps // 10)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step + 1 - rising) / max(1, steps - rising)))
+
+
+def _save_state(work: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        state = optimizer.state[parameter]
+        tensors |= {
+            f"{number}.value": parameter.detach(),
+            f"{number}.exp_avg": state["exp_avg"],
+            f"{number}.exp_avg_sq": state["exp_avg_sq"],
+        }
+    partial = work / "state.partial"
+    save_file(tensors, partial, metadata={"step": str(step)})
+    partial.replace(work / "state.safetensors")
+
+
+def _load_state(work: Path, optimizer: torch.optim.Optimizer) -> int:
+    """Go on from the state on disk, if there is one; the steps that it has taken."""
+    from safetensors import safe_open
+
+    if not (work / "state.safetensors").is_file():
+        return 0
+    with safe_open(work / "state.safetensors", framework="pt") as file:
+        step = int(file.metadata()["step"])
+        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            parameter.data = file.get_tensor(f"{number}.value")
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": file.get_tensor(f"{number}.exp_avg"),
+                "exp_avg_sq": file.get_tensor(f"{number}.exp_avg_sq"),
+            }
+    return step

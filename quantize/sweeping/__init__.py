@@ -1,0 +1,1 @@
+"""Many ways of quantizing, each measured, in one table."""

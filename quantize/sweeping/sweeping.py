@@ -1,0 +1,296 @@
+"""Try a named set of ways to quantize a model, and say what each costs in KL and in bytes.
+
+Every variant is made by the step that its command would run, so that what was measured is what the
+command makes, and stays in a folder of its own. All of them are calibrated on the same blocks and
+measured on the same held-out ones, a layer at a time. GPTQ looks at each layer through the
+quantized layers before it; so Hessians are a variant's own and are not shared.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mistill.errors import ArchitectureError, SettingsError, TargetExistsError
+from mistill.folders.folder import describe, read_json
+from mistill.folders.lineage import fingerprint, installed_versions
+from mistill.folders.publishing import write_atomically
+from mistill.measures.kl import Predictions
+from mistill.progress import track
+from mistill.settings import settings_dict, settings_from
+from mistill.text.documents import Texts, TokenBlocks, check_texts
+from quantize.calibration_text import blocks_digest, draw_blocks, names_of
+from quantize.folders.float_model import open_float
+from quantize.folders.gptq_folder import to_gptq
+from quantize.folders.rounding_folder import to_rounding
+from quantize.measuring.judging import open_teacher
+from quantize.measuring.measuring import measure, predictions
+from quantize.mixed.mixed_folder import to_mixed, uniform_bytes
+from quantize.nf4.nf4_folder import to_nf4
+from quantize.settings import GptqSettings
+from quantize.sweep_settings import SweepSettings, Variant
+
+SWEEP_FILE = "sweep.json"
+
+# Groups whose bytes a mix may have.
+_MIXED_LIKE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """What one variant costs.
+
+    Attributes:
+        name: Of the variant, and of its folder.
+        command: What makes the same folder.
+        weight_bytes: Bytes of its weights, everything counted.
+        bits_per_weight: The same for each weight of the model.
+        kl: Mean KL(source || variant) per held-out token, in nats.
+        kl_standard_error: Of that mean, taken between blocks.
+        kl_p99: The divergence that one token in a hundred exceeds.
+        agreement: Share of tokens where both would write the same.
+        perplexity: On the held-out text.
+        teacher_kl: Mean KL(teacher || variant); None without a teacher.
+        dominated_by: A variant of no more bytes and a lower KL, or of fewer bytes and no higher
+            KL; None if there is none.
+    """
+
+    name: str
+    command: str
+    weight_bytes: int
+    bits_per_weight: float
+    kl: float
+    kl_standard_error: float | None
+    kl_p99: float
+    agreement: float
+    perplexity: float
+    teacher_kl: float | None = None
+    dominated_by: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport:
+    """All variants of a sweep.
+
+    Attributes:
+        folder: Where their folders are.
+        rows: What each costs, from few bytes to many.
+        skipped: Why variants were left out, by name.
+        tokens: Held-out tokens that were measured on.
+        source_perplexity: Of the float model on them.
+        source_bytes: Bytes of its weights.
+    """
+
+    folder: Path
+    rows: tuple[SweepRow, ...]
+    skipped: dict[str, str]
+    tokens: int
+    source_perplexity: float
+    source_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values.
+
+        Returns:
+            What ``sweep.json`` holds.
+        """
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def sweep(
+    source: str | Path,
+    target: str | Path,
+    *,
+    texts: Texts,
+    held_out: Texts,
+    teacher: str | Path | None = None,
+    settings: SweepSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> SweepReport:
+    """Quantize a model in many ways, and measure each on held-out text.
+
+    ``target`` becomes a folder of folders, with ``sweep.json``. The same call resumes after an
+    interruption: variants that are there and measured are left alone.
+
+    Args:
+        source: A float model folder.
+        target: Where the variants go.
+        texts: Text to calibrate on.
+        held_out: Text to measure on, which the calibration has not seen.
+        teacher: A model with the same vocabulary, to whose predictions the variants are compared
+            too.
+        settings: What to try; or give its fields as options.
+        overwrite: Whether another sweep's folder is replaced.
+        **options: Fields of ``SweepSettings``.
+
+    Returns:
+        What each variant costs.
+
+    Raises:
+        SettingsError: If no variant fits the model.
+        TargetExistsError: If the target holds something else.
+        TextError: If there is no text.
+        VocabularyError: If the teacher has another vocabulary.
+    """
+    settings = settings_from(SweepSettings, settings, options)
+    model = open_float(source)
+    check_texts(texts)
+    check_texts(held_out)
+    drawing = GptqSettings(
+        samples=settings.held_out_samples, block_length=settings.block_length, seed=settings.seed
+    )
+    blocks = draw_blocks(held_out, model.folder, drawing)
+    calibration = draw_blocks(texts, model.folder, replace(drawing, samples=settings.samples))
+    teacher_folder = None if teacher is None else open_teacher(teacher, model.folder).path
+    key = {
+        "source": fingerprint(model.folder),
+        "teacher": None if teacher_folder is None else fingerprint(teacher_folder),
+        "texts": [blocks_digest(calibration), blocks_digest(blocks)],
+        "settings": settings_dict(replace(settings, variants=())),
+        "versions": installed_versions(),
+    }
+    folder = Path(target).expanduser().absolute()
+    found = _begin(folder, key, overwrite)
+    references = {"source": predictions(model.folder, blocks)}
+    if teacher_folder is not None:
+        references["teacher"] = predictions(teacher_folder, blocks)
+    skipped: dict[str, str] = {}
+    variants = settings.chosen()
+    with track("Sweeping", total=len(variants), unit="variants") as progress:
+        for variant in variants:
+            try:
+                there = (folder / variant.name).is_dir()
+                if variant.name not in found["rows"] or not there:
+                    row = _make(variant, source, folder, texts, settings, references, blocks)
+                    found["rows"][variant.name] = row
+                    _write(folder, found)
+            except (ArchitectureError, SettingsError) as error:
+                skipped[variant.name] = str(error)
+            progress.advance(1, variant.name)
+    rows = [SweepRow(**found["rows"][v.name]) for v in variants if v.name in found["rows"]]
+    if not rows:
+        shutil.rmtree(folder)
+        raise SettingsError(f"no variant fits {source}: {next(iter(skipped.values()))}")
+    itself = measure(model.folder, {"source": references["source"]}, blocks)["source"]
+    report = SweepReport(
+        folder=folder,
+        rows=tuple(sorted(mark_dominated(rows), key=lambda row: (row.weight_bytes, row.kl))),
+        skipped=skipped,
+        tokens=itself.tokens,
+        source_perplexity=itself.perplexity,
+        source_bytes=describe(model.folder).weight_bytes,
+    )
+    _write(folder, {**found, "report": report.to_dict()})
+    return report
+
+
+def mark_dominated(rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """Say of every variant which other one makes it pointless.
+
+    Args:
+        rows: What variants cost.
+
+    Returns:
+        The same, with ``dominated_by`` set: to the one of lowest KL, if there are several.
+    """
+    marked = []
+    for row in rows:
+        better = [
+            other
+            for other in rows
+            if (other.weight_bytes <= row.weight_bytes and other.kl < row.kl)
+            or (other.weight_bytes < row.weight_bytes and other.kl <= row.kl)
+        ]
+        best = min(better, key=lambda other: other.kl, default=None)
+        marked.append(replace(row, dominated_by=None if best is None else best.name))
+    return marked
+
+
+def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Start a sweep, or take up one that was interrupted."""
+    file = folder / SWEEP_FILE
+    if folder.exists():
+        state: dict[str, Any] = read_json(file) if file.is_file() else {}
+        if state.get("key") == key:
+            return state
+        if not state:
+            # It may hold anything, and a sweep's place is not worth all of that.
+            raise TargetExistsError(
+                f"{folder} exists already and holds no sweep; choose another name"
+            )
+        if not overwrite:
+            raise TargetExistsError(
+                f"{folder} exists already and holds another sweep; choose another name or "
+                "overwrite it"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    state = {"key": key, "rows": {}}
+    _write(folder, state)
+    return state
+
+
+def _write(folder: Path, state: Mapping[str, Any]) -> None:
+    write_atomically(folder / SWEEP_FILE, json.dumps(state, indent=1) + "\n")
+
+
+def _make(
+    variant: Variant,
+    source: str | Path,
+    folder: Path,
+    texts: Texts,
+    settings: SweepSettings,
+    references: Mapping[str, Predictions],
+    blocks: TokenBlocks,
+) -> dict[str, Any]:
+    """Make a variant unless it is there, and measure it."""
+    options = dict(variant.options)
+    calibrated = variant.step in ("gptq", "mixed")
+    if variant.step == "mixed":
+        options["size_mb"] = uniform_bytes(open_float(source), _MIXED_LIKE) / 1e6
+    if calibrated:
+        drawn = {"samples", "block_length", "seed"}
+        options |= {k: v for k, v in settings_dict(settings).items() if k in drawn}
+    made = folder / variant.name
+    if not made.exists():
+        steps: dict[str, Callable[..., Path]] = {
+            "gptq": to_gptq,
+            "mixed": to_mixed,
+            "nf4": to_nf4,
+            "rounding": to_rounding,
+        }
+        given = {"texts": texts, **options} if calibrated else options
+        steps[variant.step](source, made, **given)
+    info = describe(made)
+    found = measure(made, references, blocks)
+    near, teacher = found["source"], found.get("teacher")
+    row = SweepRow(
+        name=variant.name,
+        command=_command(variant.step, source, made, texts if calibrated else None, options),
+        weight_bytes=info.weight_bytes,
+        bits_per_weight=info.bits_per_weight,
+        kl=near.kl,
+        kl_standard_error=near.kl_standard_error,
+        kl_p99=near.kl_p99,
+        agreement=near.agreement,
+        perplexity=near.perplexity,
+        teacher_kl=None if teacher is None else teacher.kl,
+    )
+    return asdict(row)
+
+
+def _command(
+    step: str, source: str | Path, target: Path, texts: Texts | None, options: Mapping[str, Any]
+) -> str:
+    """What to type for the same folder elsewhere."""
+    words = ["mistill", "quantize", step, str(source), str(target)]
+    for name in [] if texts is None else names_of(texts):
+        words += ["--texts", name]
+    words += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return shlex.join(words)

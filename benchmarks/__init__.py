@@ -14,7 +14,6 @@ from mistill.lazy import lazy_exports
 if TYPE_CHECKING:
     from benchmarks.changes.differences import ReportDiff as ReportDiff
     from benchmarks.changes.differences import diff as diff
-    from benchmarks.evaluation_settings import EvalSettings as EvalSettings
     from benchmarks.figures.comparison import Comparison as Comparison
     from benchmarks.figures.comparison import open_report as open_report
     from benchmarks.figures.model_result import ModelResult as ModelResult
@@ -22,24 +21,25 @@ if TYPE_CHECKING:
     from benchmarks.report.budget import Miss as Miss
     from benchmarks.report.budget import misses as misses
     from benchmarks.report.shipping import best_to_ship as best_to_ship
-    from benchmarks.report_settings import Budget as Budget
-    from benchmarks.report_settings import DiffSettings as DiffSettings
-    from benchmarks.report_settings import ShipSettings as ShipSettings
     from benchmarks.settings import BenchSettings as BenchSettings
+    from benchmarks.settings import Budget as Budget
+    from benchmarks.settings import DiffSettings as DiffSettings
+    from benchmarks.settings import EvalSettings as EvalSettings
+    from benchmarks.settings import ShipSettings as ShipSettings
     from benchmarks.tasks.evaluation import Evaluation as Evaluation
     from benchmarks.tasks.evaluation import evaluate as evaluate
 
 _HOMES = {
     "BenchSettings": "benchmarks.settings",
-    "Budget": "benchmarks.report_settings",
+    "Budget": "benchmarks.settings",
     "Comparison": "benchmarks.figures.comparison",
-    "DiffSettings": "benchmarks.report_settings",
-    "EvalSettings": "benchmarks.evaluation_settings",
+    "DiffSettings": "benchmarks.settings",
+    "EvalSettings": "benchmarks.settings",
     "Evaluation": "benchmarks.tasks.evaluation",
     "Miss": "benchmarks.report.budget",
     "ModelResult": "benchmarks.figures.model_result",
     "ReportDiff": "benchmarks.changes.differences",
-    "ShipSettings": "benchmarks.report_settings",
+    "ShipSettings": "benchmarks.settings",
     "best_to_ship": "benchmarks.report.shipping",
     "compare": "benchmarks.measure.measuring",
     "diff": "benchmarks.changes.differences",

@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from benchmarks.figures.perplexity import log_normalizers
-from mistill.engine.language_model import open_model
+from mistill.engine.opening import open_model
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import SettingsError
 from mistill.progress import track

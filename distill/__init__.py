@@ -13,20 +13,20 @@ from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from distill.conversations import generate_conversations as generate_conversations
-    from distill.generate_settings import GenerateSettings as GenerateSettings
     from distill.loss.losses import forward_kl as forward_kl
+    from distill.settings import GenerateSettings as GenerateSettings
+    from distill.settings import StudentSettings as StudentSettings
+    from distill.settings import TargetSettings as TargetSettings
     from distill.settings import TrainSettings as TrainSettings
     from distill.student.student_folder import new_student as new_student
-    from distill.student_settings import StudentSettings as StudentSettings
-    from distill.target_settings import TargetSettings as TargetSettings
     from distill.targets.cached_teacher import open_targets as open_targets
     from distill.targets.targets_folder import cache_targets as cache_targets
     from distill.training.trained_folder import train as train
 
 _HOMES = {
-    "GenerateSettings": "distill.generate_settings",
-    "StudentSettings": "distill.student_settings",
-    "TargetSettings": "distill.target_settings",
+    "GenerateSettings": "distill.settings",
+    "StudentSettings": "distill.settings",
+    "TargetSettings": "distill.settings",
     "TrainSettings": "distill.settings",
     "cache_targets": "distill.targets.targets_folder",
     "forward_kl": "distill.loss.losses",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.generate_settings import GenerateSettings
+from distill.settings import GenerateSettings
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, TextError
 from mistill.folders.folder import open_folder
@@ -31,7 +31,8 @@ from mistill.folders.publishing import refuse_existing, working, write_atomicall
 from mistill.progress import track
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
-from mistill.text.documents import Texts, read_prompts
+from mistill.text.documents import read_prompts
+from mistill.text.rows import Texts
 from mistill.text.vocabulary import Message, Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:

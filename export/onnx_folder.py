@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from copy import copy
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 
 from export.checks.parity import TEXT, can_compare, measure_parity, require_parity
 from export.graph.outliers import CALIBRATION_TOKENS, Outliers, find_outliers, guarded_norms
-from export.manifest import checksums
 from export.runtimes.genai import GENAI_FILE, genai_config
 from export.runtimes.transformersjs import arrange_for_transformersjs
 from export.settings import DEFAULT_CONTEXT, GraphOptions, OnnxSettings
@@ -343,3 +343,24 @@ def _calibration_ids(
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     write_atomically(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file but the manifest itself.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        File name to ``bytes`` and ``sha256``.
+    """
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != MANIFEST_FILE:
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[file.relative_to(folder).as_posix()] = {
+                "bytes": file.stat().st_size,
+                "sha256": digest,
+            }
+    return found

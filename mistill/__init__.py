@@ -17,7 +17,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from mistill.chat.bot import ChatBot as ChatBot
     from mistill.engine.language_model import LanguageModel as LanguageModel
-    from mistill.engine.language_model import open_model as open_model
+    from mistill.engine.opening import open_model as open_model
     from mistill.errors import MistillError as MistillError
     from mistill.folders.folder import FolderInfo as FolderInfo
     from mistill.folders.folder import open_folder as open_folder
@@ -31,7 +31,7 @@ _HOMES = {
     "LanguageModel": "mistill.engine.language_model",
     "MistillError": "mistill.errors",
     "open_folder": "mistill.folders.folder",
-    "open_model": "mistill.engine.language_model",
+    "open_model": "mistill.engine.opening",
     "save_model": "mistill.sources.source",
 }
 

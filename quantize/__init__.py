@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from quantize.folders.rounding_folder import to_rounding as to_rounding
     from quantize.gptq.gptq import quantize_weight as quantize_weight
     from quantize.mixed.mixed_folder import to_mixed as to_mixed
-    from quantize.mixed_settings import MixedSettings as MixedSettings
     from quantize.nf4.nf4_folder import to_nf4 as to_nf4
     from quantize.rotation.rotated_folder import rotate as rotate
-    from quantize.rotation_settings import RotationSettings as RotationSettings
     from quantize.scales.tuned_folder import tune as tune
     from quantize.settings import GptqSettings as GptqSettings
+    from quantize.settings import MixedSettings as MixedSettings
     from quantize.settings import Nf4Settings as Nf4Settings
+    from quantize.settings import RotationSettings as RotationSettings
     from quantize.settings import RoundingSettings as RoundingSettings
-    from quantize.sweep_settings import SweepSettings as SweepSettings
+    from quantize.settings import SweepSettings as SweepSettings
+    from quantize.settings import TuningSettings as TuningSettings
     from quantize.sweeping.sweeping import sweep as sweep
-    from quantize.tuning_settings import TuningSettings as TuningSettings
 
 _HOMES = {
     "GptqSettings": "quantize.settings",
-    "MixedSettings": "quantize.mixed_settings",
+    "MixedSettings": "quantize.settings",
     "Nf4Settings": "quantize.settings",
-    "RotationSettings": "quantize.rotation_settings",
+    "RotationSettings": "quantize.settings",
     "RoundingSettings": "quantize.settings",
-    "TuningSettings": "quantize.tuning_settings",
-    "SweepSettings": "quantize.sweep_settings",
+    "TuningSettings": "quantize.settings",
+    "SweepSettings": "quantize.settings",
     "convert": "quantize.conversions.conversion",
     "dequantize": "quantize.conversions.dequantization",
     "gptq_settings": "quantize.folders.auto_gptq_names",

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mistill.text.documents import Texts, TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
+from mistill.text.rows import Texts
 from mistill.text.vocabulary import load_vocabulary
 from quantize.settings import GptqSettings
 

@@ -17,12 +17,12 @@ from typing import Any
 PACKAGES = ("mistill", "distill", "quantize", "export", "benchmarks")
 # Modules that users import from by name, beside the packages themselves.
 MODULES = {
-    "mistill.chat.bot": ("ChatBot", "ChatSettings", "Speed"),
-    "mistill.cli.app": ("main",),
+    "mistill.chat": ("ChatBot", "ChatSettings", "Speed"),
+    "mistill.cli": ("main",),
     "mistill.constraints": ("json_schema", "lark", "regex"),
-    "mistill.engine.onnx_model": ("OnnxModel",),
-    "mistill.pytorch.loading": ("PytorchModel", "load_pytorch", "read_tensors"),
-    "mistill.text.documents": (
+    "mistill.engine": ("OnnxModel",),
+    "mistill.pytorch": ("PytorchModel", "load_pytorch", "read_tensors"),
+    "mistill.text": (
         "Document",
         "Texts",
         "TokenBlocks",
@@ -41,7 +41,7 @@ def public_names() -> dict[str, list[str]]:
 
 def settings() -> dict[str, dict[str, str]]:
     """Fields of every settings class that a package offers, with their defaults."""
-    from mistill.chat.bot import ChatSettings
+    from mistill.chat import ChatSettings
 
     classes: dict[str, Any] = {
         name: getattr(importlib.import_module(package), name)

@@ -22,7 +22,7 @@ from mistill.settings import settings_dict
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from benchmarks.report_settings import ShipSettings
+    from benchmarks.settings import ShipSettings
 
 SCHEMA = "mistill-comparison-1"
 

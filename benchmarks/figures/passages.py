@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mistill.errors import TextError
 
 if TYPE_CHECKING:
-    from mistill.text.documents import Document
+    from mistill.text.blocks import Document
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ from benchmarks.figures.latency import (
 from benchmarks.figures.passages import Passage
 from benchmarks.figures.perplexity import token_losses
 from benchmarks.rivals.engines import describe, open_rival, read_note
-from mistill.engine.language_model import LanguageModel, open_model
+from mistill.engine.language_model import LanguageModel
+from mistill.engine.opening import open_model
 from mistill.folders.folder import open_folder
 
 # transformers imports what a name needs when it is first asked for that name.

@@ -14,7 +14,8 @@ from benchmarks.figures.conventions import (
 )
 from benchmarks.figures.passages import Passage, fingerprint_of
 from mistill.errors import SettingsError
-from mistill.text.documents import Texts, read_stream
+from mistill.text.documents import read_stream
+from mistill.text.rows import Texts
 from mistill.text.vocabulary import Vocabulary
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.figures.column import MEGABYTE, significant
 from benchmarks.figures.comparison import Comparison, open_report
 from benchmarks.figures.model_result import ModelResult
-from benchmarks.report_settings import Budget
+from benchmarks.settings import Budget
 from mistill.errors import SettingsError
 from mistill.settings import settings_from
 

@@ -9,7 +9,7 @@ from benchmarks.report.columns import columns_of
 from benchmarks.report.commands import commands
 from benchmarks.report.shipping import by_memory, ship_line, speed
 from benchmarks.report.table import conditions, conditions_in_full, escaped, remarks, road
-from benchmarks.report_settings import ShipSettings
+from benchmarks.settings import ShipSettings
 
 
 def markdown(comparison: Comparison, ship: ShipSettings | None = None) -> str:

@@ -24,7 +24,7 @@ from benchmarks.report.columns import columns_of
 from benchmarks.report.commands import commands
 from benchmarks.report.shipping import best_to_ship, memory_mb, ship_line, speed
 from benchmarks.report.table import conditions_in_full, remarks, road_steps
-from benchmarks.report_settings import ShipSettings
+from benchmarks.settings import ShipSettings
 
 _BARS = ("size_mb", "mean_kl_nats", "decode_tokens_per_second", "peak_memory_mb")
 

@@ -14,7 +14,7 @@ from benchmarks.figures.column import MEGABYTE, significant
 from benchmarks.figures.comparison import Comparison, open_report
 from benchmarks.figures.frontier import SAME_NATS, SAME_RATIO
 from benchmarks.figures.model_result import ModelResult
-from benchmarks.report_settings import ShipSettings
+from benchmarks.settings import ShipSettings
 from mistill.settings import settings_from
 
 

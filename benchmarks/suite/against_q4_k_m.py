@@ -24,7 +24,7 @@ import numpy as np
 
 from mistill.measures.kl import compare, predict
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 
 # What llama-perplexity writes before its logits: this, then three whole numbers and the tokens.
 _MAGIC = b"_logits_"

@@ -23,13 +23,14 @@ import torch
 
 import distill
 from distill.loss.batches import Batch
+from distill.loss.targets import SampledTargets, TeacherTargets
 from distill.settings import TrainSettings
 from distill.targets.cached_teacher import CachedTeacher, open_targets
-from distill.teacher.teacher import LiveTeacher, SampledTargets, Teacher, TeacherTargets
+from distill.teacher.teacher import LiveTeacher, Teacher
 from distill.training.trainer import train_student
 from distill.training.training_text import read_blocks
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.training.processes import accelerating
 

@@ -398,7 +398,7 @@ def answer(adapter: Adapter, case: Case, factor: float = 1.0, *, evaluate: bool 
 
 def _blocks(case: Case) -> Any:
     """A case as the trainer's blocks of text."""
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
     documents = torch.arange(len(case.ids))[:, None].expand_as(case.ids).clone()
     documents[~case.present] = -1
@@ -414,8 +414,9 @@ def mistill(student: Model, teacher: Model, case: Case) -> Tensor:
     from distill.loss.batches import make_batch
     from distill.loss.heads import read_head
     from distill.loss.losses import head_loss
+    from distill.loss.targets import TopKTargets
     from distill.settings import TrainSettings
-    from distill.teacher.teacher import LiveTeacher, TopKTargets
+    from distill.teacher.teacher import LiveTeacher
     from distill.training.step import DistillationStep
 
     settings = TrainSettings(temperature=case.temperature, divergence=case.divergence)

@@ -196,7 +196,8 @@ class MistillRoad:
         from distill.teacher.teacher import LiveTeacher
         from distill.training.step import DistillationStep, accumulate_gradients
         from mistill.pytorch.loading import load_pytorch
-        from mistill.text.documents import TokenBlocks, conversation_documents, pack
+        from mistill.text.blocks import TokenBlocks, pack
+        from mistill.text.documents import conversation_documents
         from mistill.text.vocabulary import load_vocabulary
         from mistill.training.processes import accelerating
 

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from distill.loss.batches import Batch
+from distill.loss.targets import SampledTargets, TeacherTargets
 from distill.settings import TrainSettings
-from distill.teacher.teacher import LiveTeacher, SampledTargets, TeacherTargets
+from distill.teacher.teacher import LiveTeacher
 from distill.training.step import DistillationStep, accumulate_gradients
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from mistill.training.optimizers import make_optimizer
 
 LARGE: dict[str, Any] = {

@@ -44,7 +44,7 @@ def ours(hidden: Tensor, head: Tensor, p_hidden: Tensor, p_head: Tensor, mask: T
     """Mistill's."""
     from distill.loss.heads import as_head
     from distill.loss.losses import head_loss
-    from distill.teacher.teacher import DenseTargets
+    from distill.loss.targets import DenseTargets
 
     kept = int(mask.sum())
     return head_loss(

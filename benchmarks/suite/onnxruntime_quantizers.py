@@ -27,7 +27,8 @@ from torch import Tensor
 
 from mistill.measures.kl import compare, predict
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
 # The matrices that the graph holds side by side.

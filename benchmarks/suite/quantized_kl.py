@@ -30,7 +30,8 @@ from benchmarks.figures.machine import describe_machine
 from mistill.folders.folder import read_json
 from mistill.measures.kl import Predictions, compare, predict
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
 

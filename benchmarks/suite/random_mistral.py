@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from mistill.text.vocabulary import byte_characters
-from quantize.folders.float_model import TensorWriter
+from mistill.text.spelling import byte_characters
+from mistill.weights.tensor_writer import TensorWriter
 
 # Mistral 7B; a width is divided by what its own is, so that smaller models keep its proportions.
 WIDTH = 4096

@@ -29,7 +29,8 @@ from distill.training.evaluation import HeldOut, ask_teacher, evaluate
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import fingerprint, installed_versions, read_lineage
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
 

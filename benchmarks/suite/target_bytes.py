@@ -34,7 +34,9 @@ from mistill.folders.lineage import fingerprint, installed_versions
 from mistill.folders.location import location_of
 from mistill.folders.targets_folder import describe_targets
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import SHIPPED, TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
+from mistill.text.rows import SHIPPED
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 _READINGS = 7

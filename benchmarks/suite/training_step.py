@@ -23,7 +23,8 @@ import torch
 
 from benchmarks.suite.turns import paired_ratio, serve, summary, take_turns
 from distill.loss.batches import make_batch
-from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
 METHODS = ("live", "cached", "trl")

@@ -16,10 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.evaluation_settings import SMOKE, EvalSettings
 from benchmarks.figures.machine import Machine, describe_machine
 from benchmarks.measure.child import Worker
 from benchmarks.measure.questions import ask, questions_fingerprint, read_questions
+from benchmarks.settings import SMOKE, EvalSettings
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import SettingsError, missing_extra
 from mistill.folders.folder import open_folder

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 
 @dataclass(frozen=True)

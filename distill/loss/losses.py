@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.loss.divergences import FORWARD_KL, Divergence
 from distill.loss.heads import Head, as_head, compute_dtype, multiply, soften
-from distill.teacher.teacher import DenseTargets, TeacherTargets
+from distill.loss.targets import DenseTargets, TeacherTargets
 from mistill.errors import VocabularyError
 
 _MIB = 2**20

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from distill.settings import StudentSettings
 from distill.student.sizing import Sizes, fitting_layers
-from distill.student_settings import StudentSettings
 from mistill.pytorch.loading import plain_config
 from mistill.settings import require
 

@@ -36,13 +36,13 @@ from torch import Tensor
 from distill.loss.divergences import Divergence
 from distill.loss.heads import as_head, soften
 from distill.loss.losses import chunks
-from distill.teacher.teacher import DenseTargets
+from distill.loss.targets import DenseTargets
 from mistill.errors import FolderError
 from mistill.progress import Tracker, track
 from mistill.pytorch.layers import LayerwiseModel, PackedText
 
 if TYPE_CHECKING:
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from mistill.progress import track
 from mistill.pytorch.layers import LayerwiseModel, PackedText
 
 if TYPE_CHECKING:
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mistill.folders.lineage import fingerprint
 
 if TYPE_CHECKING:
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 logger = logging.getLogger(__name__)
 

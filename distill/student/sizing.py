@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mistill.settings import require
 
 if TYPE_CHECKING:
-    from distill.student_settings import StudentSettings
+    from distill.settings import StudentSettings
 
 _LEGAL_BLOCKS = (16, 32, 64)
 _LAYER_BITS, _LAYER_BLOCK = 4, 64

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distill.settings import MEASURED, StudentSettings
 from distill.student.angular import least_turning_block
 from distill.student.fresh import fresh_config, write_fresh
 from distill.student.greedy import Drop, greedy_drops
@@ -28,7 +29,6 @@ from distill.student.pruning import FLOATS, copy_layers
 from distill.student.score_cache import keep_scores, read_scores, score_file
 from distill.student.sizing import Sizes, fitting_layers
 from distill.student.width import KeptWidth, WidthScores, keep_strongest
-from distill.student_settings import MEASURED, StudentSettings
 from mistill.errors import FolderError, TextError
 from mistill.folders.folder import (
     FolderInfo,
@@ -43,7 +43,9 @@ from mistill.folders.publishing import creating, refuse_existing
 from mistill.pytorch.loading import check_weights, require_readable
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
-from mistill.text.documents import Texts, TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
+from mistill.text.rows import Texts
 from mistill.text.vocabulary import load_vocabulary
 
 logger = logging.getLogger(__name__)

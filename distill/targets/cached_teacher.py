@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.target_settings import TargetSettings
+from distill.loss.targets import SampledTargets, TopKTargets
+from distill.settings import TargetSettings
 from distill.targets.codec import StoredTargets, codec_of, join
 from distill.targets.shards import (
     Piece,
@@ -32,7 +33,6 @@ from distill.targets.shards import (
     read_index,
     template_digest,
 )
-from distill.teacher.teacher import SampledTargets, TopKTargets
 from mistill.errors import SettingsError, TextError, VocabularyError
 from mistill.folders.lineage import LINEAGE_FILE
 from mistill.folders.location import Location, location_of
@@ -41,7 +41,7 @@ from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 
 if TYPE_CHECKING:
     from distill.loss.batches import Batch
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
     from mistill.text.vocabulary import Vocabulary
 
 # Batches that are kept ready; what else is expected waits until one of them is asked for.

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.target_settings import TargetSettings
+from distill.settings import TargetSettings
 
 _ENTROPY_STEPS = 2**16 - 1
 

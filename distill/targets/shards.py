@@ -24,7 +24,7 @@ from mistill.errors import FolderError
 from mistill.folders.folder import MANIFEST_FILE
 from mistill.folders.location import Location
 from mistill.folders.targets_folder import FORMAT
-from mistill.text.documents import Document, TokenBlocks
+from mistill.text.blocks import Document, TokenBlocks
 from mistill.text.vocabulary import Vocabulary
 
 KEY_BYTES = 16

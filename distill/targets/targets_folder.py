@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.target_settings import TargetSettings
+from distill.settings import TargetSettings
 from distill.targets.shards import (
     Piece,
     Plan,
@@ -44,14 +44,17 @@ from mistill.folders.targets_folder import PLAN_FILE, is_targets
 from mistill.progress import track
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
-from mistill.text.documents import Texts, TokenBlocks, check_texts, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
+from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     import torch
 
+    from distill.loss.targets import DenseTargets
     from distill.targets.codec import StoredTargets
-    from distill.teacher.teacher import DenseTargets, LiveTeacher
+    from distill.teacher.teacher import LiveTeacher
 
 _LOOK_AGAIN_SECONDS = 0.5
 # What says who works, and not what comes of it.

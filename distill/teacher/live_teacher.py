@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from distill.loss.heads import Head, PlainWeight, compute_dtype, read_head
-from distill.teacher.teacher import DenseTargets, LiveTeacher, Teacher, last_hidden_states
-from distill.training.evaluation import score_positions
-from distill.training.step import HeldOutPart, ask_about, summarize_all
+from distill.loss.targets import DenseTargets
+from distill.teacher.teacher import LiveTeacher, last_hidden_states
 from mistill.errors import ArchitectureError, SettingsError, missing_extra
 from mistill.pytorch.loading import (
     check_weights,
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from distill.loss.batches import Batch
     from distill.settings import TrainSettings
     from mistill.folders.folder import FolderInfo
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 _BLOCK = 64
 
@@ -257,42 +256,3 @@ def _dtype(settings: TrainSettings, accelerator: Accelerator) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, settings.teacher_precision)
         return dtype
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-
-
-def lost_in_four_bits(
-    info: FolderInfo,
-    teacher: Teacher,
-    held_out: TokenBlocks,
-    settings: TrainSettings,
-    accelerator: Accelerator,
-) -> float:
-    """What a teacher loses by being held in four bits: KL(float teacher || NF4 teacher).
-
-    Args:
-        info: The float teacher's folder.
-        teacher: The same teacher in NF4.
-        held_out: Text to measure on, for all processes.
-        settings: How to train.
-        accelerator: Knows the device and the processes.
-
-    Returns:
-        Nats, mean per kept position.
-    """
-    size = settings.micro_batch_size
-    floats = load_teacher(info, settings, accelerator, quantized=False)
-    said = ask_about(floats, held_out, size, accelerator)
-    del floats
-    says = ask_about(teacher, held_out, size, accelerator)
-    scores = []
-    for before, after in zip(said, says, strict=True):
-        if before.counts:
-            scores.extend(_compare(before, after, settings.loss_memory_mib))
-    return summarize_all(scores, accelerator).kl
-
-
-def _compare(before: HeldOutPart, after: HeldOutPart, memory_mib: float) -> Any:
-    targets = after.targets
-    assert isinstance(targets, DenseTargets), "a running teacher knows its whole distribution"
-    return score_positions(
-        targets.hidden, targets.head, before.targets, before.batch.next_ids, memory_mib
-    )

@@ -22,13 +22,14 @@ from torch import Tensor
 from distill.loss.divergences import FORWARD_KL
 from distill.loss.heads import Head, as_head, compute_dtype, read_head, soften
 from distill.loss.losses import chunks
-from distill.teacher.teacher import DenseTargets, Teacher, TeacherTargets, last_hidden_states
+from distill.loss.targets import DenseTargets, TeacherTargets
+from distill.teacher.teacher import Teacher, last_hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.loss.batches import Batch
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 _CONFIDENCE_BINS = 15
 

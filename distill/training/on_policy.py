@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

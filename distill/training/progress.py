@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
 
 from distill.training.evaluation import Evaluation
 from mistill.folders.publishing import write_atomically
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 _END_FILE = "end.json"
 _PROGRESS_FILE = "progress.json"
@@ -49,52 +42,6 @@ class TrainingProgress:
     last: Evaluation
 
 
-def save_checkpoint(work: Path, accelerator: Accelerator, progress: TrainingProgress) -> None:
-    """Write the whole state of a run, so that it appears whole or not at all.
-
-    Args:
-        work: The folder of the run; older checkpoints in it are removed.
-        accelerator: Holds model, optimizer and random number generators.
-        progress: How far the run has come.
-    """
-    folder = work / f"checkpoint-{progress.step}"
-    partial = work / f"{folder.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial), safe_serialization=False)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_atomically(partial / _PROGRESS_FILE, json.dumps(asdict(progress)))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        remove_others(work, "checkpoint-", str(progress.step))
-
-
-def load_checkpoint(work: Path, accelerator: Accelerator) -> TrainingProgress | None:
-    """Go back to the newest checkpoint of a run.
-
-    Args:
-        work: The folder of the run.
-        accelerator: Its model, optimizer and random number generators are set.
-
-    Returns:
-        How far the run had come; None if there is no checkpoint.
-    """
-    accelerator.wait_for_everyone()
-    found = [
-        int(folder.name.removeprefix("checkpoint-"))
-        for folder in work.glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit()
-    ]
-    if not found:
-        return None
-    folder = work / f"checkpoint-{max(found)}"
-    progress = _read_progress(folder / _PROGRESS_FILE)
-    accelerator.load_state(str(folder))
-    return progress
-
-
 def record_end(work: Path, progress: TrainingProgress) -> None:
     """Note that a run has come to its end, so that it is not run again.
 
@@ -123,36 +70,3 @@ def _read_progress(file: Path) -> TrainingProgress:
     for name in ("before", "best", "last"):
         values[name] = Evaluation(**values[name])
     return TrainingProgress(**values)
-
-
-def remove_others(work: Path, prefix: str, wanted: str) -> None:
-    """Remove folders of a kind, except one.
-
-    Args:
-        work: Where they are.
-        prefix: What their names begin with.
-        wanted: The rest of the name of the one to keep.
-    """
-    for folder in work.glob(f"{prefix}*"):
-        if folder.name != f"{prefix}{wanted}":
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Seed PyTorch's generators inside, and leave all generators of the process as they were.
-
-    Args:
-        seed: Of PyTorch's generators.
-
-    Yields:
-        Nothing.
-    """
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002

@@ -7,19 +7,21 @@ divided. All processes make the same number of calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.loss.batches import Batch, make_batch
 from distill.loss.divergences import Divergence
 from distill.loss.heads import read_head
 from distill.loss.losses import HeadLoss, head_loss
-from distill.teacher.teacher import Teacher, TeacherTargets, last_hidden_states
-from distill.training.evaluation import Evaluation, TokenScores, score_positions, summarize
+from distill.loss.targets import TeacherTargets
+from distill.teacher.teacher import Teacher, last_hidden_states
+from distill.training.evaluation import TokenScores, score_positions
+from distill.training.held_out import shares
 from distill.training.on_policy import Place, rewrite
 
 if TYPE_CHECKING:
@@ -27,9 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.settings import TrainSettings
-    from mistill.text.documents import TokenBlocks
-
-PartT = TypeVar("PartT")
+    from mistill.text.blocks import TokenBlocks
 
 
 class DistillationStep(nn.Module):
@@ -162,24 +162,6 @@ class StepSums:
     positions: int
 
 
-def shares(
-    blocks: Sequence[PartT] | TokenBlocks, size: int, accelerator: Accelerator
-) -> Iterator[tuple[int, Any]]:
-    """What this process computes of the blocks of all, a micro-batch at a time.
-
-    Args:
-        blocks: For all processes.
-        size: Blocks in a micro-batch.
-        accelerator: Knows the processes.
-
-    Yields:
-        Number of the first block, and the blocks.
-    """
-    stride = size * accelerator.num_processes
-    for start in range(accelerator.process_index * size, len(blocks), stride):
-        yield start, blocks[start : start + size]
-
-
 def accumulate_gradients(
     module: nn.Module,
     teacher: Teacher,
@@ -257,98 +239,3 @@ def _written(
 
 
 # --- judging ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HeldOutPart:
-    """Some held-out text, with what the teacher says of it.
-
-    Attributes:
-        batch: The text.
-        targets: The teacher's answer.
-        counts: False where another process judges the same text, and this one only keeps it
-            company.
-    """
-
-    batch: Batch
-    targets: TeacherTargets
-    counts: bool
-
-
-def ask_about(
-    teacher: Teacher, held_out: TokenBlocks, size: int, accelerator: Accelerator
-) -> list[HeldOutPart]:
-    """Ask the teacher once about this process's share of the held-out text.
-
-    Args:
-        teacher: The model to imitate.
-        held_out: Blocks to judge the student on, for all processes.
-        size: Blocks in a batch.
-        accelerator: Knows the processes.
-
-    Returns:
-        Equally many parts in every process.
-    """
-    mine = [part for _, part in shares(held_out, size, accelerator)]
-    rounds = -(-len(held_out) // (size * accelerator.num_processes))
-    company = [held_out[:size]] * (rounds - len(mine))
-    for part in (*mine, *company):
-        teacher.expect(part)
-    parts = []
-    for number, part in enumerate((*mine, *company)):
-        batch = make_batch(part, accelerator.device)
-        with accelerator.autocast():
-            answer = teacher.targets(part, batch)
-        parts.append(HeldOutPart(batch, answer, counts=number < len(mine)))
-    return parts
-
-
-def judge(
-    module: nn.Module, held_out: Sequence[HeldOutPart], accelerator: Accelerator
-) -> Evaluation:
-    """Judge the student as it is now.
-
-    Args:
-        module: A ``DistillationStep``, prepared by the accelerator.
-        held_out: From ``ask_about``.
-        accelerator: The one that prepared the module.
-
-    Returns:
-        Means over the held-out text of all processes; the same in every process.
-    """
-    was_training = module.training
-    module.eval()
-    scores: list[TokenScores] = []
-    for part in held_out:
-        with torch.no_grad(), accelerator.autocast():
-            found = module("scores", part.batch, part.targets)
-        if part.counts:
-            scores.extend(found)
-    module.train(was_training)
-    return summarize_all(scores, accelerator)
-
-
-def summarize_all(scores: list[TokenScores], accelerator: Accelerator) -> Evaluation:
-    """Means over what all processes have scored.
-
-    Args:
-        scores: Of this process.
-        accelerator: Knows the processes.
-
-    Returns:
-        The same in every process.
-    """
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        scores = gather_object([_on_cpu(score) for score in scores])
-    return summarize(scores)
-
-
-def _on_cpu(scores: Any) -> Any:
-    """The same scores with every tensor on the CPU."""
-    if scores is None or isinstance(scores, Tensor):
-        return None if scores is None else scores.cpu()
-    return replace(
-        scores, **{field.name: _on_cpu(getattr(scores, field.name)) for field in fields(scores)}
-    )

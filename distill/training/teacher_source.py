@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distill.settings import TrainSettings
     from distill.targets.cached_teacher import CachedTeacher
     from distill.teacher.teacher import Teacher
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
     from mistill.text.vocabulary import Vocabulary
 
 _FOUR_BITS = "teacher-in-four-bits.json"
@@ -66,7 +66,8 @@ class LiveSource:
         Returns:
             The teacher.
         """
-        from distill.teacher.live_teacher import load_teacher, lost_in_four_bits
+        from distill.teacher.live_teacher import load_teacher
+        from distill.training.held_out import lost_in_four_bits
 
         if settings.teacher_precision == "nf4" and self.info.form == "model":
             note = work / _FOUR_BITS

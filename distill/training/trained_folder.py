@@ -25,7 +25,8 @@ from mistill.folders.lineage import add_lineage, fingerprint
 from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
-from mistill.text.documents import Texts, TokenBlocks, check_texts
+from mistill.text.blocks import TokenBlocks
+from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 
 if TYPE_CHECKING:

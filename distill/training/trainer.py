@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from distill.training.progress import (
-    TrainingProgress,
+from distill.training.held_out import ask_about, judge, shares
+from distill.training.progress import TrainingProgress
+from distill.training.step import DistillationStep, accumulate_gradients
+from mistill.errors import TrainingError
+from mistill.progress import track
+from mistill.pytorch.loading import quiet_transformers
+from mistill.training.adapters import add_adapters, merged
+from mistill.training.checkpoints import (
     load_checkpoint,
     own_randomness,
     remove_others,
     save_checkpoint,
 )
-from distill.training.step import DistillationStep, accumulate_gradients, ask_about, judge, shares
-from mistill.errors import TrainingError
-from mistill.progress import track
-from mistill.pytorch.loading import quiet_transformers
-from mistill.training.adapters import add_adapters, merged
 from mistill.training.lean import remember_less
 from mistill.training.memory import unmap_when_freed
 from mistill.training.metrics import Metrics
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from distill.settings import TrainSettings
     from distill.teacher.teacher import Teacher
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 logger = logging.getLogger(__name__)
 

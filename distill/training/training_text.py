@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mistill.errors import TextError
-from mistill.text.documents import Document, Texts, TokenBlocks, pack, read_documents
+from mistill.text.blocks import Document, TokenBlocks, pack
+from mistill.text.documents import read_documents
+from mistill.text.rows import Texts
 
 if TYPE_CHECKING:
     from distill.settings import TrainSettings

@@ -12,19 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from export.kernels.kernels import KERNELS, Timing
 from export.kernels.probe import HERE, Probe, probe_here, read_probe
 from export.settings import GraphOptions, OnnxSettings
 from export.weights.architecture import EMBEDDING, HEAD, Architecture
+from export.weights.shapes import Kind, Stored, kind_of, product_shapes
 from mistill.cost_model.products import Kernel
 
 if TYPE_CHECKING:
     from export.weights.folder_weights import FolderWeights
 
-Kind = Literal["qkv", "o", "gate_up", "down", "head"]
-KINDS: tuple[Kind, ...] = ("qkv", "o", "gate_up", "down", "head")
 
 ANSWER = 128
 """Tokens of the answer for which a choice is made, after a prompt of 512."""
@@ -32,33 +31,6 @@ ANSWER = 128
 AS_FAST = 1.1
 """Kernels within this ratio of the fastest are as fast: codes are then not widened, which costs
 memory, and the smallest block is taken, which rounds least."""
-
-_KIND_OF: dict[str, Kind] = {
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "o_proj": "o",
-    "gate_proj": "gate_up",
-    "up_proj": "gate_up",
-    "down_proj": "down",
-}
-
-
-@dataclass(frozen=True, order=True)
-class Stored:
-    """How a source stores matrices of a kind.
-
-    Attributes:
-        bits: Bits of a code as the source or the rounding has it.
-        group: Columns that share a scale, of which blocks must be parts.
-        largest: Most columns that a block may have.
-        widens: Whether the codes may be stored in 8 bits, which changes no weight.
-    """
-
-    bits: int
-    group: int
-    largest: int
-    widens: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,43 +80,6 @@ class Tuning:
             "products_ms_per_prompt": round(sum(row["prompt_ms"] for row in chosen), 1),
             "table": list(self.table),
         }
-
-
-def kind_of(module: str) -> Kind | None:
-    """The kind of matrix that a module of a layer is.
-
-    Args:
-        module: Its name.
-
-    Returns:
-        The kind; None for one that is not multiplied.
-    """
-    return _KIND_OF.get(module.rpartition(".")[2])
-
-
-def product_shapes(architecture: Architecture) -> dict[Kind, tuple[int, int, int]]:
-    """The matrices that a step multiplies by.
-
-    Args:
-        architecture: The decoder.
-
-    Returns:
-        Rows, columns and how many there are, of each kind.
-    """
-    one = {
-        name.removeprefix("model.layers.0."): shape for name, shape in _first_layer(architecture)
-    }
-    sizes: dict[Kind, list[tuple[int, ...]]] = {}
-    for name, shape in one.items():
-        kind = kind_of(name)
-        if kind is not None:
-            sizes.setdefault(kind, []).append(shape)
-    shapes: dict[Kind, tuple[int, int, int]] = {
-        kind: (sum(shape[0] for shape in parts), parts[0][1], architecture.layers)
-        for kind, parts in sizes.items()
-    }
-    shapes["head"] = (architecture.vocabulary_size, architecture.hidden_size, 1)
-    return shapes
 
 
 def allowed(stored: Stored, columns: int) -> list[Kernel]:
@@ -269,11 +204,3 @@ def _seconds(kind: Kind, timing: Timing) -> float:
     """Time in a prompt and its answer; the head multiplies one position of a prompt."""
     prompt = timing.token if kind == "head" else timing.prompt
     return prompt + ANSWER * timing.token
-
-
-def _first_layer(architecture: Architecture) -> Iterable[tuple[str, tuple[int, ...]]]:
-    return (
-        (name, shape)
-        for name, shape in architecture.shapes().items()
-        if name.startswith("model.layers.0.")
-    )

@@ -186,8 +186,8 @@ def probe_cpu(
     Raises:
         SettingsError: If threads are fewer than 1.
     """
-    from export.kernels.choosing import product_shapes
     from export.weights.architecture import read_architecture
+    from export.weights.shapes import product_shapes
 
     require(threads is None or threads >= 1, f"threads must be at least 1, got {threads!r}")
     file = refuse_existing(target, overwrite)

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from export.kernels.choosing import Stored, Tuning
+from export.kernels.choosing import Tuning
 from export.settings import FAST_2_BIT_BLOCK, LEGAL_BLOCKS, OnnxSettings
 from export.weights.architecture import Architecture
 from export.weights.blocks import (
@@ -27,6 +27,7 @@ from export.weights.blocks import (
     round_to_blocks,
     widen,
 )
+from export.weights.shapes import Stored
 from mistill.errors import FolderError, missing_extra
 from mistill.folders.folder import read_config, safetensors_header, weight_files
 from mistill.weights.gptq_doctor import require_sound

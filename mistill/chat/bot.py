@@ -16,8 +16,9 @@ import numpy as np
 
 from mistill.chat.stream_text import TextStream
 from mistill.constraints import ConstrainedChoice, Constraint, ConstraintTokens
-from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, Provider, open_model
+from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, Provider
 from mistill.engine.log_probabilities import Scored, TokenScore
+from mistill.engine.opening import open_model
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, FolderError, VocabularyError
 from mistill.settings import require, settings_from

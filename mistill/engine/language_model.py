@@ -7,15 +7,10 @@ B is batch, T positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from mistill.errors import MissingExtraError
-from mistill.folders.folder import open_folder
-from mistill.settings import require
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 Choose = Callable[[NDArray[np.float32]], int]
@@ -69,44 +64,3 @@ class LanguageModel(Protocol):
         Returns:
             Token ids, one at a time.
         """
-
-
-def open_model(
-    folder: str | Path,
-    *,
-    threads: int | None = None,
-    provider: Provider = "cpu",
-    alone: bool = True,
-) -> LanguageModel:
-    """Open any folder of the road as a running model.
-
-    Args:
-        folder: A model folder (float, GPTQ or NF4) or an ONNX folder.
-        threads: Threads to compute with; None lets the engine count the processors it may use.
-        provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
-        alone: Whether no other model computes in turn with this one, token by token; of an ONNX
-            folder, as ``OnnxModel`` takes it.
-
-    Returns:
-        The running model: ONNX Runtime for an ONNX folder, PyTorch for the others.
-
-    Raises:
-        SettingsError: If a provider is named for another form of folder.
-        MissingExtraError: If the folder needs PyTorch and it is not installed.
-    """
-    info = open_folder(folder)
-    if info.form == "onnx":
-        from mistill.engine.onnx_model import OnnxModel
-
-        return OnnxModel(info.path, threads=threads, provider=provider, alone=alone)
-    require(
-        provider == "cpu", f"provider is for ONNX folders, and {info.path} is a {info.form} folder"
-    )
-    try:
-        from mistill.pytorch.loading import PytorchModel
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"{info.path} is a {info.form} folder, which needs PyTorch; install it with: "
-            "pip install 'mistill[compress]', or give an ONNX folder"
-        ) from error
-    return PytorchModel(info.path, threads=threads)

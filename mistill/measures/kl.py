@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from mistill.errors import TextError, VocabularyError
 from mistill.measures.uncertainty import mean_of, standard_error_of_mean
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

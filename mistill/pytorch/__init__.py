@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from mistill.pytorch.loading import PytorchModel as PytorchModel
+    from mistill.engine.pytorch_model import PytorchModel as PytorchModel
     from mistill.pytorch.loading import check_weights as check_weights
     from mistill.pytorch.loading import load_pytorch as load_pytorch
     from mistill.pytorch.loading import plain_config as plain_config
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mistill.pytorch.loading import stored_tensors as stored_tensors
 
 _HOMES = {
-    "PytorchModel": "mistill.pytorch.loading",
+    "PytorchModel": "mistill.engine.pytorch_model",
     "check_weights": "mistill.pytorch.loading",
     "load_pytorch": "mistill.pytorch.loading",
     "plain_config": "mistill.pytorch.loading",

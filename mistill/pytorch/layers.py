@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mistill.pytorch.loading import empty_model, plain_config, read_tensors
 
 if TYPE_CHECKING:
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 _BLOCKS_AT_ONCE = 4
 

@@ -15,22 +15,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mistill.engine.language_model import Choose, greedy
 from mistill.errors import (
     ArchitectureError,
-    ContextError,
     FolderError,
     MissingExtraError,
     missing_extra,
 )
 from mistill.folders.folder import (
     FolderInfo,
-    context_length,
     open_folder,
     read_json,
     safetensors_header,
@@ -47,7 +42,6 @@ _log = logging.getLogger(__name__)
 
 READABLE = ("llama", "mistral")
 
-_POSITIONS_AT_ONCE = 2048
 # Tables that older files hold and newer code works out.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 
@@ -368,138 +362,3 @@ def _load_nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 # --- running ------------------------------------------------------------------------------------
-
-
-class PytorchModel:
-    """A model folder that runs in PyTorch.
-
-    The reference that ONNX chatbots are compared with, and the way to benchmark the stops of the
-    road before the export. It reads every prompt anew: nothing is kept from one ``stream`` to
-    the next, so that the time to the first token is that of a first question.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        threads: int | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Load a folder.
-
-        Args:
-            folder: A float, GPTQ or NF4 folder.
-            threads: Threads that PyTorch computes with, for the whole process; None leaves them.
-            dtype: What to compute in.
-
-        Raises:
-            FolderError: If the folder is broken or holds an ONNX graph.
-            ArchitectureError: If it is neither Llama nor Mistral.
-        """
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.model = load_pytorch(folder, dtype)
-        self._context_length = context_length(Path(folder), self.model.config.to_dict())
-
-    @classmethod
-    def from_model(cls, model: PreTrainedModel) -> PytorchModel:
-        """Wrap a model that is loaded already, without changing it.
-
-        Args:
-            model: A Llama or Mistral with its head, in eval mode.
-
-        Returns:
-            The running model.
-        """
-        made = cls.__new__(cls)
-        made.model = model
-        made._context_length = int(model.config.max_position_embeddings)
-        return made
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of logits per position, V."""
-        return int(self.model.config.vocab_size)
-
-    @property
-    def context_length(self) -> int:
-        """Most positions that the model can hold at once."""
-        return self._context_length
-
-    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Scores of every next token at every position.
-
-        Args:
-            ids: Shape (B, T), without padding.
-
-        Returns:
-            Shape (B, T, V); position t scores the token at t + 1.
-
-        Raises:
-            ValueError: If the ids have another shape, or are not in the vocabulary.
-            ContextError: If T exceeds the context.
-        """
-        if ids.ndim != 2:
-            raise ValueError(f"ids must have the shape (B, T), got {ids.shape}")
-        self._check(ids)
-        rows, length = ids.shape
-        scores = np.empty((rows, length, self.vocabulary_size), dtype=np.float32)
-        step = max(1, _POSITIONS_AT_ONCE // max(1, length))
-        for start in range(0, rows, step):
-            chunk = slice(start, start + step)
-            with torch.inference_mode():
-                output = self.model(self._to_device(ids[chunk]), use_cache=False)
-                torch.from_numpy(scores[chunk]).copy_(output.logits)
-        return scores
-
-    def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after the ids given, one at a time, until the context is full.
-
-        The caller stops when it has seen enough; the end-of-turn token is yielded like any other.
-
-        Args:
-            ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position.
-
-        Returns:
-            Token ids; the prompt and they fill at most the context.
-
-        Raises:
-            ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
-            ContextError: If it exceeds the context.
-        """
-        prompt = np.asarray(ids, dtype=np.int64)[None]
-        if prompt.size == 0:
-            raise ValueError("the prompt is empty; give at least one token")
-        self._check(prompt)
-        return self._tokens(prompt, choose)
-
-    def _tokens(self, ids: NDArray[np.int64], choose: Choose) -> Iterator[int]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.model.config)
-        for _ in range(self.context_length - ids.shape[1]):
-            # Entered anew for each token: across a yield it would leak into the caller.
-            with torch.inference_mode():
-                output = self.model(
-                    self._to_device(ids), past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-                scores = output.logits[0, -1].float().cpu().numpy()
-            token = choose(scores)
-            yield token
-            ids = np.array([[token]], dtype=np.int64)
-
-    def _to_device(self, ids: NDArray[np.int64]) -> Tensor:
-        return torch.tensor(ids, device=self.model.device)
-
-    def _check(self, ids: NDArray[np.int64]) -> None:
-        if ids.shape[1] > self.context_length:
-            raise ContextError(
-                f"{ids.shape[1]} tokens do not fit the model's context of {self.context_length}; "
-                "give fewer"
-            )
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary_size:
-            raise ValueError(
-                f"token ids must lie between 0 and {self.vocabulary_size - 1}, got "
-                f"{int(ids.min())} to {int(ids.max())}"
-            )

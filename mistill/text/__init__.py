@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from mistill.text.documents import Document as Document
-    from mistill.text.documents import Texts as Texts
-    from mistill.text.documents import TokenBlocks as TokenBlocks
-    from mistill.text.documents import check_texts as check_texts
+    from mistill.text.blocks import Document as Document
+    from mistill.text.blocks import TokenBlocks as TokenBlocks
+    from mistill.text.blocks import pack as pack
     from mistill.text.documents import conversation_documents as conversation_documents
-    from mistill.text.documents import pack as pack
     from mistill.text.documents import read_documents as read_documents
     from mistill.text.documents import read_prompts as read_prompts
     from mistill.text.documents import read_stream as read_stream
+    from mistill.text.rows import Texts as Texts
+    from mistill.text.rows import check_texts as check_texts
 
 _HOMES = {
-    "Document": "mistill.text.documents",
-    "Texts": "mistill.text.documents",
-    "TokenBlocks": "mistill.text.documents",
-    "check_texts": "mistill.text.documents",
+    "Document": "mistill.text.blocks",
+    "Texts": "mistill.text.rows",
+    "TokenBlocks": "mistill.text.blocks",
+    "check_texts": "mistill.text.rows",
     "conversation_documents": "mistill.text.documents",
-    "pack": "mistill.text.documents",
+    "pack": "mistill.text.blocks",
     "read_documents": "mistill.text.documents",
     "read_prompts": "mistill.text.documents",
     "read_stream": "mistill.text.documents",

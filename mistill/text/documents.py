@@ -14,36 +14,18 @@ through ``datasets``, as streams: nothing is copied into a cache.
 
 from __future__ import annotations
 
-import glob
 import itertools
-import json
-import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mistill.errors import TextError, missing_extra
+from mistill.errors import TextError
 from mistill.settings import require
+from mistill.text.blocks import Document
+from mistill.text.rows import Row, Texts, find_file, first_row, json_type, read_lines, sources_of
 from mistill.text.vocabulary import Message, Vocabulary
-
-Texts = str | Path | Sequence[str | Path]
-
-SHIPPED = {
-    "@demo-train": "demo-train.jsonl",
-    "@demo-held-out": "demo-held-out.jsonl",
-    "@demo-prompts": "demo-prompts.txt",
-}
-
-_DATA = Path(__file__).parent.parent / "data"
-_FILES = (".txt", ".jsonl", ".json", ".parquet")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 
 _ACCEPTED = (
     "messages, conversations, prompt with response or completion, instruction (and input) with "
@@ -59,274 +41,17 @@ _ROLES = {
     "model": "assistant",
 }
 
-# Characters of a .txt file that are turned into tokens at once.
-_PIECE = 2_000_000
 # Characters of a prompt that tell where the turn after it begins.
 _SEAM = 16
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text or one conversation.
-
-    Attributes:
-        ids: Token ids, int64, shape (T,).
-        mask: Bool, shape (T,), True where the token is to be predicted from those before it.
-    """
-
-    ids: NDArray[np.int64]
-    mask: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class TokenBlocks:
-    """Documents packed into blocks of one length, N blocks of T positions.
-
-    The logits at position t predict the token at t + 1; ``kept`` says at which positions that
-    counts. To keep documents apart inside a transformers model, give it ``position_ids``, no
-    attention mask, and ``use_cache=False``: with a cache it would let them see one another.
-
-    Attributes:
-        ids: Token ids, int64, shape (N, T); 0 where there is no document.
-        mask: Bool, shape (N, T), True where the token is to be predicted.
-        documents: Number of the document at each position, int32, shape (N, T); -1 for none.
-    """
-
-    ids: NDArray[np.int64]
-    mask: NDArray[np.bool_]
-    documents: NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, which: slice | NDArray[np.int64] | Sequence[int]) -> TokenBlocks:
-        return TokenBlocks(self.ids[which], self.mask[which], self.documents[which])
-
-    @property
-    def block_length(self) -> int:
-        """Positions in a block, T."""
-        return int(self.ids.shape[1])
-
-    @property
-    def kept(self) -> NDArray[np.bool_]:
-        """Positions whose logits count, bool, shape (N, T); never the last of a document."""
-        kept = np.zeros_like(self.mask)
-        same = self.documents[:, 1:] == self.documents[:, :-1]
-        kept[:, :-1] = self.mask[:, 1:] & same & (self.documents[:, 1:] >= 0)
-        return kept
-
-    @property
-    def position_ids(self) -> NDArray[np.int64]:
-        """Positions counted from 0 in every document, int64, shape (N, T)."""
-        places = np.broadcast_to(np.arange(self.block_length), self.ids.shape)
-        begins = np.ones(self.ids.shape, bool)
-        begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
-        return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-
-    @property
-    def runs(self) -> NDArray[np.int64]:
-        """Where each run of one document, or of padding, lies in its block, in row-major order.
-
-        Shape (R, 3): the block, the first column, the column after the last.
-        """
-        begins = np.ones(self.documents.shape, bool)
-        begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
-        starts = np.flatnonzero(begins)
-        lengths = np.diff(starts, append=self.documents.size)
-        rows, columns = np.divmod(starts, self.block_length)
-        return np.stack([rows, columns, columns + lengths], axis=1)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all documents, padding left out."""
-        return int((self.documents >= 0).sum())
 
 
 # --- rows ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One record of a source, and where it stands, for messages to the user."""
-
-    value: Mapping[str, Any]
-    place: str
-
-
-def check_texts(texts: Texts) -> None:
-    """Refuse texts that are missing, empty or of an unknown kind, reading their first row only.
-
-    Args:
-        texts: What ``read_documents`` would be given.
-
-    Raises:
-        TextError: If one of them cannot be read.
-    """
-    for source in _sources(texts):
-        _first_row(source)
-
-
-def _sources(texts: Texts) -> list[str]:
-    sources = [texts] if isinstance(texts, str | Path) else list(texts)
-    if not sources:
-        raise TextError("no text was given; name a .txt, .jsonl or .parquet file or a Hub dataset")
-    return [str(source) for source in sources]
-
-
-def _first_row(source: str) -> Iterator[_Row]:
-    """The rows of a source, the first of which has been read, so that what is missing shows."""
-    rows = _rows(source)
-    first = next(rows, None)
-    if first is None:
-        raise TextError(f"{source} holds no text")
-    return itertools.chain([first], rows)
-
-
-def _rows(source: str) -> Iterator[_Row]:
-    path = _find(source)
-    if path is None:
-        return _hub_rows(source)
-    readers = {
-        ".txt": _txt_rows,
-        ".jsonl": _jsonl_rows,
-        ".json": _json_rows,
-        ".parquet": _parquet_rows,
-    }
-    return readers[path.suffix.lower()](path)
-
-
-def _find(source: str) -> Path | None:
-    """The file that a source names, or None for a dataset on the Hub."""
-    if source.startswith("@"):
-        if source not in SHIPPED:
-            raise TextError(f"there is no shipped text {source}; there are {', '.join(SHIPPED)}")
-        return _DATA / SHIPPED[source]
-    path = Path(source).expanduser()
-    known = f"{', '.join(_FILES[:-1])} and {_FILES[-1]}"
-    if path.is_dir():
-        raise TextError(f"{source} is a folder; name the {known} files in it")
-    if path.is_file():
-        if path.suffix.lower() not in _FILES:
-            raise TextError(f"{source} ends in {path.suffix or 'nothing'}; mistill reads {known}")
-        return path
-    if path.suffix.lower() in _FILES or not _HUB_ID.fullmatch(source):
-        raise TextError(
-            f"there is no file {source}; give a {known.replace(' and ', ' or ')} file, a Hub "
-            f"dataset such as owner/name:config:split, or one of {', '.join(SHIPPED)}"
-        )
-    return None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as opened:
-            yield from opened
-    except UnicodeDecodeError as error:
-        problem = f"{error.reason} at byte {error.start}"
-        raise TextError(f"{path} is not UTF-8 text: {problem}") from error
-    except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _txt_rows(path: Path) -> Iterator[_Row]:
-    """A file is one document; a very long one is cut where a line ends, every 2 million letters."""
-    lines: list[str] = []
-    size = 0
-    for line in _lines(path):
-        lines.append(line)
-        size += len(line)
-        if size >= _PIECE:
-            yield _Row({"text": "".join(lines)}, str(path))
-            lines, size = [], 0
-    if lines:
-        yield _Row({"text": "".join(lines)}, str(path))
-
-
-def _jsonl_rows(path: Path) -> Iterator[_Row]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            place = f"{path}, line {number}"
-            yield _Row(_object(_parse(line, place), place), place)
-
-
-def _json_rows(path: Path) -> Iterator[_Row]:
-    value = _parse("".join(_lines(path)) or "[]", str(path))
-    if not isinstance(value, list):
-        raise TextError(f"{path} should hold a list of objects, not {_kind(value)}")
-    for number, item in enumerate(value, 1):
-        place = f"{path}, item {number}"
-        yield _Row(_object(item, place), place)
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise TextError(f"{place} is not valid JSON: {error}") from error
-
-
-def _object(value: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TextError(f"{place} should hold a JSON object, not {_kind(value)}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list"}
-    if value is None:
-        return "null"
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _parquet_rows(path: Path) -> Iterator[_Row]:
-    # Brackets and stars in a file's own name are no pattern.
-    file = glob.escape(str(path))
-    with TemporaryDirectory() as cache:  # for a lock that datasets leaves behind
-        yield from _dataset_rows(
-            str(path), "parquet", data_files=file, split="train", cache_dir=cache
-        )
-
-
-def _hub_rows(source: str) -> Iterator[_Row]:
-    """Rows of ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``."""
-    name, config, split = (*source.split(":"), "", "")[:3]
-    return _dataset_rows(source, name, config or None, split=split or "train")
-
-
-def _dataset_rows(source: str, *arguments: str | None, **options: str) -> Iterator[_Row]:
-    if find_spec("datasets") is None:
-        raise missing_extra("datasets", "compress")
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        rows = load_dataset(*arguments, **options, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield _Row(row, f"{source}, row {number}")
-    except TextError:
-        raise
-    except DatasetNotFoundError as error:
-        raise TextError(
-            f"there is no file {source}, and no dataset of that name on the Hub; log in with: hf "
-            "auth login if it is private or gated"
-        ) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise TextError(
-            f"there is no file {source}, and the Hub cannot be reached; connect to the network, "
-            f"or use {next(iter(SHIPPED))}, which needs none"
-        ) from error
-    except Exception as error:  # datasets raises whatever its readers raise
-        raise TextError(f"{source} cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 # --- what a row holds ---------------------------------------------------------------------------
 
 
-def _content(row: _Row) -> str | list[Message]:
+def _content(row: Row) -> str | list[Message]:
     """The text or the conversation of a row, whatever its columns are called."""
     value = row.value
     for column in ("messages", "conversations", "conversation"):
@@ -344,7 +69,7 @@ def _content(row: _Row) -> str | list[Message]:
     raise TextError(f"{row.place} has the columns {found}; mistill reads {_ACCEPTED}")
 
 
-def _question(row: _Row, column: str) -> str:
+def _question(row: Row, column: str) -> str:
     """A prompt, or an instruction with the input that it speaks of."""
     question = _string(row.value[column], f"{column} of {row.place}")
     given = row.value.get("input") if column == "instruction" else None
@@ -353,7 +78,7 @@ def _question(row: _Row, column: str) -> str:
 
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise TextError(f"the {name} should be text, not {_kind(value)}")
+        raise TextError(f"the {name} should be text, not {json_type(value)}")
     return value
 
 
@@ -414,8 +139,8 @@ def read_documents(
         VocabularyError: If there are conversations and no chat template.
     """
     require(limit is None or limit > 0, f"limit must be above 0 tokens, not {limit}")
-    sources = _sources(texts)
-    opened = [_first_row(source) for source in sources]
+    sources = sources_of(texts)
+    opened = [first_row(source) for source in sources]
     documents = _documents(itertools.chain.from_iterable(opened), vocabulary)
     first = next(documents, None)
     if first is None:
@@ -443,10 +168,10 @@ def read_stream(texts: Texts, vocabulary: Vocabulary) -> NDArray[np.int64]:
         VocabularyError: If there are conversations and no chat template.
     """
     whole = []
-    for source in _sources(texts):
-        path = _find(source)
+    for source in sources_of(texts):
+        path = find_file(source)
         joint = "" if path is not None and path.suffix.lower() == ".txt" else "\n\n"
-        contents = map(_content, _first_row(source))
+        contents = map(_content, first_row(source))
         whole.append(
             joint.join(
                 content if isinstance(content, str) else vocabulary.render(content)
@@ -470,7 +195,7 @@ def _limited(documents: Iterator[Document], limit: int | None) -> Iterator[Docum
             return
 
 
-def _documents(rows: Iterator[_Row], vocabulary: Vocabulary) -> Iterator[Document]:
+def _documents(rows: Iterator[Row], vocabulary: Vocabulary) -> Iterator[Document]:
     for row in rows:
         content = _content(row)
         if isinstance(content, str):
@@ -595,19 +320,19 @@ def read_prompts(prompts: Texts) -> list[list[Message]]:
         TextError: If there are none, or one cannot be read.
     """
     found: list[list[Message]] = []
-    for source in _sources(prompts):
-        path = _find(source)
+    for source in sources_of(prompts):
+        path = find_file(source)
         if path is not None and path.suffix.lower() == ".txt":
-            lines = (line.strip() for line in _lines(path))
+            lines = (line.strip() for line in read_lines(path))
             found += [[{"role": "user", "content": line}] for line in lines if line]
         else:
-            found += [_prompt(row) for row in _first_row(source)]
+            found += [_prompt(row) for row in first_row(source)]
     if not found:
-        raise TextError(f"there are no prompts in {', '.join(_sources(prompts))}")
+        raise TextError(f"there are no prompts in {', '.join(sources_of(prompts))}")
     return found
 
 
-def _prompt(row: _Row) -> list[Message]:
+def _prompt(row: Row) -> list[Message]:
     for column in ("messages", "conversations", "conversation"):
         if row.value.get(column) is not None:
             messages = _conversation(row.value[column], row.place)
@@ -626,60 +351,3 @@ def _prompt(row: _Row) -> list[Message]:
 
 
 # --- packing ------------------------------------------------------------------------------------
-
-
-def pack(documents: Iterable[Document], block_length: int) -> TokenBlocks:
-    """Lay documents side by side in blocks of one length.
-
-    A document that fits into a block is never split, since its end would be learned without its
-    beginning: it goes into the fullest block with room for it, or a new one (best fit; Ding et
-    al., 2024, https://arxiv.org/abs/2404.10830). A longer one is cut every ``block_length``
-    tokens. Blocks are in the order in which they were begun.
-
-    Args:
-        documents: Documents in their order.
-        block_length: Positions in a block, T; at least 2.
-
-    Returns:
-        Blocks in which the first token of every piece is masked: nothing before it tells it.
-
-    Raises:
-        TextError: If there are no documents.
-    """
-    require(block_length >= 2, f"block_length must be at least 2, not {block_length}")
-    placed: list[tuple[int, int, int, Document, int]] = []  # block, column, number, document, start
-    rooms: list[deque[int]] = [deque() for _ in range(block_length + 1)]  # blocks by room left
-    open_rooms = 0  # bit r is set where a block has r positions left
-    blocks = 0
-    for number, document in enumerate(documents):
-        for start in range(0, len(document.ids), block_length):
-            length = min(block_length, len(document.ids) - start)
-            large_enough = open_rooms >> length << length
-            room = (large_enough & -large_enough).bit_length() - 1
-            if large_enough:
-                block = rooms[room].popleft()
-                if not rooms[room]:
-                    open_rooms ^= 1 << room
-            else:
-                block, room, blocks = blocks, block_length, blocks + 1
-            placed.append((block, block_length - room, number, document, start))
-            left = room - length
-            if left:
-                rooms[left].append(block)
-                open_rooms |= 1 << left
-    if not placed:
-        raise TextError("there is no text to pack")
-    packed = TokenBlocks(
-        ids=np.zeros((blocks, block_length), np.int64),
-        mask=np.zeros((blocks, block_length), bool),
-        documents=np.full((blocks, block_length), -1, np.int32),
-    )
-    for block, column, number, document, start in placed:
-        piece = slice(start, start + block_length)
-        ids = document.ids[piece]
-        place = (block, slice(column, column + len(ids)))
-        packed.ids[place] = ids
-        packed.mask[place] = document.mask[piece]
-        packed.mask[block, column] = False
-        packed.documents[place] = number
-    return packed

@@ -12,22 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mistill.errors import TextError, VocabularyError
 from mistill.folders.folder import read_json
+from mistill.text.chat_template import compile_template
+from mistill.text.spelling import speller_of
 
 Message = Mapping[str, str]
 
@@ -106,7 +103,7 @@ class Vocabulary:
         self._folder = folder
         self._tokenizer = tokenizer
         self._added = list(definition.get("added_tokens") or [])
-        self._spell = _speller(definition)
+        self._spell = speller_of(definition)
         settings = _optional_json(folder / "tokenizer_config.json")
         config = _optional_json(folder / "config.json")
         tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -251,7 +248,7 @@ class Vocabulary:
                 "chat_template.jinja"
             )
         try:
-            template = _compile(self.chat_template)
+            template = compile_template(self.chat_template)
         except TemplateSyntaxError as error:
             raise VocabularyError(
                 f"the chat template of {self._folder} has a mistake in line {error.lineno}: "
@@ -453,118 +450,4 @@ def _adds_bos(
 # --- what a token spells ------------------------------------------------------------------------
 
 
-class _ByteLevelSpeller:
-    """Tokens written in the 256 printable stand-ins of GPT-2 for the 256 bytes."""
-
-    def __init__(self) -> None:
-        self._byte_of = {character: byte for byte, character in byte_characters().items()}
-
-    def __call__(self, token: str) -> bytes:
-        byte_of = self._byte_of
-        return b"".join(
-            bytes([byte_of[letter]]) if letter in byte_of else letter.encode() for letter in token
-        )
-
-
-class _SentencePieceSpeller:
-    """Tokens written in UTF-8, with a mark for the space and ``<0x41>`` for a lone byte."""
-
-    def __init__(self, space: str) -> None:
-        self._space = space
-
-    def __call__(self, token: str) -> bytes:
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace(self._space, " ").encode()
-
-
-def byte_characters() -> dict[int, str]:
-    """The printable characters that stand for bytes in a byte-level vocabulary.
-
-    Bytes that print keep their Latin-1 character; the others take those from U+0100 on, in
-    order (Radford et al., 2019).
-
-    Returns:
-        Byte to character.
-    """
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printing]
-    return {byte: chr(byte) for byte in printing} | {
-        byte: chr(0x100 + place) for place, byte in enumerate(others)
-    }
-
-
-def _speller(definition: Mapping[str, Any]) -> _ByteLevelSpeller | _SentencePieceSpeller:
-    decoder = definition.get("decoder") or {}
-    parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
-    kinds = {part.get("type"): part for part in parts}
-    if "ByteLevel" in kinds:
-        return _ByteLevelSpeller()
-    if "Metaspace" in kinds:
-        return _SentencePieceSpeller(kinds["Metaspace"].get("replacement", "\u2581"))
-    if "Replace" in kinds and kinds["Replace"].get("content") == " ":
-        return _SentencePieceSpeller(kinds["Replace"]["pattern"]["String"])
-    raise VocabularyError(
-        "mistill reads byte-level BPE and SentencePiece vocabularies; this tokenizer decodes "
-        f"with {' and '.join(sorted(map(str, kinds)))}"
-    )
-
-
 # --- rendering ----------------------------------------------------------------------------------
-
-
-class _Generation(Extension):
-    """``{% generation %}`` marks what the assistant writes and changes nothing that is written."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Read up to the end of the block.
-
-        Args:
-            parser: Jinja's parser, at the tag.
-
-        Returns:
-            A block that writes its body.
-        """
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
-
-    def _write(self, caller: Macro) -> str:
-        return str(caller())
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-@cache
-def _compile(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from distill.settings import TrainSettings
-    from mistill.text.documents import TokenBlocks
+    from mistill.text.blocks import TokenBlocks
 
 
 def step_count(blocks: TokenBlocks, settings: TrainSettings) -> int:

@@ -27,7 +27,7 @@ from mistill.settings import require
 from mistill.weights.code_words import less_one, plus_one
 from mistill.weights.gptq_doctor import examine, require_sound
 from mistill.weights.gptq_layout import CheckpointFormat, GptqFormat, read_quantization
-from quantize.folders.float_model import TensorWriter
+from mistill.weights.tensor_writer import TensorWriter
 
 _log = logging.getLogger(__name__)
 

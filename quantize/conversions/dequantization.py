@@ -26,7 +26,7 @@ from mistill.pytorch.loading import (
     require_readable,
 )
 from mistill.settings import require
-from quantize.folders.float_model import TensorWriter
+from mistill.weights.tensor_writer import TensorWriter
 from quantize.settings import FloatType
 
 

@@ -43,12 +43,14 @@ from mistill.pytorch.loading import (
     stored_tensors,
 )
 from mistill.settings import require, settings_dict
-from mistill.text.documents import Texts, TokenBlocks, check_texts, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
+from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, read_quantization
+from mistill.weights.tensor_writer import TensorWriter
 from quantize.conversions.dequantization import dequantize
 from quantize.folders.auto_gptq_names import gptq_settings
-from quantize.folders.float_model import TensorWriter
 from quantize.folders.gptq_folder import to_gptq
 from quantize.settings import GptqSettings
 

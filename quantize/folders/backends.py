@@ -21,7 +21,7 @@ from mistill.folders.lineage import add_lineage, installed_versions
 from mistill.folders.publishing import creating
 from mistill.progress import track
 from mistill.settings import require, settings_dict
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from mistill.weights.gptq_layout import GptqFormat
 from quantize.folders.float_model import FloatModel
 from quantize.folders.report import ModuleReport, write_report

@@ -19,19 +19,14 @@ from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.progress import Tracker, track
 from mistill.pytorch.loading import read_tensors
 from mistill.settings import settings_dict, settings_from
-from mistill.text.documents import Texts, TokenBlocks, check_texts
+from mistill.text.blocks import TokenBlocks
+from mistill.text.rows import Texts, check_texts
 from mistill.weights.gptq_layout import EMBEDDING
+from mistill.weights.tensor_writer import TensorWriter, packed_tensors
 from quantize.calibration_text import blocks_digest, draw_blocks, names_of
 from quantize.folders.auto_gptq_names import name_as_auto_gptq, translated
 from quantize.folders.backends import Backend, by_gptqmodel, require_backend
-from quantize.folders.float_model import (
-    FloatModel,
-    TensorWriter,
-    open_float,
-    packed_tensors,
-    tensor_kinds,
-    write_config,
-)
+from quantize.folders.float_model import FloatModel, open_float, tensor_kinds, write_config
 from quantize.folders.plan import (
     Plan,
     layer_rest,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantize.folders.float_model import TensorWriter
+from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.report import ModuleReport
 from quantize.gptq.calibration import Batch
 

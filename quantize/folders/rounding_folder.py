@@ -14,15 +14,10 @@ from mistill.folders.publishing import creating, refuse_existing
 from mistill.progress import Tracker, track
 from mistill.pytorch.loading import read_tensors
 from mistill.settings import settings_dict, settings_from
-from mistill.text.documents import Texts
+from mistill.text.rows import Texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
-from quantize.folders.float_model import (
-    FloatModel,
-    TensorWriter,
-    open_float,
-    tensor_kinds,
-    write_config,
-)
+from mistill.weights.tensor_writer import TensorWriter
+from quantize.folders.float_model import FloatModel, open_float, tensor_kinds, write_config
 from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, report_of, round_table
 from quantize.folders.report import ModuleReport, write_report
 from quantize.gptq.calibration import MATRICES

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mistill.pytorch.loading import empty_model, read_tensors
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from quantize.gptq.factor import mirror_lower
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from mistill.folders.folder import FolderInfo, context_length, open_folder, read
 from mistill.measures.kl import compare
 from mistill.pytorch.loading import require_readable
 from mistill.sources.source import resolve_model
-from mistill.text.documents import Texts, TokenBlocks, check_texts
+from mistill.text.blocks import TokenBlocks
+from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 from quantize.calibration_text import draw_up_to, names_of
 from quantize.measuring.measuring import predictions
-from quantize.sweep_settings import SweepSettings
+from quantize.settings import SweepSettings
 
 _log = logging.getLogger(__name__)
 

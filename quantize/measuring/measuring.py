@@ -17,7 +17,7 @@ from mistill.errors import FolderError
 from mistill.folders.folder import open_folder
 from mistill.measures.kl import Closeness, Predictions, compare
 from mistill.pytorch.loading import check_weights, plain_config, require_readable
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from mistill.weights.gptq_layout import EMBEDDING, HEAD
 from mistill.weights.plain_weights import PlainWeights
 from quantize.gptq.calibration import TOKENS_AT_ONCE, Batch, LayeredModel, layer_stages

@@ -11,14 +11,13 @@ https://doi.org/10.1109/29.90373). What is made is an ordinary GPTQ folder.
 
 from __future__ import annotations
 
-import heapq
 import json
 import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,15 @@ from mistill.errors import SettingsError
 from mistill.folders.folder import describe, safetensors_header, weight_files
 from mistill.folders.publishing import refuse_existing, write_atomically
 from mistill.settings import require, settings_from
-from mistill.text.documents import Texts, check_texts
+from mistill.text.rows import Texts, check_texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per_unit
 from quantize.calibration_text import draw_blocks
 from quantize.folders.float_model import FloatModel, open_float
 from quantize.folders.gptq_folder import make_gptq, require_context
 from quantize.measuring.judging import open_judge
+from quantize.mixed.budget import Choice, fill_budget
 from quantize.mixed.sensitivity import Costs, estimate_costs
-from quantize.mixed_settings import MixedSettings
-from quantize.settings import TABLE_BITS, GptqSettings
+from quantize.settings import TABLE_BITS, GptqSettings, MixedSettings
 
 _log = logging.getLogger(__name__)
 
@@ -44,21 +43,6 @@ CHOICE_FILE = "mixed.json"
 
 # What the header of a file says of a tensor, besides its name, takes fewer bytes than this.
 _HEADER_BYTES = 90
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A way to store a matrix.
-
-    Attributes:
-        form: Its grid; None for leaving it as it is.
-        size: Bytes in the file.
-        cost: Estimated KL per token, in nats.
-    """
-
-    form: ModuleFormat | None
-    size: int
-    cost: float
 
 
 def to_mixed(
@@ -186,64 +170,6 @@ def uniform_bytes(model: FloatModel, group_size: int) -> int:
         wanted = [size for f, size in fours.items() if f.group_size == group_size]
         total += by_form[None] if None in by_form else max(wanted or fours.values())
     return total
-
-
-def fill_budget(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """Lower the total cost as far as the bytes go.
-
-    Args:
-        choices: Ways to store each matrix, by name.
-        budget: Bytes for all of them; at least what the smallest choices take.
-
-    Returns:
-        One choice for each.
-    """
-    hulls = {name: lower_hull(options) for name, options in choices.items()}
-    places = dict.fromkeys(hulls, 0)
-    left = budget - sum(hull[0].size for hull in hulls.values())
-    queue: list[tuple[float, str]] = []
-
-    def offer(name: str) -> None:
-        hull, place = hulls[name], places[name]
-        if place + 1 < len(hull):
-            now, then = hull[place], hull[place + 1]
-            heapq.heappush(queue, ((then.cost - now.cost) / (then.size - now.size), name))
-
-    for name in hulls:
-        offer(name)
-    while queue:
-        _, name = heapq.heappop(queue)
-        hull, place = hulls[name], places[name]
-        more = hull[place + 1].size - hull[place].size
-        if more > left:
-            continue  # it stays as it is; smaller changes of others may still fit
-        left -= more
-        places[name] += 1
-        offer(name)
-    return {name: hulls[name][place] for name, place in places.items()}
-
-
-def lower_hull(options: Sequence[Choice]) -> list[Choice]:
-    """The choices of which none mixes two others at a lower cost, from few bytes to many.
-
-    Args:
-        options: At least one.
-
-    Returns:
-        Choices whose cost falls, and falls less and less for each byte.
-    """
-    hull: list[Choice] = []
-    for option in sorted(options, key=lambda o: (o.size, o.cost)):
-        if hull and option.cost >= hull[-1].cost:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], option):
-            hull.pop()
-        hull.append(option)
-    return hull
-
-
-def _slope(small: Choice, large: Choice) -> float:
-    return (large.cost - small.cost) / (large.size - small.size)
 
 
 def as_gptq_settings(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mistill.measures.kl import Predictions, compare
 from mistill.progress import Tracker, track
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat
 from quantize.folders.float_model import FloatModel
 from quantize.folders.plan import read_table, round_table

@@ -20,8 +20,9 @@ from mistill.folders.publishing import creating, refuse_existing, write_atomical
 from mistill.progress import track
 from mistill.pytorch.loading import read_tensors
 from mistill.settings import settings_dict, settings_from
-from mistill.text.documents import Texts
-from quantize.folders.float_model import FloatModel, TensorWriter, open_float, tensor_kinds
+from mistill.text.rows import Texts
+from mistill.weights.tensor_writer import TensorWriter
+from quantize.folders.float_model import FloatModel, open_float, tensor_kinds
 from quantize.folders.report import ModuleReport, write_report
 from quantize.measuring.judging import judged, open_judge
 from quantize.nf4.nf4_codec import BLOCK, encode_nf4

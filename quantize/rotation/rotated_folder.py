@@ -26,9 +26,10 @@ from mistill.folders.publishing import creating, refuse_existing, write_atomical
 from mistill.progress import track
 from mistill.pytorch.loading import read_tensors
 from mistill.settings import settings_dict, settings_from
-from quantize.folders.float_model import FloatModel, TensorWriter, open_float
+from mistill.weights.tensor_writer import TensorWriter
+from quantize.folders.float_model import FloatModel, open_float
 from quantize.rotation.hadamard import hadamard, random_rotation
-from quantize.rotation_settings import RotationSettings
+from quantize.settings import RotationSettings
 
 # The matrices of a layer that read hidden states, with the norm before them; and those that write.
 _READERS = {

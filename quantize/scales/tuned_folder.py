@@ -29,15 +29,17 @@ from mistill.measures.kl import Closeness, compare, predict
 from mistill.progress import track
 from mistill.pytorch.loading import load_pytorch, stored_tensors
 from mistill.settings import require, settings_dict, settings_from
-from mistill.text.documents import Texts, TokenBlocks, check_texts, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
+from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import HEAD, read_quantization
 from mistill.weights.scaled_linear import ScaledLinear
 from mistill.weights.tensor_files import TensorFiles, read_quantized
+from mistill.weights.tensor_writer import TensorWriter
 from quantize.calibration_text import blocks_digest
-from quantize.folders.float_model import TensorWriter
 from quantize.measuring.judging import open_teacher
-from quantize.tuning_settings import TuningSettings
+from quantize.settings import TuningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

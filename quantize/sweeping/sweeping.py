@@ -23,7 +23,8 @@ from mistill.folders.publishing import write_atomically
 from mistill.measures.kl import Predictions
 from mistill.progress import track
 from mistill.settings import settings_dict, settings_from
-from mistill.text.documents import Texts, TokenBlocks, check_texts
+from mistill.text.blocks import TokenBlocks
+from mistill.text.rows import Texts, check_texts
 from quantize.calibration_text import blocks_digest, draw_blocks, names_of
 from quantize.folders.float_model import open_float
 from quantize.folders.gptq_folder import to_gptq
@@ -32,8 +33,7 @@ from quantize.measuring.judging import open_teacher
 from quantize.measuring.measuring import measure, predictions
 from quantize.mixed.mixed_folder import to_mixed, uniform_bytes
 from quantize.nf4.nf4_folder import to_nf4
-from quantize.settings import GptqSettings
-from quantize.sweep_settings import SweepSettings, Variant
+from quantize.settings import GptqSettings, SweepSettings, Variant
 
 SWEEP_FILE = "sweep.json"
 

@@ -17,7 +17,7 @@ from benchmarks.figures.rival import Rival
 from benchmarks.report.budget import bound_models, misses
 from benchmarks.report.commands import commands
 from benchmarks.report.shipping import best_to_ship, by_memory, ship_line
-from benchmarks.report_settings import Budget, ShipSettings
+from benchmarks.settings import Budget, ShipSettings
 from mistill.cli.app import app, main
 from mistill.errors import SettingsError
 from tests.benchmarks.made import made_comparison

@@ -19,7 +19,7 @@ from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.latency import Latency, Turn
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.figures.perplexity import Perplexity
-from benchmarks.report_settings import DiffSettings
+from benchmarks.settings import DiffSettings
 from mistill.cli.app import main
 from mistill.errors import FolderError, SettingsError
 from mistill.measures.significance import (

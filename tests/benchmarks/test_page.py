@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.figures.comparison import Comparison
 from benchmarks.report.shipping import best_to_ship, by_memory
-from benchmarks.report_settings import ShipSettings
+from benchmarks.settings import ShipSettings
 from tests.benchmarks.chromium import Page, chromium, find_chromium
 from tests.benchmarks.made import made_comparison
 from tests.benchmarks.test_budget import nearly_as_close

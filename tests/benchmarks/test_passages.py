@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.figures.passages import Passage, cut_passages, cut_prompts, fingerprint_of
 from mistill.errors import TextError
-from mistill.text.documents import Document
+from mistill.text.blocks import Document
 
 
 def document(ids: Sequence[int], mask: Sequence[int] | None = None) -> Document:

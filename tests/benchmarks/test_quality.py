@@ -50,7 +50,7 @@ def test_perplexity_is_the_geometric_mean_of_the_inverse_probabilities():
 def test_perplexity_equals_transformers_loss(model: Path):
     import torch
 
-    from mistill.pytorch.loading import PytorchModel
+    from mistill.engine.pytorch_model import PytorchModel
 
     running = PytorchModel(model)
     ids = np.random.default_rng(0).integers(0, running.vocabulary_size, size=(1, 90))

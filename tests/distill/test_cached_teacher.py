@@ -15,16 +15,18 @@ import torch
 import distill
 from distill.loss.batches import make_batch
 from distill.loss.losses import head_loss
+from distill.loss.targets import SampledTargets
 from distill.settings import TrainSettings
 from distill.targets import cached_teacher
 from distill.targets.cached_teacher import CachedTeacher, open_targets
-from distill.teacher.teacher import LiveTeacher, SampledTargets
+from distill.teacher.teacher import LiveTeacher
 from distill.training.evaluation import ask_teacher, evaluate
 from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TextError
 from mistill.folders.location import Location
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
 CPU = torch.device("cpu")

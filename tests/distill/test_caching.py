@@ -19,18 +19,20 @@ import torch
 import distill
 import quantize
 from distill.loss.batches import make_batch
-from distill.target_settings import TargetSettings
+from distill.loss.targets import SampledTargets, TopKTargets
+from distill.settings import TargetSettings
 from distill.targets.cached_teacher import CachedTeacher, open_targets
 from distill.targets.draws import uniform_numbers
 from distill.targets.shards import find_pieces, piece_document
-from distill.teacher.teacher import LiveTeacher, SampledTargets, TopKTargets
+from distill.teacher.teacher import LiveTeacher
 from mistill.cli.app import main
 from mistill.errors import FolderError, SettingsError, TargetExistsError, TextError
 from mistill.folders.lineage import read_lineage
 from mistill.folders.location import Location, location_of
 from mistill.folders.targets_folder import describe_targets
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 from tests.reference import targets as reference
 from tests.tiny import tiny_model

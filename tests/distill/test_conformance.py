@@ -27,11 +27,13 @@ from benchmarks.suite.conformance_losses import (
     dense_weight,
 )
 from distill.loss.batches import make_batch
+from distill.loss.targets import DenseTargets
 from distill.settings import TrainSettings
 from distill.teacher.live_teacher import load_teacher
-from distill.teacher.teacher import DenseTargets, LiveTeacher
+from distill.teacher.teacher import LiveTeacher
 from mistill.folders.folder import open_folder
-from mistill.text.documents import conversation_documents, pack, read_documents
+from mistill.text.blocks import pack
+from mistill.text.documents import conversation_documents, read_documents
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.processes import accelerating
 from tests.distill.test_step import make_blocks

@@ -9,8 +9,8 @@ from torch import Tensor
 from distill.loss.divergences import MIXING, NAMES, Divergence
 from distill.loss.heads import as_head
 from distill.loss.losses import head_loss
+from distill.loss.targets import DenseTargets
 from distill.settings import DivergenceName
-from distill.teacher.teacher import DenseTargets
 from tests.reference import distillation as reference
 
 ROWS, V, D = 7, 41, 12

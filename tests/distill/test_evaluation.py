@@ -11,7 +11,8 @@ import torch
 
 from distill.loss.batches import make_batch
 from distill.loss.heads import as_head
-from distill.teacher.teacher import DenseTargets, LiveTeacher, SampledTargets
+from distill.loss.targets import DenseTargets, SampledTargets
+from distill.teacher.teacher import LiveTeacher
 from distill.training.evaluation import (
     ModelScores,
     TokenScores,
@@ -22,7 +23,7 @@ from distill.training.evaluation import (
     summarize,
 )
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from tests.reference import distillation as reference
 
 

@@ -14,7 +14,7 @@ from distill.student.greedy import Drop, greedy_drops
 from mistill.errors import FolderError
 from mistill.pytorch.layers import LayerwiseModel
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import Document, pack
+from mistill.text.blocks import Document, pack
 from tests.reference import greedy_layers
 from tests.tiny import tiny_model
 

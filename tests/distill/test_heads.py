@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.loss.heads import FourBitWeight, Head, PlainWeight, as_head, read_head
 from distill.loss.losses import head_loss
-from distill.teacher.teacher import DenseTargets
+from distill.loss.targets import DenseTargets
 from mistill.errors import ArchitectureError
 
 N, V, D, RANK = 9, 70, 64, 3

@@ -17,7 +17,7 @@ from distill.student.importance import evenly_spaced, measure_scores, most_influ
 from mistill.errors import FolderError
 from mistill.pytorch.layers import attention_mask
 from mistill.pytorch.loading import empty_model, load_pytorch, read_tensors
-from mistill.text.documents import Document, TokenBlocks, pack
+from mistill.text.blocks import Document, TokenBlocks, pack
 from tests.reference import angular_distance, width_scores
 from tests.reference.block_influence import block_influence
 from tests.tiny import tiny_model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.loss.heads import as_head
 from distill.loss.losses import HeadLoss, chunks, forward_kl, head_loss
-from distill.teacher.teacher import DenseTargets
+from distill.loss.targets import DenseTargets
 from mistill.errors import VocabularyError
 from tests.reference import distillation as reference
 

@@ -15,7 +15,7 @@ from distill.training import step, trainer
 from distill.training.on_policy import Piece, Place, find_pieces, rewrite, write
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from tests.distill.test_step import step_gradients
 from tests.distill.test_training import QUICK, Killed, assert_same_run, kill_when
 from tests.tiny import tiny_model

@@ -13,10 +13,11 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 
 import distill
 from distill.loss.batches import Batch, make_batch
+from distill.loss.targets import DenseTargets
 from distill.settings import TrainSettings
 from distill.teacher import live_teacher
 from distill.teacher.live_teacher import SpreadTeacher, load_teacher
-from distill.teacher.teacher import DenseTargets, LiveTeacher, Teacher
+from distill.teacher.teacher import LiveTeacher, Teacher
 from distill.training import trainer
 from distill.training.evaluation import score_positions
 from distill.training.training_text import read_blocks

@@ -18,7 +18,7 @@ from distill.teacher.teacher import LiveTeacher, last_hidden_states
 from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.errors import SettingsError
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 from mistill.training.optimizers import make_optimizer
 from mistill.training.processes import accelerating
 from tests.tiny import tiny_model

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from distill import StudentSettings, new_student
 from distill.student.pruning import copy_layers
+from mistill.engine.pytorch_model import PytorchModel
 from mistill.errors import (
     ArchitectureError,
     FolderError,
@@ -27,7 +28,7 @@ from mistill.errors import (
 )
 from mistill.folders.folder import describe, problems
 from mistill.folders.lineage import read_lineage
-from mistill.pytorch.loading import PytorchModel, load_pytorch
+from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 from tests.tiny import tiny_model
 

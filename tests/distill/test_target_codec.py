@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from distill.target_settings import TargetSettings
+from distill.settings import TargetSettings
 from distill.targets.codec import (
     CodedDraws,
     PlainDraws,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.loss.losses import head_loss
+from distill.loss.targets import SampledTargets
 from distill.targets.codec import count_draws
 from distill.targets.draws import (
     draw,
@@ -18,7 +19,6 @@ from distill.targets.draws import (
     systematic_heights,
     uniform_numbers,
 )
-from distill.teacher.teacher import SampledTargets
 from tests.reference import targets as reference
 
 V, N = 40, 50

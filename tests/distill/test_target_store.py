@@ -18,7 +18,7 @@ from distill.targets.shards import (
 )
 from mistill.errors import FolderError
 from mistill.folders.location import Location
-from mistill.text.documents import Document, TokenBlocks, pack
+from mistill.text.blocks import Document, TokenBlocks, pack
 from tests.reference import targets as reference
 
 NOWHERE = Location("nowhere", "/nowhere")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.loss.divergences import Divergence
 from distill.loss.losses import head_loss
-from distill.teacher.teacher import SampledTargets, TopKTargets
+from distill.loss.targets import SampledTargets, TopKTargets
 from mistill.errors import SettingsError
 
 N, V, D, K = 11, 37, 8, 5

@@ -39,7 +39,8 @@ from mistill.errors import (
 )
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import Document, read_documents
+from mistill.text.blocks import Document
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import tiny_model
 

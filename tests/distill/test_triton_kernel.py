@@ -17,7 +17,7 @@ import torch
 from distill.loss import losses
 from distill.loss.divergences import FORWARD_KL
 from distill.loss.heads import Head, PlainWeight, as_head
-from distill.teacher.teacher import DenseTargets
+from distill.loss.targets import DenseTargets
 from distill.loss.triton_kernel import forward_kl_rows
 
 assert losses.runs_triton(torch.device("cpu"))

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from distill import new_student
 from distill.student.width import WidthScores, keep_strongest, strongest
+from mistill.engine.pytorch_model import PytorchModel
 from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import describe
 from mistill.folders.lineage import read_lineage
-from mistill.pytorch.loading import PytorchModel
 from tests.tiny import tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {

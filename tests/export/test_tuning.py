@@ -14,11 +14,12 @@ import pytest
 
 import export.kernels.probe
 from export import probe_cpu, to_onnx
-from export.kernels.choosing import Stored, allowed, product_shapes, tune
+from export.kernels.choosing import allowed, tune
 from export.kernels.kernels import KERNELS, MOST_WEIGHTS, PROMPT, OnnxTimer, Timing
 from export.kernels.probe import Probe, read_probe, run_probe
 from export.weights.architecture import read_architecture
 from export.weights.blocks import blocks_of_codes, widen
+from export.weights.shapes import Stored, product_shapes
 from mistill.cost_model.products import Kernel
 from mistill.errors import SettingsError, TargetExistsError
 from mistill.folders.folder import read_json

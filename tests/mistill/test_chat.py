@@ -20,8 +20,8 @@ import export
 from mistill.chat import bot as chat
 from mistill.chat.bot import ChatBot, ChatSettings
 from mistill.chat.stream_text import StopStrings, TextStream
-from mistill.engine.language_model import open_model
 from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.opening import open_model
 from mistill.engine.sampling import Sampler
 from mistill.errors import ContextError, SettingsError, TextError, VocabularyError
 from mistill.text.vocabulary import Vocabulary, load_vocabulary

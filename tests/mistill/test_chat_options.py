@@ -14,8 +14,8 @@ import pytest
 import export
 from mistill.chat.bot import ChatBot
 from mistill.cli.app import main
-from mistill.engine.language_model import open_model
 from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.opening import open_model
 from mistill.engine.speculation import SpeculativeModel
 from mistill.errors import FolderError, SettingsError
 from mistill.text.vocabulary import load_vocabulary

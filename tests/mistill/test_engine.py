@@ -27,9 +27,10 @@ from mistill.cost_model.processors import usable_threads
 from mistill.engine import key_value_cache
 from mistill.engine import onnx_model as engine
 from mistill.engine.key_value_cache import common_prefix
-from mistill.engine.language_model import LanguageModel, open_model
+from mistill.engine.language_model import LanguageModel
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.onnx_session import verify
+from mistill.engine.opening import open_model
 from mistill.errors import ContextError, FolderError, MissingExtraError, SettingsError
 from tests.tiny import tiny_model
 

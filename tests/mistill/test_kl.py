@@ -15,7 +15,8 @@ from mistill.measures import kl
 from mistill.measures.kl import Predictions, compare, predict
 from mistill.measures.uncertainty import standard_error_of_mean
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.documents import TokenBlocks, pack, read_documents
+from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mistill.engine.language_model import LanguageModel, open_model
+from mistill.engine.language_model import LanguageModel
+from mistill.engine.opening import open_model
+from mistill.engine.pytorch_model import PytorchModel
 from mistill.errors import ArchitectureError, ContextError, FolderError
-from mistill.pytorch.loading import PytorchModel, check_weights, load_pytorch, read_tensors
+from mistill.pytorch.loading import check_weights, load_pytorch, read_tensors
 from mistill.weights.gptq_layout import GptqFormat, QuantizedWeight, pack
 from tests.tiny import tiny_model
 
@@ -145,7 +147,7 @@ def test_a_batch_gives_the_logits_of_its_rows(model: Path, monkeypatch: pytest.M
     running = PytorchModel(model)
     apart = np.concatenate([running.logits(row[None]) for row in IDS])
 
-    monkeypatch.setattr("mistill.pytorch.loading._POSITIONS_AT_ONCE", 34)
+    monkeypatch.setattr("mistill.engine.pytorch_model._POSITIONS_AT_ONCE", 34)
     np.testing.assert_allclose(running.logits(IDS), apart, atol=1e-4)
 
 

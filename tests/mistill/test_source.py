@@ -197,7 +197,7 @@ def test_a_sentencepiece_gguf_speaks_like_sentencepiece(llama: Path, tmp_path: P
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", llama_cpp.EXPRESSIONS)
 def test_text_is_cut_into_words_as_llama_cpp_cuts_it(kind: str, text: str):
-    from mistill.text.vocabulary import byte_characters
+    from mistill.text.spelling import byte_characters
 
     byte_of = {character: byte for byte, character in byte_characters().items()}
     ours = [

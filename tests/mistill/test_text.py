@@ -14,15 +14,9 @@ import pytest
 
 from mistill.errors import MissingExtraError, SettingsError, TextError, VocabularyError
 from mistill.sources.source import resolve_model
-from mistill.text.documents import (
-    Document,
-    TokenBlocks,
-    check_texts,
-    conversation_documents,
-    pack,
-    read_documents,
-    read_prompts,
-)
+from mistill.text.blocks import Document, TokenBlocks, pack
+from mistill.text.documents import conversation_documents, read_documents, read_prompts
+from mistill.text.rows import check_texts
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.mistill import made
 from tests.reference.packing import best_fit, kept_positions, positions
@@ -369,7 +363,7 @@ def test_a_text_file_is_one_document_whatever_lines_it_has(chatml: Vocabulary, t
 def test_a_very_long_text_file_is_cut_where_a_line_ends_and_nothing_is_lost(
     chatml: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.text.documents._PIECE", 300)
+    monkeypatch.setattr("mistill.text.rows._PIECE", 300)
     text = "".join(f"{sentence}\n" for sentence in SENTENCES * 4)
     file = tmp_path / "a.txt"
     file.write_text(text, "utf-8")
@@ -412,7 +406,7 @@ def test_reading_leaves_no_cache_behind(empty_home: Path, place: Path, tmp_path:
 def test_chats_are_read_without_datasets_or_torch(chats: Path, chatml: Vocabulary, place: Path):
     code = (
         "import sys\n"
-        "from mistill.text.documents import read_documents, pack\n"
+        "from mistill.text.blocks import pack\nfrom mistill.text.documents import read_documents\n"
         "from mistill.text.vocabulary import load_vocabulary\n"
         f"v = load_vocabulary({str(place / 'chatml')!r})\n"
         f"print(len(pack(read_documents({str(chats)!r}, v), 64)) > 0)\n"
@@ -528,7 +522,7 @@ def test_no_texts_are_refused(chatml: Vocabulary):
 def test_the_missing_extra_is_named(
     chatml: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.text.documents.find_spec", lambda name: None)
+    monkeypatch.setattr("mistill.text.rows.find_spec", lambda name: None)
     (tmp_path / "a.parquet").touch()
     with pytest.raises(MissingExtraError, match=r"pip install 'mistill\[compress\]'"):
         read_documents(tmp_path / "a.parquet", chatml)
@@ -745,7 +739,7 @@ def test_packed_documents_do_not_see_one_another(window: int | None, tmp_path: P
 
 
 def test_the_shipped_conversations_are_read_and_share_no_prompt(chatml: Vocabulary):
-    from mistill.text.documents import _DATA
+    from mistill.text.rows import _DATA
 
     asked = {}
     for name in ("@demo-train", "@demo-held-out"):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mistill.pytorch.loading import load_pytorch, plain_config
-from mistill.text.documents import Document, TokenBlocks, pack, read_documents
+from mistill.text.blocks import Document, TokenBlocks, pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 from quantize.gptq.calibration import (
     STAGES,

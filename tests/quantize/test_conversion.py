@@ -126,7 +126,7 @@ def test_a_folder_that_autogptq_named_becomes_one_that_transformers_reads(tmp_pa
 
 @pytest.mark.parametrize("name", ["gptq_model-4bit-32g", "my-weights"])
 def test_shards_are_found_under_the_names_that_autogptq_gives(name: str, tmp_path: Path) -> None:
-    from quantize.folders.float_model import TensorWriter
+    from mistill.weights.tensor_writer import TensorWriter
 
     source, weights = simple_folder(tmp_path / "source", SKEWED, "gptq_v2")
     tensors = stored_in(source)

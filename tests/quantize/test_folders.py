@@ -23,9 +23,9 @@ from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import QuantizedWeight, read_quantization, unpack
+from mistill.weights.tensor_writer import TensorWriter
 from quantize import GptqSettings, RoundingSettings, to_gptq, to_nf4, to_rounding
 from quantize.calibration_text import draw_blocks
-from quantize.folders.float_model import TensorWriter
 from quantize.gptq.rounding import round_weight
 from tests.tiny import tiny_model
 
@@ -344,7 +344,7 @@ def test_an_existing_target_is_kept_unless_it_may_be_overwritten(
 def test_rounding_that_fails_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.folders.float_model.TensorWriter._flush", no_room)
+    monkeypatch.setattr("mistill.weights.tensor_writer.TensorWriter._flush", no_room)
     with pytest.raises(FolderError, match="no room"):
         to_rounding(model, tmp_path / "small", group_size=16)
     assert list(tmp_path.iterdir()) == []

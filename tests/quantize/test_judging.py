@@ -18,7 +18,8 @@ from mistill.folders.lineage import fingerprint, read_lineage
 from mistill.measures.kl import compare, predict
 from mistill.pytorch.loading import load_pytorch
 from mistill.recipe import read_recipe, run_recipe
-from mistill.text.documents import pack, read_documents
+from mistill.text.blocks import pack
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import SENTENCES, tiny_model
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mistill.engine.pytorch_model import PytorchModel
 from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import read_lineage
-from mistill.pytorch.loading import PytorchModel, load_pytorch
+from mistill.pytorch.loading import load_pytorch
 from quantize import GptqSettings, dequantize, merge_lora, to_gptq, to_nf4
 from tests.tiny import tiny_model
 

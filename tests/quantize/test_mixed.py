@@ -17,7 +17,7 @@ from mistill.measures.kl import compare, predict
 from mistill.pytorch.loading import load_pytorch
 from mistill.weights.gptq_layout import ModuleFormat
 from quantize.calibration_text import draw_blocks
-from quantize.mixed.mixed_folder import Choice, fill_budget, lower_hull
+from quantize.mixed.budget import Choice, fill_budget, lower_hull
 from quantize.settings import GptqSettings
 
 FORMATS = ("bits=4, group_size=64", "bits=4, group_size=32", "bits=8, group_size=64")

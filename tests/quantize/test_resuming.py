@@ -124,7 +124,7 @@ def test_a_full_disk_keeps_what_is_done(
 
     target = tmp_path / "small"
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.folders.float_model.TensorWriter._flush", no_room)
+        patch.setattr("mistill.weights.tensor_writer.TensorWriter._flush", no_room)
         with pytest.raises(FolderError, match=r"no room.*it will resume"):
             to_gptq(deep, target, texts=chats, **SMALL)
     begun = stop_in_layer(-1, monkeypatch)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mistill.folders.folder import weight_files
-from quantize.folders.float_model import TensorWriter
+from mistill.weights.tensor_writer import TensorWriter
 
 
 def test_no_file_is_larger_than_asked_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_tuned_model_is_closer_and_has_the_same_codes(
 def measured(model: Path, made: Path, texts: Path) -> float:
     from mistill.measures.kl import compare, predict
     from mistill.pytorch.loading import load_pytorch
-    from quantize.tuning_settings import TuningSettings
+    from quantize.settings import TuningSettings
 
     _, judged = tuning._read_blocks(made, texts, None, TuningSettings(**OPTIONS))
     asked, found = (predict(load_pytorch(folder), judged) for folder in (model, made))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 
 
 def best_fit(lengths: Sequence[int], block_length: int) -> list[list[tuple[int, int, int]]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistill.text.documents import TokenBlocks
+from mistill.text.blocks import TokenBlocks
 
 
 class Position(NamedTuple):

@@ -1,0 +1,220 @@
+"""Rows of text from files, from what mistill ships, and from the Hub."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mistill.errors import TextError, missing_extra
+
+Texts = str | Path | Sequence[str | Path]
+
+
+SHIPPED = {
+    "@demo-train": "demo-train.jsonl",
+    "@demo-held-out": "demo-held-out.jsonl",
+    "@demo-prompts": "demo-prompts.txt",
+}
+
+
+_DATA = Path(__file__).parent.parent / "data"
+
+
+_FILES = (".txt", ".jsonl", ".json", ".parquet")
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
+
+
+# Characters of a .txt file that are turned into tokens at once.
+_PIECE = 2_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a source, and where it stands, for messages to the user."""
+
+    value: Mapping[str, Any]
+    place: str
+
+
+def check_texts(texts: Texts) -> None:
+    """Refuse texts that are missing, empty or of an unknown kind, reading their first row only.
+
+    Args:
+        texts: What ``read_documents`` would be given.
+
+    Raises:
+        TextError: If one of them cannot be read.
+    """
+    for source in sources_of(texts):
+        first_row(source)
+
+
+def sources_of(texts: Texts) -> list[str]:
+    """The names that a user gave as text, one or several."""
+    sources = [texts] if isinstance(texts, str | Path) else list(texts)
+    if not sources:
+        raise TextError("no text was given; name a .txt, .jsonl or .parquet file or a Hub dataset")
+    return [str(source) for source in sources]
+
+
+def first_row(source: str) -> Iterator[Row]:
+    """The rows of a source, the first of which has been read, so that what is missing shows."""
+    rows = read_rows(source)
+    first = next(rows, None)
+    if first is None:
+        raise TextError(f"{source} holds no text")
+    return itertools.chain([first], rows)
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of a file, of what mistill ships, or of a dataset on the Hub."""
+    path = find_file(source)
+    if path is None:
+        return _hub_rows(source)
+    readers = {
+        ".txt": _txt_rows,
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".parquet": _parquet_rows,
+    }
+    return readers[path.suffix.lower()](path)
+
+
+def find_file(source: str) -> Path | None:
+    """The file that a source names, or None for a dataset on the Hub."""
+    if source.startswith("@"):
+        if source not in SHIPPED:
+            raise TextError(f"there is no shipped text {source}; there are {', '.join(SHIPPED)}")
+        return _DATA / SHIPPED[source]
+    path = Path(source).expanduser()
+    known = f"{', '.join(_FILES[:-1])} and {_FILES[-1]}"
+    if path.is_dir():
+        raise TextError(f"{source} is a folder; name the {known} files in it")
+    if path.is_file():
+        if path.suffix.lower() not in _FILES:
+            raise TextError(f"{source} ends in {path.suffix or 'nothing'}; mistill reads {known}")
+        return path
+    if path.suffix.lower() in _FILES or not _HUB_ID.fullmatch(source):
+        raise TextError(
+            f"there is no file {source}; give a {known.replace(' and ', ' or ')} file, a Hub "
+            f"dataset such as owner/name:config:split, or one of {', '.join(SHIPPED)}"
+        )
+    return None
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a file; a file that is not UTF-8 text is refused."""
+    try:
+        with path.open(encoding="utf-8") as opened:
+            yield from opened
+    except UnicodeDecodeError as error:
+        problem = f"{error.reason} at byte {error.start}"
+        raise TextError(f"{path} is not UTF-8 text: {problem}") from error
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _txt_rows(path: Path) -> Iterator[Row]:
+    """A file is one document; a very long one is cut where a line ends, every 2 million letters."""
+    lines: list[str] = []
+    size = 0
+    for line in read_lines(path):
+        lines.append(line)
+        size += len(line)
+        if size >= _PIECE:
+            yield Row({"text": "".join(lines)}, str(path))
+            lines, size = [], 0
+    if lines:
+        yield Row({"text": "".join(lines)}, str(path))
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield Row(_object(_parse(line, place), place), place)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    value = _parse("".join(read_lines(path)) or "[]", str(path))
+    if not isinstance(value, list):
+        raise TextError(f"{path} should hold a list of objects, not {json_type(value)}")
+    for number, item in enumerate(value, 1):
+        place = f"{path}, item {number}"
+        yield Row(_object(item, place), place)
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise TextError(f"{place} is not valid JSON: {error}") from error
+
+
+def _object(value: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TextError(f"{place} should hold a JSON object, not {json_type(value)}")
+    return value
+
+
+def json_type(value: Any) -> str:
+    """The type of a JSON value, as an error message names it."""
+    names = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list"}
+    if value is None:
+        return "null"
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    # Brackets and stars in a file's own name are no pattern.
+    file = glob.escape(str(path))
+    with TemporaryDirectory() as cache:  # for a lock that datasets leaves behind
+        yield from _dataset_rows(
+            str(path), "parquet", data_files=file, split="train", cache_dir=cache
+        )
+
+
+def _hub_rows(source: str) -> Iterator[Row]:
+    """Rows of ``owner/name``, ``owner/name:config`` or ``owner/name:config:split``."""
+    name, config, split = (*source.split(":"), "", "")[:3]
+    return _dataset_rows(source, name, config or None, split=split or "train")
+
+
+def _dataset_rows(source: str, *arguments: str | None, **options: str) -> Iterator[Row]:
+    if find_spec("datasets") is None:
+        raise missing_extra("datasets", "compress")
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        rows = load_dataset(*arguments, **options, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield Row(row, f"{source}, row {number}")
+    except TextError:
+        raise
+    except DatasetNotFoundError as error:
+        raise TextError(
+            f"there is no file {source}, and no dataset of that name on the Hub; log in with: hf "
+            "auth login if it is private or gated"
+        ) from error
+    except (ConnectionError, TimeoutError) as error:
+        raise TextError(
+            f"there is no file {source}, and the Hub cannot be reached; connect to the network, "
+            f"or use {next(iter(SHIPPED))}, which needs none"
+        ) from error
+    except Exception as error:  # datasets raises whatever its readers raise
+        raise TextError(f"{source} cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

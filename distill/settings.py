@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mistill.settings import require
+from mistill.training.processes import OptimizerName, Precision
 
 # Those of distill.loss.divergences, which imports PyTorch.
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
-Optimizer = Literal["adamw", "adamw_8bit"]
-Precision = Literal["auto", "float32", "bfloat16"]
 TeacherPrecision = Literal["auto", "float32", "bfloat16", "nf4"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
@@ -78,7 +77,7 @@ class TrainSettings:
     warmup: float = 0.1
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = "adamw"
     gradient_checkpointing: bool = False
     lora_rank: int = 0
     divergence: DivergenceName = "forward_kl"
@@ -179,7 +178,7 @@ class TrainSettings:
 
 _CHOICES = {
     "divergence": DivergenceName,
-    "optimizer": Optimizer,
+    "optimizer": OptimizerName,
     "precision": Precision,
     "teacher_precision": TeacherPrecision,
 }

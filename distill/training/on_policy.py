@@ -11,6 +11,7 @@ same tokens are drawn whatever the micro-batches and the processes, and after a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,3 +240,16 @@ def _own_generation_config(student: PreTrainedModel, ends: list[int]) -> Iterato
         yield
     finally:
         student.generation_config = theirs
+
+
+def is_on_policy(step: int, share: float) -> bool:
+    """Whether the student writes the text of a step.
+
+    Args:
+        step: Counted from 0.
+        share: Of the steps in which it does, 0 to 1.
+
+    Returns:
+        True in ``floor(share * n)`` of the first n steps, whatever n is, evenly spread.
+    """
+    return math.floor((step + 1) * share) > math.floor(step * share)

@@ -23,7 +23,6 @@ from distill.loss.batches import make_batch
 from distill.settings import TrainSettings
 from distill.teacher.teacher import LiveTeacher
 from distill.training import evaluation, step, trainer
-from distill.training import progress as checkpoints
 from distill.training import trained_folder as training
 from distill.training.evaluation import Evaluation, evaluate
 from distill.training.step import StepSums
@@ -42,6 +41,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import Document
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
+from mistill.training import checkpoints
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

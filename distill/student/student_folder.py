@@ -368,10 +368,10 @@ def teacher_scores(teacher: Path, blocks: TokenBlocks) -> tuple[TeacherScores, b
         FolderError: If the teacher computes something that is not a number.
     """
     file = score_file("walk", teacher, blocks)
-    found = read_scores(file)
-    if found is not None:
-        width = WidthScores(*(found[name] for name in ("neurons", "groups", "channels")))
-        return TeacherScores(tuple(found["influence"].tolist()), found["angular"], width), True
+    stored = read_scores(file)
+    if stored is not None:
+        width = WidthScores(*(stored[name] for name in ("neurons", "groups", "channels")))
+        return TeacherScores(tuple(stored["influence"].tolist()), stored["angular"], width), True
     scores = measure_scores(teacher, blocks)
     tensors = {
         "influence": torch.tensor(scores.influence, dtype=torch.float64),
@@ -405,10 +405,10 @@ def cheapest_drops(teacher: Path, blocks: TokenBlocks, count: int) -> tuple[list
             "calibration_tokens"
         )
     file = score_file("greedy", teacher, blocks)
-    found = read_scores(file)
+    scores = read_scores(file)
     known: list[Drop] = []
-    if found is not None:
-        pairs = zip(found["layers"].tolist(), found["kl"].tolist(), strict=True)
+    if scores is not None:
+        pairs = zip(scores["layers"].tolist(), scores["kl"].tolist(), strict=True)
         known = [Drop(layer, kl) for layer, kl in pairs]
     if len(known) >= count:
         return known[:count], True

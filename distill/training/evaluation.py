@@ -167,7 +167,7 @@ def score_positions(
     dtype = compute_dtype(hidden, head)
     H, head = hidden.to(dtype), head.frozen(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    found = []
+    token_scores = []
     for rows, (a, b, c) in chunks(len(H), head.vocabulary_size, wide, H.device, memory_mib, 3):
         log_q = soften(head.logits(H[rows], out=b), 1.0, out=c)
         picked = next_ids[rows, None]
@@ -177,14 +177,14 @@ def score_positions(
             if temperature != 1.0:
                 torch.log_softmax(log_q / temperature, dim=-1, out=c)
             kl = targets.diverge(rows, c, FORWARD_KL, temperature, (a, b), gradient=False)
-            found.append(TokenScores(kl, student, None, None, None))
+            token_scores.append(TokenScores(kl, student, None, None, None))
             continue
         log_p = targets.log_probabilities(rows, 1.0, out=a, scratch=b)
         teacher, second = _model_scores(log_p, picked)
         acceptance = torch.minimum(log_p, log_q, out=b).exp_().sum(dim=-1)
         kl = FORWARD_KL.rows(log_p, log_q, (b,), gradient=False)
-        found.append(TokenScores(kl, student, teacher, first == second, acceptance))
-    return found
+        token_scores.append(TokenScores(kl, student, teacher, first == second, acceptance))
+    return token_scores
 
 
 def _model_scores(log_probabilities: Tensor, picked: Tensor) -> tuple[ModelScores, Tensor]:

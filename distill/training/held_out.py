@@ -89,11 +89,11 @@ def ask_about(
     """
     mine = [part for _, part in shares(held_out, size, accelerator)]
     rounds = -(-len(held_out) // (size * accelerator.num_processes))
-    company = [held_out[:size]] * (rounds - len(mine))
-    for part in (*mine, *company):
+    repeated = [held_out[:size]] * (rounds - len(mine))
+    for part in (*mine, *repeated):
         teacher.expect(part)
     parts = []
-    for number, part in enumerate((*mine, *company)):
+    for number, part in enumerate((*mine, *repeated)):
         batch = make_batch(part, accelerator.device)
         with accelerator.autocast():
             answer = teacher.targets(part, batch)
@@ -119,9 +119,9 @@ def judge(
     scores: list[TokenScores] = []
     for part in held_out:
         with torch.no_grad(), accelerator.autocast():
-            found = module("scores", part.batch, part.targets)
+            part_scores = module("scores", part.batch, part.targets)
         if part.counts:
-            scores.extend(found)
+            scores.extend(part_scores)
     module.train(was_training)
     return summarize_all(scores, accelerator)
 
@@ -173,11 +173,11 @@ def lost_in_four_bits(
     """
     size = settings.micro_batch_size
     floats = load_teacher(info, settings, accelerator, quantized=False)
-    said = ask_about(floats, held_out, size, accelerator)
+    float_parts = ask_about(floats, held_out, size, accelerator)
     del floats
-    says = ask_about(teacher, held_out, size, accelerator)
+    nf4_parts = ask_about(teacher, held_out, size, accelerator)
     scores = []
-    for before, after in zip(said, says, strict=True):
+    for before, after in zip(float_parts, nf4_parts, strict=True):
         if before.counts:
             scores.extend(_compare(before, after, settings.loss_memory_mib))
     return summarize_all(scores, accelerator).kl

@@ -166,7 +166,7 @@ def write(
     was_training = student.training
     student.eval()
     with torch.no_grad(), _own_generation_config(student, ends):
-        found: Tensor = student.generate(  # type: ignore[operator]
+        sequences: Tensor = student.generate(  # type: ignore[operator]
             inputs=ids.to(device),
             attention_mask=attention.to(device),
             max_new_tokens=max(limits),
@@ -177,7 +177,7 @@ def write(
     student.train(was_training)
     answers = []
     for row, limit in enumerate(limits):
-        tokens = found[row, longest : longest + limit].cpu().numpy()
+        tokens = sequences[row, longest : longest + limit].cpu().numpy()
         ended = np.flatnonzero(np.isin(tokens, ends))
         answers.append(tokens[: ended[0] + 1] if len(ended) else tokens)
     return answers

@@ -186,10 +186,10 @@ def _require_one_teacher(
     teacher: str | Path | None, targets: str | Path | None, settings: TrainSettings
 ) -> None:
     if (teacher is None) == (targets is None):
-        found = "neither is" if teacher is None else "both are"
+        count = "neither is" if teacher is None else "both are"
         raise SettingsError(
             "give either teacher, a model that runs, or targets, a folder of what one said; "
-            f"{found} given"
+            f"{count} given"
         )
     if targets is None:
         return

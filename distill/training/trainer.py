@@ -266,19 +266,19 @@ class _Run:
 
     def judge(self, progress: TrainingProgress) -> TrainingProgress:
         """Evaluate the student and save it if it is the best so far."""
-        found = self.evaluate(progress.step)
-        logger.info("step %d: held-out KL %.4f nats", progress.step, found.kl)
-        progress = replace(progress, last=found)
-        if not found.kl < progress.best.kl:
+        evaluation = self.evaluate(progress.step)
+        logger.info("step %d: held-out KL %.4f nats", progress.step, evaluation.kl)
+        progress = replace(progress, last=evaluation)
+        if not evaluation.kl < progress.best.kl:
             return progress
         self.save_best(progress.step)
-        return replace(progress, best=found, best_step=progress.step)
+        return replace(progress, best=evaluation, best_step=progress.step)
 
     def evaluate(self, step: int) -> Any:
         """Judge the student as it is now."""
-        found = judge(self.module, self.held_out, self.accelerator)
-        self.metrics.write(step, held_out=asdict(found))
-        return found
+        evaluation = judge(self.module, self.held_out, self.accelerator)
+        self.metrics.write(step, held_out=asdict(evaluation))
+        return evaluation
 
     def save_best(self, step: int) -> None:
         """Save the student's weights, in the plain architecture."""

@@ -70,15 +70,15 @@ class Metrics:
         if not self.accelerator.is_main_process:
             return
         lines = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
-        kept = []
+        earlier_lines = []
         for line in lines:
             try:
                 entry = json.loads(line)
             except ValueError:
                 break  # cut short by a kill; all that follows is newer than the checkpoint
             if entry["step"] <= step:
-                kept.append(line + "\n")
-        write_atomically(self.file, "".join(kept))
+                earlier_lines.append(line + "\n")
+        write_atomically(self.file, "".join(earlier_lines))
 
     def write(self, step: int, **values: Any) -> None:
         """Add a line.

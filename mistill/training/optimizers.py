@@ -54,8 +54,8 @@ def make_optimizer(
         return torch.optim.AdamW(groups, **options, fused=True)
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    made: torch.optim.Optimizer = AdamW8bit(groups, **options)
-    return made
+    eight_bit: torch.optim.Optimizer = AdamW8bit(groups, **options)
+    return eight_bit
 
 
 def require_optimizer(name: OptimizerName) -> None:

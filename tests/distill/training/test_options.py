@@ -28,8 +28,8 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.optimizers import make_optimizer
 from mistill.training.processes import accelerating
-from tests.distill.test_step import CPU, make_blocks, step_gradients
-from tests.distill.test_training import QUICK, Killed, assert_same_run, kill_when
+from tests.distill.training.test_step import CPU, make_blocks, step_gradients
+from tests.distill.training.test_trained_folder import QUICK, Killed, assert_same_run, kill_when
 from tests.reference import distillation as reference
 from tests.tiny import tiny_model
 

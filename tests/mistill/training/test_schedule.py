@@ -10,7 +10,7 @@ import pytest
 
 from distill.training.on_policy import is_on_policy
 from mistill.training.schedule import blocks_of_step, learning_rate_at, step_count
-from tests.distill.test_step import make_blocks
+from tests.distill.training.test_step import make_blocks
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_along_half_a_cosine() -> None:

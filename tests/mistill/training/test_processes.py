@@ -27,11 +27,11 @@ from distill.training import trained_folder
 from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
 from mistill.training import processes
-from tests.distill.test_training import QUICK, hidden_beside
+from tests.distill.training.test_trained_folder import QUICK, hidden_beside
 from tests.tiny import tiny_model
 
 RUN: dict[str, Any] = {**QUICK, "tokens": 900, "micro_batch_size": 1, "evaluate_every": 2}
-CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+CONFIGS = Path(__file__).parents[3] / "examples" / "accelerate"
 
 
 def environment_of(name: str) -> dict[str, str]:
@@ -107,7 +107,7 @@ def train_in_two(
             **os.environ,
             **environment,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": str(Path(__file__).parents[3]),
         },
         capture_output=True,
         text=True,

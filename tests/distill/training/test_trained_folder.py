@@ -310,7 +310,7 @@ distill.train(student, target, teacher=teacher, texts=texts, **json.loads(option
     done = subprocess.run(
         [sys.executable, "-c", program, *paths, json.dumps(QUICK)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         check=False,
@@ -359,7 +359,7 @@ os._exit(0)
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, words)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             capture_output=True,
             text=True,
             check=False,

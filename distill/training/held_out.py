@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
-
-from distill.loss.targets import DenseTargets
-from distill.teacher.live_teacher import load_teacher
-from distill.teacher.teacher import Teacher
-from distill.training.evaluation import score_positions
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from distill.loss.batches import Batch
-    from distill.settings import TrainSettings
-    from mistill.folders.folder import FolderInfo
-    from mistill.text.blocks import TokenBlocks
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, TypeVar
-
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.loss.batches import Batch, make_batch
-from distill.loss.targets import TeacherTargets
-from distill.training.evaluation import Evaluation, TokenScores, summarize
+from distill.loss.targets import DenseTargets, TeacherTargets
+from distill.teacher.live_teacher import load_teacher
+from distill.teacher.teacher import Teacher
+from distill.training.evaluation import Evaluation, TokenScores, score_positions, summarize
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from distill.settings import TrainSettings
+    from mistill.folders.folder import FolderInfo
     from mistill.text.blocks import TokenBlocks
 
 PartT = TypeVar("PartT")
@@ -59,13 +45,13 @@ def shares(
 
 @dataclass(frozen=True)
 class HeldOutPart:
-    """Some held-out text, with what the teacher says of it.
+    """Some held-out text, with the teacher's predictions.
 
     Attributes:
         batch: The text.
-        targets: The teacher's answer.
-        counts: False where another process judges the same text, and this one only keeps it
-            company.
+        targets: The teacher's predictions.
+        counts: False where another process evaluates the same text, and this one repeats it so
+            that all processes make the same number of calls.
     """
 
     batch: Batch

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures.comparison import Comparison, ScoredText
+from benchmarks.figures.comparison import ScoredText
 from benchmarks.figures.conventions import spelled_bytes
 from benchmarks.figures.latency import FEWEST_TOKENS, Latency, Turn
 from benchmarks.figures.machine import describe_machine
@@ -43,6 +43,7 @@ from benchmarks.measure.subjects import (
     open_subjects,
     rival_source_of,
 )
+from benchmarks.report.report import Report
 from benchmarks.rivals.contest import find_contestants
 from benchmarks.settings import BenchSettings
 from mistill.cost_model.processors import usable_threads
@@ -64,7 +65,7 @@ def compare(
     rival_source: str | Path | None = None,
     settings: BenchSettings | None = None,
     **options: Any,
-) -> Comparison:
+) -> Report:
     """Say what each model costs and what it is worth: size, memory, speed, quality.
 
     Quality is perplexity and the distance from a reference, token by token, on the same text.
@@ -123,7 +124,7 @@ def compare(
         for subject in subjects
         if subject.is_listed
     )
-    return Comparison(
+    return Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_seconds=time.monotonic() - began,
         settings=settings,

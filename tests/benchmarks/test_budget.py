@@ -272,6 +272,7 @@ def test_commands_name_each_folder_as_the_next_step_does(comparison: Report):
         {
             "step": "distill",
             "settings": {**asdict(TrainSettings()), "tokens": 30000, "learning_rate": 0.0001},
+            "changed_settings": ["tokens", "learning_rate"],
             "source": "pruned",
             "teacher": "teacher",
             "texts": ["chats.jsonl", "my file.txt"],
@@ -280,10 +281,16 @@ def test_commands_name_each_folder_as_the_next_step_does(comparison: Report):
         {
             "step": "gptq",
             "settings": {**asdict(GptqSettings()), "bits": 8, "symmetric": False},
+            "changed_settings": ["bits", "symmetric"],
             "source": "distilled",
             "texts": ["a.txt"],
         },
-        {"step": "export", "settings": {"precision": "auto"}, "source": "gptq"},
+        {
+            "step": "export",
+            "settings": {"precision": "auto"},
+            "changed_settings": [],
+            "source": "gptq",
+        },
     )
 
     assert found == [
@@ -294,6 +301,19 @@ def test_commands_name_each_folder_as_the_next_step_does(comparison: Report):
         "mistill quantize gptq distilled gptq --texts a.txt --bits 8 --no-symmetric",
         "mistill export gptq chatbot-4",
     ]
+
+
+def test_a_lineage_of_before_changed_settings_were_noted_gives_all_settings(comparison: Report):
+    from quantize import RoundingSettings
+
+    (line,) = made_by(
+        comparison["student"],
+        {"step": "rounding", "settings": asdict(RoundingSettings(bits=3)), "source": "teacher"},
+    )
+
+    app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
+    assert "--bits 3" in line
+    assert f"--group-size {RoundingSettings().group_size}" in line
 
 
 def test_what_the_lineage_does_not_tell_is_in_capitals(comparison: Report):

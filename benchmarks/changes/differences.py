@@ -137,6 +137,7 @@ def diff(
     Raises:
         SettingsError: If the two have no model in common, or a name in ``pairs`` is not known.
         FolderError: If a report is missing or broken.
+        MissingExtraError: If scipy is not installed.
     """
     settings = settings_from(DiffSettings, settings, options)
     before = old if isinstance(old, Comparison) else Comparison.from_file(old)

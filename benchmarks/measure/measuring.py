@@ -49,6 +49,7 @@ from benchmarks.settings import BenchSettings
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import VocabularyError
 from mistill.folders.lineage import fingerprint
+from mistill.measures.significance import students_t
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from
 from mistill.text.vocabulary import load_vocabulary
@@ -94,10 +95,11 @@ def compare(
         VocabularyError: If two models do not share a vocabulary.
         FolderError: If a folder is missing or broken.
         TextError: If there is nothing to predict in the text.
-        MissingExtraError: If a rival is not installed.
+        MissingExtraError: If a rival or scipy is not installed.
     """
     began = time.monotonic()
     settings = settings_from(BenchSettings, settings, options)
+    students_t()  # the report's confidence intervals need it: refuse now what lacks it
     subjects = open_subjects(models, reference)
     judge = next(subject for subject in subjects if subject.is_reference)
     check_context(subjects, settings)

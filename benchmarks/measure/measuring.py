@@ -30,7 +30,6 @@ from benchmarks.measure.loading import STAYED, time_load
 from benchmarks.measure.questions import ask, read_questions
 from benchmarks.measure.quoting import QuotedText, bytes_in, cut_texts, quote
 from benchmarks.measure.recording import file_name, recorded, short
-from benchmarks.measure.samples import collect_samples
 from benchmarks.measure.subjects import (
     Distance,
     Models,
@@ -46,6 +45,7 @@ from benchmarks.measure.subjects import (
 from benchmarks.report.report import Report
 from benchmarks.rivals.contest import find_contestants
 from benchmarks.settings import BenchSettings
+from mistill.chat.bot import ChatBot
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import VocabularyError
 from mistill.folders.lineage import fingerprint
@@ -167,6 +167,33 @@ def read_passages(
         context_length=min([settings.context_length, *contexts]),
         scored_tokens=settings.scored_tokens,
     )
+
+
+def collect_samples(
+    models: Mapping[str, Path], prompts: Sequence[str], max_new_tokens: int, threads: int
+) -> dict[str, dict[str, str]]:
+    """Let every chat model answer the same prompts, with greedy decoding.
+
+    Args:
+        models: Name to the folder of a chat model.
+        prompts: The user's first message of each conversation.
+        max_new_tokens: Most tokens of a reply.
+        threads: Threads to compute with.
+
+    Returns:
+        Prompt to the reply of each model, by name; a reply that was cut off ends with an ellipsis.
+    """
+    replies: dict[str, dict[str, str]] = {prompt: {} for prompt in prompts}
+    with track("asking", len(models) * len(prompts), "replies") as progress:
+        for name, folder in models.items():
+            bot = ChatBot(folder, threads=threads, temperature=0, max_new_tokens=max_new_tokens)
+            for prompt in prompts:
+                reply = "".join(bot.reply(prompt)).strip()
+                is_cut = bot.last_ending == "max_new_tokens"
+                replies[prompt][name] = f"{reply} \u2026" if is_cut else reply
+                bot.reset()
+                progress.advance()
+    return replies
 
 
 # --- measuring ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,26 @@ def settings_dict(settings: Any) -> dict[str, Any]:
         Field names and plain values, in the order of the class.
     """
     return {name: _plain(value) for name, value in asdict(settings).items()}
+
+
+def changed_settings(settings: Any) -> list[str]:
+    """Which fields differ from their defaults.
+
+    Args:
+        settings: An object of a settings dataclass.
+
+    Returns:
+        Names of fields, in the order of the class; a field without a default is always among them.
+    """
+    default = {
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in fields(settings)
+    }
+    return [
+        name
+        for name, value in default.items()
+        if value is MISSING or getattr(settings, name) != value
+    ]
 
 
 def _plain(value: Any) -> Any:

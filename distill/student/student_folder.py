@@ -41,7 +41,7 @@ from mistill.folders.folder import (
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing
 from mistill.pytorch.loading import check_weights, require_readable
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import require, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
@@ -130,9 +130,7 @@ def _finish(
         "parameters": sizes.parameters,
         "megabytes_at_4_bits": round(sizes.megabytes_at_4_bits, 3),
     }
-    add_lineage(
-        folder, step="student", settings=settings_dict(settings), source=info.path, **all_facts
-    )
+    add_lineage(folder, step="student", settings=settings, source=info.path, **all_facts)
     return all_facts
 
 

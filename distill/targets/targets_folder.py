@@ -442,7 +442,7 @@ def _end(
     steps = lineage_after(
         info.path,
         step="targets",
-        settings=settings_dict(settings),
+        settings=settings,
         positions=plan.facts["positions"],
     )
     while True:

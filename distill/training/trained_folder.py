@@ -396,7 +396,7 @@ def _finish(
     add_lineage(
         result,
         step="distill",
-        settings=settings_dict(settings),
+        settings=settings,
         source=student.path,
         **facts,
         **read,

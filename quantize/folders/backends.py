@@ -164,7 +164,7 @@ def by_gptqmodel(
         add_lineage(
             partial,
             step="gptq",
-            settings=used,
+            settings=settings,
             source=model.folder,
             backend=f"gptqmodel {version}",
             backend_settings=config,

@@ -363,7 +363,7 @@ def _assemble(
     add_lineage(
         result,
         step="gptq",
-        settings=used,
+        settings=settings,
         source=model.folder,
         texts=job.texts,
         calibration=calibration,

@@ -93,7 +93,7 @@ def to_rounding(
         add_lineage(
             partial,
             step="rounding",
-            settings=used,
+            settings=settings,
             source=model.folder,
             kept_float=tensor_kinds(work.kept),
         )

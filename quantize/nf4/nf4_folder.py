@@ -112,7 +112,7 @@ def to_nf4(
         add_lineage(
             partial,
             step="nf4",
-            settings=used,
+            settings=settings,
             source=model.folder,
             kept_float=tensor_kinds(kept),
         )

@@ -127,7 +127,7 @@ def tune(
         add_lineage(
             result,
             step="tune",
-            settings=settings_dict(settings),
+            settings=settings,
             source=info.path,
             teacher=str(guide.path),
             before=asdict(before),

@@ -23,6 +23,7 @@ HEAVY = (
     "matplotlib",
     "onnx_ir",
     "safetensors",
+    "scipy",
     "torch",
     "transformers",
 )

@@ -26,9 +26,8 @@ class PlainWeights:
         """Read the headers.
 
         Args:
-            folder: A float folder, an NF4 one, or a GPTQ folder that
-            ``mistill.weights.gptq_doctor`` found
-                sound.
+            folder: A float folder, an NF4 folder, or a GPTQ folder that passes
+                ``mistill.weights.gptq_doctor.require_sound``.
         """
         self._files = TensorFiles(folder)
         self._layout = read_quantization(read_config(folder))

@@ -42,7 +42,6 @@ from quantize.gptq.calibration import Batch, LayeredModel, kept_rows
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_head, quantize_layer
 from quantize.measuring.judging import Judge, judged, open_judge
-from quantize.overrides import with_format
 from quantize.settings import GptqSettings
 
 _log = logging.getLogger(__name__)
@@ -297,7 +296,7 @@ class _Work:
             return part
         norm = self._layers.final_norm()
         inputs = kept_rows([norm(batch.hidden) for batch in batches], batches)
-        own = with_format(self._settings, self._plan.head)
+        own = self._settings.with_format(self._plan.head)
         result, seconds = quantize_head(table, inputs, own)
         self._store(part, home, result, seconds, progress)
         return part

@@ -62,8 +62,8 @@ class Shelf:
         """Look into a folder; nothing is read yet.
 
         Args:
-            folder: From ``mistill.folders.publishing.working``; empty, or as a killed process left
-            it.
+            folder: From ``mistill.folders.publishing.working``; empty, or as a killed process
+                left it.
         """
         self._folder = folder
 

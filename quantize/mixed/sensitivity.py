@@ -33,7 +33,6 @@ from quantize.folders.float_model import FloatModel
 from quantize.folders.plan import read_table, round_table
 from quantize.gptq.calibration import MATRICES, Batch, LayeredModel, layer_stages, matrices
 from quantize.gptq.rounding import round_weight
-from quantize.overrides import with_format
 from quantize.settings import GptqSettings
 
 # Logits that exist at once.
@@ -86,7 +85,7 @@ def estimate_costs(
                 place = f"model.layers.{index}.{name}"
                 fisher = _fisher(found.pop(name)) if place in candidates else None
                 for form in candidates.get(place, ()):
-                    rounded = round_weight(module.weight, with_format(settings, form)).dequantize()
+                    rounded = round_weight(module.weight, settings.with_format(form)).dequantize()
                     change = torch.from_numpy(rounded).sub_(module.weight)
                     costs[place][form] = _cost(cast(Tensor, fisher), change, count)
             progress.advance(1)

@@ -160,7 +160,7 @@ def test_what_is_wrong_is_said_at_once(
     out = tmp_path / "out"
     with pytest.raises(FolderError, match="give a GPTQ folder to tune"):
         quantize.tune(model, out, teacher=model, texts=texts)
-    with pytest.raises(SettingsError, match="learning_rate must lie between"):
+    with pytest.raises(SettingsError, match="learning_rate must be above 0 and below 1"):
         quantize.tune(rough, out, teacher=model, texts=texts, learning_rate=1.5)
     with pytest.raises(SettingsError, match="does not fit the models' context of 512"):
         quantize.tune(rough, out, teacher=model, texts=texts, block_length=513)

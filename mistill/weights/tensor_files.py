@@ -104,19 +104,21 @@ class TensorFiles:
         start = self._starts[file] + entry["data_offsets"][0]
         return np.memmap(file, kind, "r", start, shape)
 
-    def floats(self, name: str) -> NDArray[np.floating[Any]]:
+    def floats(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.floating[Any]]:
         """A tensor of floats, bfloat16 turned into float32 without loss.
 
         Args:
             name: Its name.
+            rows: Which rows to read; all if not given.
 
         Returns:
             The tensor, in memory.
         """
-        found = np.array(self.raw(name))
+        stored = self.raw(name)
+        values = np.array(stored if rows is None else stored[rows])
         if self.dtype(name) != "bfloat16":
-            return found
-        return (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return values
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
     def parts(self, module: str, names: Iterable[str]) -> dict[str, NDArray[Any]]:
         """The tensors of a module, those that there are.

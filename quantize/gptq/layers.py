@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mistill.errors import FolderError
+from mistill.pytorch.layers import Batch
 from mistill.training.memory import give_back
 from mistill.weights.gptq_layout import HEAD, QuantizedWeight
 from quantize.gptq.calibration import (
     STAGES,
-    Batch,
     kept_rows,
     layer_stages,
     matrices,

@@ -32,6 +32,35 @@ def require(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
+def require_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float | None = None,
+    *,
+    exclusive: bool = False,
+) -> None:
+    """Refuse a number outside a range.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: The number.
+        low: Smallest number that is allowed.
+        high: Largest number that is allowed; None for no limit.
+        exclusive: Whether ``low`` and ``high`` themselves are refused too.
+
+    Raises:
+        SettingsError: If the number is outside.
+    """
+    if exclusive:
+        inside = low < value and (high is None or value < high)
+        words = f"above {low}" if high is None else f"above {low} and below {high}"
+    else:
+        inside = low <= value and (high is None or value <= high)
+        words = f"at least {low}" if high is None else f"from {low} to {high}"
+    require(inside, f"{name} must be {words}, not {value}")
+
+
 def settings_from(
     settings_class: type[SettingsT], settings: SettingsT | None, options: Mapping[str, Any]
 ) -> SettingsT:

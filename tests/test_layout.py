@@ -31,7 +31,15 @@ LAPTOP_MODULES = (
     "text/vocabulary",
     "weights/gptq_layout",
 )
-LAPTOP_LIBRARIES = {"cyclopts", "jinja2", "numpy", "onnxruntime", "rich", "tokenizers"}
+LAPTOP_LIBRARIES = {
+    "cyclopts",
+    "jinja2",
+    "numpy",
+    "onnxruntime",
+    "rich",
+    "safetensors",
+    "tokenizers",
+}
 
 
 def imported(file: Path) -> set[str]:

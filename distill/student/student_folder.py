@@ -35,8 +35,7 @@ from mistill.folders.folder import (
     copy_companions,
     open_folder,
     read_json,
-    safetensors_header,
-    weight_files,
+    tensor_headers,
 )
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing
@@ -251,13 +250,12 @@ def _check_text(
 
 def _check_types(folder: Path) -> None:
     """Refuse to cut through numbers of a type that cannot be computed with."""
-    for file in weight_files(folder):
-        for name, entry in safetensors_header(file).items():
-            if entry["dtype"] not in FLOATS:
-                raise FolderError(
-                    f"{folder} stores {name} as {entry['dtype']}, and width is cut from "
-                    f"{', '.join(FLOATS)} only; convert it first"
-                )
+    for name, stored in tensor_headers(folder).items():
+        if stored.dtype not in FLOATS:
+            raise FolderError(
+                f"{folder} stores {name} as {stored.dtype}, and width is cut from "
+                f"{', '.join(FLOATS)} only; convert it first"
+            )
 
 
 # --- what is kept -------------------------------------------------------------------------------

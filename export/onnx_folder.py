@@ -253,7 +253,7 @@ def _write(
         tuning = None
         if settings.tune_for is not None:
             tuning = tuning_for(settings, architecture, weights, options)
-            weights.follow(tuning)
+            weights.use_kernels(tuning.choices)
         facts: dict[str, Any] = {
             "portable": settings.portable,
             "float_columns": settings.float_columns,

@@ -12,18 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from export.kernels.kernels import KERNELS, Timing
 from export.kernels.probe import HERE, Probe, probe_here, read_probe
 from export.settings import GraphOptions, OnnxSettings
 from export.weights.architecture import EMBEDDING, HEAD, Architecture
+from export.weights.folder_weights import FolderWeights
 from export.weights.shapes import Kind, Stored, kind_of, product_shapes
 from mistill.cost_model.products import Kernel
-
-if TYPE_CHECKING:
-    from export.weights.folder_weights import FolderWeights
-
 
 ANSWER = 128
 """Tokens of the answer for which a choice is made, after a prompt of 512."""
@@ -40,28 +37,13 @@ class Tuning:
     Attributes:
         probe: What they were chosen by.
         choices: The kernel of each kind of matrix, by the bits that its source has.
-        head: The module that the output head is.
         table: A row for each kind and kernel: milliseconds a step and a prompt of 512 take in
             all layers, whether the source allows it, and whether it was chosen.
     """
 
     probe: Probe
     choices: Mapping[tuple[Kind, int], Kernel]
-    head: str
     table: Sequence[Mapping[str, Any]]
-
-    def kernel(self, module: str, bits: int) -> Kernel | None:
-        """What was chosen for a module.
-
-        Args:
-            module: Its name.
-            bits: Bits of its codes in the source.
-
-        Returns:
-            The kernel; None where nothing was to be chosen.
-        """
-        kind = "head" if module == self.head else kind_of(module)
-        return None if kind is None else self.choices.get((kind, bits))
 
     def to_dict(self) -> dict[str, Any]:
         """The tuning as JSON values.
@@ -144,8 +126,7 @@ def tune(
                         "chosen": kernel == best,
                     }
                 )
-    head = EMBEDDING if architecture.tied else HEAD
-    return Tuning(probe=found, choices=choices, head=head, table=table)
+    return Tuning(probe=found, choices=choices, table=table)
 
 
 def tuning_for(

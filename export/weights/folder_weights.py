@@ -7,6 +7,7 @@ becomes is decided here: float weights stay, GPTQ codes and NF4 levels become bl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from export.kernels.choosing import Tuning
 from export.settings import FAST_2_BIT_BLOCK, LEGAL_BLOCKS, OnnxSettings
-from export.weights.architecture import Architecture
+from export.weights.architecture import EMBEDDING, HEAD, Architecture
 from export.weights.blocks import (
     NF4_BLOCK,
     BlockWeight,
@@ -27,7 +27,8 @@ from export.weights.blocks import (
     round_to_blocks,
     widen,
 )
-from export.weights.shapes import Stored
+from export.weights.shapes import Kind, Stored, kind_of
+from mistill.cost_model.products import Kernel
 from mistill.errors import FolderError, missing_extra
 from mistill.folders.folder import read_config, weight_files
 from mistill.folders.safetensors_file import read_header
@@ -73,7 +74,8 @@ class FolderWeights:
             FolderError: If a weight is missing or has another shape; the message names it.
         """
         self._settings = settings
-        self._tuning: Tuning | None = None
+        self._kernels: Mapping[tuple[Kind, int], Kernel] = {}
+        self._head = EMBEDDING if architecture.tied else HEAD
         config = read_config(folder)
         self._gptq = read_quantization(config)
         if self._gptq is not None:
@@ -101,13 +103,14 @@ class FolderWeights:
         self._files.clear()
         self._open.close()
 
-    def follow(self, tuning: Tuning) -> None:
-        """Bring weights into the form of the kernels that were chosen.
+    def use_kernels(self, kernels: Mapping[tuple[Kind, int], Kernel]) -> None:
+        """Bring weights into the form that some kernels multiply.
 
         Args:
-            tuning: What was chosen.
+            kernels: The kernel for each kind of matrix and the bits that its source has; other
+                matrices keep the form of the settings.
         """
-        self._tuning = tuning
+        self._kernels = kernels
 
     def stored_as(self, module: str, bits: int) -> Stored | None:
         """How a matrix is stored, as far as the kernels for it depend on that.
@@ -288,16 +291,21 @@ class FolderWeights:
 
     def _block(self, module: str, bits: int, usual: int | None = None) -> int:
         """Most columns per block of a matrix whose source has codes of some bits."""
-        kernel = None if self._tuning is None else self._tuning.kernel(module, bits)
+        kernel = self._kernel(module, bits)
         if kernel is not None:
             return kernel.block
         return self._settings.block_size or usual or self._settings.largest_block(bits)
+
+    def _kernel(self, module: str, bits: int) -> Kernel | None:
+        """The kernel for a matrix whose source has codes of some bits."""
+        kind: Kind | None = "head" if module == self._head else kind_of(module)
+        return None if kind is None else self._kernels.get((kind, bits))
 
     def _gptq_blocks(self, module: str) -> BlockWeight:
         weight = self.codes(module)
         assert weight is not None
         settings = self._settings
-        kernel = None if self._tuning is None else self._tuning.kernel(module, weight.bits)
+        kernel = self._kernel(module, weight.bits)
         if kernel is not None:
             wide = weight.bits < 8 and kernel.form == "int8"
             bits = 4 if weight.bits == 3 else weight.bits

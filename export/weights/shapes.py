@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from export.weights.architecture import Architecture
-
-if TYPE_CHECKING:
-    pass
 
 Kind = Literal["qkv", "o", "gate_up", "down", "head"]
 

@@ -194,7 +194,7 @@ def _run(
         "texts": blocks_digest(job.blocks),
         "versions": installed_versions(),
     }
-    with working(target, key) as work, torch.inference_mode():
+    with working(target, key, anew=overwrite) as work, torch.inference_mode():
         begun = time.perf_counter()
         shelf = Shelf(work)
         names = _Work(job.model, job.plan, job.settings, shelf).finish(job.blocks)

@@ -113,7 +113,7 @@ def tune(
         "texts": blocks_digest(learnt),
         "held_out": blocks_digest(judged),
     }
-    with working(target, key) as work:
+    with working(target, key, anew=overwrite) as work:
         run = _Run(info.path, guide.path, settings)
         before, after = run.tune(learnt, judged, work)
         if after.kl >= before.kl:

@@ -68,7 +68,7 @@ MUTATIONS = (
         "mistill/text/blocks.py",
         "self.mask[:, 1:] & same &",
         "self.mask[:, 1:] &",
-        _TEXT,
+        ("tests/distill/training/test_evaluation.py",),
     ),
     Mutation(
         "positions go on from one document to the next",

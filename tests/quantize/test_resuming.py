@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mistill.errors import FolderError
+from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import QUANTIZE_REPORT_FILE, read_json
 from quantize import to_gptq
 from quantize.gptq.layers import quantize_layer
@@ -86,7 +86,7 @@ def test_what_was_interrupted_resumes_with_one_layer_repeated_and_the_same_bytes
     assert sorted(item.name for item in tmp_path.iterdir()) == ["resumed", "whole"]
 
 
-def test_other_settings_and_other_text_begin_again(
+def test_other_settings_and_other_text_are_refused_or_begin_again_where_asked_for(
     deep: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = stop_in_layer(2, monkeypatch)
@@ -95,9 +95,12 @@ def test_other_settings_and_other_text_begin_again(
         to_gptq(deep, target, texts=chats, **SMALL)
     other = tmp_path / "other.txt"
     other.write_text("Another text, which says nothing of the wind. " * 40)
-    to_gptq(deep, target, texts=other, **{**SMALL, "bits": 8, "samples": 3})
+    options = {**SMALL, "bits": 8, "samples": 3}
+    with pytest.raises(SettingsError, match=r"bits is 8 and was 4.*texts has changed"):
+        to_gptq(deep, target, texts=other, **options)
+    to_gptq(deep, target, texts=other, overwrite=True, **options)
     assert begun == [0, 1, 2, 0, 1, 2, 3, 4, 5]
-    alone = to_gptq(deep, tmp_path / "alone", texts=other, **{**SMALL, "bits": 8, "samples": 3})
+    alone = to_gptq(deep, tmp_path / "alone", texts=other, **options)
     assert bytes_of(target) == bytes_of(alone)
 
 

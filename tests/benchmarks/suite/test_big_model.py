@@ -15,7 +15,7 @@ from benchmarks.suite.random_mistral import random_text
 from export import to_gguf
 from mistill.text.vocabulary import load_vocabulary
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run(name: str, *options: str) -> Any:

@@ -32,8 +32,8 @@ from benchmarks.rivals.writing import OwnChoice
 from benchmarks.suite.places import add_options, places
 from mistill.errors import ArchitectureError, MissingExtraError, MistillError, SettingsError
 from mistill.folders.folder import open_folder, read_json
-from tests.benchmarks.fake_openvino import install
-from tests.benchmarks.test_rivals import QUICK
+from tests.benchmarks.rivals.fake_openvino import install
+from tests.benchmarks.rivals.test_rivals import QUICK
 from tests.tiny import tiny_model
 
 THE_PYTHON = Environment(

@@ -20,7 +20,7 @@ from mistill.cli.app import main
 from mistill.errors import MissingExtraError, SettingsError
 from tests.tiny import SENTENCES, tiny_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_offline_set_gives_a_number_without_lm_eval(

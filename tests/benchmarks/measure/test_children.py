@@ -21,7 +21,7 @@ from benchmarks.measure.child import Worker
 from benchmarks.measure.children import Child, start_children
 from mistill.errors import FolderError, MistillError
 
-REPOSITORY = Path(benchmarks.measure.child.__file__).parents[1]
+REPOSITORY = Path(benchmarks.measure.child.__file__).parents[2]
 TURN: dict[str, Any] = {"prompt": [5, 6, 7, 8], "new_tokens": 4, "seconds": 10.0}
 
 

@@ -21,7 +21,7 @@ from benchmarks.suite.tables import FORMS
 from benchmarks.suite.turns import paired_ratio, summary, take_turns
 from tests.tiny import SENTENCES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run(name: str, *options: str) -> Any:

@@ -37,7 +37,7 @@ from benchmarks.rivals.genai_files import builder_options
 from benchmarks.rivals.making import Order, make_rival
 from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.folders.folder import open_folder
-from tests.benchmarks.fake_genai import install
+from tests.benchmarks.rivals.fake_genai import install
 
 QUICK: dict[str, Any] = {
     "threads": 1,

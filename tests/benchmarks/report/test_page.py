@@ -11,9 +11,9 @@ import pytest
 from benchmarks.report.report import Report
 from benchmarks.report.shipping import best_to_ship, by_memory
 from benchmarks.settings import ShipSettings
-from tests.benchmarks.chromium import Page, chromium, find_chromium
 from tests.benchmarks.made import made_comparison
-from tests.benchmarks.test_budget import nearly_as_close
+from tests.benchmarks.report.chromium import Page, chromium, find_chromium
+from tests.benchmarks.report.test_budget import nearly_as_close
 
 HOSTILE = '<img src=x onerror="document.title=1">'
 ROWS = "[...document.querySelectorAll('#table tbody tr')]"

@@ -385,7 +385,7 @@ def test_every_command_is_one_that_the_command_line_knows(
 
 
 def test_every_command_of_the_docs_is_one_that_the_command_line_knows():
-    text = (Path(__file__).parents[2] / "docs" / "reports.md").read_text("utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "reports.md").read_text("utf-8")
     whole = text.replace("\\\n", " ")
     lines = [line for line in whole.splitlines() if line.startswith("mistill ")]
 

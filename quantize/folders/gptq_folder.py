@@ -24,7 +24,7 @@ from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.weights.gptq_layout import EMBEDDING
 from mistill.weights.tensor_writer import TensorWriter, packed_tensors
-from quantize.calibration_text import blocks_digest, draw_blocks, names_of
+from quantize.calibration_text import draw_blocks, names_of
 from quantize.folders.auto_gptq_names import name_as_auto_gptq, translated
 from quantize.folders.backends import Backend, by_gptqmodel, require_backend
 from quantize.folders.float_model import FloatModel, open_float, tensor_kinds, write_config
@@ -191,7 +191,7 @@ def _run(
         "step": "gptq",
         "source": fingerprint(job.model.folder),
         "settings": settings_dict(job.settings),
-        "texts": blocks_digest(job.blocks),
+        "texts": job.blocks.digest,
         "versions": installed_versions(),
     }
     with working(target, key) as work, torch.inference_mode():

@@ -37,7 +37,6 @@ from mistill.weights.gptq_layout import HEAD, read_quantization
 from mistill.weights.scaled_linear import ScaledLinear
 from mistill.weights.tensor_files import TensorFiles, read_quantized
 from mistill.weights.tensor_writer import TensorWriter
-from quantize.calibration_text import blocks_digest
 from quantize.measuring.judging import open_teacher
 from quantize.settings import TuningSettings
 
@@ -110,8 +109,8 @@ def tune(
         "teacher": fingerprint(guide.path),
         "settings": settings_dict(settings),
         "versions": installed_versions(),
-        "texts": blocks_digest(learnt),
-        "held_out": blocks_digest(judged),
+        "texts": learnt.digest,
+        "held_out": judged.digest,
     }
     with working(target, key) as work:
         run = _Run(info.path, guide.path, settings)

@@ -25,7 +25,7 @@ from mistill.progress import track
 from mistill.settings import settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
-from quantize.calibration_text import blocks_digest, draw_blocks, names_of
+from quantize.calibration_text import draw_blocks, names_of
 from quantize.folders.float_model import open_float
 from quantize.folders.gptq_folder import to_gptq
 from quantize.folders.rounding_folder import to_rounding
@@ -151,7 +151,7 @@ def sweep(
     key = {
         "source": fingerprint(model.folder),
         "teacher": None if teacher_folder is None else fingerprint(teacher_folder),
-        "texts": [blocks_digest(calibration), blocks_digest(blocks)],
+        "texts": [calibration.digest, blocks.digest],
         "settings": settings_dict(replace(settings, variants=())),
         "versions": installed_versions(),
     }

@@ -398,13 +398,13 @@ def merge(
 
 def _quantized(path: Path, json: bool) -> dict[str, Any]:
     """Say what quantizing has made, and how close it is where that was measured."""
-    from mistill.cli.measured import measured_table, read_measured
+    from mistill.cli.fidelity import fidelity_table, read_fidelity
 
-    measured = read_measured(path)
+    measured = read_fidelity(path)
     if measured is None:
         return made_folder(path, json)
     if speaks():
-        Console().print(measured_table(measured))
+        Console().print(fidelity_table(measured))
     return made_folder(path, json, measured=measured)
 
 

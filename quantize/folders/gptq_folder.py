@@ -42,7 +42,7 @@ from quantize.folders.resuming import Part, Shelf
 from quantize.gptq.calibration import kept_rows
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_head, quantize_layer
-from quantize.measuring.judging import Judge, judged, open_judge
+from quantize.measuring.fidelity import FidelityCheck, open_check, report_entry
 from quantize.settings import GptqSettings
 
 _log = logging.getLogger(__name__)
@@ -115,18 +115,18 @@ def to_gptq(
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     job = _open_job(model, texts, settings)
-    judge = open_judge(model.folder, held_out, teacher)
+    check = open_check(model.folder, held_out, teacher)
     if backend == "gptqmodel":
         return by_gptqmodel(
             model,
             target,
             blocks=job.blocks,
             settings=settings,
-            judge=judge,
+            check=check,
             overwrite=overwrite,
             texts=job.texts,
         )
-    return _run(job, target, judge, overwrite)
+    return _run(job, target, check, overwrite)
 
 
 def make_gptq(
@@ -135,7 +135,7 @@ def make_gptq(
     *,
     texts: Texts,
     settings: GptqSettings,
-    judge: Judge | None,
+    check: FidelityCheck | None,
     overwrite: bool,
     finish: Callable[[Path], None],
 ) -> Path:
@@ -146,14 +146,14 @@ def make_gptq(
         target: The folder to make.
         texts: Text to calibrate on.
         settings: How to quantize.
-        judge: Measures the result; None for not measuring.
+        check: Measures the result; None if nothing is to be measured.
         overwrite: Whether an existing target is replaced.
         finish: Called with the finished folder before it appears.
 
     Returns:
         The target.
     """
-    return _run(_open_job(model, texts, settings), target, judge, overwrite, finish)
+    return _run(_open_job(model, texts, settings), target, check, overwrite, finish)
 
 
 def require_context(model: FloatModel, block_length: int) -> None:
@@ -182,7 +182,7 @@ def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings) -> _Job:
 def _run(
     job: _Job,
     target: Path,
-    judge: Judge | None,
+    check: FidelityCheck | None,
     overwrite: bool,
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -201,7 +201,7 @@ def _run(
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
-        _assemble(result, job, shelf, names, judge, begun)
+        _assemble(result, job, shelf, names, check, begun)
         if finish is not None:
             finish(result)
         publish(work, target, overwrite)
@@ -319,7 +319,7 @@ def _assemble(
     job: _Job,
     shelf: Shelf,
     names: Sequence[str],
-    judge: Judge | None,
+    check: FidelityCheck | None,
     begun: float,
 ) -> None:
     """Gather what the target will hold."""
@@ -358,7 +358,7 @@ def _assemble(
         settings=used,
         calibration=calibration,
         seconds=seconds,
-        **judged(judge, result),
+        **report_entry(check, result),
     )
     add_lineage(
         result,

@@ -29,8 +29,7 @@ from quantize.calibration_text import draw_blocks, names_of
 from quantize.folders.float_model import open_float
 from quantize.folders.gptq_folder import to_gptq
 from quantize.folders.rounding_folder import to_rounding
-from quantize.measuring.judging import open_teacher
-from quantize.measuring.measuring import measure, predictions
+from quantize.measuring.fidelity import measure, open_teacher, predictions
 from quantize.mixed.mixed_folder import to_mixed, uniform_bytes
 from quantize.nf4.nf4_folder import to_nf4
 from quantize.settings import GptqSettings, SweepSettings, Variant

@@ -90,7 +90,7 @@ def quantize_model(
         overwrite=overwrite,
     )
     if speaks():
-        from quantize.sweeping.sweep_table import sweep_notes, sweep_table
+        from quantize.sweeping.sweeping import sweep_notes, sweep_table
 
         console = Console()
         console.print(sweep_table(report))

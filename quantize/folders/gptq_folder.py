@@ -33,11 +33,10 @@ from quantize.folders.plan import (
     layer_rest,
     make_plan,
     read_table,
-    report_of,
     round_table,
     rounded_rows,
 )
-from quantize.folders.report import write_report
+from quantize.folders.report import report_of, write_report
 from quantize.folders.resuming import Part, Shelf
 from quantize.gptq.calibration import kept_rows
 from quantize.gptq.gptq import GptqResult

@@ -18,8 +18,8 @@ from mistill.text.rows import Texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.float_model import FloatModel, open_float, tensor_kinds, write_config
-from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, report_of, round_table
-from quantize.folders.report import ModuleReport, write_report
+from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, round_table
+from quantize.folders.report import ModuleReport, report_of, write_report
 from quantize.gptq.calibration import MATRICES
 from quantize.gptq.rounding import round_weight
 from quantize.measuring.fidelity import open_check, report_entry

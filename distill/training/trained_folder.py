@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.settings import TrainSettings
 from distill.training.teacher_source import CachedSource, LiveSource, open_cached
-from distill.training.training_text import blocks_digest, read_blocks
+from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TrainingError, VocabularyError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
 from mistill.folders.lineage import add_lineage, fingerprint
@@ -143,8 +143,8 @@ def train(
         },
         "student": fingerprint(student_info.path),
         "teacher": source.fingerprint,
-        "texts": blocks_digest(training),
-        "held_out": blocks_digest(judged),
+        "texts": training.digest,
+        "held_out": judged.digest,
         "processes": state.num_processes,
     }
     with _working_together(target, key, state, overwrite) as work, source.closing():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.cli.measured import measured_table, read_measured
+from mistill.cli.fidelity import fidelity_table, read_fidelity
 from mistill.cli.onnx_report import graph_facts, manifest_facts
 from mistill.cost_model.onnx_lint import Lint, lint_file
 from mistill.errors import FolderError, MissingExtraError, MistillError
@@ -57,7 +57,7 @@ class Inspection:
         targets: What a folder of targets holds; None for a model.
         fidelity: The fidelity card of a distilled student; None where there is none.
         gptq: What the codes of a GPTQ folder are, told from the codes; None for other forms.
-        measured: How close a quantized folder is to its source, and to a teacher; None where it
+        measured: Fidelity of a quantized folder to its source, and to a teacher; None where it
             was not measured.
         graphs: What was found in each ONNX graph, by its file; empty where there is none.
         manifest: What an ONNX folder says of itself, but for its checksums; None for others.
@@ -135,7 +135,7 @@ class Inspection:
         if self.fidelity is not None:
             parts.append(_fidelity(self.fidelity))
         if self.measured is not None:
-            parts.append(measured_table(self.measured))
+            parts.append(fidelity_table(self.measured))
         if self.lineage:
             table = Table("step", "from", "settings and facts", "date", title="how it was made")
             for entry in self.lineage:
@@ -186,7 +186,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     try:
         if (folder / FIDELITY_FILE).is_file():
             fidelity = read_json(folder / FIDELITY_FILE)
-        measured = read_measured(folder)
+        measured = read_fidelity(folder)
     except FolderError as error:
         wrong.append(str(error))
     gptq = None

@@ -90,7 +90,7 @@ def quantize_model(
         overwrite=overwrite,
     )
     if speaks():
-        from quantize.sweeping.sweep_table import sweep_notes, sweep_table
+        from quantize.sweeping.sweeping import sweep_notes, sweep_table
 
         console = Console()
         console.print(sweep_table(report))
@@ -398,13 +398,13 @@ def merge(
 
 def _quantized(path: Path, json: bool) -> dict[str, Any]:
     """Say what quantizing has made, and how close it is where that was measured."""
-    from mistill.cli.measured import measured_table, read_measured
+    from mistill.cli.fidelity import fidelity_table, read_fidelity
 
-    measured = read_measured(path)
+    measured = read_fidelity(path)
     if measured is None:
         return made_folder(path, json)
     if speaks():
-        Console().print(measured_table(measured))
+        Console().print(fidelity_table(measured))
     return made_folder(path, json, measured=measured)
 
 

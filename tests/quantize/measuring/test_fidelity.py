@@ -11,7 +11,7 @@ import pytest
 
 import quantize
 from mistill.cli.app import main
-from mistill.cli.measured import read_measured
+from mistill.cli.fidelity import read_fidelity
 from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
 from mistill.folders.folder import QUANTIZE_REPORT_FILE, read_json
 from mistill.folders.lineage import fingerprint, read_lineage
@@ -58,7 +58,7 @@ def test_what_is_said_is_what_the_folder_predicts_and_all_else_stays(
     asked = {name: predict(load_pytorch(folder), blocks) for name, folder in folders.items()}
     references = {name: asked[name] for name in ("source", "teacher")}
     expected = compare(references, {"made": asked["made"], "source": asked["source"]}, blocks)
-    measured = read_measured(made)
+    measured = read_fidelity(made)
     assert measured is not None
     assert measured["held_out"] == [str(held_out)]
     for found, wanted in (
@@ -80,7 +80,7 @@ def test_what_is_said_is_what_the_folder_predicts_and_all_else_stays(
     assert {**steps[0], "date": None} == {**steps[1], "date": None}
     report = read_json(plain / QUANTIZE_REPORT_FILE)
     assert report.keys() == read_json(made / QUANTIZE_REPORT_FILE).keys() - {"measured"}
-    assert read_measured(plain) is None
+    assert read_fidelity(plain) is None
 
 
 def test_a_folder_that_cannot_be_measured_does_not_appear_and_the_work_is_kept(
@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_measured_does_not_appear_and_the_work_is_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quantize.measuring.judging.predictions", interrupted)
+        patch.setattr("quantize.measuring.fidelity.predictions", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize.to_gptq(model, target, **options)
         assert not target.exists()
@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_measured_does_not_appear_and_the_work_is_kept(
         assert not (tmp_path / "r").exists()
     monkeypatch.setattr("quantize.folders.gptq_folder.quantize_layer", None)
     quantize.to_gptq(model, target, **options)
-    assert read_measured(target) is not None
+    assert read_fidelity(target) is not None
 
 
 def test_what_cannot_be_compared_is_refused_before_any_work(
@@ -143,7 +143,7 @@ def test_the_commands_show_it_and_inspect_does_too(
         target = tmp_path / way
         assert main(["quantize", way, str(model), str(target), *options, *judging]) == 0
         printed = capsys.readouterr().out
-        measured = read_measured(target)
+        measured = read_fidelity(target)
         assert measured is not None
         assert json.loads(printed.splitlines()[-1])["measured"] == measured
         kls = [f"{measured[name]['kl']:.5f}" for name in measured if name != "held_out"]
@@ -165,7 +165,7 @@ def test_a_recipe_measures_where_it_is_told_to(
     rotated = f'[rotated]\nstep = "rotate"\nsource = "{model}"\nseed = 4\n'
     file.write_text(text + asking + rotated + next_step)
     made = run_recipe(read_recipe(file, out=tmp_path / "out"))
-    measured = read_measured(made["small"])
+    measured = read_fidelity(made["small"])
     assert measured is not None
     assert measured["teacher"]["kl"] > measured["source"]["kl"] > 0
     assert [step["step"] for step in read_lineage(made["plain"])] == ["rotate", "nf4"]

@@ -147,7 +147,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     options = {**OPTIONS, "steps": 14}
     whole = quantize.tune(rough, tmp_path / "whole", teacher=model, texts=texts, **options)
-    real, taken = tuning._Run._step, [0]
+    real, taken = tuning._Tuner._add_gradients, [0]
 
     def counted(self: Any, blocks: Any) -> float:
         taken[0] += 1
@@ -155,7 +155,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
         return real(self, blocks)
 
-    monkeypatch.setattr(tuning._Run, "_step", counted)
+    monkeypatch.setattr(tuning._Tuner, "_add_gradients", counted)
     with pytest.raises(KeyboardInterrupt):
         quantize.tune(rough, tmp_path / "parts", teacher=model, texts=texts, **options)
     assert not (tmp_path / "parts").exists()

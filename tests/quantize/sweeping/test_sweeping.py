@@ -16,7 +16,7 @@ from mistill.errors import SettingsError, TargetExistsError, VocabularyError
 from mistill.measures.kl import compare, predict
 from mistill.pytorch.loading import load_pytorch
 from quantize.calibration_text import draw_blocks
-from quantize.measuring.measuring import measure, predictions
+from quantize.measuring.fidelity import measure, predictions
 from quantize.settings import GptqSettings
 from quantize.sweeping.sweeping import SweepReport, SweepRow, mark_dominated
 from tests.tiny import SENTENCES, tiny_model

@@ -21,13 +21,13 @@ from mistill.weights.gptq_doctor import examine
 from mistill.weights.gptq_layout import CheckpointFormat
 from quantize import GptqSettings, to_gptq, to_rounding
 from tests.gptq_matrix import ORDERS, SCALE_TYPES, Way, simple_folder
-from tests.quantize.interop_environment import NotInstallable, interop_python
+from tests.quantize.folders.interop_environment import NotInstallable, interop_python
 from tests.reference.onnx_runner import OnnxRunner
 from tests.tiny import SENTENCES, tiny_model
 
 _LOADER = Path(__file__).with_name("load_with_gptqmodel.py")
 _QUANTIZER = Path(__file__).with_name("quantize_with_gptqmodel.py")
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 
 # Every pair of bits, symmetry, format, groups, order and scale type, not every combination.
 _WAYS = [

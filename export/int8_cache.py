@@ -83,7 +83,7 @@ def quantize_cache(
         import onnxruntime
 
         raise ExportError(
-            f"ONNX Runtime {onnxruntime.__version__} keeps no keys and values in 8 bits for this "
+            f"ONNX Runtime {onnxruntime.__version__} does not support an int8 KV cache for this "
             f"model ({' '.join(str(error).split())[:200]}); leave cache at float32"
         ) from error
     width = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim
@@ -120,8 +120,8 @@ def _store_scales(folder: Path, architecture: Architecture, scales: Cache) -> No
     nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
     if len(nodes) != architecture.layers:
         raise ExportError(
-            f"the graph has {len(nodes)} attentions for {architecture.layers} layers, and only "
-            "GroupQueryAttention keeps keys and values in 8 bits"
+            f"the graph has {len(nodes)} GroupQueryAttention operators for {architecture.layers} "
+            "layers, and only they support an int8 KV cache"
         )
     for layer, node in enumerate(nodes):
         node.resize_inputs(_INPUTS)

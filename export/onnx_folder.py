@@ -97,7 +97,7 @@ def to_onnx(
     path = refuse_existing(target, overwrite)
     info = open_folder(resolve_model(source))
     if info.form == "onnx":
-        raise FolderError(f"{source} is an ONNX folder already; give the folder it was made from")
+        raise FolderError(f"{source} is an ONNX folder already; give a model folder")
     config = read_json(info.path / "config.json")
     architecture = read_architecture(config)
     if not chosen.portable:
@@ -106,8 +106,9 @@ def to_onnx(
     window = architecture.sliding_window
     require(
         not graph.ring or (window is not None and window < graph.context_length),
-        f"ring drops what a sliding window leaves behind, and this model's is {window} beside a "
-        f"context of {graph.context_length}: leave it out, or give a longer context_length",
+        "ring needs a sliding window that is shorter than the context, and this model has a "
+        f"window of {window} and a context of {graph.context_length}: leave ring out, or give a "
+        "longer context_length",
     )
     vocabulary = load_vocabulary(info.path)
     resolved = replace(resolved, float_columns=_float_columns(resolved, architecture, info))
@@ -159,21 +160,22 @@ def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gra
     if settings.precision in ("int8", "int4") and info.form != "model":
         raise SettingsError(
             f"precision {settings.precision} rounds float weights, and {info.path} is a "
-            f"{info.form} folder: leave precision at auto to keep its codes, or export its float "
-            "parent"
+            f"{info.form} folder: leave precision at auto to keep its codes, or export the float "
+            "folder that it was made from"
         )
     context_length = settings.context_length or min(info.context_length, DEFAULT_CONTEXT)
     require(
         context_length <= info.context_length,
-        f"context_length is {context_length}, and the model was made for {info.context_length} "
-        "positions",
+        f"context_length is {context_length}, and the model's own context has "
+        f"{info.context_length} positions",
     )
     floats = settings.precision == "float32" or (
         settings.precision == "auto" and info.form == "model"
     )
     require(
         not (floats and settings.tune_for is not None),
-        "tune_for chooses among kernels for codes, and a float32 graph has none; give a precision",
+        "tune_for chooses kernels for quantized weights, and a float32 graph has none; set "
+        "precision to int8 or int4",
     )
     options = GraphOptions(
         context_length=context_length,
@@ -192,8 +194,8 @@ def _float_columns(settings: OnnxSettings, architecture: Architecture, info: Fol
     if asked is not None:
         require(
             codes or asked == 0,
-            "float_columns spares what the products of codes round, and a float32 graph has none; "
-            "leave it out, or give a precision",
+            "float_columns is for products with quantized weights, and a float32 graph has none; "
+            "leave it out, or set precision to int8 or int4",
         )
         require(
             asked <= most,
@@ -227,8 +229,8 @@ def _table_bits(name: str, asked: int | None, info: FolderInfo, floats: bool) ->
         return asked or (32 if floats else 8)
     require(
         asked in (None, 32, form.bits),
-        f"{name} is {asked}, and {info.path} holds that table as {form.bits}-bit codes: leave "
-        f"{name} out to keep them, or give 32",
+        f"{name} is {asked}, and {info.path} stores that table in {form.bits}-bit codes: leave "
+        f"{name} out to keep them, or set it to 32",
     )
     return asked or form.bits
 
@@ -283,7 +285,10 @@ def _write(
             exact = exact and settings.cache == "float32"
             require_parity(parity, exact=exact, bits=coarsest)
         elif settings.parity_positions > 0:
-            _log.warning("PyTorch is not installed: the graph was not compared with it")
+            _log.warning(
+                "PyTorch is not installed, so that the logits of the graph were not compared with "
+                "it"
+            )
     if tuning is not None:
         facts["tuning"] = tuning.to_dict()
     return {**facts, "parity": None if parity is None else asdict(parity)}

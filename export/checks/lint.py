@@ -83,13 +83,13 @@ def require_fast(lint: Lint, settings: OnnxSettings, options: GraphOptions) -> N
     wrong: list[Finding] = []
     for finding in lint.findings:
         if finding.rule in asked:
-            _log.warning("as asked for, but slow: %s", finding)
+            _log.warning("the requested settings are slow: %s", finding)
         else:
             wrong.append(finding)
     if wrong:
         raise ExportError(
             f"the graph would be slow: {'; '.join(map(str, wrong))}; nothing was written: this is "
-            "a fault of the export"
+            "a fault of the export, please report it"
         )
 
 

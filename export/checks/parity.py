@@ -139,8 +139,9 @@ def require_parity(parity: Parity, *, exact: bool, bits: int) -> None:
         good, bound = parity.mean_kl <= MOST_DIVERGENCE, f"{MOST_DIVERGENCE:g} nats"
     if not good:
         raise ExportError(
-            f"the graph's logits are further than {bound} from PyTorch's with the same weights, "
-            f"{figures}; nothing was written: this is a fault of the export or of its libraries"
+            f"the logits of the graph differ by more than {bound} from PyTorch's with the same "
+            f"weights, {figures}; nothing was written: this is a fault of the export or of its "
+            "libraries"
         )
     most = MOST_ROUNDING.get(bits)
     if most is not None and parity.max_rounding > most:

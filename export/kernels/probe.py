@@ -152,8 +152,8 @@ def probe_here(
     count = threads or usable_threads()
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
         _log.warning(
-            "this machine is busy (load %.1f), and times taken now are doubtful; probe it when "
-            "it is idle",
+            "this machine is busy (load %.1f), so that the times are unreliable; run the probe "
+            "when it is idle",
             os.getloadavg()[0],
         )
     return run_probe(

@@ -79,7 +79,9 @@ def to_gguf(
     with creating_file(target, overwrite) as partial:
         info = open_folder(resolve_model(source))
         if info.form == "onnx":
-            raise FolderError(f"{source} is an ONNX folder; give the folder it was made from")
+            raise FolderError(
+                f"{source} is an ONNX folder; give the model folder that it was exported from"
+            )
         config = read_json(info.path / "config.json")
         architecture = read_architecture(config)
         _require_known(architecture)
@@ -108,13 +110,14 @@ def _require_known(architecture: Architecture) -> None:
     kind, layers = architecture.model_type, range(architecture.layers)
     if architecture.rotary.kind == "llama3" and _ARCHITECTURES[kind][0] != "llama":
         raise ArchitectureError(
-            f"llama.cpp does not scale rotary positions of a {kind} model as llama3 does"
+            f"llama.cpp does not support llama3 scaling of the rotary embedding in a {kind} model"
         )
     without = {layer for layer in layers if (layer + 1) % _SMOLLM3_STEP == 0}
     if kind == "smollm3" and architecture.unrotated_layers != without:
         raise ArchitectureError(
             f"llama.cpp leaves every {_SMOLLM3_STEP}th layer of a smollm3 model without rotary "
-            f"positions, and this one leaves out {sorted(architecture.unrotated_layers)}"
+            "embedding, and this model leaves the layers "
+            f"{sorted(architecture.unrotated_layers)} without"
         )
 
 

@@ -128,7 +128,7 @@ def plan_tensors(
         tensors.append(GgufTensor(ROPE_FACTORS, "", half, "float32"))
     if odd:
         _log.warning(
-            "%d matrices become float16, since their rows do not divide into blocks of %d: %s",
+            "%d matrices become float16, because their rows cannot be split into blocks of %d: %s",
             len(odd),
             BLOCK,
             ", ".join(odd[:3]),
@@ -189,8 +189,8 @@ def read_values(
         yield _stored(values if order is None else values[order], tensor)
     if again:
         _log.warning(
-            "the codes of %d matrices fit no blocks of llama.cpp (their columns mix groups, or "
-            "their grid is another) and were rounded again; float16 and q8_0 lose less",
+            "the codes of %d matrices do not fit the blocks of llama.cpp (act-order mixes their "
+            "groups, or their grid differs) and were rounded again; float16 and q8_0 lose less",
             again,
         )
 

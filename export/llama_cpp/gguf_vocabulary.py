@@ -78,7 +78,7 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
     model = definition.get("model") or {}
     if model.get("type") != "BPE":
         raise VocabularyError(
-            f"{file} holds a {model.get('type')} vocabulary; GGUF files are written with BPE ones"
+            f"{file} holds a {model.get('type')} vocabulary; export to GGUF needs a BPE vocabulary"
         )
     merges = [_pair(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
@@ -88,7 +88,7 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
         return GgufVocabulary("llama", None, pieces, space_prefix=prefix)
     if not merges:
         raise VocabularyError(
-            f"{file} merges no pieces, and llama.cpp opens no such vocabulary; GGUF files need a "
+            f"{file} has no merges, and llama.cpp opens no such vocabulary; GGUF files need a "
             "BPE vocabulary with merges"
         )
     pieces = _pieces(definition, vocabulary, None, {})
@@ -135,7 +135,7 @@ def _cut(file: Path, definition: Mapping[str, Any]) -> str:
     # llama.cpp does not normalize; text is nearly always composed (NFC) already.
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise VocabularyError(
-            f"{file} normalizes text ({normalizer.get('type')}), which llama.cpp does not"
+            f"{file} normalizes text ({normalizer.get('type')}), which llama.cpp does not support"
         )
     tokenizer = Tokenizer.from_file(str(file))
     words_first = bool(definition["model"].get("ignore_merges"))
@@ -145,8 +145,8 @@ def _cut(file: Path, definition: Mapping[str, Any]) -> str:
             if first == words_first and _words(word_cutter(name, str(file))) == ours:
                 return name
     raise VocabularyError(
-        f"{file} cuts text into words in a way that llama.cpp has no name for, as far as mistill "
-        f"knows; known are {', '.join(_CUTS)}"
+        f"{file} splits text into words in a way that mistill knows no name of in llama.cpp; "
+        f"it knows {', '.join(_CUTS)}"
     )
 
 
@@ -177,8 +177,8 @@ def _scores(
     tied = _tied_runs(within)
     if tied:
         _log.warning(
-            "this tokenizer joins %d runs of one character with one score; llama.cpp may cut runs "
-            "that are longer than all of them in another way",
+            "this tokenizer merges %d runs of one character with one score; llama.cpp may split "
+            "longer runs differently",
             len(tied) + 1,
         )
     joined |= {piece: joined[best] for piece, best in tied.items()}
@@ -189,8 +189,8 @@ def _scores(
     order = [joined["".join(pair)] for pair in within]
     if set(merges_of(ranks)) != set(within) or order != sorted(order, reverse=True):
         raise VocabularyError(
-            f"{name} merges pieces in an order that no scores of SentencePiece give, so that "
-            "llama.cpp would cut words in another way"
+            f"{name} merges tokens in an order that no SentencePiece scores express, so that "
+            "llama.cpp would split words differently"
         )
     return scores
 
@@ -230,8 +230,8 @@ def _space_prefix(definition: Mapping[str, Any], vocabulary: Vocabulary) -> bool
         # A conversation begins with a special token: no text in it is the first.
         plain = vocabulary.chat_template is None
         _log.warning(
-            "this tokenizer puts a space before the first text alone, which llama.cpp cannot: it "
-            "will put one %s",
+            "this tokenizer puts a space before the first text only, which llama.cpp does not "
+            "support: it will put one %s",
             "after every special token too" if plain else "nowhere, as in conversations",
         )
         return plain

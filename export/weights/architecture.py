@@ -130,13 +130,15 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(
-            f"export knows {', '.join(ARCHITECTURES[:-1])} and {ARCHITECTURES[-1]} models, this "
-            f"one is {model_type!r}"
+            f"export supports {', '.join(ARCHITECTURES[:-1])} and {ARCHITECTURES[-1]} models, and "
+            f"this one is {model_type!r}"
         )
     config = {**_DEFAULTS.get(model_type, {}), **config}
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ArchitectureError(f"export knows the activation silu, this model uses {activation!r}")
+        raise ArchitectureError(
+            f"export supports the activation silu, and this model uses {activation!r}"
+        )
     heads = int(config["num_attention_heads"])
     hidden_size = int(config["hidden_size"])
     head_dim = int(config.get("head_dim") or hidden_size // heads)
@@ -176,8 +178,8 @@ def require_graph(architecture: Architecture) -> None:
     """
     if architecture.head_dim % 16:
         raise ArchitectureError(
-            "ONNX Runtime's attention needs heads whose width divides by 16, this model's are "
-            f"{architecture.head_dim} wide"
+            "ONNX Runtime's attention needs a head width that is divisible by 16, and this model's "
+            f"is {architecture.head_dim}"
         )
 
 
@@ -215,7 +217,7 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
             return None
         if set(kinds) != {"sliding_attention"}:
             raise ArchitectureError(
-                "export does not know models with a sliding window in some layers only"
+                "export does not support models with a sliding window in some layers only"
             )
     return int(window)
 
@@ -244,7 +246,9 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.f
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
     if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ArchitectureError("export does not know models that rotate only part of a head")
+        raise ArchitectureError(
+            "export does not support models that rotate only a part of each head"
+        )
     frequencies = plain_frequencies(base, head_dim)
     kind = rope.get("rope_type", rope.pop("type", "default"))
     rotary = Rotary(kind, base, {**rope, "rope_type": kind, "rope_theta": base})
@@ -252,7 +256,7 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.f
         return frequencies, rotary
     if kind not in ("linear", "llama3"):
         raise ArchitectureError(
-            "export knows the rotary embeddings default, linear and llama3, this model uses "
+            "export supports the rotary embeddings default, linear and llama3, and this model uses "
             f"{kind!r}"
         )
     if kind == "llama3":

@@ -223,8 +223,8 @@ def blocks_of_codes(weight: QuantizedWeight, largest_block: int) -> BlockWeight:
     block_size = _block_for(codes.shape[1], bounds.tolist(), largest_block)
     if block_size is None:
         raise ExportError(
-            f"groups of {weight.group_size} columns cannot be cut into blocks of "
-            f"{', '.join(map(str, LEGAL_BLOCKS))}, which ONNX Runtime multiplies; quantize again "
+            f"groups of {weight.group_size} columns cannot be split into blocks of "
+            f"{', '.join(map(str, LEGAL_BLOCKS))} columns, as ONNX Runtime needs; quantize again "
             "with a group size of 16, 32, 64 or 128"
         )
     group_of_block = groups[::block_size]
@@ -284,8 +284,8 @@ def blocks_of_nf4(
     rows, columns = shape
     if columns % NF4_BLOCK:
         raise ExportError(
-            f"NF4 weights with {columns} columns have runs of {NF4_BLOCK} that reach into the next "
-            "row, which bitsandbytes itself misreads on a CPU; quantize the float parent with "
+            f"NF4 weights with {columns} columns have blocks of {NF4_BLOCK} that reach into the "
+            "next row, which bitsandbytes itself misreads on a CPU; quantize the float model by "
             "GPTQ instead"
         )
     block_size = min(largest_block, NF4_BLOCK)

@@ -167,7 +167,9 @@ class FolderWeights:
         """
         tensor = self.tensor(name).astype(np.float32, copy=False)
         if not np.isfinite(tensor).all():
-            raise FolderError(f"{name} holds a value that is not a number; its training failed")
+            raise FolderError(
+                f"{name} holds a value that is infinite or not a number; its training failed"
+            )
         return tensor
 
     def changes(self, module: str) -> bool:

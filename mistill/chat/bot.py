@@ -35,13 +35,13 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings(SamplingSettings):
-    """How a chatbot picks its words, and when it stops.
+    """How replies are sampled, and when they end.
 
     Attributes:
-        max_new_tokens: Most tokens of one reply.
+        max_new_tokens: The most tokens of one reply.
         stop: Strings that end a reply and are not part of it.
-        overflow: What to do when the conversation no longer fits the model's context: refuse, or
-            slide on by forgetting the oldest turns.
+        overflow: What happens when the conversation no longer fits into the model's context:
+            ``refuse`` ends with an error, ``slide`` leaves out the oldest turns.
     """
 
     max_new_tokens: int = 512
@@ -143,7 +143,7 @@ class ChatBot:
         if self._vocabulary.chat_template is None:
             raise VocabularyError(
                 f"{folder} has no chat template, so it cannot hold a conversation; use a chat "
-                "model, or put a template into chat_template.jinja"
+                "model, or write a template to chat_template.jinja"
             )
         self._constraint = constraint
         self._constraint_tokens: ConstraintTokens | None = None
@@ -250,7 +250,10 @@ class ChatBot:
         from mistill.engine.onnx_model import OnnxModel
 
         model = getattr(self._model, "model", self._model)
-        require(isinstance(model, OnnxModel), "only conversations with ONNX folders can be kept")
+        require(
+            isinstance(model, OnnxModel),
+            "only a conversation with an ONNX folder can be saved; export the model",
+        )
         assert isinstance(model, OnnxModel)
         return model
 
@@ -346,7 +349,7 @@ class ChatBot:
     def _advice(self, forgotten: int) -> str:
         if len(self.history) - self._first_turn() <= forgotten:
             return "shorten the message"
-        return "begin a new one, or let the oldest turns be forgotten with overflow slide"
+        return "start a new conversation, or set overflow to slide to leave out the oldest turns"
 
 
 def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
@@ -360,7 +363,7 @@ def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound or not 0 <= forgotten <= len(history):
-        raise FolderError(f"the conversation in {file} is damaged; begin a new one")
+        raise FolderError(f"the conversation in {file} is damaged; give another file")
     return history, forgotten
 
 

@@ -1,4 +1,4 @@
-"""How close a quantized folder is to its source and to a teacher, as its report tells."""
+"""The KL divergence of a quantized folder from its source and from a teacher, as measured."""
 
 from __future__ import annotations
 
@@ -12,57 +12,57 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _ROWS = {
-    "source": "it, to its source",
-    "teacher": "it, to the teacher",
-    "source_to_teacher": "its source, to the teacher",
+    "source": "it, from its source",
+    "teacher": "it, from the teacher",
+    "source_to_teacher": "its source, from the teacher",
 }
 
 
 def read_measured(folder: Path) -> dict[str, Any] | None:
-    """What a folder's report says of the held-out text that it was measured on.
+    """The figures that were measured on held-out text when a folder was quantized.
 
     Args:
         folder: A folder of any form.
 
     Returns:
-        Closeness by what it is to: ``source``, and where there was a teacher ``teacher`` and
-        ``source_to_teacher``; ``held_out`` names the text. None if it was not measured.
+        Figures by what the folder is compared with: ``source``, and with a teacher ``teacher``
+        and ``source_to_teacher``; ``held_out`` names the text. None if nothing was measured.
 
     Raises:
         FolderError: If the report is damaged.
     """
     file = folder / QUANTIZE_REPORT_FILE
-    found = read_json(file).get("measured") if file.is_file() else None
-    return found if isinstance(found, dict) and "source" in found else None
+    measured = read_json(file).get("measured") if file.is_file() else None
+    return measured if isinstance(measured, dict) and "source" in measured else None
 
 
 def measured_table(measured: Mapping[str, Any]) -> Table:
-    """The measurement for people.
+    """The figures as a table.
 
     Args:
         measured: From ``read_measured``.
 
     Returns:
-        A table: a row for each pair of models.
+        A row for each pair of models.
     """
     from rich.table import Table
 
     tokens = measured["source"]["tokens"]
-    table = Table(title=f"how close it is, on {tokens:,} held-out tokens")
-    table.add_column("what")
-    for heading in ("KL", "99%", "agreement", "perplexity", "against"):
+    table = Table(title=f"KL divergence on {tokens:,} held-out tokens")
+    table.add_column("model")
+    for heading in ("KL", "99%", "agreement", "perplexity", "perplexity of the other"):
         table.add_column(heading, justify="right")
     for name, words in _ROWS.items():
         if name not in measured:
             continue
-        found = measured[name]
-        error = found["kl_standard_error"]
+        figures = measured[name]
+        error = figures["kl_standard_error"]
         table.add_row(
             words,
-            f"{found['kl']:.5f}" + ("" if error is None else f" ± {error:.5f}"),
-            f"{found['kl_p99']:.3f}",
-            f"{found['agreement']:.1%}",
-            f"{found['perplexity']:.2f}",
-            f"{found['reference_perplexity']:.2f}",
+            f"{figures['kl']:.5f}" + ("" if error is None else f" ± {error:.5f}"),
+            f"{figures['kl_p99']:.3f}",
+            f"{figures['agreement']:.1%}",
+            f"{figures['perplexity']:.2f}",
+            f"{figures['reference_perplexity']:.2f}",
         )
     return table

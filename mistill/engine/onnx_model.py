@@ -86,8 +86,8 @@ class OnnxModel:
         info = open_folder(folder)
         if info.form != "onnx":
             raise FolderError(
-                f"{folder} is a {info.form} folder, not an ONNX folder; make one of it with: "
-                "mistill export"
+                f"{folder} is a {info.form} folder, not an ONNX folder; export it with: mistill "
+                "export"
             )
         require(threads is None or threads >= 1, f"threads must be 1 or more, not {threads}")
         require(
@@ -249,7 +249,7 @@ class OnnxModel:
         require(max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {max_new_tokens}")
         require(
             choose is None or len(choose) == len(prompts),
-            f"give one choose for each of the {len(prompts)} prompts",
+            f"choose must hold one function for each of the {len(prompts)} prompts",
         )
         texts = [self.checked(prompt) for prompt in prompts]
         if texts:
@@ -301,7 +301,7 @@ class OnnxModel:
         )
         if len(saved.ids) > self.context_length:
             raise ContextError(
-                f"{file} holds {len(saved.ids)} tokens and the context {self.context_length}; "
+                f"{file} holds {len(saved.ids)} tokens and the context only {self.context_length}; "
                 "open the model with a longer context"
             )
         with self._lock:

@@ -34,7 +34,7 @@ def check_provider(provider: str) -> None:
     if wanted not in available:
         raise MissingExtraError(
             f"ONNX Runtime {onnxruntime.__version__} has no {wanted} here, only "
-            f"{', '.join(available)}; install onnxruntime-gpu in place of onnxruntime, or take "
+            f"{', '.join(available)}; install onnxruntime-gpu instead of onnxruntime, or use "
             "provider cpu"
         )
 
@@ -79,8 +79,8 @@ def open_session(
     if wanted not in session.get_providers():
         # ONNX Runtime goes on without a provider whose libraries it cannot load.
         raise MissingExtraError(
-            f"{wanted} does not start: its libraries or a driver are missing; install them, or "
-            "take provider cpu"
+            f"{wanted} does not start, because its libraries or a driver are missing; install "
+            "them, or use provider cpu"
         )
     return session
 

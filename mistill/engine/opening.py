@@ -39,7 +39,8 @@ def open_model(
 
         return OnnxModel(info.path, threads=threads, provider=provider, alone=alone)
     require(
-        provider == "cpu", f"provider is for ONNX folders, and {info.path} is a {info.form} folder"
+        provider == "cpu",
+        f"provider is for ONNX folders, and {info.path} is a {info.form} folder; leave it at cpu",
     )
     try:
         from mistill.engine.pytorch_model import PytorchModel

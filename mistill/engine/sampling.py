@@ -29,13 +29,15 @@ class SamplingSettings:
     """How the next token is drawn.
 
     Attributes:
-        temperature: Divides the logits; 0 always takes the most probable token.
-        top_k: Keep this many of the most probable tokens; 0 keeps all.
-        top_p: Keep the most probable tokens until their probabilities reach this sum; 1 keeps all.
-        min_p: Drop tokens less probable than this share of the most probable one; 0 keeps all.
-        repetition_penalty: Above 1 makes tokens that were seen before less probable; 1 changes
-            nothing.
-        seed: Makes the draws repeatable; without one, they differ from run to run.
+        temperature: Divisor of the logits. 0 decodes greedily: it always takes the most probable
+            token.
+        top_k: Sample among this many of the most probable tokens; 0 keeps all.
+        top_p: Sample among the fewest tokens whose probabilities reach this sum; 1 keeps all.
+        min_p: Drop tokens whose probability is less than this share of the highest one; 0 keeps
+            all.
+        repetition_penalty: Makes tokens of the prompt and the reply less probable, the more the
+            further above 1; 1 changes nothing.
+        seed: Seed of the random numbers. By default, replies differ from run to run.
     """
 
     temperature: float = 0.7

@@ -124,11 +124,11 @@ def read_cache(file: Path, *, model: str, fingerprint: str) -> SavedCache:
         opened.seek(8)
         about = json.loads(opened.read(start - 8)).get("__metadata__", {})
     if about.get("format") != _FORMAT or "fingerprint" not in about or "ids" not in header:
-        raise FolderError(f"{file} does not hold what a model has read; make it with save_cache")
+        raise FolderError(f"{file} does not hold a KV cache; make one with save_cache")
     if about["fingerprint"] != fingerprint:
         raise FolderError(
             f"{file} was written by the model {about.get('model')} ({about['fingerprint'][:12]}), "
-            f"not by {model} ({fingerprint[:12]}); open it with that model, or begin anew"
+            f"not by {model} ({fingerprint[:12]}); open it with that model, or give another file"
         )
     kinds = {stored: name for name, stored in _TYPES.items()}
     arrays = {

@@ -229,7 +229,7 @@ def location_of(path: str | Path) -> Location:
         raise MissingExtraError(f"{address} cannot be reached: {error}") from error
     except ValueError as error:
         raise FolderError(
-            f"{address} is an address of a kind that fsspec does not know: {error}"
+            f"fsspec does not know the protocol of the address {address}: {error}"
         ) from error
     if "file" in ([remote.protocol] if isinstance(remote.protocol, str) else remote.protocol):
         return Location(address, root)

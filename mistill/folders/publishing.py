@@ -37,7 +37,7 @@ def refuse_existing(target: str | Path, overwrite: bool = False) -> Path:
     """
     path = Path(target).expanduser().absolute()
     if path.exists() and not overwrite:
-        raise TargetExistsError(f"{target} exists already; choose another name or overwrite it")
+        raise TargetExistsError(f"{target} exists already; choose another name, or overwrite it")
     if overwrite and path.is_file():
         raise FolderError(f"{target} is a file, not a folder that could be overwritten")
     parent = path.parent
@@ -120,7 +120,8 @@ def _naming_a_full_disk(target: str | Path, then: str = "") -> Iterator[None]:
     except Exception as error:
         if is_full_disk(error):
             raise FolderError(
-                f"no room to write {target}: free some space on its disk and run this again{then}"
+                f"there is no room to write {target}: free some space on its disk and run the same "
+                f"command again{then}"
             ) from error
         raise
 
@@ -234,7 +235,9 @@ def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
         if aside.exists():
             aside.rename(path)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise TargetExistsError(f"{path} appeared while it was being made") from error
+            raise TargetExistsError(
+                f"{path} was made by another process in the meantime; choose another name"
+            ) from error
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -120,8 +120,8 @@ def read_manifest(location: Location) -> dict[str, Any]:
     if MANIFEST_FILE not in names:
         if PLAN_FILE in names:
             raise FolderError(
-                f"the targets in {location} are unfinished; make the same call of "
-                "distill.cache_targets again and it will go on"
+                f"the targets in {location} are unfinished; call "
+                "distill.cache_targets again in the same way to resume"
             )
         raise FolderError(f"{location} is not a folder of targets: it has no {MANIFEST_FILE}")
     manifest = _document(location, MANIFEST_FILE)

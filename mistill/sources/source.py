@@ -71,7 +71,9 @@ def resolve_model(source: str | Path) -> Path:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _convert_once(path)
-        raise FolderError(f"{name} is a file; give a model folder, a Hub id or a .gguf file")
+        raise FolderError(
+            f"{name} is a file of another kind; give a model folder, a Hub id or a .gguf file"
+        )
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
         raise FolderError(
             f"there is no folder or file {name}; give a model folder, a Hub id such as "
@@ -137,7 +139,7 @@ def _download(name: str) -> Path:
             f"network, or start from {DEFAULT_TEACHER}, which needs none"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise FolderError(f"{neither} holds no config.json, so it is not a model") from error
+        raise FolderError(f"{neither} has no config.json, so that it is not a model") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise FolderError(f"{neither} cannot be fetched: {_first_line(error)}") from error
 

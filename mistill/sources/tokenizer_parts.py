@@ -139,8 +139,8 @@ def word_cutter(kind: str, name: str) -> PreTokenizer:
         )
     known = ", ".join(sorted((*_GPT2, *_DIGITS_THEN_GPT2, *_EXPRESSIONS, *_WHOLE_WORDS_FIRST)))
     raise VocabularyError(
-        f"{name} cuts text into words in a way called {kind!r}, which mistill does not know; "
-        f"known are {known}"
+        f"{name} splits text into words by the rule {kind!r}, which mistill does not know; "
+        f"it knows {known}"
     )
 
 

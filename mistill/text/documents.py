@@ -263,7 +263,10 @@ def _prompt_and_answer(messages: Sequence[Message], vocabulary: Vocabulary) -> t
     if turn.startswith(prompt):
         begin = len(prompt)
     elif place < 0:
-        raise TextError("the chat template does not write the assistant's turn as it is")
+        raise TextError(
+            "the chat template changes the text of the assistant's turn, so that it cannot be "
+            "marked"
+        )
     else:
         begin = _seam(prompt, turn, place)
     spoken = max(place, begin) + len(content) if place >= 0 else begin
@@ -278,7 +281,9 @@ def _seam(prompt: str, turn: str, place: int) -> int:
     for begin in range(place, max(place - _SEAM, 0), -1):
         if turn[:begin].endswith(prompt[-_SEAM:]):
             return begin
-    raise TextError("the chat template writes the prompt of an answer in two different ways")
+    raise TextError(
+        "the chat template renders the same prompt in two ways, so that the reply cannot be marked"
+    )
 
 
 def _end_of_turn(turn: str, spoken: int, vocabulary: Vocabulary) -> int:

@@ -94,7 +94,7 @@ def find_file(source: str) -> Path | None:
     """The file that a source names, or None for a dataset on the Hub."""
     if source.startswith("@"):
         if source not in SHIPPED:
-            raise TextError(f"there is no shipped text {source}; there are {', '.join(SHIPPED)}")
+            raise TextError(f"mistill ships no text {source}; it ships {', '.join(SHIPPED)}")
         return _DATA / SHIPPED[source]
     path = Path(source).expanduser()
     known = f"{', '.join(_FILES[:-1])} and {_FILES[-1]}"

@@ -90,7 +90,7 @@ def test_a_damaged_conversation_is_refused_and_changes_nothing(
 def test_only_what_runs_in_onnx_runtime_is_kept_and_guessed(model: Path, tmp_path: Path) -> None:
     opened = open_model(model, threads=1)
     bot = ChatBot(model, model=opened)
-    with pytest.raises(SettingsError, match="only conversations with ONNX folders"):
+    with pytest.raises(SettingsError, match="only a conversation with an ONNX folder"):
         bot.save(tmp_path / "kept")
     with pytest.raises(SettingsError, match="only ONNX folders guess ahead"):
         ChatBot(model, model=opened, draft="lookup")

@@ -228,14 +228,14 @@ def test_guesses_and_forms_go_together(chatbot: Path) -> None:
     ("make", "message"),
     [
         (lambda: json_schema("{"), "the JSON schema is not JSON"),
-        (lambda: json_schema("[1]"), "a JSON schema is an object"),
-        (lambda: json_schema({"type": "nope"}), "not a JSON schema .* Invalid type: nope"),
+        (lambda: json_schema("[1]"), "a JSON schema must be a JSON object"),
+        (lambda: json_schema({"type": "nope"}), "JSON schema cannot be used .* Invalid type: nope"),
         (
             lambda: json_schema({"type": "string", "minLength": 5, "maxLength": 2}),
             "minLength \\(5\\) is greater",
         ),
-        (lambda: regex("(a"), "not a regular expression .* unclosed group"),
-        (lambda: lark("start: foo"), 'not a grammar .* unknown name: "foo"'),
+        (lambda: regex("(a"), "regular expression cannot be used .* unclosed group"),
+        (lambda: lark("start: foo"), 'grammar cannot be used .* unknown name: "foo"'),
     ],
 )
 def test_a_form_that_cannot_be_followed_is_refused_in_one_line(

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from benchmarks.changes.differences import ReportDiff as ReportDiff
     from benchmarks.changes.differences import diff as diff
     from benchmarks.figures.comparison import Comparison as Comparison
-    from benchmarks.figures.comparison import open_report as open_report
     from benchmarks.figures.model_result import ModelResult as ModelResult
     from benchmarks.measure.measuring import compare as compare
     from benchmarks.report.budget import Miss as Miss
     from benchmarks.report.budget import misses as misses
+    from benchmarks.report.report import open_report as open_report
     from benchmarks.report.shipping import best_to_ship as best_to_ship
     from benchmarks.settings import BenchSettings as BenchSettings
     from benchmarks.settings import Budget as Budget
@@ -45,7 +45,7 @@ _HOMES = {
     "diff": "benchmarks.changes.differences",
     "evaluate": "benchmarks.tasks.evaluation",
     "misses": "benchmarks.report.budget",
-    "open_report": "benchmarks.figures.comparison",
+    "open_report": "benchmarks.report.report",
 }
 
 __all__ = [

@@ -86,32 +86,35 @@ def generate_conversations(
     target = _refuse(target, overwrite)
     held_out = None if settings.held_out is None else _refuse(settings.held_out, overwrite)
     require(held_out != target, f"held_out and the target are the same file, {target}")
-    asked = read_prompts(prompts)
+    prompt_messages = read_prompts(prompts)
     if settings.system is not None:
         system = {"role": "system", "content": settings.system}
-        asked = [[system, *(m for m in messages if m["role"] != "system")] for messages in asked]
+        prompt_messages = [
+            [system, *(message for message in messages if message["role"] != "system")]
+            for messages in prompt_messages
+        ]
     folder = resolve_model(teacher)
     info = open_folder(folder)
     vocabulary = load_vocabulary(folder)
-    ids = [_prompt_ids(messages, vocabulary) for messages in asked]
+    ids = [_prompt_ids(messages, vocabulary) for messages in prompt_messages]
     _check_room(ids, settings.max_new_tokens, info.context_length)
 
     key = {
         "step": "generate",
         "settings": settings_dict(settings) | {"held_out": None, "held_out_share": None},
         "teacher": fingerprint(folder),
-        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps(prompt_messages).encode()).hexdigest(),
     }
     with working(target, key) as work:
         replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
         texts = [(vocabulary.decode(reply.ids).strip(), reply.finished) for reply in replies]
-        kept = [
-            [*messages, {"role": "assistant", "content": said}]
-            for messages, (said, finished) in zip(asked, texts, strict=True)
-            if said and (finished or settings.keep_unfinished)
+        conversations = [
+            [*messages, {"role": "assistant", "content": reply}]
+            for messages, (reply, finished) in zip(prompt_messages, texts, strict=True)
+            if reply and (finished or settings.keep_unfinished)
         ]
-        _report(texts, len(kept), settings)
-        _publish(kept, target, held_out, settings.held_out_share)
+        _report(texts, len(conversations), settings)
+        _publish(conversations, target, held_out, settings.held_out_share)
         shutil.rmtree(work)
     return target
 
@@ -138,20 +141,22 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: 
         )
 
 
-def _report(texts: Sequence[tuple[str, bool]], kept: int, settings: GenerateSettings) -> None:
+def _report(
+    texts: Sequence[tuple[str, bool]], conversations: int, settings: GenerateSettings
+) -> None:
     unfinished = sum(not finished for _, finished in texts)
-    empty = sum(not said for said, _ in texts)
+    empty = sum(not reply for reply, _ in texts)
     fate = "kept" if settings.keep_unfinished else "dropped"
     _log.info(
         "%d prompts, %d conversations kept; %d replies cut off after %d tokens (%s), %d empty",
         len(texts),
-        kept,
+        conversations,
         unfinished,
         settings.max_new_tokens,
         fate,
         empty,
     )
-    if not kept:
+    if not conversations:
         raise TextError(
             f"the teacher ended none of its {len(texts)} replies within "
             f"{settings.max_new_tokens} tokens; raise max_new_tokens, or keep_unfinished"
@@ -188,8 +193,8 @@ def prompt_share(conversation: Sequence[Message]) -> float:
     Returns:
         The first 32 bits of the SHA-256 of the user's first turn, divided by 2 to the 32.
     """
-    asked = next(message["content"] for message in conversation if message["role"] == "user")
-    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:4], "big") / 2**32
+    first_turn = next(message["content"] for message in conversation if message["role"] == "user")
+    return int.from_bytes(hashlib.sha256(first_turn.encode()).digest()[:4], "big") / 2**32
 
 
 # --- resuming -----------------------------------------------------------------------------------
@@ -223,10 +228,10 @@ def _recorded(record: Path, prompts: int, batch_size: int) -> list[Reply]:
         return []
     lines = record.read_bytes().split(b"\n")[:-1]  # the last line has an end only if it is whole
     whole = len(lines) if len(lines) == prompts else len(lines) // batch_size * batch_size
-    kept = lines[:whole]
+    whole_lines = lines[:whole]
     with record.open("r+b") as opened:
-        opened.truncate(sum(len(line) + 1 for line in kept))
-    return [Reply(**json.loads(line)) for line in kept]
+        opened.truncate(sum(len(line) + 1 for line in whole_lines))
+    return [Reply(**json.loads(line)) for line in whole_lines]
 
 
 def _record(record: Path, replies: Sequence[Reply]) -> None:

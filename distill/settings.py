@@ -7,67 +7,74 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mistill.settings import require
+from mistill.training.processes import OptimizerName, Precision
 
 # Those of distill.loss.divergences, which imports PyTorch.
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
-Optimizer = Literal["adamw", "adamw_8bit"]
-Precision = Literal["auto", "float32", "bfloat16"]
 TeacherPrecision = Literal["auto", "float32", "bfloat16", "nf4"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How a student is taught.
+    """How a student is trained on its teacher's predictions.
 
     Attributes:
-        tokens: Text tokens to train on, padding not counted; texts that hold fewer are repeated
-            in another order.
-        block_length: Tokens of a block, T; longer documents are split, shorter ones share one.
+        tokens: Text tokens to train on, without padding. A text with fewer tokens is repeated, in
+            another order each time.
+        block_length: Tokens of one block (T). Longer documents are split; shorter ones share a
+            block, and attention does not cross from one to the next.
         batch_size: Blocks of one optimizer step, over all processes.
-        micro_batch_size: Blocks that one process computes at once; it divides batch_size and
+        micro_batch_size: Blocks that one process computes at once; must divide batch_size. It
             changes memory and speed, not the result.
-        learning_rate: The highest, reached after the warm-up; it then falls to 0 along a cosine.
+        learning_rate: Highest learning rate, reached at the end of the warm-up; it then falls
+            towards 0 along half a cosine.
         warmup: Share of the steps in which the learning rate rises, 0 to 1.
-        weight_decay: Of AdamW, on matrices; norms, biases, embedding and head have none.
-        max_gradient_norm: Longer gradients are scaled down to this length.
-        optimizer: adamw, or adamw_8bit, whose two moments take a byte each (bitsandbytes).
-        gradient_checkpointing: Compute each layer twice rather than remember what it computed.
-        lora_rank: Rank of the adapters to train in place of the weights, which they are added to
-            in the end; 0 to train the weights themselves.
-        divergence: What is lowered between teacher and student: forward_kl, reverse_kl, jsd,
-            skew_kl, skew_reverse_kl or tvd; cached targets know forward_kl alone.
-        mixture: Of jsd and the skewed two: the share of the first distribution in the mixture,
-            above 0 and below 1.
-        temperature: Softens both distributions of the divergence; its square scales the loss.
-        cross_entropy: Share of the loss that comes from the text itself, 0 to 1; at 1 the teacher
-            is asked only to judge.
-        on_policy: Share of the steps whose text the student writes itself, from the prompts of the
-            texts, for the teacher to score, 0 to 1; only the divergence counts in them.
-        on_policy_temperature: At which the student draws its tokens.
-        on_policy_prompt: Tokens of a text without a prompt of its own that the student is given to
-            go on from.
-        held_out_share: Share of the documents that is kept from training to judge the student,
-            where no held-out texts are given.
-        held_out_tokens: The most tokens to judge it on; taken evenly from all held-out blocks.
-        evaluate_every: Optimizer steps between two judgements; 0 for only before and after. The
-            best student of all judgements is kept.
-        checkpoint_every: Optimizer steps between two checkpoints; 0 for none, so that an
-            interrupted run begins again.
-        loss_memory_mib: Room for logits, which are made a few rows at a time.
-        precision: float32, bfloat16 (weights and sums stay float32), or auto: bfloat16 on a GPU.
-        teacher_precision: Of the teacher's weights: float32, bfloat16, nf4 (4 bits, made on
-            loading; what that costs is measured and recorded), or auto: as precision says.
-        teacher_device_map: How to spread a teacher that one GPU cannot hold over all GPUs and the
-            CPU's memory: auto, balanced, balanced_low_0 or sequential, as accelerate has them.
-        divide_teacher: Hold one teacher on each machine, divided among its processes (FSDP), rather
-            than one in each process.
-        twin: Train the same student from the text alone as well, by plain cross-entropy, once for
-            as many tokens and once for as much time, and put both on the fidelity card beside it:
-            what the student is better at is the teacher's doing. Takes about twice as long again.
-        trackers: Also send the metrics to these: tensorboard, trackio, wandb.
-        seed: Decides the order of the texts and which are held out.
+        weight_decay: Weight decay of AdamW, on matrices alone; norms, biases, embedding and head
+            have none.
+        max_gradient_norm: Gradients longer than this are scaled down to this length.
+        optimizer: adamw, or adamw_8bit from bitsandbytes, which stores both moments in one byte
+            per weight.
+        gradient_checkpointing: Recompute the activations of each layer in the backward pass, to
+            save memory.
+        lora_rank: Train LoRA adapters of this rank and merge them at the end; 0 trains all
+            weights.
+        divergence: Divergence between teacher and student to minimise: forward_kl, reverse_kl,
+            jsd, skew_kl, skew_reverse_kl or tvd. Cached targets allow forward_kl alone.
+        mixture: Mixture weight of jsd, skew_kl and skew_reverse_kl, above 0 and below 1.
+        temperature: Softmax temperature of both distributions; the loss is multiplied by its
+            square.
+        cross_entropy: Weight of the cross-entropy with the text in the loss, 0 to 1. At 1 the
+            teacher is used for evaluation alone.
+        on_policy: Share of the steps that train on text which the student writes itself from the
+            prompts of the texts, 0 to 1 (on-policy distillation). Cross-entropy does not count in
+            them.
+        on_policy_temperature: Sampling temperature of the text that the student writes.
+        on_policy_prompt: Tokens that the student continues from, in texts without a prompt of
+            their own.
+        held_out_share: Share of the documents held out for evaluation, where no held-out text is
+            named.
+        held_out_tokens: Most tokens of held-out text to evaluate on, taken evenly from all of it.
+        evaluate_every: Optimizer steps between two evaluations; 0 evaluates before and after
+            training alone. The best student of all evaluations is kept.
+        checkpoint_every: Optimizer steps between two checkpoints; with 0 an interrupted run starts
+            again from the beginning.
+        loss_memory_mib: Memory for logits, in MiB; they are computed a few rows at a time.
+        precision: float32, bfloat16 (weights and sums stay in float32), or auto: bfloat16 on a
+            GPU, float32 on a CPU.
+        teacher_precision: Precision of the teacher: float32, bfloat16, nf4 (quantized while it is
+            loaded; the KL that this costs is measured and recorded), or auto: the same as
+            precision.
+        teacher_device_map: How to spread a teacher over several GPUs and the CPU's memory, as in
+            accelerate: auto, balanced, balanced_low_0 or sequential.
+        divide_teacher: Shard one teacher over the processes of a machine (FSDP), instead of one
+            copy per process.
+        twin: Also train the same student on the text alone, by cross-entropy: once for as many
+            tokens, and once for as much time. The fidelity card shows both beside the student, so
+            that the gain from the teacher can be read off. Takes about three times as long.
+        trackers: Also log metrics to these: tensorboard, trackio, wandb.
+        seed: Seed of the order of the texts and of the held-out share.
     """
 
     tokens: int = 1_000_000
@@ -78,7 +85,7 @@ class TrainSettings:
     warmup: float = 0.1
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = "adamw"
     gradient_checkpointing: bool = False
     lora_rank: int = 0
     divergence: DivergenceName = "forward_kl"
@@ -179,7 +186,7 @@ class TrainSettings:
 
 _CHOICES = {
     "divergence": DivergenceName,
-    "optimizer": Optimizer,
+    "optimizer": OptimizerName,
     "precision": Precision,
     "teacher_precision": TeacherPrecision,
 }
@@ -212,34 +219,33 @@ _TARGETS = ("layers", "parameters", "megabytes_at_4_bits")
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSettings:
-    """What a student keeps of its teacher, or the sizes of a fresh one.
+    """How a student is pruned from its teacher, or the sizes of one with random weights.
 
     Attributes:
-        layers: How many of the teacher's layers to keep. A fresh student may have any number, and
-            has the teacher's if none is given.
-        parameters: Keep as many layers as fit into this many parameters, instead of saying how
-            many.
-        megabytes_at_4_bits: Keep as many layers as fit into this many megabytes (10**6 bytes) of
-            weights in a 4-bit chatbot, whose embedding and head have 8 bits.
-        choose: Which layers to keep. "influence": those that turn the hidden state most on text.
-            "angular": all but the block of neighbours that together turn it least. "greedy_kl":
-            drop one at a time, whichever costs least KL to the teacher; the text is read about
-            layers x dropped / 2 times. "even": evenly spaced, the first and the last among them.
-            "named": those in keep.
-        keep: With choose "named": the layers to keep, counted from 0, in ascending order.
-        fresh: Start from random weights, with sizes of its own and the teacher's vocabulary. For
-            a random twin of a pruned student, give that student as the teacher.
-        hidden_size: Width of the hidden state, the teacher's if not given: the channels that are
-            used most on text are kept. Of a fresh student: any.
-        intermediate_size: Neurons in the feed-forward part of a layer, likewise.
-        attention_heads: Of a fresh student: attention heads; the teacher's if not given. Of
-            another they follow key_value_heads.
-        key_value_heads: Key and value heads, likewise; the query heads that share one are kept or
-            go with it.
-        seed: Of a fresh student: where the random weights start.
-        calibration_tokens: Tokens of text to measure on, at most; if not given 8,192, or 1,024
-            for greedy_kl.
-        block_length: Tokens that the teacher reads at once when it is measured.
+        layers: Number of layers to keep. A fresh student may have any number.
+        parameters: Keep as many layers as fit into this number of parameters.
+        megabytes_at_4_bits: Keep as many layers as fit into this many megabytes (10**6 bytes), with
+            4-bit layers and an 8-bit embedding and head.
+        choose: How the layers to drop are chosen. "influence": those that change the hidden state
+            least on text (block influence). "angular": the run of neighbouring layers that together
+            changes it least. "greedy_kl": one at a time, whichever raises the KL to the teacher
+            least; reads the text about layers x dropped / 2 times. "even": evenly spaced, keeping
+            the first and the last. "named": the layers in keep stay.
+        keep: Numbers of the layers to keep, from 0, in ascending order; for choose "named".
+        fresh: Start from random weights with the teacher's vocabulary instead of pruning. To make a
+            random counterpart of a pruned student, give that student as the teacher.
+        hidden_size: Width of the hidden state; the channels that are most active on text are kept.
+            A fresh student may have any width. The teacher's if not given.
+        intermediate_size: Neurons of each feed-forward layer; the most active ones are kept. The
+            teacher's if not given.
+        attention_heads: Attention heads of a fresh student. A pruned student keeps those that
+            belong to its key_value_heads.
+        key_value_heads: Key and value heads; the query heads that share one are kept or dropped
+            with it. The teacher's if not given.
+        seed: Seed of the random weights of a fresh student.
+        calibration_tokens: Most tokens of text to measure the teacher on; if not given 8,192, or
+            1,024 for greedy_kl.
+        block_length: Tokens of one block of that text.
     """
 
     layers: int | None = None
@@ -289,10 +295,10 @@ class StudentSettings:
         self._check_fresh()
 
     def _check_size(self) -> None:
-        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        depth_options = [name for name in _TARGETS if getattr(self, name) is not None]
         require(
-            len(given) <= 1,
-            f"{' and '.join(given)} each say how many layers there are; give one of them",
+            len(depth_options) <= 1,
+            f"{' and '.join(depth_options)} each say how many layers there are; give one of them",
         )
 
     def _check_names(self) -> None:
@@ -348,26 +354,28 @@ _MOST_DRAWS = 255
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSettings:
-    """How what a teacher says is kept on disk.
+    """How teacher logits are sampled and stored.
 
     Attributes:
-        method: systematic draws tokens at evenly spaced heights of the distribution, multinomial
-            each by itself, which varies more for the same bytes; top_k keeps the most probable
-            tokens and puts all others into one bucket, which is cheaper to make and biased.
-        draws: Tokens drawn at each position, 1 to 255; most are drawn several times.
-        top_k: Tokens kept at each position where the method is top_k.
-        temperature: Softens the teacher's distribution; training must use the same.
+        method: How tokens are stored. "systematic": tokens sampled at evenly spaced heights of the
+            cumulative distribution. "multinomial": sampled independently, with more variance for
+            the same bytes. "top_k": the most probable tokens and the rest as one bucket; cheaper
+            to make, and biased.
+        draws: Samples per position, 1 to 255; probable tokens are sampled several times.
+        top_k: Tokens stored per position by method top_k.
+        temperature: Softmax temperature of the teacher; training must use the same.
         codec: plain, or coded: about a quarter smaller and slower to read.
-        block_length: Where longer documents are cut, T; training must use the same, unless all
-            documents are shorter.
-        shard_tokens: Text tokens of one file; a kill loses the work on one file at most.
-        batch_size: Blocks that the teacher reads at once.
-        memory_mib: Room for logits, which are made a few rows at a time.
-        precision: Of the teacher: float32, bfloat16, or auto: bfloat16 on a GPU.
-        seed: Decides what is drawn.
-        rank: Which of ``ranks`` processes or machines this is, from 0; for those that no common
+        block_length: Length at which longer documents are split (T); training must use the same,
+            unless all documents are shorter.
+        shard_tokens: Text tokens of one file; an interruption loses the work on one file at most.
+        batch_size: Blocks that the teacher computes at once.
+        memory_mib: Memory for logits, in MiB; they are computed a few rows at a time.
+        precision: Precision of the teacher: float32, bfloat16, or auto: bfloat16 on a GPU.
+        seed: Seed of the samples.
+        rank: Number of this process or machine among ranks, from 0; for processes that no common
             launcher has started.
-        ranks: How many share the work; each writes its own files into the same target.
+        ranks: Processes or machines that share the work; each writes files of its own into the
+            same target.
     """
 
     method: Literal["systematic", "multinomial", "top_k"] = "systematic"
@@ -435,19 +443,18 @@ class GenerateSettings:
     """How a teacher writes conversations.
 
     Attributes:
-        max_new_tokens: Most tokens of a reply; what has not ended by then is unfinished.
-        temperature: Divides the logits; 0 always takes the most probable token.
-        top_p: Keep the most probable tokens until their probabilities reach this sum; 1 keeps all.
-        system: A system prompt that begins every conversation; without one, the teacher's chat
-            template decides.
-        keep_unfinished: Keep replies that were cut off; a student that learns from them learns
-            not to stop.
-        held_out: A second .jsonl file for a share of the prompts, for measuring what was not
-            trained on.
-        held_out_share: Share of the prompts whose conversations go there, by a hash of the
-            prompt, so that equal prompts never part.
+        max_new_tokens: Most tokens of a reply; a reply that has not ended by then is unfinished.
+        temperature: Sampling temperature; 0 takes the most probable token.
+        top_p: Nucleus sampling: keep the most probable tokens whose probabilities add up to this;
+            1 keeps all.
+        system: System prompt of every conversation; the chat template's own if not given.
+        keep_unfinished: Keep replies that were cut off. A student trained on them learns not to
+            stop.
+        held_out: A second .jsonl file, for the conversations held out from training.
+        held_out_share: Share of the prompts that are held out, chosen by a hash of the prompt, so
+            that equal prompts stay together.
         batch_size: Prompts that the teacher answers at once.
-        seed: Makes the replies repeatable; each prompt draws by itself.
+        seed: Seed of the sampling; each prompt has a generator of its own.
     """
 
     max_new_tokens: int = 256

@@ -38,7 +38,7 @@ from mistill.folders.folder import (
 )
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import require, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
@@ -131,7 +131,7 @@ def to_onnx(
                 in_place=not chosen.portable,
             )
             _write_json(folder / GENAI_FILE, genai)
-        add_lineage(folder, step="export", settings=settings_dict(chosen), source=info.path)
+        add_lineage(folder, step="export", settings=chosen, source=info.path)
         manifest = {
             "format": 1,
             "parameters": info.parameters,

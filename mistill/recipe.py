@@ -25,10 +25,11 @@ can, and a killed one leaves either its whole output or none.
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -38,47 +39,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from mistill.errors import MistillError, RecipeError, TargetExistsError
-from mistill.folders.folder import MANIFEST_FILE
 from mistill.folders.lineage import fingerprint
 from mistill.folders.publishing import remove_leftovers, write_atomically
 from mistill.settings import settings_dict
+from mistill.step_kind import StepKind
+
+# Packages whose module recipe_steps says what steps they make.
+_HOMES = ("mistill.sources", "distill", "quantize", "export", "benchmarks")
 
 # A step that the first process makes alone may take hours.
 _PATIENCE = timedelta(days=7)
 
 STATE_FILE = ".recipe-state.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepKind:
-    """What a table of a recipe can be.
-
-    Attributes:
-        name: The word for it, as in the command line.
-        settings: Its settings class, or None for a step without settings.
-        models: Keys that name a model: an earlier table, or what the command line takes.
-        texts: Keys that name text.
-        optional: Keys of ``models`` and ``texts`` that may be left out.
-        one_of: Keys of ``optional`` of which exactly one is given.
-        needs: Keys of ``optional`` that stand only beside another one, and that other one.
-        output: ``folder``, or the suffix of the file that is written.
-        last_file: The file of the folder without which it is unfinished; None for a folder that
-            appears whole.
-        together: Whether processes that one launcher has started make it together.
-        run: Does the work: inputs by key, settings, the target, and whether to overwrite.
-    """
-
-    name: str
-    settings: type[Any] | None
-    models: tuple[str, ...]
-    texts: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    one_of: tuple[str, ...] = ()
-    needs: tuple[tuple[str, str], ...] = ()
-    output: str = "folder"
-    last_file: str | None = None
-    together: bool = False
-    run: Callable[[Mapping[str, Any], Any, Path, bool], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,150 +115,10 @@ def step_kinds() -> dict[str, StepKind]:
     """All kinds of step, by name.
 
     Returns:
-        Kinds in the order of the road.
+        Kinds in the order in which a recipe usually has them.
     """
-    import benchmarks
-    import distill
-    import export
-    import quantize
-    from mistill.sources.source import save_model
-
-    def make_teacher(inputs: Mapping[str, Any], _: Any, target: Path, overwrite: bool) -> object:
-        return save_model(inputs["source"], target, overwrite=overwrite)
-
-    def make_texts(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        return distill.generate_conversations(
-            inputs["teacher"], inputs["prompts"], target, settings=s, overwrite=overwrite
-        )
-
-    def make_student(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        return distill.new_student(
-            inputs["teacher"], target, texts=inputs.get("texts"), settings=s, overwrite=overwrite
-        )
-
-    def train(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        return distill.train(
-            inputs["student"],
-            target,
-            teacher=inputs.get("teacher"),
-            targets=inputs.get("targets"),
-            texts=inputs["texts"],
-            held_out=inputs.get("held_out"),
-            settings=s,
-            overwrite=overwrite,
-        )
-
-    def bench(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        report = benchmarks.compare(
-            inputs["models"],
-            texts=inputs["texts"],
-            reference=inputs.get("reference"),
-            settings=s,
-        )
-        return report.save(target, overwrite=overwrite)
-
-    source = ("source",)
-    calibration = ("texts",)
-    quantizers: tuple[tuple[str, type[Any], tuple[str, ...], Callable[..., object]], ...] = (
-        ("gptq", quantize.GptqSettings, calibration, quantize.to_gptq),
-        ("rounding", quantize.RoundingSettings, (), quantize.to_rounding),
-        ("mixed", quantize.MixedSettings, calibration, quantize.to_mixed),
-        ("nf4", quantize.Nf4Settings, (), quantize.to_nf4),
-    )
-    kinds = (
-        StepKind(name="teacher", settings=None, models=source, run=make_teacher),
-        StepKind(
-            name="generate",
-            settings=distill.GenerateSettings,
-            models=("teacher",),
-            texts=("prompts",),
-            output=".jsonl",
-            run=make_texts,
-        ),
-        StepKind(
-            name="student",
-            settings=distill.StudentSettings,
-            models=("teacher",),
-            texts=("texts",),
-            optional=("texts",),
-            run=make_student,
-        ),
-        StepKind(
-            name="targets",
-            settings=distill.TargetSettings,
-            models=("teacher",),
-            texts=("texts",),
-            last_file=MANIFEST_FILE,
-            together=True,
-            run=_cache_targets,
-        ),
-        StepKind(
-            name="distill",
-            settings=distill.TrainSettings,
-            models=("student", "teacher", "targets"),
-            texts=("texts", "held_out"),
-            optional=("teacher", "targets", "held_out"),
-            one_of=("teacher", "targets"),
-            together=True,
-            run=train,
-        ),
-        *(
-            StepKind(
-                name=name,
-                settings=settings,
-                models=("source", "teacher"),
-                texts=(*texts, "held_out"),
-                optional=("teacher", "held_out"),
-                needs=(("teacher", "held_out"),),
-                run=_calling(make),
-            )
-            for name, settings, texts, make in quantizers
-        ),
-        StepKind(
-            name="rotate",
-            settings=quantize.RotationSettings,
-            models=source,
-            run=_calling(quantize.rotate),
-        ),
-        StepKind(
-            name="tune",
-            settings=quantize.TuningSettings,
-            models=("source", "teacher"),
-            texts=("texts", "held_out"),
-            optional=("held_out",),
-            run=_calling(quantize.tune),
-        ),
-        StepKind(
-            name="export", settings=export.OnnxSettings, models=source, run=_calling(export.to_onnx)
-        ),
-        StepKind(
-            name="bench",
-            settings=benchmarks.BenchSettings,
-            models=("models", "reference"),
-            texts=("texts",),
-            optional=("reference",),
-            run=bench,
-        ),
-    )
-    return {kind.name: kind for kind in kinds}
-
-
-def _cache_targets(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-    import distill
-
-    return distill.cache_targets(
-        inputs["teacher"], target, texts=inputs["texts"], settings=s, overwrite=overwrite
-    )
-
-
-def _calling(make: Callable[..., object]) -> Callable[[Mapping[str, Any], Any, Path, bool], object]:
-    """Run a step whose inputs are arguments of the same names, and whose source comes first."""
-
-    def run(inputs: Mapping[str, Any], s: Any, target: Path, overwrite: bool) -> object:
-        others = {name: value for name, value in inputs.items() if name != "source"}
-        return make(inputs["source"], target, **others, settings=s, overwrite=overwrite)
-
-    return run
+    modules = [importlib.import_module(f"{home}.recipe_steps") for home in _HOMES]
+    return {kind.name: kind for module in modules for kind in module.KINDS}
 
 
 def read_recipe(file: str | Path, out: str | Path | None = None) -> Recipe:
@@ -346,7 +178,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched and os.environ.get("RANK", "0") != "0":
-        return _help(recipe)
+        return _join_shared_steps(recipe)
     state = _State.read(recipe.out)
     targets = {step.name: step.target for step in recipe.steps}
     width = max(len(name) for name in targets)
@@ -356,17 +188,17 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path
         ours = step.name in state.steps
         overwrite = ours and step.target.exists()
         if reason is None:
-            _tell(console, f"[dim]{step.name:<{width}}  done before[/dim]")
+            _print(console, f"[dim]{step.name:<{width}}  done before[/dim]")
         else:
             why = f" [dim]({escape(reason)})[/dim]" if reason else ""
-            _tell(console, f"[bold]{step.name:<{width}}[/bold]  {step.kind.name}{why}")
+            _print(console, f"[bold]{step.name:<{width}}[/bold]  {step.kind.name}{why}")
             if step.target.exists() and not ours:
                 raise TargetExistsError(
                     f"{step.target} exists and was not made by this recipe; move it away or give "
                     "another out"
                 )
         if launched and step.kind.together:
-            _agree((reason is not None, overwrite))
+            _share_decision((reason is not None, overwrite))
         if reason is None:
             continue
         started = dict(state.steps.get(step.name, {}), started=key)
@@ -379,22 +211,22 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path
 # --- many processes -----------------------------------------------------------------------------
 
 
-def _help(recipe: Recipe) -> dict[str, Path]:
-    """What all processes but the first do: join the steps that are made together.
+def _join_shared_steps(recipe: Recipe) -> dict[str, Path]:
+    """What every process but the first does: take part in the steps that are made together.
 
-    The first one decides what is to be done, and makes all other steps by itself.
+    The first process decides which steps are to be made, and makes all others by itself.
     """
     targets = {step.name: step.target for step in recipe.steps}
     for step in recipe.steps:
         if step.kind.together:
-            wanted, overwrite = _agree(None)
+            wanted, overwrite = _share_decision(None)
             if wanted:
                 step.kind.run(_inputs(step, targets), step.settings, step.target, overwrite)
     return targets
 
 
-def _agree(decision: tuple[bool, bool] | None) -> tuple[bool, bool]:
-    """Hear the first process's decision, however long it works on something else before."""
+def _share_decision(decision: tuple[bool, bool] | None) -> tuple[bool, bool]:
+    """The first process's decision, in all processes; they wait for it for up to a week."""
     from accelerate.utils import broadcast_object_list
 
     from mistill.training.processes import this_process
@@ -421,10 +253,10 @@ def _read_step(
     out: Path,
     beside: Path,
 ) -> Step:
-    word = table.get("step", name)
-    if word not in kinds:
-        raise RecipeError(f"step {word!r} is not known; known are {', '.join(kinds)}")
-    kind = kinds[word]
+    kind_name = table.get("step", name)
+    if kind_name not in kinds:
+        raise RecipeError(f"step {kind_name!r} is not known; known are {', '.join(kinds)}")
+    kind = kinds[kind_name]
     own = [item.name for item in fields(kind.settings)] if kind.settings else []
     for key in table:
         if key not in (*own, *kind.models, *kind.texts, "step"):
@@ -434,10 +266,10 @@ def _read_step(
     for key in (*kind.models, *kind.texts):
         if key not in table and key not in kind.optional:
             raise RecipeError(f"{key} is missing")
-    given = [key for key in kind.one_of if key in table]
-    if kind.one_of and len(given) != 1:
-        found = "neither is" if not given else "both are"
-        raise RecipeError(f"give either {' or '.join(kind.one_of)}; {found} given")
+    present = [key for key in kind.one_of if key in table]
+    if kind.one_of and len(present) != 1:
+        count = "neither is" if not present else "both are"
+        raise RecipeError(f"give either {' or '.join(kind.one_of)}; {count} given")
     for key, other in kind.needs:
         if key in table and other not in table:
             raise RecipeError(f"{key} needs {other} beside it; give both or neither")
@@ -515,7 +347,7 @@ def _reason_to_run(step: Step, key: Mapping[str, Any], state: _State) -> str | N
         return "" if "key" not in entry else "its output is gone"
     if step.kind.last_file is not None and not (step.target / step.kind.last_file).exists():
         return "it was interrupted"
-    if entry.get("started") == key and _made_it(step, entry):
+    if entry.get("started") == key and _had_finished(step, entry):
         # Killed between the renaming of the output and the note that it was finished.
         state.record(step.name, key=dict(key), output=fingerprint(step.target))
         return None
@@ -530,7 +362,7 @@ def _reason_to_run(step: Step, key: Mapping[str, Any], state: _State) -> str | N
     return None
 
 
-def _made_it(step: Step, entry: Mapping[str, Any]) -> bool:
+def _had_finished(step: Step, entry: Mapping[str, Any]) -> bool:
     """Whether a run that was killed had finished its output, which appears whole or not at all.
 
     Before the first run nothing stood there; before a later one, the output on record did.
@@ -555,6 +387,6 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _tell(console: Console | None, words: str) -> None:
+def _print(console: Console | None, words: str) -> None:
     if console is not None:
         console.print(words)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,35 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise SettingsError(message)
+
+
+def require_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float | None = None,
+    *,
+    exclusive: bool = False,
+) -> None:
+    """Refuse a number outside a range.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: The number.
+        low: Smallest number that is allowed.
+        high: Largest number that is allowed; None for no limit.
+        exclusive: Whether ``low`` and ``high`` themselves are refused too.
+
+    Raises:
+        SettingsError: If the number is outside.
+    """
+    if exclusive:
+        inside = low < value and (high is None or value < high)
+        words = f"above {low}" if high is None else f"above {low} and below {high}"
+    else:
+        inside = low <= value and (high is None or value <= high)
+        words = f"at least {low}" if high is None else f"from {low} to {high}"
+    require(inside, f"{name} must be {words}, not {value}")
 
 
 def settings_from(
@@ -73,6 +102,26 @@ def settings_dict(settings: Any) -> dict[str, Any]:
         Field names and plain values, in the order of the class.
     """
     return {name: _plain(value) for name, value in asdict(settings).items()}
+
+
+def changed_settings(settings: Any) -> list[str]:
+    """Which fields differ from their defaults.
+
+    Args:
+        settings: An object of a settings dataclass.
+
+    Returns:
+        Names of fields, in the order of the class; a field without a default is always among them.
+    """
+    default = {
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in fields(settings)
+    }
+    return [
+        name
+        for name, value in default.items()
+        if value is MISSING or getattr(settings, name) != value
+    ]
 
 
 def _plain(value: Any) -> Any:

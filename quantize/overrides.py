@@ -10,17 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
 
 from mistill.errors import SettingsError
 from mistill.settings import require
 from mistill.weights.gptq_layout import SUPPORTED_BITS, ModuleFormat
-
-if TYPE_CHECKING:
-    from quantize.settings import GptqSettings, RoundingSettings
-
-SettingsT = TypeVar("SettingsT", "GptqSettings", "RoundingSettings")
 
 Override = tuple[str, ModuleFormat | None]
 
@@ -33,15 +26,15 @@ def require_grid(bits: int, group_size: int, where: str = "") -> None:
     Args:
         bits: Bits per code.
         group_size: Columns per group, -1 for the whole row.
-        where: What to put before the names in the message.
+        where: Text before the name of the value in the message.
 
     Raises:
         SettingsError: If one of the two is out of range.
     """
-    require(bits in SUPPORTED_BITS, f"{where}bits must be 2, 3, 4 or 8, got {bits}")
+    require(bits in SUPPORTED_BITS, f"{where}bits must be 2, 3, 4 or 8, not {bits}")
     require(
         group_size == -1 or group_size >= 1,
-        f"{where}group_size must be 1 or more, or -1 for the whole row, got {group_size}",
+        f"{where}group_size must be 1 or more, or -1 for the whole row, not {group_size}",
     )
 
 
@@ -50,7 +43,7 @@ def parse_override(text: str, default: ModuleFormat) -> Override:
 
     Args:
         text: ``REGEX: keep``, or ``REGEX:`` and any of ``bits=``, ``group_size=``, ``symmetric=``.
-        default: What holds where the text says nothing.
+        default: The format where the text names no other value.
 
     Returns:
         The regular expression and the format, None for modules left float.
@@ -58,10 +51,10 @@ def parse_override(text: str, default: ModuleFormat) -> Override:
     Raises:
         SettingsError: If the text is of another form, or a value is out of range.
     """
-    pattern, colon, said = text.rpartition(":")
-    pattern, said = pattern.strip(), said.strip()
+    pattern, colon, values_text = text.rpartition(":")
+    pattern, values_text = pattern.strip(), values_text.strip()
     require(
-        bool(colon and pattern and said),
+        bool(colon and pattern and values_text),
         f"an override reads 'REGEX: bits=8, group_size=32' or 'REGEX: keep', got {text!r}",
     )
     try:
@@ -70,15 +63,15 @@ def parse_override(text: str, default: ModuleFormat) -> Override:
         raise SettingsError(
             f"{pattern!r} in an override is not a regular expression: {error}"
         ) from error
-    if said == "keep":
+    if values_text == "keep":
         return pattern, None
     values: dict[str, int] = {}
-    for item in said.split(","):
+    for item in values_text.split(","):
         name, _, value = (part.strip() for part in item.partition("="))
         require(
             name in ("bits", "group_size", "symmetric"),
-            f"an override may set bits, group_size and symmetric, or say keep; got {item.strip()!r}"
-            f" in {text!r}",
+            f"an override may set bits, group_size and symmetric, or be keep; got {item.strip()!r} "
+            f"in {text!r}",
         )
         values[name] = _value(name, value, text)
     form = ModuleFormat(
@@ -90,66 +83,40 @@ def parse_override(text: str, default: ModuleFormat) -> Override:
     return pattern, form
 
 
-def module_formats(settings: GptqSettings | RoundingSettings) -> tuple[Override, ...]:
-    """The overrides of some settings, read.
+def parse_overrides(texts: Iterable[str], default: ModuleFormat) -> tuple[Override, ...]:
+    """Read several overrides.
 
     Args:
-        settings: How to quantize.
+        texts: Each as ``parse_override`` reads it.
+        default: The format where a text names no other value.
 
     Returns:
         Patterns and formats, in order.
     """
-    default = default_format(settings)
-    return tuple(parse_override(text, default) for text in settings.overrides)
+    return tuple(parse_override(text, default) for text in texts)
 
 
-def default_format(settings: GptqSettings | RoundingSettings) -> ModuleFormat:
-    """How the modules are stored that no override matches.
-
-    Args:
-        settings: How to quantize.
-
-    Returns:
-        The format.
-    """
-    return ModuleFormat(
-        bits=settings.bits, group_size=settings.group_size, symmetric=settings.symmetric
-    )
-
-
-def format_of(settings: GptqSettings | RoundingSettings, module: str) -> ModuleFormat | None:
-    """How a matrix of a layer is to be stored.
+def format_of(
+    module: str, overrides: Iterable[Override], default: ModuleFormat
+) -> ModuleFormat | None:
+    """The format that a matrix of a layer is stored in.
 
     Args:
-        settings: How to quantize.
         module: Its name, such as ``model.layers.0.mlp.down_proj``.
+        overrides: Patterns and formats.
+        default: The format where no pattern matches.
 
     Returns:
-        Its format; None if it is left float.
+        Its format; None if it stays float.
     """
-    for pattern, form in module_formats(settings):
+    for pattern, form in overrides:
         if re.match(pattern, module):
             return form
-    return default_format(settings)
-
-
-def with_format(settings: SettingsT, form: ModuleFormat) -> SettingsT:
-    """Settings for one module.
-
-    Args:
-        settings: Those of the model.
-        form: How the module is stored.
-
-    Returns:
-        The settings with its bits, groups and symmetry.
-    """
-    return replace(
-        settings, bits=form.bits, group_size=form.group_size, symmetric=form.symmetric, overrides=()
-    )
+    return default
 
 
 def require_matches(overrides: Sequence[Override], modules: Iterable[str]) -> None:
-    """Refuse an override that no module is meant by.
+    """Refuse an override that matches no module.
 
     Args:
         overrides: Patterns and formats.
@@ -163,11 +130,11 @@ def require_matches(overrides: Sequence[Override], modules: Iterable[str]) -> No
         if not any(re.match(pattern, name) for name in names):
             inside = next((name for name in names if re.search(pattern, name)), None)
             hint = (
-                f"it must match from the start of names such as {inside}: try '.*{pattern}'"
+                f"it must match from the start of a name such as {inside}; try '.*{pattern}'"
                 if inside
-                else f"names are such as {names[0]}"
+                else f"module names look like {names[0]}"
             )
-            raise SettingsError(f"the override of {pattern!r} matches no module; {hint}")
+            raise SettingsError(f"the override {pattern!r} matches no module; {hint}")
 
 
 def _value(name: str, value: str, text: str) -> int:
@@ -178,7 +145,7 @@ def _value(name: str, value: str, text: str) -> int:
             raise ValueError
         return int(value)
     except ValueError as error:
-        wanted = "true or false" if name == "symmetric" else "a whole number"
+        expected = "true or false" if name == "symmetric" else "a whole number"
         raise SettingsError(
-            f"{name} in an override must be {wanted}, got {value!r} in {text!r}"
+            f"{name} in an override must be {expected}, not {value!r} in {text!r}"
         ) from error

@@ -1,15 +1,15 @@
-"""What each way of quantizing can be told."""
+"""The settings of every way of quantizing; imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from mistill.errors import SettingsError
-from mistill.settings import require
+from mistill.settings import require, require_range
 from mistill.weights.gptq_layout import ModuleFormat, ScaleType
-from quantize.overrides import module_formats, parse_override, require_grid
+from quantize.overrides import Override, format_of, parse_override, parse_overrides, require_grid
 
 Order = Literal["static", "dynamic", "group", "none"]
 Method = Literal["gptq", "gptaq"]
@@ -21,23 +21,28 @@ FloatType = Literal["float32", "float16", "bfloat16"]
 TABLE_BITS = (4, 8)
 
 
+# --- shared by several ways -----------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
-class RoundingSettings:
-    """How weights are rounded to the nearest code, without looking at any text.
+class GridSettings:
+    """The codes and scales that weights are stored as.
 
     Attributes:
         bits: Bits per weight: 2, 3, 4 or 8.
-        group_size: Input columns that share one scale; must divide every layer's inputs. -1 gives
-            each row one scale.
-        symmetric: Centre the codes on zero; otherwise each group has its own zero, which fits
-            skewed weights better and costs as many bits as one more code per group.
+        group_size: Input columns that share one scale. It must divide the inputs of every layer;
+            -1 gives each row one scale.
+        symmetric: Store codes around a fixed zero point. Without it each group has its own zero
+            point, which fits skewed weights better and takes as many bits as one more weight.
         scale_type: The type that scales are stored in: float16, bfloat16 or float32.
-        overrides: Other grids for some modules, each "REGEX: bits=8, group_size=32" or
-            "REGEX: keep"; a regular expression matches from the start of a module's name, and
-            the first that does decides.
-        head_bits: Bits of the output head, 4 or 8; float if not given. Only mistill reads it then.
-        embedding_bits: Bits of the embedding, 4 or 8; float if not given. Only mistill reads it
-            then. Where the two are one table, either number stands for both.
+        overrides: Other bits or group sizes for some modules, each "REGEX: bits=8, group_size=32"
+            or "REGEX: keep". The regular expression is matched from the start of a module's name,
+            and the first one that matches decides.
+        head_bits: Bits of the output head, 4 or 8; the head stays float if not given. Only mistill
+            reads a quantized head.
+        embedding_bits: Bits of the embedding, 4 or 8; the embedding stays float if not given. Only
+            mistill reads a quantized embedding. Where head and embedding are one table, either
+            option sets its bits.
     """
 
     bits: int = 4
@@ -49,80 +54,141 @@ class RoundingSettings:
     embedding_bits: int | None = None
 
     def __post_init__(self) -> None:
-        _require_grids(self)
+        require_grid(self.bits, self.group_size)
+        _require_one_of("scale_type", self.scale_type, get_args(ScaleType))
+        for name in ("head_bits", "embedding_bits"):
+            bits = getattr(self, name)
+            require(bits is None or bits in TABLE_BITS, f"{name} must be 4 or 8, not {bits}")
+        if isinstance(self.overrides, str):
+            raise SettingsError(
+                f"overrides must be a list of texts, not one text; write ({self.overrides!r},)"
+            )
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        self.module_formats()
+
+    @property
+    def default_format(self) -> ModuleFormat:
+        """The format of modules that no override matches."""
+        return ModuleFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    def module_formats(self) -> tuple[Override, ...]:
+        """The overrides as patterns and formats.
+
+        Returns:
+            One for each, in order.
+        """
+        return parse_overrides(self.overrides, self.default_format)
+
+    def format_of(self, module: str) -> ModuleFormat | None:
+        """The format that a matrix of a layer is stored in.
+
+        Args:
+            module: Its name, such as ``model.layers.0.mlp.down_proj``.
+
+        Returns:
+            Its format; None if it stays float.
+        """
+        return format_of(module, self.module_formats(), self.default_format)
+
+    def with_format(self, form: ModuleFormat) -> Self:
+        """The settings for one module.
+
+        Args:
+            form: The format of the module.
+
+        Returns:
+            These settings with its bits, group size and symmetry, and no overrides.
+        """
+        return replace(
+            self,
+            bits=form.bits,
+            group_size=form.group_size,
+            symmetric=form.symmetric,
+            overrides=(),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptqSettings:
-    """How weights are quantized by GPTQ.
+class SolverSettings:
+    """How GPTQ rounds the columns of a weight.
 
     Attributes:
-        bits: Bits per weight: 2, 3, 4 or 8.
-        group_size: Input columns that share one scale; must divide every layer's inputs. -1 gives
-            each row one scale.
-        symmetric: Centre the codes on zero; otherwise each group has its own zero, which fits
-            skewed weights better and costs as many bits as one more code per group.
-        scale_type: The type that scales are stored in: float16, bfloat16 or float32.
-        overrides: Other grids for some modules, each "REGEX: bits=8, group_size=32" or
-            "REGEX: keep"; a regular expression matches from the start of a module's name, and
-            the first that does decides.
-        head_bits: Bits of the output head, 4 or 8; float if not given. Only mistill reads it then.
-        embedding_bits: Bits of the embedding, 4 or 8; float if not given. Only mistill reads it
-            then. Where the two are one table, either number stands for both.
-        method: "gptq" makes each layer right for the inputs that it gets; "gptaq" also for those
-            that it would have got from float layers, in about twice the time: a quarter less KL
-            on the one model measured.
-        order: In which order columns are rounded. "static" walks the columns with the largest
-            inputs first, on scales chosen beforehand; "dynamic" forms the groups on the way, which
-            costs an index for each column when the model runs; "group" walks whole groups;
-            "none" walks from left to right.
-        scale_search: Scales tried for each group, the one with the least weighted error is kept;
-            1 takes the scale that just covers the group.
-        damp_percent: Share of the Hessian's mean diagonal that is added to it. Raised, and
-            reported, where the Hessian cannot be factored otherwise.
-        true_sequential: Let the later matrices of a layer see what the earlier ones, already
-            quantized, send them.
-        samples: Blocks of calibration text.
-        block_length: Tokens per block.
-        seed: Which blocks are drawn when the text has more than needed.
-        model_file_base_name: Name of the weights' file without its ending, as AutoGPTQ gives it,
-            such as "gptq_model-4bit-128g", with a quantize_config.json beside it. transformers
-            reads only folders where it is left out.
+        method: "gptq" keeps the outputs of each layer for the inputs that the quantized layers
+            before it produce. "gptaq" also corrects for what those layers changed: it takes about
+            twice the time, and gave a quarter less KL on the one model measured.
+        order: The order in which columns are rounded. "static" rounds the columns with the largest
+            inputs first, with scales chosen beforehand. "dynamic" forms the groups in that order,
+            which costs an index for each column at inference. "group" sorts whole groups. "none"
+            goes from left to right.
+        scale_search: Number of scales tried for each group; the one with the least weighted error
+            is used. 1 takes the scale that just covers the group.
+        damp_percent: Share of the Hessian's mean diagonal that is added to its diagonal. It is
+            raised, and reported, where the Hessian has no Cholesky factor otherwise.
+        true_sequential: Quantize the matrices of a layer in the order of their use, so that later
+            ones are calibrated on the outputs of quantized earlier ones.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    scale_type: ScaleType = "float16"
-    overrides: tuple[str, ...] = ()
-    head_bits: int | None = None
-    embedding_bits: int | None = None
     method: Method = "gptq"
     order: Order = "static"
     scale_search: int = 16
     damp_percent: float = 0.01
     true_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        _require_one_of("order", self.order, get_args(Order))
+        _require_one_of("method", self.method, get_args(Method))
+        require_range("scale_search", self.scale_search, 1)
+        require_range("damp_percent", self.damp_percent, 0, 1, exclusive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """How much calibration text is read.
+
+    Attributes:
+        samples: Number of blocks of calibration text.
+        block_length: Tokens per block.
+        seed: Seed of every random choice, such as which blocks are drawn from a longer text.
+    """
+
     samples: int = 32
     block_length: int = 512
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_range("samples", self.samples, 1)
+        require_range("block_length", self.block_length, 2)
+        require_range("seed", self.seed, 0)
+
+
+# --- one way each ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingSettings(GridSettings):
+    """How weights are rounded to the nearest code, without calibration text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqSettings(CalibrationSettings, SolverSettings, GridSettings):
+    """How weights are quantized by GPTQ.
+
+    Attributes:
+        model_file_base_name: Name of the weights file without its ending, as AutoGPTQ names it,
+            such as "gptq_model-4bit-128g"; a quantize_config.json is then written beside it.
+            transformers reads only folders where this option is not given.
+    """
+
     model_file_base_name: str | None = None
 
     def __post_init__(self) -> None:
-        _require_grids(self)
-        _require_one_of("order", self.order, get_args(Order))
-        _require_one_of("method", self.method, get_args(Method))
-        require(self.scale_search >= 1, f"scale_search must be at least 1, got {self.scale_search}")
-        require(
-            0 < self.damp_percent < 1,
-            f"damp_percent must lie between 0 and 1, got {self.damp_percent}",
-        )
-        require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
-        require(self.block_length >= 2, f"block_length must be at least 2, got {self.block_length}")
-        require(self.seed >= 0, f"seed must be 0 or above, got {self.seed}")
+        GridSettings.__post_init__(self)
+        SolverSettings.__post_init__(self)
+        CalibrationSettings.__post_init__(self)
         name = self.model_file_base_name
         require(
             name is None or (bool(name) and PurePath(name).name == name),
-            f"model_file_base_name must be a plain file name without its ending, got {name!r}",
+            f"model_file_base_name must be a plain file name without its ending, not {name!r}",
         )
 
 
@@ -138,47 +204,21 @@ class Nf4Settings:
     double_quantization: bool = True
 
 
-def _require_grids(settings: RoundingSettings | GptqSettings) -> None:
-    require_grid(settings.bits, settings.group_size)
-    _require_one_of("scale_type", settings.scale_type, get_args(ScaleType))
-    for name in ("head_bits", "embedding_bits"):
-        bits = getattr(settings, name)
-        require(bits is None or bits in TABLE_BITS, f"{name} must be 4 or 8, got {bits}")
-    if isinstance(settings.overrides, str):
-        raise SettingsError(
-            f"overrides must be a list of texts, got one text; write ({settings.overrides!r},)"
-        )
-    object.__setattr__(settings, "overrides", tuple(settings.overrides))
-    module_formats(settings)
-
-
-def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    words = f"{', '.join(known[:-1])} or {known[-1]}"
-    require(value in known, f"{name} must be {words}, got {value!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class MixedSettings:
-    """How precision is given to where it lowers KL most, within a size.
+class BudgetSettings:
+    """The size that a model with mixed precision may have, and the formats to choose from.
 
     Attributes:
-        size_mb: Most megabytes of weights, scales and tables together; or give bits_per_weight.
-        bits_per_weight: Most bits for each weight of the model, everything counted.
-        formats: Grids to choose from, each "bits=4, group_size=64"; those that do not fit a
-            matrix are left out there.
-        tables: Whether the embedding and the head may have 4 or 8 bits too. Only mistill reads
-            such tables.
-        sensitivity_samples: Blocks of text on which the KL of each choice is estimated.
-        symmetric: Centre the codes on zero.
+        size_mb: Largest size of weights, scales and tables together, in megabytes; give either
+            this or bits_per_weight.
+        bits_per_weight: Largest size in bits for each weight of the model, everything counted.
+        formats: Formats to choose from, each "bits=4, group_size=64". A format that does not fit a
+            matrix is not considered for it.
+        tables: Whether the embedding and the head may be stored in 4 or 8 bits too. Only mistill
+            reads such tables.
+        sensitivity_samples: Number of blocks of text on which the KL of each choice is estimated.
+        symmetric: Store codes around a fixed zero point.
         scale_type: The type that scales are stored in: float16, bfloat16 or float32.
-        method: As in GPTQ: gptq or gptaq.
-        order: As in GPTQ: static, dynamic, group or none.
-        scale_search: Scales tried for each group.
-        damp_percent: Share of the Hessian's mean diagonal that is added to it.
-        true_sequential: Let the later matrices of a layer see what the earlier ones send them.
-        samples: Blocks of calibration text.
-        block_length: Tokens per block.
-        seed: Which blocks are drawn, and which next tokens.
     """
 
     size_mb: float | None = None
@@ -194,61 +234,53 @@ class MixedSettings:
     sensitivity_samples: int = 4
     symmetric: bool = True
     scale_type: ScaleType = "float16"
-    method: Method = "gptq"
-    order: Order = "static"
-    scale_search: int = 16
-    damp_percent: float = 0.01
-    true_sequential: bool = True
-    samples: int = 32
-    block_length: int = 512
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        given = [self.size_mb is not None, self.bits_per_weight is not None]
-        require(sum(given) < 2, "give either size_mb or bits_per_weight, not both")
+        require(
+            self.size_mb is None or self.bits_per_weight is None,
+            "give either size_mb or bits_per_weight, not both",
+        )
         for name in ("size_mb", "bits_per_weight"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be above 0, got {value}")
-        require(
-            self.sensitivity_samples >= 1,
-            f"sensitivity_samples must be at least 1, got {self.sensitivity_samples}",
-        )
-        require(not isinstance(self.formats, str), "formats must be a list of texts, got one text")
+            if value is not None:
+                require_range(name, value, 0, exclusive=True)
+        require_range("sensitivity_samples", self.sensitivity_samples, 1)
+        require(not isinstance(self.formats, str), "formats must be a list of texts, not one text")
         object.__setattr__(self, "formats", tuple(self.formats))
         require(bool(self.formats), "formats is empty; give at least one, such as 'bits=4'")
         self.choices()
-        self.gptq()
 
     def choices(self) -> tuple[ModuleFormat, ...]:
-        """The grids to choose from.
+        """The formats to choose from.
 
         Returns:
             Each once, in the order given.
         """
-        start = ModuleFormat(bits=4, group_size=128, symmetric=self.symmetric)
-        found = [parse_override(f".*: {text}", start)[1] for text in self.formats]
-        for text, form in zip(self.formats, found, strict=True):
-            require(form is not None, f"a format reads 'bits=4, group_size=64', got {text!r}")
-        return tuple(dict.fromkeys(form for form in found if form is not None))
+        default = ModuleFormat(bits=4, group_size=128, symmetric=self.symmetric)
+        formats = [parse_override(f".*: {text}", default)[1] for text in self.formats]
+        for text, form in zip(self.formats, formats, strict=True):
+            require(form is not None, f"a format reads 'bits=4, group_size=64', not {text!r}")
+        return tuple(dict.fromkeys(form for form in formats if form is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSettings(CalibrationSettings, SolverSettings, BudgetSettings):
+    """Which bits and group size each matrix gets so that KL is lowest within a size."""
+
+    def __post_init__(self) -> None:
+        BudgetSettings.__post_init__(self)
+        self.gptq()
 
     def gptq(self) -> GptqSettings:
-        """GPTQ's own part of the settings.
+        """The settings that GPTQ shares with these.
 
         Returns:
-            The settings, with the grid still to be chosen.
+            GPTQ's settings, with the default bits and group size.
         """
-        return GptqSettings(
-            symmetric=self.symmetric,
-            scale_type=self.scale_type,
-            method=self.method,
-            order=self.order,
-            scale_search=self.scale_search,
-            damp_percent=self.damp_percent,
-            true_sequential=self.true_sequential,
-            samples=self.samples,
-            block_length=self.block_length,
-            seed=self.seed,
-        )
+        shared = {field.name for field in fields(self)} & {
+            field.name for field in fields(GptqSettings)
+        }
+        return GptqSettings(**{name: getattr(self, name) for name in shared})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,20 +288,17 @@ class RotationSettings:
     """How the hidden states of a model are rotated.
 
     Attributes:
-        seed: Which rotation is drawn.
-        dtype: Type of the weights that are written: float32, float16 or bfloat16. The shorter ones
-            round what the rotation made once more.
+        seed: Seed of the random signs of the rotation.
+        dtype: Type of the weights that are written: float32, float16 or bfloat16. float16 and
+            bfloat16 round the rotated weights once more.
     """
 
     seed: int = 0
     dtype: FloatType = "float32"
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed must be 0 or above, got {self.seed}")
-        require(
-            self.dtype in get_args(FloatType),
-            f"dtype must be {', '.join(get_args(FloatType))}, got {self.dtype!r}",
-        )
+        require_range("seed", self.seed, 0)
+        _require_one_of("dtype", self.dtype, get_args(FloatType))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,14 +306,14 @@ class TuningSettings:
     """How scales and norms of a quantized model are tuned.
 
     Attributes:
-        steps: Optimizer steps; 50 to 200 are usual.
-        batch_size: Blocks of text in a step.
-        block_length: Tokens in a block.
-        learning_rate: Largest change of a scale or a gain in one step, as a share of itself; it
-            rises over the first tenth of the steps and falls to nothing by a half cosine.
-        norms: Whether the gains of the norms are tuned too.
-        held_out_blocks: Blocks to judge on.
-        seed: In which order blocks are read.
+        steps: Number of optimizer steps; 50 to 200 are usual.
+        batch_size: Blocks of text per step.
+        block_length: Tokens per block.
+        learning_rate: Peak learning rate, relative to the value of each scale or norm weight. It
+            rises linearly over the first tenth of the steps and falls by a half cosine after them.
+        norms: Whether the weights of the norms are tuned too.
+        held_out_blocks: Number of held-out blocks on which KL is measured before and after.
+        seed: Seed of the order in which blocks are read.
     """
 
     steps: int = 100
@@ -296,27 +325,23 @@ class TuningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("block_length", 2),
-            ("held_out_blocks", 1),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            require(value >= least, f"{name} must be at least {least}, got {value}")
-        require(
-            0 < self.learning_rate < 1,
-            f"learning_rate must lie between 0 and 1, got {self.learning_rate}",
-        )
+        require_range("steps", self.steps, 1)
+        require_range("batch_size", self.batch_size, 1)
+        require_range("block_length", self.block_length, 2)
+        require_range("held_out_blocks", self.held_out_blocks, 1)
+        require_range("seed", self.seed, 0)
+        require_range("learning_rate", self.learning_rate, 0, 1, exclusive=True)
+
+
+# --- sweeps ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantize.
+    """One way to quantize that a sweep tries.
 
     Attributes:
-        name: What it is called in the table and on disk.
+        name: Its name in the table and on disk.
         step: The command: gptq, rounding, nf4 or mixed.
         options: Fields of the step's settings.
     """
@@ -339,43 +364,31 @@ VARIANTS = (
     Variant("gptq-8bit", "gptq", {"bits": 8, "group_size": 64}),
     Variant("mixed", "mixed", {}),
 )
-
-
 NAMES = tuple(variant.name for variant in VARIANTS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings:
-    """What is tried in a sweep, and on how much text.
+class ComparedSettings:
+    """Which ways of quantizing a sweep compares, and on how much held-out text.
 
     Attributes:
-        variants: Which of rounding-row, rounding-128, rounding-64, rounding-8bit, nf4, gptq-row,
-            gptq-128, gptq-64, gptq-32, gptq-8bit and mixed to try; all that fit the model if not
-            given. The number is the group size; mixed takes the bytes of rounding by groups of 64
-            and shares them out, the tables' among them.
-        held_out_samples: Blocks of held-out text that every variant is measured on.
-        samples: Blocks of calibration text.
-        block_length: Tokens per block.
-        seed: Which blocks are drawn when a text has more than needed.
+        variants: Ways to try: any of rounding-row, rounding-128, rounding-64, rounding-8bit, nf4,
+            gptq-row, gptq-128, gptq-64, gptq-32, gptq-8bit and mixed; all that fit the model if not
+            given. The number is the group size. "mixed" distributes the bytes of rounding-64,
+            those of the embedding and the head included, over all matrices.
+        held_out_samples: Number of blocks of held-out text that every variant is measured on.
     """
 
     variants: tuple[str, ...] = ()
     held_out_samples: int = 32
-    samples: int = 32
-    block_length: int = 512
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.variants, str):
-            raise SettingsError(f"variants must be a list of names, got {self.variants!r}")
+            raise SettingsError(f"variants must be a list of names, not {self.variants!r}")
         object.__setattr__(self, "variants", tuple(self.variants))
         for name in self.variants:
             require(name in NAMES, f"a variant is one of {', '.join(NAMES)}; got {name!r}")
-        for field in ("held_out_samples", "samples"):
-            value = getattr(self, field)
-            require(value >= 1, f"{field} must be at least 1, got {value}")
-        require(self.block_length >= 2, f"block_length must be at least 2, got {self.block_length}")
-        require(self.seed >= 0, f"seed must be 0 or above, got {self.seed}")
+        require_range("held_out_samples", self.held_out_samples, 1)
 
     def chosen(self) -> tuple[Variant, ...]:
         """The variants to try.
@@ -384,3 +397,17 @@ class SweepSettings:
             In the order of the table.
         """
         return tuple(v for v in VARIANTS if not self.variants or v.name in self.variants)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings(CalibrationSettings, ComparedSettings):
+    """What a sweep tries, and how much text it reads."""
+
+    def __post_init__(self) -> None:
+        ComparedSettings.__post_init__(self)
+        CalibrationSettings.__post_init__(self)
+
+
+def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    words = f"{', '.join(known[:-1])} or {known[-1]}"
+    require(value in known, f"{name} must be {words}, not {value!r}")

@@ -307,7 +307,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     ),
     "tuning that leaps": (
         "quantize tune student out --teacher teacher --texts chats.jsonl --learning-rate 2",
-        "learning_rate must lie between 0 and 1",
+        "learning_rate must be above 0 and below 1",
         None,
     ),
     "tuning on too little text": (

@@ -66,7 +66,9 @@ def test_a_plain_install_asks_for_no_training_library(wheel):
         for line in wheel.read(metadata).decode().splitlines()
         if line.startswith("Requires-Dist: ") and "extra ==" not in line
     ]
-    assert sorted(required) == ["cyclopts", "jinja2", "numpy", "onnxruntime", "rich", "tokenizers"]
+    assert sorted(required) == [
+        *("cyclopts", "jinja2", "numpy", "onnxruntime", "rich", "safetensors", "tokenizers")
+    ]
 
 
 @pytest.mark.parametrize("name", PACKAGES)

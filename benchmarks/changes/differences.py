@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.changes.comparable import notes, obstacles_between, unsteadiness
 from benchmarks.changes.verdicts import judge, look
 from benchmarks.figures.column import Nature
-from benchmarks.figures.comparison import Comparison, open_report
+from benchmarks.figures.comparison import Comparison
 from benchmarks.report.columns import columns_of
 from benchmarks.settings import DiffSettings
 from mistill.errors import SettingsError
@@ -137,13 +137,18 @@ def diff(
     Raises:
         SettingsError: If the two have no model in common, or a name in ``pairs`` is not known.
         FolderError: If a report is missing or broken.
+        MissingExtraError: If scipy is not installed.
     """
     settings = settings_from(DiffSettings, settings, options)
-    before = old if isinstance(old, Comparison) else open_report(old)
-    after = new if isinstance(new, Comparison) else open_report(new)
+    before = old if isinstance(old, Comparison) else Comparison.from_file(old)
+    after = new if isinstance(new, Comparison) else Comparison.from_file(new)
     names = _names(before, after, settings.pairs)
     obstacles = obstacles_between(before, after)
-    columns = {column.key: column for side in (before, after) for column in columns_of(side)}
+    columns = {
+        column.key: column
+        for side in (before, after)
+        for column in columns_of(side.models, side.reference)
+    }
     looks = [
         look(column, before[first], after[second], obstacles.get(column.nature, ""))
         for first, second in names.items()

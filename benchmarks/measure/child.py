@@ -52,7 +52,7 @@ from mistill.folders.folder import open_folder
 _PYTORCH = (
     ("torch", "nn"),
     ("transformers", "LlamaForCausalLM"),
-    ("mistill.pytorch.loading", "PytorchModel"),
+    ("mistill.engine.pytorch_model", "PytorchModel"),
 )
 _LIBRARIES: dict[str, tuple[tuple[str, str], ...]] = {
     "model": _PYTORCH,

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures.comparison import Comparison, ScoredText
+from benchmarks.figures.comparison import ScoredText
 from benchmarks.figures.conventions import spelled_bytes
 from benchmarks.figures.latency import FEWEST_TOKENS, Latency, Turn
 from benchmarks.figures.machine import describe_machine
@@ -30,7 +30,6 @@ from benchmarks.measure.loading import STAYED, time_load
 from benchmarks.measure.questions import ask, read_questions
 from benchmarks.measure.quoting import QuotedText, bytes_in, cut_texts, quote
 from benchmarks.measure.recording import file_name, recorded, short
-from benchmarks.measure.samples import collect_samples
 from benchmarks.measure.subjects import (
     Distance,
     Models,
@@ -43,11 +42,14 @@ from benchmarks.measure.subjects import (
     open_subjects,
     rival_source_of,
 )
+from benchmarks.report.report import Report
 from benchmarks.rivals.contest import find_contestants
 from benchmarks.settings import BenchSettings
+from mistill.chat.bot import ChatBot
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import VocabularyError
 from mistill.folders.lineage import fingerprint
+from mistill.measures.significance import students_t
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from
 from mistill.text.vocabulary import load_vocabulary
@@ -64,7 +66,7 @@ def compare(
     rival_source: str | Path | None = None,
     settings: BenchSettings | None = None,
     **options: Any,
-) -> Comparison:
+) -> Report:
     """Say what each model costs and what it is worth: size, memory, speed, quality.
 
     Quality is perplexity and the distance from a reference, token by token, on the same text.
@@ -93,10 +95,11 @@ def compare(
         VocabularyError: If two models do not share a vocabulary.
         FolderError: If a folder is missing or broken.
         TextError: If there is nothing to predict in the text.
-        MissingExtraError: If a rival is not installed.
+        MissingExtraError: If a rival or scipy is not installed.
     """
     began = time.monotonic()
     settings = settings_from(BenchSettings, settings, options)
+    students_t()  # the report's confidence intervals need it: refuse now what lacks it
     subjects = open_subjects(models, reference)
     judge = next(subject for subject in subjects if subject.is_reference)
     check_context(subjects, settings)
@@ -123,7 +126,7 @@ def compare(
         for subject in subjects
         if subject.is_listed
     )
-    return Comparison(
+    return Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_seconds=time.monotonic() - began,
         settings=settings,
@@ -164,6 +167,33 @@ def read_passages(
         context_length=min([settings.context_length, *contexts]),
         scored_tokens=settings.scored_tokens,
     )
+
+
+def collect_samples(
+    models: Mapping[str, Path], prompts: Sequence[str], max_new_tokens: int, threads: int
+) -> dict[str, dict[str, str]]:
+    """Let every chat model answer the same prompts, with greedy decoding.
+
+    Args:
+        models: Name to the folder of a chat model.
+        prompts: The user's first message of each conversation.
+        max_new_tokens: Most tokens of a reply.
+        threads: Threads to compute with.
+
+    Returns:
+        Prompt to the reply of each model, by name; a reply that was cut off ends with an ellipsis.
+    """
+    replies: dict[str, dict[str, str]] = {prompt: {} for prompt in prompts}
+    with track("asking", len(models) * len(prompts), "replies") as progress:
+        for name, folder in models.items():
+            bot = ChatBot(folder, threads=threads, temperature=0, max_new_tokens=max_new_tokens)
+            for prompt in prompts:
+                reply = "".join(bot.reply(prompt)).strip()
+                is_cut = bot.last_ending == "max_new_tokens"
+                replies[prompt][name] = f"{reply} \u2026" if is_cut else reply
+                bot.reset()
+                progress.advance()
+    return replies
 
 
 # --- measuring ----------------------------------------------------------------------------------

@@ -46,16 +46,24 @@ def svg_file(marks: Sequence[Mark], title: str, description: str, plane: Plane =
     Returns:
         An SVG document that needs nothing from outside.
     """
-    style = files("benchmarks.picture").joinpath("picture.css").read_text("utf-8")
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" class="picture" '
         f'width="{plane.width}" height="{plane.height}" '
         f'viewBox="0 0 {plane.width} {plane.height}" role="img">\n'
         f"<title>{escape(title)}</title>\n<desc>{escape(description)}</desc>\n"
-        f"<style>\n{style}</style>\n"
+        f"<style>\n{picture_style()}</style>\n"
         f'<rect class="paper" width="{plane.width}" height="{plane.height}"/>\n'
         f"{_body(marks, alone=True)}\n</svg>\n"
     )
+
+
+def picture_style() -> str:
+    """Colours of the picture in a light and in a dark theme, fonts and lines.
+
+    Returns:
+        CSS.
+    """
+    return files("benchmarks.picture").joinpath("picture.css").read_text("utf-8")
 
 
 def _body(marks: Sequence[Mark], alone: bool = False) -> str:

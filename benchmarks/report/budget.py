@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from benchmarks.figures.column import MEGABYTE, significant
-from benchmarks.figures.comparison import Comparison, open_report
+from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.settings import Budget
 from mistill.errors import SettingsError
@@ -144,7 +144,7 @@ def misses(
         FolderError: If the report is missing or broken.
     """
     budget = settings_from(Budget, budget, options)
-    comparison = report if isinstance(report, Comparison) else open_report(report)
+    comparison = report if isinstance(report, Comparison) else Comparison.from_file(report)
     found = []
     for model in bound_models(comparison, budget):
         for limit, value in measured(model).items():

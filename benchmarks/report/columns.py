@@ -6,10 +6,10 @@ so that a figure is called the same and means the same everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.figures.column import MEGABYTE, Column, rate, whole
-from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.report.quality_columns import QUALITY_COLUMNS
 from benchmarks.report.timing_columns import SPEED_COLUMNS, timing_columns
@@ -52,22 +52,23 @@ COLUMNS = (
 )
 
 
-def columns_of(comparison: Comparison) -> tuple[Column, ...]:
+def columns_of(models: Sequence[ModelResult], reference: str) -> tuple[Column, ...]:
     """The columns that say something about at least one model.
 
     The distance from a parent says nothing new where every parent is the reference.
 
     Args:
-        comparison: The result.
+        models: The results.
+        reference: Name of the model that the others are compared with.
 
     Returns:
         Columns, in the order of reading.
     """
-    parents = {model.parent for model in comparison.models} - {None, comparison.reference}
+    parents = {model.parent for model in models} - {None, reference}
     return tuple(
         column
-        for column in (*COLUMNS, *timing_columns(comparison.models))
-        if any(column.figure(model) is not None for model in comparison.models)
+        for column in (*COLUMNS, *timing_columns(models))
+        if any(column.figure(model) is not None for model in models)
         and (column.key != "mean_parent_kl_nats" or parents)
     )
 

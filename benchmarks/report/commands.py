@@ -1,15 +1,14 @@
 """The commands that make a model again, from its lineage.
 
 Folders are called by their last names, and only settings that differ from the defaults are
-written. What the lineage does not tell, such as the text that a student learnt from, is written in
-capitals.
+written; lineages of before those were noted give all of their settings. What the lineage does not
+tell, such as the text that a student learnt from, is written in capitals.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
@@ -67,6 +66,7 @@ def _targets(lineage: Sequence[Mapping[str, Any]], model: ModelResult) -> list[s
 def _command(entry: Mapping[str, Any], source: str | None, target: str) -> str:
     step = str(entry["step"])
     settings = dict(entry.get("settings") or {})
+    changed = entry.get("changed_settings", settings)
     words = ["mistill", *_WORDS[step]]
     if step == "teacher":
         words.append(_name(settings.pop("source", None) or entry.get("source")))
@@ -77,7 +77,7 @@ def _command(entry: Mapping[str, Any], source: str | None, target: str) -> str:
     words.append(f"{target}.gguf" if step == "gguf" and source else target)
     if step != "teacher":
         words += _inputs(step, entry)
-    words += _options(step, settings)
+    words += _options({name: value for name, value in settings.items() if name in changed})
     return " ".join(word if word.isupper() else shlex.quote(word) for word in words)
 
 
@@ -97,14 +97,10 @@ def _inputs(step: str, entry: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _options(step: str, settings: Mapping[str, Any]) -> list[str]:
-    """The settings that differ from the defaults."""
-    defaults = _defaults(step)
+def _options(settings: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in settings.items():
-        if value is None or (defaults is not None and name not in defaults):
-            continue
-        if defaults is not None and _plain(value) == _plain(defaults[name]):
+        if value is None:
             continue
         if isinstance(value, bool):
             words.append(_flag(name) if value else f"--no-{name.replace('_', '-')}")
@@ -112,21 +108,6 @@ def _options(step: str, settings: Mapping[str, Any]) -> list[str]:
         for item in value if isinstance(value, list | tuple) else [value]:
             words += [_flag(name), f"{item:g}" if isinstance(item, float) else str(item)]
     return words
-
-
-def _defaults(step: str) -> dict[str, Any] | None:
-    """The defaults of a step's settings; None where it has no settings class."""
-    from mistill.recipe import step_kinds
-
-    kind = step_kinds().get(step)
-    if kind is None or kind.settings is None:
-        return None
-    made = kind.settings()
-    return {field.name: getattr(made, field.name) for field in fields(made)}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _flag(name: str) -> str:

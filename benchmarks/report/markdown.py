@@ -22,7 +22,7 @@ def markdown(comparison: Comparison, ship: ShipSettings | None = None) -> str:
     Returns:
         Markdown text.
     """
-    columns = columns_of(comparison)
+    columns = columns_of(comparison.models, comparison.reference)
     beaten = dominators(comparison.models)
     heads = [f"{column.title}{f' ({column.unit})' if column.unit else ''}" for column in columns]
     lines = [

@@ -17,7 +17,7 @@ from benchmarks.figures.column import MEGABYTE, Column, significant
 from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.frontier import SAME_NATS, SAME_RATIO, dominators
 from benchmarks.figures.model_result import ModelResult
-from benchmarks.picture.drawing import to_svg
+from benchmarks.picture.drawing import picture_style, to_svg
 from benchmarks.picture.laying_out import draw, role_of
 from benchmarks.picture.marks import TALL, WIDE
 from benchmarks.report.columns import columns_of
@@ -46,7 +46,7 @@ def html(comparison: Comparison, ship: ShipSettings | None = None) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_part("page.html.jinja"))
-    columns = columns_of(comparison)
+    columns = columns_of(comparison.models, comparison.reference)
     beaten = dominators(comparison.models)
     question = ship if ship not in (None, ShipSettings()) else _first_question(comparison)
     script = _part("page.js")
@@ -66,7 +66,7 @@ def html(comparison: Comparison, ship: ShipSettings | None = None) -> str:
         slider=_slider(comparison),
         same_nats=SAME_NATS,
         same_ratio=SAME_RATIO,
-        style=_part("picture.css") + _part("page.css"),
+        style=picture_style() + _part("page.css"),
         script=script,
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     )

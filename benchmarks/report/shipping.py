@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures.column import MEGABYTE, significant
-from benchmarks.figures.comparison import Comparison, open_report
+from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.frontier import SAME_NATS, SAME_RATIO
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.settings import ShipSettings
@@ -35,7 +35,7 @@ def best_to_ship(
         FolderError: If the report is missing or broken.
     """
     question = settings_from(ShipSettings, question, options)
-    comparison = report if isinstance(report, Comparison) else open_report(report)
+    comparison = report if isinstance(report, Comparison) else Comparison.from_file(report)
     fitting = [
         model
         for model in comparison.models

@@ -34,7 +34,11 @@ class _Tables:
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        self.columns = [column for column in columns_of(comparison) if column.compact]
+        self.columns = [
+            column
+            for column in columns_of(comparison.models, comparison.reference)
+            if column.compact
+        ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text

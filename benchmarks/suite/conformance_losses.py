@@ -442,14 +442,17 @@ def mistill(student: Model, teacher: Model, case: Case) -> Tensor:
 def mistill_evaluation(student: Model, teacher: Model, case: Case) -> Tensor:
     """The held-out KL that ``distill.train`` reports."""
     from distill.loss.batches import make_batch
+    from distill.settings import TrainSettings
     from distill.teacher.teacher import LiveTeacher
-    from distill.training.evaluation import evaluate
+    from distill.training.evaluation import summarize
+    from distill.training.step import DistillationStep
 
     blocks = _blocks(case)
     batch = make_batch(blocks, torch.device("cpu"))
     models: tuple[Any, Any] = (student, teacher)
-    found = evaluate(models[0], [(batch, LiveTeacher(models[1]).targets(blocks, batch))])
-    return torch.tensor(found.kl)
+    targets = LiveTeacher(models[1]).targets(blocks, batch)
+    step = DistillationStep(models[0].eval(), TrainSettings())
+    return torch.tensor(summarize(step.scores(batch, targets)).kl)
 
 
 OURS = Adapter(

@@ -160,7 +160,13 @@ def training(given: argparse.Namespace, kind: str) -> dict[str, Any]:
     settings = TrainSettings(batch_size=1, gradient_checkpointing=True)
     student.activation_checkpointing_enable({"use_reentrant": False})
     module, optimizer = accelerator.prepare(
-        DistillationStep(student, settings), make_optimizer(student, settings)
+        DistillationStep(student, settings),
+        make_optimizer(
+            student,
+            name=settings.optimizer,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        ),
     )
 
     def step(text: TokenBlocks) -> None:

@@ -23,15 +23,17 @@ from typing import Any
 import torch
 
 import distill
-from distill.loss.batches import make_batch
+from distill.settings import TrainSettings
 from distill.teacher.teacher import LiveTeacher
-from distill.training.evaluation import HeldOut, ask_teacher, evaluate
+from distill.training.held_out import HeldOutPart, ask_about, judge
+from distill.training.step import DistillationStep
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import fingerprint, installed_versions, read_lineage
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
+from mistill.training.processes import accelerating
 
 
 def held_out_blocks(teacher: Path, texts: str, tokens: int, block_length: int) -> TokenBlocks:
@@ -40,14 +42,11 @@ def held_out_blocks(teacher: Path, texts: str, tokens: int, block_length: int) -
     return pack(documents, block_length)
 
 
-def answers(teacher: Path, blocks: TokenBlocks) -> HeldOut:
+def answers(teacher: Path, blocks: TokenBlocks) -> list[HeldOutPart]:
     """What the teacher says there."""
-    parts = [blocks[place : place + 1] for place in range(len(blocks))]
-    parts = [part for part in parts if part.kept.any()]
-    model = load_pytorch(teacher)
-    device = torch.device("cpu")
-    with torch.inference_mode():
-        return ask_teacher(LiveTeacher(model), [(part, make_batch(part, device)) for part in parts])
+    rows = [row for row in range(len(blocks)) if blocks[row : row + 1].kept.any()]
+    with accelerating(TrainSettings(), logs=Path()) as accelerator:
+        return ask_about(LiveTeacher(load_pytorch(teacher)), blocks[rows], 1, accelerator)
 
 
 def ways(layers: int, greedy_tokens: int, narrow: Mapping[str, int]) -> dict[str, dict[str, Any]]:
@@ -67,7 +66,10 @@ def ways(layers: int, greedy_tokens: int, narrow: Mapping[str, int]) -> dict[str
 
 
 def measure(
-    name: str, options: Mapping[str, Any], arguments: argparse.Namespace, held_out: HeldOut
+    name: str,
+    options: Mapping[str, Any],
+    arguments: argparse.Namespace,
+    held_out: list[HeldOutPart],
 ) -> dict[str, Any]:
     """Make one student and judge it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +81,9 @@ def measure(
         distill.new_student(arguments.teacher, target, texts=arguments.texts, **options)
         seconds = time.perf_counter() - started
         entry = read_lineage(target)[-1]
-        found = evaluate(load_pytorch(target), held_out)
+        with accelerating(TrainSettings(), logs=Path(folder)) as accelerator:
+            module = DistillationStep(load_pytorch(target), TrainSettings())
+            found = judge(module, held_out, accelerator)
     return {
         "student": name,
         "options": options,
@@ -121,7 +125,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"{line} made in {shown['seconds_to_make']:.1f} s", file=sys.stderr)
     document = {
         "teacher": fingerprint(arguments.teacher),
-        "scored_positions": sum(int(batch.kept.sum()) for batch, _ in held_out),
+        "scored_positions": sum(int(part.batch.kept.sum()) for part in held_out),
         "threads": torch.get_num_threads(),
         "versions": installed_versions(),
         "students": results,

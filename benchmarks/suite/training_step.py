@@ -66,7 +66,13 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
     remember_less(student)
     unmap_when_freed()
     module, optimizer = accelerator.prepare(
-        DistillationStep(student, settings), make_optimizer(student, settings)
+        DistillationStep(student, settings),
+        make_optimizer(
+            student,
+            name=settings.optimizer,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        ),
     )
     halves = [blocks[: given.blocks], blocks[given.blocks :]]
     teacher.expect(halves[0])

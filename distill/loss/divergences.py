@@ -1,4 +1,4 @@
-"""How far one distribution is from another, and which way is downhill: five divergences.
+"""How far one distribution is from another, and its gradient: the divergences to choose from.
 
 Each takes the log-probabilities of teacher and student and gives one number per position and the
 gradient with respect to the student's (softened) logits, worked out by hand, in the buffers that

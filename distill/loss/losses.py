@@ -148,10 +148,10 @@ def head_loss(
             raise ValueError("without targets the loss can only be the cross-entropy alone")
         _check_sizes(head.vocabulary_size, targets.vocabulary_size)
         targets.require(divergence, temperature)
-    told = len(hidden) if targets is None else len(targets)
-    if not told == len(next_ids) == len(hidden):
+    target_count = len(hidden) if targets is None else len(targets)
+    if not target_count == len(next_ids) == len(hidden):
         raise ValueError(
-            f"{len(hidden)} hidden states, {told} targets and {len(next_ids)} next ids "
+            f"{len(hidden)} hidden states, {target_count} targets and {len(next_ids)} next ids "
             "should be equally many"
         )
     recipe = _Recipe(
@@ -200,11 +200,11 @@ class _HeadLoss(torch.autograd.Function):
         ):
             wants = any(gradient is not None for gradient in gradients)
             compute = _fused_chunk if fused else _chunk
-            found = compute(H, low, head, recipe, rows, buffers, wants)
-            apart += found.divergence
-            nll += found.cross_entropy
-            if found.gradient is not None:
-                _spread(found.gradient, H, low, head, rows, gradients)
+            chunk = compute(H, low, head, recipe, rows, buffers, wants)
+            apart += chunk.divergence
+            nll += chunk.cross_entropy
+            if chunk.gradient is not None:
+                _spread(chunk.gradient, H, low, head, rows, gradients)
 
         apart *= recipe.temperature**2
         c = recipe.cross_entropy

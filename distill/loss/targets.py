@@ -86,12 +86,7 @@ class DenseTargets:
         return self.hidden.shape[0]
 
     def require(self, divergence: Divergence, temperature: float) -> None:
-        """Refuse nothing: all is known.
-
-        Args:
-            divergence: Any.
-            temperature: Any.
-        """
+        """Refuse nothing: whole distributions serve every loss."""
 
     def log_probabilities(
         self, rows: slice, temperature: float, out: Tensor, scratch: Tensor
@@ -119,19 +114,7 @@ class DenseTargets:
         *,
         gradient: bool,
     ) -> Tensor:
-        """The divergence over the whole vocabulary: see ``TeacherTargets``.
-
-        Args:
-            rows: Which of the N positions; n of them.
-            log_q: The student's; becomes the gradient.
-            divergence: Which divergence.
-            temperature: Of both distributions.
-            scratch: ``divergence.buffers`` tensors; overwritten.
-            gradient: Whether to compute it.
-
-        Returns:
-            Shape (n,), in nats.
-        """
+        """The divergence over the whole vocabulary; see ``TeacherTargets.diverge``."""
         log_p = self.log_probabilities(rows, temperature, out=scratch[0], scratch=scratch[1])
         return divergence.rows(log_p, log_q, scratch[1:], gradient=gradient)
 
@@ -165,15 +148,7 @@ class SampledTargets:
         return self.ids.shape[0]
 
     def require(self, divergence: Divergence, temperature: float) -> None:
-        """Refuse what a sample does not tell.
-
-        Args:
-            divergence: Forward KL.
-            temperature: The one that was drawn at.
-
-        Raises:
-            SettingsError: If it is another.
-        """
+        """Refuse a divergence or a temperature that the stored targets cannot serve."""
         _require_stored(divergence, temperature, self.temperature)
 
     def diverge(
@@ -186,19 +161,7 @@ class SampledTargets:
         *,
         gradient: bool,
     ) -> Tensor:
-        """An unbiased estimate of forward KL: see ``TeacherTargets``.
-
-        Args:
-            rows: Which of the N positions; n of them.
-            log_q: The student's; becomes the gradient.
-            divergence: Forward KL.
-            temperature: The one that was drawn at.
-            scratch: Not used.
-            gradient: Whether to compute it.
-
-        Returns:
-            Shape (n,), in nats; below zero by chance where the true value is small.
-        """
+        """An unbiased estimate of forward KL, below 0 by chance where it is small."""
         ids, weights = self.ids[rows], self.weights[rows].to(log_q.dtype)
         row = -(log_q.gather(1, ids) * weights).sum(dim=-1) - self.entropy[rows]
         if gradient:
@@ -230,15 +193,7 @@ class TopKTargets:
         return self.ids.shape[0]
 
     def require(self, divergence: Divergence, temperature: float) -> None:
-        """Refuse what the most probable tokens do not tell.
-
-        Args:
-            divergence: Forward KL.
-            temperature: The one of the distributions.
-
-        Raises:
-            SettingsError: If it is another.
-        """
+        """Refuse a divergence or a temperature that the stored targets cannot serve."""
         _require_stored(divergence, temperature, self.temperature)
 
     def diverge(
@@ -251,19 +206,7 @@ class TopKTargets:
         *,
         gradient: bool,
     ) -> Tensor:
-        """Forward KL over K + 1 outcomes: see ``TeacherTargets``.
-
-        Args:
-            rows: Which of the N positions; n of them.
-            log_q: The student's; becomes the gradient.
-            divergence: Forward KL.
-            temperature: The one of the distributions.
-            scratch: Not used.
-            gradient: Whether to compute it.
-
-        Returns:
-            Shape (n,), in nats, never negative.
-        """
+        """Forward KL over K + 1 outcomes; see ``TeacherTargets.diverge``."""
         ids, p = self.ids[rows], self.probabilities[rows].to(log_q.dtype)
         picked = log_q.gather(1, ids)
         p_tail = (1 - p.sum(dim=-1)).clamp_(min=0)

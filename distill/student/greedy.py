@@ -39,7 +39,8 @@ from distill.loss.losses import chunks
 from distill.loss.targets import DenseTargets
 from mistill.errors import FolderError
 from mistill.progress import Tracker, track
-from mistill.pytorch.layers import LayerwiseModel, PackedText
+from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu
+from mistill.weights.gptq_layout import HEAD
 
 if TYPE_CHECKING:
     from mistill.text.blocks import TokenBlocks
@@ -68,12 +69,12 @@ class _Part:
     """Some of the text, and what the whole teacher makes of it.
 
     Attributes:
-        text: A few blocks.
+        blocks: A few blocks.
         kept: Positions that count, shape (B, T).
         teacher: The teacher's last hidden states there, shape (N, D).
     """
 
-    text: PackedText
+    blocks: TokenBlocks
     kept: Tensor
     teacher: DenseTargets
 
@@ -103,8 +104,8 @@ def greedy_drops(
     drops = list(known[:count])
     if len(drops) == count:
         return drops
-    search = _Search(LayerwiseModel(teacher, device, _HOLD_BYTES), blocks)
-    left = [layer for layer in range(search.model.layers) if layer not in {d.layer for d in drops}]
+    search = _Search(LayeredModel(teacher, accelerator_or_cpu(device), _HOLD_BYTES), blocks)
+    left = [layer for layer in range(len(search.model)) if layer not in {d.layer for d in drops}]
     trials = sum(len(left) - number for number in range(count - len(drops)))
     with torch.inference_mode(), track("greedy KL", trials, "layers") as bar:
         search.ask_teacher()
@@ -115,7 +116,7 @@ def greedy_drops(
     logger.info(
         "greedy KL tried %d layers in the time of %.1f readings of the text by the whole model",
         trials,
-        search.passes / (search.model.layers * search.parts),
+        search.passes / (len(search.model) * search.parts),
     )
     return drops
 
@@ -123,7 +124,7 @@ def greedy_drops(
 class _Search:
     """The teacher, the text, and what it cost so far."""
 
-    def __init__(self, model: LayerwiseModel, blocks: TokenBlocks) -> None:
+    def __init__(self, model: LayeredModel, blocks: TokenBlocks) -> None:
         self.model = model
         self.passes = 0
         blocks = blocks[np.flatnonzero(blocks.kept.any(axis=1))]
@@ -135,20 +136,20 @@ class _Search:
     def ask_teacher(self) -> None:
         """Run the whole teacher over the text, once."""
         self._norm = self.model.final_norm()
-        self._head = as_head(self.model.head())
+        self._head = as_head(self.model.table(HEAD))
         for blocks in self._blocks:
-            text = PackedText.on(self.model.device, blocks)
+            batch = self._embedded(blocks)
             kept = torch.from_numpy(blocks.kept).to(self.model.device)
-            hidden = self.model.embed(text.ids)
-            for layer in range(self.model.layers):
-                hidden = self._through(layer, [hidden], text)[0]
+            hidden = batch.hidden
+            for layer in range(len(self.model)):
+                hidden = self._through(layer, [hidden], batch)[0]
             last = self._norm(hidden[kept])
             if not last.isfinite().all():
                 raise FolderError(
                     f"{self.model.folder} computes values that are not numbers; its weights are "
                     "damaged"
                 )
-            self._parts.append(_Part(text, kept, DenseTargets(last, self._head)))
+            self._parts.append(_Part(blocks, kept, DenseTargets(last, self._head)))
 
     def cheapest(self, left: Sequence[int], bar: Tracker) -> Drop:
         """Try every remaining layer and find the one whose absence leaves the least KL.
@@ -214,11 +215,12 @@ class _Search:
         self, part: _Part, left: Sequence[int], trials: Sequence[int]
     ) -> dict[int, Tensor]:
         """Last hidden states at kept positions without each of some layers, shape (N, D) each."""
-        hidden = self.model.embed(part.text.ids)
+        batch = self._embedded(part.blocks)
+        hidden = batch.hidden
         states: dict[int, Tensor] = {}
         for index in left:
             shared = index < max(trials)
-            after = self._through(index, [*states.values(), *[hidden] * shared], part.text)
+            after = self._through(index, [*states.values(), *[hidden] * shared], batch)
             states = dict(zip(states, after, strict=False))
             if index in trials:
                 states[index] = hidden
@@ -226,10 +228,13 @@ class _Search:
                 hidden = after[-1]
         return {layer: self._norm(state[part.kept]) for layer, state in states.items()}
 
-    def _through(self, index: int, states: Sequence[Tensor], text: PackedText) -> list[Tensor]:
+    def _embedded(self, blocks: TokenBlocks) -> Batch:
+        return self.model.batches(blocks, at_once=len(blocks))[0]
+
+    def _through(self, index: int, states: Sequence[Tensor], batch: Batch) -> list[Tensor]:
         """Send the states of several trials through a layer."""
         if not states:
             return []
         self.passes += len(states)
         with self.model.layer(index) as layer:
-            return [self.model.run(layer, state, text) for state in states]
+            return [batch.through(layer, state) for state in states]

@@ -32,7 +32,7 @@ from distill.student.angular import angular_distances, sampled_positions
 from distill.student.width import WidthGauge, WidthScores
 from mistill.errors import FolderError
 from mistill.progress import track
-from mistill.pytorch.layers import LayerwiseModel, PackedText
+from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu
 
 if TYPE_CHECKING:
     from mistill.text.blocks import TokenBlocks
@@ -108,37 +108,43 @@ def measure_scores(
     Raises:
         FolderError: If the teacher computes something that is not a number.
     """
-    model = LayerwiseModel(teacher, device)
-    text = PackedText.on(model.device, blocks)
-    sample = sampled_positions(text.present)
+    model = LayeredModel(teacher, accelerator_or_cpu(device))
     gauge = WidthGauge(int(model.config.num_key_value_heads))
     influence = []
-    with torch.inference_mode(), track("scores", model.layers, "layers") as bar:
-        hidden = model.embed(text.ids)
-        states = [hidden[sample].cpu()]
-        for index in range(model.layers):
+    with torch.inference_mode(), track("scores", len(model), "layers") as bar:
+        batches = model.batches(blocks)
+        sample = sampled_positions(torch.cat([batch.present for batch in batches]))
+        sampled = sample.split([len(batch.hidden) for batch in batches])
+        states = [_states_at(sampled, batches)]
+        for index in range(len(model)):
             with model.layer(index) as layer, gauge.watching(layer):
                 turned = 0.0
-                for rows in text.few_at_once():
-                    present = text.present[rows]
-                    gauge.look_at(present)
-                    after = model.run(layer, hidden[rows], text[rows])
-                    turned += turn(hidden[rows], after)[present].sum(dtype=torch.float64).item()
-                    hidden[rows] = after
-            influence.append(turned / int(text.present.sum()))
+                for batch in batches:
+                    gauge.look_at(batch.present)
+                    after = batch.through(layer)
+                    turns = turn(batch.hidden, after)[batch.present]
+                    turned += turns.sum(dtype=torch.float64).item()
+                    batch.hidden = after
+            influence.append(turned / blocks.tokens)
             if not math.isfinite(influence[-1]):
                 raise FolderError(
                     f"layer {index} of {teacher} computes values that are not numbers; its "
                     "weights are damaged"
                 )
-            states.append(hidden[sample].cpu())
+            states.append(_states_at(sampled, batches))
             bar.advance()
         norm = model.final_norm()
         with gauge.watching_norm(norm):
-            for rows in text.few_at_once():
-                gauge.look_at(text.present[rows])
-                norm(hidden[rows])
+            for batch in batches:
+                gauge.look_at(batch.present)
+                norm(batch.hidden)
     return TeacherScores(tuple(influence), angular_distances(states), gauge.scores())
+
+
+def _states_at(sampled: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
+    """The hidden states at some positions of each batch, on the CPU, shape (S, D)."""
+    pairs = zip(batches, sampled, strict=True)
+    return torch.cat([batch.hidden[positions].cpu() for batch, positions in pairs])
 
 
 def turn(before: Tensor, after: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,12 +19,18 @@ from typing import Any, BinaryIO
 import torch
 
 from distill.student.width import Cut, KeptWidth, apply_cut, cut_of, narrowed_config
-from mistill.folders.folder import read_json, safetensors_header, weight_files
+from mistill.folders.folder import read_json, weight_files
+from mistill.folders.safetensors_file import (
+    Header,
+    NewTensor,
+    StoredTensor,
+    read_header,
+    write_safetensors,
+)
 from mistill.progress import Tracker, track
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _COPIED_AT_ONCE = 1 << 24
-_HEADER_MULTIPLE = 8
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,37 +40,30 @@ FLOATS = {
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A tensor to be written, and where it comes from.
+class _Kept:
+    """A tensor to be written.
 
     Attributes:
-        dtype: Name of its type.
-        source_shape: Shape in the source.
-        source_begin: Where its bytes begin, behind the source's header.
-        source_bytes: How many there are.
+        stored: Where it lies in the source.
         cut: What is kept of it.
     """
 
-    dtype: str
-    source_shape: tuple[int, ...]
-    source_begin: int
-    source_bytes: int
+    stored: StoredTensor
     cut: Cut
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape in the target."""
-        kept = [None if part is None else len(part) for part in self.cut[:2]]
-        whole = [*kept, None, None]
-        return tuple(
-            size if kept is None else kept
-            for size, kept in zip(self.source_shape, whole, strict=False)
-        )
+        sizes = list(self.stored.shape)
+        for axis, places in enumerate(self.cut[:2]):
+            if places is not None:
+                sizes[axis] = len(places)
+        return tuple(sizes)
 
     @property
     def bytes_per_element(self) -> float:
         """Width of its type."""
-        return self.source_bytes / max(1, math.prod(self.source_shape))
+        return self.stored.size / max(1, math.prod(self.stored.shape))
 
     @property
     def bytes(self) -> int:
@@ -108,20 +106,18 @@ def copy_layers(
     """
     config = pruned_config(read_json(source / "config.json"), keep, width)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    kept = {
-        file: _kept_tensors(safetensors_header(file), keep, width) for file in weight_files(source)
-    }
+    kept = {file: _kept_tensors(read_header(file), keep, width) for file in weight_files(source)}
     kept = {file: tensors for file, tensors in kept.items() if tensors}
     names = _file_names(len(kept))
-    total = sum(piece.bytes for tensors in kept.values() for piece in tensors.values())
+    total = sum(one.bytes for tensors in kept.values() for one in tensors.values())
     with track("copying layers", total, "B") as bar:
         for name, (file, tensors) in zip(names, kept.items(), strict=True):
             _copy_tensors(file, target / name, tensors, bar)
     if len(kept) > 1:
-        places = zip(names, kept.values(), strict=True)
+        files = zip(names, kept.values(), strict=True)
         index = {
             "metadata": {"total_size": total},
-            "weight_map": {new: name for name, tensors in places for new in tensors},
+            "weight_map": {tensor: name for name, tensors in files for tensor in tensors},
         }
         file = target / "model.safetensors.index.json"
         file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
@@ -133,64 +129,42 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _kept_tensors(
-    header: Mapping[str, dict[str, Any]], keep: Sequence[int], width: KeptWidth | None
-) -> dict[str, _Piece]:
+def _kept_tensors(header: Header, keep: Sequence[int], width: KeptWidth | None) -> dict[str, _Kept]:
     """The tensors to write by their new names, in an order that keeps every type aligned."""
     new_place = {old: new for new, old in enumerate(keep)}
     kept = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+    for name, stored in sorted(header.tensors.items(), key=lambda item: item[1].start):
         match = _LAYER.fullmatch(name)
         if match is not None and int(match[1]) not in new_place:
             continue
-        begin, end = map(int, entry["data_offsets"])
         cut = Cut() if width is None else cut_of(name, width)
-        piece = _Piece(entry["dtype"], tuple(entry["shape"]), begin, end - begin, cut)
         new = name if match is None else f"model.layers.{new_place[int(match[1])]}.{match[2]}"
-        kept[new] = piece
+        kept[new] = _Kept(stored, cut)
     return dict(sorted(kept.items(), key=lambda item: -item[1].bytes_per_element))
 
 
-def _copy_tensors(source: Path, target: Path, tensors: Mapping[str, _Piece], bar: Tracker) -> None:
+def _copy_tensors(source: Path, target: Path, kept: Mapping[str, _Kept], bar: Tracker) -> None:
     """Write one safetensors file with some tensors of another, under their new names."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, piece in tensors.items():
-        begin, end = end, end + piece.bytes
-        header[name] = {
-            "dtype": piece.dtype,
-            "shape": list(piece.shape),
-            "data_offsets": [begin, end],
+    with source.open("rb") as opened:
+        tensors = {
+            name: NewTensor(one.stored.dtype, one.shape, one.bytes, _chunks(opened, one, bar))
+            for name, one in kept.items()
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_MULTIPLE)
-    with source.open("rb") as opened, target.open("wb") as written:
-        data_start = 8 + struct.unpack("<Q", opened.read(8))[0]
-        written.write(struct.pack("<Q", len(text)) + text)
-        for piece in tensors.values():
-            opened.seek(data_start + piece.source_begin)
-            if piece.cut.keeps_all:
-                _copy_bytes(opened, written, piece.bytes, bar)
-            else:
-                written.write(_cut_bytes(opened, piece))
-                bar.advance(piece.bytes)
+        write_safetensors(target, tensors)
 
 
-def _cut_bytes(source: BinaryIO, piece: _Piece) -> bytes:
-    """Read a tensor and keep some of it."""
-    data = bytearray(source.read(piece.source_bytes))
-    if len(data) < piece.source_bytes:
-        raise EOFError(f"{source.name} ends before its last tensor")
-    whole = torch.frombuffer(data, dtype=FLOATS[piece.dtype]).reshape(piece.source_shape)
-    kept: bytes = apply_cut(whole, piece.cut).contiguous().view(torch.uint8).numpy().tobytes()
-    return kept
-
-
-def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int, bar: Tracker) -> None:
-    while count:
-        piece = source.read(min(count, _COPIED_AT_ONCE))
-        if not piece:
-            raise EOFError(f"{source.name} ends before its last tensor")
-        target.write(piece)
-        bar.advance(len(piece))
-        count -= len(piece)
+def _chunks(source: BinaryIO, kept: _Kept, bar: Tracker) -> Iterator[bytes]:
+    """The bytes of a tensor: as they are, or cut."""
+    source.seek(kept.stored.start)
+    if not kept.cut.keeps_all:
+        values = torch.frombuffer(
+            bytearray(source.read(kept.stored.size)), dtype=FLOATS[kept.stored.dtype]
+        ).reshape(kept.stored.shape)
+        yield apply_cut(values, kept.cut).contiguous().view(torch.uint8).numpy().tobytes()
+        bar.advance(kept.bytes)
+        return
+    left = kept.bytes
+    while left and (chunk := source.read(min(left, _COPIED_AT_ONCE))):
+        yield chunk
+        bar.advance(len(chunk))
+        left -= len(chunk)

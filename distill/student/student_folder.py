@@ -35,13 +35,12 @@ from mistill.folders.folder import (
     copy_companions,
     open_folder,
     read_json,
-    safetensors_header,
-    weight_files,
+    tensor_headers,
 )
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing
 from mistill.pytorch.loading import check_weights, require_readable
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import require, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
@@ -130,9 +129,7 @@ def _finish(
         "parameters": sizes.parameters,
         "megabytes_at_4_bits": round(sizes.megabytes_at_4_bits, 3),
     }
-    add_lineage(
-        folder, step="student", settings=settings_dict(settings), source=info.path, **all_facts
-    )
+    add_lineage(folder, step="student", settings=settings, source=info.path, **all_facts)
     return all_facts
 
 
@@ -253,13 +250,12 @@ def _check_text(
 
 def _check_types(folder: Path) -> None:
     """Refuse to cut through numbers of a type that cannot be computed with."""
-    for file in weight_files(folder):
-        for name, entry in safetensors_header(file).items():
-            if entry["dtype"] not in FLOATS:
-                raise FolderError(
-                    f"{folder} stores {name} as {entry['dtype']}, and width is cut from "
-                    f"{', '.join(FLOATS)} only; convert it first"
-                )
+    for name, stored in tensor_headers(folder).items():
+        if stored.dtype not in FLOATS:
+            raise FolderError(
+                f"{folder} stores {name} as {stored.dtype}, and width is cut from "
+                f"{', '.join(FLOATS)} only; convert it first"
+            )
 
 
 # --- what is kept -------------------------------------------------------------------------------
@@ -368,10 +364,10 @@ def teacher_scores(teacher: Path, blocks: TokenBlocks) -> tuple[TeacherScores, b
         FolderError: If the teacher computes something that is not a number.
     """
     file = score_file("walk", teacher, blocks)
-    found = read_scores(file)
-    if found is not None:
-        width = WidthScores(*(found[name] for name in ("neurons", "groups", "channels")))
-        return TeacherScores(tuple(found["influence"].tolist()), found["angular"], width), True
+    stored = read_scores(file)
+    if stored is not None:
+        width = WidthScores(*(stored[name] for name in ("neurons", "groups", "channels")))
+        return TeacherScores(tuple(stored["influence"].tolist()), stored["angular"], width), True
     scores = measure_scores(teacher, blocks)
     tensors = {
         "influence": torch.tensor(scores.influence, dtype=torch.float64),
@@ -405,10 +401,10 @@ def cheapest_drops(teacher: Path, blocks: TokenBlocks, count: int) -> tuple[list
             "calibration_tokens"
         )
     file = score_file("greedy", teacher, blocks)
-    found = read_scores(file)
+    scores = read_scores(file)
     known: list[Drop] = []
-    if found is not None:
-        pairs = zip(found["layers"].tolist(), found["kl"].tolist(), strict=True)
+    if scores is not None:
+        pairs = zip(scores["layers"].tolist(), scores["kl"].tolist(), strict=True)
         known = [Drop(layer, kl) for layer, kl in pairs]
     if len(known) >= count:
         return known[:count], True

@@ -179,10 +179,10 @@ class CachedTeacher:
         keys = np.frombuffer(b"".join(piece.key for piece in pieces), np.uint8)
         wanted = _sortable(keys.reshape(len(pieces), -1))
         places = np.searchsorted(self._keys, wanted)
-        found = self._keys[np.minimum(places, len(self._keys) - 1)] == wanted
-        missing = int((~found).sum())
+        is_stored = self._keys[np.minimum(places, len(self._keys) - 1)] == wanted
+        missing = int((~is_stored).sum())
         if missing:
-            first = pieces[int(np.argmin(found))]
+            first = pieces[int(np.argmin(is_stored))]
             hint = ""
             if block_length != self.block_length:
                 hint = (
@@ -210,11 +210,11 @@ class CachedTeacher:
             if zlib.crc32(code) != self._checks[place]:
                 raise damaged(self._location, file)
             answers.append(self._codec.decode(code, int(self._sizes[place])))
-        told = join(answers)
-        ids, values = told.padded()
+        stored = join(answers)
+        ids, values = stored.padded()
         if self.method != "top_k":
             values /= np.float32(self._draws)
-        return ids, values, told.entropy
+        return ids, values, stored.entropy
 
 
 def open_targets(

@@ -241,12 +241,12 @@ class CodedDraws:
         gaps[first] = targets.ids[first]
         lengths = _bit_lengths(gaps)
         # The last count of a position follows from the others.
-        told = np.ones(len(gaps), bool)
-        told[first + targets.sizes - 1] = False
+        is_stored = np.ones(len(gaps), bool)
+        is_stored[first + targets.sizes - 1] = False
         entropy = pack_entropy(targets.entropy, self.vocabulary_size)
         huffman = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
         parts = []
-        for symbols in (targets.sizes, lengths, targets.values[told], entropy >> 8):
+        for symbols in (targets.sizes, lengths, targets.values[is_stored], entropy >> 8):
             # A code of its own for every kind of symbol.
             parts.append(huffman.compress(symbols.astype(np.uint8).tobytes()))
             parts.append(huffman.flush(zlib.Z_BLOCK))
@@ -271,7 +271,7 @@ class CodedDraws:
         rest = np.frombuffer(huffman.unused_data, np.uint8)
         sizes = symbols[:positions]
         stored = int(sizes.sum())
-        lengths, told_counts, coarse = np.split(
+        lengths, stored_counts, coarse = np.split(
             symbols[positions:], [stored, 2 * stored - positions]
         )
         gaps = read_bits(rest[positions:], np.maximum(lengths - 1, 0))
@@ -280,9 +280,9 @@ class CodedDraws:
         last = np.cumsum(sizes) - 1
         first = last + 1 - sizes
         counts = np.zeros(stored, np.int64)
-        told = np.ones(stored, bool)
-        told[last] = False
-        counts[told] = told_counts
+        is_stored = np.ones(stored, bool)
+        is_stored[last] = False
+        counts[is_stored] = stored_counts
         counts[last] = self.draws - np.add.reduceat(counts, first)
         # Ids are sums of gaps since the first of their position.
         ids = np.cumsum(gaps + 1)

@@ -66,12 +66,12 @@ def find_pieces(blocks: TokenBlocks) -> list[Piece]:
     kept, runs = blocks.kept, blocks.runs
     begins = runs[:, 0] * blocks.block_length + runs[:, 1]
     counts = np.add.reduceat(kept.reshape(-1), begins, dtype=np.int64)
-    found = []
+    pieces = []
     for (row, start, stop), positions in zip(runs.tolist(), counts.tolist(), strict=True):
         if positions:
             key = piece_key(blocks.ids[row, start:stop], kept[row, start:stop])
-            found.append(Piece(key, row, start, stop, positions))
-    return found
+            pieces.append(Piece(key, row, start, stop, positions))
+    return pieces
 
 
 def piece_key(ids: NDArray[np.int64], kept: NDArray[np.bool_]) -> bytes:
@@ -282,10 +282,10 @@ def read_index(location: Location, file: str, content: bytes | None = None) -> S
     """
 
     def read(start: int, stop: int) -> bytes:
-        found = content[start:stop] if content is not None else location.read(file, start, stop)
-        if len(found) < stop - start:
+        part = content[start:stop] if content is not None else location.read(file, start, stop)
+        if len(part) < stop - start:
             raise ValueError("it is cut short")
-        return found
+        return part
 
     try:
         begin = 8 + int.from_bytes(read(0, 8), "little")
@@ -392,10 +392,11 @@ def finish(location: Location, plan: Plan, teacher: str, known: Mapping[int, str
         if shard in known:
             index, checksum = read_index(location, file), known[shard]
         else:
-            found = sound_shard(location, shard, plan)
-            if found is None:
+            sound = sound_shard(location, shard, plan)
+            if sound is None:
                 return False
-            index, checksum = found[0], hashlib.sha256(found[1]).hexdigest()
+            index, content = sound
+            checksum = hashlib.sha256(content).hexdigest()
         files[file] = {"bytes": int(index.ends[-1]), "sha256": checksum}
         stored += index.facts["stored_tokens"]
         nats += index.facts["entropy"]

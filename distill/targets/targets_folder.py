@@ -232,13 +232,15 @@ def _begin(location: Location, plan: Plan, overwrite: bool) -> bool:
 
 def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a plan, from a plan or from the manifest that it became."""
-    kept = {
+    comparable = {
         name: value
         for name, value in facts.items()
         if name not in ("plan", "files", "stored_tokens", "mean_entropy")
     }
-    kept["teacher"] = {name: value for name, value in kept["teacher"].items() if name != "name"}
-    return kept
+    comparable["teacher"] = {
+        name: value for name, value in comparable["teacher"].items() if name != "name"
+    }
+    return comparable
 
 
 # --- asking the teacher -------------------------------------------------------------------------
@@ -258,12 +260,12 @@ def _make_shards(
     done = 0
     mine = range(workers.rank, plan.shards, workers.ranks)
     for shard in mine:
-        found = sound_shard(location, shard, plan)
+        sound = sound_shard(location, shard, plan)
         location.remove_partials(shard_name(shard))
-        if found is None:
+        if sound is None:
             missing.append(shard)
             continue
-        checksums[shard] = hashlib.sha256(found[1]).hexdigest()
+        checksums[shard] = hashlib.sha256(sound[1]).hexdigest()
         done += _tokens(plan.run(shard))
     if not missing:
         return checksums
@@ -386,12 +388,12 @@ def keep(dense: DenseTargets, pieces: Sequence[Piece], settings: TargetSettings)
         )
         ids.append(draw(p, spread).cpu())
         values.append(entropy(log_p, p).float().cpu())
-    kept, beside = torch.cat(ids).numpy(), torch.cat(values).numpy()
+    token_ids, token_values = torch.cat(ids).numpy(), torch.cat(values).numpy()
     if settings.method != "top_k":
-        return count_draws(kept, beside)
-    sizes = np.full(len(kept), K)
+        return count_draws(token_ids, token_values)
+    sizes = np.full(len(token_ids), K)
     return StoredTargets(
-        sizes, kept.reshape(-1), beside.reshape(-1), np.zeros(len(kept), np.float32)
+        sizes, token_ids.reshape(-1), token_values.reshape(-1), np.zeros(len(token_ids), np.float32)
     )
 
 
@@ -440,7 +442,7 @@ def _end(
     steps = lineage_after(
         info.path,
         step="targets",
-        settings=settings_dict(settings),
+        settings=settings,
         positions=plan.facts["positions"],
     )
     while True:

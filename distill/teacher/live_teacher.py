@@ -63,24 +63,12 @@ class DividedTeacher:
     answer: nn.Module
 
     def targets(self, blocks: TokenBlocks, batch: Batch) -> DenseTargets:
-        """Run the teacher over some blocks.
-
-        Args:
-            blocks: The blocks.
-            batch: The same blocks, on the device.
-
-        Returns:
-            Its answer at the kept positions, in row-major order.
-        """
+        """Run the teacher over some blocks."""
         with torch.no_grad():
             return DenseTargets(*self.answer(batch))
 
     def expect(self, blocks: TokenBlocks) -> None:
-        """Do nothing: a running model answers when it is asked.
-
-        Args:
-            blocks: The blocks.
-        """
+        """Do nothing: a running model answers when it is asked."""
 
 
 def divide(model: PreTrainedModel, device: torch.device) -> DividedTeacher:
@@ -122,15 +110,7 @@ class SpreadTeacher:
     head: Head
 
     def targets(self, blocks: TokenBlocks, batch: Batch) -> DenseTargets:
-        """Run the teacher over some blocks.
-
-        Args:
-            blocks: The blocks.
-            batch: The same blocks, on the device.
-
-        Returns:
-            Its answer at the kept positions, in row-major order.
-        """
+        """Run the teacher over some blocks."""
         with torch.inference_mode():
             hidden = last_hidden_states(self.model, batch.ids, batch.positions)
             hidden = hidden.to(batch.kept.device)[batch.kept]
@@ -138,11 +118,7 @@ class SpreadTeacher:
             return DenseTargets(hidden.to(dtype), self.head.frozen(dtype))
 
     def expect(self, blocks: TokenBlocks) -> None:
-        """Do nothing: a running model answers when it is asked.
-
-        Args:
-            blocks: The blocks.
-        """
+        """Do nothing: a running model answers when it is asked."""
 
 
 def require_teacher(info: FolderInfo, settings: TrainSettings) -> None:

@@ -61,15 +61,7 @@ class LiveTeacher:
     model: PreTrainedModel
 
     def targets(self, blocks: TokenBlocks, batch: Batch) -> DenseTargets:
-        """Run the teacher over some blocks.
-
-        Args:
-            blocks: The blocks.
-            batch: The same blocks, on the device.
-
-        Returns:
-            Its answer at the kept positions, in row-major order.
-        """
+        """Run the teacher over some blocks."""
         with torch.inference_mode():
             hidden = last_hidden_states(self.model, batch.ids, batch.positions)[batch.kept]
             head = read_head(self.model)
@@ -77,11 +69,7 @@ class LiveTeacher:
             return DenseTargets(hidden.to(dtype), head.frozen(dtype))
 
     def expect(self, blocks: TokenBlocks) -> None:
-        """Do nothing: a running model answers when it is asked.
-
-        Args:
-            blocks: The blocks.
-        """
+        """Do nothing: a running model answers when it is asked."""
 
 
 def last_hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ N is kept positions, V vocabulary, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,16 +20,12 @@ import torch
 from torch import Tensor
 
 from distill.loss.divergences import FORWARD_KL
-from distill.loss.heads import Head, as_head, compute_dtype, read_head, soften
+from distill.loss.heads import Head, as_head, compute_dtype, soften
 from distill.loss.losses import chunks
 from distill.loss.targets import DenseTargets, TeacherTargets
-from distill.teacher.teacher import Teacher, last_hidden_states
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from distill.loss.batches import Batch
-    from mistill.text.blocks import TokenBlocks
+    pass
 
 _CONFIDENCE_BINS = 15
 
@@ -102,48 +98,6 @@ class TokenScores:
     acceptance: Tensor | None
 
 
-HeldOut = list[tuple["Batch", TeacherTargets]]
-
-
-def ask_teacher(teacher: Teacher, parts: Iterable[tuple[TokenBlocks, Batch]]) -> HeldOut:
-    """Ask the teacher about held-out text once, for all evaluations to come.
-
-    Args:
-        teacher: Whoever answers.
-        parts: Held-out text, as blocks and as a batch.
-
-    Returns:
-        Each batch with what the teacher says there.
-    """
-    return [(batch, teacher.targets(blocks, batch)) for blocks, batch in parts]
-
-
-def evaluate(student: PreTrainedModel, held_out: HeldOut, memory_mib: float = 128.0) -> Evaluation:
-    """Judge a student on held-out text.
-
-    Args:
-        student: A model with its head; its weights are left alone.
-        held_out: Text with the teacher's answers; at least one position is kept.
-        memory_mib: Room for chunks of logits.
-
-    Returns:
-        Means over all kept positions.
-
-    Raises:
-        ValueError: If no position is kept.
-    """
-    was_training = student.training
-    student.eval()
-    scores: list[TokenScores] = []
-    with torch.inference_mode():
-        for batch, targets in held_out:
-            hidden = last_hidden_states(student, batch.ids, batch.positions)[batch.kept]
-            head = read_head(student)
-            scores.extend(score_positions(hidden, head, targets, batch.next_ids, memory_mib))
-    student.train(was_training)
-    return summarize(scores)
-
-
 def score_positions(
     hidden: Tensor,
     head: Head | Tensor,
@@ -167,7 +121,7 @@ def score_positions(
     dtype = compute_dtype(hidden, head)
     H, head = hidden.to(dtype), head.frozen(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    found = []
+    token_scores = []
     for rows, (a, b, c) in chunks(len(H), head.vocabulary_size, wide, H.device, memory_mib, 3):
         log_q = soften(head.logits(H[rows], out=b), 1.0, out=c)
         picked = next_ids[rows, None]
@@ -177,14 +131,14 @@ def score_positions(
             if temperature != 1.0:
                 torch.log_softmax(log_q / temperature, dim=-1, out=c)
             kl = targets.diverge(rows, c, FORWARD_KL, temperature, (a, b), gradient=False)
-            found.append(TokenScores(kl, student, None, None, None))
+            token_scores.append(TokenScores(kl, student, None, None, None))
             continue
         log_p = targets.log_probabilities(rows, 1.0, out=a, scratch=b)
         teacher, second = _model_scores(log_p, picked)
         acceptance = torch.minimum(log_p, log_q, out=b).exp_().sum(dim=-1)
         kl = FORWARD_KL.rows(log_p, log_q, (b,), gradient=False)
-        found.append(TokenScores(kl, student, teacher, first == second, acceptance))
-    return found
+        token_scores.append(TokenScores(kl, student, teacher, first == second, acceptance))
+    return token_scores
 
 
 def _model_scores(log_probabilities: Tensor, picked: Tensor) -> tuple[ModelScores, Tensor]:

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
-
-from distill.loss.targets import DenseTargets
-from distill.teacher.live_teacher import load_teacher
-from distill.teacher.teacher import Teacher
-from distill.training.evaluation import score_positions
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from distill.loss.batches import Batch
-    from distill.settings import TrainSettings
-    from mistill.folders.folder import FolderInfo
-    from mistill.text.blocks import TokenBlocks
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, TypeVar
-
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.loss.batches import Batch, make_batch
-from distill.loss.targets import TeacherTargets
-from distill.training.evaluation import Evaluation, TokenScores, summarize
+from distill.loss.targets import DenseTargets, TeacherTargets
+from distill.teacher.live_teacher import load_teacher
+from distill.teacher.teacher import Teacher
+from distill.training.evaluation import Evaluation, TokenScores, score_positions, summarize
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from distill.settings import TrainSettings
+    from mistill.folders.folder import FolderInfo
     from mistill.text.blocks import TokenBlocks
 
 PartT = TypeVar("PartT")
@@ -59,13 +45,13 @@ def shares(
 
 @dataclass(frozen=True)
 class HeldOutPart:
-    """Some held-out text, with what the teacher says of it.
+    """Some held-out text, with the teacher's predictions.
 
     Attributes:
         batch: The text.
-        targets: The teacher's answer.
-        counts: False where another process judges the same text, and this one only keeps it
-            company.
+        targets: The teacher's predictions.
+        counts: False where another process evaluates the same text, and this one repeats it so
+            that all processes make the same number of calls.
     """
 
     batch: Batch
@@ -89,11 +75,11 @@ def ask_about(
     """
     mine = [part for _, part in shares(held_out, size, accelerator)]
     rounds = -(-len(held_out) // (size * accelerator.num_processes))
-    company = [held_out[:size]] * (rounds - len(mine))
-    for part in (*mine, *company):
+    repeated = [held_out[:size]] * (rounds - len(mine))
+    for part in (*mine, *repeated):
         teacher.expect(part)
     parts = []
-    for number, part in enumerate((*mine, *company)):
+    for number, part in enumerate((*mine, *repeated)):
         batch = make_batch(part, accelerator.device)
         with accelerator.autocast():
             answer = teacher.targets(part, batch)
@@ -119,9 +105,9 @@ def judge(
     scores: list[TokenScores] = []
     for part in held_out:
         with torch.no_grad(), accelerator.autocast():
-            found = module("scores", part.batch, part.targets)
+            part_scores = module("scores", part.batch, part.targets)
         if part.counts:
-            scores.extend(found)
+            scores.extend(part_scores)
     module.train(was_training)
     return summarize_all(scores, accelerator)
 
@@ -173,11 +159,11 @@ def lost_in_four_bits(
     """
     size = settings.micro_batch_size
     floats = load_teacher(info, settings, accelerator, quantized=False)
-    said = ask_about(floats, held_out, size, accelerator)
+    float_parts = ask_about(floats, held_out, size, accelerator)
     del floats
-    says = ask_about(teacher, held_out, size, accelerator)
+    nf4_parts = ask_about(teacher, held_out, size, accelerator)
     scores = []
-    for before, after in zip(said, says, strict=True):
+    for before, after in zip(float_parts, nf4_parts, strict=True):
         if before.counts:
             scores.extend(_compare(before, after, settings.loss_memory_mib))
     return summarize_all(scores, accelerator).kl

@@ -11,6 +11,7 @@ same tokens are drawn whatever the micro-batches and the processes, and after a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def write(
     was_training = student.training
     student.eval()
     with torch.no_grad(), _own_generation_config(student, ends):
-        found: Tensor = student.generate(  # type: ignore[operator]
+        sequences: Tensor = student.generate(  # type: ignore[operator]
             inputs=ids.to(device),
             attention_mask=attention.to(device),
             max_new_tokens=max(limits),
@@ -176,7 +177,7 @@ def write(
     student.train(was_training)
     answers = []
     for row, limit in enumerate(limits):
-        tokens = found[row, longest : longest + limit].cpu().numpy()
+        tokens = sequences[row, longest : longest + limit].cpu().numpy()
         ended = np.flatnonzero(np.isin(tokens, ends))
         answers.append(tokens[: ended[0] + 1] if len(ended) else tokens)
     return answers
@@ -239,3 +240,16 @@ def _own_generation_config(student: PreTrainedModel, ends: list[int]) -> Iterato
         yield
     finally:
         student.generation_config = theirs
+
+
+def is_on_policy(step: int, share: float) -> bool:
+    """Whether the student writes the text of a step.
+
+    Args:
+        step: Counted from 0.
+        share: Of the steps in which it does, 0 to 1.
+
+    Returns:
+        True in ``floor(share * n)`` of the first n steps, whatever n is, evenly spread.
+    """
+    return math.floor((step + 1) * share) > math.floor(step * share)

@@ -1,20 +1,12 @@
-"""The state of a run on disk: whole or not there, and all that the next bits depend on."""
+"""How far a distillation run has come."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distill.training.evaluation import Evaluation
-from mistill.folders.publishing import write_atomically
-
-if TYPE_CHECKING:
-    pass
-
-_END_FILE = "end.json"
-_PROGRESS_FILE = "progress.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,32 +33,23 @@ class TrainingProgress:
     best_step: int
     last: Evaluation
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as a JSON document, which checkpoints hold.
 
-def record_end(work: Path, progress: TrainingProgress) -> None:
-    """Note that a run has come to its end, so that it is not run again.
+        Returns:
+            Names and plain values.
+        """
+        return asdict(self)
 
-    Args:
-        work: The folder of the run.
-        progress: Its end.
-    """
-    write_atomically(work / _END_FILE, json.dumps(asdict(progress)))
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingProgress:
+        """Read what ``to_dict`` wrote.
 
+        Args:
+            values: Names and plain values.
 
-def recorded_end(work: Path) -> TrainingProgress | None:
-    """The end of a run that came to it before an interruption.
-
-    Args:
-        work: The folder of the run.
-
-    Returns:
-        Its end, or None if it has not come to it.
-    """
-    file = work / _END_FILE
-    return _read_progress(file) if file.exists() else None
-
-
-def _read_progress(file: Path) -> TrainingProgress:
-    values: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    for name in ("before", "best", "last"):
-        values[name] = Evaluation(**values[name])
-    return TrainingProgress(**values)
+        Returns:
+            How far a run had come.
+        """
+        judged = {name: Evaluation(**values[name]) for name in ("before", "best", "last")}
+        return cls(**{**values, **judged})

@@ -90,11 +90,11 @@ class LiveSource:
         Returns:
             JSON values.
         """
-        found = {"teacher": str(self.info.path), "teacher_fingerprint": self.fingerprint}
+        facts = {"teacher": str(self.info.path), "teacher_fingerprint": self.fingerprint}
         if (work / _FOUR_BITS).exists():
             lost = json.loads((work / _FOUR_BITS).read_text("utf-8"))
-            return {**found, "teacher_kl_of_four_bits": lost}
-        return found
+            return {**facts, "teacher_kl_of_four_bits": lost}
+        return facts
 
 
 @dataclass(frozen=True)

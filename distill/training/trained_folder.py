@@ -186,10 +186,10 @@ def _require_one_teacher(
     teacher: str | Path | None, targets: str | Path | None, settings: TrainSettings
 ) -> None:
     if (teacher is None) == (targets is None):
-        found = "neither is" if teacher is None else "both are"
+        count = "neither is" if teacher is None else "both are"
         raise SettingsError(
             "give either teacher, a model that runs, or targets, a folder of what one said; "
-            f"{found} given"
+            f"{count} given"
         )
     if targets is None:
         return
@@ -211,15 +211,24 @@ def _require_one_teacher(
 def _require_libraries(settings: TrainSettings) -> None:
     from mistill.training.metrics import require_trackers
 
-    require_trackers(settings)
+    require_trackers(settings.trackers)
     if settings.optimizer != "adamw":
         from mistill.training.optimizers import require_optimizer
 
-        require_optimizer(settings)
+        require_optimizer(settings.optimizer)
     if settings.lora_rank:
         from mistill.training.adapters import require_peft
 
         require_peft()
+
+
+def _require_one_process(settings: TrainSettings, processes: int) -> None:
+    """Refuse a device map, with which one process uses all GPUs, in several processes."""
+    require(
+        settings.teacher_device_map is None or processes == 1,
+        f"teacher_device_map lets one process use all GPUs, and there are {processes} processes; "
+        "start one process, or set divide_teacher",
+    )
 
 
 def _refuse_same_place(target: Path, info: FolderInfo, role: str) -> None:
@@ -275,18 +284,20 @@ def _train_in(
     """Train to the end, in a folder of its own inside that of the whole call."""
     import torch
 
-    from distill.training.progress import record_end, recorded_end
+    from distill.training.progress import TrainingProgress
     from distill.training.trainer import train_student
     from mistill.pytorch.loading import load_pytorch
+    from mistill.training.checkpoints import record_end, recorded_end
     from mistill.training.processes import accelerating, loading_whole
 
     with accelerating(settings, logs=work) as accelerator:
+        _require_one_process(settings, accelerator.num_processes)
         if accelerator.is_main_process:
             work.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
         ended = recorded_end(work)
         if ended is not None:
-            return ended
+            return TrainingProgress.from_dict(ended)
         with loading_whole(accelerator):
             teacher = source.open(home, judged, settings, accelerator)
             student = load_pytorch(student_info.path, dtype=torch.float32)
@@ -301,7 +312,7 @@ def _train_in(
         )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            record_end(work, progress)
+            record_end(work, progress.to_dict())
         accelerator.wait_for_everyone()
         return progress
 
@@ -385,7 +396,7 @@ def _finish(
     add_lineage(
         result,
         step="distill",
-        settings=settings_dict(settings),
+        settings=settings,
         source=student.path,
         **facts,
         **read,

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from distill.training.held_out import ask_about, judge, shares
+from distill.training.on_policy import is_on_policy
 from distill.training.progress import TrainingProgress
 from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.errors import TrainingError
 from mistill.progress import track
 from mistill.pytorch.loading import quiet_transformers
+from mistill.settings import settings_dict
 from mistill.training.adapters import add_adapters, merged
 from mistill.training.checkpoints import (
     load_checkpoint,
@@ -36,7 +38,7 @@ from mistill.training.lean import remember_less
 from mistill.training.memory import unmap_when_freed
 from mistill.training.metrics import Metrics
 from mistill.training.optimizers import make_optimizer
-from mistill.training.schedule import blocks_of_step, is_on_policy, learning_rate_at, step_count
+from mistill.training.schedule import blocks_of_step, learning_rate_at, step_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,7 +114,7 @@ class _Run:
     ) -> None:
         self.student, self.teacher, self.training = student, teacher, training
         self.settings, self.accelerator, self.work = settings, accelerator, work
-        self.steps = step_count(training, settings)
+        self.steps = step_count(training, settings.tokens, settings.batch_size)
         self.held_out = ask_about(teacher, held_out, settings.micro_batch_size, accelerator)
         if settings.lora_rank:
             add_adapters(student, settings.lora_rank)
@@ -123,15 +125,21 @@ class _Run:
             unmap_when_freed()
         student.train()
         self.module, self.optimizer = accelerator.prepare(
-            DistillationStep(student, settings), make_optimizer(student, settings)
+            DistillationStep(student, settings),
+            make_optimizer(
+                student,
+                name=settings.optimizer,
+                learning_rate=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+            ),
         )
-        self.metrics = Metrics(work, accelerator, settings)
+        self.metrics = Metrics(work, accelerator, settings_dict(settings))
 
     def to_the_end(self) -> TrainingProgress:
         """Train from the last checkpoint, or from the start, to the last step."""
         started = time.perf_counter()
-        progress = load_checkpoint(self.work, self.accelerator)
-        if progress is None:
+        saved = load_checkpoint(self.work, self.accelerator)
+        if saved is None:
             self.metrics.keep_until(-1)
             before = self.evaluate(0)
             progress = TrainingProgress(
@@ -145,6 +153,7 @@ class _Run:
                 last=before,
             )
         else:
+            progress = TrainingProgress.from_dict(saved)
             logger.info("resuming after step %d of %d", progress.step, self.steps)
             self.metrics.keep_until(progress.step)
         clock = started - progress.seconds
@@ -187,7 +196,9 @@ class _Run:
     ) -> tuple[TrainingProgress, str]:
         """One optimizer step."""
         began = time.perf_counter()
-        rate = learning_rate_at(step, self.steps, self.settings)
+        rate = learning_rate_at(
+            step, self.steps, peak=self.settings.learning_rate, warmup=self.settings.warmup
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums = accumulate_gradients(
@@ -255,19 +266,19 @@ class _Run:
 
     def judge(self, progress: TrainingProgress) -> TrainingProgress:
         """Evaluate the student and save it if it is the best so far."""
-        found = self.evaluate(progress.step)
-        logger.info("step %d: held-out KL %.4f nats", progress.step, found.kl)
-        progress = replace(progress, last=found)
-        if not found.kl < progress.best.kl:
+        evaluation = self.evaluate(progress.step)
+        logger.info("step %d: held-out KL %.4f nats", progress.step, evaluation.kl)
+        progress = replace(progress, last=evaluation)
+        if not evaluation.kl < progress.best.kl:
             return progress
         self.save_best(progress.step)
-        return replace(progress, best=found, best_step=progress.step)
+        return replace(progress, best=evaluation, best_step=progress.step)
 
     def evaluate(self, step: int) -> Any:
         """Judge the student as it is now."""
-        found = judge(self.module, self.held_out, self.accelerator)
-        self.metrics.write(step, held_out=asdict(found))
-        return found
+        evaluation = judge(self.module, self.held_out, self.accelerator)
+        self.metrics.write(step, held_out=asdict(evaluation))
+        return evaluation
 
     def save_best(self, step: int) -> None:
         """Save the student's weights, in the plain architecture."""
@@ -295,7 +306,7 @@ class _Run:
         """Write a checkpoint if one is due, and remove what it replaces."""
         last = progress.step == self.steps
         if not last and self.is_due(self.settings.checkpoint_every, progress.step):
-            save_checkpoint(self.work, self.accelerator, progress)
+            save_checkpoint(self.work, self.accelerator, progress.step, progress.to_dict())
             if self.accelerator.is_main_process:
                 remove_others(self.work, "best-", str(progress.best_step))
 

@@ -15,7 +15,7 @@ from mistill.folders.folder import open_folder, read_json
 from mistill.folders.lineage import lineage_after
 from mistill.folders.publishing import creating_file
 from mistill.progress import track
-from mistill.settings import settings_dict, settings_from
+from mistill.settings import settings_from
 from mistill.sources.gguf_model import CONTEXT_KEY, ROPE_KEY
 from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
@@ -97,7 +97,7 @@ def to_gguf(
         try:
             _describe(writer, info.path.name, architecture, chosen)
             _describe_vocabulary(writer, described, vocabulary, config)
-            lineage = lineage_after(info.path, step="gguf", settings=settings_dict(chosen))
+            lineage = lineage_after(info.path, step="gguf", settings=chosen)
             writer.add_string(LINEAGE_KEY, json.dumps(lineage))
             _write_weights(writer, info.path, architecture, chosen)
         finally:

@@ -30,7 +30,8 @@ from export.weights.blocks import (
 from export.weights.shapes import Kind, Stored, kind_of
 from mistill.cost_model.products import Kernel
 from mistill.errors import FolderError, missing_extra
-from mistill.folders.folder import read_config, safetensors_header, weight_files
+from mistill.folders.folder import read_config, weight_files
+from mistill.folders.safetensors_file import read_header
 from mistill.weights.gptq_doctor import require_sound
 from mistill.weights.gptq_layout import QuantizedWeight, read_quantization
 from mistill.weights.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
@@ -83,9 +84,9 @@ class FolderWeights:
         self._home: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in weight_files(folder):
-            for name, entry in safetensors_header(file).items():
+            for name, stored in read_header(file).tensors.items():
                 self._home[name] = file
-                self._shapes[name] = tuple(entry["shape"])
+                self._shapes[name] = stored.shape
         self._check(folder, architecture)
         self._open = ExitStack()
         self._files: dict[Path, Any] = {}

@@ -21,7 +21,7 @@ from mistill.folders.folder import (
 from mistill.pytorch.loading import load_pytorch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 _POSITIONS_AT_ONCE = 2048
 
@@ -56,21 +56,6 @@ class PytorchModel:
             torch.set_num_threads(threads)
         self.model = load_pytorch(folder, dtype)
         self._context_length = context_length(Path(folder), self.model.config.to_dict())
-
-    @classmethod
-    def from_model(cls, model: PreTrainedModel) -> PytorchModel:
-        """Wrap a model that is loaded already, without changing it.
-
-        Args:
-            model: A Llama or Mistral with its head, in eval mode.
-
-        Returns:
-            The running model.
-        """
-        made = cls.__new__(cls)
-        made.model = model
-        made._context_length = int(model.config.max_position_embeddings)
-        return made
 
     @property
     def vocabulary_size(self) -> int:

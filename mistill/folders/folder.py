@@ -10,14 +10,14 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from mistill.errors import FolderError
 from mistill.folders.gptq_format import read_quantization
+from mistill.folders.safetensors_file import StoredTensor, read_header
 
 Form = Literal["model", "gptq", "nf4", "onnx"]
 
@@ -236,6 +236,25 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
+def tensor_headers(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors in the weights of a folder, from the headers of its files.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        FolderError: If a file is damaged.
+    """
+    return {
+        name: stored
+        for file in weight_files(folder)
+        for name, stored in read_header(file).tensors.items()
+    }
+
+
 def _auto_gptq_names(folder: Path) -> list[str]:
     """The names that AutoGPTQ may have given to the weights of a folder, without their ending."""
     if not (folder / AUTO_GPTQ_CONFIG).is_file():
@@ -244,44 +263,6 @@ def _auto_gptq_names(folder: Path) -> list[str]:
     default = f"gptq_model-{said.get('bits')}bit-{said.get('group_size')}g"
     names = [said.get("model_file_base_name"), default]
     return [name for name in names if isinstance(name, str) and Path(name).name == name]
-
-
-def data_start(file: Path) -> int:
-    """Where the tensors of a safetensors file begin.
-
-    Args:
-        file: A file that ``safetensors_header`` reads.
-
-    Returns:
-        Bytes from the start of the file.
-    """
-    with file.open("rb") as opened:
-        return 8 + int(struct.unpack("<Q", opened.read(8))[0])
-
-
-def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Names, types and shapes of the tensors in a safetensors file.
-
-    Args:
-        file: The file.
-
-    Returns:
-        Tensor name to its ``dtype``, ``shape`` and ``data_offsets``.
-
-    Raises:
-        FolderError: If the file is cut short or is not a safetensors file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        header = _read_header(opened, size)
-    if header is None:
-        raise FolderError(f"{file} is not a safetensors file, or its start is damaged")
-    tensors, start = header
-    tensors.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    if size < start + end:
-        raise FolderError(f"{file} is cut short: {size} of {start + end} bytes")
-    return tensors
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -382,44 +363,28 @@ def _weight_problems(folder: Path) -> list[str]:
     found = []
     for file in files:
         try:
-            safetensors_header(file)
+            read_header(file)
         except FolderError as error:
             found.append(str(error).replace(f"{folder}{os.sep}", ""))
     return found
 
 
-def _read_header(opened: BinaryIO, size: int) -> tuple[dict[str, dict[str, Any]], int] | None:
-    prefix = opened.read(8)
-    if len(prefix) < 8:
-        return None
-    (length,) = struct.unpack("<Q", prefix)
-    if length > size - 8:
-        return None
-    try:
-        header = json.loads(opened.read(length))
-    except ValueError:
-        return None
-    return (header, 8 + length) if isinstance(header, dict) else None
-
-
 def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
     """Count the weights that a folder stands for, whatever form they are packed in."""
-    tensors: dict[str, dict[str, Any]] = {}
-    for file in weight_files(folder):
-        tensors.update(safetensors_header(file))
+    tensors = tensor_headers(folder)
     layout = None
     total = 0
-    for name, entry in tensors.items():
-        count = math.prod(entry["shape"])
+    for name, stored in tensors.items():
+        count = math.prod(stored.shape)
         if name.endswith(".qweight"):
             module = name.removesuffix(".qweight")
             if f"{module}.g_idx" in tensors:
-                inputs = tensors[f"{module}.g_idx"]["shape"][0]
+                inputs = tensors[f"{module}.g_idx"].shape[0]
             else:
                 layout = layout or read_quantization(config)
                 form = None if layout is None else layout.format_of(module)
-                inputs = entry["shape"][0] * 32 // (form.bits if form else 32)
-            total += inputs * entry["shape"][1]
+                inputs = stored.shape[0] * 32 // (form.bits if form else 32)
+            total += inputs * stored.shape[1]
         elif f"{name}.quant_state.bitsandbytes__nf4" in tensors:
             total += count * 2
         elif name.endswith((".weight", ".bias")):

@@ -19,6 +19,7 @@ from typing import Any
 from mistill.errors import FolderError
 from mistill.folders.folder import MANIFEST_FILE, QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
 from mistill.folders.publishing import write_atomically
+from mistill.settings import changed_settings, settings_dict
 
 LINEAGE_FILE = "lineage.json"
 
@@ -61,14 +62,14 @@ def read_lineage(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def add_lineage(
-    folder: Path, *, step: str, settings: Mapping[str, Any], source: Path | None, **facts: Any
+    folder: Path, *, step: str, settings: object, source: Path | None, **facts: Any
 ) -> None:
     """Record in a new folder which step made it, from what, and with which settings.
 
     Args:
         folder: The folder being made.
         step: Name of the step, as in the command line.
-        settings: The step's settings, as JSON values.
+        settings: An object of the step's settings class, or settings by name as JSON values.
         source: The folder that the step read, whose own lineage is carried on; None at the start.
         **facts: What else the step wants remembered, as JSON values.
     """
@@ -77,22 +78,26 @@ def add_lineage(
 
 
 def lineage_after(
-    source: Path | None, *, step: str, settings: Mapping[str, Any], **facts: Any
+    source: Path | None, *, step: str, settings: object, **facts: Any
 ) -> list[dict[str, Any]]:
     """The lineage of what a step makes: that of its source, and an entry for the step.
 
     Args:
         source: The folder that the step read; None at the start.
         step: Name of the step, as in the command line.
-        settings: The step's settings, as JSON values.
+        settings: An object of the step's settings class, or settings by name as JSON values.
         **facts: What else the step wants remembered, as JSON values.
 
     Returns:
-        One entry per step.
+        One entry per step. ``changed_settings`` names the settings that are not the defaults, so
+        that a reader of the entry needs no settings class.
     """
+    by_name = dict(settings) if isinstance(settings, Mapping) else settings_dict(settings)
+    changed = list(by_name) if isinstance(settings, Mapping) else changed_settings(settings)
     entry = {
         "step": step,
-        "settings": dict(settings),
+        "settings": by_name,
+        "changed_settings": changed,
         "source": None if source is None else str(source),
         "source_fingerprint": None if source is None else fingerprint(source),
         "versions": installed_versions(),

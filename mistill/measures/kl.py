@@ -96,7 +96,7 @@ def predict(model: PreTrainedModel, blocks: TokenBlocks) -> Predictions:
     """
     body = cast(Any, model).model
     step = max(1, _TOKENS_AT_ONCE // blocks.block_length)
-    found = []
+    kept_states = []
     for start in range(0, len(blocks), step):
         part = blocks[start : start + step]
         ids, places = (
@@ -105,9 +105,9 @@ def predict(model: PreTrainedModel, blocks: TokenBlocks) -> Predictions:
         )
         # No mask: transformers keeps documents apart by positions that begin anew at 0.
         states = body(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
-        found.append(states[torch.from_numpy(part.kept).to(states.device)])
+        kept_states.append(states[torch.from_numpy(part.kept).to(states.device)])
     head = cast(Any, model.get_output_embeddings())
-    return Predictions(torch.cat(found), head.weight.detach())
+    return Predictions(torch.cat(kept_states), head.weight.detach())
 
 
 @torch.inference_mode()
@@ -151,13 +151,13 @@ def compare(
     step = max(1, _LOGITS_AT_ONCE // next(iter(sizes.values())))
     for start in range(0, total, step):
         rows = slice(start, start + step)
-        asked = {name: _Rows.of(one.logits(rows)) for name, one in references.items()}
-        for name, one in asked.items():
+        reference_rows = {name: _Rows.of(one.logits(rows)) for name, one in references.items()}
+        for name, one in reference_rows.items():
             reference_losses[name][rows] = one.losses(next_ids[rows])
         for model, predictions in models.items():
             rival = _Rows.of(predictions.logits(rows))
             losses[model][rows] = rival.losses(next_ids[rows])
-            for name, one in asked.items():
+            for name, one in reference_rows.items():
                 kl[model][name][rows] = one.divergences(rival)
                 agrees[model][name][rows] = (one.first == rival.first).cpu().numpy()
 

@@ -1,11 +1,13 @@
-"""Where the true value of a share lies, such as the share of answers that are right.
+"""Confidence intervals of a share, such as the share of answers that are right.
 
-Wilson's interval (1927) keeps its word near 0 and 1, where plus and minus a standard error does
-not. Tokens of one passage resemble each other, so that there are fewer independent ones than there
-are tokens. As surveys do (Korn and Graubard, 1998), the number of tokens is replaced by that of
-independent ones which would have the standard error found between passages
-(``mistill.measures.uncertainty``), and the normal distribution by Student's t, with one degree of
-freedom less than there are passages.
+Wilson's interval (1927) covers the true share as often as it says near 0 and 1 too, where plus and
+minus two standard errors does not. Tokens of one passage resemble each other, so the effective
+number of observations is smaller than the number of tokens. As for surveys (Korn and Graubard,
+1998), the interval is computed for the number of independent tokens that would have the standard
+error estimated between passages (``mistill.measures.uncertainty``), and with Student's t, with one
+degree of freedom less than there are passages, in place of the normal distribution.
+``scipy.stats.binomtest`` has Wilson's interval for whole counts and the normal distribution only,
+so its formula stands here.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ NORMAL = 1.959963984540054
 def clustered_interval(samples: Samples) -> tuple[float, float]:
     """The 95% confidence interval of a share over tokens, passage by passage.
 
-    Where all tokens agree nothing is known of how they resemble each other, and they are taken for
-    independent.
+    Where all tokens are 1, or all are 0, nothing is known of how they resemble each other, and
+    they are taken for independent.
 
     Args:
         samples: 1 or 0 for each token, passage by passage.
@@ -43,8 +45,8 @@ def simple_interval(right: int, asked: int) -> tuple[float, float]:
     """The 95% confidence interval of a share of independent questions.
 
     Args:
-        right: How many were answered rightly.
-        asked: How many there were, at least 1.
+        right: Number of right answers.
+        asked: Number of questions, at least 1.
 
     Returns:
         Lowest and highest share.
@@ -53,7 +55,7 @@ def simple_interval(right: int, asked: int) -> tuple[float, float]:
 
 
 def _wilson(share: float, count: float, distance: float) -> tuple[float, float]:
-    """Shares from which the one found is no further than so many standard errors."""
+    """Shares of which the observed one is at most ``distance`` standard errors away."""
     square = distance**2 / count
     middle = (share + square / 2) / (1 + square)
     reach = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)

@@ -1,8 +1,8 @@
-"""Whether a difference is more than chance, for few samples and many questions at once.
+"""Whether a difference is significant, with few samples and many figures tested at once.
 
-A report has few rounds and many figures. Few rounds need Student's t, whose tails are heavy where
-little is known about the spread; many figures need Holm's correction (1979), or one in twenty
-would be called a difference though nothing has changed.
+A report has few rounds and many figures. With few rounds the standard error is itself uncertain,
+which Student's t accounts for; with many figures Holm's correction (1979) is needed, or one in
+twenty would be called different though nothing has changed.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from mistill.errors import missing_extra
 from mistill.measures.uncertainty import Samples, mean_of, standard_error_of_mean
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(128)
 _RESAMPLES = 200
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How far something has moved, and how sure that is.
+    """A change of a figure, with its standard error.
 
     Attributes:
         change: New less old.
@@ -34,13 +35,13 @@ class Shift:
     freedom: float
 
     def p_value(self, least: float = 0.0) -> float:
-        """How often chance alone moves something so far, if it has not moved more than a little.
+        """Probability of a change this large if the true one is at most ``least`` in size.
 
         Args:
-            least: What is too little to count, 0 or above.
+            least: Largest change that does not count as one, 0 or above.
 
         Returns:
-            Probability, at most; of moving by nothing it is two-sided.
+            An upper bound of the probability; for a ``least`` of 0 the two-sided p-value.
         """
         beyond = abs(self.change) - least
         if beyond <= 0:
@@ -48,10 +49,10 @@ class Shift:
         return two_sided(beyond / self.error, self.freedom) if self.error > 0 else 0.0
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Where the true change lies.
+        """Confidence interval of the change.
 
         Args:
-            confidence: Share of such intervals that hold the truth, such as 0.95.
+            confidence: Share of such intervals that contain the true change, such as 0.95.
 
         Returns:
             Lowest and highest change.
@@ -60,60 +61,57 @@ class Shift:
         return self.change - reach, self.change + reach
 
 
-def two_sided(t: float, freedom: float) -> float:
-    """How often the absolute value of Student's t exceeds a number.
+def students_t() -> Any:
+    """Student's t distribution, from scipy, which is imported only where it is needed.
 
-    With t = sqrt(v) tan(a) the density is cos(a)^(v - 1), up to a factor that the ratio of two
-    integrals is free of.
+    Returns:
+        ``scipy.stats.t``.
+
+    Raises:
+        MissingExtraError: If scipy is not installed.
+    """
+    try:
+        from scipy.stats import t
+    except ModuleNotFoundError as error:
+        raise missing_extra("scipy", "compress") from error
+    return t
+
+
+def two_sided(t: float, freedom: float) -> float:
+    """Probability that the absolute value of Student's t exceeds a number.
 
     Args:
         t: The number, 0 or above.
-        freedom: Degrees of freedom v, at least 1.
+        freedom: Degrees of freedom, at least 1.
 
     Returns:
         Probability.
     """
-    angle = math.atan(t / math.sqrt(freedom))
-    return _integral(angle, math.pi / 2, freedom) / _integral(0.0, math.pi / 2, freedom)
-
-
-def _integral(low: float, high: float, freedom: float) -> float:
-    """Of cos(a)^(v - 1); a large v has all of its mass near the low end, so the pieces shrink."""
-    ends = low + (high - low) * np.array([0, 1e-3, 1e-2, 0.05, 0.2, 0.5, 1])
-    half = np.diff(ends)[:, None] / 2
-    angles = ends[:-1, None] + half * (1 + _NODES)
-    values = np.exp((freedom - 1) * np.log(np.maximum(np.cos(angles), 1e-300)))
-    return float((half * values * _WEIGHTS).sum())
+    return float(2 * students_t().sf(t, freedom))
 
 
 def critical(confidence: float, freedom: float) -> float:
-    """The number that the absolute value of Student's t seldom exceeds.
+    """The number that the absolute value of Student's t stays below with some probability.
 
     Args:
-        confidence: How often it does not, such as 0.95.
+        confidence: That probability, such as 0.95.
         freedom: Degrees of freedom, at least 1.
 
     Returns:
         The number, such as 12.7 for 0.95 and one degree of freedom.
     """
-    low, high = 0.0, 1.0
-    while two_sided(high, freedom) > 1 - confidence:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, freedom) > 1 - confidence else (low, middle)
-    return high
+    return float(students_t().ppf((1 + confidence) / 2, freedom))
 
 
 def between(old: Sequence[float], new: Sequence[float]) -> Shift | None:
-    """How far the mean of independent samples has moved (Welch, 1947).
+    """Difference of the means of independent samples (Welch, 1947).
 
     Args:
-        old: Samples of the one.
-        new: Samples of the other.
+        old: Samples before the change.
+        new: Samples after it.
 
     Returns:
-        The shift; None if either is too few to have a spread.
+        The shift; None if there are fewer than two samples of either.
     """
     if min(len(old), len(new)) < 2:
         return None
@@ -129,37 +127,38 @@ def between(old: Sequence[float], new: Sequence[float]) -> Shift | None:
 
 
 def of_mean(old: Samples, new: Samples) -> Shift | None:
-    """How far the mean over the same tokens has moved.
+    """Difference of the means over the same tokens.
 
-    Both models read the same text, so their difference is taken token by token: what makes a
-    passage hard for both is gone from it. Its error is taken between passages.
+    Both models read the same text, so the difference is taken token by token, which removes what
+    makes a passage hard for both. Its standard error is estimated between passages.
 
     Args:
         old: One number per token, passage by passage.
-        new: The same tokens of the other.
+        new: The numbers of the other model for the same tokens.
 
     Returns:
         The shift; None if there is a single passage.
     """
-    moved = [
+    differences = [
         np.asarray(after, float) - np.asarray(before, float)
         for before, after in zip(old, new, strict=True)
     ]
-    error = standard_error_of_mean(moved)
-    if len(moved) < 2 or error is None:
+    error = standard_error_of_mean(differences)
+    if len(differences) < 2 or error is None:
         return None
-    return Shift(mean_of(moved), error, len(moved) - 1)
+    return Shift(mean_of(differences), error, len(differences) - 1)
 
 
 def of_tail(old: Samples, new: Samples, share: float = 0.99) -> Shift | None:
-    """How far a quantile over the same tokens has moved.
+    """Difference of a quantile over the same tokens.
 
-    Its error is that of resampled passages, the same ones of both models (Efron, 1979).
+    Its standard error comes from resampling passages (Efron, 1979), each time the same passages of
+    both models.
 
     Args:
         old: One number per token, passage by passage.
-        new: The same tokens of the other.
-        share: Which quantile.
+        new: The numbers of the other model for the same tokens.
+        share: Which quantile, such as 0.99.
 
     Returns:
         The shift; None if there is a single passage.
@@ -176,27 +175,27 @@ def of_tail(old: Samples, new: Samples, share: float = 0.99) -> Shift | None:
         before, after = np.quantile(np.concatenate([pairs[p] for p in places], 1), share, axis=1)
         return float(after - before)
 
-    drawn = [shift(random.integers(len(pairs), size=len(pairs))) for _ in range(_RESAMPLES)]
-    return Shift(shift(range(len(pairs))), float(np.std(drawn, ddof=1)), len(pairs) - 1)
+    resampled = [shift(random.integers(len(pairs), size=len(pairs))) for _ in range(_RESAMPLES)]
+    return Shift(shift(range(len(pairs))), float(np.std(resampled, ddof=1)), len(pairs) - 1)
 
 
 def holm(p_values: Sequence[float], level: float) -> list[bool]:
-    """Which of many differences are real, if one false alarm among all of them is one too many.
+    """Which of many differences are significant, all tested together (Holm, 1979).
 
-    Holm, 1979: the smallest p-value is held against level / n, the next against level / (n - 1),
-    and so on until one fails. The chance of any false alarm is at most the level, however the
-    questions hang together.
+    The smallest p-value is compared with level / n, the next with level / (n - 1), and so on until
+    one is larger. The probability of any false positive is then at most the level, whether the
+    tests are independent or not.
 
     Args:
-        p_values: One per question.
-        level: The chance of any false alarm, such as 0.05.
+        p_values: One per test.
+        level: Probability of any false positive, such as 0.05.
 
     Returns:
-        For each question whether its difference is real.
+        For each test whether its difference is significant.
     """
-    found = [False] * len(p_values)
+    significant = [False] * len(p_values)
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[place] > level / (len(p_values) - rank):
             break
-        found[place] = True
-    return found
+        significant[place] = True
+    return significant

@@ -1,8 +1,8 @@
-"""How far a mean over tokens may be from the one that more text would give.
+"""Standard errors of means over tokens.
 
 Tokens of one passage resemble each other: a passage on a hard subject is hard throughout. Taking
-every token for an independent observation makes intervals too narrow. Passages are nearly
-independent, so the spread is taken between passages, as survey statistics do for clusters of
+every token for an independent observation would make intervals too narrow. Passages are nearly
+independent, so the variance is estimated between passages, as survey statistics do for clusters of
 unequal size (Cochran, Sampling Techniques, 3rd edition, section 6.4: the ratio estimator).
 """
 
@@ -33,7 +33,7 @@ def standard_error_of_mean(samples: Samples) -> float | None:
 
     With P passages, passage p holding n_p tokens that sum to s_p, and m the mean over all N
     tokens, the variance of m is P / (P - 1) * sum((s_p - m n_p)^2) / N^2. With a single passage
-    the tokens are taken as independent, which is too optimistic but all that can be said.
+    the tokens are taken as independent, which gives too small an error.
 
     Args:
         samples: One number per token, passage by passage.
@@ -51,14 +51,14 @@ def standard_error_of_mean(samples: Samples) -> float | None:
 
 
 def ratio_standard_error(sums: Sequence[float], weights: Sequence[float]) -> float | None:
-    """Standard error of the sum of one thing over the sum of another, passage by passage.
+    """Standard error of a ratio of two sums over passages.
 
     With P passages, sums s_p, weights w_p that add up to W, and r their ratio, the variance of r
     is P / (P - 1) * sum((s_p - r w_p)^2) / W^2.
 
     Args:
-        sums: What is divided, such as the loss of each passage.
-        weights: What it is divided by, such as the tokens of each passage.
+        sums: The numerator's part of each passage, such as its loss.
+        weights: The denominator's part of each passage, such as its tokens.
 
     Returns:
         The standard error; None for a single passage.
@@ -79,7 +79,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         values: At least one number.
 
     Returns:
-        The three, in order.
+        Lower quartile, median, upper quartile.
     """
     low, middle, high = np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75])
     return float(low), float(middle), float(high)

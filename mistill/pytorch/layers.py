@@ -1,132 +1,119 @@
-"""A teacher with one layer in memory at a time, and text running through it.
+"""A model with one layer in memory at a time, and text running through it.
 
-To measure what the layers of a model do, all of its hidden states are needed once and each of its
-layers once. So the text waits in front of a layer, as hidden states, while the layer is read, and
-the layer is freed when the text is behind it: a teacher of 7B is measured in about 2 GiB.
+To measure or quantize the layers of a model, all hidden states of some text are needed once and
+each layer once. So the text waits in front of a layer, as hidden states, while the layer is read,
+and the layer is freed when the text has passed it: a model of 7B runs in about 2 GiB. Weights that
+are stored as GPTQ or NF4 codes are decoded when their layer's turn comes.
 
-N is blocks, T positions, D width.
+N is blocks, B blocks of one batch, T positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mistill.pytorch.loading import empty_model, plain_config, read_tensors
+from mistill.pytorch.loading import empty_model, plain_config
+from mistill.weights.gptq_layout import EMBEDDING, HEAD
+from mistill.weights.plain_weights import PlainWeights
 
 if TYPE_CHECKING:
     from mistill.text.blocks import TokenBlocks
 
-_BLOCKS_AT_ONCE = 4
+# Tokens that pass through a layer at once.
+TOKENS_AT_ONCE = 2048
+
+_CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class PackedText:
-    """Blocks of text as the layers of a model need them.
+@dataclass
+class Batch:
+    """Some blocks of text on their way through the layers of a model.
 
     Attributes:
-        ids: Token ids, shape (N, T).
-        documents: Number of the document at each position, -1 for none, shape (N, T).
-        positions: Position of each token in its own document, shape (N, T).
+        hidden: Hidden states before the next layer, float32, shape (B, T, D).
+        documents: Number of the document at each position, -1 for none, shape (B, T).
+        rotary: Cosines and sines of the positions, each (B, T, head width).
+        window: How many positions one attends to, itself among them; None for no limit.
     """
 
-    ids: Tensor
+    hidden: Tensor
     documents: Tensor
-    positions: Tensor
-
-    @classmethod
-    def on(cls, device: torch.device, blocks: TokenBlocks) -> PackedText:
-        """Bring blocks onto a device.
-
-        Args:
-            device: Where to compute.
-            blocks: The text.
-
-        Returns:
-            The same text.
-        """
-        arrays = (blocks.ids, blocks.documents, blocks.position_ids)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, rows: slice) -> PackedText:
-        return PackedText(self.ids[rows], self.documents[rows], self.positions[rows])
+    rotary: tuple[Tensor, Tensor]
+    window: int | None
 
     @property
     def present(self) -> Tensor:
-        """True where there is a token, shape (N, T)."""
+        """True where there is a token and not padding, shape (B, T)."""
         return self.documents >= 0
 
-    def few_at_once(self) -> Iterator[slice]:
-        """Rows to compute together, so that what lies inside a layer stays small.
+    @property
+    def mask(self) -> Tensor:
+        """Which positions attend to which, shape (B, 1, T, T)."""
+        return attention_mask(self.documents, self.window)
 
-        Yields:
-            Slices that cover all rows, in order.
-        """
-        for start in range(0, len(self), _BLOCKS_AT_ONCE):
-            yield slice(start, start + _BLOCKS_AT_ONCE)
-
-
-class LayerwiseModel:
-    """A model folder whose parts are read when they are needed, in float32."""
-
-    def __init__(
-        self, folder: Path, device: torch.device | None = None, hold_bytes: int = 0
-    ) -> None:
-        """Read the config; no weight is read yet.
+    def through(self, layer: nn.Module, hidden: Tensor | None = None) -> Tensor:
+        """Send hidden states through a layer.
 
         Args:
-            folder: A float folder of a readable architecture.
-            device: Where to compute; the accelerator if there is one, else the CPU.
+            layer: From ``LayeredModel.layer``.
+            hidden: The states before it, shape (B, T, D); those of the batch if not given.
+
+        Returns:
+            The states after it, shape (B, T, D).
+        """
+        after: Tensor = layer(
+            self.hidden if hidden is None else hidden,
+            attention_mask=self.mask,
+            position_embeddings=self.rotary,
+        )
+        return after
+
+
+class LayeredModel:
+    """A float, GPTQ or NF4 folder whose layers are read when they are needed, in float32."""
+
+    def __init__(self, folder: Path, device: torch.device = _CPU, hold_bytes: int = 0) -> None:
+        """Read the config and the headers of the files; no weight is read yet.
+
+        Args:
+            folder: A sound folder of a readable architecture.
+            device: Where to compute.
             hold_bytes: Layers stay in memory once they are read if all of them together take no
                 more than this; 0 frees each when it has been used.
         """
-        device = device or torch.accelerator.current_accelerator(check_available=True)
-        self.device = device or torch.device("cpu")
         self.folder = folder
+        self.device = device
         self.config = plain_config(folder)
-        self._decoder: Any = empty_model(self.config).eval().get_decoder()
-        self._rotary = type(self._decoder.rotary_emb)(self.config).to(self.device)
+        self._weights = PlainWeights(folder)
+        # Modules of transformers for every layer, without memory for their weights.
+        empty = cast(Any, empty_model(self.config)).eval().requires_grad_(False).get_decoder()
+        self._layers, self._norm = empty.layers, empty.norm
+        self._rotary = type(empty.rotary_emb)(self.config).to(device)
         self._window: int | None = getattr(self.config, "sliding_window", None)
-        elements = sum(weight.numel() for weight in self._decoder.layers.parameters())
+        elements = sum(weight.numel() for weight in self._layers.parameters())
         self._holds = 4 * elements <= hold_bytes
 
-    @property
-    def layers(self) -> int:
-        """How many layers there are."""
-        return len(self._decoder.layers)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states before the first layer.
-
-        Args:
-            ids: Token ids, shape (N, T).
-
-        Returns:
-            Shape (N, T, D).
-        """
-        table = read_tensors(self.folder, "model.embed_tokens.")["weight"]
-        return table[ids.cpu()].float().to(self.device)
+    def __len__(self) -> int:
+        return len(self._layers)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
         """Hold one layer in memory while the body runs.
 
         Args:
-            index: Its place.
+            index: Its place, from 0.
 
         Yields:
-            The decoder layer.
+            The decoder layer in eval mode; its weights may be changed.
         """
-        layer = self._decoder.layers[index]
+        layer = self._layers[index]
         self._fill(layer, f"model.layers.{index}.")
         try:
             yield layer
@@ -134,66 +121,95 @@ class LayerwiseModel:
             if not self._holds:
                 layer.to_empty(device="meta")
 
-    def run(self, layer: nn.Module, hidden: Tensor, text: PackedText) -> Tensor:
-        """Send some blocks through a layer.
-
-        Args:
-            layer: From ``layer``.
-            hidden: Hidden states before it, shape (N, T, D).
-            text: The same blocks.
-
-        Returns:
-            Hidden states behind it, shape (N, T, D).
-        """
-        after: Tensor = layer(
-            hidden,
-            attention_mask=attention_mask(text.documents, self._window),
-            position_ids=text.positions,
-            position_embeddings=self._rotary(hidden, position_ids=text.positions),
-        )
-        return after
-
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and the head.
 
         Returns:
             The module, with its weights.
         """
-        norm: nn.Module = self._decoder.norm
+        norm: nn.Module = self._norm
         self._fill(norm, "model.norm.")
         return norm
 
-    def head(self) -> Tensor:
-        """The matrix that turns last hidden states into logits.
+    def table(self, module: str) -> Tensor:
+        """Read the embedding or the head.
+
+        Args:
+            module: Which; a head that is the embedding is read from there.
 
         Returns:
-            Shape (V, D), the embedding where the two are tied.
+            Shape (V, D), float32.
         """
-        name = "model.embed_tokens." if self.config.tie_word_embeddings else "lm_head."
-        return read_tensors(self.folder, name)["weight"].to(self.device, torch.float32)
+        if module == HEAD and self.config.tie_word_embeddings:
+            module = EMBEDDING
+        return self._read(f"{module}.weight")
+
+    def batches(
+        self,
+        blocks: TokenBlocks,
+        change: Callable[[Tensor], Tensor] | None = None,
+        *,
+        at_once: int | None = None,
+    ) -> list[Batch]:
+        """Embed blocks of text.
+
+        Args:
+            blocks: N blocks of T tokens.
+            change: Called with rows (n, D) of the embedding; returns what is to be used instead.
+            at_once: Blocks in a batch; as many as make about two thousand tokens if not given.
+
+        Returns:
+            Batches of blocks, in order.
+        """
+        ids, places = torch.from_numpy(blocks.ids).unique(return_inverse=True)
+        rows = self._read(f"{EMBEDDING}.weight", ids)
+        rows = rows if change is None else change(rows)
+        step = at_once or max(1, TOKENS_AT_ONCE // blocks.block_length)
+        batches = []
+        for start in range(0, len(blocks), step):
+            part = blocks[start : start + step]
+            hidden = rows[places[start : start + step].to(rows.device)]
+            positions = torch.from_numpy(part.position_ids).to(self.device)
+            documents = torch.from_numpy(part.documents).to(self.device)
+            rotary = self._rotary(hidden, position_ids=positions)
+            batches.append(Batch(hidden, documents, rotary, self._window))
+        return batches
+
+    def _read(self, name: str, rows: Tensor | None = None) -> Tensor:
+        weight = self._weights.read(name, None if rows is None else rows.numpy())
+        return torch.from_numpy(weight).to(self.device, torch.float32)
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Read the weights of a module that has none yet."""
-        if not any(weight.is_meta for weight in module.parameters()):
-            return
-        weights = read_tensors(self.folder, prefix)
-        wanted = module.state_dict().keys()
-        ready = {name: weights[name].to(self.device, torch.float32) for name in wanted}
-        module.load_state_dict(ready, assign=True)
+        if any(weight.is_meta for weight in module.parameters()):
+            weights = {name: self._read(prefix + name) for name in module.state_dict()}
+            module.load_state_dict(weights, assign=True)
 
 
-def attention_mask(documents: Tensor, window: int | None) -> Tensor:
-    """Which earlier positions each position may look at.
+def accelerator_or_cpu(device: torch.device | None = None) -> torch.device:
+    """The device to compute on where the caller leaves it open.
 
     Args:
-        documents: The document of each position, shape (N, T).
-        window: Most positions back, its own included; None for no limit.
+        device: The caller's choice, if there is one.
 
     Returns:
-        Boolean, shape (N, 1, T, T): True where the row's position sees the column's.
+        That, or the accelerator if there is one, else the CPU.
+    """
+    return device or torch.accelerator.current_accelerator(check_available=True) or _CPU
+
+
+def attention_mask(documents: Tensor, window: int | None = None) -> Tensor:
+    """Which positions attend to which: to those of their own document, up to themselves.
+
+    Args:
+        documents: The document of each position, shape (B, T).
+        window: How many positions one attends to, itself among them; None for no limit.
+
+    Returns:
+        Boolean, shape (B, 1, T, T): True where the row's position attends to the column's.
     """
     places = torch.arange(documents.shape[1], device=documents.device)
-    back = places[:, None] - places[None, :]
-    seen = back >= 0 if window is None else (back >= 0) & (back < window)
+    distance = places[:, None] - places[None, :]
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     same = documents[:, :, None] == documents[:, None, :]
-    return (seen & same)[:, None]
+    return (near & same)[:, None]

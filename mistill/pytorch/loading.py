@@ -28,9 +28,10 @@ from mistill.folders.folder import (
     FolderInfo,
     open_folder,
     read_json,
-    safetensors_header,
+    tensor_headers,
     weight_files,
 )
+from mistill.folders.safetensors_file import read_header
 from mistill.weights.gptq_doctor import require_sound
 from mistill.weights.gptq_layout import TENSOR_NAMES
 from mistill.weights.plain_weights import PlainWeights
@@ -136,21 +137,18 @@ def check_weights(folder: Path, config: PreTrainedConfig | None = None) -> None:
         FolderError: If a tensor is missing, left over, or of another shape.
     """
     config = config or plain_config(folder)
-    present: dict[str, dict[str, Any]] = {}
-    for file in weight_files(folder):
-        present.update(safetensors_header(file))
+    present = tensor_headers(folder)
     wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).named_parameters()}
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     found, other_shapes = set(), []
-    for name, entry in present.items():
+    for name, stored in present.items():
         owner = _weight_of(name, present, wanted)
         if owner is None:
             continue
         found.add(owner)
-        stored = tuple(entry["shape"])
         is_plain = name == owner and f"{name}.absmax" not in present
-        if is_plain and owner in wanted and stored != wanted[owner]:
-            other_shapes.append(f"{owner} {stored} instead of {wanted[owner]}")
+        if is_plain and owner in wanted and stored.shape != wanted[owner]:
+            other_shapes.append(f"{owner} {stored.shape} instead of {wanted[owner]}")
     problems = [
         *_listed("it lacks", sorted(wanted.keys() - found - optional)),
         *_listed("it also holds", sorted(found - wanted.keys() - optional)),
@@ -317,7 +315,7 @@ def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
     """The names of all tensors of a folder, and a function that reads one."""
     from safetensors import safe_open
 
-    homes = {name: file for file in weight_files(folder) for name in safetensors_header(file)}
+    homes = {name: file for file in weight_files(folder) for name in read_header(file).tensors}
     with ExitStack() as stack:
         opened = {
             file: stack.enter_context(safe_open(file, framework="pt"))

@@ -5,31 +5,35 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from distill.training.progress import _PROGRESS_FILE, TrainingProgress, _read_progress
 from mistill.folders.publishing import write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_END_FILE = "end.json"
+_PROGRESS_FILE = "progress.json"
 
-def save_checkpoint(work: Path, accelerator: Accelerator, progress: TrainingProgress) -> None:
+
+def save_checkpoint(
+    work: Path, accelerator: Accelerator, step: int, progress: Mapping[str, Any]
+) -> None:
     """Write the whole state of a run, so that it appears whole or not at all.
 
     Args:
         work: The folder of the run; older checkpoints in it are removed.
         accelerator: Holds model, optimizer and random number generators.
-        progress: How far the run has come.
+        step: Optimizer steps done.
+        progress: How far the run has come, as a JSON document.
     """
-    folder = work / f"checkpoint-{progress.step}"
+    folder = work / f"checkpoint-{step}"
     partial = work / f"{folder.name}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -37,13 +41,13 @@ def save_checkpoint(work: Path, accelerator: Accelerator, progress: TrainingProg
     accelerator.save_state(str(partial), safe_serialization=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_atomically(partial / _PROGRESS_FILE, json.dumps(asdict(progress)))
+        write_atomically(partial / _PROGRESS_FILE, json.dumps(progress))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        remove_others(work, "checkpoint-", str(progress.step))
+        remove_others(work, "checkpoint-", str(step))
 
 
-def load_checkpoint(work: Path, accelerator: Accelerator) -> TrainingProgress | None:
+def load_checkpoint(work: Path, accelerator: Accelerator) -> dict[str, Any] | None:
     """Go back to the newest checkpoint of a run.
 
     Args:
@@ -51,20 +55,43 @@ def load_checkpoint(work: Path, accelerator: Accelerator) -> TrainingProgress | 
         accelerator: Its model, optimizer and random number generators are set.
 
     Returns:
-        How far the run had come; None if there is no checkpoint.
+        How far the run had come, as it was saved; None if there is no checkpoint.
     """
     accelerator.wait_for_everyone()
-    found = [
+    steps = [
         int(folder.name.removeprefix("checkpoint-"))
         for folder in work.glob("checkpoint-*")
         if folder.name.removeprefix("checkpoint-").isdigit()
     ]
-    if not found:
+    if not steps:
         return None
-    folder = work / f"checkpoint-{max(found)}"
-    progress = _read_progress(folder / _PROGRESS_FILE)
+    folder = work / f"checkpoint-{max(steps)}"
+    progress: dict[str, Any] = json.loads((folder / _PROGRESS_FILE).read_text("utf-8"))
     accelerator.load_state(str(folder))
     return progress
+
+
+def record_end(work: Path, progress: Mapping[str, Any]) -> None:
+    """Note that a run has come to its end, so that it is not run again.
+
+    Args:
+        work: The folder of the run.
+        progress: Its end, as a JSON document.
+    """
+    write_atomically(work / _END_FILE, json.dumps(progress))
+
+
+def recorded_end(work: Path) -> dict[str, Any] | None:
+    """The end of a run that came to it before an interruption.
+
+    Args:
+        work: The folder of the run.
+
+    Returns:
+        Its end, or None if it has not come to it.
+    """
+    file = work / _END_FILE
+    return json.loads(file.read_text("utf-8")) if file.exists() else None
 
 
 def remove_others(work: Path, prefix: str, wanted: str) -> None:

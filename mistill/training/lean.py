@@ -47,13 +47,13 @@ def _is_silu(function: Any) -> bool:
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
-    found: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
-    return found
+    output: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    return output
 
 
 def _feed_forward(self: Any, x: Tensor) -> Tensor:
-    found: Tensor = self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x)))
-    return found
+    output: Tensor = self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x)))
+    return output
 
 
 class _GatedProduct(torch.autograd.Function):

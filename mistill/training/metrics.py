@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistill.errors import MissingExtraError, missing_extra
 from mistill.folders.publishing import write_atomically
-from mistill.settings import settings_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from distill.settings import TrainSettings
 
 METRICS_FILE = "metrics.jsonl"
 PROJECT = "mistill"
 """What the run is filed under by trackers, and the name of the folder with TensorBoard's files."""
 
 
-def require_trackers(settings: TrainSettings) -> None:
+def require_trackers(trackers: Sequence[str]) -> None:
     """Refuse trackers whose libraries are not installed.
 
     Args:
-        settings: How to train.
+        trackers: Names of libraries: tensorboard, trackio, wandb.
 
     Raises:
         MissingExtraError: If one is missing.
     """
-    for name in settings.trackers:
+    for name in trackers:
         try:
             missing = find_spec(name) is None
         except ValueError:  # a module without a spec, or one that was put away
@@ -48,19 +45,19 @@ def require_trackers(settings: TrainSettings) -> None:
 class Metrics:
     """Numbers of every step and every judgement."""
 
-    def __init__(self, work: Path, accelerator: Accelerator, settings: TrainSettings) -> None:
+    def __init__(self, work: Path, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
         """Start the trackers.
 
         Args:
             work: The folder of the run.
             accelerator: Was made with the trackers' names.
-            settings: How to train; what a tracker files the run under.
+            settings: What a tracker shows beside the run, by name.
         """
         self.file, self.accelerator = work / METRICS_FILE, accelerator
-        if settings.trackers:
+        if accelerator.log_with:
             config = {
                 name: value if isinstance(value, bool | int | float | str) else str(value)
-                for name, value in settings_dict(settings).items()
+                for name, value in settings.items()
             }
             accelerator.init_trackers(PROJECT, config)
 
@@ -73,15 +70,15 @@ class Metrics:
         if not self.accelerator.is_main_process:
             return
         lines = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
-        kept = []
+        earlier_lines = []
         for line in lines:
             try:
                 entry = json.loads(line)
             except ValueError:
                 break  # cut short by a kill; all that follows is newer than the checkpoint
             if entry["step"] <= step:
-                kept.append(line + "\n")
-        write_atomically(self.file, "".join(kept))
+                earlier_lines.append(line + "\n")
+        write_atomically(self.file, "".join(earlier_lines))
 
     def write(self, step: int, **values: Any) -> None:
         """Add a line.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from mistill.errors import SettingsError, missing_extra
-
-if TYPE_CHECKING:
-    from distill.settings import TrainSettings
+from mistill.training.processes import OptimizerName
 
 _BETAS = (0.9, 0.95)
 
 
-def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, *, name: OptimizerName, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """AdamW that decays matrices only (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101).
 
     Norms and biases are scales and shifts that have no reason to be small. Embedding and head
@@ -25,48 +25,50 @@ def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.O
     scale for each run of 256 (Dettmers et al., 2021, https://arxiv.org/abs/2110.02861).
 
     Args:
-        student: The model to train.
-        settings: How to train.
+        model: The model to train; what has no gradient is left out.
+        name: Which optimizer.
+        learning_rate: The rate to start with; above 0.
+        weight_decay: Of matrices of the layers; norms, biases and tables of tokens have none.
 
     Returns:
         The optimizer: PyTorch's in its fused form, or bitsandbytes'.
     """
     tables = {
         id(module.weight)
-        for name, module in student.named_modules()
-        if isinstance(module, nn.Embedding) or name.endswith("lm_head")
+        for label, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or label.endswith("lm_head")
     }
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
-    for parameter in student.parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and id(parameter) not in tables
             (decayed if is_matrix else spared).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, settings.weight_decay), (spared, 0.0))
+        for parameters, decay in ((decayed, weight_decay), (spared, 0.0))
         if parameters
     ]
-    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": _BETAS}
-    if settings.optimizer == "adamw":
+    options: dict[str, Any] = {"lr": learning_rate, "betas": _BETAS}
+    if name == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    made: torch.optim.Optimizer = AdamW8bit(groups, **options)
-    return made
+    eight_bit: torch.optim.Optimizer = AdamW8bit(groups, **options)
+    return eight_bit
 
 
-def require_optimizer(settings: TrainSettings) -> None:
+def require_optimizer(name: OptimizerName) -> None:
     """Refuse an optimizer that cannot work here.
 
     Args:
-        settings: How to train.
+        name: Which optimizer.
 
     Raises:
         MissingExtraError: If its library is not installed.
         SettingsError: If its library cannot compute on this machine.
     """
-    if settings.optimizer != "adamw_8bit":
+    if name != "adamw_8bit":
         return
     try:
         from bitsandbytes.optim.adamw import AdamW8bit

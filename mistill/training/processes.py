@@ -12,14 +12,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mistill.errors import SettingsError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
-    from distill.settings import TrainSettings
+
+OptimizerName = Literal["adamw", "adamw_8bit"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class StepSettings(Protocol):
+    """What one optimizer step is made of; the settings of whatever trains have these fields."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one optimizer step, over all processes."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that one process computes at once."""
+
+    @property
+    def precision(self) -> Precision:
+        """float32, bfloat16, or auto: bfloat16 on a GPU."""
+
+    @property
+    def optimizer(self) -> OptimizerName:
+        """Which optimizer moves the weights."""
+
+    @property
+    def max_gradient_norm(self) -> float:
+        """Longer gradients are scaled down to this length."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where metrics are sent to beside the file."""
 
 
 def this_process(patience: timedelta | None = None) -> PartialState:
@@ -43,14 +73,14 @@ def this_process(patience: timedelta | None = None) -> PartialState:
 
 
 @contextmanager
-def accelerating(settings: TrainSettings, logs: Path) -> Iterator[Accelerator]:
+def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
     """Choose device and precision, and count the micro-batches of a step.
 
     accelerate fixes the precision once for the whole process; that is undone at the end, unless
     the caller had fixed it before.
 
     Args:
-        settings: How to train.
+        batch: What a step is made of.
         logs: Where TensorBoard's files go, if they are asked for.
 
     Yields:
@@ -65,8 +95,8 @@ def accelerating(settings: TrainSettings, logs: Path) -> Iterator[Accelerator]:
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     state = this_process()
-    micro_batches = _micro_batches(settings, state.num_processes)
-    precision = settings.precision
+    micro_batches = _micro_batches(batch, state.num_processes)
+    precision = batch.precision
     if precision == "auto":
         precision = "float32" if state.device.type == "cpu" else "bfloat16"
     fixed_before = bool(AcceleratorState._shared_state)
@@ -76,13 +106,13 @@ def accelerating(settings: TrainSettings, logs: Path) -> Iterator[Accelerator]:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=micro_batches, sync_with_dataloader=False
         ),
-        log_with=list(settings.trackers) or None,
+        log_with=list(batch.trackers) or None,
         project_config=ProjectConfiguration(
             project_dir=str(logs), logging_dir=str(logs / "tensorboard")
         ),
     )
     try:
-        _agree(accelerator, settings, micro_batches)
+        _configure(accelerator, batch, micro_batches)
         yield accelerator
     finally:
         accelerator.free_memory()
@@ -90,19 +120,19 @@ def accelerating(settings: TrainSettings, logs: Path) -> Iterator[Accelerator]:
             AcceleratorState._reset_state()
 
 
-def _micro_batches(settings: TrainSettings, processes: int) -> int:
+def _micro_batches(batch: StepSettings, processes: int) -> int:
     """How many micro-batches each process has in a step."""
-    count, left_over = divmod(settings.batch_size, settings.micro_batch_size * processes)
+    count, left_over = divmod(batch.batch_size, batch.micro_batch_size * processes)
     if left_over:
         raise SettingsError(
-            f"{processes} processes with micro-batches of {settings.micro_batch_size} blocks "
-            f"cannot share a batch_size of {settings.batch_size}; make it a multiple of "
-            f"{settings.micro_batch_size * processes}"
+            f"{processes} processes with micro-batches of {batch.micro_batch_size} blocks "
+            f"cannot share a batch_size of {batch.batch_size}; make it a multiple of "
+            f"{batch.micro_batch_size * processes}"
         )
     return count
 
 
-def _agree(accelerator: Accelerator, settings: TrainSettings, micro_batches: int) -> None:
+def _configure(accelerator: Accelerator, batch: StepSettings, micro_batches: int) -> None:
     """Tell DeepSpeed what it cannot see; refuse what FSDP cannot do."""
     from accelerate.utils import parse_flag_from_env
 
@@ -114,28 +144,23 @@ def _agree(accelerator: Accelerator, settings: TrainSettings, micro_batches: int
                 f"accelerate's config asks for {asked} and accelerate has chosen {kind}, as it "
                 "does on CPUs; use a config for several CPUs there, or GPUs"
             )
-    if settings.teacher_device_map is not None and accelerator.num_processes > 1:
-        raise SettingsError(
-            f"teacher_device_map lets one process use all GPUs, and there are "
-            f"{accelerator.num_processes}; start one, or divide_teacher among them"
-        )
     if kind == "FSDP" and not accelerator.is_fsdp2:
         raise SettingsError(
             "FSDP is asked for in its first version, which wraps parameters in flat ones; set "
             "fsdp_version: 2 in accelerate's config"
         )
-    if kind in ("FSDP", "DEEPSPEED") and settings.optimizer != "adamw":
+    if kind in ("FSDP", "DEEPSPEED") and batch.optimizer != "adamw":
         raise SettingsError(
-            f"the optimizer {settings.optimizer} cannot be divided by {kind}; choose adamw"
+            f"the optimizer {batch.optimizer} cannot be divided by {kind}; choose adamw"
         )
     if kind != "DEEPSPEED":
         return
     plugin: Any = accelerator.state.deepspeed_plugin
     config = plugin.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = settings.micro_batch_size
+    config["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
     config["gradient_accumulation_steps"] = micro_batches
     # DeepSpeed clips by itself, between the last backward pass and its own step.
-    config["gradient_clipping"] = settings.max_gradient_norm
+    config["gradient_clipping"] = batch.max_gradient_norm
     if config["zero_optimization"]["stage"] == 3:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 

@@ -1,4 +1,4 @@
-"""What a step of training is, from its number alone: which blocks, how fast, and who wrote them.
+"""What a step of training is, from its number alone: which blocks it reads, and how fast it learns.
 
 Nothing here has a state, so that a run that resumes has nothing to rewind.
 """
@@ -13,22 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from distill.settings import TrainSettings
     from mistill.text.blocks import TokenBlocks
 
 
-def step_count(blocks: TokenBlocks, settings: TrainSettings) -> int:
-    """Optimizer steps that read about ``settings.tokens`` text tokens.
+def step_count(blocks: TokenBlocks, tokens: int, batch_size: int) -> int:
+    """Optimizer steps that read about so many text tokens.
 
     Args:
         blocks: Blocks to learn from.
-        settings: How to train.
+        tokens: Text tokens to train on, padding not counted.
+        batch_size: Blocks of one step.
 
     Returns:
         At least 1.
     """
-    tokens_per_step = blocks.tokens / len(blocks) * settings.batch_size
-    return max(1, round(settings.tokens / tokens_per_step))
+    tokens_per_step = blocks.tokens / len(blocks) * batch_size
+    return max(1, round(tokens / tokens_per_step))
 
 
 def blocks_of_step(step: int, blocks: int, batch_size: int, seed: int) -> list[int]:
@@ -54,32 +54,22 @@ def _order(blocks: int, epoch: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
-def is_on_policy(step: int, share: float) -> bool:
-    """Whether the student writes the text of a step.
+def learning_rate_at(step: int, steps: int, *, peak: float, warmup: float) -> float:
+    """The learning rate rises linearly during the warm-up, then falls along half a cosine.
 
-    Args:
-        step: Counted from 0.
-        share: Of the steps in which it does, 0 to 1.
-
-    Returns:
-        True in ``floor(share * n)`` of the first n steps, whatever n is, evenly spread.
-    """
-    return math.floor((step + 1) * share) > math.floor(step * share)
-
-
-def learning_rate_at(step: int, steps: int, settings: TrainSettings) -> float:
-    """A straight rise over the warm-up, then half a cosine down to 0.
+    It is above 0 in every step: the cosine would reach 0 one step after the last.
 
     Args:
         step: Counted from 0.
         steps: How many there will be.
-        settings: How to train.
+        peak: The highest learning rate, of the last step of the warm-up.
+        warmup: Share of the steps in which the learning rate rises, 0 to 1.
 
     Returns:
         The learning rate of this step.
     """
-    warmup = max(1, round(settings.warmup * steps))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    share = (step - warmup) / (steps - warmup)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    share = (step - rising) / (steps - rising)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))

@@ -26,9 +26,8 @@ class PlainWeights:
         """Read the headers.
 
         Args:
-            folder: A float folder, an NF4 one, or a GPTQ folder that
-            ``mistill.weights.gptq_doctor`` found
-                sound.
+            folder: A float folder, an NF4 folder, or a GPTQ folder that passes
+                ``mistill.weights.gptq_doctor.require_sound``.
         """
         self._files = TensorFiles(folder)
         self._layout = read_quantization(read_config(folder))
@@ -37,11 +36,13 @@ class PlainWeights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
-    def read(self, name: str) -> NDArray[np.floating[Any]]:
+    def read(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.floating[Any]]:
         """Read a weight.
 
         Args:
             name: Its name in the plain architecture.
+            rows: Which rows of a matrix to return; all if not given. Of a float matrix only these
+                are read.
 
         Returns:
             The weight in memory: float32 where it is stored as codes or in bfloat16, else in the
@@ -53,10 +54,12 @@ class PlainWeights:
         module = name.rpartition(".")[0]
         is_weight = name.endswith(".weight")
         if is_weight and self._layout is not None and f"{module}.qweight" in self._files:
-            return read_quantized(self._files, module, self._layout).dequantize()
-        if f"{name}.{NF4_STATE}" in self._files:
-            return read_nf4(self._files.parts(module, NF4_NAMES), module).dequantize()
-        return self._files.floats(name)
+            weight = read_quantized(self._files, module, self._layout).dequantize()
+        elif f"{name}.{NF4_STATE}" in self._files:
+            weight = read_nf4(self._files.parts(module, NF4_NAMES), module).dequantize()
+        else:
+            return self._files.floats(name, rows)
+        return weight if rows is None else weight[rows]
 
     def _plain_names(self) -> Iterator[str]:
         for name in self._files:

@@ -1,8 +1,4 @@
-"""The tensors of a folder, read one at a time from mapped files with numpy alone.
-
-safetensors' own reader needs a library that the laptop install has not, and knows bfloat16 only
-through a further one. A file is a header and the tensors' bytes: what is needed here is little.
-"""
+"""The tensors of a folder, read one at a time from mapped files with numpy alone."""
 
 from __future__ import annotations
 
@@ -14,25 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mistill.errors import FolderError
-from mistill.folders.folder import data_start, safetensors_header, weight_files
+from mistill.folders.folder import weight_files
+from mistill.folders.safetensors_file import map_tensor, read_header
 from mistill.weights.gptq_layout import TENSOR_NAMES, GptqFormat, QuantizedWeight, ScaleType, unpack
 
-# What safetensors calls the types, and as which numpy type their bytes are read.
-_TYPES = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "U64": "<u8",
-    "I64": "<i8",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "F32": "<f4",
-    "F64": "<f8",
-}
 _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -46,12 +27,11 @@ class TensorFiles:
             folder: A float, GPTQ or NF4 folder.
         """
         self.folder = folder
-        self._homes: dict[str, tuple[Path, dict[str, Any]]] = {}
-        self._starts: dict[Path, int] = {}
-        for file in weight_files(folder):
-            self._starts[file] = data_start(file)
-            for name, entry in safetensors_header(file).items():
-                self._homes[name] = (file, entry)
+        self._homes = {
+            name: (file, stored)
+            for file in weight_files(folder)
+            for name, stored in read_header(file).tensors.items()
+        }
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._homes)
@@ -68,7 +48,7 @@ class TensorFiles:
         Returns:
             Its sizes.
         """
-        return tuple(self._homes[name][1]["shape"])
+        return self._homes[name][1].shape
 
     def dtype(self, name: str) -> str:
         """Type of a tensor.
@@ -79,7 +59,7 @@ class TensorFiles:
         Returns:
             Such as float16, bfloat16 or float32; of others the name that safetensors has for it.
         """
-        stored = str(self._homes[name][1]["dtype"])
+        stored = self._homes[name][1].dtype
         return _NAMES.get(stored, stored)
 
     def raw(self, name: str) -> NDArray[Any]:
@@ -94,29 +74,23 @@ class TensorFiles:
         Raises:
             FolderError: If it is of a type that mistill does not read.
         """
-        file, entry = self._homes[name]
-        kind = _TYPES.get(entry["dtype"])
-        if kind is None:
-            raise FolderError(f"{name} in {file} is of type {entry['dtype']}, which is not read")
-        shape = tuple(entry["shape"])
-        if 0 in shape:
-            return np.empty(shape, kind)
-        start = self._starts[file] + entry["data_offsets"][0]
-        return np.memmap(file, kind, "r", start, shape)
+        return map_tensor(*self._homes[name])
 
-    def floats(self, name: str) -> NDArray[np.floating[Any]]:
+    def floats(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.floating[Any]]:
         """A tensor of floats, bfloat16 turned into float32 without loss.
 
         Args:
             name: Its name.
+            rows: Which rows to read; all if not given.
 
         Returns:
             The tensor, in memory.
         """
-        found = np.array(self.raw(name))
+        stored = self.raw(name)
+        values = np.array(stored if rows is None else stored[rows])
         if self.dtype(name) != "bfloat16":
-            return found
-        return (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return values
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
     def parts(self, module: str, names: Iterable[str]) -> dict[str, NDArray[Any]]:
         """The tensors of a module, those that there are.

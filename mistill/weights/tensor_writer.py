@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from mistill.folders.publishing import write_atomically
+from mistill.folders.safetensors_file import (
+    NUMPY_TYPES,
+    NewTensor,
+    StoredTensor,
+    write_safetensors,
+)
 from mistill.weights.gptq_layout import (
     CheckpointFormat,
     QuantizedWeight,
     pack,
 )
 
-if TYPE_CHECKING:
-    pass
-
 _SHARD_BYTES = 1 << 30
-
-
 _COPIED_AT_ONCE = 1 << 24
 
-
-# What safetensors calls the types that a model may hold, and its order of them.
+# What safetensors calls the types that a model may hold.
 _DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -40,19 +40,6 @@ _DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
-
-
-_WIDE_LAST = tuple(_DTYPES.values())
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor whose bytes have been written down: where they begin, and what they are."""
-
-    start: int
-    size: int
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class TensorWriter:
@@ -75,7 +62,7 @@ class TensorWriter:
         self._shard_bytes = shard_bytes
         self._body = folder / "shard.bytes"
         self._opened: BinaryIO | None = None
-        self._pending: dict[str, _Stored] = {}
+        self._pending: dict[str, StoredTensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
@@ -110,7 +97,7 @@ class TensorWriter:
         shape = tuple(tensor.shape)
         # Seen as bytes: numpy has no bfloat16. A tensor without dimensions cannot be seen so.
         self._opened.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        stored = _Stored(self._pending_bytes, tensor.nbytes, _DTYPES[tensor.dtype], shape)
+        stored = StoredTensor(_DTYPES[tensor.dtype], shape, self._pending_bytes, tensor.nbytes)
         self._pending[name] = stored
         self._pending_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
@@ -134,29 +121,19 @@ class TensorWriter:
         self._opened.close()
         self._opened = None
         self._shards.append(list(self._pending))
-        # Wide types first, so that every tensor begins where its type may.
+        # In the library's own order: wide types first, so that each tensor begins where its type
+        # may, then by name.
+        types = list(NUMPY_TYPES)
         order = sorted(
-            self._pending.items(), key=lambda item: (-_WIDE_LAST.index(item[1].dtype), item[0])
+            self._pending.items(), key=lambda item: (types.index(item[1].dtype), item[0])
         )
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, stored in order:
-            header[name] = {
-                "dtype": stored.dtype,
-                "shape": stored.shape,
-                "data_offsets": (end, end + stored.size),
-            }
-            end += stored.size
-        words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        words += b" " * (-len(words) % 8)
         file = self._folder / f"shard-{len(self._shards)}.safetensors"
-        with file.open("wb") as written, self._body.open("rb") as body:
-            written.write(len(words).to_bytes(8, "little") + words)
-            for _, stored in order:
-                body.seek(stored.start)
-                left = stored.size
-                while left:
-                    left -= written.write(body.read(min(left, _COPIED_AT_ONCE)))
+        with self._body.open("rb") as body:
+            tensors = {
+                name: NewTensor(one.dtype, one.shape, one.size, _copied(body, one))
+                for name, one in order
+            }
+            write_safetensors(file, tensors)
         self._body.unlink()
         self._pending, self._pending_bytes = {}, 0
 
@@ -175,6 +152,14 @@ class TensorWriter:
             write_atomically(
                 self._folder / "model.safetensors.index.json", json.dumps(index, indent=2)
             )
+
+
+def _copied(body: BinaryIO, stored: StoredTensor) -> Iterator[bytes]:
+    body.seek(stored.start)
+    left = stored.size
+    while left and (chunk := body.read(min(left, _COPIED_AT_ONCE))):
+        yield chunk
+        left -= len(chunk)
 
 
 def packed_tensors(

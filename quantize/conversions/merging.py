@@ -29,10 +29,10 @@ from mistill.folders.folder import (
     open_folder,
     read_config,
     read_json,
-    safetensors_header,
 )
 from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.safetensors_file import read_header
 from mistill.measures.kl import Closeness, compare, predict
 from mistill.pytorch.loading import (
     check_weights,
@@ -162,7 +162,7 @@ def _check_adapter(adapter: Path, base: Path) -> None:
     last = re.compile(r"\.lora_.*|\.base_layer\..*|\.(?:weight|bias)$")
     changed = {
         last.sub("", name.removeprefix("base_model.model."))
-        for name in safetensors_header(adapter / "adapter_model.safetensors")
+        for name in read_header(adapter / "adapter_model.safetensors").tensors
     }
     strange = sorted(changed - modules)
     if strange:

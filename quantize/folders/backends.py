@@ -26,7 +26,6 @@ from mistill.weights.gptq_layout import GptqFormat
 from quantize.folders.float_model import FloatModel
 from quantize.folders.report import ModuleReport, write_report
 from quantize.measuring.judging import Judge, judged
-from quantize.overrides import format_of, module_formats
 from quantize.settings import GptqSettings
 
 Backend = Literal["mistill", "gptqmodel", "auto_gptq"]
@@ -86,7 +85,7 @@ def gptqmodel_config(settings: GptqSettings) -> dict[str, Any]:
         bits=settings.bits,
         group_size=settings.group_size,
         symmetric=settings.symmetric,
-        modules=module_formats(settings),
+        modules=settings.module_formats(),
     )
     config: dict[str, Any] = {
         "bits": settings.bits,
@@ -164,7 +163,7 @@ def by_gptqmodel(
         add_lineage(
             partial,
             step="gptq",
-            settings=used,
+            settings=settings,
             source=model.folder,
             backend=f"gptqmodel {version}",
             backend_settings=config,
@@ -183,7 +182,7 @@ def _reports(losses: Mapping[str, Any], settings: GptqSettings) -> list[ModuleRe
     found = []
     for entry in (one for group in losses.values() for one in _entries(group)):
         name = f"model.layers.{entry.get('layer')}.{entry.get('module')}"
-        form = format_of(settings, name)
+        form = settings.format_of(name)
         found.append(
             ModuleReport(
                 name=name,

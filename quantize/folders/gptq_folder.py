@@ -17,6 +17,7 @@ from mistill.folders.folder import context_length, copy_companions
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
 from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.progress import Tracker, track
+from mistill.pytorch.layers import Batch, LayeredModel
 from mistill.pytorch.loading import read_tensors
 from mistill.settings import settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
@@ -38,11 +39,10 @@ from quantize.folders.plan import (
 )
 from quantize.folders.report import write_report
 from quantize.folders.resuming import Part, Shelf
-from quantize.gptq.calibration import Batch, LayeredModel, kept_rows
+from quantize.gptq.calibration import kept_rows
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_head, quantize_layer
 from quantize.measuring.judging import Judge, judged, open_judge
-from quantize.overrides import with_format
 from quantize.settings import GptqSettings
 
 _log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class _Work:
 
     def __init__(self, model: FloatModel, plan: Plan, settings: GptqSettings, shelf: Shelf) -> None:
         self._model, self._plan, self._settings, self._shelf = model, plan, settings, shelf
-        self._layers = LayeredModel(model.folder, model.config)
+        self._layers = LayeredModel(model.folder)
         self._names = [
             "embedding",
             *(f"{index:05}" for index in range(len(self._layers))),
@@ -246,8 +246,8 @@ class _Work:
         change, form = None, self._plan.embedding
         if form is not None and self._plan.head_table != EMBEDDING:
             change = rounded_rows(self._settings, form)
-        batches = self._layers.embed(blocks, change)
-        floats = self._layers.embed(blocks) if self._settings.method == "gptaq" else []
+        batches = self._layers.batches(blocks, change)
+        floats = self._layers.batches(blocks) if self._settings.method == "gptaq" else []
         if layers:
             self._shelf.get_hidden(layers, batches, floats)
         return batches, floats
@@ -278,8 +278,8 @@ class _Work:
         def store(module: str, result: GptqResult, seconds: float) -> None:
             self._store(part, module, result, seconds, progress)
 
-        layer = self._layers.layer(index)
-        quantize_layer(layer, index, batches, self._settings, store, floats)
+        with self._layers.layer(index) as layer:
+            quantize_layer(layer, index, batches, self._settings, store, floats)
         for name, tensor in layer_rest(self._model, index, self._settings).items():
             part.keep(name, tensor)
         return part
@@ -297,7 +297,7 @@ class _Work:
             return part
         norm = self._layers.final_norm()
         inputs = kept_rows([norm(batch.hidden) for batch in batches], batches)
-        own = with_format(self._settings, self._plan.head)
+        own = self._settings.with_format(self._plan.head)
         result, seconds = quantize_head(table, inputs, own)
         self._store(part, home, result, seconds, progress)
         return part
@@ -363,7 +363,7 @@ def _assemble(
     add_lineage(
         result,
         step="gptq",
-        settings=used,
+        settings=settings,
         source=model.folder,
         texts=job.texts,
         calibration=calibration,

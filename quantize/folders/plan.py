@@ -16,8 +16,8 @@ from quantize.folders.report import ModuleReport
 from quantize.gptq.calibration import MATRICES
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.rounding import round_weight
-from quantize.overrides import default_format, format_of, module_formats, require_matches
-from quantize.settings import GptqSettings, RoundingSettings
+from quantize.overrides import require_matches
+from quantize.settings import GptqSettings, GridSettings, RoundingSettings
 
 # Scales tried for each group of a table that is rounded.
 _TABLE_SEARCH = 16
@@ -43,7 +43,7 @@ class Plan:
     matrices: tuple[str, ...]
 
 
-def make_plan(model: FloatModel, settings: GptqSettings | RoundingSettings) -> Plan:
+def make_plan(model: FloatModel, settings: GridSettings) -> Plan:
     """Decide how every module is stored, and refuse what does not fit.
 
     Args:
@@ -57,9 +57,9 @@ def make_plan(model: FloatModel, settings: GptqSettings | RoundingSettings) -> P
         SettingsError: If groups do not divide a matrix, an override matches nothing, or the two
             names of one table are to have different bits.
     """
-    overrides = module_formats(settings)
+    overrides = settings.module_formats()
     require_matches(overrides, model.matrices)
-    forms = {name: format_of(settings, name) for name in model.matrices}
+    forms = {name: settings.format_of(name) for name in model.matrices}
     for form in dict.fromkeys(form for form in forms.values() if form is not None):
         own = {name: model.matrices[name] for name in forms if forms[name] == form}
         require_fit(replace(model, matrices=own), form.bits, form.group_size)
@@ -97,7 +97,7 @@ def make_plan(model: FloatModel, settings: GptqSettings | RoundingSettings) -> P
 
 
 def _tables(
-    model: FloatModel, settings: GptqSettings | RoundingSettings
+    model: FloatModel, settings: GridSettings
 ) -> tuple[ModuleFormat | None, ModuleFormat | None]:
     """How the embedding and the head are stored."""
     embedding, head = settings.embedding_bits, settings.head_bits
@@ -108,7 +108,7 @@ def _tables(
                 f"{embedding} and {head} bits; give one of embedding_bits and head_bits"
             )
         embedding = head = embedding or head
-    form = default_format(settings)
+    form = settings.default_format
     return (
         None if embedding is None else replace(form, bits=embedding),
         None if head is None else replace(form, bits=head),
@@ -128,9 +128,7 @@ def read_table(model: FloatModel, name: str) -> Tensor:
     return read_tensors(model.folder, f"{name}.")["weight"]
 
 
-def round_table(
-    table: Tensor, settings: GptqSettings | RoundingSettings, form: ModuleFormat
-) -> QuantizedWeight:
+def round_table(table: Tensor, settings: GridSettings, form: ModuleFormat) -> QuantizedWeight:
     """Round a table on the best of some scales for each group.
 
     Args:
@@ -150,9 +148,7 @@ def round_table(
     return round_weight(table, own, candidates=_TABLE_SEARCH)
 
 
-def rounded_rows(
-    settings: GptqSettings | RoundingSettings, form: ModuleFormat
-) -> Callable[[Tensor], Tensor]:
+def rounded_rows(settings: GridSettings, form: ModuleFormat) -> Callable[[Tensor], Tensor]:
     """What becomes of rows of a table when it is rounded.
 
     Args:
@@ -165,9 +161,7 @@ def rounded_rows(
     return lambda rows: torch.from_numpy(round_table(rows, settings, form).dequantize())
 
 
-def layer_rest(
-    model: FloatModel, index: int, settings: GptqSettings | RoundingSettings
-) -> dict[str, Tensor]:
+def layer_rest(model: FloatModel, index: int, settings: GridSettings) -> dict[str, Tensor]:
     """What stays as it is in a layer: norms, biases, and matrices that an override keeps.
 
     Args:
@@ -180,7 +174,7 @@ def layer_rest(
     """
     layer = f"model.layers.{index}."
     quantized = {
-        f"{name}.weight" for name in MATRICES if format_of(settings, f"{layer}{name}") is not None
+        f"{name}.weight" for name in MATRICES if settings.format_of(f"{layer}{name}") is not None
     }
     return {
         f"{layer}{name}": tensor

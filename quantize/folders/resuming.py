@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mistill.pytorch.layers import Batch
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.report import ModuleReport
-from quantize.gptq.calibration import Batch
 
 _FACTS = "mistill"
 
@@ -62,8 +62,8 @@ class Shelf:
         """Look into a folder; nothing is read yet.
 
         Args:
-            folder: From ``mistill.folders.publishing.working``; empty, or as a killed process left
-            it.
+            folder: From ``mistill.folders.publishing.working``; empty, or as a killed process
+                left it.
         """
         self._folder = folder
 

@@ -23,7 +23,6 @@ from quantize.folders.report import ModuleReport, write_report
 from quantize.gptq.calibration import MATRICES
 from quantize.gptq.rounding import round_weight
 from quantize.measuring.judging import judged, open_judge
-from quantize.overrides import format_of, with_format
 from quantize.settings import RoundingSettings
 
 
@@ -93,7 +92,7 @@ def to_rounding(
         add_lineage(
             partial,
             step="rounding",
-            settings=used,
+            settings=settings,
             source=model.folder,
             kept_float=tensor_kinds(work.kept),
         )
@@ -129,10 +128,10 @@ class _Work:
         for matrix in MATRICES:
             begun = time.perf_counter()
             module = f"model.layers.{index}.{matrix}"
-            form = format_of(self._settings, module)
+            form = self._settings.format_of(module)
             if form is not None:
                 W = read_tensors(self._model.folder, f"{module}.")["weight"]
-                self._store(module, round_weight(W, with_format(self._settings, form)), begun)
+                self._store(module, round_weight(W, self._settings.with_format(form)), begun)
         for name, tensor in layer_rest(self._model, index, self._settings).items():
             self._keep(name, tensor)
 

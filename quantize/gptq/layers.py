@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mistill.errors import FolderError
+from mistill.pytorch.layers import Batch
 from mistill.training.memory import give_back
 from mistill.weights.gptq_layout import HEAD, QuantizedWeight
 from quantize.gptq.calibration import (
     STAGES,
-    Batch,
     kept_rows,
     layer_stages,
     matrices,
@@ -28,7 +28,6 @@ from quantize.gptq.calibration import (
     mean_outer_product,
 )
 from quantize.gptq.gptq import ROWS_AT_ONCE, GptqResult, Walk, plan_walk, walk_weight
-from quantize.overrides import format_of, with_format
 from quantize.settings import GptqSettings
 
 # Called with the name of a matrix, its codes, and the seconds they took.
@@ -135,9 +134,9 @@ def _matrices(
     """Those matrices of a stage that are not left float, with the settings of each."""
     found = []
     for name, module in zip(names, matrices(layer, names), strict=True):
-        form = format_of(settings, f"{place}.{name}")
+        form = settings.format_of(f"{place}.{name}")
         if form is not None:
-            found.append(_Matrix(f"{place}.{name}", module, with_format(settings, form)))
+            found.append(_Matrix(f"{place}.{name}", module, settings.with_format(form)))
     return found
 
 

@@ -9,15 +9,13 @@ from torch import Tensor
 from mistill.weights.gptq_layout import QuantizedWeight
 from mistill.weights.grid import GridKind, best_grid
 from quantize.gptq.gptq import group_columns
-from quantize.settings import GptqSettings, RoundingSettings
+from quantize.settings import GridSettings
 
 # Weights that are rounded at once.
 _AT_ONCE = 1 << 22
 
 
-def round_weight(
-    W: Tensor, settings: RoundingSettings | GptqSettings, candidates: int = 1
-) -> QuantizedWeight:
+def round_weight(W: Tensor, settings: GridSettings, candidates: int = 1) -> QuantizedWeight:
     """Round every weight to the nearest code of its group's grid.
 
     Args:

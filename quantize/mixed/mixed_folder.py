@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from mistill.errors import SettingsError
-from mistill.folders.folder import describe, safetensors_header, weight_files
+from mistill.folders.folder import describe, tensor_headers, weight_files
 from mistill.folders.publishing import refuse_existing, write_atomically
 from mistill.settings import require, settings_from
 from mistill.text.rows import Texts, check_texts
@@ -226,11 +226,11 @@ def _possible_sizes(
                 "group_size divides the inputs"
             )
         sizes[name] = {f: _size(name, inputs, outputs, f, scale_bytes) for f in fitting}
-    present = {name: entry for f in weight_files(model.folder) for name, entry in _entries(f)}
+    present = tensor_headers(model.folder)
     for module in _table_names(model):
-        rows, width = present[f"{module}.weight"]["shape"]
-        start, end = present[f"{module}.weight"]["data_offsets"]
-        sizes[module] = {None: end - start + len(module) + _HEADER_BYTES}
+        table = present[f"{module}.weight"]
+        rows, width = table.shape
+        sizes[module] = {None: table.size + len(module) + _HEADER_BYTES}
         if not settings.tables:
             continue
         group = next((g for g in (128, 64, 32, 16) if width % g == 0), -1)
@@ -269,15 +269,10 @@ def _rest_bytes(model: FloatModel) -> int:
     """Bytes of norms and biases, which stay as they are."""
     chosen = {f"{name}.weight" for name in (*model.matrices, EMBEDDING, HEAD)}
     return sum(
-        entry["data_offsets"][1] - entry["data_offsets"][0] + len(name) + _HEADER_BYTES
-        for file in weight_files(model.folder)
-        for name, entry in _entries(file)
+        stored.size + len(name) + _HEADER_BYTES
+        for name, stored in tensor_headers(model.folder).items()
         if name not in chosen and not name.endswith("rotary_emb.inv_freq")
     )
-
-
-def _entries(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    return list(safetensors_header(file).items())
 
 
 def _choices(

@@ -20,20 +20,20 @@ of its matrices: about 2 GB for 2,048 tokens of Mistral 7B.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mistill.measures.kl import Predictions, compare
 from mistill.progress import Tracker, track
+from mistill.pytorch.layers import Batch, LayeredModel
 from mistill.text.blocks import TokenBlocks
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat
 from quantize.folders.float_model import FloatModel
 from quantize.folders.plan import read_table, round_table
-from quantize.gptq.calibration import MATRICES, Batch, LayeredModel, layer_stages, matrices
+from quantize.gptq.calibration import MATRICES, matrices
 from quantize.gptq.rounding import round_weight
-from quantize.overrides import with_format
 from quantize.settings import GptqSettings
 
 # Logits that exist at once.
@@ -66,8 +66,8 @@ def estimate_costs(
     Returns:
         The mean KL per token, for every candidate.
     """
-    layers = LayeredModel(model.folder, model.config)
-    batches = layers.embed(blocks)
+    layers = LayeredModel(model.folder)
+    batches = layers.batches(blocks)
     kept = _kept(blocks, batches)
     count = sum(int(mask.sum()) for mask in kept)
     costs: Costs = {name: {} for name in candidates}
@@ -80,15 +80,16 @@ def estimate_costs(
             costs[home] = _head_costs(rows, table, candidates[home], settings, blocks)
         gradients = _through_head(states.pop(), norm, table, kept, generator)
         for index in reversed(range(len(layers))):
-            layer = layers.layer(index)
-            found, gradients = _backward(layer, states.pop(), batches, gradients)
-            for name, module in zip(MATRICES, matrices(layer, MATRICES), strict=True):
-                place = f"model.layers.{index}.{name}"
-                fisher = _fisher(found.pop(name)) if place in candidates else None
-                for form in candidates.get(place, ()):
-                    rounded = round_weight(module.weight, with_format(settings, form)).dequantize()
-                    change = torch.from_numpy(rounded).sub_(module.weight)
-                    costs[place][form] = _cost(cast(Tensor, fisher), change, count)
+            with layers.layer(index) as layer:
+                pairs, gradients = _backward(layer, states.pop(), batches, gradients)
+                for name, module in zip(MATRICES, matrices(layer, MATRICES), strict=True):
+                    own = pairs.pop(name)
+                    matrix = f"model.layers.{index}.{name}"
+                    if matrix in candidates:
+                        fisher = _fisher(own)
+                        for form in candidates[matrix]:
+                            change = _rounding_error(module.weight, settings.with_format(form))
+                            costs[matrix][form] = _cost(fisher, change, count)
             progress.advance(1)
     if EMBEDDING in candidates:
         ids = torch.from_numpy(blocks.ids)
@@ -114,10 +115,10 @@ def _forward(
     """The hidden states before each layer, and after the last."""
     states = [[batch.hidden for batch in batches]]
     for index in range(len(layers)):
-        *_, outputs = layer_stages(layers.layer(index), batches)
-        states.append(outputs)
-        for batch, hidden in zip(batches, outputs, strict=True):
-            batch.hidden = hidden
+        with layers.layer(index) as layer, torch.no_grad():
+            for batch in batches:
+                batch.hidden = batch.through(layer)
+        states.append([batch.hidden for batch in batches])
         progress.advance(1)
     return states
 
@@ -189,10 +190,7 @@ def _backward(
     before = []
     for hidden, batch, gradient in zip(states, batches, gradients, strict=True):
         entering = hidden.detach().requires_grad_()
-        output = cast(Any, layer)(
-            entering, attention_mask=batch.mask, position_embeddings=batch.rotary
-        )
-        output.backward(gradient)
+        batch.through(layer, entering).backward(gradient)
         before.append(cast(Tensor, entering.grad))
     for hook in hooks:
         hook.remove()
@@ -218,6 +216,10 @@ def _embedding_fisher(ids: Tensor, gradients: Tensor, size: int) -> Tensor:
         G = torch.zeros(len(tokens), upward.shape[-1]).index_add_(0, places, upward)
         fisher[tokens] += G.square()
     return fisher
+
+
+def _rounding_error(weight: Tensor, settings: GptqSettings) -> Tensor:
+    return torch.from_numpy(round_weight(weight, settings).dequantize()).sub_(weight)
 
 
 def _cost(fisher: Tensor, change: Tensor, count: int) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mistill.errors import ArchitectureError, FolderError
-from mistill.folders.folder import copy_companions, read_json, safetensors_header, weight_files
+from mistill.folders.folder import copy_companions, read_json, tensor_headers
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.progress import track
@@ -112,7 +112,7 @@ def to_nf4(
         add_lineage(
             partial,
             step="nf4",
-            settings=used,
+            settings=settings,
             source=model.folder,
             kept_float=tensor_kinds(kept),
         )
@@ -121,11 +121,10 @@ def to_nf4(
 
 def _names(model: FloatModel) -> Iterator[str]:
     """The tensors that the new folder is made of, in the order of the files."""
-    for file in weight_files(model.folder):
-        for name in safetensors_header(file):
-            tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
-            if not tied_head and not name.endswith("rotary_emb.inv_freq"):
-                yield name
+    for name in tensor_headers(model.folder):
+        tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if not tied_head and not name.endswith("rotary_emb.inv_freq"):
+            yield name
 
 
 def _write_config(source: Path, target: Path, settings: Nf4Settings) -> None:

@@ -25,7 +25,7 @@ from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.progress import track
 from mistill.pytorch.loading import read_tensors
-from mistill.settings import settings_dict, settings_from
+from mistill.settings import settings_from
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.float_model import FloatModel, open_float
 from quantize.rotation.hadamard import hadamard, random_rotation
@@ -99,7 +99,7 @@ def rotate(
         add_lineage(
             partial,
             step="rotate",
-            settings=settings_dict(settings),
+            settings=settings,
             source=model.folder,
             hadamard=hadamard(len(Q)) is not None,
             untied=bool(model.config.tie_word_embeddings),

@@ -9,7 +9,6 @@ before the result is judged, and it is published only if it is better.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -33,6 +32,7 @@ from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
+from mistill.training.schedule import blocks_of_step, learning_rate_at
 from mistill.weights.gptq_layout import HEAD, read_quantization
 from mistill.weights.scaled_linear import ScaledLinear
 from mistill.weights.tensor_files import TensorFiles, read_quantized
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 # Rows whose logits exist at once, and steps between two states on disk.
 _ROWS_AT_ONCE = 128
 _STEPS_BETWEEN_STATES = 10
+
+# Share of the steps in which the learning rate rises.
+_WARMUP = 0.1
 
 
 def tune(
@@ -127,7 +130,7 @@ def tune(
         add_lineage(
             result,
             step="tune",
-            settings=settings_dict(settings),
+            settings=settings,
             source=info.path,
             teacher=str(guide.path),
             before=asdict(before),
@@ -200,8 +203,12 @@ class _Run:
         with track("Tuning", total=settings.steps, unit="steps", done=done) as progress:
             for step in range(done, settings.steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * _share_of_rate(step, settings.steps)
-                loss = self._step(learnt[_drawn(len(learnt), step, settings)])
+                    group["lr"] = learning_rate_at(
+                        step, settings.steps, peak=settings.learning_rate, warmup=_WARMUP
+                    )
+                loss = self._step(
+                    learnt[blocks_of_step(step, len(learnt), settings.batch_size, settings.seed)]
+                )
                 for name, share in shares.items():
                     gradient = self.norms[name].grad
                     share.grad = None if gradient is None else gradient * start[name]
@@ -291,24 +298,6 @@ def _replace_linears(model: PreTrainedModel, folder: Path) -> Iterator[tuple[str
             made = ScaledLinear(read_quantized(files, name, layout), module.bias)
             model.set_submodule(name, made)
             yield name, made
-
-
-def _drawn(count: int, step: int, settings: TuningSettings) -> np.ndarray:
-    """The blocks of a step: a walk through all of them in an order drawn anew every time round."""
-    places = np.arange(step * settings.batch_size, (step + 1) * settings.batch_size)
-    rounds = {
-        number: np.random.default_rng([settings.seed, number]).permutation(count)
-        for number in np.unique(places // count).tolist()
-    }
-    return np.array([rounds[place // count][place % count] for place in places.tolist()])
-
-
-def _share_of_rate(step: int, steps: int) -> float:
-    """Up over the first tenth, then down by a half cosine."""
-    rising = max(1, steps // 10)
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step + 1 - rising) / max(1, steps - rising)))
 
 
 def _save_state(work: Path, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.figures.comparison import Comparison, ScoredText
+from benchmarks.figures.comparison import ScoredText
 from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.footprint import Footprint
 from benchmarks.figures.latency import Latency, Turn
 from benchmarks.figures.machine import Machine
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.figures.perplexity import Perplexity
+from benchmarks.report.report import Report
 from benchmarks.settings import BenchSettings
 
 # name, form, megabytes, millions of weights, loss, KL, tokens/s, tokens/s of transformers
@@ -34,9 +35,9 @@ STEPS = (
 )
 
 
-def made_comparison(reference: str = "teacher", count: int = 7, samples: bool = True) -> Comparison:
+def made_comparison(reference: str = "teacher", count: int = 7, samples: bool = True) -> Report:
     random = np.random.default_rng(0)
-    return Comparison(
+    return Report(
         date="2026-11-22T10:00:00+00:00",
         duration_seconds=97.3,
         settings=BenchSettings(threads=2),

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import benchmarks
-from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.figures.rival import Rival
 from benchmarks.report.budget import bound_models, misses
 from benchmarks.report.commands import commands
+from benchmarks.report.report import Report
 from benchmarks.report.shipping import best_to_ship, by_memory, ship_line
 from benchmarks.settings import Budget, ShipSettings
 from mistill.cli.app import app, main
@@ -34,17 +34,17 @@ RIVAL = Rival(
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
+def comparison() -> Report:
     return made_comparison(samples=False)
 
 
 @pytest.fixture
-def saved(comparison: Comparison, tmp_path: Path) -> str:
+def saved(comparison: Report, tmp_path: Path) -> str:
     (tmp_path / "report.json").write_text(comparison.to_json())
     return str(tmp_path)
 
 
-def with_model(comparison: Comparison, place: int, **fields: Any) -> Comparison:
+def with_model(comparison: Report, place: int, **fields: Any) -> Report:
     models = list(comparison.models)
     models[place] = replace(models[place], **fields)
     return replace(comparison, models=tuple(models))
@@ -53,7 +53,7 @@ def with_model(comparison: Comparison, place: int, **fields: Any) -> Comparison:
 # --- budgets ------------------------------------------------------------------------------------
 
 
-def test_a_budget_is_for_every_model_but_the_reference(comparison: Comparison):
+def test_a_budget_is_for_every_model_but_the_reference(comparison: Report):
     found = misses(comparison, max_mb=120)
 
     # The teacher is larger too, and is what the others are held against.
@@ -62,7 +62,7 @@ def test_a_budget_is_for_every_model_but_the_reference(comparison: Comparison):
     assert misses(comparison, max_mb=425) == ()
 
 
-def test_a_budget_is_for_those_that_it_names(comparison: Comparison):
+def test_a_budget_is_for_those_that_it_names(comparison: Report):
     assert misses(comparison, max_mb=120, budget_for=("chatbot-4", "road/chatbot-8")) == ()
     (miss,) = misses(comparison, max_mb=120, budget_for=("teacher",))
     assert miss.model == "teacher"
@@ -70,7 +70,7 @@ def test_a_budget_is_for_those_that_it_names(comparison: Comparison):
         misses(comparison, max_mb=120, budget_for=("nobody",))
 
 
-def test_other_engines_are_held_to_no_budget_unless_named(comparison: Comparison):
+def test_other_engines_are_held_to_no_budget_unless_named(comparison: Report):
     with_rival = with_model(comparison, 6, name="llama.cpp q8_0", rival=RIVAL)
 
     assert "llama.cpp q8_0" not in [m.name for m in bound_models(with_rival, Budget(max_kl=1))]
@@ -78,13 +78,13 @@ def test_other_engines_are_held_to_no_budget_unless_named(comparison: Comparison
     assert miss.model == "llama.cpp q8_0"
 
 
-def test_the_reference_alone_is_held_to_the_budget(comparison: Comparison):
+def test_the_reference_alone_is_held_to_the_budget(comparison: Report):
     alone = replace(comparison, models=comparison.models[:1])
 
     assert [miss.model for miss in misses(alone, max_mb=100)] == ["teacher"]
 
 
-def test_every_limit_misses_on_its_own_side(comparison: Comparison):
+def test_every_limit_misses_on_its_own_side(comparison: Report):
     model = comparison["chatbot-4"]
     exact = {
         "max_kl": model.mean_kl,
@@ -101,7 +101,7 @@ def test_every_limit_misses_on_its_own_side(comparison: Comparison):
         assert miss.found == pytest.approx(value)
 
 
-def test_a_miss_is_one_clear_line(comparison: Comparison):
+def test_a_miss_is_one_clear_line(comparison: Report):
     (miss,) = misses(comparison, min_tps=200, budget_for=("chatbot-4",))
 
     assert str(miss) == "chatbot-4 writes 131.0 tokens/s: 69.0 below min_tps 200"
@@ -136,7 +136,7 @@ def test_a_saved_report_is_checked_without_measuring(
 
 
 def test_a_report_is_saved_though_the_budget_is_missed(
-    comparison: Comparison,
+    comparison: Report,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -196,14 +196,14 @@ def test_a_name_that_is_not_compared_is_refused_before_measuring(
     ],
 )
 def test_the_closest_model_that_fits_is_shipped(
-    comparison: Comparison, memory: float | None, speed: float | None, name: str | None
+    comparison: Report, memory: float | None, speed: float | None, name: str | None
 ):
     best = best_to_ship(comparison, ship_mb=memory, ship_tps=speed)
 
     assert (best and best.name) == name
 
 
-def nearly_as_close(comparison: Comparison) -> Comparison:
+def nearly_as_close(comparison: Report) -> Report:
     """Chatbot-8 with a KL 1% above that of chatbot-float, which takes more memory."""
     fidelity = comparison["chatbot-float"].fidelity
     assert fidelity is not None
@@ -211,7 +211,7 @@ def nearly_as_close(comparison: Comparison) -> Comparison:
     return with_model(comparison, 5, fidelity=replace(fidelity, divergences=rows))
 
 
-def test_of_equally_close_models_the_one_of_least_memory_is_shipped(comparison: Comparison):
+def test_of_equally_close_models_the_one_of_least_memory_is_shipped(comparison: Report):
     close = nearly_as_close(comparison)
 
     best = best_to_ship(close, ship_mb=600)
@@ -221,7 +221,7 @@ def test_of_equally_close_models_the_one_of_least_memory_is_shipped(comparison: 
     assert best.mean_kl > close["chatbot-float"].mean_kl
 
 
-def test_the_answer_for_every_amount_of_memory(comparison: Comparison):
+def test_the_answer_for_every_amount_of_memory(comparison: Report):
     answers = [(round(amount), model.name) for amount, model in by_memory(comparison)]
 
     assert answers == [(154, "chatbot-4"), (196, "chatbot-8"), (958, "teacher")]
@@ -232,7 +232,7 @@ def test_the_answer_for_every_amount_of_memory(comparison: Comparison):
     assert "| from 196 | chatbot-8 | 0.551 | 96.0 |" in comparison.to_markdown()
 
 
-def test_the_line_says_why_none_is_shipped(comparison: Comparison):
+def test_the_line_says_why_none_is_shipped(comparison: Report):
     little = ship_line(comparison, ShipSettings(ship_mb=100, ship_tps=50))
     fast = ship_line(comparison, ShipSettings(ship_tps=500))
 
@@ -260,7 +260,7 @@ def made_by(model: ModelResult, *lineage: dict[str, Any], **fields: Any) -> list
 TEACHER = {"step": "teacher", "settings": {"source": "@smollm2"}, "source": "SmolLM2-1-1"}
 
 
-def test_commands_name_each_folder_as_the_next_step_does(comparison: Comparison):
+def test_commands_name_each_folder_as_the_next_step_does(comparison: Report):
     from distill import TrainSettings
     from quantize import GptqSettings
 
@@ -272,6 +272,7 @@ def test_commands_name_each_folder_as_the_next_step_does(comparison: Comparison)
         {
             "step": "distill",
             "settings": {**asdict(TrainSettings()), "tokens": 30000, "learning_rate": 0.0001},
+            "changed_settings": ["tokens", "learning_rate"],
             "source": "pruned",
             "teacher": "teacher",
             "texts": ["chats.jsonl", "my file.txt"],
@@ -280,10 +281,16 @@ def test_commands_name_each_folder_as_the_next_step_does(comparison: Comparison)
         {
             "step": "gptq",
             "settings": {**asdict(GptqSettings()), "bits": 8, "symmetric": False},
+            "changed_settings": ["bits", "symmetric"],
             "source": "distilled",
             "texts": ["a.txt"],
         },
-        {"step": "export", "settings": {"precision": "auto"}, "source": "gptq"},
+        {
+            "step": "export",
+            "settings": {"precision": "auto"},
+            "changed_settings": [],
+            "source": "gptq",
+        },
     )
 
     assert found == [
@@ -296,13 +303,26 @@ def test_commands_name_each_folder_as_the_next_step_does(comparison: Comparison)
     ]
 
 
-def test_what_the_lineage_does_not_tell_is_in_capitals(comparison: Comparison):
+def test_a_lineage_of_before_changed_settings_were_noted_gives_all_settings(comparison: Report):
+    from quantize import RoundingSettings
+
+    (line,) = made_by(
+        comparison["student"],
+        {"step": "rounding", "settings": asdict(RoundingSettings(bits=3)), "source": "teacher"},
+    )
+
+    app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
+    assert "--bits 3" in line
+    assert f"--group-size {RoundingSettings().group_size}" in line
+
+
+def test_what_the_lineage_does_not_tell_is_in_capitals(comparison: Report):
     found = made_by(comparison["student"], {"step": "distill", "settings": {}, "source": "pruned"})
 
     assert found == ["mistill distill pruned student --texts TEXTS"]
 
 
-def test_two_folders_of_one_name_are_told_apart(comparison: Comparison):
+def test_two_folders_of_one_name_are_told_apart(comparison: Report):
     found = made_by(
         comparison["student"],
         TEACHER,
@@ -315,12 +335,12 @@ def test_two_folders_of_one_name_are_told_apart(comparison: Comparison):
     assert found[2] == "mistill export small b/student"
 
 
-def test_a_folder_of_others_has_no_commands(comparison: Comparison):
+def test_a_folder_of_others_has_no_commands(comparison: Report):
     assert made_by(comparison["student"]) == []
     assert made_by(comparison["student"], {"step": "unheard of"}) == []
 
 
-def test_a_rival_is_made_of_the_folder_that_it_names(comparison: Comparison):
+def test_a_rival_is_made_of_the_folder_that_it_names(comparison: Report):
     found = made_by(
         comparison["chatbot-4"],
         TEACHER,
@@ -351,7 +371,7 @@ def test_a_rival_is_made_of_the_folder_that_it_names(comparison: Comparison):
     ids=lambda entry: str(entry["step"]),
 )
 def test_every_command_is_one_that_the_command_line_knows(
-    comparison: Comparison, entry: dict[str, Any]
+    comparison: Report, entry: dict[str, Any]
 ):
     lines = made_by(comparison["student"], TEACHER, {**entry, "source": "teacher"})
 

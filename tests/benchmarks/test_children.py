@@ -150,7 +150,7 @@ def standalone(model: Path) -> dict[str, Any]:
     Its parent is small, since a child inherits the peak of a large one.
     """
     child = (
-        "import runpy, sys, mistill.engine.language_model as m; was = m.open_model;"
+        "import runpy, sys, mistill.engine.opening as m; was = m.open_model;"
         "m.open_model = lambda *a, **k: (print('hello'), was(*a, **k))[1];"
         f"sys.argv = ['child', {str(model)!r}, '--threads', '1'];"
         "runpy.run_module('benchmarks.measure.child', run_name='__main__')"

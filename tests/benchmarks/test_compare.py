@@ -12,12 +12,12 @@ import pytest
 
 import export
 import quantize
-from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.fidelity import divergences
 from benchmarks.measure import measuring
 from benchmarks.measure.child import Worker
 from benchmarks.measure.measuring import compare
 from benchmarks.measure.subjects import short_names
+from benchmarks.report.report import Report
 from benchmarks.settings import BenchSettings
 from mistill.chat.bot import ChatBot
 from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
@@ -64,12 +64,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def comparison(teacher: Path, model: Path, chats: Path) -> Comparison:
+def comparison(teacher: Path, model: Path, chats: Path) -> Report:
     """Two models compared in processes of their own."""
     return compare([teacher, model], texts=chats, **ASKED, **QUICK)
 
 
-def test_the_first_model_is_the_reference_and_has_no_distance_from_itself(comparison: Comparison):
+def test_the_first_model_is_the_reference_and_has_no_distance_from_itself(comparison: Report):
     assert comparison.reference == "teacher"
     assert [result.name for result in comparison.models] == ["teacher", "model"]
     assert comparison["teacher"].fidelity is None
@@ -77,7 +77,7 @@ def test_the_first_model_is_the_reference_and_has_no_distance_from_itself(compar
 
 
 def test_quality_is_what_the_models_logits_say(
-    comparison: Comparison, teacher: Path, model: Path, chats: Path
+    comparison: Report, teacher: Path, model: Path, chats: Path
 ):
     judge, student = Worker(teacher, 1), Worker(model, 1)
     judge.open()
@@ -98,7 +98,7 @@ def test_quality_is_what_the_models_logits_say(
     assert result.fidelity.mean_kl == pytest.approx(np.mean(distances[:150]), rel=1e-5)
 
 
-def test_every_round_is_kept_and_float_folders_meet_their_rival(comparison: Comparison):
+def test_every_round_is_kept_and_float_folders_meet_their_rival(comparison: Report):
     for result in comparison.models:
         assert result.transformers_latency is not None
         for latency in (result.latency, result.transformers_latency):
@@ -110,7 +110,7 @@ def test_every_round_is_kept_and_float_folders_meet_their_rival(comparison: Comp
     )
 
 
-def test_footprint_is_measured_from_the_files(comparison: Comparison, model: Path):
+def test_footprint_is_measured_from_the_files(comparison: Report, model: Path):
     footprint = comparison["model"].footprint
 
     assert footprint.weight_bytes == (model / "model.safetensors").stat().st_size
@@ -120,7 +120,7 @@ def test_footprint_is_measured_from_the_files(comparison: Comparison, model: Pat
     assert footprint.load_seconds > 0
 
 
-def test_the_record_says_what_it_was_measured_on(comparison: Comparison, chats: Path):
+def test_the_record_says_what_it_was_measured_on(comparison: Report, chats: Path):
     assert comparison.machine.threads == 1
     assert comparison.machine.memory_bytes > 1 << 28
     assert comparison.machine.versions["torch"]
@@ -130,7 +130,7 @@ def test_the_record_says_what_it_was_measured_on(comparison: Comparison, chats: 
     assert comparison.settings == BenchSettings(**QUICK, **ASKED)
 
 
-def test_the_samples_are_what_a_chatbot_says(comparison: Comparison, model: Path):
+def test_the_samples_are_what_a_chatbot_says(comparison: Report, model: Path):
     bot = ChatBot(model, temperature=0, max_new_tokens=6)
     said = "".join(bot.reply("Hi")).strip()
     assert list(comparison.samples) == ["Hi"]
@@ -143,8 +143,8 @@ def test_a_sample_of_a_model_that_is_not_compared_is_refused(model: Path, chats:
         compare(model, texts=chats, sample_prompts=("Hi",), sample_models=("nobody",), **QUICK)
 
 
-def test_a_real_comparison_survives_the_round_trip(comparison: Comparison):
-    assert Comparison.from_json(comparison.to_json()) == comparison
+def test_a_real_comparison_survives_the_round_trip(comparison: Report):
+    assert Report.from_json(comparison.to_json()) == comparison
 
 
 def test_models_take_turns(asked: list[tuple[str, str]], teacher: Path, model: Path, chats: Path):
@@ -231,7 +231,7 @@ def test_a_quantized_model_is_also_held_against_the_float_model_it_was_made_of(
     assert found["gptq"].parent_fidelity == alone["gptq"].fidelity
     assert found["gptq"].parent_fidelity != found["gptq"].fidelity
     assert found["model"].parent_fidelity is None
-    assert Comparison.from_json(found.to_json()) == found
+    assert Report.from_json(found.to_json()) == found
 
 
 def test_a_parent_that_is_not_compared_is_nobodys_parent(

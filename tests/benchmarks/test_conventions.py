@@ -167,6 +167,15 @@ def test_wilsons_interval_is_the_one_worked_by_hand():
     assert simple_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
+@pytest.mark.parametrize(("right", "asked"), [(0, 5), (1, 7), (30, 40), (399, 400)])
+def test_wilsons_interval_is_that_of_scipy(right: int, asked: int):
+    from scipy.stats import binomtest
+
+    expected = binomtest(right, asked).proportion_ci(method="wilson")
+
+    assert simple_interval(right, asked) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
 def test_tokens_that_resemble_each_other_count_for_less():
     alike = [[1] * 10 if place % 4 else [0] * 10 for place in range(40)]
     mixed = [[int((place + token) % 4 > 0) for token in range(10)] for place in range(40)]

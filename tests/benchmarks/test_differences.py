@@ -13,12 +13,12 @@ from benchmarks import diff
 from benchmarks.changes.differences import ReportDiff
 from benchmarks.changes.verdicts import Change
 from benchmarks.figures.answers import Answers
-from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.conventions import QuotedPerplexity
 from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.latency import Latency, Turn
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.figures.perplexity import Perplexity
+from benchmarks.report.report import Report
 from benchmarks.settings import DiffSettings
 from mistill.cli.app import main
 from mistill.errors import FolderError, SettingsError
@@ -37,13 +37,13 @@ SPEED, KL = "decode_tokens_per_second", "mean_kl_nats"
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
+def comparison() -> Report:
     made = made_comparison(samples=False)
     names = ("teacher", "student", "chatbot-8", "chatbot-4")
     return replace(made, models=tuple(map(made.__getitem__, names)))
 
 
-def changed(comparison: Comparison, model: str, /, **fields: Any) -> Comparison:
+def changed(comparison: Report, model: str, /, **fields: Any) -> Report:
     """The same report with other fields of one model."""
     models = tuple(
         replace(found, **fields) if found.name == model else found for found in comparison.models
@@ -149,7 +149,7 @@ def test_no_spread_at_all_is_certainty():
 # --- verdicts -----------------------------------------------------------------------------------
 
 
-def test_a_report_differs_from_itself_in_nothing(comparison: Comparison):
+def test_a_report_differs_from_itself_in_nothing(comparison: Report):
     found = diff(comparison, comparison)
 
     assert {change.reason for change in found.changes} == {"equal"}
@@ -157,7 +157,7 @@ def test_a_report_differs_from_itself_in_nothing(comparison: Comparison):
     assert len({change.model for change in found.changes}) == len(comparison.models)
 
 
-def test_a_slower_model_is_worse_and_a_faster_one_better(comparison: Comparison):
+def test_a_slower_model_is_worse_and_a_faster_one_better(comparison: Report):
     base = changed(comparison, "chatbot-4", latency=timed([100, 101, 99]))
     slower = changed(comparison, "chatbot-4", latency=timed([80, 80.5, 79.5]))
 
@@ -171,7 +171,7 @@ def test_a_slower_model_is_worse_and_a_faster_one_better(comparison: Comparison)
     assert {c.column.nature for c in diff(base, slower).regressions} == {"clock"}
 
 
-def test_a_first_token_that_comes_later_is_worse(comparison: Comparison):
+def test_a_first_token_that_comes_later_is_worse(comparison: Report):
     base = changed(comparison, "student", latency=timed([30, 30.5, 29.5]))
     later = changed(comparison, "student", latency=timed([30, 30.5, 29.5], first=18))
 
@@ -182,7 +182,7 @@ def test_a_first_token_that_comes_later_is_worse(comparison: Comparison):
     assert found_of(found, "student", SPEED).reason == "equal"
 
 
-def test_a_change_within_the_spread_of_the_rounds_is_none(comparison: Comparison):
+def test_a_change_within_the_spread_of_the_rounds_is_none(comparison: Report):
     base = changed(comparison, "chatbot-4", latency=timed([100, 130, 80]))
     other = changed(comparison, "chatbot-4", latency=timed([85, 110, 68]))
 
@@ -192,7 +192,7 @@ def test_a_change_within_the_spread_of_the_rounds_is_none(comparison: Comparison
     assert (found.verdict, found.reason) == ("same", "within the noise")
 
 
-def test_a_sure_change_that_is_small_is_none(comparison: Comparison):
+def test_a_sure_change_that_is_small_is_none(comparison: Report):
     base = changed(comparison, "chatbot-4", latency=timed([100, 100.001, 99.999]))
     other = changed(comparison, "chatbot-4", latency=timed([96, 96.001, 95.999]))
 
@@ -209,7 +209,7 @@ def quality(model: ModelResult, factor: float) -> Fidelity:
     return replace(model.fidelity, divergences=tuple(tuple(x * factor for x in p) for p in rows))
 
 
-def test_kl_is_judged_token_by_token(comparison: Comparison):
+def test_kl_is_judged_token_by_token(comparison: Report):
     model = comparison["chatbot-8"]
     further = changed(comparison, "chatbot-8", fidelity=quality(model, 1.03))
     assert model.fidelity is not None
@@ -227,7 +227,7 @@ def test_kl_is_judged_token_by_token(comparison: Comparison):
     assert found.interval[0] < 0.03 < found.interval[1]
 
 
-def test_what_rounding_of_sums_changes_is_no_change(comparison: Comparison):
+def test_what_rounding_of_sums_changes_is_no_change(comparison: Report):
     tiny = Fidelity(divergences=((1e-6,) * 9, (2e-6,) * 9), agreements=((1,) * 9,) * 2)
     twice = Fidelity(divergences=((2e-6,) * 9, (4e-6,) * 9), agreements=((1,) * 9,) * 2)
 
@@ -239,7 +239,7 @@ def test_what_rounding_of_sums_changes_is_no_change(comparison: Comparison):
     assert found_of(found, "chatbot-8", KL).verdict == "same"
 
 
-def test_bytes_are_counted_and_not_measured(comparison: Comparison):
+def test_bytes_are_counted_and_not_measured(comparison: Report):
     footprint = comparison["chatbot-4"].footprint
     larger = replace(footprint, weight_bytes=footprint.weight_bytes * 102 // 100)
     record = replace(footprint, weight_bytes=footprint.weight_bytes + 100)
@@ -265,7 +265,7 @@ def test_bytes_are_counted_and_not_measured(comparison: Comparison):
     ],
 )
 def test_speeds_of_other_machines_are_not_compared(
-    comparison: Comparison, field: str, value: Any, words: str
+    comparison: Report, field: str, value: Any, words: str
 ):
     slow = changed(comparison, "chatbot-4", latency=timed([1, 1.1, 1.2]))
     machine = replace(comparison.machine, **{field: value})
@@ -279,7 +279,7 @@ def test_speeds_of_other_machines_are_not_compared(
     assert found.passed
 
 
-def test_speeds_at_other_prompts_are_not_compared(comparison: Comparison):
+def test_speeds_at_other_prompts_are_not_compared(comparison: Report):
     other = replace(comparison, settings=replace(comparison.settings, prompt_tokens=512))
 
     found = diff(comparison, other)
@@ -288,7 +288,7 @@ def test_speeds_at_other_prompts_are_not_compared(comparison: Comparison):
     assert found_of(found, "chatbot-4", "peak_memory_mb").verdict == "same"
 
 
-def test_quality_on_another_text_is_not_compared(comparison: Comparison):
+def test_quality_on_another_text_is_not_compared(comparison: Report):
     other = replace(comparison, text=replace(comparison.text, fingerprint="1e" * 32))
 
     found = diff(comparison, other)
@@ -298,7 +298,7 @@ def test_quality_on_another_text_is_not_compared(comparison: Comparison):
     assert found_of(found, "chatbot-4", SPEED).verdict == "same"
 
 
-def with_texts_of_its_own(comparison: Comparison, whole: str, questions: str) -> Comparison:
+def with_texts_of_its_own(comparison: Report, whole: str, questions: str) -> Report:
     """Chatbot-4 has read a whole text in windows, and was asked questions."""
     quoted = QuotedPerplexity(
         convention="gptq",
@@ -319,7 +319,7 @@ def with_texts_of_its_own(comparison: Comparison, whole: str, questions: str) ->
 
 
 def test_what_is_read_besides_the_scored_text_is_compared_where_it_is_the_same(
-    comparison: Comparison,
+    comparison: Report,
 ):
     old = with_texts_of_its_own(comparison, "whole", "questions")
     other = replace(old, text=replace(old.text, fingerprint="1e" * 32))
@@ -333,7 +333,7 @@ def test_what_is_read_besides_the_scored_text_is_compared_where_it_is_the_same(
     assert found_of(diff(old, own), "chatbot-4", "perplexity").reason == "equal"
 
 
-def test_the_distance_from_another_reference_is_not_compared(comparison: Comparison):
+def test_the_distance_from_another_reference_is_not_compared(comparison: Report):
     other = changed(comparison, "teacher", fingerprint="cd" * 32)
 
     found = diff(comparison, other)
@@ -342,7 +342,7 @@ def test_the_distance_from_another_reference_is_not_compared(comparison: Compari
     assert found_of(found, "chatbot-4", "perplexity").verdict == "same"
 
 
-def test_one_round_says_nothing_about_speed(comparison: Comparison):
+def test_one_round_says_nothing_about_speed(comparison: Report):
     one = changed(comparison, "student", latency=timed([30]))
 
     found = found_of(diff(one, comparison), "student", SPEED)
@@ -350,7 +350,7 @@ def test_one_round_says_nothing_about_speed(comparison: Comparison):
     assert (found.verdict, found.reason) == ("unknown", "a single round has no spread")
 
 
-def test_a_figure_of_one_report_alone_is_shown(comparison: Comparison):
+def test_a_figure_of_one_report_alone_is_shown(comparison: Report):
     without = changed(comparison, "student", transformers_latency=None)
 
     found = found_of(diff(comparison, without), "student", "transformers_decode_tokens_per_second")
@@ -358,7 +358,7 @@ def test_a_figure_of_one_report_alone_is_shown(comparison: Comparison):
     assert (found.new, found.reason) == (None, "not in the new report")
 
 
-def test_versions_and_load_are_named(comparison: Comparison):
+def test_versions_and_load_are_named(comparison: Report):
     machine = replace(
         comparison.machine,
         versions={**comparison.machine.versions, "onnxruntime": "1.32.0"},
@@ -373,9 +373,9 @@ def test_versions_and_load_are_named(comparison: Comparison):
 
 
 def test_a_machine_that_is_slower_today_is_told_by_what_nobody_has_changed(
-    comparison: Comparison,
+    comparison: Report,
 ):
-    def today(rate: float, rival: float) -> Comparison:
+    def today(rate: float, rival: float) -> Report:
         latency, other = (timed([r, r * 1.002, r * 0.998]) for r in (rate, rival))
         return changed(comparison, "student", latency=latency, transformers_latency=other)
 
@@ -391,7 +391,7 @@ def test_a_machine_that_is_slower_today_is_told_by_what_nobody_has_changed(
 # --- models -------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_gone_fails(comparison: Comparison):
+def test_a_model_that_is_gone_fails(comparison: Report):
     fewer = replace(comparison, models=comparison.models[:-1])
 
     gone, come = diff(comparison, fewer), diff(fewer, comparison)
@@ -400,7 +400,7 @@ def test_a_model_that_is_gone_fails(comparison: Comparison):
     assert (come.added, come.passed) == (("chatbot-4",), True)
 
 
-def test_a_model_of_another_name_is_paired(comparison: Comparison):
+def test_a_model_of_another_name_is_paired(comparison: Report):
     renamed = changed(comparison, "chatbot-4", name="chatbot-new")
 
     found = diff(comparison, renamed, pairs=("chatbot-4=chatbot-new",))
@@ -409,7 +409,7 @@ def test_a_model_of_another_name_is_paired(comparison: Comparison):
     assert found_of(found, "chatbot-new", SPEED).reason == "equal"
 
 
-def test_reports_without_a_common_model_are_refused(comparison: Comparison):
+def test_reports_without_a_common_model_are_refused(comparison: Report):
     one = replace(comparison, models=comparison.models[:1])
     other = replace(comparison, models=comparison.models[1:2])
 
@@ -431,7 +431,7 @@ def test_nonsense_is_refused(options: dict[str, Any]):
 # --- nothing has changed ------------------------------------------------------------------------
 
 
-def measured_again(comparison: Comparison, random: np.random.Generator) -> Comparison:
+def measured_again(comparison: Report, random: np.random.Generator) -> Report:
     """The same models on the same machine another day, as seeds and clocks have it.
 
     The day as a whole is up to a few per cent faster or slower, rounds vary by three per cent with
@@ -471,7 +471,7 @@ def measured_again(comparison: Comparison, random: np.random.Generator) -> Compa
     return replace(comparison, models=tuple(map(model_again, comparison.models)))
 
 
-def test_of_twenty_repetitions_at_most_one_is_called_a_difference(comparison: Comparison):
+def test_of_twenty_repetitions_at_most_one_is_called_a_difference(comparison: Report):
     few = replace(comparison, models=comparison.models[2:])
     random = np.random.default_rng(1)
     called = 0
@@ -502,7 +502,7 @@ def test_of_hundreds_of_questions_about_nothing_chance_answers_few():
 
 
 @pytest.fixture
-def reports(comparison: Comparison, tmp_path: Path) -> tuple[Path, Path]:
+def reports(comparison: Report, tmp_path: Path) -> tuple[Path, Path]:
     turns = comparison["chatbot-4"].latency.turns
     slow = [replace(t, token_seconds=tuple(s * 1.5 for s in t.token_seconds)) for t in turns]
     slower = changed(comparison, "chatbot-4", latency=Latency(turns=tuple(slow)))

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.figures.comparison import Comparison
 from benchmarks.measure.children import start_children
 from benchmarks.measure.measuring import compare
+from benchmarks.report.report import Report
 from benchmarks.rivals.contest import find_contestants
 from benchmarks.rivals.engines import ENGINES, choices
 from benchmarks.rivals.environment import Environment, find_environment
@@ -54,7 +54,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(model: Path, chats: Path, fake: Path) -> Comparison:
+def compared(model: Path, chats: Path, fake: Path) -> Report:
     return compare(
         model,
         texts=chats,
@@ -76,7 +76,7 @@ def made(word: str, place: Path, source: Path, scratch: Path) -> Path:
 # --- OpenVINO ------------------------------------------------------------------------------------
 
 
-def test_openvino_takes_part_and_says_how_its_graph_was_made(compared: Comparison):
+def test_openvino_takes_part_and_says_how_its_graph_was_made(compared: Report):
     assert [result.name for result in compared.models] == [
         "model",
         "openvino int4",
@@ -95,7 +95,7 @@ def test_openvino_takes_part_and_says_how_its_graph_was_made(compared: Compariso
     assert len(compared["openvino int4"].depths[0].latency.turns) == 2
 
 
-def test_openvino_predicts_what_its_graph_says(compared: Comparison, model: Path):
+def test_openvino_predicts_what_its_graph_says(compared: Report, model: Path):
     # One logit of 1 and the others 0: a token of the text is right or it is not.
     right = np.log(1 + np.exp(-1) * (open_folder(model).vocabulary_size - 1))
     losses = {round(x, 3) for row in compared["openvino int4"].perplexity.losses for x in row}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.figures.comparison import Comparison
+from benchmarks.report.report import Report
 from benchmarks.report.shipping import best_to_ship, by_memory
 from benchmarks.settings import ShipSettings
 from tests.benchmarks.chromium import Page, chromium, find_chromium
@@ -21,13 +21,13 @@ NAMES = f"{ROWS}.filter((row) => !row.hidden).map((row) => row.dataset.model)"
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
+def comparison() -> Report:
     made = nearly_as_close(made_comparison())
     return replace(made, samples={HOSTILE: {HOSTILE: HOSTILE}})
 
 
 @pytest.fixture(scope="module")
-def page(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def page(comparison: Report, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     program = find_chromium()
     if program is None:
         pytest.skip("no Chromium is installed; apt-get install chromium brings one")
@@ -53,7 +53,7 @@ def type_in(page: Page, selector: str, value: str) -> None:
     )
 
 
-def test_a_click_sorts_the_table_and_another_turns_it_round(page: Page, comparison: Comparison):
+def test_a_click_sorts_the_table_and_another_turns_it_round(page: Page, comparison: Report):
     speeds = {m.name: m.latency.decode_tokens_per_second for m in comparison.models}
     assert page.run(NAMES) == list(speeds)
 
@@ -69,9 +69,7 @@ def test_a_click_sorts_the_table_and_another_turns_it_round(page: Page, comparis
     assert page.run(f"{head('Size')}.getAttribute('aria-sort')") == "none"
 
 
-def test_the_keyboard_sorts_too_and_what_is_not_known_comes_last(
-    page: Page, comparison: Comparison
-):
+def test_the_keyboard_sorts_too_and_what_is_not_known_comes_last(page: Page, comparison: Report):
     page.run(f"{head('KL')}.querySelector('button').focus()")
     page.press("Enter", 13, "\r")
     names = page.run(NAMES)
@@ -122,7 +120,7 @@ def test_what_another_beats_can_be_hidden(page: Page):
 @pytest.mark.parametrize("speed", [None, 40.0, 500.0])
 @pytest.mark.parametrize("memory", [None, 100.0, 154.0, 600.0, 2000.0])
 def test_the_page_ships_what_python_ships(
-    page: Page, comparison: Comparison, memory: float | None, speed: float | None
+    page: Page, comparison: Report, memory: float | None, speed: float | None
 ):
     type_in(page, "#ship-memory", "" if memory is None else f"{memory:g}")
     type_in(page, "#ship-speed", "" if speed is None else f"{speed:g}")
@@ -178,7 +176,7 @@ def test_pointing_at_a_disc_says_what_it_is_and_how_it_is_made(page: Page):
     assert page.run(lit) == []
 
 
-def test_the_keyboard_reaches_every_disc(page: Page, comparison: Comparison):
+def test_the_keyboard_reaches_every_disc(page: Page, comparison: Report):
     page.run("document.querySelector('#frontier-only').focus()")
     seen = []
     for _ in comparison.models:

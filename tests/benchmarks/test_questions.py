@@ -13,7 +13,6 @@ import pytest
 
 from benchmarks import compare
 from benchmarks.figures.answers import Answers
-from benchmarks.figures.comparison import Comparison
 from benchmarks.measure.questions import (
     Question,
     ask,
@@ -22,6 +21,7 @@ from benchmarks.measure.questions import (
     read_questions,
     written_out,
 )
+from benchmarks.report.report import Report
 from mistill.text.vocabulary import load_vocabulary
 
 
@@ -155,7 +155,7 @@ def test_a_comparison_asks_every_model_and_keeps_its_answers(
     (quoted,) = found.models[0].quoted
     assert quoted.window_tokens == (255, 255)
     assert 0.3 < math.log(quoted.value) / math.log(found.models[0].perplexity.value) < 3
-    assert Comparison.from_json(found.to_json()) == found
+    assert Report.from_json(found.to_json()) == found
     document = json.loads(found.to_json())["models"][0]["summary"]
     assert document["smoke_accuracy"] == pytest.approx(answers.accuracy)
     assert document["smoke_accuracy_spread"] == pytest.approx(list(answers.interval))

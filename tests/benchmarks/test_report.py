@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from benchmarks.figures.column import significant
-from benchmarks.figures.comparison import SCHEMA, Comparison
+from benchmarks.figures.comparison import SCHEMA
 from benchmarks.figures.frontier import dominators
 from benchmarks.figures.latency import Latency, Turn
 from benchmarks.figures.model_result import ModelResult
@@ -21,6 +21,7 @@ from benchmarks.picture.laying_out import draw
 from benchmarks.picture.marks import TALL, WIDE, Disc, Plane, Stroke, Words
 from benchmarks.picture.scales import divergence_scale, speed_scale
 from benchmarks.report.columns import COLUMNS, columns_of, summary
+from benchmarks.report.report import Report
 from mistill.errors import FolderError, SettingsError, TargetExistsError
 from tests.benchmarks.made import made_comparison
 
@@ -28,7 +29,7 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
+def comparison() -> Report:
     return made_comparison()
 
 
@@ -67,11 +68,11 @@ def outline(html: str) -> Outline:
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-def test_json_comes_back_as_it_was(comparison: Comparison):
-    assert Comparison.from_json(comparison.to_json()) == comparison
+def test_json_comes_back_as_it_was(comparison: Report):
+    assert Report.from_json(comparison.to_json()) == comparison
 
 
-def test_json_holds_derived_figures_for_scripts(comparison: Comparison):
+def test_json_holds_derived_figures_for_scripts(comparison: Report):
     document = json.loads(comparison.to_json())
 
     assert document["schema"] == SCHEMA
@@ -87,16 +88,16 @@ def test_json_holds_derived_figures_for_scripts(comparison: Comparison):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "mistill-comparison-99"}'])
 def test_what_is_not_a_report_is_refused(text: str):
     with pytest.raises(FolderError, match="the report"):
-        Comparison.from_json(text)
+        Report.from_json(text)
 
 
-def test_a_model_is_found_by_its_name(comparison: Comparison):
+def test_a_model_is_found_by_its_name(comparison: Report):
     assert comparison["student-nf4"].form == "nf4"
     with pytest.raises(KeyError, match="not among teacher, pruned"):
         comparison["stranger"]
 
 
-def test_speedup_is_over_transformers_on_the_model_named(comparison: Comparison):
+def test_speedup_is_over_transformers_on_the_model_named(comparison: Report):
     assert comparison.speedup("chatbot-4", over="student") == pytest.approx(131 / 23)
     with pytest.raises(SettingsError, match="was not timed on chatbot-8"):
         comparison.speedup("chatbot-4", over="chatbot-8")
@@ -115,7 +116,7 @@ def placed(model: ModelResult, *, speed: float, size: int, name: str) -> ModelRe
     )
 
 
-def test_a_model_worse_in_one_thing_and_better_in_none_is_dominated(comparison: Comparison):
+def test_a_model_worse_in_one_thing_and_better_in_none_is_dominated(comparison: Report):
     model = comparison["student"]
     best = placed(model, speed=20, size=100, name="best")
     slower = placed(model, speed=10, size=100, name="slower")
@@ -126,7 +127,7 @@ def test_a_model_worse_in_one_thing_and_better_in_none_is_dominated(comparison: 
     assert found == {"best": (), "slower": ("best", "smaller"), "smaller": ()}
 
 
-def test_differences_within_the_noise_dominate_nobody(comparison: Comparison):
+def test_differences_within_the_noise_dominate_nobody(comparison: Report):
     model = comparison["student"]
     one = placed(model, speed=20.2, size=1000, name="one")
     other = placed(model, speed=20.0, size=1010, name="other")
@@ -134,7 +135,7 @@ def test_differences_within_the_noise_dominate_nobody(comparison: Comparison):
     assert dominators([one, other]) == {"one": (), "other": ()}
 
 
-def test_fidelity_saves_a_large_and_slow_model(comparison: Comparison):
+def test_fidelity_saves_a_large_and_slow_model(comparison: Report):
     found = dominators(comparison.models)
 
     assert found["teacher"] == ()
@@ -163,9 +164,9 @@ def test_numbers_keep_their_significant_digits(value: float, digits: int, text: 
 
 
 def test_distance_from_a_parent_is_shown_where_it_is_another_than_the_reference(
-    comparison: Comparison,
+    comparison: Report,
 ):
-    def with_parent(name: str) -> Comparison:
+    def with_parent(name: str) -> Report:
         last = comparison.models[-1]
         last = dataclasses.replace(last, parent=name, parent_fidelity=last.fidelity)
         return dataclasses.replace(comparison, models=(*comparison.models[:-1], last))
@@ -179,7 +180,7 @@ def test_every_column_says_what_it_means():
     assert all(column.meaning.endswith(".") for column in COLUMNS)
 
 
-def test_the_terminal_table_fits_ninety_columns(comparison: Comparison):
+def test_the_terminal_table_fits_ninety_columns(comparison: Report):
     from rich.console import Console
 
     console = Console(width=90, record=True, file=io.StringIO())
@@ -193,7 +194,7 @@ def test_the_terminal_table_fits_ninety_columns(comparison: Comparison):
     assert "pruned*" in shown
 
 
-def test_a_narrow_terminal_gets_several_tables_with_every_name(comparison: Comparison):
+def test_a_narrow_terminal_gets_several_tables_with_every_name(comparison: Report):
     from rich.console import Console
 
     console = Console(width=60, record=True, file=io.StringIO())
@@ -206,7 +207,7 @@ def test_a_narrow_terminal_gets_several_tables_with_every_name(comparison: Compa
     assert {"74.0", "131"} <= {word for row in rows for word in row.split()}
 
 
-def test_markdown_holds_every_figure_with_its_unit(comparison: Comparison):
+def test_markdown_holds_every_figure_with_its_unit(comparison: Report):
     text = comparison.to_markdown()
     table = [line for line in text.split("\n\n")[2].splitlines() if line.startswith("|")]
 
@@ -231,7 +232,7 @@ def test_one_model_makes_a_report_too():
 # --- the page -----------------------------------------------------------------------------------
 
 
-def test_the_page_asks_for_nothing_from_outside(comparison: Comparison):
+def test_the_page_asks_for_nothing_from_outside(comparison: Report):
     page = comparison.to_html()
 
     assert not re.search(r"https?:|//[a-z]|@import|url\(", page)
@@ -240,7 +241,7 @@ def test_the_page_asks_for_nothing_from_outside(comparison: Comparison):
     assert "default-src 'none'" in page
 
 
-def test_the_page_is_well_formed(comparison: Comparison):
+def test_the_page_is_well_formed(comparison: Report):
     parsed = outline(comparison.to_html())
 
     assert parsed.open == []
@@ -249,21 +250,24 @@ def test_the_page_is_well_formed(comparison: Comparison):
     assert "from the north & it is strong." in words
 
 
-def test_the_page_shows_every_model_with_every_figure(comparison: Comparison):
+def test_the_page_shows_every_model_with_every_figure(comparison: Report):
     page = comparison.to_html()
 
     rows = re.findall(r'<tr data-model="([^"]+)"[^>]*>(.*?)</tr>', page, re.DOTALL)
     assert [name for name, _ in rows] == [model.name for model in comparison.models]
     for name, row in rows:
         values = re.findall(r'<td [^>]*data-value="([^"]*)"', row)
-        figures = [column.figure(comparison[name]) for column in columns_of(comparison)]
+        figures = [
+            column.figure(comparison[name])
+            for column in columns_of(comparison.models, comparison.reference)
+        ]
         assert [float(value) if value else None for value in values] == figures
     assert page.count("<small>beaten by") == 4
     assert "7.3 times smaller than teacher" in page
     assert "5.7 times transformers&#39; generate on student" in page
 
 
-def test_a_hostile_name_stays_text(comparison: Comparison):
+def test_a_hostile_name_stays_text(comparison: Report):
     hostile = "<script>alert(1)</script>"
     models = (dataclasses.replace(comparison.models[1], name=hostile), *comparison.models[2:])
     renamed = dataclasses.replace(
@@ -279,7 +283,7 @@ def test_a_hostile_name_stays_text(comparison: Comparison):
 # --- the picture --------------------------------------------------------------------------------
 
 
-def test_faster_is_to_the_right_and_closer_is_higher(comparison: Comparison):
+def test_faster_is_to_the_right_and_closer_is_higher(comparison: Report):
     places = {
         mark.name: mark.centre for mark in draw(comparison) if isinstance(mark, Disc) and mark.name
     }
@@ -289,14 +293,14 @@ def test_faster_is_to_the_right_and_closer_is_higher(comparison: Comparison):
     assert places["teacher"][1] < places["chatbot-8"][1] < places["pruned"][1]
 
 
-def test_the_area_of_a_disc_is_the_size_on_disk(comparison: Comparison):
+def test_the_area_of_a_disc_is_the_size_on_disk(comparison: Report):
     radii = {m.name: m.radius for m in draw(comparison) if isinstance(m, Disc) and m.name}
 
     assert (radii["teacher"] / radii["chatbot-4"]) ** 2 == pytest.approx(538 / 74)
 
 
 @pytest.mark.parametrize("plane", [WIDE, TALL], ids=lambda plane: plane.name)
-def test_names_stay_in_the_picture_and_off_each_other(comparison: Comparison, plane: Plane):
+def test_names_stay_in_the_picture_and_off_each_other(comparison: Report, plane: Plane):
     marks = draw(comparison, plane)
     names = [mark for mark in marks if isinstance(mark, Words) and mark.name]
 
@@ -339,7 +343,7 @@ def test_equal_ratios_of_speed_are_equally_far_apart():
     assert scale.ticks == (5, 10, 20, 50, 100)
 
 
-def test_a_picture_file_needs_nothing_from_outside(comparison: Comparison):
+def test_a_picture_file_needs_nothing_from_outside(comparison: Report):
     file = svg_file(draw(comparison), "Title & more", "What is <seen>")
 
     root = ET.fromstring(file)
@@ -353,7 +357,7 @@ def test_a_picture_file_needs_nothing_from_outside(comparison: Comparison):
 # --- saving -------------------------------------------------------------------------------------
 
 
-def test_a_report_is_saved_whole(comparison: Comparison, tmp_path: Path):
+def test_a_report_is_saved_whole(comparison: Report, tmp_path: Path):
     folder = comparison.save(tmp_path / "report")
 
     assert sorted(file.name for file in folder.iterdir()) == [
@@ -363,7 +367,7 @@ def test_a_report_is_saved_whole(comparison: Comparison, tmp_path: Path):
         "report.json",
         "report.md",
     ]
-    assert Comparison.from_json((folder / "report.json").read_text("utf-8")) == comparison
+    assert Report.from_json((folder / "report.json").read_text("utf-8")) == comparison
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(TargetExistsError):
         comparison.save(folder)
@@ -371,12 +375,12 @@ def test_a_report_is_saved_whole(comparison: Comparison, tmp_path: Path):
 
 
 def test_a_report_that_fails_leaves_nothing(
-    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    comparison: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(_: object) -> bytes:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr("benchmarks.picture.drawing.to_png", fail)
+    monkeypatch.setattr("benchmarks.report.report.to_png", fail)
 
     with pytest.raises(OSError, match="went away"):
         comparison.save(tmp_path / "report")
@@ -384,7 +388,7 @@ def test_a_report_that_fails_leaves_nothing(
 
 
 def test_a_laptop_without_matplotlib_gets_the_rest(
-    comparison: Comparison,
+    comparison: Report,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -397,5 +401,5 @@ def test_a_laptop_without_matplotlib_gets_the_rest(
     assert "figure.png is left out: matplotlib is not installed" in caplog.text
 
 
-def test_the_summary_has_every_column(comparison: Comparison):
+def test_the_summary_has_every_column(comparison: Report):
     assert {column.key for column in COLUMNS} <= summary(comparison.models[1]).keys()

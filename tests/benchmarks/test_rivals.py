@@ -20,10 +20,10 @@ import pytest
 
 import export
 import quantize
-from benchmarks.figures.comparison import Comparison
 from benchmarks.measure.children import start_children
 from benchmarks.measure.measuring import compare
 from benchmarks.measure.subjects import enter_rivals, open_subjects, rival_source_of
+from benchmarks.report.report import Report
 from benchmarks.rivals import llama_cpp_files
 from benchmarks.rivals.contest import check_source, find_contestants
 from benchmarks.rivals.engines import ENGINES, choices
@@ -67,7 +67,7 @@ def chatbot(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(chatbot: Path, model: Path, chats: Path, fake: Path) -> Comparison:
+def compared(chatbot: Path, model: Path, chats: Path, fake: Path) -> Report:
     """A chatbot beside two rivals that only pretend, at two depths that it holds and one not."""
     return compare(
         chatbot,
@@ -82,7 +82,7 @@ def compared(chatbot: Path, model: Path, chats: Path, fake: Path) -> Comparison:
     )
 
 
-def test_rivals_take_part_and_say_what_they_are(compared: Comparison):
+def test_rivals_take_part_and_say_what_they_are(compared: Report):
     names = [result.name for result in compared.models]
     assert names == ["chatbot", "genai default", "genai best"]
     rival = compared["genai best"].rival
@@ -104,7 +104,7 @@ def test_rivals_take_part_and_say_what_they_are(compared: Comparison):
 
 
 def test_a_rival_predicts_what_its_graph_says_also_one_token_at_a_time(
-    compared: Comparison, model: Path
+    compared: Report, model: Path
 ):
     # One logit of 1 and the others 0: a token of the text is right or it is not.
     right = np.log(1 + np.exp(-1) * (open_folder(model).vocabulary_size - 1))
@@ -117,7 +117,7 @@ def test_a_rival_predicts_what_its_graph_says_also_one_token_at_a_time(
     }
 
 
-def test_lengths_that_a_context_holds_are_timed_and_the_others_named(compared: Comparison):
+def test_lengths_that_a_context_holds_are_timed_and_the_others_named(compared: Report):
     for result in compared.models:
         assert [at.tokens for at in result.prompts] == [8]
         assert [at.tokens for at in result.depths] == [0, 20]
@@ -129,7 +129,7 @@ def test_lengths_that_a_context_holds_are_timed_and_the_others_named(compared: C
     assert "not measured: 4,096 tokens" in compared.to_markdown()
 
 
-def test_loads_are_of_processes_of_their_own(compared: Comparison):
+def test_loads_are_of_processes_of_their_own(compared: Report):
     for result in compared.models:
         warm = [load for load in result.loads if not load.cold]
         assert len(warm) == 1
@@ -138,8 +138,8 @@ def test_loads_are_of_processes_of_their_own(compared: Comparison):
         assert len(result.loads) == 2 or any("page cache" in words for words in result.left_out)
 
 
-def test_a_report_with_rivals_survives_the_round_trip(compared: Comparison):
-    again = Comparison.from_json(compared.to_json())
+def test_a_report_with_rivals_survives_the_round_trip(compared: Report):
+    again = Report.from_json(compared.to_json())
 
     assert again == compared
     assert "Writing at 20" in again.to_markdown()
@@ -149,7 +149,7 @@ def test_a_report_with_rivals_survives_the_round_trip(compared: Comparison):
     assert summary["load_warm_ms"] > 0
 
 
-def test_nothing_of_a_rivals_place_is_in_a_report(compared: Comparison, fake: Path):
+def test_nothing_of_a_rivals_place_is_in_a_report(compared: Report, fake: Path):
     assert str(fake) not in compared.to_json()
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import Comparison
 from benchmarks.figures.latency import Latency
+from benchmarks.report.report import Report
 from benchmarks.settings import BenchSettings
 from benchmarks.suite import same_twice
 from benchmarks.suite.tables import FORMS
@@ -18,7 +18,7 @@ from tests.benchmarks.made import made_comparison
 SETTINGS = BenchSettings(threads=1, rounds=3)
 
 
-def slower(found: Comparison, factor: float) -> Comparison:
+def slower(found: Report, factor: float) -> Report:
     """The second model takes so many times as long."""
     first, second = found.models
     turns = tuple(
@@ -33,7 +33,7 @@ def slower(found: Comparison, factor: float) -> Comparison:
 
 
 @pytest.fixture
-def twins() -> Comparison:
+def twins() -> Report:
     found = made_comparison(count=1, samples=False)
     (model,) = found.models
     return replace(found, models=(model, replace(model, name="twin")))
@@ -43,13 +43,13 @@ def twins() -> Comparison:
 def test_only_what_differs_is_called_a_difference(
     factor: float,
     alarms: int,
-    twins: Comparison,
+    twins: Report,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[list[Path]] = []
 
-    def compare(models: list[Path], **_: Any) -> Comparison:
+    def compare(models: list[Path], **_: Any) -> Report:
         asked.append(models)
         return slower(twins, factor)
 

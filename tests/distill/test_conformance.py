@@ -36,7 +36,7 @@ from mistill.text.blocks import pack
 from mistill.text.documents import conversation_documents, read_documents
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.processes import accelerating
-from tests.distill.test_step import make_blocks
+from tests.distill.training.test_step import make_blocks
 from tests.mistill import made
 from tests.tiny import tiny_model, tiny_tokenizer
 

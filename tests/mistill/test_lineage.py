@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mistill.errors import FolderError
-from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
+from mistill.folders.lineage import add_lineage, fingerprint, lineage_after, read_lineage
 from mistill.folders.publishing import creating
 
 
@@ -48,3 +49,19 @@ def test_the_fingerprint_of_a_large_file_sees_its_ends(tmp_path):
     content[-1] ^= 1
     (tmp_path / "large").write_bytes(content)
     assert fingerprint(tmp_path / "large") != before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    bits: int = 4
+    sizes: tuple[int, ...] = (1, 2)
+    name: str
+
+
+def test_an_entry_names_the_settings_that_are_not_the_defaults():
+    (entry,) = lineage_after(None, step="round", settings=Settings(name="a", sizes=(3,)))
+    (plain,) = lineage_after(None, step="convert", settings={"to": "gptq_v2"})
+
+    assert entry["settings"] == {"bits": 4, "sizes": [3], "name": "a"}
+    assert entry["changed_settings"] == ["sizes", "name"]
+    assert plain["changed_settings"] == ["to"]

@@ -125,7 +125,7 @@ def test_greedy_text_is_that_of_generate(folder: Path) -> None:
         eos_token_id=None,
     )[0, 7:].tolist()
 
-    assert list(islice(PytorchModel.from_model(model).stream(prompt.tolist()), 30)) == expected
+    assert list(islice(PytorchModel(folder).stream(prompt.tolist()), 30)) == expected
 
 
 def test_every_token_is_chosen_from_the_logits_of_the_whole_text(folder: Path) -> None:
@@ -208,7 +208,7 @@ def test_weights_are_held_in_the_type_asked_for(model: Path, dtype: torch.dtype)
 
     assert {weight.dtype for weight in loaded.parameters()} == {dtype}
     assert not loaded.training
-    assert PytorchModel.from_model(loaded).logits(IDS).dtype == np.float32
+    assert PytorchModel(model, dtype=dtype).logits(IDS).dtype == np.float32
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -228,9 +228,7 @@ def test_gptq_codes_become_the_weights_that_they_mean(
         assert torch.equal(weights[name], weight), name
     assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert getattr(loaded.config, "quantization_config", None) is None
-    np.testing.assert_array_equal(
-        PytorchModel.from_model(loaded).logits(IDS), PytorchModel(plain).logits(IDS)
-    )
+    np.testing.assert_array_equal(PytorchModel(folder).logits(IDS), PytorchModel(plain).logits(IDS))
 
 
 def test_the_zero_biases_of_autogptq_are_left_out_and_others_refused(tmp_path: Path) -> None:

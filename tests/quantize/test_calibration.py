@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistill.pytorch.loading import load_pytorch, plain_config
+from mistill.pytorch.layers import Batch, LayeredModel
+from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import Document, TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 from quantize.gptq.calibration import (
     STAGES,
-    Batch,
-    LayeredModel,
+    kept_rows,
+    layer_stages,
     mean_drift,
     mean_outer_product,
-    visible,
-    walk_layer,
 )
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_layer
@@ -77,6 +76,23 @@ def rope() -> dict[str, Any]:
     }
 
 
+def walk_layer(
+    layers: LayeredModel,
+    index: int,
+    batches: Sequence[Batch],
+    look: Callable[[Sequence[str], list[Tensor]], None],
+    weights: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """Show the inputs of each stage of a layer, some weights of which may be replaced."""
+    with layers.layer(index) as layer:
+        for name, weight in (weights or {}).items():
+            layer.get_submodule(name).weight.data = weight
+        stages = layer_stages(layer, batches)
+        for names in STAGES:
+            look(names, kept_rows(next(stages), batches))
+        return next(stages)
+
+
 def nothing(names: Sequence[str], inputs: list[Tensor]) -> None:
     """A visitor that looks at nothing."""
 
@@ -85,12 +101,12 @@ def test_hidden_states_are_those_of_the_whole_model_on_each_document_alone(
     folder: Path, chats: Path
 ) -> None:
     blocks = packed(folder, chats)
-    layers = LayeredModel(folder, plain_config(folder))
-    batches = layers.embed(blocks)
+    layers = LayeredModel(folder)
+    batches = layers.batches(blocks)
     for index in range(len(layers)):
-        for batch, hidden in zip(
-            batches, walk_layer(layers.layer(index), batches, nothing), strict=True
-        ):
+        for batch, hidden in zip(batches, walk_layer(layers, index, batches, nothing), strict=True):
+            with layers.layer(index) as layer:
+                torch.testing.assert_close(batch.through(layer), hidden)
             batch.hidden = hidden
     ours = torch.cat([batch.hidden for batch in batches])
     model = load_pytorch(folder)
@@ -104,15 +120,15 @@ def test_hidden_states_are_those_of_the_whole_model_on_each_document_alone(
 
 def test_the_inputs_shown_are_those_that_every_matrix_gets(folder: Path, chats: Path) -> None:
     blocks = packed(folder, chats)
-    layers = LayeredModel(folder, plain_config(folder))
-    batches = layers.embed(blocks)
+    layers = LayeredModel(folder)
+    batches = layers.batches(blocks)
     shown: dict[str, Tensor] = {}
 
     def look(names: Sequence[str], inputs: list[Tensor]) -> None:
         H = mean_outer_product(inputs)
         shown.update(dict.fromkeys(names, H))
 
-    walk_layer(layers.layer(0), batches, look)
+    walk_layer(layers, 0, batches, look)
 
     model = load_pytorch(folder)
     sums = {name: torch.zeros_like(H) for name, H in shown.items()}
@@ -150,10 +166,10 @@ def collect(
         written[name] = torch.from_numpy(result.weight.dequantize())
 
     monkeypatch.setattr("quantize.gptq.layers.mean_outer_product", look)
-    layers = LayeredModel(folder, plain_config(folder))
-    batches = layers.embed(blocks)
-    with torch.inference_mode():
-        quantize_layer(layers.layer(0), 0, batches, settings, store)
+    layers = LayeredModel(folder)
+    batches = layers.batches(blocks)
+    with torch.inference_mode(), layers.layer(0) as layer:
+        quantize_layer(layer, 0, batches, settings, store)
     return used, written, batches
 
 
@@ -167,15 +183,14 @@ def test_true_sequential_means_that_inputs_come_through_quantized_matrices(
 
     def hessians(quantized: Sequence[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Of the layer with some matrices quantized; and what leaves it."""
-        layers = LayeredModel(model, plain_config(model))
-        layer = layers.layer(0)
-        for name in quantized:
-            layer.get_submodule(name).weight.data = written[name]
+        layers = LayeredModel(model)
         seen: dict[str, Tensor] = {}
         out = walk_layer(
-            layer,
-            layers.embed(blocks),
+            layers,
+            0,
+            layers.batches(blocks),
             lambda names, x: seen.update(dict.fromkeys(names, mean_outer_product(x))),
+            {name: written[name] for name in quantized},
         )
         return seen, out
 
@@ -195,32 +210,19 @@ def test_true_sequential_means_that_inputs_come_through_quantized_matrices(
 
 def test_padding_is_not_counted(model: Path) -> None:
     document = Document(torch.arange(5, 15).numpy(), torch.ones(10, dtype=torch.bool).numpy())
-    layers = LayeredModel(model, plain_config(model))
+    layers = LayeredModel(model)
     seen = []
     for block_length in (10, 40):
-        batches = layers.embed(pack([document], block_length))
+        batches = layers.batches(pack([document], block_length))
         first: list[Tensor] = []
 
         def look(names: Sequence[str], inputs: list[Tensor], first: list[Tensor] = first) -> None:
             first.append(mean_outer_product(inputs))
 
-        walk_layer(layers.layer(0), batches, look)
+        walk_layer(layers, 0, batches, look)
         seen.append(first)
     for alone, padded in zip(*seen, strict=True):
         torch.testing.assert_close(alone, padded)
-
-
-def test_a_position_sees_its_own_document_up_to_itself() -> None:
-    documents = torch.tensor([[0, 0, 1, 1, 1, -1]])
-    assert visible(documents)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
-    assert visible(documents, sliding_window=2)[0, 0, 4].int().tolist() == [0, 0, 0, 1, 1, 0]
 
 
 def test_the_mean_of_outer_products_is_what_it_says() -> None:
@@ -241,7 +243,7 @@ def test_gptaq_is_given_what_the_float_layer_computes(
     true_sequential: bool, model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = packed(model, chats)
-    layers = LayeredModel(model, plain_config(model))
+    layers = LayeredModel(model)
     settings = GptqSettings(group_size=16, bits=3, method="gptaq", true_sequential=true_sequential)
     seen: list[list[Tensor]] = []
 
@@ -250,13 +252,13 @@ def test_gptaq_is_given_what_the_float_layer_computes(
         return mean_drift(inputs, floats)
 
     monkeypatch.setattr("quantize.gptq.layers.mean_drift", look)
-    batches, floats = layers.embed(blocks), layers.embed(blocks)
+    batches, floats = layers.batches(blocks), layers.batches(blocks)
     expected: list[list[Tensor]] = []
-    before = layers.embed(blocks)
+    before = layers.batches(blocks)
     for index in range(2):
-        with torch.inference_mode():
-            quantize_layer(layers.layer(index), index, batches, settings, lambda *_: None, floats)
-        hidden = walk_layer(layers.layer(index), before, lambda _, x: expected.append(x))
+        with torch.inference_mode(), layers.layer(index) as layer:
+            quantize_layer(layer, index, batches, settings, lambda *_: None, floats)
+        hidden = walk_layer(layers, index, before, lambda _, x: expected.append(x))
         for batch, one, other in zip(before, hidden, floats, strict=True):
             torch.testing.assert_close(other.hidden, one)
             batch.hidden = one

@@ -275,13 +275,13 @@ def test_a_group_size_that_does_not_divide_names_the_layers_and_one_that_does(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bits": 5}, "bits must be 2, 3, 4 or 8, got 5"),
-        ({"bits": 16}, "bits must be 2, 3, 4 or 8, got 16"),
+        ({"bits": 5}, "bits must be 2, 3, 4 or 8, not 5"),
+        ({"bits": 16}, "bits must be 2, 3, 4 or 8, not 16"),
         ({"group_size": 0}, "group_size must be 1 or more"),
         ({"group_size": -2}, "group_size must be 1 or more"),
         ({"damp_percent": 0.0}, "damp_percent"),
         ({"damp_percent": 1.0}, "damp_percent"),
-        ({"order": "act"}, "order must be static, dynamic, group or none, got 'act'"),
+        ({"order": "act"}, "order must be static, dynamic, group or none, not 'act'"),
         ({"scale_search": 0}, "scale_search"),
         ({"samples": 0}, "samples"),
         ({"block_length": 1}, "block_length"),

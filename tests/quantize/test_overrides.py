@@ -15,7 +15,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.weights.gptq_layout import ModuleFormat, QuantizedWeight, read_quantization, unpack
 from quantize import GptqSettings, RoundingSettings, to_gptq, to_rounding
 from quantize.gptq.rounding import round_weight
-from quantize.overrides import format_of, parse_override
+from quantize.overrides import parse_override
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {"group_size": 16, "samples": 4, "block_length": 32}
@@ -60,9 +60,9 @@ def test_an_override_says_what_differs(text: str, pattern: str, form: ModuleForm
         ("down_proj", "reads 'REGEX: bits=8"),
         ("down_proj:", "reads 'REGEX: bits=8"),
         (": bits=8", "reads 'REGEX: bits=8"),
-        ("down_proj: bits=5", "bits must be 2, 3, 4 or 8, got 5"),
+        ("down_proj: bits=5", "bits must be 2, 3, 4 or 8, not 5"),
         ("down_proj: group_size=0", "group_size must be 1 or more"),
-        ("down_proj: bits=many", "bits in an override must be a whole number, got 'many'"),
+        ("down_proj: bits=many", "bits in an override must be a whole number, not 'many'"),
         ("down_proj: symmetric=2", "symmetric in an override must be true or false"),
         ("down_proj: order=none", "may set bits, group_size and symmetric"),
         ("(down_proj: bits=8", "not a regular expression"),
@@ -78,10 +78,10 @@ def test_an_override_of_another_form_is_refused(text: str, said: str) -> None:
 
 def test_the_first_override_that_matches_from_the_start_decides() -> None:
     settings = GptqSettings(overrides=(r".*layers\.1\..*: keep", ".*down_proj: bits=8"))
-    assert format_of(settings, "model.layers.1.mlp.down_proj") is None
-    down = format_of(settings, "model.layers.0.mlp.down_proj")
+    assert settings.format_of("model.layers.1.mlp.down_proj") is None
+    down = settings.format_of("model.layers.0.mlp.down_proj")
     assert down == ModuleFormat(bits=8, group_size=128)
-    up = format_of(settings, "model.layers.0.mlp.up_proj")
+    up = settings.format_of("model.layers.0.mlp.up_proj")
     assert up == ModuleFormat(bits=4, group_size=128)
 
 
@@ -90,7 +90,7 @@ def test_an_override_that_means_no_module_is_refused_with_a_hint(
 ) -> None:
     with pytest.raises(SettingsError, match=r"matches no module.*try '\.\*down_proj'"):
         to_gptq(model, tmp_path / "x", texts=chats, overrides=("down_proj: bits=8",), **SMALL)
-    with pytest.raises(SettingsError, match=r"'no_such' matches no module; names are such as"):
+    with pytest.raises(SettingsError, match=r"'no_such' matches no module; module names look like"):
         to_rounding(model, tmp_path / "x", group_size=16, overrides=("no_such: keep",))
     with pytest.raises(SettingsError, match="group_size 48 does not divide the 128 inputs of down"):
         to_rounding(model, tmp_path / "x", group_size=16, overrides=(".*down_proj: group_size=48",))
@@ -219,7 +219,7 @@ def test_one_table_cannot_have_two_numbers_of_bits(chats: Path, tmp_path: Path) 
     source = tiny_model(tmp_path / "source", model_type="llama", tie_word_embeddings=True)
     with pytest.raises(SettingsError, match="are one table, which cannot have 8 and 4 bits"):
         to_rounding(source, tmp_path / "x", group_size=16, head_bits=4, embedding_bits=8)
-    with pytest.raises(SettingsError, match="head_bits must be 4 or 8, got 3"):
+    with pytest.raises(SettingsError, match="head_bits must be 4 or 8, not 3"):
         GptqSettings(head_bits=3)
     target = to_rounding(source, tmp_path / "one", group_size=16, head_bits=8)
     assert stored(target, "model.embed_tokens").bits == 8

@@ -22,7 +22,6 @@ from quantize.folders.float_model import open_float
 from quantize.folders.plan import round_table
 from quantize.gptq.rounding import round_weight
 from quantize.mixed.sensitivity import _through_head, estimate_costs
-from quantize.overrides import with_format
 from quantize.settings import GptqSettings
 from tests.tiny import tiny_model
 
@@ -57,7 +56,7 @@ def test_estimates_rank_the_matrices_and_have_the_size_of_what_is_measured(
             if name in tables:
                 weight = round_table(kept, SETTINGS, form)
             else:
-                weight = round_weight(kept, with_format(SETTINGS, form))
+                weight = round_weight(kept, SETTINGS.with_format(form))
             module.weight.data = torch.from_numpy(weight.dequantize())
             found = compare(plain, {"rounded": predict(loaded, blocks)}, blocks)
             measured.setdefault(name, []).append(found["rounded"]["plain"].kl)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,28 @@ def measured(model: Path, made: Path, texts: Path) -> float:
     return compare({"teacher": asked}, {"": found}, judged)[""]["teacher"].kl
 
 
+def test_the_learning_rate_is_above_0_in_every_step(
+    tmp_path: Path, rough: Path, model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    real = torch.optim.Adam.step
+
+    def recorded(self: Any, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    options = {**OPTIONS, "steps": 20, "batch_size": 1}
+    quantize.tune(rough, tmp_path / "tuned", teacher=model, texts=texts, **options)
+
+    assert len(rates) == 20
+    # A tenth of the steps rise to the peak; the cosine of the others ends a step short of 0.
+    assert rates[:3] == pytest.approx([0.005, 0.01, 0.01])
+    assert rates[11] == pytest.approx(0.01 / 2)
+    assert rates[-1] == pytest.approx(0.01 * (1 + math.cos(math.pi * 17 / 18)) / 2)
+    assert min(rates) > 0
+
+
 def test_norms_stay_where_they_are_asked_to(
     tmp_path: Path, rough: Path, model: Path, texts: Path
 ) -> None:
@@ -160,7 +183,7 @@ def test_what_is_wrong_is_said_at_once(
     out = tmp_path / "out"
     with pytest.raises(FolderError, match="give a GPTQ folder to tune"):
         quantize.tune(model, out, teacher=model, texts=texts)
-    with pytest.raises(SettingsError, match="learning_rate must lie between"):
+    with pytest.raises(SettingsError, match="learning_rate must be above 0 and below 1"):
         quantize.tune(rough, out, teacher=model, texts=texts, learning_rate=1.5)
     with pytest.raises(SettingsError, match="does not fit the models' context of 512"):
         quantize.tune(rough, out, teacher=model, texts=texts, block_length=513)

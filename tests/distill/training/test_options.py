@@ -28,8 +28,8 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.optimizers import make_optimizer
 from mistill.training.processes import accelerating
-from tests.distill.test_step import CPU, make_blocks, step_gradients
-from tests.distill.test_training import QUICK, Killed, assert_same_run, kill_when
+from tests.distill.training.test_step import CPU, make_blocks, step_gradients
+from tests.distill.training.test_trained_folder import QUICK, Killed, assert_same_run, kill_when
 from tests.reference import distillation as reference
 from tests.tiny import tiny_model
 
@@ -155,10 +155,7 @@ def test_eight_bit_adamw_goes_where_adamw_goes_in_a_quarter_of_the_bytes(model: 
     weights, states = {}, {}
     for name in ("adamw", "adamw_8bit"):
         student = load_pytorch(model)
-        optimizer = make_optimizer(
-            student,
-            TrainSettings(optimizer=name, learning_rate=1e-3),
-        )
+        optimizer = make_optimizer(student, name=name, learning_rate=1e-3, weight_decay=0.01)
         generator = torch.Generator().manual_seed(0)
         before = {key: value.clone() for key, value in student.state_dict().items()}
         for _ in range(20):

@@ -19,8 +19,8 @@ from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
 from mistill.training.adapters import add_adapters, merged
 from mistill.training.processes import accelerating
-from tests.distill.test_step import make_blocks
-from tests.distill.test_training import QUICK
+from tests.distill.training.test_step import make_blocks
+from tests.distill.training.test_trained_folder import QUICK
 from tests.tiny import tiny_model
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from distill.student.angular import angular_distances, least_turning_block, sampled_positions
 from distill.student.importance import evenly_spaced, measure_scores, most_influential
 from mistill.errors import FolderError
-from mistill.pytorch.layers import attention_mask
-from mistill.pytorch.loading import empty_model, load_pytorch, read_tensors
+from mistill.pytorch.loading import empty_model, load_pytorch
 from mistill.text.blocks import Document, TokenBlocks, pack
+from mistill.weights.plain_weights import PlainWeights
 from tests.reference import angular_distance, width_scores
 from tests.reference.block_influence import block_influence
 from tests.tiny import tiny_model
@@ -106,17 +106,19 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         skeletons.append(empty_model(config))
         return skeletons[-1]
 
-    def watch(where: Path, prefix: str) -> dict[str, torch.Tensor]:
-        weights = [weight for model in skeletons for weight in model.parameters()]
-        loaded.append(sum(not weight.is_meta for weight in weights))
-        return read_tensors(where, prefix)
+    class Watched(PlainWeights):
+        def read(self, *arguments: Any) -> Any:
+            weights = [weight for model in skeletons for weight in model.parameters()]
+            loaded.append(sum(not weight.is_meta for weight in weights))
+            return super().read(*arguments)
 
     monkeypatch.setattr("mistill.pytorch.layers.empty_model", keep)
-    monkeypatch.setattr("mistill.pytorch.layers.read_tensors", watch)
+    monkeypatch.setattr("mistill.pytorch.layers.PlainWeights", Watched)
     measure_influence(folder, pack(documents(32), 16))
 
-    # the embedding, four layers and the final norm, each read while no other layer is there
-    assert loaded == [0] * 6
+    # the embedding, the nine weights of four layers, and the final norm, each read while no other
+    # layer is there
+    assert loaded == [0] * (1 + 4 * 9 + 1)
 
 
 def test_a_broken_teacher_is_named(tmp_path: Path) -> None:
@@ -236,16 +238,3 @@ def test_evenly_spaced_layers_are_distinct_and_hold_both_ends() -> None:
             assert (layers[0], layers[-1]) == (0, total - 1)
             assert max(gaps) - min(gaps) <= 1
             assert min(gaps) >= 1
-
-
-def test_attention_crosses_no_document_and_no_window() -> None:
-    seen = attention_mask(torch.tensor([[0, 0, 0, 1, 1, -1]]), window=2)
-
-    assert seen[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]

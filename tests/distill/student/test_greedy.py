@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from distill.student import greedy
 from distill.student.greedy import Drop, greedy_drops
 from mistill.errors import FolderError
-from mistill.pytorch.layers import LayerwiseModel
+from mistill.pytorch.layers import LayeredModel
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import Document, pack
 from tests.reference import greedy_layers
@@ -96,7 +96,7 @@ def test_layers_stay_in_memory_only_where_all_fit(tmp_path: Path) -> None:
     layer_bytes = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64)
 
     for room, stays in ((2 * layer_bytes, True), (2 * layer_bytes - 1, False)):
-        model = LayerwiseModel(folder, hold_bytes=room)
+        model = LayeredModel(folder, hold_bytes=room)
         with model.layer(1) as layer:
             weight = layer.mlp.up_proj.weight
             assert not weight.is_meta

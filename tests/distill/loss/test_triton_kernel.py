@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CHECK = """
 import torch
 from distill.loss import losses
@@ -57,7 +56,7 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux alone")
 def test_the_kernel_computes_what_its_twin_computes() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CHECK],

@@ -109,3 +109,8 @@ def test_the_head_loss_lowers_what_it_is_asked_to(
     torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-10, atol=0)
     for mine, his in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, his.grad, rtol=1e-8, atol=1e-13)
+
+
+def test_every_divergence_is_described_where_users_read_of_them() -> None:
+    for name in NAMES:
+        assert f"``{name}``" in (Divergence.__doc__ or "")

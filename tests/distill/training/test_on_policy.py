@@ -16,8 +16,8 @@ from distill.training.on_policy import Piece, Place, find_pieces, rewrite, write
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks
-from tests.distill.test_step import step_gradients
-from tests.distill.test_training import QUICK, Killed, assert_same_run, kill_when
+from tests.distill.training.test_step import step_gradients
+from tests.distill.training.test_trained_folder import QUICK, Killed, assert_same_run, kill_when
 from tests.tiny import tiny_model
 
 WRITING: dict[str, Any] = {**QUICK, "tokens": 900, "on_policy": 0.5}
@@ -132,7 +132,7 @@ def test_a_step_of_the_students_own_text_does_not_depend_on_the_micro_batches(
     written = []
     original: Any = step.accumulate_gradients
     monkeypatch.setattr(
-        "tests.distill.test_step.accumulate_gradients", lambda *args: original(*args, 3)
+        "tests.distill.training.test_step.accumulate_gradients", lambda *args: original(*args, 3)
     )
     for size in (4, 1):
         gradients, sums = step_gradients(

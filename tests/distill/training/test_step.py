@@ -182,7 +182,7 @@ def test_a_step_whose_blocks_cannot_be_shared_among_processes_is_refused(
 
 def test_only_matrices_decay(tmp_path: Path) -> None:
     student = load_pytorch(tiny_model(tmp_path / "student", tie_word_embeddings=True))
-    optimizer = make_optimizer(student, TrainSettings(weight_decay=0.1))
+    optimizer = make_optimizer(student, name="adamw", learning_rate=3e-4, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     decayed, spared = (
         {names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups

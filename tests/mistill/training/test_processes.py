@@ -23,14 +23,15 @@ from safetensors.torch import load_file
 
 import distill
 from distill.settings import TrainSettings
+from distill.training import trained_folder
 from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
 from mistill.training import processes
-from tests.distill.test_training import QUICK, hidden_beside
+from tests.distill.training.test_trained_folder import QUICK, hidden_beside
 from tests.tiny import tiny_model
 
 RUN: dict[str, Any] = {**QUICK, "tokens": 900, "micro_batch_size": 1, "evaluate_every": 2}
-CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+CONFIGS = Path(__file__).parents[3] / "examples" / "accelerate"
 
 
 def environment_of(name: str) -> dict[str, str]:
@@ -106,7 +107,7 @@ def train_in_two(
             **os.environ,
             **environment,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": str(Path(__file__).parents[3]),
         },
         capture_output=True,
         text=True,
@@ -164,7 +165,7 @@ def test_a_config_that_accelerate_leaves_out_is_refused(monkeypatch: pytest.Monk
         distributed_type=DistributedType.MULTI_CPU, num_processes=2, is_fsdp2=False
     )
     with pytest.raises(SettingsError, match=r"asks for FSDP and accelerate has chosen MULTI_CPU"):
-        processes._agree(accelerator, TrainSettings(), 1)
+        processes._configure(accelerator, TrainSettings(), 1)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,6 @@ def test_a_config_that_accelerate_leaves_out_is_refused(monkeypatch: pytest.Monk
     [
         ({"optimizer": "adamw_8bit"}, "FSDP", "adamw_8bit cannot be divided by FSDP"),
         ({"optimizer": "adamw_8bit"}, "DEEPSPEED", "adamw_8bit cannot be divided by DEEPSPEED"),
-        ({"teacher_device_map": "auto"}, "MULTI_GPU", "lets one process use all GPUs"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(
@@ -182,7 +182,14 @@ def test_what_several_processes_cannot_do_is_refused(
         distributed_type=DistributedType(kind), num_processes=2, is_fsdp2=True
     )
     with pytest.raises(SettingsError, match=words):
-        processes._agree(accelerator, TrainSettings(**options), 1)
+        processes._configure(accelerator, TrainSettings(**options), 1)
+
+
+def test_a_device_map_in_several_processes_is_refused() -> None:
+    settings = TrainSettings(teacher_device_map="auto")
+    trained_folder._require_one_process(settings, 1)
+    with pytest.raises(SettingsError, match=r"one process use all GPUs, and there are 2 processes"):
+        trained_folder._require_one_process(settings, 2)
 
 
 @pytest.mark.slow

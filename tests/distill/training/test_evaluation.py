@@ -12,18 +12,21 @@ import torch
 from distill.loss.batches import make_batch
 from distill.loss.heads import as_head
 from distill.loss.targets import DenseTargets, SampledTargets
+from distill.settings import TrainSettings
 from distill.teacher.teacher import LiveTeacher
 from distill.training.evaluation import (
     ModelScores,
     TokenScores,
-    ask_teacher,
     calibration_error,
-    evaluate,
     score_positions,
     summarize,
 )
+from distill.training.held_out import HeldOutPart, judge
+from distill.training.step import DistillationStep
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks
+from mistill.training.processes import accelerating
+from tests.distill.judged import judged
 from tests.reference import distillation as reference
 
 
@@ -45,7 +48,7 @@ def test_an_evaluation_is_the_mean_over_every_kept_position_of_every_document(
     large, small = load_pytorch(teacher), load_pytorch(model)
     device = torch.device("cpu")
     parts = [(part, make_batch(part, device)) for part in (blocks[:3], blocks[3:])]
-    found = evaluate(small, ask_teacher(LiveTeacher(large), parts), memory_mib=0.05)
+    found = judged(small, LiveTeacher(large), parts, memory_mib=0.05)
 
     kl: list[float] = []
     student_nll: list[float] = []
@@ -84,7 +87,7 @@ def test_an_evaluation_is_the_mean_over_every_kept_position_of_every_document(
 def test_a_teacher_judged_against_itself_is_perfect(teacher: Path, blocks: TokenBlocks) -> None:
     large = load_pytorch(teacher)
     batches = [(blocks, make_batch(blocks, torch.device("cpu")))]
-    found = evaluate(large, ask_teacher(LiveTeacher(large), batches))
+    found = judged(large, LiveTeacher(large), batches)
     assert abs(found.kl) < 1e-6
     assert found.kl >= 0
     assert found.agreement == 1
@@ -94,11 +97,15 @@ def test_a_teacher_judged_against_itself_is_perfect(teacher: Path, blocks: Token
 
 
 def test_an_evaluation_leaves_the_student_as_it_was(
-    teacher: Path, model: Path, blocks: TokenBlocks
+    tmp_path: Path, teacher: Path, model: Path, blocks: TokenBlocks
 ) -> None:
     small = load_pytorch(model).train()
     batches = [(blocks, make_batch(blocks, torch.device("cpu")))]
-    evaluate(small, ask_teacher(LiveTeacher(load_pytorch(teacher)), batches))
+    module = DistillationStep(small, TrainSettings()).train()
+    live = LiveTeacher(load_pytorch(teacher))
+    parts = [HeldOutPart(batch, live.targets(part, batch), True) for part, batch in batches]
+    with accelerating(TrainSettings(), logs=tmp_path) as accelerator:
+        judge(module, parts, accelerator)
     assert small.training
     assert all(parameter.grad is None for parameter in small.parameters())
     before = load_pytorch(model).state_dict()

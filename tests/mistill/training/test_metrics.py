@@ -12,7 +12,7 @@ import pytest
 
 import distill
 from mistill.training.metrics import PROJECT
-from tests.distill.test_training import QUICK
+from tests.distill.training.test_trained_folder import QUICK
 
 SHORT: dict[str, Any] = {**QUICK, "tokens": 600}
 

@@ -22,10 +22,9 @@ import distill
 from distill.loss.batches import make_batch
 from distill.settings import TrainSettings
 from distill.teacher.teacher import LiveTeacher
-from distill.training import evaluation, step, trainer
-from distill.training import progress as checkpoints
+from distill.training import step, trainer
 from distill.training import trained_folder as training
-from distill.training.evaluation import Evaluation, evaluate
+from distill.training.evaluation import Evaluation
 from distill.training.step import StepSums
 from distill.training.training_text import read_blocks, split_documents
 from mistill.errors import (
@@ -42,6 +41,8 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import Document
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
+from mistill.training import checkpoints
+from tests.distill.judged import judged
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -92,11 +93,10 @@ def test_what_was_measured_is_what_lies_on_disk(
     from transformers import AutoModelForCausalLM
 
     facts = read_lineage(trained)[-1]
-    _, judged = read_blocks(chats, None, load_vocabulary(model), TrainSettings(**QUICK))
-    parts = [(judged, make_batch(judged, CPU))]
-    held_out = evaluation.ask_teacher(LiveTeacher(load_pytorch(teacher)), parts)
+    _, held_out = read_blocks(chats, None, load_vocabulary(model), TrainSettings(**QUICK))
+    parts = [(held_out, make_batch(held_out, CPU))]
     student = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
-    found = evaluate(student, held_out)
+    found = judged(student, LiveTeacher(load_pytorch(teacher)), parts)
     assert found.kl == pytest.approx(facts["after"]["kl"], rel=1e-5)
     assert found.perplexity == pytest.approx(facts["after"]["perplexity"], rel=1e-5)
     assert found.acceptance == pytest.approx(facts["after"]["acceptance"], rel=1e-5)
@@ -310,7 +310,7 @@ distill.train(student, target, teacher=teacher, texts=texts, **json.loads(option
     done = subprocess.run(
         [sys.executable, "-c", program, *paths, json.dumps(QUICK)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         check=False,
@@ -359,7 +359,7 @@ os._exit(0)
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, words)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             capture_output=True,
             text=True,
             check=False,

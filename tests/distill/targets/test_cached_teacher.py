@@ -20,7 +20,6 @@ from distill.settings import TrainSettings
 from distill.targets import cached_teacher
 from distill.targets.cached_teacher import CachedTeacher, open_targets
 from distill.teacher.teacher import LiveTeacher
-from distill.training.evaluation import ask_teacher, evaluate
 from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TextError
 from mistill.folders.location import Location
@@ -28,6 +27,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
+from tests.distill.judged import judged
 
 CPU = torch.device("cpu")
 
@@ -86,8 +86,7 @@ def test_a_student_is_judged_without_the_teacher(
     parts = [(blocks[i : i + 4], make_batch(blocks[i : i + 4], CPU)) for i in (0, 4)]
     student = load_pytorch(model)
     live, stored = (
-        evaluate(student, ask_teacher(who, parts))
-        for who in (LiveTeacher(load_pytorch(teacher)), cached)
+        judged(student, who, parts) for who in (LiveTeacher(load_pytorch(teacher)), cached)
     )
     assert stored.kl == pytest.approx(live.kl, rel=0.02)
     assert stored.perplexity == pytest.approx(live.perplexity, rel=1e-6)

@@ -13,9 +13,10 @@ import distill
 from distill.settings import TrainSettings
 from distill.training.evaluation import Evaluation
 from distill.training.fidelity import twin_settings
-from distill.training.progress import TrainingProgress, record_end, recorded_end
+from distill.training.progress import TrainingProgress
 from mistill.cli.inspection import inspect_folder
 from mistill.errors import SettingsError
+from mistill.training.checkpoints import record_end, recorded_end
 
 OPTIONS: dict[str, Any] = {
     "tokens": 700,
@@ -136,8 +137,10 @@ def test_a_twin_that_diverges_takes_nothing_from_the_student(
 
 def test_a_run_that_has_ended_is_not_run_again(tmp_path: Path) -> None:
     assert recorded_end(tmp_path) is None
-    record_end(tmp_path, progress(5.0))
-    assert recorded_end(tmp_path) == progress(5.0)
+    record_end(tmp_path, progress(5.0).to_dict())
+    ended = recorded_end(tmp_path)
+    assert ended is not None
+    assert TrainingProgress.from_dict(ended) == progress(5.0)
 
 
 def test_a_student_of_text_alone_has_no_twin() -> None:

@@ -1,0 +1,111 @@
+"""A comparison as its reader gets it: in the terminal, as Markdown, as a page, as a folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.figures.comparison import Comparison
+from benchmarks.picture.drawing import svg_file, to_png
+from benchmarks.picture.laying_out import draw
+from benchmarks.report.columns import summary
+from benchmarks.report.markdown import markdown
+from benchmarks.report.page import html, in_words
+from benchmarks.report.table import terminal_table
+from benchmarks.settings import ShipSettings
+from mistill.errors import MissingExtraError
+from mistill.folders.publishing import creating
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_log = logging.getLogger(__name__)
+
+
+class Report(Comparison):
+    """A comparison that can be shown and saved."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole result as plain values, with the figures derived from the raw samples.
+
+        Returns:
+            What the JSON document holds.
+        """
+        document = super().to_dict()
+        for record, model in zip(document["models"], self.models, strict=True):
+            record["summary"] = summary(model)
+        return document
+
+    def table(self) -> RenderableType:
+        """The figures as a table for the terminal.
+
+        Returns:
+            A table for rich; several where the terminal is narrow.
+        """
+        return terminal_table(self)
+
+    def to_markdown(self, ship: ShipSettings | None = None) -> str:
+        """The figures as Markdown, with the conditions that they hold under.
+
+        Args:
+            ship: What there is to run a model on, for the line that says which one to ship.
+
+        Returns:
+            Markdown text.
+        """
+        return markdown(self, ship)
+
+    def to_html(self, ship: ShipSettings | None = None) -> str:
+        """One page that holds everything it needs and asks for nothing from outside.
+
+        Args:
+            ship: What there is to run a model on, for the answer that the page opens with.
+
+        Returns:
+            HTML text.
+        """
+        return html(self, ship)
+
+    def save(
+        self, folder: str | Path, overwrite: bool = False, ship: ShipSettings | None = None
+    ) -> Path:
+        """Write ``report.json``, ``report.md``, ``report.html``, ``figure.svg``, ``figure.png``.
+
+        Without matplotlib the last one is left out, with a warning; the page has the picture.
+
+        Args:
+            folder: The folder to be made.
+            overwrite: Whether an existing folder is replaced.
+            ship: What there is to run a model on, for the line that says which one to ship.
+
+        Returns:
+            The folder.
+        """
+        with creating(folder, overwrite) as partial:
+            (partial / "report.json").write_text(self.to_json(), "utf-8")
+            (partial / "report.md").write_text(self.to_markdown(ship), "utf-8")
+            (partial / "report.html").write_text(self.to_html(ship), "utf-8")
+            marks = draw(self)
+            svg = svg_file(marks, "Speed, fidelity and size", in_words(self))
+            (partial / "figure.svg").write_text(svg, "utf-8")
+            try:
+                (partial / "figure.png").write_bytes(to_png(marks))
+            except MissingExtraError as error:
+                _log.warning("figure.png is left out: %s", error)
+        return Path(folder)
+
+
+def open_report(path: str | Path) -> Report:
+    """Read a report that was saved.
+
+    Args:
+        path: The folder, or the ``report.json`` in it.
+
+    Returns:
+        The report.
+
+    Raises:
+        FolderError: If there is no report, or it is broken.
+    """
+    return Report.from_file(path)

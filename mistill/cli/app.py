@@ -3,6 +3,9 @@
 Options come from the settings dataclasses of the steps, so that a default is written once.
 An error that a user can meet is printed as one line and ends with 2; anything else is a bug of
 ours and keeps its traceback.
+
+It is one file because each command is little more than its signature and its help, and whoever
+looks for a command without a group of its own finds it here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The commands ``mistill quantize``: parse, call the Python API, print."""
+"""The commands ``mistill quantize``: parse, call the Python API, print.
+
+It is one file because each command is little more than its signature and its help.
+"""
 
 from __future__ import annotations
 

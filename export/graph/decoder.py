@@ -14,6 +14,8 @@ attention is computed for the positions from ``first_logit`` on only, by default
               past_key_values.{layer}.{key,value} (batch_size, kv_heads, past, head_dim),
               first_logit (1,), which may be left out
     outputs   logits (batch_size, kept, vocabulary), present.{layer}.{key,value}
+
+It is one file because the layer is one picture: each function writes a part of the nodes above.
 """
 
 from __future__ import annotations

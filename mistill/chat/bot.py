@@ -120,22 +120,23 @@ class ChatBot:
         Args:
             folder: An ONNX folder, or where PyTorch is installed a model folder or whatever else
                 names a model.
-            system: What the chatbot is told before the conversation.
-            settings: How it picks its words; or give the fields as options.
-            model: The folder as a running model, if it is open already; where a smaller model is
-                to guess, opened with ``alone=False``.
-            threads: Threads to compute with; None takes all processors that may be used.
-            provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
-            draft: What guesses the next tokens of an ONNX folder, to write faster: ``lookup``, or
-                the ONNX folder of a smaller model with the same tokens.
-            exact: Whether greedy replies must be, to the token, what they are without a draft; a
-                model whose rounding does not allow that then does not guess.
-            constraint: The form of every reply.
+            system: The system prompt of the conversation.
+            settings: How replies are sampled, and when they end; or give the fields as options.
+            model: The folder as a running model, if it is open already; for a draft model, opened
+                with ``alone=False``.
+            threads: Number of threads; None takes one for each processor that may be used.
+            provider: Execution provider of an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
+            draft: Source of draft tokens for speculative decoding of an ONNX folder: ``lookup``,
+                or the ONNX folder of a draft model with the same vocabulary.
+            exact: Whether greedy replies must be, token for token, what they are without a draft;
+                speculative decoding is off for a model that cannot guarantee that.
+            constraint: The constraint on every reply, for constrained decoding.
             **options: Fields of ``ChatSettings``.
 
         Raises:
             MissingExtraError: If the folder needs a library that is not installed.
-            VocabularyError: If the folder has no chat template, or the draft has other tokens.
+            VocabularyError: If the folder has no chat template, or the draft model has another
+                vocabulary.
         """
         self.settings = settings_from(ChatSettings, settings, options)
         folder = resolve_model(folder)
@@ -152,9 +153,9 @@ class ChatBot:
             model = open_model(folder, threads=threads, provider=provider, alone=alone)
         self._model = model
         if draft is not None:
-            from mistill.engine.speculation import with_guesses
+            from mistill.engine.speculation import with_draft
 
-            self._model = with_guesses(self._model, draft, exact=exact)
+            self._model = with_draft(self._model, draft, exact=exact)
         self._end_ids = frozenset(self._vocabulary.end_ids)
         self._system = system
         self._reply: Generator[str, None, None] | None = None

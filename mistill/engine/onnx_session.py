@@ -10,7 +10,7 @@ import onnxruntime
 from mistill.engine.key_value_cache import CACHE_TYPES
 from mistill.engine.language_model import Provider
 from mistill.errors import FolderError, MissingExtraError
-from mistill.folders.folder import MANIFEST_FILE, open_folder, read_json
+from mistill.folders.folder import MANIFEST_FILE, read_json
 
 # What ONNX Runtime calls them; what one cannot run, the next does.
 _PROVIDERS: dict[str, list[str]] = {
@@ -134,27 +134,3 @@ def graph_fingerprint(folder: Path) -> str:
         if name.startswith("model.onnx"):
             digest.update(f"{name} {entry['sha256']}\n".encode())
     return digest.hexdigest()
-
-
-def verify(folder: str | Path) -> None:
-    """Compare every file of an ONNX folder with the checksums that it was exported with.
-
-    Opening a folder compares sizes only, which takes no time; this reads every byte.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        FolderError: If a file is missing or differs; the message names all of them.
-    """
-    path = open_folder(folder).path
-    changed = []
-    for name, entry in read_json(path / MANIFEST_FILE)["files"].items():
-        with (path / name).open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != entry["sha256"]:
-                changed.append(name)
-    if changed:
-        raise FolderError(
-            f"{folder} is damaged: {', '.join(changed)} differ from the checksums in "
-            f"{MANIFEST_FILE}; export it again"
-        )

@@ -268,7 +268,7 @@ class Vocabulary:
     # --- identity -------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A name for what every id spells; rows that stand for no token do not count.
+        """A hash of what every id spells, without the rows that stand for no token.
 
         Returns:
             64 hexadecimal digits, equal for two vocabularies with the same tokens.
@@ -383,12 +383,12 @@ def same_vocabulary(ours: Vocabulary, theirs: Vocabulary) -> list[str]:
         first = differing[0]
         differences.append(
             f"{len(differing)} of {shared} ids stand for different tokens, the first of them "
-            f"{first}: {_told(ours, first)} against {_told(theirs, first)}"
+            f"{first}: {_shown(ours, first)} against {_shown(theirs, first)}"
         )
     return differences
 
 
-def _told(vocabulary: Vocabulary, token: int) -> str:
+def _shown(vocabulary: Vocabulary, token: int) -> str:
     mark = " (special)" if vocabulary.is_special(token) else ""
     return vocabulary.spelling(token) + mark
 
@@ -419,14 +419,14 @@ def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     older = _optional_json(folder / "special_tokens_map.json")
-    found = {}
+    specials = {}
     for name in _SPECIAL_NAMES:
         value = settings.get(name, older.get(name))
         if isinstance(value, Mapping):  # an AddedToken
             value = value.get("content")
         if isinstance(value, str):
-            found[name] = value
-    return found
+            specials[name] = value
+    return specials
 
 
 def _adds_bos(
@@ -445,9 +445,3 @@ def _adds_bos(
     first = processor["single"][0].get("SpecialToken", {}).get("id")
     tokens = processor.get("special_tokens", {}).get(first, {}).get("tokens", [])
     return bos_token in tokens
-
-
-# --- what a token spells ------------------------------------------------------------------------
-
-
-# --- rendering ----------------------------------------------------------------------------------

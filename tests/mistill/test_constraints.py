@@ -25,10 +25,11 @@ from mistill.constraints import (
     lark,
     regex,
 )
+from mistill.engine.drafts import PromptLookup
 from mistill.engine.language_model import greedy
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.sampling import Sampler, SamplingSettings
-from mistill.engine.speculation import LookUp, SpeculativeModel
+from mistill.engine.speculation import SpeculativeModel
 from mistill.errors import FolderError, MissingExtraError, SettingsError, VocabularyError
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.mistill.made import put_template, sentencepiece_folder
@@ -202,11 +203,11 @@ def test_a_reply_that_is_cut_short_says_so(chatbot: Path) -> None:
     assert bot.last_ending == "max_new_tokens"
 
 
-def test_guesses_and_forms_go_together(chatbot: Path) -> None:
+def test_speculative_and_constrained_decoding_go_together(chatbot: Path) -> None:
     model = OnnxModel(chatbot, threads=1)
     vocabulary = load_vocabulary(chatbot)
     tokens = ConstraintTokens(vocabulary)
-    guessing = SpeculativeModel(model, LookUp())
+    speculative = SpeculativeModel(model, PromptLookup())
     prompt = vocabulary.encode('{"name": "Bob", "age": 4, "kind": "cat", "tags": []} ' * 3)
 
     def written(by: Any) -> list[int]:
@@ -218,7 +219,7 @@ def test_guesses_and_forms_go_together(chatbot: Path) -> None:
                 return reply
         raise AssertionError("never ended")
 
-    assert written(guessing) == written(model)
+    assert written(speculative) == written(model)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_the_engine_refuses_it_in_a_line(model: Path, tmp_path: Path):
 def test_genai_runs_it_too(tmp_path: Path):
     import subprocess
 
-    from tests.export.test_genai import SCRIPT
+    from tests.export.runtimes.test_genai import SCRIPT
 
     source = tiny_model(tmp_path / "model", tie_word_embeddings=True)
     made = to_onnx(source, tmp_path / "onnx", portable=True, parity_positions=0)

@@ -26,8 +26,8 @@ from export.weights.blocks import blocks_of_codes
 from export.weights.folder_weights import FolderWeights
 from mistill.errors import ExportError, SettingsError
 from mistill.folders.folder import read_json
+from tests.export.checks.test_lint import flip, shown
 from tests.export.sources import gptq_folder, nf4_folder, quantized_weight
-from tests.export.test_lint import flip, shown
 from tests.tiny import tiny_model
 
 IDS = np.random.default_rng(5).integers(5, 384, 40)

@@ -32,7 +32,7 @@ class Constraint:
     """The form that a reply must have; ``json_schema``, ``regex`` and ``lark`` make one.
 
     Attributes:
-        kind: What it was made of, for messages.
+        kind: ``JSON schema``, ``regular expression`` or ``grammar``, for messages.
         grammar: As llguidance reads it.
     """
 
@@ -105,7 +105,7 @@ class ConstraintTokens:
         """Hand over what every token spells.
 
         Args:
-            vocabulary: Any vocabulary.
+            vocabulary: Vocabulary of the model.
 
         Raises:
             VocabularyError: If no token ends a reply.
@@ -130,9 +130,9 @@ class ConstrainedChoice:
         """Begin a reply.
 
         Args:
-            constraint: The form.
+            constraint: The constraint on the reply.
             tokens: Of the model's vocabulary.
-            choose: What chooses among the tokens allowed; the others' logits are minus infinity.
+            choose: Function that picks among the allowed tokens; other logits are minus infinity.
         """
         self._matcher = _library().LLMatcher(tokens.tokens, constraint.grammar, log_level=0)
         self._kind = constraint.kind

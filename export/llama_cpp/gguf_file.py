@@ -53,16 +53,16 @@ def to_gguf(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Make a GGUF file: the same model for llama.cpp and Ollama.
+    """Export a model to a GGUF file for llama.cpp and Ollama.
 
     The file holds the weights, the tokenizer, the chat template and the lineage. Weights are read
-    and written one matrix at a time. llama.cpp has no sliding window for such models: of one that
-    has, the file allows as many positions as the window, within which both say the same.
+    and written one matrix at a time. llama.cpp has no sliding window for such models. If the model
+    has one, the file allows as many positions as the window, within which the logits are equal.
 
     Args:
         source: A float, GPTQ or NF4 folder, or whatever else names a model.
         target: The file to make.
-        settings: How the weights are stored; or give its fields as keywords.
+        settings: Types of the weights; or give the fields as keywords.
         overwrite: Replace the target if it exists.
         **options: Fields of ``GgufSettings``.
 
@@ -106,7 +106,7 @@ def to_gguf(
 
 
 def _require_known(architecture: Architecture) -> None:
-    """Refuse what llama.cpp computes in another way for a model of this type."""
+    """Refuse a model that llama.cpp would compute differently."""
     kind, layers = architecture.model_type, range(architecture.layers)
     if architecture.rotary.kind == "llama3" and _ARCHITECTURES[kind][0] != "llama":
         raise ArchitectureError(

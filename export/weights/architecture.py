@@ -1,7 +1,7 @@
-"""What a decoder's config.json says about its graph, and what our graph cannot say.
+"""The architecture of a decoder as config.json describes it, and what the export supports.
 
-Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one decoder but for a window, biases, norms of heads
-and layers without rotary positions.
+Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one decoder but for a sliding window, biases, norms of
+heads and layers without rotary embedding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rotary:
 
     Attributes:
         kind: ``default``, ``linear`` or ``llama3``.
-        base: Theta.
+        base: Base of the frequencies, theta.
         parameters: All that config.json says of it, under the newer names.
     """
 
@@ -56,12 +56,12 @@ class Architecture:
         kv_heads: Key and value heads; each serves heads / kv_heads query heads.
         head_dim: Width of a head; need not be hidden_size / heads.
         intermediate_size: Width of the feed-forward layer.
-        norm_epsilon: What the root mean square is kept away from 0 by.
+        norm_epsilon: Epsilon of the RMSNorm layers.
         max_positions: Longest context that the model was made for.
         sliding_window: Positions that a query sees, itself included; None for all.
         tied: Whether the output head is the embedding.
         frequencies: Shape (head_dim / 2,), radians per position of each rotary pair.
-        rotary: What the frequencies were made by.
+        rotary: Parameters of the frequencies.
         head_norms: Whether queries and keys are normed head by head, as Qwen3's are.
         unrotated_layers: Layers whose attention knows no positions, as every fourth of SmolLM3's.
         biased: Linear layers of a decoder layer that must have a bias.
@@ -168,13 +168,13 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def require_graph(architecture: Architecture) -> None:
-    """Refuse a decoder that ONNX Runtime's operators cannot compute.
+    """Refuse a decoder that ONNX Runtime's operators do not support.
 
     Args:
-        architecture: The decoder.
+        architecture: Architecture of the decoder.
 
     Raises:
-        ArchitectureError: If there is such a thing; the message names it.
+        ArchitectureError: If the decoder is not supported; the message says why.
     """
     if architecture.head_dim % 16:
         raise ArchitectureError(
@@ -202,12 +202,12 @@ def rotary_tables(
 
 
 def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """A Llama has no window, whatever its config carries; others may have one switched off."""
-    kind, window = config["model_type"], config.get("sliding_window")
-    switched_off = kind != "mistral" and not config.get("use_sliding_window", False)
-    if window is None or kind == "llama" or switched_off:
+    """The sliding window; a Llama has none whatever its config says, others may disable it."""
+    model_type, window = config["model_type"], config.get("sliding_window")
+    switched_off = model_type != "mistral" and not config.get("use_sliding_window", False)
+    if window is None or model_type == "llama" or switched_off:
         return None
-    if kind != "mistral":
+    if model_type != "mistral":
         full = int(config.get("max_window_layers", 0))
         layers = range(int(config["num_hidden_layers"]))
         kinds = config.get("layer_types") or [
@@ -235,10 +235,10 @@ def _biased(config: Mapping[str, Any]) -> tuple[str, ...]:
     attention = [f"self_attn.{part}_proj" for part in ("q", "k", "v")]
     if config["model_type"] == "qwen2":
         return tuple(attention)
-    found = [*attention, "self_attn.o_proj"] if config.get("attention_bias") else []
+    biased = [*attention, "self_attn.o_proj"] if config.get("attention_bias") else []
     if config.get("mlp_bias"):
-        found += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    return tuple(found) if config["model_type"] != "mistral" else ()
+        biased += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    return tuple(biased) if config["model_type"] != "mistral" else ()
 
 
 def _frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.float32], Rotary]:
@@ -268,7 +268,7 @@ def plain_frequencies(base: float, head_dim: int) -> NDArray[np.float32]:
     """The frequencies of a rotary embedding that is not scaled.
 
     Args:
-        base: Theta.
+        base: Base of the frequencies, theta.
         head_dim: Width of a head.
 
     Returns:
@@ -281,9 +281,9 @@ def plain_frequencies(base: float, head_dim: int) -> NDArray[np.float32]:
 def _llama3_frequencies(
     frequencies: NDArray[np.float32], rope: Mapping[str, Any]
 ) -> NDArray[np.float32]:
-    """Slow waves are stretched by a factor, fast ones kept, those between blended (Llama 3.1)."""
+    """Low frequencies are divided by a factor, high ones kept, others interpolated (Llama 3.1)."""
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     turns = float(rope["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    blended = kept * frequencies + (1 - kept) * frequencies / float(rope["factor"])
+    weights = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    blended = weights * frequencies + (1 - weights) * frequencies / float(rope["factor"])
     return np.asarray(blended, np.float32)

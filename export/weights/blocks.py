@@ -38,7 +38,7 @@ class BlockWeight:
         scales: Shape (N, blocks).
         zeros: Shape (N, blocks), one zero point to a byte, or None for the middle of the range.
         bits: Bits per code, 2, 4 or 8.
-        columns: K.
+        columns: Number of columns, K.
         order: Shape (K,), the input column that stands at each place, or None if they are in
             order.
     """
@@ -272,7 +272,7 @@ def blocks_of_nf4(
         codes: Shape (N * K / 2,), two 4-bit codes to a byte with the first in the high half.
         levels: Shape (16,), from -1 to 1.
         block_maxima: The largest magnitude in each run of 64 weights.
-        shape: (N, K).
+        shape: Shape of the matrix, (N, K).
         largest_block: Most columns per block.
 
     Returns:

@@ -20,7 +20,7 @@ def print_folder(path: Path, json: bool, **more: Any) -> dict[str, Any]:
     """Print facts about a model folder that a step wrote.
 
     Args:
-        path: The folder.
+        path: Path of the folder.
         json: Whether to print the facts as one line of JSON too.
         **more: Facts beside those of the folder.
 
@@ -51,8 +51,8 @@ def print_result(facts: dict[str, Any], words: str, path: Path | str, json: bool
 
     Args:
         facts: Facts about it, as JSON values.
-        words: The same as text.
-        path: What was written.
+        words: The facts as text.
+        path: Path of the result.
         json: Whether to print the facts as one line of JSON too.
 
     Returns:

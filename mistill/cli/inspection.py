@@ -48,7 +48,7 @@ class Inspection:
     """A folder as ``mistill inspect`` describes it.
 
     Attributes:
-        path: The folder.
+        path: Path of the folder.
         info: What it holds; None if it is too damaged to be read.
         problems: Sentences about what keeps it from being used.
         notes: Sentences about what a user should know although it works.

@@ -40,7 +40,7 @@ def measured_table(measured: Mapping[str, Any]) -> Table:
     """The figures as a table.
 
     Args:
-        measured: From ``read_measured``.
+        measured: Figures that ``read_measured`` returned.
 
     Returns:
         A row for each pair of models.

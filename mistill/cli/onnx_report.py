@@ -16,7 +16,7 @@ def graph_facts(name: str, lint: Lint) -> RenderableType:
 
     Args:
         name: The file of the graph.
-        lint: What was found in it.
+        lint: Findings about the graph.
 
     Returns:
         A table.

@@ -24,7 +24,7 @@ class DraftToken(NamedTuple):
     """A proposed next token.
 
     Attributes:
-        token: Its id.
+        token: Id of the token.
         distribution: The distribution that it was drawn from; None if it was not drawn.
     """
 

@@ -38,7 +38,7 @@ class PytorchModel:
         Args:
             folder: A float, GPTQ or NF4 folder.
             threads: Threads that PyTorch computes with, for the whole process; None leaves them.
-            dtype: What to compute in.
+            dtype: Type of weights and activations.
 
         Raises:
             FolderError: If the folder is broken or holds an ONNX graph.

@@ -2,8 +2,7 @@
 
 The order is that of ``transformers``: repetition penalty, temperature, top-k, top-p, min-p, then
 a draw. Every function takes the logits (V,) of one position. None of them sorts the whole
-vocabulary: a step of a small model on a laptop lasts a few milliseconds, and the sampler must not
-be what one waits for.
+vocabulary, because a step of a small model takes only a few milliseconds on a laptop.
 """
 
 from __future__ import annotations
@@ -202,7 +201,7 @@ def accept_or_redraw(
     Args:
         ours: p, the distribution of the result.
         token: The token that was drawn from ``theirs``.
-        theirs: q.
+        theirs: q, the distribution of the draft model.
         generator: Random numbers.
 
     Returns:
@@ -229,7 +228,7 @@ class Sampler:
     One sampler serves one reply; the penalty counts the tokens of the prompt and the reply.
 
     Attributes:
-        settings: How tokens are drawn.
+        settings: Sampling settings.
     """
 
     settings: SamplingSettings
@@ -244,7 +243,7 @@ class Sampler:
         """Make a sampler.
 
         Args:
-            settings: How tokens are drawn.
+            settings: Sampling settings.
             generator: Random numbers; None makes a generator from ``settings.seed``.
             seen: Tokens that count as seen already, such as the prompt.
         """

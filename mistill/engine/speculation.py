@@ -54,7 +54,7 @@ class SpeculativeModel:
         """Give a model a draft.
 
         Args:
-            model: The model.
+            model: The model that checks draft tokens.
             draft: The source of draft tokens.
             exact: Whether greedy text must be, token for token, what the model writes without a
                 draft.

@@ -25,7 +25,7 @@ def refuse_existing(target: str | Path, overwrite: bool = False) -> Path:
     """Refuse a target that exists, before any work is done for it.
 
     Args:
-        target: Where an output shall appear.
+        target: Path of the output.
         overwrite: Whether an existing folder may be replaced.
 
     Returns:
@@ -58,7 +58,7 @@ def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     and removed when it fails. What a killed process left behind is removed by the next one.
 
     Args:
-        target: Where the folder shall appear.
+        target: Path of the folder.
         overwrite: Whether an existing folder is replaced; it stays until the new one is whole.
 
     Yields:
@@ -85,7 +85,7 @@ def creating_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]
     """Make a large file that appears whole or not at all.
 
     Args:
-        target: Where the file shall appear.
+        target: Path of the file.
         overwrite: Whether an existing file is replaced; it stays until the new one is whole.
 
     Yields:
@@ -127,10 +127,10 @@ def _naming_a_full_disk(target: str | Path, then: str = "") -> Iterator[None]:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that the disk is full, in any library's words.
+    """Whether an error means that the disk is full, whichever library raised it.
 
     Args:
-        error: What was raised.
+        error: The exception.
 
     Returns:
         True for a full disk, an exceeded quota or a file larger than is allowed.
@@ -148,8 +148,8 @@ def working(target: str | Path, key: Mapping[str, Any]) -> Iterator[Path]:
     decides, and emptied when it is not. It goes when ``publish`` is called.
 
     Args:
-        target: Where the result shall appear.
-        key: What the state depends on: settings and fingerprints of sources, JSON values.
+        target: Path of the result.
+        key: Settings and fingerprints of sources that the state depends on, as JSON values.
 
     Yields:
         The hidden folder, empty or as the interrupted work left it.
@@ -178,7 +178,7 @@ def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:
 
     Args:
         work: A folder from ``working`` that holds a finished folder ``result``.
-        target: Where the result shall appear.
+        target: Path of the result.
         overwrite: Whether an existing folder is replaced.
 
     Returns:
@@ -195,7 +195,7 @@ def write_atomically(path: Path, text: str) -> None:
 
     Args:
         path: The file; replaced if it exists.
-        text: Its content.
+        text: Content of the file.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -206,16 +206,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside a target; put back what one had set aside.
+    """Remove partial outputs of killed processes beside a target; restore what one had replaced.
 
     Args:
         path: The target, a file or a folder.
     """
     for leftover in path.parent.glob(f".{path.name}.*"):
-        owner, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
-        if kind not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
+        owner, _, suffix = leftover.name.removeprefix(f".{path.name}.").partition(".")
+        if suffix not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
             continue
-        if kind == "replaced" and not path.exists():
+        if suffix == "replaced" and not path.exists():
             leftover.rename(path)
         else:
             _remove(leftover)

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 
 from mistill.errors import ArchitectureError, FolderError, VocabularyError
 from mistill.sources.tokenizer_parts import (
-    Kind,
     Pieces,
+    TokenType,
     begin_with,
     byte_level_tokenizer,
     sentencepiece_tokenizer,
@@ -134,7 +134,7 @@ def _config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
 
 
 def _rope(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of rotary positions."""
+    """The parameters of the rotary embedding for config.json."""
     if ROPE_KEY in metadata:
         return dict(json.loads(metadata[ROPE_KEY]))
     if metadata.get("llama.rope.scaling.type", "none") != "none" or _ROPE_FACTORS in tensors:
@@ -153,7 +153,7 @@ def _ends(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def _shortest(value: float) -> float:
-    """The number that was meant by a float32, such as 1e-05 by 9.999999747378752e-06."""
+    """The shortest decimal of a float32, such as 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -240,7 +240,7 @@ def _tokenizer(name: str, metadata: Mapping[str, Any]) -> Tokenizer:
         texts = metadata["tokenizer.ggml.tokens"]
         pieces = Pieces(
             texts=texts,
-            kinds=[Kind(kind) for kind in metadata["tokenizer.ggml.token_type"]],
+            kinds=[TokenType(kind) for kind in metadata["tokenizer.ggml.token_type"]],
             scores=metadata.get("tokenizer.ggml.scores", []),
         )
         if kind == "gpt2":

@@ -83,10 +83,10 @@ def resolve_model(source: str | Path) -> Path:
 
 
 def save_model(source: str | Path, target: str | Path, overwrite: bool = False) -> Path:
-    """Make a plain folder of a model: the first stop of every road.
+    """Save a model as a plain model folder, the first step of most recipes.
 
     Args:
-        source: Whatever ``resolve_model`` finds.
+        source: A model as ``resolve_model`` finds it.
         target: The folder to be made.
         overwrite: Whether an existing folder is replaced.
 
@@ -175,7 +175,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _made_once(folder: Path) -> Iterator[Path | None]:
-    """Yield a folder to be filled, or None when it is there already or another process made it."""
+    """Yield a folder to fill, or None if it exists already or another process made it."""
     if folder.is_dir():
         yield None
         return

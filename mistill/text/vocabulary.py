@@ -60,12 +60,12 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
     if not path.is_dir():
         raise VocabularyError(f"{folder}: there is no such folder")
     if not file.is_file():
-        found = (
+        content = (
             "only tokenizer.model; mistill.save_model makes a folder with tokenizer.json of it"
             if (path / "tokenizer.model").is_file()
             else "no tokenizer.json"
         )
-        raise VocabularyError(f"{folder} holds {found}")
+        raise VocabularyError(f"{folder} holds {content}")
     definition = read_json(file)
     processor = definition.pop("post_processor", None)
     try:
@@ -87,9 +87,9 @@ class Vocabulary:
     the like by name, and ``chat_template`` the template as it is written in the folder.
 
     Args:
-        folder: Where the configuration files are.
+        folder: The folder of the configuration files.
         tokenizer: Without a post-processor.
-        definition: What tokenizer.json says.
+        definition: Content of tokenizer.json.
         processor: The post-processor that was taken out of it.
     """
 
@@ -220,8 +220,8 @@ class Vocabulary:
         """
         named = self.special_tokens.get("eos_token")
         tokenizer_end = None if named is None else self._tokenizer.token_to_id(named)
-        found = [*self._configured_ends, tokenizer_end, self._end_of_turn()]
-        return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < self.size))
+        ids = [*self._configured_ends, tokenizer_end, self._end_of_turn()]
+        return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < self.size))
 
     # --- conversations --------------------------------------------------------------------------
 
@@ -363,7 +363,7 @@ def same_vocabulary(ours: Vocabulary, theirs: Vocabulary) -> list[str]:
 
     Args:
         ours: One vocabulary.
-        theirs: Another.
+        theirs: The other vocabulary.
 
     Returns:
         One phrase for each difference; empty if a token id means the same in both.

@@ -73,7 +73,7 @@ MUTATIONS = (
     Mutation(
         "positions go on from one document to the next",
         "mistill/text/blocks.py",
-        "np.where(begins, places, 0)",
+        "np.where(begins, columns, 0)",
         "np.where(begins, 0, 0)",
         _TEXT,
     ),
@@ -343,8 +343,8 @@ MUTATIONS = (
     Mutation(
         "the common prefix of two texts is a token too long",
         "mistill/engine/key_value_cache.py",
-        "return next(place for place in range(shorter) if first[place] != second[place])",
-        "return 1 + next(place for place in range(shorter) if first[place] != second[place])",
+        "return next(index for index in range(shorter) if first[index] != second[index])",
+        "return 1 + next(index for index in range(shorter) if first[index] != second[index])",
         _ENGINE,
     ),
     Mutation(

@@ -1,10 +1,10 @@
-"""Keys and values in 8 bits: a quarter of the memory of a long conversation.
+"""An int8 KV cache, which takes a quarter of the memory of a float32 one.
 
-ONNX Runtime's attention keeps keys and values as signed bytes with a scale for each channel, and
-multiplies them as they are. The scales are constants of the graph, so a text is read once with a
-float cache to see how large each channel becomes. A key is rotated by its position, which turns
-pairs of channels into one another: the scale of both is the greatest length of the pair, which no
-position changes. A number beyond its scale is cut off there.
+ONNX Runtime's attention stores keys and values as signed bytes with a scale for each channel. The
+scales are constants of the graph; calibration data is read once with a float cache to find the
+largest magnitude of each channel. The rotary embedding mixes the two channels of a pair, so that
+both get the greatest length of the pair as scale, which no position changes. Larger numbers are
+clipped.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _KEY_SCALE, _VALUE_SCALE, _INPUTS = 12, 13, 14
 
 @dataclass(frozen=True, kw_only=True)
 class CacheReport:
-    """What keys and values in 8 bits cost and save.
+    """Memory and accuracy of an int8 KV cache.
 
     Attributes:
-        calibration_tokens: Tokens by which the scales were set.
-        bytes_per_position: What a token takes in the cache.
-        float_bytes_per_position: What it would take in float32.
-        kl_to_float: Mean KL in nats from the same graph with a float cache, over a text that the
-            scales were not set by.
+        calibration_tokens: Number of tokens of the calibration data.
+        bytes_per_position: Bytes of a token in the int8 KV cache.
+        float_bytes_per_position: Bytes of a token in a float32 KV cache.
+        kl_to_float: Mean KL divergence in nats from the same graph with a float cache, on held-out
+            text.
         same_top: Share of its positions with the same most probable token.
     """
 
@@ -51,12 +51,12 @@ def quantize_cache(
     calibration: NDArray[np.int64],
     held_out: NDArray[np.int64],
 ) -> CacheReport:
-    """Let a graph that was just written keep its keys and values in 8 bits.
+    """Give an exported graph an int8 KV cache.
 
     Args:
-        folder: Where the graph is; its model.onnx is written anew.
-        architecture: The decoder.
-        calibration: Shape (T,), tokens by which the scales are set.
+        folder: The folder of the graph; its model.onnx is replaced.
+        architecture: Architecture of the decoder.
+        calibration: Shape (T,), tokens of the calibration data.
         held_out: Shape (T,), tokens on which the two caches are compared.
 
     Returns:
@@ -68,13 +68,13 @@ def quantize_cache(
     run = text_runner(folder, architecture)
     largest: Cache = {}
     # Within a window, no row of the cache is dropped or left over.
-    piece = min(_PIECE, architecture.sliding_window or _PIECE)
-    for start in range(0, len(calibration), piece):
-        ids = calibration[start : start + piece]
+    chunk = min(_PIECE, architecture.sliding_window or _PIECE)
+    for start in range(0, len(calibration), chunk):
+        ids = calibration[start : start + chunk]
         _, cache = run(ids, None, last=True)
         for name in cache.keys() - {"tokens"}:
-            found = _sizes(name, cache[name][:, :, : len(ids)])
-            largest[name] = np.maximum(largest.get(name, found), found)
+            sizes = _sizes(name, cache[name][:, :, : len(ids)])
+            largest[name] = np.maximum(largest.get(name, sizes), sizes)
     floats, _ = run(held_out, None)
     _store_scales(folder, architecture, {name: size / _TOP for name, size in largest.items()})
     try:
@@ -83,7 +83,7 @@ def quantize_cache(
         import onnxruntime
 
         raise ExportError(
-            f"ONNX Runtime {onnxruntime.__version__} keeps no keys and values in 8 bits for this "
+            f"ONNX Runtime {onnxruntime.__version__} does not support an int8 KV cache for this "
             f"model ({' '.join(str(error).split())[:200]}); leave cache at float32"
         ) from error
     width = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim
@@ -96,15 +96,15 @@ def quantize_cache(
     )
 
 
-def _sizes(name: str, seen: NDArray[np.float32]) -> NDArray[np.float32]:
+def _sizes(name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
     """The largest magnitude of each channel, shape (1, heads, 1, width).
 
-    Of keys, those of a pair of channels that a rotation mixes are the pair's greatest length.
+    Two channels of a key that the rotary embedding mixes share the greatest length of the pair.
     """
     if name.endswith("value"):
-        return np.asarray(np.abs(seen).max(axis=2, keepdims=True))
-    half = seen.shape[3] // 2
-    lengths = np.hypot(seen[..., :half], seen[..., half:]).max(axis=2, keepdims=True)
+        return np.asarray(np.abs(values).max(axis=2, keepdims=True))
+    half = values.shape[3] // 2
+    lengths = np.hypot(values[..., :half], values[..., half:]).max(axis=2, keepdims=True)
     return np.concatenate([lengths, lengths], axis=3)
 
 
@@ -120,12 +120,12 @@ def _store_scales(folder: Path, architecture: Architecture, scales: Cache) -> No
     nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
     if len(nodes) != architecture.layers:
         raise ExportError(
-            f"the graph has {len(nodes)} attentions for {architecture.layers} layers, and only "
-            "GroupQueryAttention keeps keys and values in 8 bits"
+            f"the graph has {len(nodes)} GroupQueryAttention operators for {architecture.layers} "
+            "layers, and only they support an int8 KV cache"
         )
     for layer, node in enumerate(nodes):
         node.resize_inputs(_INPUTS)
-        for part, place in (("key", _KEY_SCALE), ("value", _VALUE_SCALE)):
+        for part, position in (("key", _KEY_SCALE), ("value", _VALUE_SCALE)):
             # A channel that was always 0 has any scale.
             scale = np.maximum(scales[f"{layer}.{part}"], np.float32(1e-8)).astype(np.float32)
             name = f"layers.{layer}.{part}.scale"
@@ -137,7 +137,7 @@ def _store_scales(folder: Path, architecture: Architecture, scales: Cache) -> No
                 const_value=tensor,
             )
             graph.initializers[name] = value
-            node.replace_input_with(place, value)
+            node.replace_input_with(position, value)
             short = part[0]
             node.attributes[f"{short}_quant_type"] = onnx_ir.AttrString(
                 f"{short}_quant_type", "PER_CHANNEL"

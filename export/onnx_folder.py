@@ -50,10 +50,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CACHE_TOKENS = 2048
-"""Tokens by which the scales of an int8 cache are set."""
+"""Tokens of calibration data for an int8 KV cache."""
 
 FLOAT_COLUMNS = 8
-"""Columns that are multiplied in float32 if nothing else is asked for."""
+"""Default number of float columns."""
 
 # How a conversation is written for a model that has no template for one.
 _PARAGRAPHS = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"
@@ -71,17 +71,17 @@ def to_onnx(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Make an ONNX folder that is fast on a CPU.
+    """Export a model to an ONNX folder that runs fast on a CPU.
 
     The folder holds the graph and its weights, the tokenizer and the chat template, and opens in
-    ``mistill chat`` and in onnxruntime-genai. Codes of a GPTQ folder go over unchanged. Weights
+    ``mistill chat`` and in onnxruntime-genai. GPTQ codes stay unchanged. Weights
     are read and written one matrix at a time. If PyTorch is installed, the graph's logits are
     compared with PyTorch's on the same weights before the folder appears.
 
     Args:
         source: A float, GPTQ or NF4 folder, or whatever else names a model.
         target: The folder to make.
-        settings: What the graph looks like; or give its fields as keywords.
+        settings: Settings of the graph; or give the fields as keywords.
         overwrite: Replace the target if it exists.
         **options: Fields of ``OnnxSettings``.
 
@@ -97,7 +97,7 @@ def to_onnx(
     path = refuse_existing(target, overwrite)
     info = open_folder(resolve_model(source))
     if info.form == "onnx":
-        raise FolderError(f"{source} is an ONNX folder already; give the folder it was made from")
+        raise FolderError(f"{source} is an ONNX folder already; give a model folder")
     config = read_json(info.path / "config.json")
     architecture = read_architecture(config)
     if not chosen.portable:
@@ -106,8 +106,9 @@ def to_onnx(
     window = architecture.sliding_window
     require(
         not graph.ring or (window is not None and window < graph.context_length),
-        f"ring drops what a sliding window leaves behind, and this model's is {window} beside a "
-        f"context of {graph.context_length}: leave it out, or give a longer context_length",
+        "ring needs a sliding window that is shorter than the context, and this model has a "
+        f"window of {window} and a context of {graph.context_length}: leave ring out, or give a "
+        "longer context_length",
     )
     vocabulary = load_vocabulary(info.path)
     resolved = replace(resolved, float_columns=_float_columns(resolved, architecture, info))
@@ -144,14 +145,14 @@ def to_onnx(
 
 
 def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, GraphOptions]:
-    """The settings for a source, with everything that was left open filled in.
+    """The settings for a source, with all defaults filled in.
 
     Args:
-        settings: What was asked for.
-        info: The source.
+        settings: Settings of the export.
+        info: Description of the source folder.
 
     Returns:
-        The settings, and what the graph is told of them.
+        The settings, and the options of the graph.
 
     Raises:
         SettingsError: If they do not fit the source.
@@ -159,21 +160,22 @@ def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gra
     if settings.precision in ("int8", "int4") and info.form != "model":
         raise SettingsError(
             f"precision {settings.precision} rounds float weights, and {info.path} is a "
-            f"{info.form} folder: leave precision at auto to keep its codes, or export its float "
-            "parent"
+            f"{info.form} folder: leave precision at auto to keep its codes, or export the float "
+            "folder that it was made from"
         )
     context_length = settings.context_length or min(info.context_length, DEFAULT_CONTEXT)
     require(
         context_length <= info.context_length,
-        f"context_length is {context_length}, and the model was made for {info.context_length} "
-        "positions",
+        f"context_length is {context_length}, and the model's own context has "
+        f"{info.context_length} positions",
     )
     floats = settings.precision == "float32" or (
         settings.precision == "auto" and info.form == "model"
     )
     require(
         not (floats and settings.tune_for is not None),
-        "tune_for chooses among kernels for codes, and a float32 graph has none; give a precision",
+        "tune_for chooses kernels for quantized weights, and a float32 graph has none; set "
+        "precision to int8 or int4",
     )
     options = GraphOptions(
         context_length=context_length,
@@ -186,51 +188,51 @@ def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gra
 
 
 def _float_columns(settings: OnnxSettings, architecture: Architecture, info: FolderInfo) -> int:
-    """Columns to multiply in float32: as asked for, or a default."""
-    codes = settings.precision != "float32"
-    asked, most = settings.float_columns, architecture.hidden_size // 4
-    if asked is not None:
+    """The number of float columns: as requested, or a default."""
+    quantized = settings.precision != "float32"
+    requested, limit = settings.float_columns, architecture.hidden_size // 4
+    if requested is not None:
         require(
-            codes or asked == 0,
-            "float_columns spares what the products of codes round, and a float32 graph has none; "
-            "leave it out, or give a precision",
+            quantized or requested == 0,
+            "float_columns is for products with quantized weights, and a float32 graph has none; "
+            "leave it out, or set precision to int8 or int4",
         )
         require(
-            asked <= most,
-            f"float_columns is {asked}, and the model is {architecture.hidden_size} wide; give at "
-            f"most {most}",
+            requested <= limit,
+            f"float_columns is {requested}, and the model is {architecture.hidden_size} wide; "
+            f"give at most {limit}",
         )
-        return asked
-    rounds = codes and settings.accuracy_level == 4 and not settings.portable
+        return requested
+    rounds = quantized and settings.accuracy_level == 4 and not settings.portable
     small = architecture.hidden_size >= _NARROWEST and info.parameters <= _MOST_PARAMETERS
     # What 4-bit codes and NF4 have lost already is far more than what this would win back.
-    worth = rounds and small and info.form != "nf4" and _layer_bits(settings, info) == 8
-    return FLOAT_COLUMNS if worth and settings.layout == "mistill" else 0
+    worthwhile = rounds and small and info.form != "nf4" and _layer_bits(settings, info) == 8
+    return FLOAT_COLUMNS if worthwhile and settings.layout == "mistill" else 0
 
 
 def _layer_bits(settings: OnnxSettings, info: FolderInfo) -> int:
     """Bits of most layers as the graph holds them."""
     if settings.precision != "auto":
         return {"float32": 32, "int8": 8, "int4": 4}[settings.precision]
-    layout = read_quantization(read_config(info.path))
-    return 8 if layout is None else layout.bits  # NF4 goes to an 8-bit grid
+    gptq_format = read_quantization(read_config(info.path))
+    return 8 if gptq_format is None else gptq_format.bits  # NF4 goes to an 8-bit grid
 
 
-def _table_bits(name: str, asked: int | None, info: FolderInfo, floats: bool) -> int:
-    """Bits of the head or the embedding: as asked for, as stored, or a default."""
+def _table_bits(name: str, requested: int | None, info: FolderInfo, floats: bool) -> int:
+    """Bits of the head or the embedding: as requested, as stored, or a default."""
     config = read_config(info.path)
-    layout = read_quantization(config)
+    gptq_format = read_quantization(config)
     tied = bool(config.get("tie_word_embeddings", False))
     module = HEAD if name == "head_bits" and not tied else EMBEDDING
-    form = None if layout is None else layout.format_of(module)
-    if form is None or floats:
-        return asked or (32 if floats else 8)
+    module_format = None if gptq_format is None else gptq_format.format_of(module)
+    if module_format is None or floats:
+        return requested or (32 if floats else 8)
     require(
-        asked in (None, 32, form.bits),
-        f"{name} is {asked}, and {info.path} holds that table as {form.bits}-bit codes: leave "
-        f"{name} out to keep them, or give 32",
+        requested in (None, 32, module_format.bits),
+        f"{name} is {requested}, and {info.path} stores that table in {module_format.bits}-bit "
+        f"codes: leave {name} out to keep them, or set it to 32",
     )
-    return asked or form.bits
+    return requested or module_format.bits
 
 
 def _write(
@@ -241,7 +243,7 @@ def _write(
     settings: OnnxSettings,
     options: GraphOptions,
 ) -> dict[str, Any]:
-    """Write the graph, compare it with PyTorch, and say what was measured."""
+    """Write the graph, compare it with PyTorch, and return the entries of the manifest."""
     from export.checks.lint import lint_export
     from export.graph.decoder import write_decoder
     from export.graph.portable_decoder import write_portable_decoder
@@ -283,7 +285,10 @@ def _write(
             exact = exact and settings.cache == "float32"
             require_parity(parity, exact=exact, bits=coarsest)
         elif settings.parity_positions > 0:
-            _log.warning("PyTorch is not installed: the graph was not compared with it")
+            _log.warning(
+                "PyTorch is not installed, so that the logits of the graph were not compared with "
+                "it"
+            )
     if tuning is not None:
         facts["tuning"] = tuning.to_dict()
     return {**facts, "parity": None if parity is None else asdict(parity)}
@@ -318,7 +323,7 @@ def _int8_cache(
     settings: OnnxSettings,
     options: GraphOptions,
 ) -> dict[str, Any]:
-    """Set the scales of an int8 cache by some text, and say what they cost on another."""
+    """Calibrate an int8 KV cache on some text, and measure it on held-out text."""
     from export.int8_cache import quantize_cache
 
     calibration = _calibration_ids(settings, vocabulary, CACHE_TOKENS)
@@ -330,9 +335,9 @@ def _int8_cache(
 def _calibration_ids(
     settings: OnnxSettings, vocabulary: Vocabulary, tokens: int
 ) -> NDArray[np.int64]:
-    """Tokens that show a graph what its activations are like, from the texts of the settings.
+    """Tokens of the calibration data of the settings.
 
-    A base model has no chat template; to it, conversations are paragraphs.
+    For a base model, which has no chat template, the messages become paragraphs.
     """
     if vocabulary.chat_template is None:
         vocabulary = copy(vocabulary)
@@ -349,18 +354,18 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file but the manifest itself.
 
     Args:
-        folder: The folder.
+        folder: Path of the folder.
 
     Returns:
         File name to ``bytes`` and ``sha256``.
     """
-    found = {}
+    entries = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != MANIFEST_FILE:
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            found[file.relative_to(folder).as_posix()] = {
+            entries[file.relative_to(folder).as_posix()] = {
                 "bytes": file.stat().st_size,
                 "sha256": digest,
             }
-    return found
+    return entries

@@ -27,48 +27,50 @@ class OnnxSettings:
     """Settings of the ONNX export.
 
     Attributes:
-        precision: ``auto`` keeps what the source holds: float weights as float32, GPTQ codes as
-            they are (those of 3 bits, and of 2 where ONNX Runtime is slow, as codes of 4 bits
-            that stand for the same weights), NF4 on an 8-bit grid that holds its 16 levels.
-            ``float32`` decodes any source; ``int8`` and ``int4`` round a float source.
-        head_bits: Bits of the output head, 4, 8 or 32 (float32). Left out, it is 8 beside
-            quantized layers and 32 beside float ones. A head that the source holds as codes keeps
-            them, or becomes float32.
-        embedding_bits: Bits of the input embedding, as for the head. A tied head shares the
-            embedding's table when both have the same bits.
-        block_size: Most input columns that share a scale: 16, 32, 64, 128 or 256. Longer groups of
-            the source are split, which changes no weight; smaller blocks cost bytes and time and
-            make the rounding of activations finer. Left out, it is 64 for 4-bit codes and
-            NF4, and 32 for 8-bit codes.
-        accuracy_level: 4 multiplies in 8-bit integers, with activations rounded block by block;
-            0 multiplies in float32, which is slow (at 8 bits a hundred times).
-        float_columns: So many input columns of the products behind a norm are multiplied in float32
-            beside the codes, those whose large activations make the rounding of all others coarse.
-            Codes stay as they are. 8 take two thirds off the distance to PyTorch and up to a sixth
-            of a small model's speed; they are found by reading 512 tokens with the graph. Left out,
-            it is 8 for 8-bit codes, but 0 for models narrower than 512 or of more than 2 billion
-            parameters, and for transformers.js; for 4-bit codes and NF4, which have lost much more
-            already, it is 0.
-        context_length: Most positions, prompt and answer together. Left out, it is the model's
-            own but at most 4096, since runtimes reserve their cache for all of them.
-        portable: Write a graph of standard operators only (ONNX opset 21), for runtimes other than
-            ONNX Runtime; it is slower, and mistill's engine does not run it.
-        layout: ``mistill`` for a folder that mistill and onnxruntime-genai open, or
-            ``transformersjs`` for one that transformers.js does.
-        parity_positions: Positions whose logits are compared with PyTorch's before the folder is
-            declared done, if PyTorch is installed; 0 leaves the comparison out.
-        cache: Type of the keys and values of a conversation: ``float32``, or ``int8`` with a scale
-            for each channel, which takes a quarter of the memory and rounds a little more.
-        cache_texts: Text by which the scales of an int8 cache are set, the first 2,048 tokens, and
-            by which ``float_columns`` are found, the first 512.
-        ring: Keep no keys and values beyond the model's sliding window, so that memory stops
-            growing there. For models whose window is shorter than the context.
-        tune_for: The machine that the graph is for: ``here`` times the kernels of this one for some
-            seconds, and a file that ``mistill probe`` wrote stands for another. For each kind of
-            matrix the fastest blocks are chosen of those that change no weight, and codes of 4
-            bits are stored in 8 where that is faster. Left out, nothing is timed.
-        memory_speed: GB per second that the memory of the laptop reads, from which the manifest
-            predicts the most tokens per second. Left out, it is measured on this machine.
+        precision: ``auto`` keeps the weights of the source: float weights become float32, GPTQ
+            codes stay as they are, and NF4 codes move to an 8-bit grid that represents the 16
+            levels. GPTQ codes of 3 bits, and of 2 bits where ONNX Runtime is slow, are stored in 4
+            bits with the same values. ``float32`` dequantizes any source. ``int8`` and ``int4``
+            round float weights to the nearest code.
+        head_bits: Bits of the output head: 4, 8 or 32 (float32). By default 8 if the layers are
+            quantized, else 32. A head that the source stores as codes keeps them, or becomes
+            float32 with 32.
+        embedding_bits: Bits of the input embedding, with the same default as the head. With tied
+            embeddings, both share one table if their bits are equal.
+        block_size: The most input columns that share a scale: 16, 32, 64, 128 or 256. Longer groups
+            of the source are split, which changes no weight. Smaller blocks round activations
+            less, and cost bytes and time. By default 64 for 4-bit codes and NF4, 32 for 8-bit
+            codes.
+        accuracy_level: 4 multiplies in 8-bit integers and rounds activations block by block. 0
+            multiplies in float32, which is slow: at 8 bits about a hundred times slower.
+        float_columns: Number of outlier columns that each product behind a norm multiplies in
+            float32, because their large activations make the rounding of the others coarse. The
+            codes do not change. 8 columns remove two thirds of the difference from PyTorch and
+            cost up to a sixth of a small model's speed; 512 tokens of cache_texts are read to find
+            them. By default 8 for 8-bit codes in models of width 512 or more and at most 2 billion
+            parameters, and 0 for all others and for transformers.js.
+        context_length: The most tokens of prompt and reply together. By default that of the model,
+            but at most 4,096, because runtimes reserve a KV cache for all of them.
+        portable: Write a portable graph of standard operators only (ONNX opset 21), for runtimes
+            other than ONNX Runtime. It is slower, and mistill chat does not run it.
+        layout: ``mistill`` writes a folder for mistill and onnxruntime-genai, ``transformersjs``
+            one for transformers.js.
+        parity_positions: Positions at which the logits are compared with those of PyTorch before
+            the folder is complete, if PyTorch is installed. 0 skips the comparison.
+        cache: Type of the KV cache: ``float32``, or ``int8`` with a scale per channel, which takes
+            a quarter of the memory and rounds keys and values.
+        cache_texts: Calibration data. Its first 2,048 tokens set the scales of an int8 KV cache,
+            and its first 512 tokens find the outlier columns of float_columns.
+        ring: Drop keys and values that have left the model's sliding window from the KV cache, so
+            that its memory stops growing. For models whose window is shorter than the context.
+        tune_for: The machine that the graph is tuned for: ``here`` times matrix products on this
+            one for some seconds; a file that ``mistill probe`` wrote stands for another one. For
+            each kind of matrix the fastest block size is chosen of those that change no weight,
+            and codes of 4 bits are stored in 8 bits if that is faster. By default nothing is
+            timed.
+        memory_speed: Memory bandwidth of the laptop in GB per second, from which the manifest
+            predicts an upper bound of the tokens per second. By default it is measured on this
+            machine.
     """
 
     precision: Literal["auto", "float32", "int8", "int4"] = "auto"
@@ -88,7 +90,7 @@ class OnnxSettings:
     memory_speed: float | None = None
 
     def largest_block(self, bits: int) -> int:
-        """Most columns that share a scale.
+        """The most columns that share a scale.
 
         Args:
             bits: Bits per code, 2, 4 or 8.
@@ -125,8 +127,8 @@ class OnnxSettings:
         )
         require(
             not self.float_columns or not (self.portable or self.accuracy_level == 0),
-            "float_columns spares what accuracy_level 4 rounds, and nothing is rounded here; leave "
-            "it out",
+            "float_columns needs activations that are rounded, as accuracy_level 4 rounds them; "
+            "leave float_columns out",
         )
         require(
             self.context_length is None or self.context_length >= 1,
@@ -146,19 +148,19 @@ class OnnxSettings:
         )
         require(
             self.cache == "float32" or not (self.portable or self.layout != "mistill"),
-            "an int8 cache is kept by an operator of ONNX Runtime alone; leave cache at float32 "
-            "for a portable graph or transformers.js",
+            "only ONNX Runtime has an operator with an int8 KV cache; leave cache at float32 for a "
+            "portable graph or transformers.js",
         )
         require(
             not (self.ring and (self.portable or self.layout != "mistill")),
-            "a cache of the size of a window is kept by an operator of ONNX Runtime alone; leave "
-            "ring out for a portable graph or transformers.js",
+            "only ONNX Runtime has an operator that drops keys and values outside a window; "
+            "leave ring out for a portable graph or transformers.js",
         )
         require(bool(self.cache_texts), "cache_texts must name at least one text")
         require(
             self.tune_for is None or not self.portable,
-            "tune_for times ONNX Runtime's own kernels, which a portable graph has none of; leave "
-            "one of them out",
+            "tune_for chooses among operators of ONNX Runtime, and a portable graph has none of "
+            "them; leave tune_for or portable out",
         )
         require(
             self.tune_for is None or self.accuracy_level == 4,
@@ -179,11 +181,11 @@ class GgufSettings:
     """Settings of the GGUF export.
 
     Attributes:
-        dtype: Type of the matrices: float32, float16, or llama.cpp's blocks of 32 weights with a
-            scale, q8_0, q4_1 (which has an offset too) or q4_0. Codes of a GPTQ folder that fit
-            such blocks go over as they are; other weights are rounded to the nearest.
-        table_dtype: Type of the embedding and of the output head. Left out, it is that of the
-            matrices, but q8_0 where they have 4 bits.
+        dtype: Type of the matrices: float32, float16, or q8_0, q4_1 or q4_0, llama.cpp's blocks of
+            32 codes with a scale (and an offset in q4_1). GPTQ codes that fit such blocks stay as
+            they are; other weights are rounded to the nearest code.
+        table_dtype: Type of the embedding and of the output head. By default that of the matrices,
+            or q8_0 if those have 4 bits.
     """
 
     dtype: GgufType = "float16"
@@ -208,11 +210,11 @@ class GgufSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphOptions:
-    """What a graph does not learn from the model.
+    """The settings of a graph with all defaults filled in.
 
     Attributes:
-        context_length: Positions that the rotary tables reach.
-        accuracy_level: 4 or 0, for every product of codes.
+        context_length: Positions in the tables of the rotary position embedding.
+        accuracy_level: 4 or 0, for every product with quantized weights.
         head_bits: Bits of the output head.
         embedding_bits: Bits of the embedding.
         ring: Whether attention drops keys and values that have left the sliding window.

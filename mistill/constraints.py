@@ -32,7 +32,7 @@ class Constraint:
     """The form that a reply must have; ``json_schema``, ``regex`` and ``lark`` make one.
 
     Attributes:
-        kind: What it was made of, for messages.
+        kind: ``JSON schema``, ``regular expression`` or ``grammar``, for messages.
         grammar: As llguidance reads it.
     """
 
@@ -60,7 +60,7 @@ def json_schema(schema: Mapping[str, Any] | str | Path) -> Constraint:
         except json.JSONDecodeError as error:
             raise SettingsError(f"the JSON schema is not JSON: {error}") from error
     if not isinstance(schema, Mapping):
-        raise SettingsError(f"a JSON schema is an object, not {json.dumps(schema)[:40]}")
+        raise SettingsError(f"a JSON schema must be a JSON object, not {json.dumps(schema)[:40]}")
     matcher = _library().LLMatcher
     grammar = matcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_STYLE)
     return _checked("JSON schema", grammar)
@@ -105,7 +105,7 @@ class ConstraintTokens:
         """Hand over what every token spells.
 
         Args:
-            vocabulary: Any vocabulary.
+            vocabulary: Vocabulary of the model.
 
         Raises:
             VocabularyError: If no token ends a reply.
@@ -113,7 +113,7 @@ class ConstraintTokens:
         library = _library()
         if not vocabulary.end_ids:
             raise VocabularyError(
-                f"{vocabulary!r} has no token that ends a reply, which forms need"
+                f"{vocabulary!r} has no token that ends a reply, which constrained decoding needs"
             )
         self.size = vocabulary.size
         self.tokens = library.LLTokenizer(
@@ -130,9 +130,9 @@ class ConstrainedChoice:
         """Begin a reply.
 
         Args:
-            constraint: The form.
+            constraint: The constraint on the reply.
             tokens: Of the model's vocabulary.
-            choose: What chooses among the tokens allowed; the others' logits are minus infinity.
+            choose: Function that picks among the allowed tokens; other logits are minus infinity.
         """
         self._matcher = _library().LLMatcher(tokens.tokens, constraint.grammar, log_level=0)
         self._kind = constraint.kind
@@ -158,7 +158,9 @@ class ConstrainedChoice:
         # As bytes, a mask is the same on every machine that ONNX Runtime runs on.
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._size]
         if not allowed.any():
-            raise SettingsError(f"the {self._kind} allows no token of this vocabulary here")
+            raise SettingsError(
+                f"the {self._kind} allows no token of this vocabulary at this position"
+            )
         token = self._choose(np.where(allowed, logits, np.float32(-np.inf)))
         self._matcher.consume_token(token)
         self._complain()
@@ -172,7 +174,7 @@ class ConstrainedChoice:
     def _complain(self) -> None:
         if self._matcher.is_error():
             reason = _one_line(self._matcher.get_error())
-            raise SettingsError(f"the {self._kind} cannot be followed: {reason}")
+            raise SettingsError(f"the {self._kind} cannot constrain this reply: {reason}")
 
 
 class _Spellings:
@@ -223,7 +225,9 @@ class _Spellings:
 def _checked(kind: str, grammar: str) -> Constraint:
     complaint = _library().LLMatcher.validate_grammar(grammar)
     if complaint and not complaint.startswith("WARNING"):
-        raise SettingsError(f"this is not a {kind} that can be followed: {_one_line(complaint)}")
+        raise SettingsError(
+            f"this {kind} cannot be used for constrained decoding: {_one_line(complaint)}"
+        )
     return Constraint(kind, grammar)
 
 

@@ -30,9 +30,9 @@ def run_demo(size: Size, out: str | Path | None, console: Console) -> Path:
     """Run the whole road and say where the report and the chatbot are.
 
     Args:
-        size: Which of the three recipes.
+        size: Name of one of the three recipes.
         out: The folder for all outputs; the recipe's own if None.
-        console: Where to say what happens.
+        console: Console for progress and results.
 
     Returns:
         The folder of the report.
@@ -65,9 +65,9 @@ def run_demo(size: Size, out: str | Path | None, console: Console) -> Path:
 
 def _our_command() -> str:
     """How this shell calls mistill: by name, or by path where it is not on the shell's path."""
-    beside = Path(sys.executable).with_name("mistill")
-    found = shutil.which("mistill")
-    return "mistill" if found or not beside.exists() else str(_short(beside))
+    script = Path(sys.executable).with_name("mistill")
+    on_path = shutil.which("mistill")
+    return "mistill" if on_path or not script.exists() else str(_short(script))
 
 
 def _short(path: Path) -> Path:

@@ -33,7 +33,7 @@ class FolderError(MistillError):
 
 
 class TargetExistsError(FolderError):
-    """The output exists already and ``overwrite`` was not asked for."""
+    """The target exists already and ``overwrite`` is False."""
 
 
 class TextError(MistillError):
@@ -45,11 +45,11 @@ class VocabularyError(MistillError):
 
 
 class ArchitectureError(MistillError):
-    """The model is of a kind that mistill does not read."""
+    """The architecture of a model is not supported."""
 
 
 class ExportError(MistillError):
-    """An exported graph does not say what its source says."""
+    """An exported model does not predict what its source predicts."""
 
 
 class ContextError(MistillError):

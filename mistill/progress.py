@@ -15,7 +15,7 @@ class Tracker(Protocol):
         """Say that some more is done.
 
         Args:
-            amount: How much, in the unit of the bar.
+            amount: Finished work in the unit of the bar.
             note: A few words to show beside the bar, such as the present loss.
         """
 
@@ -32,10 +32,10 @@ def track(
     """Show a bar on stderr while the body runs; show nothing if stderr is not a terminal.
 
     Args:
-        description: What is being done.
-        total: How much there is to do, in ``unit``; None if unknown.
+        description: Name of the work.
+        total: Amount of work in ``unit``; None if unknown.
         unit: Name of what is counted.
-        done: How much was done before, when work resumes.
+        done: Amount of work that was done before a resumption.
 
     Yields:
         A tracker to be advanced.
@@ -73,10 +73,10 @@ def track(
     with bar:
         task = bar.add_task(description, total=total, completed=int(done), note="")
 
-        class Shown:
+        class RichTracker:
             def advance(self, amount: float = 1, note: str | None = None) -> None:
                 if note is not None:
                     bar.update(task, note=note)
                 bar.advance(task, amount)
 
-        yield Shown()
+        yield RichTracker()

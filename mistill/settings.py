@@ -23,7 +23,7 @@ def require(condition: bool, message: str) -> None:
 
     Args:
         condition: Whether the setting is good.
-        message: What was expected, what was found, what to do.
+        message: The expected value, the actual one, and the remedy.
 
     Raises:
         SettingsError: If the condition does not hold.

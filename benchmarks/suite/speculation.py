@@ -22,11 +22,12 @@ from typing import Any
 from benchmarks.figures.latency import SETTLE_SECONDS
 from benchmarks.figures.machine import describe_machine
 from benchmarks.suite.turns import paired_ratio, summary
+from mistill.engine.drafts import Draft, DraftModel, DraftToken, PromptLookup
 from mistill.engine.key_value_cache import common_prefix
 from mistill.engine.language_model import LanguageModel
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.sampling import SamplingSettings
-from mistill.engine.speculation import Draft, DraftModel, Guess, LookUp, SpeculativeModel
+from mistill.engine.speculation import SpeculativeModel
 from mistill.text.vocabulary import load_vocabulary
 
 _TEXT = (
@@ -59,11 +60,11 @@ class AlwaysWrong:
         """Nothing."""
         return 0.0
 
-    def guess(
+    def propose(
         self, ids: Sequence[int], count: int, sampling: SamplingSettings | None
-    ) -> list[Guess]:
+    ) -> list[DraftToken]:
         """The same token, over and over."""
-        return [Guess(self._token, None)] * count
+        return [DraftToken(self._token, None)] * count
 
 
 def write(model: LanguageModel, prompt: Sequence[int], tokens: int) -> tuple[list[int], float]:
@@ -109,7 +110,7 @@ def measure(
     """
     model = OnnxModel(folder, threads=threads)
     vocabulary = load_vocabulary(folder)
-    drafts: dict[str, tuple[OnnxModel, Draft]] = {"lookup": (model, LookUp())}
+    drafts: dict[str, tuple[OnnxModel, Draft]] = {"lookup": (model, PromptLookup())}
     if draft is not None:
         # What is compared with is the model as it runs without a draft.
         other = OnnxModel(folder, threads=threads, alone=False)

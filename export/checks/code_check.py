@@ -1,9 +1,9 @@
-"""Are the codes in the graph's data file those of the source?
+"""A check that the graph's data file holds the codes of the source.
 
-What is compared is bytes on disk with bytes on disk: the source's words are taken apart here
-anew, by another way than the one that wrote the graph, and nothing that the export had in memory
-is asked. Where the graph has its columns or rows in another order, that order is read from the
-graph or follows from the source's ``g_idx``.
+Bytes on disk are compared with bytes on disk. The packed codes of the source are unpacked here by
+other code than the export's, and nothing that the export had in memory is used. If the graph has
+its columns or rows in another order, that order is read from the graph or from the source's
+``g_idx``.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _NF4_STATE = "quant_state.bitsandbytes__nf4"
 
 @dataclass(frozen=True, kw_only=True)
 class CodeCheck:
-    """What was found equal to the source.
+    """Numbers of matrices, codes and scales that are equal to the source's.
 
     Attributes:
         matrices: Matrices compared.
-        codes: Codes compared, every one the source's.
-        scales: Scales compared, and zeros where there are any; of NF4 none, since they are rounded
-            into its grid.
-        decoded: Matrices that the source holds as codes and the graph as floats, by name; such
-            were asked for.
+        codes: Codes compared, all equal to the source's.
+        scales: Scales and zero points compared; none of NF4, whose scales are rounded into the
+            8-bit grid.
+        decoded: Names of matrices that the source stores as codes and the graph as floats, as the
+            settings request.
     """
 
     matrices: int
@@ -53,7 +53,7 @@ class CodeCheck:
 
 @dataclass(frozen=True, eq=False)
 class _Stored:
-    """Codes as the graph holds them: of whole nodes, or of some of their rows."""
+    """Codes as the graph stores them, of a node or of some of its rows."""
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
@@ -80,12 +80,12 @@ def check_codes(folder: Path, source: Path, architecture: Architecture) -> CodeC
     """Compare every code, scale and zero of a graph with the source's.
 
     Args:
-        folder: Where the graph is.
+        folder: The folder of the graph.
         source: The GPTQ or NF4 folder that it was exported from.
-        architecture: The decoder.
+        architecture: Architecture of the decoder.
 
     Returns:
-        What was compared; None if the source holds no codes.
+        The numbers compared; None if the source holds no codes.
 
     Raises:
         ExportError: If anything differs, or the graph lacks a matrix that the source holds as
@@ -93,15 +93,15 @@ def check_codes(folder: Path, source: Path, architecture: Architecture) -> CodeC
     """
     import onnx_ir
 
-    layout = read_quantization(read_config(source))
+    gptq_format = read_quantization(read_config(source))
     files = TensorFiles(source)
     nodes = {str(node.name): node for node in onnx_ir.load(folder / MODEL_FILE).graph}
     matrices = codes = scales = 0
     decoded: list[str] = []
-    for place, together in _places(architecture):
-        if not any(_has_codes(files, module) for module in together):
+    for product, modules_of_product in _places(architecture):
+        if not any(_has_codes(files, module) for module in modules_of_product):
             continue
-        for name, modules in _products(nodes, place, together):
+        for name, modules in _products(nodes, product, modules_of_product):
             rows = _row_order(files, nodes, modules)
             node = nodes.get(name)
             if node is None:
@@ -117,8 +117,8 @@ def check_codes(folder: Path, source: Path, architecture: Architecture) -> CodeC
                 count, columns = architecture.shapes()[module]
                 part = replace(stored.rows(start, start + count), columns=columns)
                 start += count
-                if f"{module}.qweight" in files and layout is not None:
-                    scales += _compare_gptq(part, files, module, layout, rows)
+                if f"{module}.qweight" in files and gptq_format is not None:
+                    scales += _compare_gptq(part, files, module, gptq_format, rows)
                 elif _has_codes(files, module):
                     _compare_nf4(part, files, module, rows)
                 else:
@@ -131,12 +131,12 @@ def check_codes(folder: Path, source: Path, architecture: Architecture) -> CodeC
 
 
 def check_outliers(folder: Path, source: Path) -> None:
-    """Compare columns that are multiplied in float32 with the codes, and the norms before them.
+    """Compare the float columns of each product with its codes, and with the norm before it.
 
-    What was divided in the gains of a norm must be what a float product adds again.
+    The float product must add exactly what dividing the gain of the norm removed.
 
     Args:
-        folder: Where the graph is.
+        folder: The folder of the graph.
         source: The folder that it was exported from.
 
     Raises:
@@ -154,20 +154,20 @@ def check_outliers(folder: Path, source: Path) -> None:
         gain = next(value for value in reversed(norm.inputs) if value is not None)
         gains = _array(constant(gain))
         original = files.floats(str(gain.name)).astype(np.float32)
-        beside = nodes.get(f"{name}.outliers")
-        columns = None if beside is None else _column_order(beside)
-        if beside is None or columns is None:
+        float_product = nodes.get(f"{name}.outliers")
+        columns = None if float_product is None else _column_order(float_product)
+        if float_product is None or columns is None:
             _require(np.array_equal(gains, original), name, "gains before the codes")
             continue
         divided = original.copy()
         divided[columns] /= FACTOR
         _require(np.array_equal(gains, divided), name, "gains before the codes")
-        places = columns if stored.order is None else np.argsort(stored.order)[columns]
-        blocks = places // (stored.codes.shape[2] * 8 // stored.bits)
-        steps = stored.expanded()[:, places].astype(np.float32)
+        positions = columns if stored.order is None else np.argsort(stored.order)[columns]
+        blocks = positions // (stored.codes.shape[2] * 8 // stored.bits)
+        steps = stored.expanded()[:, positions].astype(np.float32)
         steps -= 1 << (stored.bits - 1) if stored.zeros is None else stored.zeros[:, blocks]
         expected = steps * stored.scales[:, blocks] * np.float32(FACTOR - 1)
-        weight = _array(constant(beside.inputs[1]))
+        weight = _array(constant(float_product.inputs[1]))
         _require(np.array_equal(weight.T, expected), name, "columns in float32")
 
 
@@ -187,7 +187,7 @@ def _has_codes(files: TensorFiles, module: str) -> bool:
 
 
 def _places(architecture: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The name of each product, and the modules whose rows it holds below one another."""
+    """The name of each product, and the modules whose rows are stacked in it."""
     for layer in range(architecture.layers):
         prefix, short = f"model.layers.{layer}", f"layers.{layer}"
         groups = {
@@ -203,16 +203,16 @@ def _places(architecture: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]
 
 
 def _products(
-    nodes: dict[str, ir.Node], place: str, modules: tuple[str, ...]
+    nodes: dict[str, ir.Node], product: str, modules: tuple[str, ...]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The nodes that a product consists of, whether they are there or not, and their modules."""
-    joins = place in nodes and nodes[place].op_type == "Concat"
+    """The names of the nodes that a product consists of, and their modules."""
+    joins = product in nodes and nodes[product].op_type == "Concat"
     if joins and len(modules) > 1:
-        yield from ((f"{place}.{number}", (module,)) for number, module in enumerate(modules))
-    elif f"{place}.blocks" in nodes:
-        yield f"{place}.blocks", modules
+        yield from ((f"{product}.{number}", (module,)) for number, module in enumerate(modules))
+    elif f"{product}.blocks" in nodes:
+        yield f"{product}.blocks", modules
     else:
-        yield place, modules
+        yield product, modules
 
 
 def _read(node: ir.Node) -> _Stored | None:
@@ -220,12 +220,15 @@ def _read(node: ir.Node) -> _Stored | None:
     gathers = node.op_type == "GatherBlockQuantized"
     if node.op_type != "MatMulNBits" and not gathers:
         return None
-    places = (0, 2, 3) if gathers else (1, 2, 3)
-    found = [constant(node.inputs[at]) if at < len(node.inputs) else None for at in places]
-    codes, scales = (_array(found[0]), _array(found[1]))
+    positions = (0, 2, 3) if gathers else (1, 2, 3)
+    inputs = [
+        constant(node.inputs[position]) if position < len(node.inputs) else None
+        for position in positions
+    ]
+    codes, scales = (_array(inputs[0]), _array(inputs[1]))
     bits = node.attributes.get_int("bits")
     scales = scales.reshape(len(codes), -1)
-    zeros = None if found[2] is None else _array(found[2]).reshape(len(codes), -1)
+    zeros = None if inputs[2] is None else _array(inputs[2]).reshape(len(codes), -1)
     if zeros is not None and not gathers:
         zeros = _lanes(zeros, bits)[:, : scales.shape[1]]
     columns = node.attributes.get_int("K", codes.shape[1] * codes.shape[2] * 8 // bits)
@@ -234,7 +237,7 @@ def _read(node: ir.Node) -> _Stored | None:
 
 
 def _column_order(node: ir.Node) -> NDArray[np.int64] | None:
-    """The source's column at each place, as the graph gathers its input."""
+    """The source's column at each position, as the graph gathers its input."""
     value = node.inputs[0]
     producer = None if value is None else value.producer()
     if producer is None or producer.op_type != "Gather":
@@ -245,7 +248,7 @@ def _column_order(node: ir.Node) -> NDArray[np.int64] | None:
 
 
 def _order_undone(node: ir.Node) -> NDArray[np.int64] | None:
-    """The source's column at each place of a table, as the graph puts its rows in order again."""
+    """The source's column at each position of a table, as the graph restores their order."""
     while True:
         uses = node.outputs[0].uses()
         following = [use.node for use in uses if use.node.op_type in ("Reshape", "Slice", "Gather")]
@@ -253,14 +256,14 @@ def _order_undone(node: ir.Node) -> NDArray[np.int64] | None:
             return None
         (node,) = following
         if node.op_type == "Gather":
-            places = constant(node.inputs[1])
-            return None if places is None else np.argsort(_array(places))
+            positions = constant(node.inputs[1])
+            return None if positions is None else np.argsort(_array(positions))
 
 
 def _row_order(
     files: TensorFiles, nodes: dict[str, ir.Node], modules: tuple[str, ...]
 ) -> NDArray[np.int64] | None:
-    """The order of the rows of gate and up, which spares the input of down a gather."""
+    """The order of the rows of gate and up that makes a gather before down unnecessary."""
     prefix, _, name = modules[0].rpartition(".")
     if name not in ("gate_proj", "up_proj", "down_proj"):
         return None
@@ -279,48 +282,48 @@ def _compare_gptq(
     stored: _Stored,
     files: TensorFiles,
     module: str,
-    layout: GptqFormat,
+    gptq_format: GptqFormat,
     rows: NDArray[np.int64] | None,
 ) -> int:
-    """Compare a matrix of GPTQ codes, and say how many scales there are."""
-    form = layout.format_of(module)
-    assert form is not None  # the folder was read, so its config.json knows the matrix
+    """Compare a matrix of GPTQ codes, and return its number of scales."""
+    module_format = gptq_format.format_of(module)
+    assert module_format is not None  # the folder was read, so its config.json knows the matrix
     scales = files.floats(f"{module}.scales").astype(np.float32)
     count, columns = scales.shape[1], stored.columns
     words = np.array(files.raw(f"{module}.qweight")).view("<u4")
-    lying = np.ascontiguousarray(words.T).view(np.uint8)
+    packed = np.ascontiguousarray(words.T).view(np.uint8)
     order, row_order = stored.order, None
     if module.endswith("down_proj"):
         order = rows if order is None else order
     else:
         row_order = rows
     # Codes of a few bits that stand in 8 are as far from the middle of the range as they were.
-    shift = np.uint8(128 - (1 << (form.bits - 1)) if stored.bits == 8 else 0)
-    if order is None and row_order is None and stored.bits == form.bits:
-        width = lying.shape[1]
-        same = np.array_equal(stored.codes.reshape(count, -1)[:, :width], lying)
+    shift = np.uint8(128 - (1 << (module_format.bits - 1)) if stored.bits == 8 else 0)
+    if order is None and row_order is None and stored.bits == module_format.bits:
+        width = packed.shape[1]
+        same = np.array_equal(stored.codes.reshape(count, -1)[:, :width], packed)
         _require(same, module, "codes")
     else:
-        taken = np.arange(count) if row_order is None else row_order
+        source_rows = np.arange(count) if row_order is None else row_order
         for start in range(0, count, _ROWS_AT_ONCE):
             end = min(start + _ROWS_AT_ONCE, count)
-            expected = _lanes(lying[taken[start:end]], form.bits)[:, :columns]
+            expected = _lanes(packed[source_rows[start:end]], module_format.bits)[:, :columns]
             expected = (expected if order is None else expected[:, order]) + shift
             _require(np.array_equal(stored.rows(start, end).expanded(), expected), module, "codes")
-    groups = _groups(files, module, columns, form.group_size)
+    groups = _groups(files, module, columns, module_format.group_size)
     groups = groups if order is None else groups[order]
     block = stored.codes.shape[2] * 8 // stored.bits
     firsts = groups[::block]
     _require(np.array_equal(firsts.repeat(block)[:columns], groups), module, "groups")
     expected_scales = scales.T[:, firsts]
-    zeros = _zeros(files, module, form.bits, layout)[:, :count].T[:, firsts]
+    zeros = _zeros(files, module, module_format.bits, gptq_format)[:, :count].T[:, firsts]
     if row_order is not None:
         expected_scales, zeros = expected_scales[row_order], zeros[row_order]
     _require(np.array_equal(stored.scales, expected_scales), module, "scales")
     zeros = zeros + shift
     middle = np.full(zeros.shape, 1 << (stored.bits - 1), np.uint8)
-    found_zeros = middle if stored.zeros is None else stored.zeros
-    _require(np.array_equal(found_zeros, zeros), module, "zeros")
+    graph_zeros = middle if stored.zeros is None else stored.zeros
+    _require(np.array_equal(graph_zeros, zeros), module, "zeros")
     return int(scales.size)
 
 
@@ -332,22 +335,24 @@ def _groups(
     return np.arange(columns) // (columns if group_size == -1 else group_size)
 
 
-def _zeros(files: TensorFiles, module: str, bits: int, layout: GptqFormat) -> NDArray[np.uint8]:
-    """Zeros of a matrix, shape (G, N or a few more)."""
+def _zeros(
+    files: TensorFiles, module: str, bits: int, gptq_format: GptqFormat
+) -> NDArray[np.uint8]:
+    """Zero points of a matrix, shape (G, N or a few more)."""
     words = np.ascontiguousarray(files.raw(f"{module}.qzeros")).view("<u4")
-    if layout.checkpoint_format != "gptq":
+    if gptq_format.checkpoint_format != "gptq":
         return _lanes(words.view(np.uint8), bits)
     if bits == 3:
         return _lanes(words.view(np.uint8), 3) + np.uint8(1) & np.uint8(7)
     # Less one was taken from whole words, so that a zero of 0 borrowed from the one above it.
-    ones = sum(1 << place for place in range(0, 32, bits))
+    ones = sum(1 << shift for shift in range(0, 32, bits))
     return _lanes((words + np.uint32(ones)).view(np.uint8), bits)
 
 
 def _compare_nf4(
     stored: _Stored, files: TensorFiles, module: str, rows: NDArray[np.int64] | None
 ) -> None:
-    """Compare a matrix of NF4 codes: each place of the grid stands for the level nearest to it."""
+    """Compare a matrix of NF4 codes: each code of the grid stands for the nearest level."""
     levels = np.asarray(files.floats(f"{module}.weight.quant_map"), np.float64)
     steps = np.arange(256) - 128.0
     scale = np.abs(steps[np.unique(stored.codes)]).max() or 1.0
@@ -359,7 +364,7 @@ def _compare_nf4(
 
 
 def _lanes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes along the last axis, one to a byte, out of a stream of bits from the lowest on."""
+    """Unpack codes along the last axis, lowest bits first, one per byte."""
     if bits == 8:
         return packed
     stream = np.unpackbits(packed, axis=-1, bitorder="little")

@@ -1,4 +1,4 @@
-"""Before a folder is declared done: is its graph fast, and are its codes the source's?"""
+"""Checks of an exported folder before it is complete: fast kernels, and codes of the source."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def lint_export(
     options: GraphOptions,
     tuning: Tuning | None = None,
 ) -> dict[str, Any]:
-    """Look at a graph that was just written, and refuse what nobody asked for.
+    """Check the graph of an export, and refuse slow kernels and lost codes.
 
     Args:
-        folder: Where the graph is.
+        folder: The folder of the graph.
         source: The folder that it was exported from.
-        architecture: The decoder.
-        settings: What was asked for.
-        options: The same, as far as the graph was told.
-        tuning: What the kernels were chosen by, which knows the speed of its machine's memory.
+        architecture: Architecture of the decoder.
+        settings: Settings of the export.
+        options: Options of the graph.
+        tuning: The chosen kernels, with the memory bandwidth of their machine.
 
     Returns:
-        What the manifest says of it: slow kernels, bytes, the speed that memory allows, codes.
+        Entries of the manifest: slow kernels, bytes, upper bound of the speed, codes.
 
     Raises:
-        ExportError: If a kernel is slow for another reason than what was asked for, or a code is
-            not the source's.
+        ExportError: If a kernel is slow for another reason than the settings, or a code differs
+            from the source's.
     """
     lint = lint_file(folder / MODEL_FILE)
     require_fast(lint, settings, options)
@@ -65,43 +65,43 @@ def lint_export(
 
 
 def require_fast(lint: Lint, settings: OnnxSettings, options: GraphOptions) -> None:
-    """Refuse a graph with a slow kernel; warn of one that was asked for.
+    """Refuse a graph with a slow kernel; warn of one that the settings request.
 
     Args:
-        lint: What was found in the graph.
-        settings: What was asked for.
-        options: The same, as far as the graph was told.
+        lint: Findings about the graph.
+        settings: Settings of the export.
+        options: Options of the graph.
 
     Raises:
         ExportError: If a kernel is slow that should not be.
     """
-    asked = set()
+    requested_rules = set()
     if settings.accuracy_level == 0:
-        asked.add("accuracy-level")
+        requested_rules.add("accuracy-level")
     if options.head_bits == 32:
-        asked.add("float-head")
-    wrong: list[Finding] = []
+        requested_rules.add("float-head")
+    unexpected: list[Finding] = []
     for finding in lint.findings:
-        if finding.rule in asked:
-            _log.warning("as asked for, but slow: %s", finding)
+        if finding.rule in requested_rules:
+            _log.warning("the requested settings are slow: %s", finding)
         else:
-            wrong.append(finding)
-    if wrong:
+            unexpected.append(finding)
+    if unexpected:
         raise ExportError(
-            f"the graph would be slow: {'; '.join(map(str, wrong))}; nothing was written: this is "
-            "a fault of the export"
+            f"the graph would be slow: {'; '.join(map(str, unexpected))}; nothing was written: "
+            "this is a fault of the export, please report it"
         )
 
 
 def _require_codes(check: CodeCheck | None, settings: OnnxSettings, options: GraphOptions) -> None:
-    """Refuse codes of the source that became floats although nobody asked for it."""
+    """Refuse codes of the source that became floats although the settings do not request it."""
     if check is None or settings.precision == "float32":
         return
-    asked = {EMBEDDING} if 32 in (options.embedding_bits, options.head_bits) else set()
-    asked |= {HEAD} if options.head_bits == 32 else set()
-    wrong = [module for module in check.decoded if module not in asked]
-    if wrong:
+    requested = {EMBEDDING} if 32 in (options.embedding_bits, options.head_bits) else set()
+    requested |= {HEAD} if options.head_bits == 32 else set()
+    unexpected = [module for module in check.decoded if module not in requested]
+    if unexpected:
         raise ExportError(
-            f"the graph holds floats where the source holds codes: {', '.join(wrong[:3])}; nothing "
-            "was written: this is a fault of the export"
+            f"the graph holds floats where the source holds codes: {', '.join(unexpected[:3])}; "
+            "nothing was written: this is a fault of the export"
         )

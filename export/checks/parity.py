@@ -1,9 +1,9 @@
-"""Does the exported graph say what its source says?
+"""Parity: how far the logits of the exported graph are from PyTorch's.
 
-The same text goes through the graph and through PyTorch, with the very weights that the graph
-holds: where the export rounded a matrix, PyTorch gets the rounded one. What is left is the
-graph's own doing. It reads the text once as a whole, and once half as a prompt and the rest token
-by token from its cache, since these are different kernels.
+The graph and PyTorch read the same text with the same weights: if the export rounded a matrix,
+PyTorch gets the rounded one, so that the difference is due to the graph alone. The graph reads the
+text once as a whole, and once with half of it as prefill and the rest decoded token by token,
+because these use different kernels.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def measure_parity(
     """Run a text through the graph and through PyTorch.
 
     Args:
-        folder: Where the graph is.
+        folder: The folder of the graph.
         source: The folder that it was exported from.
-        architecture: The decoder.
+        architecture: Architecture of the decoder.
         weights: The weights that the export read.
         ids: Shape (T,), at least 2 tokens.
         options: Bits of the tables.
@@ -117,10 +117,10 @@ def measure_parity(
 
 
 def require_parity(parity: Parity, *, exact: bool, bits: int) -> None:
-    """Refuse a graph that does not say what its source says.
+    """Refuse a graph whose logits are too far from PyTorch's.
 
     Args:
-        parity: What was measured.
+        parity: The measured differences.
         exact: Whether everything is computed in float32.
         bits: Bits of the coarsest rounding that the export did; 32 if it did none.
 
@@ -139,8 +139,9 @@ def require_parity(parity: Parity, *, exact: bool, bits: int) -> None:
         good, bound = parity.mean_kl <= MOST_DIVERGENCE, f"{MOST_DIVERGENCE:g} nats"
     if not good:
         raise ExportError(
-            f"the graph's logits are further than {bound} from PyTorch's with the same weights, "
-            f"{figures}; nothing was written: this is a fault of the export or of its libraries"
+            f"the logits of the graph differ by more than {bound} from PyTorch's with the same "
+            f"weights, {figures}; nothing was written: this is a fault of the export or of its "
+            "libraries"
         )
     most = MOST_ROUNDING.get(bits)
     if most is not None and parity.max_rounding > most:
@@ -174,8 +175,8 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 Cache = dict[str, NDArray[Any]]
 
 
-class Run(Protocol):
-    """Reads a text with a graph."""
+class TextRunner(Protocol):
+    """A function that reads a text with a graph."""
 
     def __call__(
         self, ids: NDArray[np.int64], cache: Cache | None, *, last: bool = False
@@ -184,12 +185,12 @@ class Run(Protocol):
         ...
 
 
-def text_runner(folder: Path, architecture: Architecture) -> Run:
+def text_runner(folder: Path, architecture: Architecture) -> TextRunner:
     """Open a graph to read texts.
 
     Args:
-        folder: Where the graph is.
-        architecture: The decoder.
+        folder: The folder of the graph.
+        architecture: Architecture of the decoder.
 
     Returns:
         A function from (T,) token ids and a cache to (T, V) logits and the longer cache.
@@ -208,21 +209,23 @@ def text_runner(folder: Path, architecture: Architecture) -> Run:
         folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
     )
     # A portable graph always gives the logits of all positions.
-    choice = any(entry.name == "first_logit" for entry in session.get_overridable_initializers())
+    selects_positions = any(
+        entry.name == "first_logit" for entry in session.get_overridable_initializers()
+    )
     names = [f"{layer}.{part}" for layer in range(architecture.layers) for part in ("key", "value")]
     types = {entry.name: entry.type for entry in session.get_inputs()}
-    kind = np.int8 if types["past_key_values.0.key"] == "tensor(int8)" else np.float32
-    nothing = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), kind)
+    dtype = np.int8 if types["past_key_values.0.key"] == "tensor(int8)" else np.float32
+    empty_cache = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), dtype)
     outputs = ["logits", *(f"present.{name}" for name in names)]
 
     window = window_of(session)
     if window is not None:
-        nothing = np.zeros((1, nothing.shape[1], window, nothing.shape[3]), kind)
+        empty_cache = np.zeros((1, empty_cache.shape[1], window, empty_cache.shape[3]), dtype)
 
     def run(
         ids: NDArray[np.int64], cache: Cache | None, *, last: bool = False
     ) -> tuple[NDArray[np.float32], Cache]:
-        past = dict.fromkeys(names, nothing) if cache is None else cache
+        past = dict.fromkeys(names, empty_cache) if cache is None else cache
         # Buffers of the size of a window do not tell how many tokens were read.
         read = 0 if cache is None else int(past.get("tokens", np.array(past["0.key"].shape[2])))
         total = len(ids) + read
@@ -231,7 +234,7 @@ def text_runner(folder: Path, architecture: Architecture) -> Run:
             "attention_mask": np.ones((1, total), np.int64),
             **{f"past_key_values.{name}": past[name] for name in names},
         }
-        if choice:
+        if selects_positions:
             feeds["first_logit"] = np.array([-1 if last else 0], np.int64)
         logits, *present = session.run(outputs, feeds)
         longer = dict(zip(names, present, strict=True))
@@ -250,7 +253,7 @@ def reference_model(
 
     Args:
         source: The folder that it was exported from.
-        architecture: The decoder.
+        architecture: Architecture of the decoder.
         weights: The weights that the export read.
         options: Bits of the tables.
 
@@ -298,7 +301,7 @@ def model_logits(model: PreTrainedModel, ids: NDArray[np.int64]) -> NDArray[np.f
 
 
 def _load_exact(source: Path, weights: FolderWeights) -> PreTrainedModel:
-    """A float model of an architecture that only the export reads, with what the source holds."""
+    """A float model of an architecture that only the export reads, with the source's weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -319,7 +322,7 @@ def _load_exact(source: Path, weights: FolderWeights) -> PreTrainedModel:
 def _rounded(
     name: str, architecture: Architecture, weights: FolderWeights, options: GraphOptions
 ) -> BlockWeight | None:
-    """What the export made of a module's weight, if it rounded it."""
+    """The weight of a module as the export rounded it; None if it is not rounded."""
     weight: Weight | None = None
     if name == EMBEDDING:
         weight = weights.table(EMBEDDING, options.embedding_bits)

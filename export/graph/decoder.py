@@ -14,6 +14,8 @@ attention is computed for the positions from ``first_logit`` on only, by default
               past_key_values.{layer}.{key,value} (batch_size, kv_heads, past, head_dim),
               first_logit (1,), which may be left out
     outputs   logits (batch_size, kept, vocabulary), present.{layer}.{key,value}
+
+It is one file because the layer is one picture: each function writes a part of the nodes above.
 """
 
 from __future__ import annotations
@@ -66,9 +68,9 @@ def write_decoder(
     """Write the graph and its weights, layer by layer.
 
     Args:
-        architecture: The decoder.
-        weights: Its weights.
-        writer: Where the graph goes.
+        architecture: Architecture of the decoder.
+        weights: Weights of the decoder.
+        writer: Writer of the graph.
         options: Context length and precision of tables.
         outliers: Columns that are multiplied in float32; none if not given.
     """
@@ -353,7 +355,7 @@ class _Decoder:
         return self._multiply_linears(value, [self.weights.linear(m) for m in modules], name)
 
     def _multiply_linears(self, value: ir.Value, linears: Sequence[Linear], name: str) -> ir.Value:
-        """The outputs of layers that read one input, side by side; one product if they allow it."""
+        """The concatenated outputs of layers with the same input; one product if possible."""
         merged = _merge(linears)
         if merged is not None:
             return self._multiply(value, merged.weight, merged.bias, name)
@@ -419,7 +421,7 @@ class _Decoder:
     def _lacking(
         self, value: ir.Value, weight: BlockWeight, columns: NDArray[np.int64], name: str
     ) -> ir.Value:
-        """What the product of codes lacks, since some columns of its input were divided."""
+        """The float product that adds what dividing some columns of the input removed."""
         few = self._gather_columns(value, columns, f"{name}.outliers")
         floats = weight.dequantize_columns(columns) * np.float32(FACTOR - 1)
         matrix = self.writer.stored(f"{name}.outliers.weight", floats.T)
@@ -436,7 +438,7 @@ class _Decoder:
         return self._gathered[key]
 
     def _keep(self, values: Sequence[ir.Value], first: ir.Value) -> list[ir.Value]:
-        """The positions from the first whose logits are wanted on."""
+        """The positions whose logits are requested: those from ``first_logit`` on."""
         end = self.writer.constant("end", np.array([_ALL], np.int64))
         axis = self.writer.constant("sequence_axis", np.array([1], np.int64))
         return [
@@ -453,7 +455,7 @@ class _Decoder:
 
 
 def _merge(linears: Sequence[Linear]) -> Linear | None:
-    """Layers as one, their rows below one another; None if their weights differ in kind."""
+    """Layers stacked into one; None if the formats of their weights differ."""
     weight: Weight
     blocks = [linear.weight for linear in linears if isinstance(linear.weight, BlockWeight)]
     floats = [linear.weight for linear in linears if not isinstance(linear.weight, BlockWeight)]

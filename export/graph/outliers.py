@@ -1,11 +1,11 @@
-"""Columns whose activations dwarf all others, multiplied in float32 beside the codes.
+"""Outlier columns, whose large activations are multiplied in float32 beside the codes.
 
 At accuracy level 4 ONNX Runtime rounds activations to 8 bits with one scale for each block of
 columns. In a trained decoder a few hidden channels are tens of times as large as the rest, at most
-tokens and in most layers (Dettmers et al., 2022, https://arxiv.org/abs/2208.07339), and leave their
-neighbours a few of the 255 steps. Such a channel is made small where that costs nothing, by the
-gain of the norm before the product, and what the product then lacks is added by one of a few
-columns in float32:
+tokens and in most layers (Dettmers et al., 2022, https://arxiv.org/abs/2208.07339), and leave few
+of the 255 steps to the other columns of their block. The gain of the norm before the product
+divides such a channel, which costs no time, and a float32 product of a few columns adds the
+missing part:
 
     W x  =  W x'  +  (FACTOR - 1) W[:, columns] x'[columns],    x' = x, but x / FACTOR in columns
 
@@ -27,10 +27,10 @@ from export.weights.architecture import Architecture
 from mistill.cost_model.processors import usable_threads
 
 FACTOR = 256
-"""What a column is divided by: much more than outliers stand out."""
+"""Divisor of an outlier column, much larger than outliers are."""
 
 CALIBRATION_TOKENS = 512
-"""Tokens by which the columns are found."""
+"""Tokens of calibration data for the float columns."""
 
 Outliers = Mapping[str, NDArray[np.int64]]
 """By the module name of a norm, the columns of its output that are multiplied in float32."""
@@ -43,7 +43,7 @@ def guarded_norms(architecture: Architecture, head_bits: int) -> list[str]:
     """The norms whose outputs are rounded.
 
     Args:
-        architecture: The decoder.
+        architecture: Architecture of the decoder.
         head_bits: Bits of the output head; that of 32 rounds nothing.
 
     Returns:
@@ -65,34 +65,34 @@ def find_outliers(
     count: int,
     block: int,
 ) -> Outliers:
-    """Read a text and see which columns make the rounding of others coarse.
+    """Read a text and find the columns that make the rounding of others coarse.
 
     Args:
-        folder: Where the graph is, without such columns yet.
-        architecture: The decoder.
+        folder: The folder of a graph without float columns.
+        architecture: Architecture of the decoder.
         norms: Module names of norms.
         ids: Shape (T,), tokens to read.
-        count: How many columns to choose for each norm.
+        count: Number of columns for each norm.
         block: Columns that share a scale.
 
     Returns:
         The columns, ascending.
     """
-    seen = _activations(folder, architecture, norms, ids)
-    return {norm: np.sort(worst_columns(seen[norm], count, block)) for norm in norms}
+    activations = _activations(folder, architecture, norms, ids)
+    return {norm: np.sort(worst_columns(activations[norm], count, block)) for norm in norms}
 
 
 def worst_columns(
     activations: NDArray[np.floating[Any]], count: int, block: int
 ) -> NDArray[np.int64]:
-    """The columns without which rounding loses least, chosen one after another.
+    """The columns whose removal reduces the rounding error most, chosen greedily.
 
-    What rounding adds to every column of a block grows with the square of the block's largest
-    number. Each time that column goes which takes most off the sum of these squares.
+    The squared rounding error of a column grows with the square of the largest number in its
+    block. Each step removes the column that reduces the sum of these squares most.
 
     Args:
         activations: Shape (T, K).
-        count: How many columns to choose.
+        count: Number of columns.
         block: Columns that share a scale.
 
     Returns:
@@ -104,23 +104,23 @@ def worst_columns(
     blocks = sizes.reshape(tokens, -1, block)
     starts = np.arange(blocks.shape[1]) * block
     chosen = np.empty(count, np.int64)
-    for place in range(count):
+    for index in range(count):
         largest = blocks.argmax(axis=2)
-        two = -np.partition(-blocks, 1, axis=2)[:, :, :2]
-        gains = np.square(two[:, :, 0], dtype=np.float64) - np.square(two[:, :, 1])
+        two_largest = -np.partition(-blocks, 1, axis=2)[:, :, :2]
+        gains = np.square(two_largest[:, :, 0], dtype=np.float64) - np.square(two_largest[:, :, 1])
         saved = np.bincount(
             (largest + starts).ravel(), weights=gains.ravel(), minlength=sizes.shape[1]
         )
-        saved[chosen[:place]] = -1
-        chosen[place] = saved[:columns].argmax()
-        sizes[:, chosen[place]] = 0
+        saved[chosen[:index]] = -1
+        chosen[index] = saved[:columns].argmax()
+        sizes[:, chosen[index]] = 0
     return chosen
 
 
 def _activations(
     folder: Path, architecture: Architecture, norms: list[str], ids: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float16]]:
-    """What each norm gives out at each token, shape (T, K)."""
+    """The output of each norm at each token, shape (T, K)."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnx_ir
     import onnxruntime
@@ -141,20 +141,20 @@ def _activations(
     options.intra_op_num_threads = usable_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    nothing = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), np.float32)
+    empty_cache = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), np.float32)
     past = [entry.name for entry in session.get_inputs() if entry.name.startswith("past")]
-    pieces: dict[str, list[NDArray[np.float16]]] = {norm: [] for norm in norms}
+    chunks: dict[str, list[NDArray[np.float16]]] = {norm: [] for norm in norms}
     for start in range(0, len(ids), _PIECE):
-        piece = ids[start : start + _PIECE]
+        chunk = ids[start : start + _PIECE]
         feeds: dict[str, Any] = {
-            "input_ids": piece[None],
-            "attention_mask": np.ones((1, len(piece)), np.int64),
+            "input_ids": chunk[None],
+            "attention_mask": np.ones((1, len(chunk)), np.int64),
             "first_logit": np.array([0], np.int64),
-            **dict.fromkeys(past, nothing),
+            **dict.fromkeys(past, empty_cache),
         }
-        found = session.run([outputs[norm] for norm in norms], feeds)
-        for norm, array in zip(norms, found, strict=True):
-            pieces[norm].append(np.clip(array[0], -6e4, 6e4).astype(np.float16))
+        outputs_of_chunk = session.run([outputs[norm] for norm in norms], feeds)
+        for norm, array in zip(norms, outputs_of_chunk, strict=True):
+            chunks[norm].append(np.clip(array[0], -6e4, 6e4).astype(np.float16))
     del session
     file.unlink()
-    return {norm: np.concatenate(arrays) for norm, arrays in pieces.items()}
+    return {norm: np.concatenate(arrays) for norm, arrays in chunks.items()}

@@ -49,9 +49,9 @@ def write_portable_decoder(
     """Write the graph and its weights, layer by layer.
 
     Args:
-        architecture: The decoder.
-        weights: Its weights.
-        writer: Where the graph goes.
+        architecture: Architecture of the decoder.
+        weights: Weights of the decoder.
+        writer: Writer of the graph.
         options: Context length and precision of tables.
     """
     _PortableDecoder(architecture, weights, writer, options).write()

@@ -32,7 +32,7 @@ class GraphWriter:
         """Open the data file.
 
         Args:
-            folder: Where model.onnx and its data file go.
+            folder: The folder for model.onnx and its data file.
             standard: Whether the graph holds standard operators only.
         """
         self._opsets = {"": _OPSETS[""]} if standard else _OPSETS
@@ -58,7 +58,7 @@ class GraphWriter:
         """Declare an input of the graph.
 
         Args:
-            name: Its name.
+            name: Name of the value.
             dtype: Type of its elements.
             shape: Sizes, or names of sizes that vary.
 
@@ -73,8 +73,8 @@ class GraphWriter:
         """Declare an input that has a value unless a run gives it another.
 
         Args:
-            name: Its name.
-            default: Its value.
+            name: Name of the value.
+            default: Value of the input if it is left out.
 
         Returns:
             The value.
@@ -87,8 +87,8 @@ class GraphWriter:
         """Declare a float32 output of the graph.
 
         Args:
-            value: What it returns.
-            name: Its name.
+            value: The value to return.
+            name: Name of the value.
             shape: Sizes, or names of sizes that vary.
         """
         value.name = name
@@ -100,8 +100,8 @@ class GraphWriter:
         """Keep a small tensor in model.onnx itself.
 
         Args:
-            name: Its name.
-            array: Its value.
+            name: Name of the value.
+            array: Content of the constant.
 
         Returns:
             The value.
@@ -114,8 +114,8 @@ class GraphWriter:
         Large ones begin at a page, so that they can be mapped; small ones at a cache line.
 
         Args:
-            name: Its name.
-            array: Its value.
+            name: Name of the value.
+            array: Content of the constant.
 
         Returns:
             The value.
@@ -126,7 +126,7 @@ class GraphWriter:
         """Write a tensor to the data file in a type that numpy may not have.
 
         Args:
-            name: Its name.
+            name: Name of the value.
             array: Its value; of the 4-bit types one number to a byte.
             dtype: Its type in the graph.
 
@@ -159,8 +159,8 @@ class GraphWriter:
         """Declare another tensor over bytes that are in the data file already.
 
         Args:
-            name: Its name.
-            value: What ``stored`` gave for these bytes.
+            name: Name of the value.
+            value: The value that ``stored`` returned for these bytes.
             shape: Its shape, of as many elements; the same as before if not given.
 
         Returns:
@@ -192,10 +192,10 @@ class GraphWriter:
         """Add a node of one output.
 
         Args:
-            operator: Its type.
-            inputs: What it reads; None for an optional input that is left out.
+            operator: Type of the operator.
+            inputs: Inputs of the node; None for an optional input that is left out.
             name: Its name, and its output's.
-            domain: Where the operator is defined.
+            domain: Operator set that defines the operator.
             **attributes: What else it is told.
 
         Returns:
@@ -216,11 +216,11 @@ class GraphWriter:
         """Add a node of several outputs.
 
         Args:
-            operator: Its type.
-            inputs: What it reads; None for an optional input that is left out.
-            name: Its name.
+            operator: Type of the operator.
+            inputs: Inputs of the node; None for an optional input that is left out.
+            name: Name of the value.
             outputs: Names of what it computes; an empty name for one that nobody reads.
-            domain: Where the operator is defined.
+            domain: Operator set that defines the operator.
             **attributes: What else it is told.
 
         Returns:
@@ -242,7 +242,7 @@ class GraphWriter:
 
         Args:
             name: Name of the graph.
-            properties: What a runtime should know of it, by name.
+            properties: Metadata of the model for runtimes.
         """
         self._data.flush()
         graph = ir.Graph(

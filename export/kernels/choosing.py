@@ -1,10 +1,10 @@
-"""Which kernel multiplies each kind of matrix fastest, on the processor that will chat?
+"""Which kernel multiplies each kind of matrix fastest on a processor.
 
-The answer depends on the processor: small blocks cost time where integer products are quick, and
-codes of 8 bits may be read faster than codes of 4 where many tokens share them. So products of
-the model's own shapes are timed, for one token and for a prompt, and for each kind of matrix the
-fastest is taken of those that change no weight: a group may be split, and codes of 4 bits may be
-stored in 8. A probe can be saved, and then stands for its machine on another one.
+The answer depends on the processor: small blocks cost time if integer products are fast, and codes
+of 8 bits may be faster than codes of 4 if many tokens share them. Products of the model's own
+shapes are timed, for one token and for a prompt, and for each kind of matrix the fastest kernel is
+chosen of those that change no weight: a group may be split, and codes of 4 bits may be stored in 8.
+The times can be saved as a probe, to tune a graph for that machine on another one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from export.kernels.probe import HERE, Probe, probe_here, read_probe
 from export.settings import GraphOptions, OnnxSettings
 from export.weights.architecture import EMBEDDING, HEAD, Architecture
 from export.weights.folder_weights import FolderWeights
-from export.weights.shapes import Kind, Stored, kind_of, product_shapes
+from export.weights.shapes import MatrixKind, StoredFormat, kind_of, product_shapes
 from mistill.cost_model.products import Kernel
 
 ANSWER = 128
-"""Tokens of the answer for which a choice is made, after a prompt of 512."""
+"""Tokens of the reply, after a prompt of 512, whose time is minimized."""
 
 AS_FAST = 1.1
 """Kernels within this ratio of the fastest are as fast: codes are then not widened, which costs
@@ -32,17 +32,17 @@ memory, and the smallest block is taken, which rounds least."""
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The kernels that were chosen, and why.
+    """The chosen kernels, and the times that decided.
 
     Attributes:
-        probe: What they were chosen by.
+        probe: The times that the kernels were chosen by.
         choices: The kernel of each kind of matrix, by the bits that its source has.
         table: A row for each kind and kernel: milliseconds a step and a prompt of 512 take in
             all layers, whether the source allows it, and whether it was chosen.
     """
 
     probe: Probe
-    choices: Mapping[tuple[Kind, int], Kernel]
+    choices: Mapping[tuple[MatrixKind, int], Kernel]
     table: Sequence[Mapping[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,12 +64,12 @@ class Tuning:
         }
 
 
-def allowed(stored: Stored, columns: int) -> list[Kernel]:
+def allowed(stored: StoredFormat, columns: int) -> list[Kernel]:
     """The kernels that change no weight.
 
     Args:
-        stored: How the source stores the matrix.
-        columns: Its columns.
+        stored: Format of the matrix in the source.
+        columns: Number of columns of the matrix.
 
     Returns:
         Kernels, of which none pads the columns if one does not have to.
@@ -86,47 +86,51 @@ def allowed(stored: Stored, columns: int) -> list[Kernel]:
 
 
 def tune(
-    found: Probe, architecture: Architecture, stored: Mapping[Kind, Iterable[Stored]]
+    probe: Probe, architecture: Architecture, stored: Mapping[MatrixKind, Iterable[StoredFormat]]
 ) -> Tuning:
     """Choose the fastest kernel for each kind of matrix.
 
     Args:
-        found: What the machine's kernels take.
-        architecture: The decoder.
-        stored: How the source stores matrices of each kind.
+        probe: Times of the machine's kernels.
+        architecture: Architecture of the decoder.
+        stored: Formats of each kind of matrix in the source.
 
     Returns:
         The kernels, least in the time of a prompt of 512 and an answer of 128.
     """
-    choices: dict[tuple[Kind, int], Kernel] = {}
+    choices: dict[tuple[MatrixKind, int], Kernel] = {}
     table = []
     for kind, (rows, columns, count) in product_shapes(architecture).items():
-        for form in _by_bits(stored.get(kind, ())):
-            legal = allowed(form, columns)
+        for matrix_format in _by_bits(stored.get(kind, ())):
+            allowed_kernels = allowed(matrix_format, columns)
             timed = {
                 kernel: timing
                 for kernel in KERNELS
-                if (timing := found.timing(kernel, rows, columns)) is not None
+                if (timing := probe.timing(kernel, rows, columns)) is not None
             }
-            times = {kernel: _seconds(kind, timed[kernel]) for kernel in legal if kernel in timed}
+            times = {
+                kernel: _seconds(kind, timed[kernel])
+                for kernel in allowed_kernels
+                if kernel in timed
+            }
             best = _best(times)
             if best is not None:
-                choices[kind, form.bits] = best
+                choices[kind, matrix_format.bits] = best
             for kernel, timing in timed.items():
                 table.append(
                     {
                         "kind": kind,
-                        "bits": form.bits,
+                        "bits": matrix_format.bits,
                         "kernel": str(kernel),
                         "token_ms": round(1e3 * count * timing.token, 4),
                         "prompt_ms": 0.0
                         if kind == "head"
                         else round(1e3 * count * timing.prompt, 3),
-                        "allowed": kernel in legal,
+                        "allowed": kernel in allowed_kernels,
                         "chosen": kernel == best,
                     }
                 )
-    return Tuning(probe=found, choices=choices, table=table)
+    return Tuning(probe=probe, choices=choices, table=table)
 
 
 def tuning_for(
@@ -138,8 +142,8 @@ def tuning_for(
     """Choose kernels for the target that an export is tuned for.
 
     Args:
-        settings: What was asked for; the target is given.
-        architecture: The decoder.
+        settings: Settings of the export, with ``tune_for``.
+        architecture: Architecture of the decoder.
         weights: Its weights, which say how they are stored.
         options: Bits of the head.
 
@@ -151,37 +155,39 @@ def tuning_for(
     """
     assert settings.tune_for is not None
     shapes = [(rows, columns) for rows, columns, _ in product_shapes(architecture).values()]
-    found = probe_here(shapes) if settings.tune_for == HERE else read_probe(settings.tune_for)
-    rounded = {"int4": 4, "int8": 8}.get(settings.precision, 32)
-    stored: dict[Kind, set[Stored]] = {}
+    probe = probe_here(shapes) if settings.tune_for == HERE else read_probe(settings.tune_for)
+    rounded_bits = {"int4": 4, "int8": 8}.get(settings.precision, 32)
+    stored: dict[MatrixKind, set[StoredFormat]] = {}
     for module in architecture.shapes():
         kind = kind_of(module)
-        form = None if kind is None else weights.stored_as(module, rounded)
-        if kind is not None and form is not None:
-            stored.setdefault(kind, set()).add(form)
+        matrix_format = None if kind is None else weights.stored_as(module, rounded_bits)
+        if kind is not None and matrix_format is not None:
+            stored.setdefault(kind, set()).add(matrix_format)
     head = weights.stored_as(EMBEDDING if architecture.tied else HEAD, options.head_bits)
     if head is not None and options.head_bits != 32:
         stored["head"] = {head}
-    return tune(found, architecture, stored)
+    return tune(probe, architecture, stored)
 
 
-def _by_bits(forms: Iterable[Stored]) -> list[Stored]:
-    """Of forms with the same bits but several groups, one whose blocks fit them all."""
-    merged: dict[int, Stored] = {}
-    for form in forms:
-        other = merged.get(form.bits, form)
-        merged[form.bits] = replace(form, group=math.gcd(form.group, other.group))
+def _by_bits(forms: Iterable[StoredFormat]) -> list[StoredFormat]:
+    """For each number of bits, one format whose blocks fit the groups of all."""
+    merged: dict[int, StoredFormat] = {}
+    for stored_format in forms:
+        other = merged.get(stored_format.bits, stored_format)
+        merged[stored_format.bits] = replace(
+            stored_format, group=math.gcd(stored_format.group, other.group)
+        )
     return [merged[bits] for bits in sorted(merged)]
 
 
 def _best(times: Mapping[Kernel, float]) -> Kernel | None:
-    """The fastest kernel; of several as fast, the smallest in memory and the finest in rounding."""
+    """The fastest kernel; of equally fast ones, that with the least memory and rounding."""
     least = min(times.values(), default=0.0)
     close = [kernel for kernel, seconds in times.items() if seconds <= AS_FAST * least]
     return min(close, key=lambda kernel: (kernel.form, kernel.block), default=None)
 
 
-def _seconds(kind: Kind, timing: Timing) -> float:
-    """Time in a prompt and its answer; the head multiplies one position of a prompt."""
+def _seconds(kind: MatrixKind, timing: Timing) -> float:
+    """Time for a prompt and its reply; the head multiplies only one position of a prompt."""
     prompt = timing.token if kind == "head" else timing.prompt
     return prompt + ANSWER * timing.token

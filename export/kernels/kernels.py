@@ -1,4 +1,4 @@
-"""The ways in which ONNX Runtime can multiply a matrix, and a stopwatch for them."""
+"""The kernels with which ONNX Runtime can multiply a matrix, and a timer for them."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ Timer = Callable[[Sequence[Kernel], int, int], Mapping[Kernel, Timing]]
 
 
 class OnnxTimer:
-    """Times products in ONNX Runtime, out of a cold cache, as in a step of a whole model.
+    """Times products in ONNX Runtime with a cold processor cache, as in a step of a whole model.
 
-    Kernels take turns, so that what else the machine does falls on all of them, and the least
-    of the rounds counts.
+    Kernels take turns, so that other load of the machine affects all of them, and the shortest
+    round counts.
     """
 
     def __init__(self, threads: int, clock: Callable[[], float] = perf_counter) -> None:
-        """Make a stopwatch.
+        """Make a timer.
 
         Args:
             threads: Threads to multiply with.
@@ -70,7 +70,7 @@ class OnnxTimer:
         """Time a product with each kernel.
 
         Args:
-            kernels: How to multiply.
+            kernels: Kernels to time.
             rows: Rows of the matrix, N.
             columns: Columns of the matrix, K.
 

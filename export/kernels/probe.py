@@ -1,4 +1,4 @@
-"""A few seconds of products: how fast is each kernel on this machine?"""
+"""A probe: the times of matrix products on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mistill.settings import require
 _log = logging.getLogger(__name__)
 
 HERE = "here"
-"""The target that stands for this machine."""
+"""The value of ``tune_for`` that means this machine."""
 
 # What any model is made of, for a probe that is not told of one.
 USUAL_SHAPES = ((960, 576), (576, 1536), (3072, 576), (2048, 2048), (4096, 4096), (4096, 11008))
@@ -28,13 +28,13 @@ USUAL_SHAPES = ((960, 576), (576, 1536), (3072, 576), (2048, 2048), (4096, 4096)
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a machine's kernels take.
+    """The times of matrix products on a machine.
 
     Attributes:
         machine: The processor, in words.
         threads: Threads that multiplied.
-        memory_bytes_per_second: What its memory gives.
-        timings: Kernel, rows and columns to how long a product takes.
+        memory_bytes_per_second: Memory bandwidth of the machine.
+        timings: Time of a product by kernel, rows and columns.
     """
 
     machine: str
@@ -43,10 +43,10 @@ class Probe:
     timings: Mapping[tuple[Kernel, int, int], Timing]
 
     def timing(self, kernel: Kernel, rows: int, columns: int) -> Timing | None:
-        """How long a product takes, or took by the matrix most like it.
+        """The time of a product, measured or scaled from the most similar matrix.
 
         Args:
-            kernel: How it is multiplied.
+            kernel: Kernel of the product.
             rows: Rows of the matrix.
             columns: Columns of the matrix.
 
@@ -58,15 +58,15 @@ class Probe:
         if exact is not None:
             return exact
         timed: dict[tuple[int, int], set[Kernel]] = {}
-        for one, *shape in self.timings:
-            timed.setdefault((shape[0], shape[1]), set()).add(one)
+        for timed_kernel, *shape in self.timings:
+            timed.setdefault((shape[0], shape[1]), set()).add(timed_kernel)
         # Of one matrix all kernels are compared, or none: two would differ in more than kernels.
         most = max(map(len, timed.values()), default=0)
-        found = [shape for shape, kernels in timed.items() if len(kernels) == most]
-        if not found or kernel not in timed[found[0]]:
+        shapes = [shape for shape, kernels in timed.items() if len(kernels) == most]
+        if not shapes or kernel not in timed[shapes[0]]:
             return None
         nearest = min(
-            found,
+            shapes,
             key=lambda shape: (_apart(shape[1], columns), _apart(shape[0], rows)),
         )
         measured = self.timings[kernel, *nearest]
@@ -109,11 +109,11 @@ def run_probe(
 
     Args:
         shapes: Rows and columns.
-        timer: What times a product.
+        timer: Function that times products.
         machine: The processor, in words.
         threads: Threads that the timer multiplies with.
-        memory_bytes_per_second: What memory gives.
-        kernels: What to time.
+        memory_bytes_per_second: Memory bandwidth of the machine.
+        kernels: Kernels to time.
 
     Returns:
         The probe.
@@ -136,7 +136,7 @@ def run_probe(
 def probe_here(
     shapes: Iterable[tuple[int, int]] = USUAL_SHAPES, *, threads: int | None = None
 ) -> Probe:
-    """Time this machine's kernels, which takes some seconds.
+    """Time matrix products on this machine, which takes some seconds.
 
     Args:
         shapes: Rows and columns of the matrices that are timed.
@@ -152,8 +152,8 @@ def probe_here(
     count = threads or usable_threads()
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
         _log.warning(
-            "this machine is busy (load %.1f), and times taken now are doubtful; probe it when "
-            "it is idle",
+            "this machine is busy (load %.1f), so that the times are unreliable; run the probe "
+            "when it is idle",
             os.getloadavg()[0],
         )
     return run_probe(
@@ -172,7 +172,7 @@ def probe_cpu(
     threads: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Time this machine's kernels and save what was found, for ``tune_for`` on another machine.
+    """Time matrix products on this machine and save them, for ``tune_for`` on another one.
 
     Args:
         target: The .json file to write.
@@ -202,7 +202,7 @@ def read_probe(file: str | Path) -> Probe:
     """Read a probe that ``Probe.save`` wrote.
 
     Args:
-        file: The file.
+        file: Path of the file.
 
     Returns:
         The probe.

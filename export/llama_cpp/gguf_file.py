@@ -53,16 +53,16 @@ def to_gguf(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Make a GGUF file: the same model for llama.cpp and Ollama.
+    """Export a model to a GGUF file for llama.cpp and Ollama.
 
     The file holds the weights, the tokenizer, the chat template and the lineage. Weights are read
-    and written one matrix at a time. llama.cpp has no sliding window for such models: of one that
-    has, the file allows as many positions as the window, within which both say the same.
+    and written one matrix at a time. llama.cpp has no sliding window for such models. If the model
+    has one, the file allows as many positions as the window, within which the logits are equal.
 
     Args:
         source: A float, GPTQ or NF4 folder, or whatever else names a model.
         target: The file to make.
-        settings: How the weights are stored; or give its fields as keywords.
+        settings: Types of the weights; or give the fields as keywords.
         overwrite: Replace the target if it exists.
         **options: Fields of ``GgufSettings``.
 
@@ -79,7 +79,9 @@ def to_gguf(
     with creating_file(target, overwrite) as partial:
         info = open_folder(resolve_model(source))
         if info.form == "onnx":
-            raise FolderError(f"{source} is an ONNX folder; give the folder it was made from")
+            raise FolderError(
+                f"{source} is an ONNX folder; give the model folder that it was exported from"
+            )
         config = read_json(info.path / "config.json")
         architecture = read_architecture(config)
         _require_known(architecture)
@@ -104,17 +106,18 @@ def to_gguf(
 
 
 def _require_known(architecture: Architecture) -> None:
-    """Refuse what llama.cpp computes in another way for a model of this type."""
+    """Refuse a model that llama.cpp would compute differently."""
     kind, layers = architecture.model_type, range(architecture.layers)
     if architecture.rotary.kind == "llama3" and _ARCHITECTURES[kind][0] != "llama":
         raise ArchitectureError(
-            f"llama.cpp does not scale rotary positions of a {kind} model as llama3 does"
+            f"llama.cpp does not support llama3 scaling of the rotary embedding in a {kind} model"
         )
     without = {layer for layer in layers if (layer + 1) % _SMOLLM3_STEP == 0}
     if kind == "smollm3" and architecture.unrotated_layers != without:
         raise ArchitectureError(
             f"llama.cpp leaves every {_SMOLLM3_STEP}th layer of a smollm3 model without rotary "
-            f"positions, and this one leaves out {sorted(architecture.unrotated_layers)}"
+            "embedding, and this model leaves the layers "
+            f"{sorted(architecture.unrotated_layers)} without"
         )
 
 

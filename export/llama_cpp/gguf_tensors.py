@@ -56,10 +56,10 @@ class GgufTensor:
     """A tensor of the file, before its values are read.
 
     Attributes:
-        name: What llama.cpp calls it.
-        source: What transformers calls it; empty for one that is made here.
+        name: Name of the tensor in llama.cpp.
+        source: Name of the tensor in transformers; empty for a tensor that is computed.
         shape: Its sizes, (N, K) of a matrix.
-        type: How its values are stored.
+        type: Type of the stored values.
     """
 
     name: str
@@ -100,7 +100,7 @@ def plan_tensors(
     named in the log.
 
     Args:
-        architecture: The decoder.
+        architecture: Architecture of the decoder.
         weights: Its weights, of which only the names are read.
         settings: Types of the matrices.
 
@@ -128,7 +128,7 @@ def plan_tensors(
         tensors.append(GgufTensor(ROPE_FACTORS, "", half, "float32"))
     if odd:
         _log.warning(
-            "%d matrices become float16, since their rows do not divide into blocks of %d: %s",
+            "%d matrices become float16, because their rows cannot be split into blocks of %d: %s",
             len(odd),
             BLOCK,
             ", ".join(odd[:3]),
@@ -157,9 +157,9 @@ def read_values(
     """The values of the planned tensors, one at a time.
 
     Args:
-        tensors: What ``plan_tensors`` returned.
-        architecture: The decoder.
-        weights: Its weights.
+        tensors: Tensors that ``plan_tensors`` returned.
+        architecture: Architecture of the decoder.
+        weights: Weights of the decoder.
         pairs: Whether rows of q and k that are rotated together stand side by side.
 
     Yields:
@@ -189,8 +189,8 @@ def read_values(
         yield _stored(values if order is None else values[order], tensor)
     if again:
         _log.warning(
-            "the codes of %d matrices fit no blocks of llama.cpp (their columns mix groups, or "
-            "their grid is another) and were rounded again; float16 and q8_0 lose less",
+            "the codes of %d matrices do not fit the blocks of llama.cpp (act-order mixes their "
+            "groups, or their grid differs) and were rounded again; float16 and q8_0 lose less",
             again,
         )
 

@@ -1,8 +1,8 @@
-"""A tokenizer as a GGUF file describes it: pieces, merges or scores, and the name of a way to cut.
+"""A tokenizer as a GGUF file describes it: tokens, merges or scores, and a pre-tokenizer's name.
 
-llama.cpp knows by name how text is cut into words before pieces are merged, and computes it in its
-own code. The name is found by cutting a text that tells the ways apart. A tokenizer that llama.cpp
-would follow differently is refused: it would give the model tokens that it never met.
+llama.cpp has its own code for each way of splitting text into words before tokens are merged, and a
+GGUF file names it. The name is found by splitting a text that distinguishes them. A tokenizer that
+llama.cpp would follow differently is refused, because the model would get other tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from mistill.errors import VocabularyError
 from mistill.folders.folder import read_json
-from mistill.sources.tokenizer_parts import Kind, Pieces, merges_of, word_cutter
+from mistill.sources.tokenizer_parts import Pieces, TokenType, merges_of, word_cutter
 from mistill.text.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ _PROBE = (
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """What a GGUF file says about a tokenizer.
+    """A tokenizer as a GGUF file describes it.
 
     Attributes:
         model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece.
-        cut: llama.cpp's name for how text is cut into words; None for SentencePiece.
+        cut: llama.cpp's name of the pre-tokenizer; None for SentencePiece.
         pieces: One for each row of the embedding.
         merges: Pairs with a space between, best first; empty for SentencePiece.
         space_prefix: Whether a space is put before text; None for byte-level vocabularies.
@@ -65,7 +65,7 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
 
     Args:
         folder: A sound model folder.
-        vocabulary: The same tokenizer, already read.
+        vocabulary: Vocabulary of the same folder.
 
     Returns:
         The description.
@@ -78,7 +78,7 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
     model = definition.get("model") or {}
     if model.get("type") != "BPE":
         raise VocabularyError(
-            f"{file} holds a {model.get('type')} vocabulary; GGUF files are written with BPE ones"
+            f"{file} holds a {model.get('type')} vocabulary; export to GGUF needs a BPE vocabulary"
         )
     merges = [_pair(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
@@ -88,7 +88,7 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
         return GgufVocabulary("llama", None, pieces, space_prefix=prefix)
     if not merges:
         raise VocabularyError(
-            f"{file} merges no pieces, and llama.cpp opens no such vocabulary; GGUF files need a "
+            f"{file} has no merges, and llama.cpp opens no such vocabulary; GGUF files need a "
             "BPE vocabulary with merges"
         )
     pieces = _pieces(definition, vocabulary, None, {})
@@ -107,21 +107,21 @@ def _pieces(
     unknown: str | None,
     scores: Mapping[str, float],
 ) -> Pieces:
-    """Every row of the embedding; those that stand for no token get a name that none has."""
+    """All rows of the embedding; those without a token get a placeholder as text."""
     byte_fallback = bool(scores)
     texts = [f"[PAD{row}]" for row in range(vocabulary.size)]
-    kinds = [Kind.UNUSED] * vocabulary.size
+    kinds = [TokenType.UNUSED] * vocabulary.size
     for text, token in definition["model"]["vocab"].items():
         if token < vocabulary.size:
             is_byte = byte_fallback and len(text) == 6 and text.startswith("<0x")
-            texts[token], kinds[token] = text, Kind.BYTE if is_byte else Kind.NORMAL
+            texts[token], kinds[token] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
     for entry in definition.get("added_tokens") or []:
         token = entry["id"]
         if token < vocabulary.size:
             texts[token] = entry["content"]
-            kinds[token] = Kind.CONTROL if entry.get("special") else Kind.USER_DEFINED
+            kinds[token] = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
             if byte_fallback and entry["content"] == unknown:
-                kinds[token] = Kind.UNKNOWN
+                kinds[token] = TokenType.UNKNOWN
     ranks = [scores.get(text, 0.0) for text in texts] if byte_fallback else []
     return Pieces(texts, kinds, ranks)
 
@@ -130,12 +130,12 @@ def _pieces(
 
 
 def _cut(file: Path, definition: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts text."""
+    """llama.cpp's name of the pre-tokenizer of a byte-level vocabulary."""
     normalizer = definition.get("normalizer")
     # llama.cpp does not normalize; text is nearly always composed (NFC) already.
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise VocabularyError(
-            f"{file} normalizes text ({normalizer.get('type')}), which llama.cpp does not"
+            f"{file} normalizes text ({normalizer.get('type')}), which llama.cpp does not support"
         )
     tokenizer = Tokenizer.from_file(str(file))
     words_first = bool(definition["model"].get("ignore_merges"))
@@ -145,8 +145,8 @@ def _cut(file: Path, definition: Mapping[str, Any]) -> str:
             if first == words_first and _words(word_cutter(name, str(file))) == ours:
                 return name
     raise VocabularyError(
-        f"{file} cuts text into words in a way that llama.cpp has no name for, as far as mistill "
-        f"knows; known are {', '.join(_CUTS)}"
+        f"{file} splits text into words in a way that mistill knows no name of in llama.cpp; "
+        f"it knows {', '.join(_CUTS)}"
     )
 
 
@@ -163,10 +163,10 @@ def _scores(
     definition: Mapping[str, Any],
     merges: Sequence[tuple[str, str]],
 ) -> dict[str, float]:
-    """The scores by which llama.cpp merges pieces as the tokenizer does.
+    """The scores by which llama.cpp merges tokens as the tokenizer does.
 
-    llama.cpp joins the two neighbours whose union has the highest score, however it is cut. So all
-    cuts of a piece must be merges, and stand together.
+    llama.cpp merges the two neighbours whose union has the highest score, however it is split. So
+    all splits of a token must be merges, and be adjacent in the list.
     """
     joined: dict[str, float] = {}
     for left, right in merges:
@@ -177,8 +177,8 @@ def _scores(
     tied = _tied_runs(within)
     if tied:
         _log.warning(
-            "this tokenizer joins %d runs of one character with one score; llama.cpp may cut runs "
-            "that are longer than all of them in another way",
+            "this tokenizer merges %d runs of one character with one score; llama.cpp may split "
+            "longer runs differently",
             len(tied) + 1,
         )
     joined |= {piece: joined[best] for piece, best in tied.items()}
@@ -189,8 +189,8 @@ def _scores(
     order = [joined["".join(pair)] for pair in within]
     if set(merges_of(ranks)) != set(within) or order != sorted(order, reverse=True):
         raise VocabularyError(
-            f"{name} merges pieces in an order that no scores of SentencePiece give, so that "
-            "llama.cpp would cut words in another way"
+            f"{name} merges tokens in an order that no SentencePiece scores express, so that "
+            "llama.cpp would split words differently"
         )
     return scores
 
@@ -202,22 +202,22 @@ def _tied_runs(merges: Sequence[tuple[str, str]]) -> dict[str, str]:
     Of cuts with one score llama.cpp takes the leftmost, and a merge list the first in the list: the
     two differ on runs that are longer than the longest piece.
     """
-    places: dict[str, list[int]] = {}
-    for place, pair in enumerate(merges):
+    positions: dict[str, list[int]] = {}
+    for position, pair in enumerate(merges):
         piece = "".join(pair)
         if piece == piece[0] * len(piece):
-            places.setdefault(piece, []).append(place)
-    found: dict[str, str] = {}
+            positions.setdefault(piece, []).append(position)
+    tied: dict[str, str] = {}
     # Of each character, the run whose score the next ones may have, and where its merges end.
     reached: dict[str, tuple[str, int]] = {}
-    for piece, at in places.items():
+    for piece, piece_positions in positions.items():
         best, end = reached.get(piece[0], (piece, -1))
-        if at[0] < end:
-            found[piece] = best
-            reached[piece[0]] = best, max(end, at[-1])
+        if piece_positions[0] < end:
+            tied[piece] = best
+            reached[piece[0]] = best, max(end, piece_positions[-1])
         else:
-            reached[piece[0]] = piece, at[-1]
-    return found
+            reached[piece[0]] = piece, piece_positions[-1]
+    return tied
 
 
 def _space_prefix(definition: Mapping[str, Any], vocabulary: Vocabulary) -> bool:
@@ -230,8 +230,8 @@ def _space_prefix(definition: Mapping[str, Any], vocabulary: Vocabulary) -> bool
         # A conversation begins with a special token: no text in it is the first.
         plain = vocabulary.chat_template is None
         _log.warning(
-            "this tokenizer puts a space before the first text alone, which llama.cpp cannot: it "
-            "will put one %s",
+            "this tokenizer puts a space before the first text only, which llama.cpp does not "
+            "support: it will put one %s",
             "after every special token too" if plain else "nowhere, as in conversations",
         )
         return plain

@@ -22,9 +22,9 @@ def genai_config(
     """What ``genai_config.json`` says.
 
     Args:
-        architecture: The decoder.
-        vocabulary: Its tokens.
-        context_length: Most positions.
+        architecture: Architecture of the decoder.
+        vocabulary: Vocabulary of the model.
+        context_length: The most positions of a text.
         padding_id: The token that fills rows of a batch; None takes the first that ends a text.
         in_place: Whether the graph extends its keys and values where they are.
 

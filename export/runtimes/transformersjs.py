@@ -37,9 +37,9 @@ def arrange_for_transformersjs(
     """Put a finished folder in the order that transformers.js expects.
 
     Args:
-        folder: Where the graph and the companion files are.
-        config: What config.json is to say of the model.
-        vocabulary: Its tokens.
+        folder: The folder of the graph and its companion files.
+        config: Content of config.json.
+        vocabulary: Vocabulary of the model.
         bits: Bits of the layers, 32 if they are float.
     """
     dtype = "fp32" if bits == 32 else "q4" if bits <= 4 else "q8"

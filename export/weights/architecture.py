@@ -1,7 +1,7 @@
-"""What a decoder's config.json says about its graph, and what our graph cannot say.
+"""The architecture of a decoder as config.json describes it, and what the export supports.
 
-Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one decoder but for a window, biases, norms of heads
-and layers without rotary positions.
+Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one decoder but for a sliding window, biases, norms of
+heads and layers without rotary embedding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rotary:
 
     Attributes:
         kind: ``default``, ``linear`` or ``llama3``.
-        base: Theta.
+        base: Base of the frequencies, theta.
         parameters: All that config.json says of it, under the newer names.
     """
 
@@ -56,12 +56,12 @@ class Architecture:
         kv_heads: Key and value heads; each serves heads / kv_heads query heads.
         head_dim: Width of a head; need not be hidden_size / heads.
         intermediate_size: Width of the feed-forward layer.
-        norm_epsilon: What the root mean square is kept away from 0 by.
+        norm_epsilon: Epsilon of the RMSNorm layers.
         max_positions: Longest context that the model was made for.
         sliding_window: Positions that a query sees, itself included; None for all.
         tied: Whether the output head is the embedding.
         frequencies: Shape (head_dim / 2,), radians per position of each rotary pair.
-        rotary: What the frequencies were made by.
+        rotary: Parameters of the frequencies.
         head_norms: Whether queries and keys are normed head by head, as Qwen3's are.
         unrotated_layers: Layers whose attention knows no positions, as every fourth of SmolLM3's.
         biased: Linear layers of a decoder layer that must have a bias.
@@ -130,13 +130,15 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(
-            f"export knows {', '.join(ARCHITECTURES[:-1])} and {ARCHITECTURES[-1]} models, this "
-            f"one is {model_type!r}"
+            f"export supports {', '.join(ARCHITECTURES[:-1])} and {ARCHITECTURES[-1]} models, and "
+            f"this one is {model_type!r}"
         )
     config = {**_DEFAULTS.get(model_type, {}), **config}
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ArchitectureError(f"export knows the activation silu, this model uses {activation!r}")
+        raise ArchitectureError(
+            f"export supports the activation silu, and this model uses {activation!r}"
+        )
     heads = int(config["num_attention_heads"])
     hidden_size = int(config["hidden_size"])
     head_dim = int(config.get("head_dim") or hidden_size // heads)
@@ -166,18 +168,18 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def require_graph(architecture: Architecture) -> None:
-    """Refuse a decoder that ONNX Runtime's operators cannot compute.
+    """Refuse a decoder that ONNX Runtime's operators do not support.
 
     Args:
-        architecture: The decoder.
+        architecture: Architecture of the decoder.
 
     Raises:
-        ArchitectureError: If there is such a thing; the message names it.
+        ArchitectureError: If the decoder is not supported; the message says why.
     """
     if architecture.head_dim % 16:
         raise ArchitectureError(
-            "ONNX Runtime's attention needs heads whose width divides by 16, this model's are "
-            f"{architecture.head_dim} wide"
+            "ONNX Runtime's attention needs a head width that is divisible by 16, and this model's "
+            f"is {architecture.head_dim}"
         )
 
 
@@ -200,12 +202,12 @@ def rotary_tables(
 
 
 def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """A Llama has no window, whatever its config carries; others may have one switched off."""
-    kind, window = config["model_type"], config.get("sliding_window")
-    switched_off = kind != "mistral" and not config.get("use_sliding_window", False)
-    if window is None or kind == "llama" or switched_off:
+    """The sliding window; a Llama has none whatever its config says, others may disable it."""
+    model_type, window = config["model_type"], config.get("sliding_window")
+    switched_off = model_type != "mistral" and not config.get("use_sliding_window", False)
+    if window is None or model_type == "llama" or switched_off:
         return None
-    if kind != "mistral":
+    if model_type != "mistral":
         full = int(config.get("max_window_layers", 0))
         layers = range(int(config["num_hidden_layers"]))
         kinds = config.get("layer_types") or [
@@ -215,7 +217,7 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
             return None
         if set(kinds) != {"sliding_attention"}:
             raise ArchitectureError(
-                "export does not know models with a sliding window in some layers only"
+                "export does not support models with a sliding window in some layers only"
             )
     return int(window)
 
@@ -233,10 +235,10 @@ def _biased(config: Mapping[str, Any]) -> tuple[str, ...]:
     attention = [f"self_attn.{part}_proj" for part in ("q", "k", "v")]
     if config["model_type"] == "qwen2":
         return tuple(attention)
-    found = [*attention, "self_attn.o_proj"] if config.get("attention_bias") else []
+    biased = [*attention, "self_attn.o_proj"] if config.get("attention_bias") else []
     if config.get("mlp_bias"):
-        found += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    return tuple(found) if config["model_type"] != "mistral" else ()
+        biased += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    return tuple(biased) if config["model_type"] != "mistral" else ()
 
 
 def _frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.float32], Rotary]:
@@ -244,7 +246,9 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.f
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
     if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ArchitectureError("export does not know models that rotate only part of a head")
+        raise ArchitectureError(
+            "export does not support models that rotate only a part of each head"
+        )
     frequencies = plain_frequencies(base, head_dim)
     kind = rope.get("rope_type", rope.pop("type", "default"))
     rotary = Rotary(kind, base, {**rope, "rope_type": kind, "rope_theta": base})
@@ -252,7 +256,7 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.f
         return frequencies, rotary
     if kind not in ("linear", "llama3"):
         raise ArchitectureError(
-            "export knows the rotary embeddings default, linear and llama3, this model uses "
+            "export supports the rotary embeddings default, linear and llama3, and this model uses "
             f"{kind!r}"
         )
     if kind == "llama3":
@@ -264,7 +268,7 @@ def plain_frequencies(base: float, head_dim: int) -> NDArray[np.float32]:
     """The frequencies of a rotary embedding that is not scaled.
 
     Args:
-        base: Theta.
+        base: Base of the frequencies, theta.
         head_dim: Width of a head.
 
     Returns:
@@ -277,9 +281,9 @@ def plain_frequencies(base: float, head_dim: int) -> NDArray[np.float32]:
 def _llama3_frequencies(
     frequencies: NDArray[np.float32], rope: Mapping[str, Any]
 ) -> NDArray[np.float32]:
-    """Slow waves are stretched by a factor, fast ones kept, those between blended (Llama 3.1)."""
+    """Low frequencies are divided by a factor, high ones kept, others interpolated (Llama 3.1)."""
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     turns = float(rope["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    blended = kept * frequencies + (1 - kept) * frequencies / float(rope["factor"])
+    weights = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    blended = weights * frequencies + (1 - weights) * frequencies / float(rope["factor"])
     return np.asarray(blended, np.float32)

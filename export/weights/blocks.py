@@ -38,7 +38,7 @@ class BlockWeight:
         scales: Shape (N, blocks).
         zeros: Shape (N, blocks), one zero point to a byte, or None for the middle of the range.
         bits: Bits per code, 2, 4 or 8.
-        columns: K.
+        columns: Number of columns, K.
         order: Shape (K,), the input column that stands at each place, or None if they are in
             order.
     """
@@ -223,8 +223,8 @@ def blocks_of_codes(weight: QuantizedWeight, largest_block: int) -> BlockWeight:
     block_size = _block_for(codes.shape[1], bounds.tolist(), largest_block)
     if block_size is None:
         raise ExportError(
-            f"groups of {weight.group_size} columns cannot be cut into blocks of "
-            f"{', '.join(map(str, LEGAL_BLOCKS))}, which ONNX Runtime multiplies; quantize again "
+            f"groups of {weight.group_size} columns cannot be split into blocks of "
+            f"{', '.join(map(str, LEGAL_BLOCKS))} columns, as ONNX Runtime needs; quantize again "
             "with a group size of 16, 32, 64 or 128"
         )
     group_of_block = groups[::block_size]
@@ -272,7 +272,7 @@ def blocks_of_nf4(
         codes: Shape (N * K / 2,), two 4-bit codes to a byte with the first in the high half.
         levels: Shape (16,), from -1 to 1.
         block_maxima: The largest magnitude in each run of 64 weights.
-        shape: (N, K).
+        shape: Shape of the matrix, (N, K).
         largest_block: Most columns per block.
 
     Returns:
@@ -284,8 +284,8 @@ def blocks_of_nf4(
     rows, columns = shape
     if columns % NF4_BLOCK:
         raise ExportError(
-            f"NF4 weights with {columns} columns have runs of {NF4_BLOCK} that reach into the next "
-            "row, which bitsandbytes itself misreads on a CPU; quantize the float parent with "
+            f"NF4 weights with {columns} columns have blocks of {NF4_BLOCK} that reach into the "
+            "next row, which bitsandbytes itself misreads on a CPU; quantize the float model by "
             "GPTQ instead"
         )
     block_size = min(largest_block, NF4_BLOCK)

@@ -1,7 +1,7 @@
 """The weights of a folder, read one at a time and without PyTorch.
 
-Files are mapped, not loaded: a tensor is in memory while it is being used. What a linear layer
-becomes is decided here: float weights stay, GPTQ codes and NF4 levels become blocks.
+Files are mapped, so that a tensor is in memory only while it is used. Float weights stay floats or
+are rounded; GPTQ codes and NF4 levels become blocks of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from export.weights.blocks import (
     round_to_blocks,
     widen,
 )
-from export.weights.shapes import Kind, Stored, kind_of
+from export.weights.shapes import MatrixKind, StoredFormat, kind_of
 from mistill.cost_model.products import Kernel
 from mistill.errors import FolderError, missing_extra
 from mistill.folders.folder import read_config, weight_files
@@ -57,24 +57,24 @@ class Linear:
 
 
 class FolderWeights:
-    """The tensors of a float, GPTQ or NF4 folder, in the form that the export asks for.
+    """The tensors of a float, GPTQ or NF4 folder in the format of the export.
 
     A context manager: the files are mapped until it ends.
     """
 
     def __init__(self, folder: Path, architecture: Architecture, settings: OnnxSettings) -> None:
-        """Read the headers, and refuse weights that do not make up the architecture.
+        """Read the headers, and refuse weights that do not fit the architecture.
 
         Args:
             folder: A sound model folder.
-            architecture: What the weights must make up.
-            settings: Which precision to bring the weights to.
+            architecture: The architecture that the weights must fit.
+            settings: Settings of the export, with the precision of the weights.
 
         Raises:
             FolderError: If a weight is missing or has another shape; the message names it.
         """
         self._settings = settings
-        self._kernels: Mapping[tuple[Kind, int], Kernel] = {}
+        self._kernels: Mapping[tuple[MatrixKind, int], Kernel] = {}
         self._head = EMBEDDING if architecture.tied else HEAD
         config = read_config(folder)
         self._gptq = read_quantization(config)
@@ -103,17 +103,17 @@ class FolderWeights:
         self._files.clear()
         self._open.close()
 
-    def use_kernels(self, kernels: Mapping[tuple[Kind, int], Kernel]) -> None:
-        """Bring weights into the form that some kernels multiply.
+    def use_kernels(self, kernels: Mapping[tuple[MatrixKind, int], Kernel]) -> None:
+        """Store matrices in the format that some kernels multiply.
 
         Args:
-            kernels: The kernel for each kind of matrix and the bits that its source has; other
-                matrices keep the form of the settings.
+            kernels: The kernel for each kind of matrix and number of bits in the source; other
+                matrices have the format of the settings.
         """
         self._kernels = kernels
 
-    def stored_as(self, module: str, bits: int) -> Stored | None:
-        """How a matrix is stored, as far as the kernels for it depend on that.
+    def stored_as(self, module: str, bits: int) -> StoredFormat | None:
+        """The format of a matrix, as far as the choice of a kernel depends on it.
 
         Args:
             module: Its name, without the tensor's own.
@@ -124,16 +124,16 @@ class FolderWeights:
         """
         largest = self._settings.block_size or max(LEGAL_BLOCKS)
         if self.has(f"{module}.qweight"):
-            form = None if self._gptq is None else self._gptq.format_of(module)
-            if form is None or form.bits == 2:
+            module_format = None if self._gptq is None else self._gptq.format_of(module)
+            if module_format is None or module_format.bits == 2:
                 return None
             width = self._shapes[f"{module}.scales"][0]
-            columns = self._shapes[f"{module}.qweight"][0] * 32 // form.bits
-            group = columns if width == 1 else form.group_size
-            return Stored(form.bits, group, largest, widens=form.bits < 8)
+            columns = self._shapes[f"{module}.qweight"][0] * 32 // module_format.bits
+            group = columns if width == 1 else module_format.group_size
+            return StoredFormat(module_format.bits, group, largest, widens=module_format.bits < 8)
         if self.has(f"{module}.weight.{NF4_STATE}"):
-            return Stored(8, min(NF4_BLOCK, largest), largest, widens=False)
-        return None if bits == 32 else Stored(bits, max(LEGAL_BLOCKS), largest, widens=False)
+            return StoredFormat(8, min(NF4_BLOCK, largest), largest, widens=False)
+        return None if bits == 32 else StoredFormat(bits, max(LEGAL_BLOCKS), largest, widens=False)
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -143,7 +143,7 @@ class FolderWeights:
         """Read one tensor as it is stored.
 
         Args:
-            name: Its name.
+            name: Name of the tensor.
 
         Returns:
             The tensor.
@@ -158,7 +158,7 @@ class FolderWeights:
         """Read one tensor as float32.
 
         Args:
-            name: Its name.
+            name: Name of the tensor.
 
         Returns:
             The tensor.
@@ -168,7 +168,9 @@ class FolderWeights:
         """
         tensor = self.tensor(name).astype(np.float32, copy=False)
         if not np.isfinite(tensor).all():
-            raise FolderError(f"{name} holds a value that is not a number; its training failed")
+            raise FolderError(
+                f"{name} holds a value that is infinite or not a number; its training failed"
+            )
         return tensor
 
     def changes(self, module: str) -> bool:
@@ -205,7 +207,7 @@ class FolderWeights:
         return Linear(weight, bias)
 
     def exact(self, module: str) -> FloatWeight:
-        """Read a matrix as what it stands for, however it is stored.
+        """Read a matrix as floats, however it is stored.
 
         Args:
             module: Its name, without the tensor's own.
@@ -256,27 +258,28 @@ class FolderWeights:
         return weight if bits == 32 else self._round(module, weight, bits)
 
     def _check(self, folder: Path, architecture: Architecture) -> None:
-        wrong = []
+        faults = []
         for module, shape in architecture.shapes().items():
             name, expected = f"{module}.weight", shape
             if self.has(f"{module}.qweight"):
-                form = None if self._gptq is None else self._gptq.format_of(module)
-                bits = 32 if form is None else form.bits
+                module_format = None if self._gptq is None else self._gptq.format_of(module)
+                bits = 32 if module_format is None else module_format.bits
                 name, expected = f"{module}.qweight", (shape[1] * bits // 32, shape[0])
             elif self.has(f"{name}.{NF4_STATE}"):
                 expected = (math.prod(shape) // 2, 1)
-            found = self._shapes.get(name)
-            if found is None:
-                wrong.append(f"{name} is missing")
-            elif found != expected:
-                wrong.append(f"{name} has the shape {found}, not {expected}")
+            shape_in_file = self._shapes.get(name)
+            if shape_in_file is None:
+                faults.append(f"{name} is missing")
+            elif shape_in_file != expected:
+                faults.append(f"{name} has the shape {shape_in_file}, not {expected}")
         for layer in range(architecture.layers):
             biases = (f"model.layers.{layer}.{part}.bias" for part in architecture.biased)
-            wrong += [f"{name} is missing" for name in biases if not self.has(name)]
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+            faults += [f"{name} is missing" for name in biases if not self.has(name)]
+        if faults:
+            more = f" and {len(faults) - 3} more" if faults[3:] else ""
             raise FolderError(
-                f"{folder} does not hold the model of its config.json: {', '.join(wrong[:3])}{more}"
+                f"{folder} does not hold the model of its config.json: "
+                f"{', '.join(faults[:3])}{more}"
             )
 
     def _stored(self, module: str) -> Weight:
@@ -298,7 +301,7 @@ class FolderWeights:
 
     def _kernel(self, module: str, bits: int) -> Kernel | None:
         """The kernel for a matrix whose source has codes of some bits."""
-        kind: Kind | None = "head" if module == self._head else kind_of(module)
+        kind: MatrixKind | None = "head" if module == self._head else kind_of(module)
         return None if kind is None else self._kernels.get((kind, bits))
 
     def _gptq_blocks(self, module: str) -> BlockWeight:

@@ -8,13 +8,13 @@ from typing import Literal
 
 from export.weights.architecture import Architecture
 
-Kind = Literal["qkv", "o", "gate_up", "down", "head"]
+MatrixKind = Literal["qkv", "o", "gate_up", "down", "head"]
 
 
-KINDS: tuple[Kind, ...] = ("qkv", "o", "gate_up", "down", "head")
+KINDS: tuple[MatrixKind, ...] = ("qkv", "o", "gate_up", "down", "head")
 
 
-_KIND_OF: dict[str, Kind] = {
+_KIND_OF: dict[str, MatrixKind] = {
     "q_proj": "qkv",
     "k_proj": "qkv",
     "v_proj": "qkv",
@@ -26,8 +26,8 @@ _KIND_OF: dict[str, Kind] = {
 
 
 @dataclass(frozen=True, order=True)
-class Stored:
-    """How a source stores matrices of a kind.
+class StoredFormat:
+    """The format of matrices of a kind in the source.
 
     Attributes:
         bits: Bits of a code as the source or the rounding has it.
@@ -42,11 +42,11 @@ class Stored:
     widens: bool
 
 
-def kind_of(module: str) -> Kind | None:
+def kind_of(module: str) -> MatrixKind | None:
     """The kind of matrix that a module of a layer is.
 
     Args:
-        module: Its name.
+        module: Name of the module.
 
     Returns:
         The kind; None for one that is not multiplied.
@@ -54,11 +54,11 @@ def kind_of(module: str) -> Kind | None:
     return _KIND_OF.get(module.rpartition(".")[2])
 
 
-def product_shapes(architecture: Architecture) -> dict[Kind, tuple[int, int, int]]:
+def product_shapes(architecture: Architecture) -> dict[MatrixKind, tuple[int, int, int]]:
     """The matrices that a step multiplies by.
 
     Args:
-        architecture: The decoder.
+        architecture: Architecture of the decoder.
 
     Returns:
         Rows, columns and how many there are, of each kind.
@@ -66,12 +66,12 @@ def product_shapes(architecture: Architecture) -> dict[Kind, tuple[int, int, int
     one = {
         name.removeprefix("model.layers.0."): shape for name, shape in _first_layer(architecture)
     }
-    sizes: dict[Kind, list[tuple[int, ...]]] = {}
+    sizes: dict[MatrixKind, list[tuple[int, ...]]] = {}
     for name, shape in one.items():
         kind = kind_of(name)
         if kind is not None:
             sizes.setdefault(kind, []).append(shape)
-    shapes: dict[Kind, tuple[int, int, int]] = {
+    shapes: dict[MatrixKind, tuple[int, int, int]] = {
         kind: (sum(shape[0] for shape in parts), parts[0][1], architecture.layers)
         for kind, parts in sizes.items()
     }

@@ -1,6 +1,6 @@
-"""A conversation with a model: its history, and replies that appear as they are written.
+"""A conversation with a model: its history, and replies that are streamed as they are written.
 
-Works with every folder of the road. An ONNX folder needs neither PyTorch nor transformers.
+It works with model folders of every form. An ONNX folder needs neither PyTorch nor transformers.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings(SamplingSettings):
-    """How a chatbot picks its words, and when it stops.
+    """How replies are sampled, and when they end.
 
     Attributes:
-        max_new_tokens: Most tokens of one reply.
+        max_new_tokens: The most tokens of one reply.
         stop: Strings that end a reply and are not part of it.
-        overflow: What to do when the conversation no longer fits the model's context: refuse, or
-            slide on by forgetting the oldest turns.
+        overflow: What happens when the conversation no longer fits into the model's context:
+            ``refuse`` ends with an error, ``slide`` leaves out the oldest turns.
     """
 
     max_new_tokens: int = 512
@@ -49,7 +49,7 @@ class ChatSettings(SamplingSettings):
     overflow: Overflow = "refuse"
 
     def __post_init__(self) -> None:
-        """Refuse what no reply can be written with."""
+        """Refuse settings out of their ranges."""
         super().__post_init__()
         require(
             self.max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"
@@ -73,7 +73,7 @@ class Speed:
             them anew or had them in its cache.
         first_token_seconds: From the question to the reply's first token.
         new_tokens: Tokens of the reply, the one that ends the turn included.
-        tokens_per_second: How fast the tokens after the first came; 0 if there was but one.
+        tokens_per_second: Speed of decoding, after the first token; 0 if there was only one.
     """
 
     prompt_tokens: int
@@ -88,9 +88,9 @@ class ChatBot:
     Attributes:
         history: The conversation so far: messages with ``role`` and ``content``, the system's
             first if there is one. It may be changed between replies.
-        settings: How the chatbot picks its words, and when it stops.
-        last_speed: How fast the last reply was; None before there is one.
-        last_ending: Why the last reply ended; None before there is one.
+        settings: How replies are sampled, and when they end.
+        last_speed: Speed of the last reply; None before the first one.
+        last_ending: Reason for the end of the last reply; None before the first one.
         last_scores: How probable each token of the last reply was, the one that ends the turn
             included; empty if that was not asked for.
     """
@@ -120,22 +120,23 @@ class ChatBot:
         Args:
             folder: An ONNX folder, or where PyTorch is installed a model folder or whatever else
                 names a model.
-            system: What the chatbot is told before the conversation.
-            settings: How it picks its words; or give the fields as options.
-            model: The folder as a running model, if it is open already; where a smaller model is
-                to guess, opened with ``alone=False``.
-            threads: Threads to compute with; None takes all processors that may be used.
-            provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
-            draft: What guesses the next tokens of an ONNX folder, to write faster: ``lookup``, or
-                the ONNX folder of a smaller model with the same tokens.
-            exact: Whether greedy replies must be, to the token, what they are without a draft; a
-                model whose rounding does not allow that then does not guess.
-            constraint: The form of every reply.
+            system: The system prompt of the conversation.
+            settings: How replies are sampled, and when they end; or give the fields as options.
+            model: The folder as a running model, if it is open already; for a draft model, opened
+                with ``alone=False``.
+            threads: Number of threads; None takes one for each processor that may be used.
+            provider: Execution provider of an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
+            draft: Source of draft tokens for speculative decoding of an ONNX folder: ``lookup``,
+                or the ONNX folder of a draft model with the same vocabulary.
+            exact: Whether greedy replies must be, token for token, what they are without a draft;
+                speculative decoding is off for a model that cannot guarantee that.
+            constraint: The constraint on every reply, for constrained decoding.
             **options: Fields of ``ChatSettings``.
 
         Raises:
             MissingExtraError: If the folder needs a library that is not installed.
-            VocabularyError: If the folder has no chat template, or the draft has other tokens.
+            VocabularyError: If the folder has no chat template, or the draft model has another
+                vocabulary.
         """
         self.settings = settings_from(ChatSettings, settings, options)
         folder = resolve_model(folder)
@@ -143,7 +144,7 @@ class ChatBot:
         if self._vocabulary.chat_template is None:
             raise VocabularyError(
                 f"{folder} has no chat template, so it cannot hold a conversation; use a chat "
-                "model, or put a template into chat_template.jinja"
+                "model, or write a template to chat_template.jinja"
             )
         self._constraint = constraint
         self._constraint_tokens: ConstraintTokens | None = None
@@ -152,9 +153,9 @@ class ChatBot:
             model = open_model(folder, threads=threads, provider=provider, alone=alone)
         self._model = model
         if draft is not None:
-            from mistill.engine.speculation import with_guesses
+            from mistill.engine.speculation import with_draft
 
-            self._model = with_guesses(self._model, draft, exact=exact)
+            self._model = with_draft(self._model, draft, exact=exact)
         self._end_ids = frozenset(self._vocabulary.end_ids)
         self._system = system
         self._reply: Generator[str, None, None] | None = None
@@ -164,7 +165,7 @@ class ChatBot:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the conversation, but not what the chatbot was told before it."""
+        """Remove the conversation from the history; the system prompt stays."""
         self._end_reply()
         self.history = [] if self._system is None else [_message("system", self._system)]
         self._forgotten = 0
@@ -177,14 +178,14 @@ class ChatBot:
         constraint: Constraint | None = None,
         log_probabilities: int | None = None,
     ) -> Generator[str, None, None]:
-        """Answer, piece by piece.
+        """Stream the reply to a message.
 
-        The turn enters the history when the reply ends. A reply that is closed or interrupted
-        enters it as far as it was shown; one of which nothing was shown leaves no trace.
+        The turn is added to the history when the reply ends. Of a reply that is closed or
+        interrupted, the text so far is added; if there is none, the turn is not added.
 
         Args:
-            text: What the user says.
-            constraint: The form of this reply; None takes that of every reply.
+            text: Message of the user.
+            constraint: Constraint on this reply; None takes the constraint on every reply.
             log_probabilities: How many of the most probable tokens to keep for each position in
                 ``last_scores``; 0 keeps the written token's alone, None keeps nothing.
 
@@ -210,12 +211,12 @@ class ChatBot:
         if log_probabilities is not None:
             choose = Scored(choose, log_probabilities)
             self.last_scores = choose.scores
-        shown = TextStream(self._vocabulary, self.settings.stop, every_byte=form is not None)
-        self._reply = self._answer(question, prompt, choose, shown, time.perf_counter() - started)
+        stream = TextStream(self._vocabulary, self.settings.stop, every_byte=form is not None)
+        self._reply = self._answer(question, prompt, choose, stream, time.perf_counter() - started)
         return self._reply
 
     def save(self, file: str | Path) -> Path:
-        """Keep the conversation and what the model has read of it.
+        """Save the conversation and its KV cache.
 
         Args:
             file: A safetensors file to write; replaced if it exists.
@@ -231,10 +232,10 @@ class ChatBot:
         return self._engine().save_cache(file, conversation=json.dumps(state, ensure_ascii=False))
 
     def restore(self, file: str | Path) -> None:
-        """Go on with a conversation that ``save`` kept; nothing of it is read again.
+        """Continue a conversation that ``save`` wrote; nothing of it is read again.
 
         Args:
-            file: The file.
+            file: Path of the file.
 
         Raises:
             FolderError: If it is damaged, was written by another model or holds no conversation.
@@ -250,7 +251,10 @@ class ChatBot:
         from mistill.engine.onnx_model import OnnxModel
 
         model = getattr(self._model, "model", self._model)
-        require(isinstance(model, OnnxModel), "only conversations with ONNX folders can be kept")
+        require(
+            isinstance(model, OnnxModel),
+            "only a conversation with an ONNX folder can be saved; export the model",
+        )
         assert isinstance(model, OnnxModel)
         return model
 
@@ -268,7 +272,7 @@ class ChatBot:
         seconds_before: float,
     ) -> Generator[str, None, None]:
         tokens = self._model.stream(prompt, choose)
-        shown: list[str] = []
+        pieces: list[str] = []
         seconds: list[float] = []
         ending: Ending | None = None
         try:
@@ -282,21 +286,21 @@ class ChatBot:
                 if token in self._end_ids:
                     ending = "end of turn"
                     break
-                shown.append(text.add(token))
+                pieces.append(text.add(token))
                 if text.stopped:
                     ending = "stop string"
                 elif len(seconds) == self.settings.max_new_tokens:
                     ending = "max_new_tokens"
-                if shown[-1]:
-                    yield shown[-1]
-            shown.append(text.finish())
-            if shown[-1]:
-                yield shown[-1]
+                if pieces[-1]:
+                    yield pieces[-1]
+            pieces.append(text.finish())
+            if pieces[-1]:
+                yield pieces[-1]
         finally:
             self.last_ending = ending or "interrupted"
             self.last_speed = _speed(len(prompt), seconds_before, seconds)
-            if ending is not None or any(shown):
-                self.history += [question, _message("assistant", "".join(shown))]
+            if ending is not None or any(pieces):
+                self.history += [question, _message("assistant", "".join(pieces))]
 
     def _end_reply(self) -> None:
         if self._reply is not None:
@@ -304,7 +308,7 @@ class ChatBot:
             self._reply = None
 
     def _prompt(self, question: Message) -> list[int]:
-        """The conversation as the model reads it, with its oldest turns left out if need be."""
+        """The tokens of the conversation, with the oldest turns left out if necessary."""
         context = self._model.context_length
         forgotten = self._forgotten
         prompt = self._tokens(forgotten, question)
@@ -333,24 +337,24 @@ class ChatBot:
         )
 
     def _first_turn(self) -> int:
-        """Where the conversation begins in the history: after what the system says."""
+        """Index of the first message after the system prompt."""
         roles = [message["role"] for message in self.history]
-        return next((place for place, role in enumerate(roles) if role != "system"), len(roles))
+        return next((index for index, role in enumerate(roles) if role != "system"), len(roles))
 
     def _turns_after(self, forgotten: int) -> list[int]:
-        """How many messages to leave out so that a turn begins after them, fewest first."""
+        """Numbers of messages that can be left out so that a turn begins after them, ascending."""
         turns = self.history[self._first_turn() :]
-        starts = [place for place, message in enumerate(turns) if message["role"] == "user"]
-        return [place for place in [*starts, len(turns)] if place > forgotten]
+        starts = [index for index, message in enumerate(turns) if message["role"] == "user"]
+        return [index for index in [*starts, len(turns)] if index > forgotten]
 
     def _advice(self, forgotten: int) -> str:
         if len(self.history) - self._first_turn() <= forgotten:
             return "shorten the message"
-        return "begin a new one, or let the oldest turns be forgotten with overflow slide"
+        return "start a new conversation, or set overflow to slide to leave out the oldest turns"
 
 
 def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
-    """History and forgotten messages as ``save`` wrote them; nothing else is taken up."""
+    """The history and the number of messages left out, as ``save`` wrote them."""
     try:
         state = json.loads(text)
         history = [_message(one["role"], one["content"]) for one in state["history"]]
@@ -360,7 +364,7 @@ def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound or not 0 <= forgotten <= len(history):
-        raise FolderError(f"the conversation in {file} is damaged; begin a new one")
+        raise FolderError(f"the conversation in {file} is damaged; give another file")
     return history, forgotten
 
 

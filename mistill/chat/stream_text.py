@@ -1,7 +1,7 @@
-"""Tokens to text as it is written: no character broken, no stop string shown by halves.
+"""Streamed text of a reply: without broken characters, and without a part of a stop string.
 
 A token is a run of bytes, and a character outside ASCII may be spread over several tokens. A stop
-string may be spread over several too. What cannot be shown yet is held back until it can.
+string may be spread over several too. Text that is not certain yet is held back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TextStream:
         """Begin a reply.
 
         Args:
-            vocabulary: What the tokens spell.
+            vocabulary: Vocabulary of the model.
             stop: Strings that end the text and are not part of it.
             every_byte: Whether to show the space too with which SentencePiece marks the start of
                 a text; where the form of the text counts, it is part of it.
@@ -80,8 +80,8 @@ class TextStream:
 class StopStrings:
     """Text up to the first stop string, however the text is cut into pieces.
 
-    The stop string that is complete first counts; of several that end at one place, the one that
-    began first.
+    The stop string that is complete first counts; of several that end at the same position, the
+    one that began first.
 
     Attributes:
         found: Whether one has been found.
@@ -103,7 +103,7 @@ class StopStrings:
         """Add a piece of text.
 
         Args:
-            text: What follows.
+            text: Text that follows.
 
         Returns:
             What cannot be part of a stop string: all of it, unless it ends as one begins.

@@ -1,4 +1,4 @@
-"""``mistill chat``: a conversation in a terminal, or lines from a pipe answered one by one."""
+"""``mistill chat``: a conversation in a terminal, or replies to each line of a pipe."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def run_terminal_chat(
 
     Args:
         folder: An ONNX folder, or a model folder where PyTorch is installed.
-        system: What the chatbot is told before the conversation.
-        threads: Threads to compute with; None takes all processors that may be used.
-        settings: How the chatbot picks its words.
-        session: A file in which the conversation goes on if it is there, and is kept at the end.
+        system: The system prompt of the conversation.
+        threads: Number of threads; None takes one for each processor that may be used.
+        settings: How replies are sampled, and when they end.
+        session: A file from which the conversation continues if it exists; it is saved there at
+            the end.
         **options: More of what ``ChatBot`` takes.
     """
     bot = ChatBot(folder, system=system, settings=settings, threads=threads, **options)
@@ -68,11 +69,11 @@ def run_terminal_chat(
 
 
 def speed_line(speed: Speed, ending: str | None = None) -> str:
-    """What is said about a reply after it.
+    """A line about the speed of a reply.
 
     Args:
-        speed: How fast it was.
-        ending: Why it ended.
+        speed: Speed of the reply.
+        ending: Reason for the end of the reply.
 
     Returns:
         One line, such as ``48 tokens, 61.3 tokens/s, the first after 0.12 s``.
@@ -86,19 +87,19 @@ def speed_line(speed: Speed, ending: str | None = None) -> str:
     return ", ".join(parts)
 
 
-class _Leave(Exception):
-    """The user has had enough."""
+class _EndOfChat(Exception):
+    """The user ends the chat."""
 
 
 class _Commands:
-    """What a line that begins with a slash does."""
+    """The commands of the chat, lines that begin with a slash."""
 
     def __init__(self, bot: ChatBot) -> None:
         self.bot = bot
         self._saved: set[Path] = set()
 
     def run(self, line: str) -> str:
-        """Obey a command and say what was done."""
+        """Run a command and return a message about it."""
         name, _, argument = line[1:].strip().partition(" ")
         if name == "help":
             return HELP
@@ -108,7 +109,7 @@ class _Commands:
         if name == "save":
             return self._save(argument.strip())
         if name in ("quit", "exit"):
-            raise _Leave
+            raise _EndOfChat
         raise SettingsError(f"there is no command /{name}; /help lists them")
 
     def _save(self, name: str) -> str:
@@ -126,7 +127,7 @@ class _Commands:
 
 
 class _TerminalChat:
-    """The loop of a person at a terminal."""
+    """A chat in a terminal."""
 
     def __init__(self, bot: ChatBot, name: str, console: Console) -> None:
         self._bot = bot
@@ -142,16 +143,16 @@ class _TerminalChat:
             try:
                 line = self._console.input("[bold]> [/bold]").strip()
                 if line:
-                    self._take(line)
+                    self._handle(line)
             except KeyboardInterrupt:
                 self._console.print()
             except MistillError as error:
                 self._console.print(str(error), style="red", markup=False)
-            except (EOFError, _Leave):
+            except (EOFError, _EndOfChat):
                 self._console.print()
                 return
 
-    def _take(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         if line.startswith("/") and not line.startswith("//"):
             self._note(self._commands.run(line))
         else:
@@ -160,8 +161,8 @@ class _TerminalChat:
     def _answer(self, message: str) -> None:
         reply = self._bot.reply(message)
         try:
-            for piece in reply:
-                self._console.out(piece.translate(_CONTROLS), end="", highlight=False)
+            for text in reply:
+                self._console.out(text.translate(_CONTROLS), end="", highlight=False)
         except KeyboardInterrupt:
             reply.close()
         self._console.print()
@@ -183,12 +184,12 @@ def _answer_lines(bot: ChatBot, lines: TextIO, out: TextIO) -> None:
             if message.startswith("/") and not message.startswith("//"):
                 commands.run(message)
                 continue
-            for piece in bot.reply(_message(message)):
-                out.write(piece)
+            for text in bot.reply(_message(message)):
+                out.write(text)
                 out.flush()
             out.write("\n")
             out.flush()
-    except _Leave:
+    except _EndOfChat:
         return
     except BrokenPipeError:
         # Whoever was reading has left; Python would complain again when it closes the pipe.

@@ -3,6 +3,9 @@
 Options come from the settings dataclasses of the steps, so that a default is written once.
 An error that a user can meet is printed as one line and ends with 2; anything else is a bug of
 ours and keeps its traceback.
+
+It is one file because each command is little more than its signature and its help, and whoever
+looks for a command without a group of its own finds it here.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from export import GgufSettings, OnnxSettings
 from mistill import __version__
 from mistill.chat.bot import ChatSettings
 from mistill.cli import bench_commands, eval_commands, quantize_commands
-from mistill.cli.command_output import made_folder, say, speaks
+from mistill.cli.command_output import is_main_process, print_folder, print_result
+from mistill.cli.help_pages import SAMPLING, HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.engine.language_model import Provider
 from mistill.errors import MissingExtraError, MistillError
@@ -35,6 +39,7 @@ app = App(
     version=__version__,
     help="Make a large language model small enough to chat on a laptop.",
     help_format="plaintext",
+    help_formatter=HelpPage(),
 )
 app.command(quantize_commands.app)
 app.command(bench_commands.app)
@@ -45,23 +50,32 @@ app.command(eval_commands.app)
 def teacher(
     source: str, target: Path, /, *, overwrite: bool = False, json: bool = False
 ) -> dict[str, Any]:
-    """Make a plain model folder of a teacher, wherever it comes from.
+    """Save a teacher from the Hub, a GGUF file or a folder as a plain model folder.
 
     Args:
-        source: A Hub id, a model folder, a GGUF file, or @smollm2 for the embedded teacher.
-        target: The folder to make.
+        source: The model: a Hub id such as owner/name, a model folder, a GGUF file, or @smollm2
+            for SmolLM2-135M-Instruct from a Python package.
+        target: The model folder to write.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from mistill.sources.source import save_model
 
-    return made_folder(save_model(source, target, overwrite=overwrite), json)
+    return print_folder(save_model(source, target, overwrite=overwrite), json)
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Replies": ("max_new_tokens", "system", "keep_unfinished", "batch_size"),
+            **SAMPLING,
+            "Held-out data": ("held_out", "held_out_share"),
+        }
+    )
+)
 def generate(
     teacher: str,
     prompts: Path,
@@ -72,28 +86,42 @@ def generate(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Let a teacher write training conversations from a file of prompts.
+    """Let a teacher answer a file of prompts, to get conversations to train a student on.
 
     Args:
-        teacher: The model that answers.
-        prompts: A text file with one prompt a line.
-        target: The .jsonl file to write; an interrupted run resumes.
-        settings: How the teacher writes.
+        teacher: The model that answers: a model folder, a Hub id, a GGUF file, or @smollm2.
+        prompts: A text file with one prompt per line.
+        target: The .jsonl file of conversations to write. The same command resumes an interrupted
+            run.
+        settings: How the replies are sampled.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from distill import generate_conversations
 
-    made = generate_conversations(teacher, prompts, target, settings=settings, overwrite=overwrite)
-    with made.open(encoding="utf-8") as lines:
+    file = generate_conversations(teacher, prompts, target, settings=settings, overwrite=overwrite)
+    with file.open(encoding="utf-8") as lines:
         count = sum(1 for _ in lines)
-    return say({"path": str(made), "conversations": count}, f"{count} conversations", made, json)
+    return print_result(
+        {"path": str(file), "conversations": count}, f"{count} conversations", file, json
+    )
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Size of the student": (
+                *("layers", "parameters", "megabytes_at_4_bits"),
+                *("hidden_size", "intermediate_size", "key_value_heads"),
+            ),
+            "What is pruned": ("texts", "choose", "keep", "calibration_tokens", "block_length"),
+            "Student with random weights": ("fresh", "attention_heads", "seed"),
+        }
+    )
+)
 def student(
     teacher: str,
     target: Path,
@@ -104,26 +132,39 @@ def student(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Cut a student out of its teacher, or make a fresh one with its vocabulary.
+    """Make a student: prune the teacher, or start from random weights with its vocabulary.
 
     Args:
-        teacher: The model to start from.
-        target: The folder to make.
-        texts: Text to measure the teacher on.
-        settings: What to keep of it.
+        teacher: The model to prune: a model folder, a Hub id, a GGUF file, or @smollm2.
+        target: The model folder of the student to write.
+        texts: Calibration data, on which the importance of layers, heads and channels is
+            measured. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or @demo-train.
+        settings: How much of the teacher the student keeps.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from distill import new_student
 
-    made = new_student(teacher, target, texts=texts or None, settings=settings, overwrite=overwrite)
-    return made_folder(made, json)
+    folder = new_student(
+        teacher, target, texts=texts or None, settings=settings, overwrite=overwrite
+    )
+    return print_folder(folder, json)
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "What is stored": ("texts", "method", "draws", "top_k", "temperature", "codec", "seed"),
+            "Memory and speed": (
+                *("batch_size", "block_length", "precision", "memory_mib", "shard_tokens"),
+            ),
+            "Several machines": ("rank", "ranks"),
+        }
+    )
+)
 def targets(
     teacher: str,
     target: str,
@@ -134,38 +175,64 @@ def targets(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Keep what a teacher says about a text on disk; an interrupted run resumes.
+    """Store teacher logits on disk, so that students train without the teacher in memory.
+
+    The same command resumes an interrupted run.
 
     Args:
-        teacher: The model to ask.
-        target: The folder to make, on this machine or an address such as s3://bucket/targets.
-        texts: Text to ask it about.
-        settings: How to keep what it says.
+        teacher: The model that predicts: a model folder, a Hub id, a GGUF file, or @smollm2.
+        target: The folder of targets to write, on this machine or at an address such as
+            s3://bucket/targets.
+        texts: The training text that the teacher reads. A .txt, .jsonl, .json or .parquet file,
+            a Hub dataset, or @demo-train.
+        settings: What is stored of the teacher's distribution at each position.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from distill import cache_targets
     from mistill.folders.folder import MANIFEST_FILE
     from mistill.folders.location import location_of
     from mistill.folders.targets_folder import describe_targets
 
-    made = cache_targets(teacher, target, texts=texts, settings=settings, overwrite=overwrite)
-    location = location_of(made)
+    folder = cache_targets(teacher, target, texts=texts, settings=settings, overwrite=overwrite)
+    location = location_of(folder)
     if not location.exists(MANIFEST_FILE):
-        facts = {"path": str(made), "finished": False}
-        return say(facts, "unfinished: other ranks are still at work", made, json)
+        facts = {"path": str(folder), "finished": False}
+        return print_result(facts, "unfinished: other processes are still writing", folder, json)
     info = describe_targets(location)
     words = (
         f"{info.positions:,} positions in {info.shards} shards, {info.size_bytes / 1e6:.2f} MB, "
-        f"{info.bytes_per_position:.1f} bytes a position with everything counted"
+        f"{info.bytes_per_position:.1f} bytes a position, all files counted"
     )
-    return say({"path": str(made), "finished": True, **info.to_dict()}, words, made, json)
+    return print_result(
+        {"path": str(folder), "finished": True, **info.to_dict()}, words, folder, json
+    )
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Data": ("texts", "teacher", "targets", "held_out", "tokens"),
+            "Loss": ("divergence", "mixture", "temperature", "cross_entropy"),
+            "On-policy distillation": ("on_policy", "on_policy_temperature", "on_policy_prompt"),
+            "Optimization": (
+                *("learning_rate", "warmup", "weight_decay", "max_gradient_norm", "optimizer"),
+                *("batch_size", "block_length", "lora_rank", "seed"),
+            ),
+            "Memory and speed": (
+                *("micro_batch_size", "gradient_checkpointing", "loss_memory_mib", "precision"),
+                *("teacher_precision", "teacher_device_map", "divide_teacher"),
+            ),
+            "Evaluation and checkpoints": (
+                *("evaluate_every", "held_out_share", "held_out_tokens", "checkpoint_every"),
+                *("twin", "trackers"),
+            ),
+        }
+    )
+)
 def distill(
     student: Path,
     target: Path,
@@ -179,25 +246,30 @@ def distill(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Teach a student to predict what its teacher predicts; an interrupted run resumes.
+    """Train a student to predict what its teacher predicts.
+
+    The same command resumes an interrupted run.
 
     Args:
-        student: The folder of the student to train.
-        target: The folder to make.
-        teacher: The model to learn from.
-        targets: A folder of what the teacher said about the texts, in place of the teacher.
-        texts: Text to learn on.
-        held_out: Text to judge the student on; part of the texts if not given.
-        settings: How to train.
+        student: The model folder of the student to train, as mistill student makes it.
+        target: The model folder of the trained student to write.
+        teacher: The teacher: a model folder, a Hub id, a GGUF file, or @smollm2. Give either
+            this or --targets.
+        targets: A folder of teacher logits, as mistill targets makes it, for the same texts.
+        texts: Training text. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or
+            @demo-train.
+        held_out: Text on which the student is evaluated and not trained. If it is not given,
+            some documents of the texts are held out.
+        settings: The loss, the optimization and the evaluation.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from distill import train
 
-    made = train(
+    folder = train(
         student,
         target,
         teacher=teacher,
@@ -207,10 +279,20 @@ def distill(
         settings=settings,
         overwrite=overwrite,
     )
-    return made_folder(made, json)
+    return print_folder(folder, json)
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Size and speed": ("precision", "context_length", "head_bits", "embedding_bits"),
+            "Matrix products": ("block_size", "accuracy_level", "float_columns", "tune_for"),
+            "KV cache": ("cache", "cache_texts", "ring"),
+            "Other runtimes": ("portable", "layout"),
+            "Checks": ("parity_positions", "memory_speed"),
+        }
+    )
+)
 def export(
     source: Path,
     target: Path,
@@ -220,29 +302,29 @@ def export(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Make an ONNX folder that is fast on a CPU.
+    """Export a model to an ONNX folder that runs fast on a CPU.
 
     Args:
-        source: A float, GPTQ or NF4 folder.
-        target: The folder to make.
+        source: The model folder to export, with float, GPTQ or NF4 weights.
+        target: The ONNX folder to write.
         settings: What the graph looks like.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from export import to_onnx
 
-    made = to_onnx(source, target, settings=settings, overwrite=overwrite)
+    folder = to_onnx(source, target, settings=settings, overwrite=overwrite)
     if settings.layout == "mistill":
-        return made_folder(made, json)
-    size = sum(file.stat().st_size for file in (made / "onnx").iterdir())
-    facts = {"path": str(made), "form": settings.layout, "weight_bytes": size}
-    return say(facts, f"transformers.js folder, {size / 1e6:.1f} MB", made, json)
+        return print_folder(folder, json)
+    size = sum(file.stat().st_size for file in (folder / "onnx").iterdir())
+    facts = {"path": str(folder), "form": settings.layout, "weight_bytes": size}
+    return print_result(facts, f"transformers.js folder, {size / 1e6:.1f} MB", folder, json)
 
 
-@app.command
+@app.command(help_formatter=HelpPage({"Weights": ("dtype", "table_dtype")}))
 def gguf(
     source: str,
     target: Path,
@@ -252,27 +334,27 @@ def gguf(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Make a GGUF file: the same model for llama.cpp and Ollama.
+    """Export a model to a GGUF file for llama.cpp and Ollama.
 
     Args:
-        source: A float, GPTQ or NF4 folder.
-        target: The file to make.
+        source: The model folder to export, with float, GPTQ or NF4 weights.
+        target: The .gguf file to write.
         settings: How the weights are stored.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from export import to_gguf
 
-    made = to_gguf(source, target, settings=settings, overwrite=overwrite)
-    size = made.stat().st_size
-    facts = {"path": str(made), "form": "gguf", "dtype": settings.dtype, "bytes": size}
-    return say(facts, f"GGUF file, {settings.dtype}, {size / 1e6:.1f} MB", made, json)
+    file = to_gguf(source, target, settings=settings, overwrite=overwrite)
+    size = file.stat().st_size
+    facts = {"path": str(file), "form": "gguf", "dtype": settings.dtype, "bytes": size}
+    return print_result(facts, f"GGUF file, {settings.dtype}, {size / 1e6:.1f} MB", file, json)
 
 
-@app.command
+@app.command(help_formatter=HelpPage({"Measurement": ("model", "threads")}))
 def probe(
     target: Path,
     /,
@@ -282,48 +364,59 @@ def probe(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Time this machine's kernels, for export --tune-for on another machine.
+    """Time matrix products on this machine, for mistill export --tune-for on another one.
 
     Args:
         target: The .json file to write.
-        model: A model folder whose matrices are timed; matrices of usual sizes if not given.
-        threads: Threads to multiply with; all processors that may be used if not given.
+        model: A model folder; products with its matrices are timed. If it is not given, matrices
+            of common sizes are timed.
+        threads: Number of threads. By default one for each processor that this process may use.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from export import probe_cpu
     from mistill.folders.folder import read_json
 
-    made = probe_cpu(target, model=model, threads=threads, overwrite=overwrite)
-    found = read_json(made)
-    words = f"{len(found['timings'])} products on {found['machine']}, {found['threads']} threads"
-    return say({"path": str(made), **found}, words, made, json)
+    file = probe_cpu(target, model=model, threads=threads, overwrite=overwrite)
+    facts = read_json(file)
+    words = f"{len(facts['timings'])} products on {facts['machine']}, {facts['threads']} threads"
+    return print_result({"path": str(file), **facts}, words, file, json)
 
 
 @app.command
 def inspect(folder: str, /, *, json: bool = False) -> int:
-    """Show what a folder is, how it was made, and what is wrong with it.
+    """Show what a folder holds, how it was made, and what is wrong with it.
 
     Args:
-        folder: Any folder of the road; targets may lie elsewhere, as at s3://bucket/targets.
-        json: End with one line of JSON.
+        folder: A folder that mistill or transformers wrote: a model, an ONNX model, or targets,
+            which may also lie at an address such as s3://bucket/targets.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
         0 for a sound folder, 1 for one with problems.
     """
     from mistill.cli.inspection import inspect_folder
 
-    found = inspect_folder(folder)
-    Console().print(found.panel())
+    inspection = inspect_folder(folder)
+    Console().print(inspection.panel())
     if json:
-        print(json_library.dumps(found.to_dict()))
-    return 1 if found.problems else 0
+        print(json_library.dumps(inspection.to_dict()))
+    return 1 if inspection.problems else 0
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Conversation": ("system", "session", "max_new_tokens", "stop", "overflow"),
+            **SAMPLING,
+            "Speed": ("threads", "provider", "draft", "exact"),
+            "Constrained decoding": ("json_schema", "regex", "grammar"),
+        }
+    )
+)
 def chat(
     folder: Path,
     /,
@@ -339,27 +432,34 @@ def chat(
     session: Path | None = None,
     settings: Annotated[ChatSettings, Flat] = ChatSettings(),
 ) -> None:
-    """Talk to a chatbot; lines from a pipe are answered one by one.
+    """Chat with a model in the terminal, or answer each line of standard input.
 
     Args:
-        folder: An ONNX folder, or a model folder where PyTorch is installed.
-        system: What the chatbot is told before the conversation.
-        threads: Threads to compute with; all processors that may be used if not given.
-        provider: What computes an ONNX folder; cuda and tensorrt need onnxruntime-gpu.
-        draft: Guess ahead, to write faster: ``lookup`` guesses from the conversation, the ONNX
-            folder of a smaller model with the same tokens from that model.
-        exact: Guess only if greedy replies stay the same to the token.
-        json_schema: A file with the JSON schema that every reply must fit.
-        regex: A regular expression that every reply must match.
-        grammar: A file with the Lark grammar that every reply must follow.
-        session: Go on with the conversation in this file, and keep it there at the end.
-        settings: How it picks its words.
+        folder: The model: an ONNX folder, which is faster and needs no PyTorch, or a model folder.
+        system: The system prompt that begins the conversation.
+        threads: Number of threads. By default one for each processor that this process may use.
+        provider: The execution provider of ONNX Runtime; cuda and tensorrt need onnxruntime-gpu.
+        draft: Write faster by speculative decoding. With "lookup", draft tokens are looked up in
+            the conversation (prompt lookup decoding). With the ONNX folder of a smaller model
+            that has the same vocabulary, that draft model proposes them.
+        exact: Switch speculative decoding off if it could change the text of greedy replies,
+            because the model's logits depend on how many tokens it reads at once. With
+            --no-exact, replies may differ from those without a draft.
+        json_schema: A file with a JSON schema; every reply is JSON that fits it.
+        regex: A regular expression; every reply matches it from start to end.
+        grammar: A file with a grammar in Lark's notation; every reply follows it.
+        session: A file that holds the conversation and its KV cache. If it exists, the
+            conversation continues; it is saved there at the end.
+        settings: How the replies are sampled, and when they end.
     """
     from mistill import constraints
     from mistill.chat.terminal_chat import run_terminal_chat
 
-    forms = [form for form in (json_schema, regex, grammar) if form is not None]
-    require(len(forms) <= 1, "give one of --json-schema, --regex and --grammar, not several")
+    constraint_options = [json_schema, regex, grammar]
+    require(
+        sum(option is not None for option in constraint_options) <= 1,
+        "give only one of --json-schema, --regex and --grammar",
+    )
     constraint = None
     if json_schema is not None:
         constraint = constraints.json_schema(json_schema)
@@ -382,27 +482,30 @@ def chat(
 
 @app.command
 def run(recipe: Path, /, *, out: Path | None = None, json: bool = False) -> None:
-    """Run a recipe: skip what is done, resume what was interrupted.
+    """Run the steps of a recipe. Finished steps are skipped, and an interrupted one resumes.
 
     Args:
-        recipe: A TOML file with a table per step.
-        out: The folder for all outputs; the recipe's own ``out`` if not given.
-        json: End with one line of JSON.
+        recipe: A TOML file with one table for each step.
+        out: The folder for all outputs. By default the recipe's own out.
+        json: Print the result as one line of JSON at the end.
     """
     from mistill.recipe import read_recipe, run_recipe
 
     outputs = run_recipe(read_recipe(recipe, out=out), Console())
-    if json and speaks():
+    if json and is_main_process():
         print(json_library.dumps({name: str(path) for name, path in outputs.items()}))
 
 
-@app.command
+@app.command(help_formatter=HelpPage({"Demo": ("size",)}))
 def demo(*, size: Literal["quick", "normal", "full"] = "normal", out: Path | None = None) -> None:
-    """Run the whole road on the embedded teacher; an interrupted demo resumes.
+    """Distil, quantize, export and measure a small chatbot from SmolLM2-135M-Instruct.
+
+    The same command resumes an interrupted demo.
 
     Args:
-        size: ``quick`` takes under 4 minutes, ``normal`` under 12, ``full`` about an hour.
-        out: The folder for all outputs; ``demo``, ``demo-quick`` or ``demo-full`` if not given.
+        size: How long to train. On two processors quick takes under 4 minutes, normal under 12 and
+            full about an hour.
+        out: The folder for all outputs. By default demo, demo-quick or demo-full.
     """
     from mistill.demo import run_demo
 
@@ -437,12 +540,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(
             MissingExtraError(
-                f"{error.name} is not installed; this command needs: "
+                f"{error.name} is not installed, and this command needs it; install it with: "
                 "pip install 'mistill[compress]'"
             )
         )
     except KeyboardInterrupt:
-        print("mistill: interrupted; the same command resumes or starts again", file=sys.stderr)
+        print(
+            "mistill: interrupted; the same command resumes the work or starts it again",
+            file=sys.stderr,
+        )
         return 130
     return result if isinstance(result, int) else 0
 

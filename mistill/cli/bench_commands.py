@@ -10,18 +10,41 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from benchmarks import BenchSettings, Budget, DiffSettings, ShipSettings
+from mistill.cli.help_pages import HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.settings import require
 
 if TYPE_CHECKING:
     from benchmarks import Comparison
 
-app = App(name="bench", help="Compare folders: size, quality, speed and memory, in one table.")
+_BUDGET = {"Budget": ("max_kl", "min_tps", "max_mb", "max_memory_mb", "budget_for")}
+_SHIP = {"Limits of the model to ship": ("ship_mb", "ship_tps")}
+
+app = App(
+    name="bench",
+    help="Compare models: size, quality, speed and memory, in one table.",
+    help_formatter=HelpPage(
+        {
+            "Data": ("texts", "reference"),
+            "Quality": (
+                *("scored_tokens", "context_length", "perplexity", "perplexity_tokens", "tasks"),
+            ),
+            "Speed": (
+                *("threads", "rounds", "prompt_tokens", "new_tokens", "prompts", "depths"),
+                *("loads", "turn_seconds", "transformers_generate"),
+            ),
+            "Other engines": ("against", "rivals_in", "rival_source"),
+            "Replies to read": ("sample_prompts", "sample_models", "sample_tokens"),
+            **_BUDGET,
+            **_SHIP,
+        }
+    ),
+)
 
 
 @app.default
 def bench_models(
-    *models: Path,
+    *models: Annotated[Path, Parameter(help="The folders to compare, of any form.")],
     texts: Texts,
     reference: Path | None = None,
     rivals_in: Annotated[tuple[str, ...], Parameter(negative=())] = (),
@@ -33,27 +56,28 @@ def bench_models(
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
-    """Compare folders: size, quality, speed and memory, in one table.
+    """Compare models: size, quality, speed and memory, in one table.
 
     Args:
         *models: The folders to compare.
-        texts: Held-out text to judge them on.
-        reference: The model that the others are held against; the first if not given.
-        rivals_in: Where a rival is installed, such as genai=DIR: a Python, an environment or, of
-            llama.cpp, a folder of its libraries; llama.cpp-programs=DIR has its quantizer. Else
+        texts: Held-out text, on which KL divergence and perplexity are measured.
+        reference: The model that the others are compared with. By default the first one.
+        rivals_in: Where other engines are installed, each as NAME=PATH. PATH is a Python or its
+            environment; for llama.cpp it is the folder of its libraries, and for
+            llama.cpp-programs the folder of its quantizer. By default the environment variables
             MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI, MISTILL_CTRANSLATE2,
-            MISTILL_OPENVINO_VENV and MISTILL_OPTIMUM_VENV say so.
-        rival_source: The float, GPTQ or NF4 folder whose weights the rivals get; the float folder
-            that most of the others were made of if not given.
-        out: A folder for the report: JSON, Markdown, HTML and a picture.
-        settings: How much to measure.
-        budget: What every model must keep to.
-        ship: What there is to run a model on.
+            MISTILL_OPENVINO_VENV and MISTILL_OPTIMUM_VENV name them.
+        rival_source: The float, GPTQ or NF4 folder whose weights the other engines run. By
+            default the float folder that most of the models were made from.
+        out: The folder of the report to write: JSON, Markdown, HTML and a picture.
+        settings: What is measured, and how often.
+        budget: The limits that every model must meet.
+        ship: The limits of the machine that the model will run on.
         overwrite: Replace the report if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        0, or 1 where a model does not keep to the budget; the report is saved all the same.
+        0, or 1 if a model exceeds the budget; the report is saved in either case.
     """
     from benchmarks import compare
     from benchmarks.measure.subjects import short_names
@@ -86,7 +110,7 @@ def bench_models(
     return 0 if facts["passed"] else 1
 
 
-@app.command
+@app.command(help_formatter=HelpPage(_BUDGET))
 def check(
     report: Path,
     /,
@@ -94,26 +118,26 @@ def check(
     budget: Annotated[Budget, Flat] = Budget(),
     json: bool = False,
 ) -> int:
-    """Hold a saved report against a budget, without measuring again.
+    """Check the models of a saved report against a budget, without measuring again.
 
     Args:
         report: The folder of a report, or its report.json.
-        budget: What every model must keep to.
-        json: End with one line of JSON.
+        budget: The limits that every model must meet.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        0, or 1 where a model does not keep to it.
+        0, or 1 if a model exceeds the budget.
     """
     from benchmarks import open_report
 
-    require(bool(budget), "give a budget: max_kl, min_tps, max_mb or max_memory_mb")
+    require(bool(budget), "give a budget: --max-kl, --min-tps, --max-mb or --max-memory-mb")
     facts = _checked(open_report(report), budget)
     if json:
         print(json_library.dumps(facts))
     return 0 if facts["passed"] else 1
 
 
-@app.command
+@app.command(help_formatter=HelpPage(_SHIP))
 def ship(
     report: Path,
     /,
@@ -121,15 +145,15 @@ def ship(
     ship: Annotated[ShipSettings, Flat] = ShipSettings(),
     json: bool = False,
 ) -> int:
-    """Say which model of a saved report to ship: the closest one that fits.
+    """Name the model to ship: of those in a saved report that fit, the closest to the reference.
 
     Args:
         report: The folder of a report, or its report.json.
-        ship: What there is to run it on.
-        json: End with one line of JSON.
+        ship: The limits of the machine that the model will run on.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        0, or 1 where none fits.
+        0, or 1 if no model fits.
     """
     from benchmarks import open_report
     from benchmarks.report.shipping import best_to_ship
@@ -142,7 +166,9 @@ def ship(
     return 1 if best is None else 0
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage({"Statistics": ("confidence", "tolerance", "clock_tolerance", "pairs")})
+)
 def diff(
     old: Path,
     new: Path,
@@ -153,29 +179,29 @@ def diff(
     markdown: Annotated[bool, Parameter(negative=())] = False,
     json: bool = False,
 ) -> int:
-    """Say what changed from one report to another, and what cannot be told.
+    """Show what changed from one report to another, and which figures are too noisy to tell.
 
     Args:
-        old: The folder of a report, or its report.json.
-        new: The same, measured later.
-        settings: When a change counts as one.
-        fail_on_regression: Exit with 1 if a figure has become worse, or a model is missing.
-        markdown: Print Markdown, for the comment of a pull request.
-        json: End with one line of JSON.
+        old: The earlier report: its folder, or its report.json.
+        new: The later report: its folder, or its report.json.
+        settings: How large a change must be to count.
+        fail_on_regression: Exit with 1 if a figure became worse or a model is missing.
+        markdown: Print Markdown, as for a comment on a pull request.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        0, or 1 for a regression that was to fail.
+        0, or 1 for a regression with --fail-on-regression.
     """
     from benchmarks import diff as diff_reports
 
-    found = diff_reports(old, new, settings=settings)
+    changes = diff_reports(old, new, settings=settings)
     if markdown:
-        print(found.to_markdown())
+        print(changes.to_markdown())
     else:
-        Console().print(found.table())
+        Console().print(changes.table())
     if json:
-        print(json_library.dumps(found.to_dict()))
-    return 1 if fail_on_regression and not found.passed else 0
+        print(json_library.dumps(changes.to_dict()))
+    return 1 if fail_on_regression and not changes.passed else 0
 
 
 def _print_ship_line(report: Comparison, ship: ShipSettings) -> None:
@@ -185,7 +211,7 @@ def _print_ship_line(report: Comparison, ship: ShipSettings) -> None:
 
 
 def _checked(report: Comparison, budget: Budget) -> dict[str, Any]:
-    """Print one line for every miss, or who keeps to the budget; the same as JSON values."""
+    """Print one line for each limit that is exceeded, or that all are met."""
     from benchmarks.report.budget import bound_models, misses
 
     names = [model.name for model in bound_models(report, budget)]

@@ -1,6 +1,7 @@
-"""What a command prints when it has made something.
+"""What a command prints about its result.
 
-One line for people, the same as JSON where it is asked for, from one process of all.
+One line of text, and the same as JSON with ``--json``. Of several processes that a launcher
+started, only the main one prints.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from rich.console import Console
 from mistill.folders.folder import open_folder
 
 
-def made_folder(path: Path, json: bool, **more: Any) -> dict[str, Any]:
-    """Say what a step has made.
+def print_folder(path: Path, json: bool, **more: Any) -> dict[str, Any]:
+    """Print facts about a model folder that a step wrote.
 
     Args:
-        path: The folder.
-        json: Whether to end with one line of JSON.
+        path: Path of the folder.
+        json: Whether to print the facts as one line of JSON too.
         **more: Facts beside those of the folder.
 
     Returns:
@@ -28,7 +29,7 @@ def made_folder(path: Path, json: bool, **more: Any) -> dict[str, Any]:
     """
     info = open_folder(path)
     if info.form == "onnx":
-        _show_tuning(path)
+        _print_tuning(path)
     facts = {
         "path": str(path),
         "form": info.form,
@@ -40,24 +41,24 @@ def made_folder(path: Path, json: bool, **more: Any) -> dict[str, Any]:
     }
     words = (
         f"{info.form} folder, {info.layers} layers, {info.parameters / 1e6:.1f} M parameters, "
-        f"{info.weight_bytes / 1e6:.1f} MB ({info.bits_per_weight:.2f} bits a weight)"
+        f"{info.weight_bytes / 1e6:.1f} MB ({info.bits_per_weight:.2f} bits per weight)"
     )
-    return say(facts, words, path, json)
+    return print_result(facts, words, path, json)
 
 
-def say(facts: dict[str, Any], words: str, path: Path | str, json: bool) -> dict[str, Any]:
-    """Print what there is to say of a path.
+def print_result(facts: dict[str, Any], words: str, path: Path | str, json: bool) -> dict[str, Any]:
+    """Print what a command wrote.
 
     Args:
-        facts: The same as JSON values.
-        words: For people.
-        path: What was made.
-        json: Whether to print the facts too.
+        facts: Facts about it, as JSON values.
+        words: The facts as text.
+        path: Path of the result.
+        json: Whether to print the facts as one line of JSON too.
 
     Returns:
         The facts.
     """
-    if not speaks():
+    if not is_main_process():
         return facts
     print(f"{path}: {words}")
     if json:
@@ -65,20 +66,20 @@ def say(facts: dict[str, Any], words: str, path: Path | str, json: bool) -> dict
     return facts
 
 
-def speaks() -> bool:
-    """Whether this is the one process of all that a launcher started to say what was made.
+def is_main_process() -> bool:
+    """Whether this is the main process of those that a launcher such as torchrun started.
 
     Returns:
-        True where there is one process.
+        True also where there is only one process.
     """
     return os.environ.get("RANK", "0") == "0"
 
 
-def _show_tuning(path: Path) -> None:
-    """Print what a probe found, if an ONNX folder was tuned."""
+def _print_tuning(path: Path) -> None:
+    """Print the times of matrix products, if an ONNX folder was tuned."""
     from mistill.cli.onnx_report import tuning_table
     from mistill.folders.folder import MANIFEST_FILE, read_json
 
     tuning = read_json(path / MANIFEST_FILE).get("tuning")
-    if tuning is not None and speaks():
+    if tuning is not None and is_main_process():
         Console().print(tuning_table(tuning))

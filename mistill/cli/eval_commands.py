@@ -11,9 +11,19 @@ from cyclopts import App
 from rich.console import Console
 
 from benchmarks import EvalSettings
+from mistill.cli.help_pages import HelpPage
 from mistill.cli.options import Flat
 
-app = App(name="eval", help="Let a folder answer tasks: a small offline set, or published ones.")
+app = App(
+    name="eval",
+    help="Evaluate a model on tasks: a small offline set, or those of lm-evaluation-harness.",
+    help_formatter=HelpPage(
+        {
+            "Tasks": ("tasks", "limit", "few_shot", "chat_template", "include_path"),
+            "Computation": ("threads", "seed"),
+        }
+    ),
+)
 
 
 @app.default
@@ -26,24 +36,24 @@ def evaluate_folder(
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Let a folder answer tasks: a small offline set, or those of lm-evaluation-harness.
+    """Evaluate a model on tasks: a small offline set, or those of lm-evaluation-harness.
 
     Args:
-        folder: Any folder of the road, ONNX ones included.
-        settings: Which tasks, and how much of them.
-        out: A file for the result, as JSON.
+        folder: The model to evaluate: a float, GPTQ, NF4 or ONNX folder.
+        settings: Which tasks, and how many questions of each.
+        out: A JSON file for the result.
         overwrite: Replace the file if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
     """
     from benchmarks import evaluate
     from mistill.folders.publishing import creating_file
 
     with nullcontext() if out is None else creating_file(out, overwrite) as file:
-        found = evaluate(folder, settings=settings)
-        document = json_library.dumps(found.to_dict())
+        evaluation = evaluate(folder, settings=settings)
+        document = json_library.dumps(evaluation.to_dict())
         if file is not None:
             file.write_text(f"{document}\n", "utf-8")
-    Console().print(found.table())
+    Console().print(evaluation.table())
     if out is not None:
         print(f"result: {out}")
     if json:

@@ -1,4 +1,4 @@
-"""What a folder is, how it was made, and what is wrong with it."""
+"""What a folder holds, how it was made, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -45,22 +45,23 @@ _FORMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found in a folder.
+    """A folder as ``mistill inspect`` describes it.
 
     Attributes:
-        path: The folder.
-        info: What it holds, or None if it is too broken to say.
-        problems: What keeps it from being used, in words.
-        notes: What works but should be known.
-        lineage: The steps that led to it.
+        path: Path of the folder.
+        info: What it holds; None if it is too damaged to be read.
+        problems: Sentences about what keeps it from being used.
+        notes: Sentences about what a user should know although it works.
+        lineage: The steps that made it.
         fingerprint: A short name for its content.
         targets: What a folder of targets holds; None for a model.
         fidelity: The fidelity card of a distilled student; None where there is none.
-        gptq: What the codes of a GPTQ folder are, told from the codes; None for other forms.
-        measured: Fidelity of a quantized folder to its source, and to a teacher; None where it
-            was not measured.
-        graphs: What was found in each ONNX graph, by its file; empty where there is none.
-        manifest: What an ONNX folder says of itself, but for its checksums; None for others.
+        gptq: The format of the codes of a GPTQ folder, as the codes themselves show it; None for
+            other forms.
+        measured: KL divergence of a quantized folder from its source and from a teacher; None if
+            it was not measured.
+        graphs: Operators, cost and slow kernels of each ONNX graph, by its file.
+        manifest: The manifest of an ONNX folder without its checksums; None for others.
     """
 
     path: Path | str
@@ -77,7 +78,7 @@ class Inspection:
     manifest: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The finding as JSON values.
+        """The inspection as JSON values.
 
         Returns:
             One entry per field; sizes in bytes.
@@ -113,7 +114,7 @@ class Inspection:
         }
 
     def panel(self) -> RenderableType:
-        """The finding for people.
+        """The inspection as text and tables.
 
         Returns:
             Something that rich prints.
@@ -137,7 +138,7 @@ class Inspection:
         if self.measured is not None:
             parts.append(fidelity_table(self.measured))
         if self.lineage:
-            table = Table("step", "from", "settings and facts", "date", title="how it was made")
+            table = Table("step", "from", "settings and results", "date", title="how it was made")
             for entry in self.lineage:
                 table.add_row(
                     str(entry.get("step")),
@@ -150,22 +151,22 @@ class Inspection:
         slow = [str(finding) for lint in self.graphs.values() for finding in lint.findings]
         parts.extend(Text(f"- {note}", style="yellow") for note in (*self.notes, *slow))
         if not self.problems:
-            parts.append(Text("nothing is wrong with it", style="green"))
+            parts.append(Text("no problem was found", style="green"))
         return Group(*parts)
 
 
 def inspect_folder(path: str | Path) -> Inspection:
-    """Look at a folder without loading its weights.
+    """Inspect a folder without loading its weights.
 
-    Graphs of an ONNX folder, whoever made it, are held against the rules of what is slow on a CPU.
-    Of a GPTQ folder zeros, scales and some codes are read, to tell what they are from themselves.
-    Of targets every byte is read and compared with the checksums of the manifest.
+    Graphs of an ONNX folder, whoever made it, are checked for operators that are slow on a CPU.
+    Zero points, scales and some codes of a GPTQ folder are read, because they show their format.
+    Every byte of a folder of targets is compared with the checksums of its manifest.
 
     Args:
-        path: Any folder of the road.
+        path: A model folder, an ONNX folder, or targets.
 
     Returns:
-        What was found; problems do not raise.
+        The inspection, which lists problems instead of raising them.
 
     Raises:
         FolderError: If there is no such folder.
@@ -175,29 +176,29 @@ def inspect_folder(path: str | Path) -> Inspection:
         return _inspect_targets(location_of(path))
     if not folder.is_dir():
         raise FolderError(f"{path} is not a folder; give the folder of a model")
-    wrong = problems(folder)
+    faults = problems(folder)
     info = None
     lineage: tuple[dict[str, Any], ...] = ()
     try:
         lineage = tuple(read_lineage(folder))
     except FolderError as error:
-        wrong.append(str(error))
+        faults.append(str(error))
     fidelity = measured = None
     try:
         if (folder / FIDELITY_FILE).is_file():
             fidelity = read_json(folder / FIDELITY_FILE)
         measured = read_fidelity(folder)
     except FolderError as error:
-        wrong.append(str(error))
+        faults.append(str(error))
     gptq = None
-    if not wrong:
+    if not faults:
         info = describe(folder)
         if info.form == "gptq":
             try:
                 gptq = examine(folder)
-                wrong += gptq.contradictions
+                faults += gptq.contradictions
             except FolderError as error:
-                wrong.append(str(error))
+                faults.append(str(error))
     graphs, remarks = _lint_graphs(folder)
     manifest = None
     if info is not None and info.form == "onnx":
@@ -206,7 +207,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     return Inspection(
         path=folder,
         info=info,
-        problems=tuple(wrong),
+        problems=tuple(faults),
         notes=(
             *(() if info is None else _notes(folder, lineage)),
             *(() if gptq is None else gptq.notes),
@@ -223,54 +224,55 @@ def inspect_folder(path: str | Path) -> Inspection:
 
 
 def _lint_graphs(folder: Path) -> tuple[dict[str, Lint], list[str]]:
-    """What is slow in each graph, and which graphs could not be read."""
-    found, remarks = {}, []
+    """What is slow in each graph, and sentences about graphs that could not be read."""
+    graphs: dict[str, Lint] = {}
+    remarks = []
     for file in sorted((*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx"))):
         name = str(file.relative_to(folder))
         try:
-            found[name] = lint_file(file)
+            graphs[name] = lint_file(file)
         except MissingExtraError as error:
-            return {}, [f"its graph was not looked at: {error}"]
+            return {}, [f"the ONNX graph was not checked: {error}"]
         except Exception as error:  # a file of another tool may be anything
             remarks.append(
                 f"{name} cannot be read as a graph: {' '.join(str(error).split())[:120]}"
             )
-    return found, remarks
+    return graphs, remarks
 
 
 def _inspect_targets(location: Location) -> Inspection:
-    wrong = targets_problems(location)
+    faults = targets_problems(location)
     lineage: tuple[dict[str, Any], ...] = ()
     if location.exists(LINEAGE_FILE):
         try:
             lineage = tuple(json.loads(location.read(LINEAGE_FILE)))
         except ValueError as error:
-            wrong.append(f"{LINEAGE_FILE} is not valid JSON: {error}")
+            faults.append(f"{LINEAGE_FILE} is not valid JSON: {error}")
     manifest = location.read(MANIFEST_FILE) if location.exists(MANIFEST_FILE) else b""
     return Inspection(
         path=location.path,
         info=None,
-        problems=tuple(wrong),
+        problems=tuple(faults),
         notes=(),
         lineage=lineage,
         fingerprint=hashlib.sha256(manifest).hexdigest(),
-        targets=None if wrong else describe_targets(location),
+        targets=None if faults else describe_targets(location),
     )
 
 
 def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> list[str]:
-    found = []
+    notes = []
     try:
         vocabulary = load_vocabulary(folder)
     except MistillError as error:
         return [str(error)]
     if not vocabulary.end_ids:
-        found.append("it names no end-of-turn token, so that a chatbot would never stop")
+        notes.append("the tokenizer has no end-of-turn token, so that a chatbot would never stop")
     if vocabulary.chat_template is None:
-        found.append("it has no chat template: good for text, not for chat")
+        notes.append("it has no chat template, so that it can continue text but not chat")
     if not lineage:
-        found.append("it has no lineage: mistill did not make it")
-    return found
+        notes.append("it has no lineage, because mistill did not make it")
+    return notes
 
 
 def _facts(info: FolderInfo, name: str) -> RenderableType:
@@ -279,10 +281,10 @@ def _facts(info: FolderInfo, name: str) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     quantization = info.quantization or {}
     rows = {
-        "what": f"{_FORMS[info.form]}, {info.architecture}, {info.layers} layers of width "
+        "form": f"{_FORMS[info.form]}, {info.architecture}, {info.layers} layers of width "
         f"{info.hidden_size}",
         "parameters": f"{info.parameters / 1e6:,.1f} M",
-        "weights": f"{info.weight_bytes / 1e6:,.1f} MB, {info.bits_per_weight:.2f} bits a weight",
+        "weights": f"{info.weight_bytes / 1e6:,.1f} MB, {info.bits_per_weight:.2f} bits per weight",
         "all files": f"{info.size_bytes / 1e6:,.1f} MB",
         "vocabulary": f"{info.vocabulary_size:,} tokens",
         "context": f"{info.context_length:,} positions",
@@ -297,20 +299,23 @@ def _facts(info: FolderInfo, name: str) -> RenderableType:
     return table
 
 
-def _gptq_facts(found: Diagnosis) -> RenderableType:
-    """What the codes told of themselves."""
+def _gptq_facts(diagnosis: Diagnosis) -> RenderableType:
+    """The format of the codes, as they show it themselves."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
-    widths = ", ".join(f"{bits} bits in {count} matrices" for bits, count in found.bits.items())
-    kind = "symmetric" if found.symmetric else "asymmetric"
-    order = {"plain": "in order", "mixed": "mixed by activation order"}[found.order]
-    index = "" if found.index else ", no g_idx"
+    widths = ", ".join(f"{bits} bits in {count} matrices" for bits, count in diagnosis.bits.items())
+    kind = "symmetric" if diagnosis.symmetric else "asymmetric"
+    order = {"plain": "in the order of the columns", "mixed": "in activation order (act-order)"}[
+        diagnosis.order
+    ]
+    checkpoint_format = diagnosis.checkpoint_format or "checkpoint format unknown"
+    index = "" if diagnosis.index else ", no g_idx"
     rows = {
         "codes": widths or "none",
-        "zeros": f"{kind}, {found.checkpoint_format or 'format cannot be told'}: {found.evidence}",
+        "zero points": f"{kind}, {checkpoint_format}: {diagnosis.evidence}",
         "groups": f"{order}{index}",
-        "scales": ", ".join(f"{kind} in {count}" for kind, count in found.scale_types.items()),
+        "scales": ", ".join(f"{kind} in {count}" for kind, count in diagnosis.scale_types.items()),
     }
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/bold]", value)
@@ -323,18 +328,18 @@ def _targets_facts(info: TargetsInfo, name: str) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     settings, teacher = info.settings, info.teacher
     method = settings["method"]
-    how = f"the {settings['top_k']} most probable tokens"
+    stored = f"the {settings['top_k']} most probable tokens"
     if method != "top_k":
-        how = f"{settings['draws']} {method} draws"
-    stored = f"{info.stored_tokens / info.positions:.2f} different tokens"
+        stored = f"{settings['draws']} {method} draws"
+    distinct = f"{info.stored_tokens / info.positions:.2f} different tokens"
     nats = "" if info.mean_entropy is None else f", entropy {info.mean_entropy:.3f} nats"
     rows = {
-        "what": f"targets from {teacher['name']} ({teacher['form']}, {teacher['dtype']})",
+        "form": f"teacher logits of {teacher['name']} ({teacher['form']}, {teacher['dtype']})",
         "text": f"{info.tokens:,} tokens in {info.pieces:,} pieces of at most "
-        f"{settings['block_length']}, {info.positions:,} positions that count",
-        "of each": f"{how} at temperature {settings['temperature']:g}",
-        "on average": f"{stored} a position{nats}",
-        "all files": f"{info.size_bytes / 1e6:,.2f} MB, {info.bytes_per_position:.2f} bytes a "
+        f"{settings['block_length']}, {info.positions:,} predicted positions",
+        "per position": f"{stored} at temperature {settings['temperature']:g}",
+        "on average": f"{distinct} per position{nats}",
+        "all files": f"{info.size_bytes / 1e6:,.2f} MB, {info.bytes_per_position:.2f} bytes per "
         f"position, in {info.shards} {settings['codec']} shards",
         "vocabulary": f"{info.vocabulary_size:,} tokens",
         "fingerprint": name[:16],
@@ -345,10 +350,10 @@ def _targets_facts(info: TargetsInfo, name: str) -> RenderableType:
 
 
 def _fidelity(card: Mapping[str, Any]) -> RenderableType:
-    """The fidelity card as a table: how close to its teacher, and to what its text alone taught."""
+    """The fidelity card as a table: how far the student and its twins are from the teacher."""
     from rich.table import Table
 
-    students = [("as it came", {"held_out": card["before"]}), ("distilled", card["student"])]
+    students = [("before training", {"held_out": card["before"]}), ("distilled", card["student"])]
     students += [
         (words, card[name])
         for name, words in (
@@ -357,15 +362,15 @@ def _fidelity(card: Mapping[str, Any]) -> RenderableType:
         )
         if card.get(name)
     ]
-    table = Table(title="how faithful it is, on held-out text")
+    table = Table(title="how close it is to its teacher, on held-out text")
     table.add_column("student")
     for heading in ("tokens", *_CARD):
         table.add_column(heading, justify="right")
     for words, student in students:
-        found = student["held_out"]
+        figures = student["held_out"]
         cells = [
-            "-" if found.get(name) is None else format(found[name], how)
-            for name, how in _CARD.values()
+            "-" if figures.get(name) is None else format(figures[name], style)
+            for name, style in _CARD.values()
         ]
         table.add_row(words, f"{student.get('tokens', 0):,}", *cells)
     return table
@@ -382,7 +387,7 @@ _CARD = {
 
 
 def _words(entry: Mapping[str, Any]) -> str:
-    """Settings and facts of a step in a few words."""
+    """Settings and results of a step on one line."""
     known = ("step", "settings", "source", "source_fingerprint", "versions", "date")
     pairs = dict(entry.get("settings") or {})
     pairs |= {key: value for key, value in entry.items() if key not in known}

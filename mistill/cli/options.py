@@ -12,15 +12,15 @@ Flat = Parameter(name="*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Making:
-    """What every command has that makes a quantized folder.
+class OutputOptions:
+    """The options of every command that writes a quantized folder.
 
     Attributes:
-        held_out: Text to measure the result on.
-        teacher: The model that the source learnt from, to compare the result with on held-out
-            text too.
+        held_out: Text on which the KL divergence from the source and the perplexity are measured.
+        teacher: The model that the source was distilled from. If it is given, the KL divergence
+            from it is measured on the held-out text too.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
     """
 
     held_out: Texts = ()
@@ -28,11 +28,11 @@ class Making:
     overwrite: bool = False
     json: bool = False
 
-    def given(self) -> dict[str, Any]:
-        """The same for the Python API.
+    def keywords(self) -> dict[str, Any]:
+        """The same as keywords of the Python API.
 
         Returns:
-            Keywords; what a command prints is none of them.
+            The keywords, without the option for printing.
         """
         held_out = self.held_out or None
         return {"held_out": held_out, "teacher": self.teacher, "overwrite": self.overwrite}

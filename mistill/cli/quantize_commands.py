@@ -1,4 +1,7 @@
-"""The commands ``mistill quantize``: parse, call the Python API, print."""
+"""The commands ``mistill quantize``: parse, call the Python API, print.
+
+It is one file because each command is little more than its signature and its help.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from mistill.cli.command_output import made_folder, speaks
-from mistill.cli.options import Flat, Making, Texts
+from mistill.cli.command_output import is_main_process, print_folder
+from mistill.cli.help_pages import GPTQ, GRID, HelpPage
+from mistill.cli.options import Flat, OutputOptions, Texts
 from mistill.errors import SettingsError
 from mistill.settings import settings_dict
 from quantize import (
@@ -23,7 +27,17 @@ from quantize import (
     TuningSettings,
 )
 
-app = App(name="quantize", help="Make a smaller copy of a model folder.")
+app = App(
+    name="quantize",
+    help="Quantize the weights of a model folder.",
+    help_formatter=HelpPage(
+        {
+            "Data": ("texts", "held_out", "teacher"),
+            "Calibration data": ("samples", "block_length", "seed"),
+            "Comparison of several formats": ("sweep", "variants", "held_out_samples"),
+        }
+    ),
+)
 
 
 @app.default
@@ -40,35 +54,38 @@ def quantize_model(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Quantize by GPTQ with its defaults, or with --sweep in many ways and compare them.
+    """Quantize by GPTQ with its defaults, or compare several formats with --sweep.
 
     Args:
-        source: A float model folder.
-        target: The folder to make; of a sweep, a folder of folders, which an interrupted sweep
-            resumes.
-        texts: Text to calibrate on.
-        sweep: Try a named set of ways, measure each, and print a table to choose from.
-        held_out: Text to measure on; a sweep needs some.
-        teacher: The model that the source learnt from, to compare with too.
-        settings: What a sweep tries, and how much text is used.
+        source: The model folder to quantize, with float weights.
+        target: The quantized folder to write. With --sweep, a folder that holds one quantized
+            folder for each format; the same command resumes an interrupted sweep.
+        texts: Calibration data. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or
+            @demo-train.
+        sweep: Quantize in several formats, measure each one, and print a table to choose from.
+        held_out: Text on which the KL divergence from the source and the perplexity are measured.
+            A sweep needs it.
+        teacher: The model that the source was distilled from. If it is given, the KL divergence
+            from it is measured on the held-out text too.
+        settings: Which formats a sweep tries, and how much text is used.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
 
     Raises:
-        SettingsError: If what is given is of a sweep, and there is none, or the reverse.
+        SettingsError: If an option of a sweep is given without one, or a sweep without text.
     """
     import quantize
 
     if not sweep:
         if settings.variants:
-            raise SettingsError("--variants is for a sweep; add --sweep")
+            raise SettingsError("--variants is for a sweep of several formats; add --sweep")
         plain = GptqSettings(
             samples=settings.samples, block_length=settings.block_length, seed=settings.seed
         )
-        made = quantize.to_gptq(
+        folder = quantize.to_gptq(
             source,
             target,
             texts=texts,
@@ -77,9 +94,9 @@ def quantize_model(
             settings=plain,
             overwrite=overwrite,
         )
-        return _quantized(made, json)
+        return _quantized(folder, json)
     if not held_out:
-        raise SettingsError("a sweep needs text to measure on; give --held-out")
+        raise SettingsError("a sweep measures each format on held-out text; give --held-out")
     report = quantize.sweep(
         source,
         target,
@@ -89,7 +106,7 @@ def quantize_model(
         settings=settings,
         overwrite=overwrite,
     )
-    if speaks():
+    if is_main_process():
         from quantize.sweeping.sweeping import sweep_notes, sweep_table
 
         console = Console()
@@ -100,7 +117,16 @@ def quantize_model(
     return report.to_dict()
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Data and size": ("texts", "bits", "group_size", "held_out", "teacher"),
+            **GRID,
+            **GPTQ,
+            "Other libraries": ("quantize_config", "backend", "model_file_base_name"),
+        }
+    )
+)
 def gptq(
     source: Path,
     target: Path,
@@ -110,63 +136,80 @@ def gptq(
     settings: Annotated[GptqSettings, Flat] = GptqSettings(),
     quantize_config: Path | None = None,
     backend: Literal["mistill", "gptqmodel", "auto_gptq"] = "mistill",
-    how: Annotated[Making, Flat] = Making(),
+    output: Annotated[OutputOptions, Flat] = OutputOptions(),
 ) -> dict[str, Any]:
-    """Round weights to a few bits, making up for each error in the columns that follow.
+    """Quantize weights by GPTQ, which corrects each rounding error in the columns that follow.
 
     Args:
-        source: A float model folder.
-        target: The folder to make.
-        texts: Text to calibrate on.
-        settings: The grid and the method.
-        quantize_config: A quantize_config.json of AutoGPTQ, or a folder with one, for settings
-            that are not given here.
-        backend: Which library does it: gptqmodel where that is installed; auto_gptq says why that
-            one cannot.
-        how: How the result is measured, and what is printed.
+        source: The model folder to quantize, with float weights.
+        target: The quantized folder to write.
+        texts: Calibration data. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or
+            @demo-train.
+        settings: The grid of the codes and the algorithm.
+        quantize_config: A quantize_config.json of AutoGPTQ, or a folder that holds one. It sets
+            every option that is not given on the command line.
+        backend: The library that quantizes: mistill, or gptqmodel if it is installed. auto_gptq
+            is refused with an explanation, because that library cannot do it any more.
+        output: How the result is measured, and what is printed.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from quantize import gptq_settings, to_gptq
 
     if quantize_config is not None:
         plain = settings_dict(GptqSettings())
-        given = settings_dict(settings)
+        options = settings_dict(settings)
         settings = gptq_settings(
-            quantize_config, **{name: given[name] for name in given if given[name] != plain[name]}
+            quantize_config,
+            **{name: value for name, value in options.items() if value != plain[name]},
         )
-    made = to_gptq(source, target, texts=texts, settings=settings, backend=backend, **how.given())
-    return _quantized(made, how.json)
+    folder = to_gptq(
+        source, target, texts=texts, settings=settings, backend=backend, **output.keywords()
+    )
+    return _quantized(folder, output.json)
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {"Data and size": ("bits", "group_size", "held_out", "teacher"), **GRID}
+    )
+)
 def rounding(
     source: Path,
     target: Path,
     /,
     *,
     settings: Annotated[RoundingSettings, Flat] = RoundingSettings(),
-    how: Annotated[Making, Flat] = Making(),
+    output: Annotated[OutputOptions, Flat] = OutputOptions(),
 ) -> dict[str, Any]:
-    """Round weights to the nearest point of the same grid: the baseline.
+    """Quantize weights by rounding each to the nearest code: the baseline of GPTQ.
 
     Args:
-        source: A float model folder.
-        target: The folder to make.
-        settings: The grid.
-        how: How the result is measured, and what is printed.
+        source: The model folder to quantize, with float weights.
+        target: The quantized folder to write.
+        settings: The grid of the codes.
+        output: How the result is measured, and what is printed.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from quantize import to_rounding
 
-    made = to_rounding(source, target, settings=settings, **how.given())
-    return _quantized(made, how.json)
+    folder = to_rounding(source, target, settings=settings, **output.keywords())
+    return _quantized(folder, output.json)
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Data and size": ("texts", "size_mb", "bits_per_weight", "held_out", "teacher"),
+            "Formats to choose from": ("formats", "tables", "sensitivity_samples"),
+            **GRID,
+            **GPTQ,
+        }
+    )
+)
 def mixed(
     source: Path,
     target: Path,
@@ -174,53 +217,56 @@ def mixed(
     *,
     texts: Texts,
     settings: Annotated[MixedSettings, Flat] = MixedSettings(),
-    how: Annotated[Making, Flat] = Making(),
+    output: Annotated[OutputOptions, Flat] = OutputOptions(),
 ) -> dict[str, Any]:
-    """Choose bits and groups for every matrix, within a size, and quantize by GPTQ.
+    """Quantize by GPTQ in mixed precision, with bits and group sizes chosen to fit a size.
 
     Args:
-        source: A float model folder.
-        target: The folder to make.
-        texts: Text to estimate on and to calibrate on.
-        settings: The size and the choices.
-        how: How the result is measured, and what is printed.
+        source: The model folder to quantize, with float weights.
+        target: The quantized folder to write.
+        texts: Calibration data, on which the sensitivity of each matrix is measured as well. A
+            .txt, .jsonl, .json or .parquet file, a Hub dataset, or @demo-train.
+        settings: The size, and the formats to choose from.
+        output: How the result is measured, and what is printed.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from quantize import to_mixed
 
-    made = to_mixed(source, target, texts=texts, settings=settings, **how.given())
-    return _quantized(made, how.json)
+    folder = to_mixed(source, target, texts=texts, settings=settings, **output.keywords())
+    return _quantized(folder, output.json)
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage({"Data and size": ("double_quantization", "held_out", "teacher")})
+)
 def nf4(
     source: Path,
     target: Path,
     /,
     *,
     settings: Annotated[Nf4Settings, Flat] = Nf4Settings(),
-    how: Annotated[Making, Flat] = Making(),
+    output: Annotated[OutputOptions, Flat] = OutputOptions(),
 ) -> dict[str, Any]:
-    """Store weights as bitsandbytes' 4-bit normal floats.
+    """Quantize weights to NF4, the 4-bit type of bitsandbytes and QLoRA.
 
     Args:
-        source: A float model folder.
-        target: The folder to make.
-        settings: Whether the scales are quantized too.
-        how: How the result is measured, and what is printed.
+        source: The model folder to quantize, with float weights.
+        target: The quantized folder to write.
+        settings: Whether the scales are quantized as well.
+        output: How the result is measured, and what is printed.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from quantize import to_nf4
 
-    made = to_nf4(source, target, settings=settings, **how.given())
-    return _quantized(made, how.json)
+    folder = to_nf4(source, target, settings=settings, **output.keywords())
+    return _quantized(folder, output.json)
 
 
-@app.command
+@app.command(help_formatter=HelpPage({"Rotation": ("seed", "dtype")}))
 def rotate(
     source: Path,
     target: Path,
@@ -230,24 +276,31 @@ def rotate(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Rotate hidden states, so that no direction of theirs stands out to be quantized.
+    """Rotate the hidden states, so that no channel has outliers that make quantization coarse.
 
     Args:
-        source: A float model folder.
-        target: The float folder to make: the same predictions from other weights.
-        settings: Which rotation.
+        source: The model folder to rotate, with float weights.
+        target: The float folder to write. Its weights differ and its predictions are the same.
+        settings: Which rotation, and the type of the weights.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from quantize import rotate as rotate_folder
 
-    return made_folder(rotate_folder(source, target, settings=settings, overwrite=overwrite), json)
+    return print_folder(rotate_folder(source, target, settings=settings, overwrite=overwrite), json)
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Data": ("teacher", "texts", "held_out", "held_out_blocks"),
+            "Training": ("steps", "batch_size", "learning_rate", "norms", "block_length", "seed"),
+        }
+    )
+)
 def tune(
     source: Path,
     target: Path,
@@ -260,25 +313,30 @@ def tune(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Tune the scales and norms of a GPTQ folder; an interrupted run resumes.
+    """Train the scales and norms of a GPTQ folder to imitate a teacher.
+
+    The codes stay as they are. The same command resumes an interrupted run.
 
     Args:
-        source: A GPTQ folder; its codes stay as they are.
-        target: The folder to make.
-        teacher: The model to imitate: the float one that was quantized, or that one's teacher.
-        texts: Text to learn from.
-        held_out: Text to judge on; the end of the texts if not given.
-        settings: How to tune.
+        source: The GPTQ folder to train.
+        target: The GPTQ folder to write.
+        teacher: The model to imitate: the float model that was quantized, or the teacher of that
+            model.
+        texts: Training text. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or
+            @demo-train.
+        held_out: Text on which the KL divergence from the teacher is measured. By default the
+            last blocks of the texts.
+        settings: How to train.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made, with the KL to the teacher before and after.
+        The facts that were printed, with the KL to the teacher before and after.
     """
     from mistill.folders.lineage import read_lineage
     from quantize import tune as tune_folder
 
-    made = tune_folder(
+    folder = tune_folder(
         source,
         target,
         teacher=teacher,
@@ -287,17 +345,17 @@ def tune(
         settings=settings,
         overwrite=overwrite,
     )
-    step = read_lineage(made)[-1]
+    step = read_lineage(folder)[-1]
     before, after = step["before"], step["after"]
-    if speaks():
+    if is_main_process():
         print(
-            f"KL to the teacher {before['kl']:.5f} before, {after['kl']:.5f} after; perplexity "
-            f"{before['perplexity']:.2f}, {after['perplexity']:.2f}"
+            f"KL divergence from the teacher: {before['kl']:.5f} before, {after['kl']:.5f} after; "
+            f"perplexity: {before['perplexity']:.2f} before, {after['perplexity']:.2f} after"
         )
-    return made_folder(made, json, before=before, after=after)
+    return print_folder(folder, json, before=before, after=after)
 
 
-@app.command
+@app.command(help_formatter=HelpPage({"Format": ("to",)}))
 def convert(
     source: Path,
     target: Path,
@@ -307,24 +365,26 @@ def convert(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Store the codes of a GPTQ folder in the other checkpoint format; no code or zero changes.
+    """Convert a GPTQ folder between the checkpoint formats gptq and gptq_v2.
+
+    No code and no zero point changes.
 
     Args:
-        source: A GPTQ folder.
-        target: The folder to make.
-        to: gptq stores zeros less one, gptq_v2 as they are.
+        source: The GPTQ folder to convert.
+        target: The GPTQ folder to write.
+        to: The format to write. gptq stores each zero point less 1; gptq_v2 stores it as it is.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from quantize import convert as convert_folder
 
-    return made_folder(convert_folder(source, target, to=to, overwrite=overwrite), json)
+    return print_folder(convert_folder(source, target, to=to, overwrite=overwrite), json)
 
 
-@app.command
+@app.command(help_formatter=HelpPage({"Format": ("dtype",)}))
 def dequantize(
     source: Path,
     target: Path,
@@ -334,24 +394,33 @@ def dequantize(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Turn a GPTQ or NF4 folder back into a float one that predicts the same.
+    """Turn quantized weights back into floats, with the same predictions.
 
     Args:
-        source: A GPTQ or NF4 folder.
-        target: The folder to make.
-        dtype: Type of the weights; float32 holds what the codes say exactly.
+        source: The GPTQ or NF4 folder to dequantize.
+        target: The float folder to write.
+        dtype: Type of the float weights; float32 represents the quantized weights exactly.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made.
+        The facts that were printed.
     """
     from quantize import dequantize as dequantize_folder
 
-    return made_folder(dequantize_folder(source, target, dtype=dtype, overwrite=overwrite), json)
+    return print_folder(dequantize_folder(source, target, dtype=dtype, overwrite=overwrite), json)
 
 
-@app.command
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Data and size": ("texts", "held_out", "bits", "group_size", "float_base"),
+            **GRID,
+            **GPTQ,
+            "Other libraries": ("model_file_base_name",),
+        }
+    )
+)
 def merge(
     base: Path,
     adapter: Path,
@@ -365,25 +434,29 @@ def merge(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Merge a LoRA adapter; with texts, quantize in the better of two orders and show both.
+    """Merge a LoRA adapter into its base model, and quantize the result if texts are given.
+
+    The result is quantized in two orders: merged before or after quantization. The one with the
+    lower KL divergence on held-out text is kept, and both figures are printed.
 
     Args:
-        base: A float, GPTQ or NF4 folder.
-        adapter: A folder that peft saved.
-        target: The folder to make.
-        texts: Text to calibrate on; the result stays float without it.
-        held_out: Text to compare the two orders on; the calibration text if not given.
-        float_base: The float original of a quantized base, where its lineage does not find it.
-        settings: How to quantize; those of a GPTQ base if none is given.
+        base: The base model of the adapter: a float, GPTQ or NF4 folder.
+        adapter: The folder of the adapter, as peft saves it.
+        target: The folder of the merged model to write.
+        texts: Calibration data. Without it the merged model keeps float weights.
+        held_out: Text on which the two orders are compared. By default the calibration data.
+        float_base: The float model that a quantized base was made from, if the lineage of the
+            base does not name it.
+        settings: How to quantize. By default as the base is, if that is a GPTQ folder.
         overwrite: Replace the target if it exists.
-        json: End with one line of JSON.
+        json: Print the result as one line of JSON at the end.
 
     Returns:
-        What was made, with the KL of both orders.
+        The facts that were printed, with the KL of both orders.
     """
     from quantize import merge_lora
 
-    made = merge_lora(
+    folder = merge_lora(
         base,
         adapter,
         target,
@@ -393,31 +466,32 @@ def merge(
         float_base=float_base,
         overwrite=overwrite,
     )
-    return _merged(made, json)
+    return _merged(folder, json)
 
 
 def _quantized(path: Path, json: bool) -> dict[str, Any]:
-    """Say what quantizing has made, and how close it is where that was measured."""
+    """Print facts about a quantized folder, and its KL divergence where that was measured."""
     from mistill.cli.fidelity import fidelity_table, read_fidelity
 
     measured = read_fidelity(path)
     if measured is None:
-        return made_folder(path, json)
-    if speaks():
+        return print_folder(path, json)
+    if is_main_process():
         Console().print(fidelity_table(measured))
-    return made_folder(path, json, measured=measured)
+    return print_folder(path, json, measured=measured)
 
 
 def _merged(path: Path, json: bool) -> dict[str, Any]:
-    """Say what a merge has made, and how far both orders are from the float merged model."""
+    """Print facts about a merged folder, and the KL divergence of both orders."""
     from mistill.folders.lineage import read_lineage
 
     step = read_lineage(path)[-1]
-    for name, one in step.get("orders", {}).items() if speaks() else ():
+    for name, figures in step.get("orders", {}).items() if is_main_process() else ():
         chosen = " (kept)" if name == step["chosen"] else ""
         print(
-            f"{name.replace('_', ' ')}: KL {one['kl']:.5f}, perplexity {one['perplexity']:.2f} "
-            f"of {one['reference_perplexity']:.2f}{chosen}"
+            f"{name.replace('_', ' ')}: KL {figures['kl']:.5f}, perplexity "
+            f"{figures['perplexity']:.2f} beside {figures['reference_perplexity']:.2f} of the "
+            f"float merged model{chosen}"
         )
     facts = {name: step[name] for name in ("orders", "chosen") if name in step}
-    return made_folder(path, json, **facts)
+    return print_folder(path, json, **facts)

@@ -1,4 +1,4 @@
-"""What a step of one token reads from memory: the bytes that bound its speed."""
+"""The bytes that a step of one token reads from memory, which bound its speed (roofline)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Is there anything in an ONNX graph that ONNX Runtime computes slowly on a CPU?
+"""A lint of ONNX graphs: operators that ONNX Runtime computes slowly on a CPU.
 
-A graph can be right and a hundred times slower than it need be, without a word: an attribute
-left out, an input that no fast kernel knows, an operator that has none. What is known of that is
-written down here as rules, each with what it was measured to cost (ONNX Runtime 1.31, AVX2, one
-row times 2048 by 2048, one thread). The rules know nothing of who made the graph.
+A correct graph can be a hundred times slower than necessary without any warning, because of a
+missing attribute, an input that no fast kernel supports, or an operator that has no fast kernel.
+Each rule states the measured slowdown (ONNX Runtime 1.31, AVX2, one row times 2048 by 2048, one
+thread). The rules apply to graphs of any exporter.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Lint:
 
 
 def lint_file(file: str | Path) -> Lint:
-    """Hold a graph against the rules, without reading its weights.
+    """Check a graph against the rules, without reading its weights.
 
     Args:
         file: An .onnx file, whoever made it.

@@ -1,4 +1,4 @@
-"""Matrix products as ONNX Runtime computes them: the ways there are, and a small graph of some."""
+"""Matrix products as ONNX Runtime computes them: its kernels, and a small graph to time them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_products(
     within ``held_to_first_processor``.
 
     Args:
-        kernel: How to multiply.
+        kernel: Kernel of the product.
         rows: Rows of a matrix, N.
         columns: Columns of a matrix, K.
         threads: Threads to multiply with.
@@ -86,10 +86,10 @@ def open_products(
 
 @cache
 def kernel_speed(kernel: Kernel, threads: int) -> float:
-    """How fast a kernel multiplies one token where memory does not hold it up.
+    """How fast a kernel multiplies one token if memory bandwidth is no limit.
 
     Args:
-        kernel: Which kernel.
+        kernel: Kernel to time.
         threads: Threads to multiply with.
 
     Returns:

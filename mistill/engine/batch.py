@@ -1,8 +1,8 @@
-"""Several prompts through one session: each step writes a token of every reply.
+"""Decoding of several prompts at once: each step writes a token of every reply.
 
-A step reads all weights, whether for one reply or for eight, so that replies side by side cost
-little more than one. Prompts are read one after another, each into its own row of the buffers:
-reading many tokens keeps the processor busy by itself.
+A step reads all weights, whether for one reply or for eight, so that a batch of replies costs
+little more than one. The prefill is done one prompt after another, each into its own row of the
+buffers, because reading many tokens keeps the processor busy by itself.
 
 B is batch, T positions, V vocabulary.
 """
@@ -31,44 +31,44 @@ def write_side_by_side(
     """Continue several texts at once.
 
     Args:
-        session: The graph.
-        texts: Token ids, at least one in each; what is written is appended.
-        limits: How long each may become, at least as long as it is.
-        chooses: What picks the tokens of each.
+        session: Session of the graph.
+        texts: Token ids, at least one in each; written tokens are appended.
+        limits: The greatest length of each text, at least its present one.
+        chooses: For each text the function that picks its tokens.
         end_ids: Tokens that end a text and are its last.
         chunk: Positions that are read at once.
     """
-    rows = _Rows(session, len(texts), max(limits))
-    logits = rows.read(texts, chunk)
-    # Which text is in which row; a row that is finished is given to the last one.
-    places = list(range(len(texts)))
+    cache = _BatchCache(session, len(texts), max(limits))
+    logits = cache.read(texts, chunk)
+    # The number of the text in each row; the last text moves into a row that is finished.
+    in_row = list(range(len(texts)))
     while True:
-        for place, which in enumerate(places):
-            if len(texts[which]) < limits[which]:
-                texts[which].append(chooses[which](logits[place]))
-        for place in reversed(range(len(places))):
-            text = texts[places[place]]
-            if text[-1] in end_ids or len(text) == limits[places[place]]:
-                last = places.pop()
-                if place < len(places):
-                    rows.move(len(places), place, len(texts[last]) - 1)
-                    places[place] = last
-        if not places:
+        for row, number in enumerate(in_row):
+            if len(texts[number]) < limits[number]:
+                texts[number].append(chooses[number](logits[row]))
+        for row in reversed(range(len(in_row))):
+            text = texts[in_row[row]]
+            if text[-1] in end_ids or len(text) == limits[in_row[row]]:
+                last = in_row.pop()
+                if row < len(in_row):
+                    cache.copy(len(in_row), row, len(texts[last]) - 1)
+                    in_row[row] = last
+        if not in_row:
             return
-        logits = rows.step([texts[which] for which in places])
+        logits = cache.step([texts[number] for number in in_row])
 
 
-class _Rows:
-    """The keys and values of several texts, and the graph bound to them."""
+class _BatchCache:
+    """The KV cache of several texts, and the graph bound to it."""
 
     def __init__(self, session: onnxruntime.InferenceSession, rows: int, capacity: int) -> None:
         self._session = session
         self._binding = session.io_binding()
-        # With room for a whole text, a graph that drops what its window leaves drops nothing.
+        # In buffers as long as the text, a graph with a sliding window drops nothing.
         capacity = max(capacity, window_of(session) or 0)
         self._arrays = {
-            name: np.empty((rows, heads, capacity, width), kind)
-            for name, (heads, width, kind) in cache_shapes(session).items()
+            name: np.empty((rows, heads, capacity, width), dtype)
+            for name, (heads, width, dtype) in cache_shapes(session).items()
         }
         self._capacity = capacity
         # Rows that the binding holds for steps; none while prompts are read.
@@ -88,11 +88,11 @@ class _Rows:
         ones = np.ones((1, self._capacity), np.int64)
         for row, text in enumerate(texts):
             shared = common_prefix(texts[row - 1], text[:-1]) if row else 0
-            self.move(row - 1, row, shared)
+            self.copy(row - 1, row, shared)
             self._bind(slice(row, row + 1))
             for start in range(shared, len(text), chunk):
                 ids = np.array([text[start : start + chunk]], np.int64)
-                last = self._run(ids, ones[:, : start + ids.size])
+                last = self._run_graph(ids, ones[:, : start + ids.size])
             logits.append(last[0])
         return np.stack(logits)
 
@@ -112,15 +112,15 @@ class _Rows:
         lengths = np.array([len(text) for text in texts])
         # Where a text ends is how many ones its row of the mask has.
         mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-        return self._run(ids, mask)
+        return self._run_graph(ids, mask)
 
-    def move(self, source: int, target: int, positions: int) -> None:
+    def copy(self, source: int, target: int, positions: int) -> None:
         """Copy the first positions of a row into another.
 
         Args:
             source: The row to copy.
             target: The row to overwrite.
-            positions: How many.
+            positions: Number of positions.
         """
         for array in self._arrays.values():
             array[target, :, :positions] = array[source, :, :positions]
@@ -132,7 +132,7 @@ class _Rows:
             self._binding.bind_ortvalue_output(f"present.{name}", value)
         self._binding.bind_output("logits")
 
-    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _run_graph(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         self._binding.bind_ortvalue_input("input_ids", as_value(ids))
         self._binding.bind_ortvalue_input("attention_mask", as_value(mask))
         self._session.run_with_iobinding(self._binding)

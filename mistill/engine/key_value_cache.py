@@ -1,10 +1,10 @@
-"""Keys and values of the tokens that a model has read: what makes the next token cheap.
+"""The KV cache: keys and values of the tokens that a model has read.
 
-The graph reads and extends the buffers in place. Taking tokens back is forgetting how many of the
-positions count, so a text that begins like the last one is read from where the two part.
+The graph reads and extends the buffers in place. Removing tokens from the end only changes the
+number of positions in use, so that a text with a common prefix is read from where it differs.
 
-A graph whose model looks back a limited way may keep no more than that: its buffers have a fixed
-number of rows, and attention drops the oldest, many at once, when they are full.
+A graph with a sliding window may have buffers with a fixed number of rows. When they are full,
+attention drops the oldest rows, many at once.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class KeyValueCache:
         session: onnxruntime.InferenceSession,
         context_length: int,
         device: Device = "cpu",
-        let_go: Callable[[], None] = lambda: None,
+        before_move: Callable[[], None] = lambda: None,
     ) -> None:
         """Make an empty cache for a graph.
 
         Args:
             session: The graph, whose inputs say how large a position is.
             context_length: Most positions there can be.
-            device: Where the buffers are.
-            let_go: Called before the buffers move, for whoever else holds them.
+            device: Device of the buffers.
+            before_move: Called before the buffers move, so that a binding can release them.
         """
         self.ids = []
         self.values = {}
@@ -82,7 +82,7 @@ class KeyValueCache:
         self.window = window_of(session)
         self._capacity = 0
         self._device = device
-        self._let_go = let_go
+        self._before_move = before_move
         # Of a cache on the processor only: the same memory as the values.
         self._arrays: dict[str, NDArray[Any]] = {}
 
@@ -90,16 +90,16 @@ class KeyValueCache:
     def size_bytes(self) -> int:
         """Memory that the buffers take."""
         return self._capacity * sum(
-            heads * width * np.dtype(kind).itemsize for heads, width, kind in self.shapes.values()
+            heads * width * np.dtype(dtype).itemsize for heads, width, dtype in self.shapes.values()
         )
 
     def rewind(self, count: int) -> None:
-        """Forget all but the first tokens; what comes next overwrites their keys and values.
+        """Remove all but the first tokens; later ones overwrite their keys and values.
 
-        Where older positions were dropped that a shorter text would need, nothing is kept.
+        If older positions were dropped that the shorter text needs, all tokens are removed.
 
         Args:
-            count: How many tokens to keep.
+            count: Number of tokens to keep.
         """
         back = len(self.ids) - count
         if back > 0 and self._rows(count) != self._rows(len(self.ids)) - back:
@@ -107,7 +107,7 @@ class KeyValueCache:
         del self.ids[count:]
 
     def reserve(self, positions: int) -> None:
-        """Make room for this many positions, and keep what is there.
+        """Make room for this many positions, and keep those in use.
 
         Args:
             positions: At most ``context_length``.
@@ -118,7 +118,7 @@ class KeyValueCache:
             self.ids = ids
 
     def used(self) -> dict[str, NDArray[Any]]:
-        """The keys and values that count.
+        """The keys and values in use.
 
         Returns:
             Arrays by name, shape (1, heads, rows, width), a row for each token that was not
@@ -129,14 +129,14 @@ class KeyValueCache:
         rows = self._rows(len(self.ids))
         return {name: self._array(name)[:, :, :rows] for name in self.values}
 
-    def restore(self, ids: Sequence[int], kept: Mapping[str, NDArray[Any]]) -> None:
-        """Take over the keys and values of a text that was read before.
+    def restore(self, ids: Sequence[int], values: Mapping[str, NDArray[Any]]) -> None:
+        """Replace the content by keys and values of a text that was read before.
 
         Args:
             ids: Its tokens, at most ``context_length``.
-            kept: What ``used`` gave for them.
+            values: The keys and values that ``used`` returned for them.
         """
-        self._move(self._room(len(ids)), dict(kept))
+        self._move(self._room(len(ids)), dict(values))
         self.ids = list(ids)
 
     def _rows(self, tokens: int) -> int:
@@ -158,19 +158,19 @@ class KeyValueCache:
     def _array(self, name: str) -> NDArray[Any]:
         return self._arrays[name] if self._arrays else self.values[name].numpy()
 
-    def _move(self, capacity: int, kept: dict[str, NDArray[Any]]) -> None:
+    def _move(self, capacity: int, values: dict[str, NDArray[Any]]) -> None:
         """Take new buffers, one after another; if it is interrupted, the cache is left empty.
 
         Args:
             capacity: Positions that they have room for.
-            kept: What to put into them; each array is let go once it was copied.
+            values: Keys and values to copy into them; each array is released once it is copied.
         """
         self.ids, self._capacity = [], 0
-        self._let_go()
-        for name, (heads, width, kind) in self.shapes.items():
-            array = _pages((1, heads, capacity, width), kind)
-            if kept:
-                old = kept.pop(name)
+        self._before_move()
+        for name, (heads, width, dtype) in self.shapes.items():
+            array = _pages((1, heads, capacity, width), dtype)
+            if values:
+                old = values.pop(name)
                 array[:, :, : old.shape[2]] = old
                 del old
             self.values[name] = as_value(array, self._device)
@@ -185,7 +185,7 @@ def cache_shapes(
     """How large a position of the cache is.
 
     Args:
-        session: The graph.
+        session: Session of the graph.
 
     Returns:
         Heads, width of a head and type by the buffer's name, such as ``0.key``.
@@ -205,21 +205,21 @@ def window_of(session: onnxruntime.InferenceSession) -> int | None:
     """Positions that a query sees, if a graph drops older ones from its buffers.
 
     Args:
-        session: The graph.
+        session: Session of the graph.
 
     Returns:
         Positions; None if it keeps all.
     """
-    found = session.get_modelmeta().custom_metadata_map.get(WINDOW_PROPERTY)
-    return None if found is None else int(found)
+    stated = session.get_modelmeta().custom_metadata_map.get(WINDOW_PROPERTY)
+    return None if stated is None else int(stated)
 
 
 def as_value(array: NDArray[Any], device: Device = "cpu") -> onnxruntime.OrtValue:
     """An array as ONNX Runtime sees it.
 
     Args:
-        array: Contiguous.
-        device: Where it shall be.
+        array: A contiguous array.
+        device: Device of the value.
 
     Returns:
         The same memory on the processor, a copy on another device.
@@ -229,17 +229,18 @@ def as_value(array: NDArray[Any], device: Device = "cpu") -> onnxruntime.OrtValu
     return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
-def _pages(shape: tuple[int, ...], kind: type[np.generic]) -> NDArray[Any]:
-    """An array in pages of its own: they take memory once they are written, and give it back.
+def _pages(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """An array in pages of its own, which take memory when written and return it when freed.
 
-    What ``np.empty`` lets go, the C library often keeps; a cache that moves would stay twice.
+    The C library often keeps the memory of ``np.empty``, so that a cache that moves would take it
+    twice.
     """
-    size = math.prod(shape) * np.dtype(kind).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     if sys.platform == "win32":
         pages = mmap.mmap(-1, size)
     else:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, kind).reshape(shape)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -256,4 +257,4 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     # Usually one is the beginning of the other, and a list compares thousands in microseconds.
     if first[:shorter] == second[:shorter]:
         return shorter
-    return next(place for place in range(shorter) if first[place] != second[place])
+    return next(index for index in range(shorter) if first[index] != second[index])

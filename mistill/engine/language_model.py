@@ -16,7 +16,7 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 Choose = Callable[[NDArray[np.float32]], int]
 
 LOOK_UP = "lookup"
-"""The draft that is no model: what followed the same words before."""
+"""The draft that is not a model: prompt lookup decoding."""
 
 
 def greedy(logits: NDArray[np.float32]) -> int:

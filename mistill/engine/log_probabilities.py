@@ -1,4 +1,4 @@
-"""How probable a model held the tokens that it wrote, and what it would have written instead."""
+"""Log-probabilities of the tokens that a model wrote, and of the most probable ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TokenScore(NamedTuple):
     """A token that was written.
 
     Attributes:
-        token: Its id.
+        token: Id of the token.
         log_probability: Natural logarithm of its probability among all tokens, at temperature 1:
             what the model says, not what sampling made of it.
         top: The most probable tokens, most probable first, each with its own.
@@ -31,8 +31,8 @@ def token_score(logits: NDArray[np.float32], token: int, top: int = 0) -> TokenS
 
     Args:
         logits: Shape (V,).
-        token: Its id.
-        top: How many of the most probable tokens to name as well.
+        token: Id of the token.
+        top: Number of most probable tokens that are listed too.
 
     Returns:
         Its log-probability, and theirs.
@@ -52,7 +52,7 @@ def token_score(logits: NDArray[np.float32], token: int, top: int = 0) -> TokenS
 
 
 class Scored:
-    """Chooses what another chooses, and keeps how probable each token was.
+    """Wraps a function that picks tokens, and records the probability of each token.
 
     Attributes:
         scores: One for each token chosen so far.
@@ -61,11 +61,11 @@ class Scored:
     scores: list[TokenScore]
 
     def __init__(self, choose: Choose, top: int = 0) -> None:
-        """Watch a choice.
+        """Wrap a function.
 
         Args:
-            choose: What chooses.
-            top: How many of the most probable tokens to name at each position.
+            choose: Function that picks the tokens.
+            top: Number of most probable tokens that are listed at each position.
         """
         require(top >= 0, f"top must be 0 or more, not {top}")
         self.scores = []

@@ -1,10 +1,8 @@
 """An ONNX folder as a running model.
 
-ONNX Runtime runs the graph; this file decides what it works on. The keys and values of the tokens
-read so far stay in one buffer for each layer, which the graph reads and extends in place, so that
-a step copies nothing and costs what its arithmetic costs. Taking tokens back is forgetting how
-many of the buffer's positions count, so a new conversation starts where it first differs from the
-last one.
+ONNX Runtime runs the graph; this file manages its inputs. The KV cache is one buffer for each
+layer, which the graph reads and extends in place, so that a step copies nothing. The cache is also
+a prefix cache: a new prompt is read from where it first differs from the last text.
 
 B is batch, T positions, V vocabulary.
 """
@@ -47,7 +45,7 @@ class OnnxModel:
         vocabulary_size: Number of logits per position, V.
         context_length: Most positions that it can hold at once.
         threads: Threads that it computes with.
-        provider: What computes.
+        provider: Execution provider.
         alone: Whether it was opened to compute with no other model in turn.
     """
 
@@ -70,7 +68,7 @@ class OnnxModel:
         """Open an ONNX folder.
 
         Args:
-            folder: The folder.
+            folder: Path of the folder.
             threads: Threads to compute with; None takes the processors that this process may use.
             context: Most positions to hold at once; None takes what the model was made for.
             provider: ``cpu``, or ``cuda`` or ``tensorrt`` where ONNX Runtime has them.
@@ -86,8 +84,8 @@ class OnnxModel:
         info = open_folder(folder)
         if info.form != "onnx":
             raise FolderError(
-                f"{folder} is a {info.form} folder, not an ONNX folder; make one of it with: "
-                "mistill export"
+                f"{folder} is a {info.form} folder, not an ONNX folder; export it with: mistill "
+                "export"
             )
         require(threads is None or threads >= 1, f"threads must be 1 or more, not {threads}")
         require(
@@ -155,7 +153,7 @@ class OnnxModel:
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
         """Write tokens after the ids given, one at a time, until the context is full.
 
-        What the prompt shares with the text that was read last is not read again.
+        The prefix that the prompt shares with the last text is in the KV cache and not read again.
 
         Args:
             ids: The prompt, at least one token.
@@ -174,7 +172,7 @@ class OnnxModel:
     def read(self, ids: Sequence[int], positions: int = 1) -> NDArray[np.float32]:
         """Scores of the next token at the last positions of a text.
 
-        What the text shares with the one that was read last is not read again.
+        The prefix that the text shares with the last one is in the KV cache and not read again.
 
         Args:
             ids: The text, at least one token.
@@ -200,7 +198,7 @@ class OnnxModel:
         Args:
             reader: Stands for the loop. Between two calls with the same reader, only the last
                 positions of the earlier text may change.
-            tokens: What ``checked`` gave, and tokens that the model chose.
+            tokens: Tokens that ``checked`` returned, and tokens that the model wrote.
             positions: Of how many of the last positions to give the scores.
 
         Returns:
@@ -229,7 +227,7 @@ class OnnxModel:
         choose: Sequence[Choose] | None = None,
         end_ids: Collection[int] = (),
     ) -> list[list[int]]:
-        """Write after several prompts at once, which costs little more than after one.
+        """Write replies to several prompts at once, which costs little more than one reply.
 
         Each reply is what ``stream`` writes after its prompt alone, up to the rounding of sums.
 
@@ -249,7 +247,7 @@ class OnnxModel:
         require(max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {max_new_tokens}")
         require(
             choose is None or len(choose) == len(prompts),
-            f"give one choose for each of the {len(prompts)} prompts",
+            f"choose must hold one function for each of the {len(prompts)} prompts",
         )
         texts = [self.checked(prompt) for prompt in prompts]
         if texts:
@@ -264,7 +262,7 @@ class OnnxModel:
         return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
     def save_cache(self, file: str | Path, **notes: str) -> Path:
-        """Keep what has been read, so that another process need not read it again.
+        """Save the KV cache, so that another process need not read the text again.
 
         Args:
             file: A safetensors file to write; replaced if it exists.
@@ -284,10 +282,10 @@ class OnnxModel:
             )
 
     def restore_cache(self, file: str | Path) -> dict[str, str]:
-        """Take up what ``save_cache`` kept; a text that begins like it is read from its end on.
+        """Load a KV cache that ``save_cache`` wrote, as a prefix cache for later texts.
 
         Args:
-            file: The file.
+            file: Path of the file.
 
         Returns:
             The notes that were kept with it.
@@ -301,7 +299,7 @@ class OnnxModel:
         )
         if len(saved.ids) > self.context_length:
             raise ContextError(
-                f"{file} holds {len(saved.ids)} tokens and the context {self.context_length}; "
+                f"{file} holds {len(saved.ids)} tokens and the context only {self.context_length}; "
                 "open the model with a longer context"
             )
         with self._lock:
@@ -352,7 +350,7 @@ class OnnxModel:
             yield token
 
     def _read_on(self, tokens: list[int]) -> None:
-        """Read what the cache lacks of a text; the logits of the last token are left."""
+        """Read the tokens of a text that the cache lacks, for the logits of the last one."""
         self._cache.reserve(len(tokens))
         for start in range(len(self._cache.ids), len(tokens), CHUNK):
             self._read(tokens[start : start + CHUNK], self._next_logits)
@@ -387,13 +385,13 @@ class OnnxModel:
             self._bound_cache = True
 
     def _unbind(self) -> None:
-        """Hold nothing of the cache, which is about to move."""
+        """Release the buffers of the cache, which is about to move."""
         self._bound_cache, self._bound_tokens = False, None
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
 
     def _bind_tokens(self, inputs: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
-        """Let the graph read tokens and write logits; nothing changes from step to step."""
+        """Bind tokens and logits, unless they are bound since the last step."""
         if self._bound_tokens is not inputs:
             self._bound_tokens = None
             last = scores is self._next_logits

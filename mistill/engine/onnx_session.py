@@ -1,4 +1,4 @@
-"""Opening the graph of an ONNX folder: where it runs, and whether it is one of ours."""
+"""Opening the graph of an ONNX folder on an execution provider, and checking its inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_provider(provider: str) -> None:
     if wanted not in available:
         raise MissingExtraError(
             f"ONNX Runtime {onnxruntime.__version__} has no {wanted} here, only "
-            f"{', '.join(available)}; install onnxruntime-gpu in place of onnxruntime, or take "
+            f"{', '.join(available)}; install onnxruntime-gpu instead of onnxruntime, or use "
             "provider cpu"
         )
 
@@ -47,7 +47,7 @@ def open_session(
     Args:
         folder: An ONNX folder.
         threads: Threads to compute with on the processor.
-        provider: What computes.
+        provider: Execution provider.
         alone: Whether no other session runs in turn with this one: else its threads stop spinning
             when a run ends, where they would wait for the next one for some 35 ms.
 
@@ -79,8 +79,8 @@ def open_session(
     if wanted not in session.get_providers():
         # ONNX Runtime goes on without a provider whose libraries it cannot load.
         raise MissingExtraError(
-            f"{wanted} does not start: its libraries or a driver are missing; install them, or "
-            "take provider cpu"
+            f"{wanted} does not start, because its libraries or a driver are missing; install "
+            "them, or use provider cpu"
         )
     return session
 
@@ -89,9 +89,9 @@ def check_graph(session: onnxruntime.InferenceSession, folder: Path, layers: int
     """Refuse a graph whose inputs and outputs are not those that the engine binds.
 
     Args:
-        session: The graph.
-        folder: Where it is from.
-        layers: How many layers it should have.
+        session: Session of the graph.
+        folder: The folder of the graph, for messages.
+        layers: Expected number of layers.
 
     Raises:
         FolderError: If something is missing or not known; the message names it.
@@ -124,7 +124,7 @@ def graph_fingerprint(folder: Path) -> str:
     """A name for the graph and the weights of an ONNX folder, from its manifest's checksums.
 
     Args:
-        folder: The folder.
+        folder: Path of the folder.
 
     Returns:
         64 hexadecimal digits.

@@ -17,12 +17,12 @@ def open_model(
     provider: Provider = "cpu",
     alone: bool = True,
 ) -> LanguageModel:
-    """Open any folder of the road as a running model.
+    """Open a model folder of any form as a running model.
 
     Args:
         folder: A model folder (float, GPTQ or NF4) or an ONNX folder.
-        threads: Threads to compute with; None lets the engine count the processors it may use.
-        provider: What computes an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
+        threads: Number of threads; None takes one for each processor that may be used.
+        provider: Execution provider of an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
         alone: Whether no other model computes in turn with this one, token by token; of an ONNX
             folder, as ``OnnxModel`` takes it.
 
@@ -39,7 +39,8 @@ def open_model(
 
         return OnnxModel(info.path, threads=threads, provider=provider, alone=alone)
     require(
-        provider == "cpu", f"provider is for ONNX folders, and {info.path} is a {info.form} folder"
+        provider == "cpu",
+        f"provider is for ONNX folders, and {info.path} is a {info.form} folder; leave it at cpu",
     )
     try:
         from mistill.engine.pytorch_model import PytorchModel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,16 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mistill.engine.language_model import Choose, greedy
-from mistill.errors import (
-    ContextError,
-)
-from mistill.folders.folder import (
-    context_length,
-)
+from mistill.errors import ContextError
+from mistill.folders.folder import context_length
 from mistill.pytorch.loading import load_pytorch
-
-if TYPE_CHECKING:
-    pass
 
 _POSITIONS_AT_ONCE = 2048
 
@@ -29,9 +21,9 @@ _POSITIONS_AT_ONCE = 2048
 class PytorchModel:
     """A model folder that runs in PyTorch.
 
-    The reference that ONNX chatbots are compared with, and the way to benchmark the stops of the
-    road before the export. It reads every prompt anew: nothing is kept from one ``stream`` to
-    the next, so that the time to the first token is that of a first question.
+    It is the reference for ONNX folders, and runs model folders that were not exported in
+    benchmarks. It has no prefix cache: each ``stream`` reads its whole prompt, so that the time to
+    first token is that of a first question.
     """
 
     def __init__(
@@ -46,7 +38,7 @@ class PytorchModel:
         Args:
             folder: A float, GPTQ or NF4 folder.
             threads: Threads that PyTorch computes with, for the whole process; None leaves them.
-            dtype: What to compute in.
+            dtype: Type of weights and activations.
 
         Raises:
             FolderError: If the folder is broken or holds an ONNX graph.

@@ -2,8 +2,7 @@
 
 The order is that of ``transformers``: repetition penalty, temperature, top-k, top-p, min-p, then
 a draw. Every function takes the logits (V,) of one position. None of them sorts the whole
-vocabulary: a step of a small model on a laptop lasts a few milliseconds, and the sampler must not
-be what one waits for.
+vocabulary, because a step of a small model takes only a few milliseconds on a laptop.
 """
 
 from __future__ import annotations
@@ -29,13 +28,15 @@ class SamplingSettings:
     """How the next token is drawn.
 
     Attributes:
-        temperature: Divides the logits; 0 always takes the most probable token.
-        top_k: Keep this many of the most probable tokens; 0 keeps all.
-        top_p: Keep the most probable tokens until their probabilities reach this sum; 1 keeps all.
-        min_p: Drop tokens less probable than this share of the most probable one; 0 keeps all.
-        repetition_penalty: Above 1 makes tokens that were seen before less probable; 1 changes
-            nothing.
-        seed: Makes the draws repeatable; without one, they differ from run to run.
+        temperature: Divisor of the logits. 0 decodes greedily: it always takes the most probable
+            token.
+        top_k: Sample among this many of the most probable tokens; 0 keeps all.
+        top_p: Sample among the fewest tokens whose probabilities reach this sum; 1 keeps all.
+        min_p: Drop tokens whose probability is less than this share of the highest one; 0 keeps
+            all.
+        repetition_penalty: Makes tokens of the prompt and the reply less probable, the more the
+            further above 1; 1 changes nothing.
+        seed: Seed of the random numbers. By default, replies differ from run to run.
     """
 
     temperature: float = 0.7
@@ -46,7 +47,7 @@ class SamplingSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no distribution can be drawn with."""
+        """Refuse settings out of their ranges."""
         require(
             0 <= self.temperature < float("inf"),
             f"temperature must be 0 or above, not {self.temperature}",
@@ -113,9 +114,9 @@ def above_top_k(logits: Logits, k: int) -> NDArray[np.int64]:
     # of those wanted is below it: few are left to be ordered.
     best = logits[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
     ids = np.flatnonzero(logits >= np.partition(best, groups - k)[groups - k])
-    kept = logits[ids]
-    threshold = np.partition(kept, kept.size - k)[kept.size - k]
-    return ids[np.flatnonzero(kept >= threshold)]
+    likely = logits[ids]
+    threshold = np.partition(likely, likely.size - k)[likely.size - k]
+    return ids[np.flatnonzero(likely >= threshold)]
 
 
 def above_top_p(odds: NDArray[np.floating], p: float) -> NDArray[np.int64]:
@@ -150,17 +151,17 @@ def candidates(logits: Logits, settings: SamplingSettings) -> Candidates:
 
     Args:
         logits: Shape (V,).
-        settings: What to keep of them.
+        settings: Temperature, top-k, top-p and min-p.
 
     Returns:
-        The tokens kept, with their probabilities.
+        The tokens that may be drawn, with their probabilities.
     """
     if settings.temperature == 0:
         return Candidates(np.array([greedy(logits)]), np.ones(1))
     ids = above_top_k(logits, settings.top_k) if settings.top_k else np.arange(logits.size)
-    kept = logits[ids] if settings.top_k else logits
+    selected = logits[ids] if settings.top_k else logits
     # The largest is subtracted first, so that no temperature overflows.
-    odds = np.exp((kept - kept.max()) / np.float32(settings.temperature))
+    odds = np.exp((selected - selected.max()) / np.float32(settings.temperature))
     if settings.top_p < 1:
         most = above_top_p(odds, settings.top_p)
         ids, odds = ids[most], odds[most]
@@ -171,42 +172,42 @@ def candidates(logits: Logits, settings: SamplingSettings) -> Candidates:
     return Candidates(ids, odds / odds.sum())
 
 
-def draw(among: Candidates, generator: np.random.Generator) -> int:
-    """One token, drawn by its probability.
+def draw(distribution: Candidates, generator: np.random.Generator) -> int:
+    """Draw one token by its probability.
 
     Args:
-        among: The tokens kept.
-        generator: Where the randomness comes from; one number is taken from it.
+        distribution: The tokens to draw from.
+        generator: Random numbers, of which one is used.
 
     Returns:
         Its id.
     """
-    reached = np.cumsum(among.probabilities)
-    place = int(np.searchsorted(reached, generator.random() * reached[-1], side="right"))
-    if place == reached.size:  # rounding may put the number at the very end
-        place = int(np.flatnonzero(among.probabilities)[-1])
-    return int(among.ids[place])
+    sums = np.cumsum(distribution.probabilities)
+    index = int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
+    if index == sums.size:  # rounding may put the number at the very end
+        index = int(np.flatnonzero(distribution.probabilities)[-1])
+    return int(distribution.ids[index])
 
 
 def accept_or_redraw(
     ours: Candidates, token: int, theirs: Candidates, generator: np.random.Generator
 ) -> int:
-    """A token drawn by one distribution, made into one drawn by another.
+    """Speculative sampling: accept a token that was drawn from q, or replace it by a draw from p.
 
-    The token stands with probability min(1, p / q), and is otherwise replaced by a draw from what p
-    has over q (Leviathan et al., 2023, section 2.3, https://arxiv.org/abs/2211.17192): what comes
-    out is distributed as p, whatever q was.
+    The token is accepted with probability min(1, p / q), and otherwise replaced by a draw from
+    max(0, p - q), normalized (Leviathan et al., 2022, section 2.3,
+    https://arxiv.org/abs/2211.17192). The result is distributed as p, whatever q is.
 
     Args:
-        ours: p, what the result shall be drawn from.
-        token: Drawn from ``theirs``.
-        theirs: q.
-        generator: Where the randomness comes from.
+        ours: p, the distribution of the result.
+        token: The token that was drawn from ``theirs``.
+        theirs: q, the distribution of the draft model.
+        generator: Random numbers.
 
     Returns:
-        The token, or another.
+        The token, or its replacement.
     """
-    p, q = (_probability_of(token, among) for among in (ours, theirs))
+    p, q = (_probability_of(token, distribution) for distribution in (ours, theirs))
     if generator.random() * q < p:
         return token
     ids, odds = theirs
@@ -217,18 +218,17 @@ def accept_or_redraw(
     return draw(Candidates(ours.ids, over) if over.any() else ours, generator)
 
 
-def _probability_of(token: int, among: Candidates) -> float:
-    return float(among.probabilities[among.ids == token].sum())
+def _probability_of(token: int, distribution: Candidates) -> float:
+    return float(distribution.probabilities[distribution.ids == token].sum())
 
 
 class Sampler:
-    """Chooses one token after another, and remembers which it has seen.
+    """Chooses one token after another, and remembers the tokens for the repetition penalty.
 
-    One sampler serves one reply: the repetition penalty counts the tokens of its prompt and its
-    own.
+    One sampler serves one reply; the penalty counts the tokens of the prompt and the reply.
 
     Attributes:
-        settings: How tokens are drawn.
+        settings: Sampling settings.
     """
 
     settings: SamplingSettings
@@ -243,8 +243,8 @@ class Sampler:
         """Make a sampler.
 
         Args:
-            settings: How tokens are drawn.
-            generator: Where the randomness comes from; None makes one from ``settings.seed``.
+            settings: Sampling settings.
+            generator: Random numbers; None makes a generator from ``settings.seed``.
             seen: Tokens that count as seen already, such as the prompt.
         """
         self.settings = settings
@@ -263,8 +263,8 @@ class Sampler:
             The id of the token, which counts as seen from now on.
         """
         if self.settings.temperature == 0:
-            return self._take(greedy(self._penalized(logits)))
-        return self._take(draw(self.distribution(logits), self._generator))
+            return self._record(greedy(self._penalized(logits)))
+        return self._record(draw(self.distribution(logits), self._generator))
 
     def distribution(self, logits: Logits) -> Candidates:
         """What the next token would be drawn from.
@@ -273,31 +273,31 @@ class Sampler:
             logits: Shape (V,); left as they are.
 
         Returns:
-            The tokens kept, with their probabilities.
+            The tokens that may be drawn, with their probabilities.
         """
         return candidates(self._penalized(logits), self.settings)
 
-    def judge(self, logits: Logits, token: int, theirs: Candidates) -> int:
-        """Choose the next token where another model has drawn one already.
+    def accept_or_replace(self, logits: Logits, token: int, theirs: Candidates) -> int:
+        """Choose the next token where a draft model has drawn one already.
 
         Args:
-            logits: Shape (V,); left as they are.
-            token: What the other has drawn.
-            theirs: What it was drawn from.
+            logits: Shape (V,), those of the model; left as they are.
+            token: The draft token.
+            theirs: The distribution that it was drawn from.
 
         Returns:
-            A token distributed as those that calling the sampler gives; as often as that allows,
-            the one that was drawn.
+            A token that is distributed as if the sampler had drawn it; as often as possible the
+            draft token.
         """
         ours = self.distribution(logits)
-        return self._take(accept_or_redraw(ours, token, theirs, self._generator))
+        return self._record(accept_or_redraw(ours, token, theirs, self._generator))
 
     def _penalized(self, logits: Logits) -> Logits:
         if not self._penalizes:
             return logits
         return penalize_repetition(logits, self._seen_ids, self.settings.repetition_penalty)
 
-    def _take(self, token: int) -> int:
+    def _record(self, token: int) -> int:
         if self._penalizes and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = np.append(self._seen_ids, token)

@@ -1,7 +1,7 @@
-"""What a model has read, on disk: tokens, and their keys and values, in one safetensors file.
+"""A KV cache on disk: tokens with their keys and values in one safetensors file.
 
-The file names the graph and weights that it is for: keys and values of another model would be
-nonsense that nothing notices.
+The file holds a fingerprint of the graph and its weights, because keys and values of another model
+would give wrong logits without an error.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _NOTE = "note."
 
 @dataclass(frozen=True, kw_only=True)
 class SavedCache:
-    """A text that was read.
+    """A KV cache that was read from a file.
 
     Attributes:
-        ids: Its tokens.
+        ids: Token ids of the text.
         values: Keys and values by name, shape (1, heads, tokens, width).
-        notes: Texts that were kept with it, by name.
+        notes: Texts that were saved with it, by name.
     """
 
     ids: list[int]
@@ -52,11 +52,11 @@ def write_cache(
     fingerprint: str,
     notes: Mapping[str, str],
 ) -> Path:
-    """Write what was read; the file appears whole or not at all.
+    """Write a KV cache; the file appears whole or not at all.
 
     Args:
         file: The file; replaced if it exists.
-        ids: The tokens.
+        ids: Token ids of the text.
         values: Their keys and values.
         model: The name of the model, for the message to those who open it with another.
         fingerprint: Of its graph and weights.
@@ -96,7 +96,7 @@ def read_cache(file: Path, *, model: str, fingerprint: str) -> SavedCache:
     """Read what ``write_cache`` wrote.
 
     Args:
-        file: The file.
+        file: Path of the file.
         model: The name of the model that it is wanted for.
         fingerprint: Of its graph and weights.
 
@@ -110,18 +110,23 @@ def read_cache(file: Path, *, model: str, fingerprint: str) -> SavedCache:
     if not file.is_file():
         raise FolderError(f"{file}: there is no such file")
     header = read_header(file)
-    about = header.metadata
-    if about.get("format") != _FORMAT or "fingerprint" not in about or "ids" not in header.tensors:
-        raise FolderError(f"{file} does not hold what a model has read; make it with save_cache")
-    if about["fingerprint"] != fingerprint:
+    metadata = header.metadata
+    if (
+        metadata.get("format") != _FORMAT
+        or "fingerprint" not in metadata
+        or "ids" not in header.tensors
+    ):
+        raise FolderError(f"{file} does not hold a KV cache; make one with save_cache")
+    if metadata["fingerprint"] != fingerprint:
         raise FolderError(
-            f"{file} was written by the model {about.get('model')} ({about['fingerprint'][:12]}), "
-            f"not by {model} ({fingerprint[:12]}); open it with that model, or begin anew"
+            f"{file} was written by the model {metadata.get('model')} "
+            f"({metadata['fingerprint'][:12]}), not by {model} ({fingerprint[:12]}); open it with "
+            "that model, or give another file"
         )
     arrays = {name: map_tensor(file, stored) for name, stored in header.tensors.items()}
     ids: list[int] = arrays.pop("ids").tolist()
     notes = {
-        name.removeprefix(_NOTE): text for name, text in about.items() if name.startswith(_NOTE)
+        name.removeprefix(_NOTE): text for name, text in metadata.items() if name.startswith(_NOTE)
     }
     return SavedCache(ids=ids, values=arrays, notes=notes)
 

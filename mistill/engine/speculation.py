@@ -1,9 +1,10 @@
-"""Speculative decoding: guess the next tokens cheaply, and let the model read them all at once.
+"""Speculative decoding: propose draft tokens cheaply, and let the model check them in one step.
 
-Each guess is held against what the model itself chooses there, so that the text is the model's own:
-with tokens that are looked up or taken greedily, the very tokens that it would have written; with a
-draft model that samples, a draw from the very same distribution (Leviathan et al., 2023,
-https://arxiv.org/abs/2211.17192). Guessing stops by itself where it does not pay.
+Each draft token is compared with what the model itself chooses there, so that the text is the
+model's own. With draft tokens that are looked up or chosen greedily, it is the text that the model
+would have written without them; with a draft model that samples, it is a draw from the same
+distribution (Leviathan et al., 2022, https://arxiv.org/abs/2211.17192). Drafting is switched off
+while it does not help.
 """
 
 from __future__ import annotations
@@ -12,280 +13,63 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mistill.engine.drafts import Draft, DraftModel, DraftToken, PromptLookup
 from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, greedy
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.pace import LONGEST, Pace
-from mistill.engine.sampling import Candidates, Sampler, SamplingSettings, candidates, draw
-from mistill.errors import VocabularyError
+from mistill.engine.sampling import Sampler
 from mistill.settings import require
-from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 
 SAME = 1e-3
-"""How far apart the logits of one position may be, read alone or among others, to count as same."""
+"""Logits of one position, read alone or among others, count as equal up to this difference."""
 
 _logger = logging.getLogger(__name__)
 
 
-class Guess(NamedTuple):
-    """A token that may come next.
-
-    Attributes:
-        token: Its id.
-        among: What it was drawn from; None if it was not drawn.
-    """
-
-    token: int
-    among: Candidates | None
-
-
-class Draft(Protocol):
-    """Where guesses come from."""
-
-    def begin(self, ids: Sequence[int]) -> None:
-        """Take up another text."""
-
-    def seconds_behind(self, ids: Sequence[int]) -> float:
-        """What it would take to read what has been written since the last guess."""
-
-    def guess(
-        self, ids: Sequence[int], count: int, sampling: SamplingSettings | None
-    ) -> list[Guess]:
-        """Guess what follows a text.
-
-        Args:
-            ids: The text that was begun, and what was written after it.
-            count: Most tokens to guess.
-            sampling: How the model draws its own; None if guesses are not to be drawn.
-
-        Returns:
-            Any number of tokens up to that.
-        """
-
-
-class LookUp:
-    """Guesses that what followed the last words when they occurred before follows them again.
-
-    Prompt look-up (Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding): free, and
-    good where a reply repeats its prompt, as in summaries, corrections and code.
-    """
-
-    def __init__(self, longest: int = 3, shortest: int = 2) -> None:
-        """Make an empty index.
-
-        Args:
-            longest: Most tokens that have to be the same.
-            shortest: Fewest.
-        """
-        self._lengths = range(longest, shortest - 1, -1)
-        self._indexed = 0
-        # What came after each run of tokens, where it occurred last.
-        self._after: dict[tuple[int, ...], int] = {}
-
-    def begin(self, ids: Sequence[int]) -> None:
-        """Forget the text before.
-
-        Args:
-            ids: The new one.
-        """
-        self._after = {}
-        self._indexed = 0
-        self._index(ids)
-
-    def seconds_behind(self, ids: Sequence[int]) -> float:
-        """Nothing: looking up takes microseconds.
-
-        Args:
-            ids: The text.
-
-        Returns:
-            0.
-        """
-        return 0.0
-
-    def guess(
-        self, ids: Sequence[int], count: int, sampling: SamplingSettings | None
-    ) -> list[Guess]:
-        """Look up what followed the last tokens.
-
-        Args:
-            ids: The text.
-            count: Most tokens to guess.
-            sampling: Makes no difference.
-
-        Returns:
-            Guesses; none if the last tokens are new.
-        """
-        self._index(ids)
-        for length in self._lengths:
-            place = self._after.get(tuple(ids[-length:])) if len(ids) >= length else None
-            if place is not None:
-                return [Guess(token, None) for token in ids[place : place + count]]
-        return []
-
-    def _index(self, ids: Sequence[int]) -> None:
-        for end in range(self._indexed + 1, len(ids)):
-            for length in self._lengths:
-                if end >= length:
-                    self._after[tuple(ids[end - length : end])] = end
-        self._indexed = max(self._indexed, len(ids) - 1)
-
-
-class DraftModel:
-    """Guesses what a smaller model with the same tokens would write.
-
-    It reads the end of the text only: that is enough to guess words, and a draft that turns out
-    useless has then cost little.
-    """
-
-    def __init__(
-        self,
-        model: OnnxModel,
-        *,
-        window: int = 128,
-        generator: np.random.Generator | None = None,
-    ) -> None:
-        """Take a small model.
-
-        Args:
-            model: The small model.
-            window: How much of a text it reads when it comes to it, or comes back.
-            generator: Where its randomness comes from.
-        """
-        self._model = model
-        self._window = min(window, model.context_length // 2)
-        self._generator = np.random.default_rng() if generator is None else generator
-        self._start = 0
-        self._known = 0
-        began = time.perf_counter()
-        ids = [token % model.vocabulary_size for token in range(3, 3 + self._window)]
-        model.read(ids)
-        self._seconds_per_token = (time.perf_counter() - began) / self._window
-
-    @classmethod
-    def open(cls, folder: str | Path, model: OnnxModel, threads: int | None = None) -> DraftModel:
-        """Open a draft for a model.
-
-        Args:
-            folder: The ONNX folder of the small model.
-            model: The model to guess for, opened with ``alone=False``: the two take turns.
-            threads: Threads of the small model; as many as the other has if not given.
-
-        Returns:
-            The draft.
-
-        Raises:
-            VocabularyError: If a token does not mean the same in both.
-        """
-        if model.alone:
-            _logger.warning(
-                "%s was opened to compute alone, and its threads will take time from its draft; "
-                "open it with alone=False",
-                model.folder,
-            )
-        draft = OnnxModel(folder, threads=threads or model.threads, alone=False)
-        differences = same_vocabulary(load_vocabulary(folder), load_vocabulary(model.folder))
-        if differences:
-            raise VocabularyError(
-                f"{folder} cannot guess for {model.folder}: their vocabularies differ: "
-                f"{differences[0]}; take a draft that was distilled from the same teacher"
-            )
-        return cls(draft)
-
-    def begin(self, ids: Sequence[int]) -> None:
-        """Take up another text.
-
-        Args:
-            ids: The text.
-        """
-        self._start = max(0, len(ids) - self._window)
-        self._known = self._start
-
-    def seconds_behind(self, ids: Sequence[int]) -> float:
-        """What it would take to read what it has not read.
-
-        Args:
-            ids: The text.
-
-        Returns:
-            Seconds, by the speed that was measured when it was opened.
-        """
-        return self._seconds_per_token * min(self._window, max(0, len(ids) - self._known - LONGEST))
-
-    def guess(
-        self, ids: Sequence[int], count: int, sampling: SamplingSettings | None
-    ) -> list[Guess]:
-        """Write on.
-
-        Args:
-            ids: The text.
-            count: How many tokens to guess.
-            sampling: How to draw them; None takes the most probable.
-
-        Returns:
-            That many guesses.
-        """
-        room = self._model.context_length - count
-        if len(ids) - self._known > self._window or len(ids) - self._start > room:
-            self._start = max(0, len(ids) - self._window)
-        text = list(ids[self._start :])
-        guesses = []
-        for _ in range(count):
-            logits = self._model.read(text)[0]
-            if sampling is None or sampling.temperature == 0:
-                guesses.append(Guess(greedy(logits), None))
-            else:
-                among = candidates(logits, sampling)
-                guesses.append(Guess(draw(among, self._generator), among))
-            text.append(guesses[-1].token)
-        self._known = len(ids)
-        return guesses
-
-
 class SpeculativeModel:
-    """A model that writes faster where its next tokens can be guessed; meets ``LanguageModel``.
+    """A model that writes faster by speculative decoding; meets ``LanguageModel``.
 
-    A model that multiplies in 8-bit integers rounds its inputs, and the last bit of a sum, which
-    depends on how many positions are read at once, then moves its logits. Its text with guesses is
-    as much its own as without, but need not be the same. So with ``exact`` such a model is
-    measured, and does not guess.
+    A model that multiplies in 8-bit integers rounds its activations. The last bit of a sum depends
+    on how many positions are read at once, and rounding makes it visible in the logits. Such a
+    model may write another text with draft tokens than without. With ``exact`` the difference of
+    its logits is measured, and speculative decoding is off if it is not negligible.
 
     Attributes:
         model: The model itself.
-        pace: What guessing has cost and won.
-        rounding: How far logits of one position were apart, read alone or with others.
-        guesses: Whether it guesses at all.
+        pace: Decides how many draft tokens each step checks.
+        rounding: The largest difference of logits of one position, read alone or with others.
+        speculates: Whether speculative decoding is on.
     """
 
     model: OnnxModel
     pace: Pace
     rounding: float
-    guesses: bool
+    speculates: bool
 
     def __init__(self, model: OnnxModel, draft: Draft, *, exact: bool = True) -> None:
-        """Let a model guess.
+        """Give a model a draft.
 
         Args:
-            model: The model.
-            draft: Where guesses come from.
-            exact: Whether greedy text must be what the model writes without guesses, token for
-                token.
+            model: The model that checks draft tokens.
+            draft: The source of draft tokens.
+            exact: Whether greedy text must be, token for token, what the model writes without a
+                draft.
         """
         self.model = model
         self.rounding = rounding_of(model)
-        self.guesses = not exact or self.rounding <= SAME
-        self.pace = Pace(cost_of_a_guess(model, draft)) if self.guesses else Pace()
+        self.speculates = not exact or self.rounding <= SAME
+        self.pace = Pace(draft_token_cost(model, draft)) if self.speculates else Pace()
         self._draft = draft
-        if not self.guesses:
+        if not self.speculates:
             _logger.warning(
-                "%s does not guess ahead: its logits differ by %.2g when several positions are "
-                "read at once, so that its text would not stay the same to the token; "
-                "exact=False allows that, and an export with an int8 cache and blocks of 32 may "
-                "do without",
+                "speculative decoding is off for %s, because its logits change by %.2g when "
+                "several tokens are read at once, so that greedy replies could change; set "
+                "exact=False (--no-exact) to allow that, or export the model with --cache int8 "
+                "and --block-size 32, which often keeps the logits equal",
                 model.folder.name,
                 self.rounding,
             )
@@ -325,7 +109,7 @@ class SpeculativeModel:
             ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
             ContextError: If it exceeds the context.
         """
-        if not self.guesses:
+        if not self.speculates:
             return self.model.stream(ids, choose)
         return self._write(self.model.checked(ids), choose)
 
@@ -337,69 +121,70 @@ class SpeculativeModel:
         reading_prompt = True
         while len(tokens) < self.context_length:
             began = time.perf_counter()
-            guesses: list[Guess] = []
+            draft_tokens: list[DraftToken] = []
             if not reading_prompt:
                 count = self.pace.length(self._draft.seconds_behind(tokens))
                 count = min(count, self.context_length - len(tokens) - 1)
-                guesses = self._draft.guess(tokens, count, sampling) if count > 0 else []
-            text = tokens + [guess.token for guess in guesses] if guesses else tokens
-            scores = self.model.follow(reader, text, len(guesses) + 1)
+                if count > 0:
+                    draft_tokens = self._draft.propose(tokens, count, sampling)
+            text = tokens + [drafted.token for drafted in draft_tokens] if draft_tokens else tokens
+            scores = self.model.follow(reader, text, len(draft_tokens) + 1)
             seconds = time.perf_counter() - began
-            right = 0
-            for place, logits in enumerate(scores):
-                guess = guesses[place] if place < len(guesses) else None
-                if guess is not None and guess.among is not None and sampler is not None:
-                    token = sampler.judge(logits, guess.token, guess.among)
+            accepted = 0
+            for position, logits in enumerate(scores):
+                drafted = draft_tokens[position] if position < len(draft_tokens) else None
+                if drafted is not None and drafted.distribution is not None and sampler is not None:
+                    token = sampler.accept_or_replace(logits, drafted.token, drafted.distribution)
                 else:
                     token = choose(logits)
                 tokens.append(token)
                 yield token
-                if guess is None or token != guess.token:
+                if drafted is None or token != drafted.token:
                     break
-                right += 1
+                accepted += 1
             if not reading_prompt:
-                self.pace.note(len(guesses), right, seconds)
+                self.pace.note(len(draft_tokens), accepted, seconds)
             reading_prompt = False
 
 
-def with_guesses(
+def with_draft(
     model: LanguageModel, draft: str | Path, *, exact: bool = True, threads: int | None = None
 ) -> SpeculativeModel:
-    """Let a chatbot guess ahead.
+    """Let a model decode speculatively.
 
     Args:
-        model: An open ONNX folder; if a smaller model is to guess, opened with ``alone=False``.
-        draft: ``lookup``, or the ONNX folder of a smaller model with the same tokens.
-        exact: Whether greedy text must be what the model writes without guesses.
-        threads: Threads of the smaller model; as many as the other has if not given.
+        model: An open ONNX folder; for a draft model, opened with ``alone=False``.
+        draft: ``lookup``, or the ONNX folder of a draft model with the same vocabulary.
+        exact: Whether greedy text must be what the model writes without a draft.
+        threads: Threads of the draft model. By default as many as the model has.
 
     Returns:
-        The model with guesses.
+        The model with its draft.
 
     Raises:
         SettingsError: If the model does not run in ONNX Runtime.
-        VocabularyError: If the draft has other tokens.
+        VocabularyError: If the vocabulary of the draft model differs.
     """
     require(
         isinstance(model, OnnxModel),
-        "only ONNX folders guess ahead; export the model, or leave out the draft",
+        "speculative decoding needs an ONNX folder; export the model, or leave out the draft",
     )
     assert isinstance(model, OnnxModel)
-    source = LookUp() if str(draft) == LOOK_UP else DraftModel.open(draft, model, threads)
+    source = PromptLookup() if str(draft) == LOOK_UP else DraftModel.open(draft, model, threads)
     return SpeculativeModel(model, source, exact=exact)
 
 
 def rounding_of(model: OnnxModel) -> float:
-    """How far logits of one position are apart, read alone or together with others.
+    """The difference between logits of one position, read alone or together with others.
 
     Args:
-        model: Any model; what it has read is forgotten.
+        model: Any model; its KV cache is overwritten.
 
     Returns:
         The largest difference over a few positions.
     """
     step = model.vocabulary_size // 24
-    ids = [step * place for place in range(1, 13)]
+    ids = [step * number for number in range(1, 13)]
     model.read([ids[0]])
     together = model.read(ids, 8)
     model.read([ids[0], ids[0]])
@@ -407,33 +192,33 @@ def rounding_of(model: OnnxModel) -> float:
     return float(np.abs(together - alone).max())
 
 
-def cost_of_a_guess(model: OnnxModel, draft: Draft) -> float:
-    """What a guess adds to a step of a model, measured on a few positions.
+def draft_token_cost(model: OnnxModel, draft: Draft) -> float:
+    """The time that a draft token adds to a step of a model, measured on a few positions.
 
     Args:
-        model: The model; what it has read is forgotten.
-        draft: Where guesses come from; it takes up another text.
+        model: The model; its KV cache is overwritten.
+        draft: The source of draft tokens; it starts with another text.
 
     Returns:
         A share of the time of a plain step.
     """
-    ids = [place % model.vocabulary_size for place in range(3, 15)]
+    ids = [number % model.vocabulary_size for number in range(3, 15)]
 
     def seconds(positions: int) -> float:
-        took = []
+        samples = []
         for _ in range(3):
             model.read(ids[:-positions])
             began = time.perf_counter()
             model.read(ids, positions)
-            took.append(time.perf_counter() - began)
-        return min(took)
+            samples.append(time.perf_counter() - began)
+        return min(samples)
 
     step = seconds(1)
     draft.begin(ids)
-    draft.guess(ids, 1, None)
+    draft.propose(ids, 1, None)
     began = time.perf_counter()
-    draft.guess(ids, 1, None)
-    guess = time.perf_counter() - began
+    draft.propose(ids, 1, None)
+    drafting = time.perf_counter() - began
     # Two positions may take another kernel than one, and eight another than two.
-    reading = max(seconds(1 + guesses) / guesses - step / guesses for guesses in (1, LONGEST))
-    return (reading + guess) / step
+    reading = max((seconds(1 + count) - step) / count for count in (1, LONGEST))
+    return (reading + drafting) / step

@@ -1,7 +1,6 @@
-"""Folders: the only thing that steps hand to one another.
+"""Model folders: what steps read and write.
 
-What a folder holds is read from its small files and from the headers of its weights, never by
-loading them.
+A folder is described from its small files and the headers of its weights, without loading them.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ _COMPANIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class FolderInfo:
-    """What a folder holds, read without loading a weight.
+    """A description of a folder, read without loading a weight.
 
     Attributes:
-        path: The folder.
+        path: Path of the folder.
         form: ``model`` (float weights), ``gptq``, ``nf4`` or ``onnx``.
         architecture: ``model_type`` of config.json, such as ``mistral``.
         vocabulary_size: Rows of the embedding, V.
@@ -53,7 +52,7 @@ class FolderInfo:
             once.
         weight_bytes: Bytes of the files that hold weights.
         size_bytes: Bytes of all files.
-        context_length: Most positions.
+        context_length: The most positions of a text.
         quantization: ``quantization_config`` of config.json, or None.
     """
 
@@ -76,7 +75,7 @@ class FolderInfo:
 
 
 def open_folder(path: str | Path) -> FolderInfo:
-    """Describe a folder, or say all that is missing from it.
+    """Describe a folder, or raise an error that lists all its problems.
 
     Args:
         path: A folder of any form.
@@ -87,14 +86,14 @@ def open_folder(path: str | Path) -> FolderInfo:
     Raises:
         FolderError: If it is missing or broken; the message lists everything that is wrong.
     """
-    wrong = problems(path)
-    if wrong:
-        raise FolderError(f"{path} is not a usable model folder: {'; '.join(wrong)}")
+    faults = problems(path)
+    if faults:
+        raise FolderError(f"{path} is not a usable model folder: {'; '.join(faults)}")
     return describe(path)
 
 
 def problems(path: str | Path) -> list[str]:
-    """Everything that keeps a folder from being used, in words.
+    """The problems that keep a folder from being used.
 
     Args:
         path: A folder of any form.
@@ -107,12 +106,12 @@ def problems(path: str | Path) -> list[str]:
         return ["there is no such folder"]
     if not folder.is_dir():
         return ["it is a file, not a folder"]
-    found = _config_problems(folder)
+    faults = _config_problems(folder)
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
-        found.append("tokenizer.json is missing")
+        faults.append("tokenizer.json is missing")
     if (folder / "model.onnx").is_file():
-        return found + _onnx_problems(folder)
-    return found + _weight_problems(folder)
+        return faults + _onnx_problems(folder)
+    return faults + _weight_problems(folder)
 
 
 def describe(path: str | Path) -> FolderInfo:
@@ -154,8 +153,8 @@ def form_of(folder: Path, config: Mapping[str, Any]) -> Form:
     """The form of a folder.
 
     Args:
-        folder: The folder.
-        config: Its config.json.
+        folder: Path of the folder.
+        config: Content of config.json.
 
     Returns:
         ``onnx`` where a graph is, else what ``quantization_config`` says, else ``model``.
@@ -185,7 +184,7 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int:
 
     Args:
         folder: The folder; an ONNX folder may hold fewer than its config says.
-        config: Its config.json.
+        config: Content of config.json.
 
     Returns:
         Positions.
@@ -197,7 +196,7 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, and what AutoGPTQ may have put beside it.
+    """Read config.json, and AutoGPTQ's quantize_config.json beside it if there is one.
 
     Args:
         folder: A folder of any form.
@@ -211,8 +210,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / "config.json")
     if "quantization_config" not in config and (folder / AUTO_GPTQ_CONFIG).is_file():
-        said = read_json(folder / AUTO_GPTQ_CONFIG)
-        config["quantization_config"] = {"quant_method": "gptq", **said}
+        quantize_config = read_json(folder / AUTO_GPTQ_CONFIG)
+        config["quantization_config"] = {"quant_method": "gptq", **quantize_config}
     return config
 
 
@@ -259,9 +258,9 @@ def _auto_gptq_names(folder: Path) -> list[str]:
     """The names that AutoGPTQ may have given to the weights of a folder, without their ending."""
     if not (folder / AUTO_GPTQ_CONFIG).is_file():
         return []
-    said = read_json(folder / AUTO_GPTQ_CONFIG)
-    default = f"gptq_model-{said.get('bits')}bit-{said.get('group_size')}g"
-    names = [said.get("model_file_base_name"), default]
+    quantize_config = read_json(folder / AUTO_GPTQ_CONFIG)
+    default = f"gptq_model-{quantize_config.get('bits')}bit-{quantize_config.get('group_size')}g"
+    names = [quantize_config.get("model_file_base_name"), default]
     return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
@@ -269,7 +268,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
-        file: The file.
+        file: Path of the file.
 
     Returns:
         The object.
@@ -313,8 +312,8 @@ def _config_problems(folder: Path) -> list[str]:
         "max_position_embeddings",
     )
     missing = [name for name in wanted if name not in config]
-    found = [f"config.json lacks {', '.join(missing)}"] if missing else []
-    found += [
+    faults = [f"config.json lacks {', '.join(missing)}"] if missing else []
+    faults += [
         f"{name} in config.json should be a whole number, not {config[name]!r}"
         for name in wanted[1:]
         if name in config and type(config[name]) is not int
@@ -322,12 +321,12 @@ def _config_problems(folder: Path) -> list[str]:
     try:
         form_of(folder, config)
     except FolderError as error:
-        found.append(str(error))
-    return found
+        faults.append(str(error))
+    return faults
 
 
 def _onnx_problems(folder: Path) -> list[str]:
-    found = [
+    faults = [
         f"{name} is missing"
         for name in ("genai_config.json", MANIFEST_FILE)
         if not (folder / name).is_file()
@@ -336,17 +335,17 @@ def _onnx_problems(folder: Path) -> list[str]:
         try:
             files = read_json(folder / MANIFEST_FILE).get("files", {})
         except FolderError as error:
-            return [*found, str(error)]
+            return [*faults, str(error)]
         for name, entry in files.items():
             file = folder / name
             if not file.is_file():
-                found.append(f"{name} is missing")
+                faults.append(f"{name} is missing")
             elif file.stat().st_size != entry["bytes"]:
-                found.append(
+                faults.append(
                     f"{name} has {file.stat().st_size} bytes, not the {entry['bytes']} of the "
                     "manifest"
                 )
-    return found
+    return faults
 
 
 def _weight_problems(folder: Path) -> list[str]:
@@ -360,19 +359,19 @@ def _weight_problems(folder: Path) -> list[str]:
         if pickled:
             return [f"its weights are pickled ({pickled[0]}); mistill reads safetensors only"]
         return [f"{name} is missing" for name in missing]
-    found = []
+    faults = []
     for file in files:
         try:
             read_header(file)
         except FolderError as error:
-            found.append(str(error).replace(f"{folder}{os.sep}", ""))
-    return found
+            faults.append(str(error).replace(f"{folder}{os.sep}", ""))
+    return faults
 
 
 def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
-    """Count the weights that a folder stands for, whatever form they are packed in."""
+    """Count the weights of the dense model, whatever format they are stored in."""
     tensors = tensor_headers(folder)
-    layout = None
+    gptq_format = None
     total = 0
     for name, stored in tensors.items():
         count = math.prod(stored.shape)
@@ -381,9 +380,9 @@ def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
             if f"{module}.g_idx" in tensors:
                 inputs = tensors[f"{module}.g_idx"].shape[0]
             else:
-                layout = layout or read_quantization(config)
-                form = None if layout is None else layout.format_of(module)
-                inputs = stored.shape[0] * 32 // (form.bits if form else 32)
+                gptq_format = gptq_format or read_quantization(config)
+                module_format = None if gptq_format is None else gptq_format.format_of(module)
+                inputs = stored.shape[0] * 32 // (module_format.bits if module_format else 32)
             total += inputs * stored.shape[1]
         elif f"{name}.quant_state.bitsandbytes__nf4" in tensors:
             total += count * 2

@@ -131,13 +131,14 @@ def read_quantization(config: Mapping[str, Any]) -> GptqFormat | None:
     name = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
     if name not in get_args(CheckpointFormat):
         raise FolderError(
-            f"mistill reads GPTQ weights in checkpoint_format gptq or gptq_v2, this model has "
-            f"{name!r}; convert it with the library that wrote it, or quantize its float original"
+            "mistill reads GPTQ weights in checkpoint_format gptq or gptq_v2, and this model has "
+            f"{name!r}; convert it with the library that wrote it, or quantize the float model "
+            "again"
         )
     if quantization.get("pack_dtype", "int32") != "int32":
         raise FolderError(
-            f"mistill reads GPTQ codes packed in int32, this model has pack_dtype "
-            f"{quantization['pack_dtype']!r}; quantize the float original again"
+            f"mistill reads GPTQ codes packed in int32, and this model has pack_dtype "
+            f"{quantization['pack_dtype']!r}; quantize the float model again"
         )
     base = ModuleFormat(bits=bits, group_size=group_size, symmetric=symmetric)
     return GptqFormat(
@@ -157,13 +158,13 @@ def _read_grid(said: Mapping[str, Any], place: str) -> tuple[int, int]:
         bits, group_size = int(said["bits"]), int(said["group_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise FolderError(
-            f"{place} in config.json must give bits and group_size as whole numbers; "
-            f"it says bits {said.get('bits')!r}, group_size {said.get('group_size')!r}"
+            f"{place} in config.json must give bits and group_size as whole numbers, not "
+            f"bits {said.get('bits')!r}, group_size {said.get('group_size')!r}"
         ) from error
     if bits not in SUPPORTED_BITS:
         raise FolderError(
-            f"mistill reads GPTQ weights of 2, 3, 4 or 8 bits, {place} says {bits}; quantize the "
-            "float original again"
+            f"mistill reads GPTQ weights of 2, 3, 4 or 8 bits, and {place} says {bits}; quantize "
+            "the float model again"
         )
     if group_size == 0 or group_size < -1:
         raise FolderError(

@@ -1,7 +1,7 @@
-"""How a folder came to be: ``lineage.json``, a list with one entry for each step that led to it.
+"""The lineage of a folder: ``lineage.json``, a list with one entry for each step that led to it.
 
-A folder explains itself by it, and a recipe knows what is done. Sources are told apart by a
-fingerprint of what they hold.
+Recipes use it to see which steps are done. Sources are identified by a fingerprint of their
+content.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def installed_versions() -> dict[str, str]:
     Returns:
         Library name to version, for those installed.
     """
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in ("mistill", *_VERSIONED):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

@@ -55,16 +55,16 @@ class Location:
             return sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
         self.remote.invalidate_cache()
         try:
-            found = self.remote.ls(self.root, detail=False)
+            paths = self.remote.ls(self.root, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in paths)
 
     def exists(self, file: str) -> bool:
         """Whether there is a file of a name.
 
         Args:
-            file: Its name.
+            file: Name of the file.
 
         Returns:
             True for a file.
@@ -78,7 +78,7 @@ class Location:
         """Bytes of a file.
 
         Args:
-            file: Its name.
+            file: Name of the file.
 
         Returns:
             Bytes.
@@ -97,8 +97,8 @@ class Location:
         """Read a file or a part of it.
 
         Args:
-            file: Its name.
-            start: First byte.
+            file: Name of the file.
+            start: Offset of the first byte.
             stop: Byte after the last; None for the end of the file.
 
         Returns:
@@ -132,20 +132,22 @@ class Location:
             return [self.read(*part) for part in parts]
         names, starts, stops = (list(column) for column in zip(*parts, strict=True))
         try:
-            found = self.remote.cat_ranges([self._at(str(name)) for name in names], starts, stops)
+            contents = self.remote.cat_ranges(
+                [self._at(str(name)) for name in names], starts, stops
+            )
         except FileNotFoundError as error:
             raise FolderError(f"a file is missing from {self}: {error}") from error
-        for name, part in zip(names, found, strict=True):
+        for name, part in zip(names, contents, strict=True):
             if isinstance(part, Exception):
                 raise FolderError(f"{name} of {self} cannot be read: {part}") from part
-        return [bytes(part) for part in found]
+        return [bytes(part) for part in contents]
 
     def write(self, file: str, content: bytes) -> None:
         """Write a file that appears whole or not at all.
 
         Args:
             file: Its name; replaced if it exists.
-            content: Its bytes.
+            content: Content of the file.
         """
         partial = f".{file}.{uuid.uuid4().hex[:12]}{PARTIAL}"
         if self.remote is None:
@@ -169,7 +171,7 @@ class Location:
         """Remove a file, if it is there.
 
         Args:
-            file: Its name.
+            file: Name of the file.
         """
         with contextlib.suppress(FileNotFoundError):
             if self.remote is None:
@@ -195,7 +197,7 @@ def is_remote(path: str | Path) -> bool:
     """Whether a name is an address and not a path of this machine.
 
     Args:
-        path: What a user wrote.
+        path: A path or an address.
 
     Returns:
         True for ``s3://bucket/folder`` and the like.
@@ -229,7 +231,7 @@ def location_of(path: str | Path) -> Location:
         raise MissingExtraError(f"{address} cannot be reached: {error}") from error
     except ValueError as error:
         raise FolderError(
-            f"{address} is an address of a kind that fsspec does not know: {error}"
+            f"fsspec does not know the protocol of the address {address}: {error}"
         ) from error
     if "file" in ([remote.protocol] if isinstance(remote.protocol, str) else remote.protocol):
         return Location(address, root)

@@ -28,7 +28,7 @@ def refuse_existing(target: str | Path, overwrite: bool = False) -> Path:
     """Refuse a target that exists, before any work is done for it.
 
     Args:
-        target: Where an output shall appear.
+        target: Path of the output.
         overwrite: Whether an existing folder may be replaced.
 
     Returns:
@@ -40,7 +40,7 @@ def refuse_existing(target: str | Path, overwrite: bool = False) -> Path:
     """
     path = Path(target).expanduser().absolute()
     if path.exists() and not overwrite:
-        raise TargetExistsError(f"{target} exists already; choose another name or overwrite it")
+        raise TargetExistsError(f"{target} exists already; choose another name, or overwrite it")
     if overwrite and path.is_file():
         raise FolderError(f"{target} is a file, not a folder that could be overwritten")
     parent = path.parent
@@ -61,7 +61,7 @@ def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     and removed when it fails. What a killed process left behind is removed by the next one.
 
     Args:
-        target: Where the folder shall appear.
+        target: Path of the folder.
         overwrite: Whether an existing folder is replaced; it stays until the new one is whole.
 
     Yields:
@@ -88,7 +88,7 @@ def creating_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]
     """Make a large file that appears whole or not at all.
 
     Args:
-        target: Where the file shall appear.
+        target: Path of the file.
         overwrite: Whether an existing file is replaced; it stays until the new one is whole.
 
     Yields:
@@ -124,16 +124,17 @@ def _naming_a_full_disk(target: str | Path, then: str = "") -> Iterator[None]:
     except Exception as error:
         if is_full_disk(error):
             raise FolderError(
-                f"no room to write {target}: free some space on its disk and run this again{then}"
+                f"there is no room to write {target}: free some space on its disk and run the same "
+                f"command again{then}"
             ) from error
         raise
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that the disk is full, in any library's words.
+    """Whether an error means that the disk is full, whichever library raised it.
 
     Args:
-        error: What was raised.
+        error: The exception.
 
     Returns:
         True for a full disk, an exceeded quota or a file larger than is allowed.
@@ -152,8 +153,8 @@ def working(target: str | Path, key: Mapping[str, Any], *, anew: bool = False) -
     when ``publish`` is called.
 
     Args:
-        target: Where the result shall appear.
-        key: What the result depends on: settings and fingerprints of sources, JSON values.
+        target: Path of the result.
+        key: What the result depends on: settings and fingerprints of sources, as JSON values.
         anew: Whether state of other work is removed, and the work begins from the start.
 
     Yields:
@@ -230,7 +231,7 @@ def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:
 
     Args:
         work: A folder from ``working`` that holds a finished folder ``result``.
-        target: Where the result shall appear.
+        target: Path of the result.
         overwrite: Whether an existing folder is replaced.
 
     Returns:
@@ -247,7 +248,7 @@ def write_atomically(path: Path, text: str) -> None:
 
     Args:
         path: The file; replaced if it exists.
-        text: Its content.
+        text: Content of the file.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -259,16 +260,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside a target; put back what one had set aside.
+    """Remove partial outputs of killed processes beside a target; restore what one had replaced.
 
     Args:
         path: The target, a file or a folder.
     """
     for leftover in path.parent.glob(f".{path.name}.*"):
-        owner, _, kind = leftover.name.removeprefix(f".{path.name}.").partition(".")
-        if kind not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
+        owner, _, suffix = leftover.name.removeprefix(f".{path.name}.").partition(".")
+        if suffix not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
             continue
-        if kind == "replaced" and not path.exists():
+        if suffix == "replaced" and not path.exists():
             leftover.rename(path)
         else:
             _remove(leftover)
@@ -285,7 +286,9 @@ def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
         if aside.exists():
             aside.rename(path)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise TargetExistsError(f"{path} appeared while it was being made") from error
+            raise TargetExistsError(
+                f"{path} was made by another process in the meantime; choose another name"
+            ) from error
         raise
     sync_folder(path.parent)
     if aside.exists():

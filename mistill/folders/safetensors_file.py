@@ -73,7 +73,7 @@ def read_header(file: Path) -> Header:
     """Read the header of a safetensors file, and check every tensor against the file's size.
 
     Args:
-        file: The file.
+        file: Path of the file.
 
     Returns:
         Its tensors and metadata.
@@ -100,7 +100,7 @@ def map_tensor(file: Path, stored: StoredTensor) -> NDArray[Any]:
     """A tensor as a view of its file; of bfloat16 its bits, as whole numbers.
 
     Args:
-        file: The file.
+        file: Path of the file.
         stored: From its header.
 
     Returns:

@@ -1,8 +1,8 @@
-"""What a folder of targets holds, told from its manifest, and whether its files are whole.
+"""A description of a folder of targets from its manifest, and a check of its files.
 
-The folder is written and read by ``distill``; what stands here is what anyone may ask of it
-without knowing how a distribution is coded. ``manifest.json`` is written last: a folder without
-it is unfinished, and ``plan.json`` says what it was going to be.
+``distill`` writes and reads the folder; the functions here need not know how a distribution is
+encoded. ``manifest.json`` is written last: a folder without it is unfinished, and ``plan.json``
+describes what it will hold.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TargetsInfo:
     Attributes:
         teacher: The model that spoke: name, fingerprint, form and dtype.
         vocabulary_size: Tokens that the distributions are over, V.
-        settings: How the targets were made.
+        settings: Settings of the targets.
         pieces: Different pieces of text.
         tokens: Text tokens in them.
         positions: Kept positions, each with what the teacher says there.
@@ -82,7 +82,7 @@ def is_targets(location: Location) -> bool:
     """Whether a folder holds targets, finished or not, of this version or another, or damaged.
 
     Args:
-        location: Any folder.
+        location: Location of the folder.
 
     Returns:
         True if its plan or its manifest says so.
@@ -104,7 +104,7 @@ def read_manifest(location: Location) -> dict[str, Any]:
     """Read the manifest of finished targets.
 
     Args:
-        location: A folder.
+        location: Location of the folder.
 
     Returns:
         The manifest.
@@ -120,8 +120,8 @@ def read_manifest(location: Location) -> dict[str, Any]:
     if MANIFEST_FILE not in names:
         if PLAN_FILE in names:
             raise FolderError(
-                f"the targets in {location} are unfinished; make the same call of "
-                "distill.cache_targets again and it will go on"
+                f"the targets in {location} are unfinished; call "
+                "distill.cache_targets again in the same way to resume"
             )
         raise FolderError(f"{location} is not a folder of targets: it has no {MANIFEST_FILE}")
     manifest = _document(location, MANIFEST_FILE)
@@ -137,7 +137,7 @@ def describe_targets(location: Location) -> TargetsInfo:
     """Describe finished targets.
 
     Args:
-        location: A folder.
+        location: Location of the folder.
 
     Returns:
         What it holds.

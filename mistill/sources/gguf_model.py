@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 
 from mistill.errors import ArchitectureError, FolderError, VocabularyError
 from mistill.sources.tokenizer_parts import (
-    Kind,
     Pieces,
+    TokenType,
     begin_with,
     byte_level_tokenizer,
     sentencepiece_tokenizer,
@@ -89,8 +89,8 @@ def _config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
     """The config of transformers that a GGUF file's metadata stands for."""
     if metadata.get("general.architecture") != "llama" or metadata.get("llama.expert_count"):
         raise ArchitectureError(
-            f"{name} holds a model of the kind {metadata.get('general.architecture')}; of GGUF "
-            "files mistill reads dense llama models, which Mistral 7B is one of"
+            f"{name} holds a model of the architecture {metadata.get('general.architecture')}; "
+            "mistill reads GGUF files of dense llama models, such as Mistral 7B"
         )
     window = metadata.get("llama.attention.sliding_window")
     kind = "llama" if window is None else "mistral"
@@ -127,17 +127,19 @@ def _config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
     if window is not None:
         config["sliding_window"] = window
     if metadata.get("llama.rope.dimension_count", head_dim) != head_dim:
-        raise ArchitectureError(f"{name} turns only a part of each head, which mistill does not do")
+        raise ArchitectureError(
+            f"{name} rotates only a part of each head, which mistill does not support"
+        )
     return config
 
 
 def _rope(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of rotary positions."""
+    """The parameters of the rotary embedding for config.json."""
     if ROPE_KEY in metadata:
         return dict(json.loads(metadata[ROPE_KEY]))
     if metadata.get("llama.rope.scaling.type", "none") != "none" or _ROPE_FACTORS in tensors:
         raise ArchitectureError(
-            f"{name} scales its rotary positions, which its GGUF form does not fully describe; "
+            f"{name} scales its rotary embedding, which a GGUF file does not fully describe; "
             "use the model's safetensors folder"
         )
     base = _shortest(metadata.get("llama.rope.freq_base", 10000.0))
@@ -151,7 +153,7 @@ def _ends(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def _shortest(value: float) -> float:
-    """The number that was meant by a float32, such as 1e-05 by 9.999999747378752e-06."""
+    """The shortest decimal of a float32, such as 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -175,7 +177,7 @@ def _convert_weights(
     unknown = sorted(tensor for tensor in tensors if _transformers_name(tensor) is None)
     if unknown:
         raise ArchitectureError(
-            f"{name} holds tensors that a llama model has not: {', '.join(unknown[:3])}"
+            f"{name} holds tensors that a llama model does not have: {', '.join(unknown[:3])}"
         )
     shards: list[list[str]] = [[]]
     room = _SHARD_BYTES
@@ -238,7 +240,7 @@ def _tokenizer(name: str, metadata: Mapping[str, Any]) -> Tokenizer:
         texts = metadata["tokenizer.ggml.tokens"]
         pieces = Pieces(
             texts=texts,
-            kinds=[Kind(kind) for kind in metadata["tokenizer.ggml.token_type"]],
+            kinds=[TokenType(kind) for kind in metadata["tokenizer.ggml.token_type"]],
             scores=metadata.get("tokenizer.ggml.scores", []),
         )
         if kind == "gpt2":
@@ -250,8 +252,8 @@ def _tokenizer(name: str, metadata: Mapping[str, Any]) -> Tokenizer:
     except (KeyError, ValueError) as error:
         raise VocabularyError(f"{name} does not describe its vocabulary: {error}") from error
     raise VocabularyError(
-        f"{name} has a vocabulary of the kind {kind}; of GGUF files mistill reads gpt2 "
-        "(byte-level BPE) and llama (SentencePiece) vocabularies"
+        f"{name} has a vocabulary of the kind {kind}; mistill reads GGUF files with the "
+        "vocabularies gpt2 (byte-level BPE) and llama (SentencePiece)"
     )
 
 

@@ -71,7 +71,9 @@ def resolve_model(source: str | Path) -> Path:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _convert_once(path)
-        raise FolderError(f"{name} is a file; give a model folder, a Hub id or a .gguf file")
+        raise FolderError(
+            f"{name} is a file of another kind; give a model folder, a Hub id or a .gguf file"
+        )
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
         raise FolderError(
             f"there is no folder or file {name}; give a model folder, a Hub id such as "
@@ -81,10 +83,10 @@ def resolve_model(source: str | Path) -> Path:
 
 
 def save_model(source: str | Path, target: str | Path, overwrite: bool = False) -> Path:
-    """Make a plain folder of a model: the first stop of every road.
+    """Save a model as a plain model folder, the first step of most recipes.
 
     Args:
-        source: Whatever ``resolve_model`` finds.
+        source: A model as ``resolve_model`` finds it.
         target: The folder to be made.
         overwrite: Whether an existing folder is replaced.
 
@@ -137,7 +139,7 @@ def _download(name: str) -> Path:
             f"network, or start from {DEFAULT_TEACHER}, which needs none"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise FolderError(f"{neither} holds no config.json, so it is not a model") from error
+        raise FolderError(f"{neither} has no config.json, so that it is not a model") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise FolderError(f"{neither} cannot be fetched: {_first_line(error)}") from error
 
@@ -173,7 +175,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _made_once(folder: Path) -> Iterator[Path | None]:
-    """Yield a folder to be filled, or None when it is there already or another process made it."""
+    """Yield a folder to fill, or None if it exists already or another process made it."""
     if folder.is_dir():
         yield None
         return

@@ -1,9 +1,9 @@
 """Build ``tokenizer.json`` out of the parts that other formats keep a tokenizer in.
 
-SentencePiece files and GGUF files list pieces, scores and kinds; ``tokenizer.json`` also says how
-text is cut before pieces are merged. Byte-level vocabularies differ in that, and a GGUF file only
-names the way. What is not known by name is refused: a wrong guess would give a model tokens that
-it never met.
+SentencePiece files and GGUF files list tokens with scores and types; ``tokenizer.json`` also
+defines how text is split into words before tokens are merged. Byte-level vocabularies differ in
+that, and a GGUF file only names the pre-tokenizer. An unknown name is refused, because a wrong
+pre-tokenizer would give the model tokens that it was not trained on.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _WHOLE_WORDS_FIRST = {
 _SPACE = "\u2581"
 
 
-class Kind(IntEnum):
-    """What a piece is, in the numbers of SentencePiece and of GGUF."""
+class TokenType(IntEnum):
+    """The type of a token, in the numbers of SentencePiece and of GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -66,13 +66,13 @@ class Pieces:
     """The pieces of a vocabulary, in the order of their ids.
 
     Attributes:
-        texts: How each is written.
-        kinds: What each is.
-        scores: What SentencePiece ranks them by; empty for byte-level vocabularies.
+        texts: Text of each token.
+        kinds: Type of each token.
+        scores: SentencePiece score of each token; empty for byte-level vocabularies.
     """
 
     texts: Sequence[str]
-    kinds: Sequence[Kind]
+    kinds: Sequence[TokenType]
     scores: Sequence[float] = ()
 
 
@@ -83,7 +83,7 @@ def byte_level_tokenizer(pieces: Pieces, merges: Sequence[str], cut: str, name: 
         pieces: Tokens written in the stand-ins of GPT-2.
         merges: Pairs with a space between, best first.
         cut: llama.cpp's name for how text is cut into words.
-        name: Where they come from, for the error.
+        name: Name of the source, for the error.
 
     Returns:
         The tokenizer.
@@ -115,7 +115,7 @@ def word_cutter(kind: str, name: str) -> PreTokenizer:
 
     Args:
         kind: The name, as in ``tokenizer.ggml.pre``.
-        name: Where it comes from, for the error.
+        name: Name of the source, for the error.
 
     Returns:
         What cuts text into words and writes their bytes as printable characters.
@@ -139,8 +139,8 @@ def word_cutter(kind: str, name: str) -> PreTokenizer:
         )
     known = ", ".join(sorted((*_GPT2, *_DIGITS_THEN_GPT2, *_EXPRESSIONS, *_WHOLE_WORDS_FIRST)))
     raise VocabularyError(
-        f"{name} cuts text into words in a way called {kind!r}, which mistill does not know; "
-        f"known are {known}"
+        f"{name} splits text into words by the rule {kind!r}, which mistill does not know; "
+        f"it knows {known}"
     )
 
 
@@ -151,7 +151,7 @@ def sentencepiece_tokenizer(
 
     Args:
         pieces: Pieces with their scores.
-        name: Where they come from, for the error.
+        name: Name of the source, for the error.
         legacy: Whether a space is put before the text after every special token, as tokenizers
             of Llama 2 and Mistral v0.1 do; those that say ``legacy: false`` put one only before
             the first text.
@@ -166,17 +166,17 @@ def sentencepiece_tokenizer(
     ranks = {
         text: rank
         for text, kind, rank in zip(pieces.texts, pieces.kinds, pieces.scores, strict=True)
-        if kind in (Kind.NORMAL, Kind.USER_DEFINED)
+        if kind in (TokenType.NORMAL, TokenType.USER_DEFINED)
     }
     if any(score != int(score) for score in ranks.values()):
         raise VocabularyError(
             f"{name} holds a unigram vocabulary; mistill reads the BPE vocabularies of Llama and "
             "Mistral models"
         )
-    if sum(kind == Kind.BYTE for kind in pieces.kinds) != 256:
+    if sum(kind == TokenType.BYTE for kind in pieces.kinds) != 256:
         raise VocabularyError(f"{name} holds no tokens for single bytes, which mistill needs")
     unknown = next(
-        (t for t, k in zip(pieces.texts, pieces.kinds, strict=True) if k == Kind.UNKNOWN), None
+        (t for t, k in zip(pieces.texts, pieces.kinds, strict=True) if k == TokenType.UNKNOWN), None
     )
     tokenizer = Tokenizer(
         BPE(
@@ -225,7 +225,7 @@ def read_sentencepiece(file: Path) -> Pieces:
     """The pieces of a SentencePiece ``tokenizer.model``.
 
     Args:
-        file: The file.
+        file: Path of the file.
 
     Returns:
         Pieces.
@@ -242,14 +242,14 @@ def read_sentencepiece(file: Path) -> Pieces:
         raise VocabularyError(f"{file} is not a SentencePiece model, or is damaged") from error
     size = model.GetPieceSize()
 
-    def kind(token: int) -> Kind:
+    def kind(token: int) -> TokenType:
         tests = {
-            Kind.UNKNOWN: model.IsUnknown,
-            Kind.CONTROL: model.IsControl,
-            Kind.UNUSED: model.IsUnused,
-            Kind.BYTE: model.IsByte,
+            TokenType.UNKNOWN: model.IsUnknown,
+            TokenType.CONTROL: model.IsControl,
+            TokenType.UNUSED: model.IsUnused,
+            TokenType.BYTE: model.IsByte,
         }
-        return next((found for found, test in tests.items() if test(token)), Kind.NORMAL)
+        return next((found for found, test in tests.items() if test(token)), TokenType.NORMAL)
 
     return Pieces(
         texts=[model.IdToPiece(token) for token in range(size)],
@@ -276,8 +276,8 @@ def _add_tokens(tokenizer: Tokenizer, pieces: Pieces) -> None:
     """Keep control tokens and user-defined ones whole wherever they stand in a text."""
     by_kind: dict[bool, list[AddedToken]] = {True: [], False: []}
     for text, kind in zip(pieces.texts, pieces.kinds, strict=True):
-        if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED):
-            special = kind != Kind.USER_DEFINED
+        if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
+            special = kind != TokenType.USER_DEFINED
             by_kind[special].append(AddedToken(text, normalized=False, special=special))
     tokenizer.add_special_tokens(by_kind[True])
     tokenizer.add_tokens(by_kind[False])

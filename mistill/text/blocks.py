@@ -67,10 +67,10 @@ class TokenBlocks:
     @property
     def position_ids(self) -> NDArray[np.int64]:
         """Positions counted from 0 in every document, int64, shape (N, T)."""
-        places = np.broadcast_to(np.arange(self.block_length), self.ids.shape)
+        columns = np.broadcast_to(np.arange(self.block_length), self.ids.shape)
         begins = np.ones(self.ids.shape, bool)
         begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
-        return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+        return columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
 
     @property
     def runs(self) -> NDArray[np.int64]:
@@ -147,11 +147,11 @@ def pack(documents: Iterable[Document], block_length: int) -> TokenBlocks:
         documents=np.full((blocks, block_length), -1, np.int32),
     )
     for block, column, number, document, start in placed:
-        piece = slice(start, start + block_length)
-        ids = document.ids[piece]
-        place = (block, slice(column, column + len(ids)))
-        packed.ids[place] = ids
-        packed.mask[place] = document.mask[piece]
+        tokens = slice(start, start + block_length)
+        ids = document.ids[tokens]
+        target = (block, slice(column, column + len(ids)))
+        packed.ids[target] = ids
+        packed.mask[target] = document.mask[tokens]
         packed.mask[block, column] = False
-        packed.documents[place] = number
+        packed.documents[target] = number
     return packed

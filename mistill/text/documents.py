@@ -45,9 +45,6 @@ _ROLES = {
 _SEAM = 16
 
 
-# --- rows ---------------------------------------------------------------------------------------
-
-
 # --- what a row holds ---------------------------------------------------------------------------
 
 
@@ -56,24 +53,24 @@ def _content(row: Row) -> str | list[Message]:
     value = row.value
     for column in ("messages", "conversations", "conversation"):
         if value.get(column) is not None:
-            return _conversation(value[column], row.place)
+            return _conversation(value[column], row.origin)
     for question, answers in _ANSWERS.items():
         answer = next((name for name in answers if value.get(name) is not None), None)
         if value.get(question) is not None and answer is not None:
-            said = _string(value[answer], f"{answer} of {row.place}")
-            asked = _question(row, question)
-            return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            reply = _string(value[answer], f"{answer} of {row.origin}")
+            prompt = _question(row, question)
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
     if "text" in value:
-        return _string(value["text"] or "", f"text of {row.place}")
-    found = ", ".join(sorted(map(str, value))) or "none"
-    raise TextError(f"{row.place} has the columns {found}; mistill reads {_ACCEPTED}")
+        return _string(value["text"] or "", f"text of {row.origin}")
+    columns = ", ".join(sorted(map(str, value))) or "none"
+    raise TextError(f"{row.origin} has the columns {columns}; mistill reads {_ACCEPTED}")
 
 
 def _question(row: Row, column: str) -> str:
     """A prompt, or an instruction with the input that it speaks of."""
-    question = _string(row.value[column], f"{column} of {row.place}")
-    given = row.value.get("input") if column == "instruction" else None
-    return f"{question}\n\n{_string(given, f'input of {row.place}')}" if given else question
+    question = _string(row.value[column], f"{column} of {row.origin}")
+    context = row.value.get("input") if column == "instruction" else None
+    return f"{question}\n\n{_string(context, f'input of {row.origin}')}" if context else question
 
 
 def _string(value: Any, name: str) -> str:
@@ -82,32 +79,37 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
-def _conversation(value: Any, place: str) -> list[Message]:
+def _conversation(value: Any, origin: str) -> list[Message]:
     """Turns as role and content, from the spelling of OpenAI or of ShareGPT."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise TextError(f"the conversation of {place} should be a list of turns")
+        raise TextError(f"the conversation of {origin} should be a list of turns")
     messages: list[Message] = []
     for number, turn in enumerate(value, 1):
-        where = f"turn {number} of {place}"
+        turn_origin = f"turn {number} of {origin}"
         if not isinstance(turn, Mapping):
-            raise TextError(f"{where} should be an object with role and content")
+            raise TextError(f"{turn_origin} should be an object with role and content")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in _ROLES:
-            raise TextError(f"{where} has the role {role!r}; mistill reads {', '.join(_ROLES)}")
-        messages.append({"role": _ROLES[role], "content": _string(content, f"content of {where}")})
+            raise TextError(
+                f"{turn_origin} has the role {role!r}; mistill reads {', '.join(_ROLES)}"
+            )
+        messages.append(
+            {"role": _ROLES[role], "content": _string(content, f"content of {turn_origin}")}
+        )
     return messages
 
 
-def _check_turns(messages: Sequence[Message], place: str) -> None:
-    spoken = [message["role"] for message in messages if message["role"] != "system"]
-    if not spoken or spoken[0] != "user":
-        raise TextError(f"the conversation of {place} should begin with the user's turn")
-    if spoken[-1] != "assistant":
+def _check_turns(messages: Sequence[Message], origin: str) -> None:
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if not roles or roles[0] != "user":
+        raise TextError(f"the conversation of {origin} should begin with the user's turn")
+    if roles[-1] != "assistant":
         raise TextError(
-            f"the conversation of {place} ends with the user's turn; the assistant's should be last"
+            f"the conversation of {origin} ends with the user's turn; the assistant's should be "
+            "last"
         )
     if any(not message["content"].strip() for message in messages if message["role"] != "system"):
-        raise TextError(f"the conversation of {place} has an empty turn")
+        raise TextError(f"the conversation of {origin} has an empty turn")
 
 
 # --- documents ----------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def read_documents(
     Args:
         texts: A .txt, .jsonl, .json or .parquet file, a Hub dataset (``owner/name``, or
             ``owner/name:config:split``), a shipped text such as ``@demo-train``, or several.
-        vocabulary: What the text is written in.
+        vocabulary: Vocabulary that turns the text into tokens.
         limit: Stop after this many tokens, cutting the last document there; None reads all.
 
     Returns:
@@ -158,7 +160,7 @@ def read_stream(texts: Texts, vocabulary: Vocabulary) -> NDArray[np.int64]:
 
     Args:
         texts: As for ``read_documents``.
-        vocabulary: What the text is written in.
+        vocabulary: Vocabulary that turns the text into tokens.
 
     Returns:
         Token ids, shape (T,).
@@ -167,18 +169,18 @@ def read_stream(texts: Texts, vocabulary: Vocabulary) -> NDArray[np.int64]:
         TextError: If a text is missing, malformed, empty, or of an unknown kind.
         VocabularyError: If there are conversations and no chat template.
     """
-    whole = []
+    source_texts = []
     for source in sources_of(texts):
         path = find_file(source)
         joint = "" if path is not None and path.suffix.lower() == ".txt" else "\n\n"
         contents = map(_content, first_row(source))
-        whole.append(
+        source_texts.append(
             joint.join(
                 content if isinstance(content, str) else vocabulary.render(content)
                 for content in contents
             )
         )
-    ids = vocabulary.encode("\n\n".join(whole))
+    ids = vocabulary.encode("\n\n".join(source_texts))
     begin = [vocabulary.bos_id] if vocabulary.adds_bos and vocabulary.bos_id is not None else []
     return np.array([*begin, *ids], np.int64)
 
@@ -202,11 +204,11 @@ def _documents(rows: Iterator[Row], vocabulary: Vocabulary) -> Iterator[Document
             if content.strip():
                 yield _plain(content, vocabulary)
             continue
-        _check_turns(content, row.place)
+        _check_turns(content, row.origin)
         try:
             yield from conversation_documents(content, vocabulary)
         except TextError as error:
-            raise TextError(f"{row.place}: {error}") from error
+            raise TextError(f"{row.origin}: {error}") from error
 
 
 def _plain(text: str, vocabulary: Vocabulary) -> Document:
@@ -259,34 +261,39 @@ def _prompt_and_answer(messages: Sequence[Message], vocabulary: Vocabulary) -> t
     prompt = vocabulary.render(messages[:-1], add_generation_prompt=True)
     turn = vocabulary.render(messages)
     content = messages[-1]["content"].strip()
-    place = turn.rfind(content)
+    position = turn.rfind(content)
     if turn.startswith(prompt):
         begin = len(prompt)
-    elif place < 0:
-        raise TextError("the chat template does not write the assistant's turn as it is")
+    elif position < 0:
+        raise TextError(
+            "the chat template changes the text of the assistant's turn, so that it cannot be "
+            "marked"
+        )
     else:
-        begin = _seam(prompt, turn, place)
-    spoken = max(place, begin) + len(content) if place >= 0 else begin
-    return prompt, turn[begin : _end_of_turn(turn, spoken, vocabulary)]
+        begin = _seam(prompt, turn, position)
+    content_end = max(position, begin) + len(content) if position >= 0 else begin
+    return prompt, turn[begin : _end_of_turn(turn, content_end, vocabulary)]
 
 
-def _seam(prompt: str, turn: str, place: int) -> int:
+def _seam(prompt: str, turn: str, position: int) -> int:
     """Where the answer begins in a turn whose start differs from the prompt: after its last words.
 
     Usually that is at the content, or at a space before it.
     """
-    for begin in range(place, max(place - _SEAM, 0), -1):
+    for begin in range(position, max(position - _SEAM, 0), -1):
         if turn[:begin].endswith(prompt[-_SEAM:]):
             return begin
-    raise TextError("the chat template writes the prompt of an answer in two different ways")
+    raise TextError(
+        "the chat template renders the same prompt in two ways, so that the reply cannot be marked"
+    )
 
 
-def _end_of_turn(turn: str, spoken: int, vocabulary: Vocabulary) -> int:
+def _end_of_turn(turn: str, start: int, vocabulary: Vocabulary) -> int:
     """Where the first token that ends a reply ends, or else the text."""
     ends = [vocabulary.token_bytes(token).decode() for token in vocabulary.end_ids]
-    places = [(turn.find(end, spoken), end) for end in ends]
-    found = min(((place, end) for place, end in places if place >= 0), default=None)
-    return len(turn) if found is None else found[0] + len(found[1])
+    positions = [(turn.find(end, start), end) for end in ends]
+    first = min(((position, end) for position, end in positions if position >= 0), default=None)
+    return len(turn) if first is None else first[0] + len(first[1])
 
 
 def _masked(text: str, spans: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> Document:
@@ -319,33 +326,33 @@ def read_prompts(prompts: Texts) -> list[list[Message]]:
     Raises:
         TextError: If there are none, or one cannot be read.
     """
-    found: list[list[Message]] = []
+    conversations: list[list[Message]] = []
     for source in sources_of(prompts):
         path = find_file(source)
         if path is not None and path.suffix.lower() == ".txt":
             lines = (line.strip() for line in read_lines(path))
-            found += [[{"role": "user", "content": line}] for line in lines if line]
+            conversations += [[{"role": "user", "content": line}] for line in lines if line]
         else:
-            found += [_prompt(row) for row in first_row(source)]
-    if not found:
+            conversations += [_prompt(row) for row in first_row(source)]
+    if not conversations:
         raise TextError(f"there are no prompts in {', '.join(sources_of(prompts))}")
-    return found
+    return conversations
 
 
 def _prompt(row: Row) -> list[Message]:
     for column in ("messages", "conversations", "conversation"):
         if row.value.get(column) is not None:
-            messages = _conversation(row.value[column], row.place)
+            messages = _conversation(row.value[column], row.origin)
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
-            _check_turns([*messages, {"role": "assistant", "content": "?"}], row.place)
+            _check_turns([*messages, {"role": "assistant", "content": "?"}], row.origin)
             return messages
     for column in ("prompt", "instruction", "question"):
         if row.value.get(column) is not None:
             return [{"role": "user", "content": _question(row, column)}]
     found = ", ".join(sorted(map(str, row.value))) or "none"
     raise TextError(
-        f"{row.place} has the columns {found}; prompts are read from prompt, instruction (and "
+        f"{row.origin} has the columns {found}; prompts are read from prompt, instruction (and "
         "input), question, messages or conversations"
     )
 

@@ -40,17 +40,17 @@ _PIECE = 2_000_000
 
 @dataclass(frozen=True)
 class Row:
-    """One record of a source, and where it stands, for messages to the user."""
+    """One record of a source, and its origin (file and line) for messages."""
 
     value: Mapping[str, Any]
-    place: str
+    origin: str
 
 
 def check_texts(texts: Texts) -> None:
     """Refuse texts that are missing, empty or of an unknown kind, reading their first row only.
 
     Args:
-        texts: What ``read_documents`` would be given.
+        texts: Texts as ``read_documents`` takes them.
 
     Raises:
         TextError: If one of them cannot be read.
@@ -94,7 +94,7 @@ def find_file(source: str) -> Path | None:
     """The file that a source names, or None for a dataset on the Hub."""
     if source.startswith("@"):
         if source not in SHIPPED:
-            raise TextError(f"there is no shipped text {source}; there are {', '.join(SHIPPED)}")
+            raise TextError(f"mistill ships no text {source}; it ships {', '.join(SHIPPED)}")
         return _DATA / SHIPPED[source]
     path = Path(source).expanduser()
     known = f"{', '.join(_FILES[:-1])} and {_FILES[-1]}"
@@ -141,8 +141,8 @@ def _txt_rows(path: Path) -> Iterator[Row]:
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
-            place = f"{path}, line {number}"
-            yield Row(_object(_parse(line, place), place), place)
+            origin = f"{path}, line {number}"
+            yield Row(_object(_parse(line, origin), origin), origin)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -150,20 +150,20 @@ def _json_rows(path: Path) -> Iterator[Row]:
     if not isinstance(value, list):
         raise TextError(f"{path} should hold a list of objects, not {json_type(value)}")
     for number, item in enumerate(value, 1):
-        place = f"{path}, item {number}"
-        yield Row(_object(item, place), place)
+        origin = f"{path}, item {number}"
+        yield Row(_object(item, origin), origin)
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse(text: str, origin: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise TextError(f"{place} is not valid JSON: {error}") from error
+        raise TextError(f"{origin} is not valid JSON: {error}") from error
 
 
-def _object(value: Any, place: str) -> Mapping[str, Any]:
+def _object(value: Any, origin: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise TextError(f"{place} should hold a JSON object, not {json_type(value)}")
+        raise TextError(f"{origin} should hold a JSON object, not {json_type(value)}")
     return value
 
 

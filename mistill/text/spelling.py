@@ -45,7 +45,7 @@ def byte_characters() -> dict[int, str]:
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printing]
     return {byte: chr(byte) for byte in printing} | {
-        byte: chr(0x100 + place) for place, byte in enumerate(others)
+        byte: chr(0x100 + index) for index, byte in enumerate(others)
     }
 
 
@@ -53,14 +53,14 @@ def speller_of(definition: Mapping[str, Any]) -> _ByteLevelSpeller | _SentencePi
     """How the vocabulary of a tokenizer.json spells its tokens."""
     decoder = definition.get("decoder") or {}
     parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
-    kinds = {part.get("type"): part for part in parts}
-    if "ByteLevel" in kinds:
+    decoders = {part.get("type"): part for part in parts}
+    if "ByteLevel" in decoders:
         return _ByteLevelSpeller()
-    if "Metaspace" in kinds:
-        return _SentencePieceSpeller(kinds["Metaspace"].get("replacement", "\u2581"))
-    if "Replace" in kinds and kinds["Replace"].get("content") == " ":
-        return _SentencePieceSpeller(kinds["Replace"]["pattern"]["String"])
+    if "Metaspace" in decoders:
+        return _SentencePieceSpeller(decoders["Metaspace"].get("replacement", "\u2581"))
+    if "Replace" in decoders and decoders["Replace"].get("content") == " ":
+        return _SentencePieceSpeller(decoders["Replace"]["pattern"]["String"])
     raise VocabularyError(
         "mistill reads byte-level BPE and SentencePiece vocabularies; this tokenizer decodes "
-        f"with {' and '.join(sorted(map(str, kinds)))}"
+        f"with {' and '.join(sorted(map(str, decoders)))}"
     )

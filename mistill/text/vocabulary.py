@@ -60,12 +60,12 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
     if not path.is_dir():
         raise VocabularyError(f"{folder}: there is no such folder")
     if not file.is_file():
-        found = (
+        content = (
             "only tokenizer.model; mistill.save_model makes a folder with tokenizer.json of it"
             if (path / "tokenizer.model").is_file()
             else "no tokenizer.json"
         )
-        raise VocabularyError(f"{folder} holds {found}")
+        raise VocabularyError(f"{folder} holds {content}")
     definition = read_json(file)
     processor = definition.pop("post_processor", None)
     try:
@@ -87,9 +87,9 @@ class Vocabulary:
     the like by name, and ``chat_template`` the template as it is written in the folder.
 
     Args:
-        folder: Where the configuration files are.
+        folder: The folder of the configuration files.
         tokenizer: Without a post-processor.
-        definition: What tokenizer.json says.
+        definition: Content of tokenizer.json.
         processor: The post-processor that was taken out of it.
     """
 
@@ -220,8 +220,8 @@ class Vocabulary:
         """
         named = self.special_tokens.get("eos_token")
         tokenizer_end = None if named is None else self._tokenizer.token_to_id(named)
-        found = [*self._configured_ends, tokenizer_end, self._end_of_turn()]
-        return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < self.size))
+        ids = [*self._configured_ends, tokenizer_end, self._end_of_turn()]
+        return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < self.size))
 
     # --- conversations --------------------------------------------------------------------------
 
@@ -268,7 +268,7 @@ class Vocabulary:
     # --- identity -------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A name for what every id spells; rows that stand for no token do not count.
+        """A hash of what every id spells, without the rows that stand for no token.
 
         Returns:
             64 hexadecimal digits, equal for two vocabularies with the same tokens.
@@ -363,7 +363,7 @@ def same_vocabulary(ours: Vocabulary, theirs: Vocabulary) -> list[str]:
 
     Args:
         ours: One vocabulary.
-        theirs: Another.
+        theirs: The other vocabulary.
 
     Returns:
         One phrase for each difference; empty if a token id means the same in both.
@@ -383,12 +383,12 @@ def same_vocabulary(ours: Vocabulary, theirs: Vocabulary) -> list[str]:
         first = differing[0]
         differences.append(
             f"{len(differing)} of {shared} ids stand for different tokens, the first of them "
-            f"{first}: {_told(ours, first)} against {_told(theirs, first)}"
+            f"{first}: {_shown(ours, first)} against {_shown(theirs, first)}"
         )
     return differences
 
 
-def _told(vocabulary: Vocabulary, token: int) -> str:
+def _shown(vocabulary: Vocabulary, token: int) -> str:
     mark = " (special)" if vocabulary.is_special(token) else ""
     return vocabulary.spelling(token) + mark
 
@@ -419,14 +419,14 @@ def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     older = _optional_json(folder / "special_tokens_map.json")
-    found = {}
+    specials = {}
     for name in _SPECIAL_NAMES:
         value = settings.get(name, older.get(name))
         if isinstance(value, Mapping):  # an AddedToken
             value = value.get("content")
         if isinstance(value, str):
-            found[name] = value
-    return found
+            specials[name] = value
+    return specials
 
 
 def _adds_bos(
@@ -445,9 +445,3 @@ def _adds_bos(
     first = processor["single"][0].get("SpecialToken", {}).get("id")
     tokens = processor.get("special_tokens", {}).get(first, {}).get("tokens", [])
     return bos_token in tokens
-
-
-# --- what a token spells ------------------------------------------------------------------------
-
-
-# --- rendering ----------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ from mistill.constraints import (
     lark,
     regex,
 )
+from mistill.engine.drafts import PromptLookup
 from mistill.engine.language_model import greedy
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.sampling import Sampler, SamplingSettings
-from mistill.engine.speculation import LookUp, SpeculativeModel
+from mistill.engine.speculation import SpeculativeModel
 from mistill.errors import FolderError, MissingExtraError, SettingsError, VocabularyError
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.mistill.made import put_template, sentencepiece_folder
@@ -202,11 +203,11 @@ def test_a_reply_that_is_cut_short_says_so(chatbot: Path) -> None:
     assert bot.last_ending == "max_new_tokens"
 
 
-def test_guesses_and_forms_go_together(chatbot: Path) -> None:
+def test_speculative_and_constrained_decoding_go_together(chatbot: Path) -> None:
     model = OnnxModel(chatbot, threads=1)
     vocabulary = load_vocabulary(chatbot)
     tokens = ConstraintTokens(vocabulary)
-    guessing = SpeculativeModel(model, LookUp())
+    speculative = SpeculativeModel(model, PromptLookup())
     prompt = vocabulary.encode('{"name": "Bob", "age": 4, "kind": "cat", "tags": []} ' * 3)
 
     def written(by: Any) -> list[int]:
@@ -218,7 +219,7 @@ def test_guesses_and_forms_go_together(chatbot: Path) -> None:
                 return reply
         raise AssertionError("never ended")
 
-    assert written(guessing) == written(model)
+    assert written(speculative) == written(model)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -228,14 +229,14 @@ def test_guesses_and_forms_go_together(chatbot: Path) -> None:
     ("make", "message"),
     [
         (lambda: json_schema("{"), "the JSON schema is not JSON"),
-        (lambda: json_schema("[1]"), "a JSON schema is an object"),
-        (lambda: json_schema({"type": "nope"}), "not a JSON schema .* Invalid type: nope"),
+        (lambda: json_schema("[1]"), "a JSON schema must be a JSON object"),
+        (lambda: json_schema({"type": "nope"}), "JSON schema cannot be used .* Invalid type: nope"),
         (
             lambda: json_schema({"type": "string", "minLength": 5, "maxLength": 2}),
             "minLength \\(5\\) is greater",
         ),
-        (lambda: regex("(a"), "not a regular expression .* unclosed group"),
-        (lambda: lark("start: foo"), 'not a grammar .* unknown name: "foo"'),
+        (lambda: regex("(a"), "regular expression cannot be used .* unclosed group"),
+        (lambda: lark("start: foo"), 'grammar cannot be used .* unknown name: "foo"'),
     ],
 )
 def test_a_form_that_cannot_be_followed_is_refused_in_one_line(

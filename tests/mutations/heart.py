@@ -34,17 +34,17 @@ _DIVERGENCES = ("tests/distill/loss/test_divergences.py",)
 _TARGETS = ("tests/distill/teacher/test_teacher.py", "tests/distill/targets/test_draws.py")
 _KERNEL = ("tests/distill/loss/test_triton_kernel.py",)
 _SCHEDULE = ("tests/mistill/training/test_schedule.py",)
-_TEXT = ("tests/mistill/test_text.py",)
-_KL = ("tests/mistill/test_kl.py",)
+_TEXT = ("tests/mistill/text/test_text.py",)
+_KL = ("tests/mistill/measures/test_kl.py",)
 _GPTQ = ("tests/quantize/gptq/test_gptq.py",)
 _GRID = ("tests/mistill/weights/test_grid.py", "tests/quantize/gptq/test_gptq.py")
-_PACKING = ("tests/mistill/test_gptq_layout.py",)
+_PACKING = ("tests/mistill/weights/test_gptq_layout.py",)
 _NF4 = ("tests/quantize/nf4/test_nf4_codec.py",)
-_GRAPH = ("tests/export/test_graph.py",)
-_PORTABLE = ("tests/export/test_portable.py",)
-_ENGINE = ("tests/mistill/test_engine.py",)
-_SPECULATION = ("tests/mistill/test_speculation.py",)
-_SAMPLING = ("tests/mistill/test_sampling.py",)
+_GRAPH = ("tests/export/graph/test_graph.py",)
+_PORTABLE = ("tests/export/graph/test_portable.py",)
+_ENGINE = ("tests/mistill/engine/test_engine.py",)
+_SPECULATION = ("tests/mistill/engine/test_speculation.py",)
+_SAMPLING = ("tests/mistill/engine/test_sampling.py",)
 _STUDENT = ("tests/distill/student/test_importance.py", "tests/distill/student/test_width.py")
 
 MUTATIONS = (
@@ -73,7 +73,7 @@ MUTATIONS = (
     Mutation(
         "positions go on from one document to the next",
         "mistill/text/blocks.py",
-        "np.where(begins, places, 0)",
+        "np.where(begins, columns, 0)",
         "np.where(begins, 0, 0)",
         _TEXT,
     ),
@@ -338,19 +338,19 @@ MUTATIONS = (
         "mistill/engine/key_value_cache.py",
         "if back > 0 and self._rows(count) != self._rows(len(self.ids)) - back:",
         "if back < 0:",
-        ("tests/export/test_ring.py",),
+        ("tests/export/graph/test_ring.py",),
     ),
     Mutation(
         "the common prefix of two texts is a token too long",
         "mistill/engine/key_value_cache.py",
-        "return next(place for place in range(shorter) if first[place] != second[place])",
-        "return 1 + next(place for place in range(shorter) if first[place] != second[place])",
+        "return next(index for index in range(shorter) if first[index] != second[index])",
+        "return 1 + next(index for index in range(shorter) if first[index] != second[index])",
         _ENGINE,
     ),
     Mutation(
         "a draft token that was not chosen is kept",
         "mistill/engine/speculation.py",
-        "token != guess.token:",
+        "token != drafted.token:",
         "token < 0:",
         _SPECULATION,
     ),

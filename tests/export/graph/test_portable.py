@@ -180,7 +180,7 @@ def test_the_folder_says_that_its_cache_is_not_extended_in_place(model: Path, tm
 
 
 def test_kernels_are_not_timed_for_a_graph_without_them():
-    with pytest.raises(SettingsError, match="which a portable graph has none of"):
+    with pytest.raises(SettingsError, match="a portable graph has none of them"):
         OnnxSettings(portable=True, precision="int4", tune_for="here")
 
 
@@ -196,7 +196,7 @@ def test_the_engine_refuses_it_in_a_line(model: Path, tmp_path: Path):
 def test_genai_runs_it_too(tmp_path: Path):
     import subprocess
 
-    from tests.export.test_genai import SCRIPT
+    from tests.export.runtimes.test_genai import SCRIPT
 
     source = tiny_model(tmp_path / "model", tie_word_embeddings=True)
     made = to_onnx(source, tmp_path / "onnx", portable=True, parity_positions=0)

@@ -26,8 +26,8 @@ from export.weights.blocks import blocks_of_codes
 from export.weights.folder_weights import FolderWeights
 from mistill.errors import ExportError, SettingsError
 from mistill.folders.folder import read_json
+from tests.export.checks.test_lint import flip, shown
 from tests.export.sources import gptq_folder, nf4_folder, quantized_weight
-from tests.export.test_lint import flip, shown
 from tests.tiny import tiny_model
 
 IDS = np.random.default_rng(5).integers(5, 384, 40)
@@ -155,7 +155,7 @@ def test_what_stands_out_is_found_and_the_distance_shrinks(
     )
     assert manifests[0]["codes"] == manifests[1]["codes"]
     assert manifests[0]["slow_kernels"] == manifests[1]["slow_kernels"] == []
-    assert "2 columns behind each norm" in shown(tmp_path / "2")
+    assert "2 outlier columns behind each norm" in shown(tmp_path / "2")
     kls = [one["parity"]["mean_kl"] for one in manifests]
     assert 0 < kls[1] < 0.2 * kls[0], kls
     assert sorted(path.name for path in (tmp_path / "2").iterdir()) == sorted(
@@ -244,7 +244,7 @@ def test_nonsense_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="float_columns must be 0 or more, got -1"):
         OnnxSettings(float_columns=-1)
     for options in ({"portable": True}, {"accuracy_level": 0}):
-        with pytest.raises(SettingsError, match="nothing is rounded here"):
+        with pytest.raises(SettingsError, match="needs activations that are rounded"):
             OnnxSettings(float_columns=1, **options)
     with pytest.raises(SettingsError, match="a float32 graph has none"):
         to_onnx(model, tmp_path / "onnx", float_columns=8)

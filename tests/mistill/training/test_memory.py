@@ -36,7 +36,7 @@ print(resident() - before)
 
     def left(answer: str) -> int:
         command = [sys.executable, "-c", script, answer]
-        root = Path(__file__).parents[2]
+        root = Path(__file__).parents[3]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
         return int(done.stdout)
 

@@ -102,7 +102,7 @@ def test_the_context_ends_a_reply(chatbot: Path) -> None:
         model.write_batch([[5], []], max_new_tokens=1)
     with pytest.raises(SettingsError, match="max_new_tokens"):
         model.write_batch([[5]], max_new_tokens=0)
-    with pytest.raises(SettingsError, match="one choose for each"):
+    with pytest.raises(SettingsError, match="one function for each"):
         model.write_batch([[5], [6]], max_new_tokens=1, choose=[greedy])
 
 

@@ -155,7 +155,9 @@ def test_a_ring_that_would_change_nothing_is_refused(
     window: int | None, options: dict[str, Any], tmp_path: Path
 ) -> None:
     source = tiny_model(tmp_path / "model", sliding_window=window)
-    with pytest.raises(SettingsError, match="ring drops what a sliding window leaves behind"):
+    with pytest.raises(
+        SettingsError, match="ring needs a sliding window that is shorter than the context"
+    ):
         to_onnx(source, tmp_path / "onnx", ring=True, **options)
 
 

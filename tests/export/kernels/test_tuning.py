@@ -19,7 +19,7 @@ from export.kernels.kernels import KERNELS, MOST_WEIGHTS, PROMPT, OnnxTimer, Tim
 from export.kernels.probe import Probe, read_probe, run_probe
 from export.weights.architecture import read_architecture
 from export.weights.blocks import blocks_of_codes, widen
-from export.weights.shapes import Stored, product_shapes
+from export.weights.shapes import StoredFormat, product_shapes
 from mistill.cost_model.products import Kernel
 from mistill.errors import SettingsError, TargetExistsError
 from mistill.folders.folder import read_json
@@ -64,17 +64,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("stored", "columns", "expected"),
     [
-        (Stored(4, 128, 256, widens=True), 256, [*INT4.values(), *INT8.values()]),
-        (Stored(4, 64, 256, widens=True), 256, [INT4[32], INT4[64], INT8[32], INT8[64]]),
-        (Stored(4, 128, 32, widens=True), 256, [INT4[32], INT8[32]]),
-        (Stored(4, 256, 256, widens=False), 576, [INT4[32], INT4[64]]),
-        (Stored(3, 48, 256, widens=True), 96, []),
-        (Stored(8, 64, 256, widens=False), 256, [INT8[32], INT8[64]]),
+        (StoredFormat(4, 128, 256, widens=True), 256, [*INT4.values(), *INT8.values()]),
+        (StoredFormat(4, 64, 256, widens=True), 256, [INT4[32], INT4[64], INT8[32], INT8[64]]),
+        (StoredFormat(4, 128, 32, widens=True), 256, [INT4[32], INT8[32]]),
+        (StoredFormat(4, 256, 256, widens=False), 576, [INT4[32], INT4[64]]),
+        (StoredFormat(3, 48, 256, widens=True), 96, []),
+        (StoredFormat(8, 64, 256, widens=False), 256, [INT8[32], INT8[64]]),
     ],
     ids=str,
 )
 def test_only_kernels_that_change_no_weight_are_allowed(
-    stored: Stored, columns: int, expected: list[Kernel]
+    stored: StoredFormat, columns: int, expected: list[Kernel]
 ) -> None:
     assert allowed(stored, columns) == expected
 
@@ -96,24 +96,24 @@ def test_codes_in_8_bits_stand_for_the_same_weight() -> None:
 # --- the choice ---------------------------------------------------------------------------------
 
 
-def choose(wide: Path, slow: Mapping[Kernel, float], stored: Stored) -> Kernel:
+def choose(wide: Path, slow: Mapping[Kernel, float], stored: StoredFormat) -> Kernel:
     architecture = read_architecture(read_json(wide / "config.json"))
     return tune(probe_of(slow), architecture, {"down": [stored]}).choices["down", stored.bits]
 
 
 def test_the_fastest_is_chosen_whichever_it_is(wide: Path) -> None:
-    form = Stored(4, 128, 256, widens=True)
+    form = StoredFormat(4, 128, 256, widens=True)
     for kernel in (*INT4.values(), *INT8.values()):
         assert choose(wide, {kernel: 0.5}, form) == kernel
 
 
 def test_what_the_source_does_not_allow_is_never_chosen(wide: Path) -> None:
     fast = {INT4[128]: 0.1, Kernel("dynamic_int8"): 0.1, Kernel("float32"): 0.1, INT8[64]: 0.2}
-    assert choose(wide, {**fast, INT4[64]: 0.5}, Stored(4, 64, 256, widens=False)) == INT4[64]
+    assert choose(wide, {**fast, INT4[64]: 0.5}, StoredFormat(4, 64, 256, widens=False)) == INT4[64]
 
 
 def test_of_kernels_as_fast_the_smallest_and_finest_is_chosen(wide: Path) -> None:
-    form = Stored(4, 128, 256, widens=True)
+    form = StoredFormat(4, 128, 256, widens=True)
     assert choose(wide, {INT8[128]: 0.95, INT4[128]: 0.92}, form) == INT4[32]
     assert choose(wide, {INT8[128]: 0.85, INT4[128]: 0.87}, form) == INT4[128]
 
@@ -138,7 +138,7 @@ def test_an_answer_counts_beside_its_prompt(
         INT4[64]: Timing(token=1e-3, prompt=prompt),
     }
     found = replace(probe_of({}), timings={(k, rows, columns): t for k, t in times.items()})
-    tuning = tune(found, architecture, {kind: [Stored(bits, 64, 256, widens=False)]})
+    tuning = tune(found, architecture, {kind: [StoredFormat(bits, 64, 256, widens=False)]})
     assert tuning.choices == {(kind, bits): expected}
     step = 1e3 * count * times[expected].token
     assert tuning.to_dict()["products_ms_per_token"] == pytest.approx(step)
@@ -146,7 +146,7 @@ def test_an_answer_counts_beside_its_prompt(
 
 def test_groups_of_several_sizes_are_all_cut(wide: Path) -> None:
     architecture = read_architecture(read_json(wide / "config.json"))
-    forms = [Stored(4, 128, 256, widens=False), Stored(4, 32, 256, widens=False)]
+    forms = [StoredFormat(4, 128, 256, widens=False), StoredFormat(4, 32, 256, widens=False)]
     tuning = tune(probe_of({INT4[128]: 0.1}), architecture, {"down": forms})
     assert tuning.choices == {("down", 4): INT4[32]}
 

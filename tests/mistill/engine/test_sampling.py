@@ -267,7 +267,7 @@ def test_a_judged_token_counts_as_seen() -> None:
     sampler = Sampler(settings)
     logits[3] = 40
     theirs = Candidates(np.array([3]), np.ones(1))
-    assert sampler.judge(logits, 3, theirs) == 3
+    assert sampler.accept_or_replace(logits, 3, theirs) == 3
     assert sampler.distribution(logits).probabilities == pytest.approx(np.full(5, 0.2), abs=1e-3)
 
 

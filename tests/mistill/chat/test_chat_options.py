@@ -1,4 +1,4 @@
-"""What a conversation can ask of the engine: keep, guess, tell how probable; also from a shell."""
+"""Options of a conversation: saving, drafts, probabilities of tokens; also from a shell."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def test_a_damaged_conversation_is_refused_and_changes_nothing(
     assert bot.history == before
 
 
-def test_only_what_runs_in_onnx_runtime_is_kept_and_guessed(model: Path, tmp_path: Path) -> None:
+def test_only_onnx_folders_are_saved_and_speculate(model: Path, tmp_path: Path) -> None:
     opened = open_model(model, threads=1)
     bot = ChatBot(model, model=opened)
-    with pytest.raises(SettingsError, match="only conversations with ONNX folders"):
+    with pytest.raises(SettingsError, match="only a conversation with an ONNX folder"):
         bot.save(tmp_path / "kept")
-    with pytest.raises(SettingsError, match="only ONNX folders guess ahead"):
+    with pytest.raises(SettingsError, match="speculative decoding needs an ONNX folder"):
         ChatBot(model, model=opened, draft="lookup")
     with pytest.raises(SettingsError, match=r"provider is for ONNX folders, .* is a model folder"):
         ChatBot(model, provider="cuda")
@@ -122,12 +122,12 @@ def test_a_chatbot_and_its_draft_leave_the_processors_to_each_other(
     assert not yields(ChatBot(chatbot)._model)
     looking_up: Any = ChatBot(chatbot, draft="lookup")._model
     assert not yields(looking_up.model)
-    guessing: Any = ChatBot(chatbot, draft=chatbot)._model
-    assert yields(guessing.model)
-    assert yields(guessing._draft._model)
+    speculative: Any = ChatBot(chatbot, draft=chatbot)._model
+    assert yields(speculative.model)
+    assert yields(speculative._draft._model)
     assert "alone=False" not in caplog.text
     ChatBot(chatbot, model=OnnxModel(chatbot), draft=chatbot)
-    assert "was opened to compute alone" in caplog.text
+    assert "was opened with alone=True" in caplog.text
 
 
 def test_how_probable_each_token_was_is_what_the_logits_say(chatbot: Path) -> None:
@@ -217,7 +217,7 @@ def test_the_command_takes_other_forms_and_refuses_two(
     assert "one of --json-schema, --regex and --grammar" in err
 
 
-def test_the_command_keeps_a_session_and_guesses(
+def test_the_command_keeps_a_session_and_speculates(
     chatbot: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -237,7 +237,7 @@ def test_a_template_that_hides_the_answer_is_refused(place: Path):
         tiny_tokenizer(place / "hiding"),
         "{{ messages | length }}{% for m in messages %}{{ m['role'] }}{% endfor %}",
     )
-    with pytest.raises(TextError, match="does not write the assistant's turn as it is"):
+    with pytest.raises(TextError, match="changes the text of the assistant's turn"):
         conversation_documents(SIMPLE, load_vocabulary(folder))
 
 
@@ -479,7 +479,7 @@ def write_bytes(name: str, content: bytes) -> Any:
     [
         ("a.jsonl", None, r"there is no file a\.jsonl; give a \.txt, \.jsonl, \.json or \.parquet"),
         ("some/where/a", None, r"there is no file some/where/a"),
-        ("@demo", None, r"no shipped text @demo; there are @demo-train, @demo-held-out"),
+        ("@demo", None, r"ships no text @demo; it ships @demo-train, @demo-held-out"),
         ("folder", lambda place: (place / "folder").mkdir(), r"folder is a folder; name the \.txt"),
         ("a.docx", write_bytes("a.docx", b"x"), r"a\.docx ends in \.docx; mistill reads \.txt"),
         ("notes", write_bytes("notes", b"x"), r"notes ends in nothing; mistill reads"),

@@ -213,13 +213,13 @@ def test_text_is_cut_into_words_as_llama_cpp_cuts_it(kind: str, text: str):
         (
             {"tokenizer.ggml.pre": "from-the-future"},
             VocabularyError,
-            "in a way called 'from-the-future'",
+            "by the rule 'from-the-future'",
         ),
         ({"tokenizer.ggml.model": "bert"}, VocabularyError, "vocabulary of the kind bert"),
         ({"tokenizer.ggml.merges": None}, VocabularyError, "does not describe its vocabulary"),
-        ({"general.architecture": "qwen2"}, ArchitectureError, "a model of the kind qwen2"),
+        ({"general.architecture": "qwen2"}, ArchitectureError, "a model of the architecture qwen2"),
         ({"llama.expert_count": 8}, ArchitectureError, "dense llama models"),
-        ({"llama.rope.scaling.type": "yarn"}, ArchitectureError, "scales its rotary positions"),
+        ({"llama.rope.scaling.type": "yarn"}, ArchitectureError, "scales its rotary embedding"),
         ({"llama.rope.dimension_count": 12}, ArchitectureError, "a part of each head"),
         ({"llama.block_count": None}, ArchitectureError, "llama.block_count"),
         ({"tokenizer.ggml.eos_token_id": None}, ArchitectureError, "eos_token_id"),
@@ -353,7 +353,7 @@ def test_what_is_not_there_is_refused_with_what_could_be_given(
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path):
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(FolderError, match="is a file; give a model folder"):
+    with pytest.raises(FolderError, match="is a file of another kind; give a model folder"):
         resolve_model(tmp_path / "weights.bin")
 
 
@@ -470,7 +470,7 @@ def failing(kind: str) -> Callable[..., Any]:
     [
         ("GatedRepoError", r"owner/name, and as a Hub id it is gated: accept its terms"),
         ("RepositoryNotFoundError", r"was not found; check its spelling"),
-        ("RemoteEntryNotFoundError", r"holds no config\.json, so it is not a model"),
+        ("RemoteEntryNotFoundError", r"has no config\.json, so that it is not a model"),
         ("HfHubHTTPError", r"cannot be fetched: it$"),
     ],
 )

@@ -293,7 +293,7 @@ def test_the_newer_name_of_the_format_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"bits": 5}, "2, 3, 4 or 8 bits, quantization_config says 5"),
+        ({"bits": 5}, "2, 3, 4 or 8 bits, and quantization_config says 5"),
         ({"bits": "four"}, "whole numbers"),
         ({"group_size": None}, "whole numbers"),
         ({"group_size": 0}, "above 0, or -1"),

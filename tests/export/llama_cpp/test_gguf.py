@@ -241,7 +241,7 @@ def test_codes_that_fit_no_blocks_are_rounded_again_and_it_is_said(
     source, weights = gptq_folder(model, tmp_path / "gptq", **options)
     with caplog.at_level(logging.WARNING):
         _, tensors = read(to_gguf(source, tmp_path / "tiny.gguf", dtype=dtype))
-    assert "the codes of 14 matrices fit no blocks" in caplog.text
+    assert "the codes of 14 matrices do not fit the blocks" in caplog.text
     expected = weights["model.layers.0.mlp.up_proj"].dequantize()
     found = dequantized(tensors["blk.0.ffn_up.weight"])
     most = np.abs(expected).reshape(-1, 32).max(-1).max() * (1 / 100 if dtype == "q8_0" else 1 / 7)
@@ -338,7 +338,7 @@ def test_a_space_before_the_first_text_alone_is_left_out_of_conversations(
     source = sentencepiece_model(tmp_path / "model", template=template, legacy=False)
     with caplog.at_level(logging.WARNING):
         metadata, _ = read(to_gguf(source, tmp_path / "tiny.gguf"))
-    assert "puts a space before the first text alone" in caplog.text
+    assert "puts a space before the first text only" in caplog.text
     assert metadata["tokenizer.ggml.add_space_prefix"] is (template is None)
 
 
@@ -377,10 +377,13 @@ def test_the_way_to_cut_words_is_found_by_what_it_does(name: str, model: Path, t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "in a way that llama.cpp has no name for"),
+        (
+            {"pre_tokenizer": {"type": "Whitespace"}},
+            "in a way that mistill knows no name of in llama.cpp",
+        ),
         ({"normalizer": {"type": "Lowercase"}}, "normalizes text (Lowercase)"),
-        ({"model": {"ignore_merges": True}}, "in a way that llama.cpp has no name for"),
-        ({"model": {"merges": []}}, "merges no pieces, and llama.cpp opens no such vocabulary"),
+        ({"model": {"ignore_merges": True}}, "in a way that mistill knows no name of in llama.cpp"),
+        ({"model": {"merges": []}}, "has no merges, and llama.cpp opens no such vocabulary"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(
@@ -399,7 +402,7 @@ def test_merges_that_no_scores_give_are_refused(tmp_path: Path):
     for name, changed in (("short", merges[1:]), ("mixed", [*merges[60:], *merges[:60]])):
         target = change_tokenizer(source, tmp_path / name, model={"merges": changed})
         if name == "short":
-            with pytest.raises(VocabularyError, match="that no scores of SentencePiece give"):
+            with pytest.raises(VocabularyError, match="that no SentencePiece scores express"):
                 to_gguf(target, tmp_path / "tiny.gguf")
         else:  # another order has scores of its own
             back = load_vocabulary(resolve_model(to_gguf(target, tmp_path / "tiny.gguf")))

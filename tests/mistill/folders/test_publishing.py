@@ -82,7 +82,10 @@ def test_a_target_below_a_file_is_refused(tmp_path):
 
 def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "target"
-    with pytest.raises(TargetExistsError, match="appeared"), creating(target) as partial:
+    with (
+        pytest.raises(TargetExistsError, match="made by another process"),
+        creating(target) as partial,
+    ):
         (partial / "ours.txt").write_text("ours")
         target.mkdir()
         (target / "theirs.txt").write_text("theirs")

@@ -174,7 +174,7 @@ def test_a_stored_table_becomes_float_but_is_not_rounded_again(tmp_path: Path) -
     np.testing.assert_allclose(
         OnnxRunner(made).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
     )
-    with pytest.raises(SettingsError, match=r"head_bits is 8, .* holds that table as 4-bit codes"):
+    with pytest.raises(SettingsError, match=r"head_bits is 8, .* stores that table in 4-bit codes"):
         to_onnx(source, tmp_path / "onnx", head_bits=8)
 
 

@@ -70,7 +70,7 @@ def test_a_slow_kernel_that_was_asked_for_is_named(
         "accuracy-level",
         "float-head",
     ]
-    assert "as asked for, but slow: accuracy-level" in caplog.text
+    assert "the requested settings are slow: accuracy-level" in caplog.text
     fast = to_onnx(model, tmp_path / "fast", **options)
     assert manifest_of(fast)["slow_kernels"] == []
 
@@ -203,7 +203,7 @@ def test_floats_have_no_codes_to_compare(model: Path, tmp_path: Path) -> None:
     source, _ = gptq_folder(model, tmp_path / "gptq")
     made = to_onnx(source, tmp_path / "floats", precision="float32", parity_positions=0)
     assert manifest_of(made)["codes"] == {"matrices": 0, "codes": 0, "scales": 0, "decoded": 14}
-    assert "14 matrices are floats here, as was asked for" in shown(made)
+    assert "14 matrices are stored as floats, as requested" in shown(made)
 
 
 def rename(folder: Path, name: str, new: str) -> None:
@@ -284,9 +284,9 @@ def test_inspect_shows_codes_bytes_and_parity(model: Path, tmp_path: Path) -> No
     made = to_onnx(source, tmp_path / "onnx", memory_speed=20)
     words = shown(made)
     count = sum(weight.codes.size for weight in weights.values())
-    assert f"{count:,} in 14 matrices, byte for byte the source's" in words
+    assert f"{count:,} in 14 matrices, the same bytes as the source" in words
     assert "mean KL" in words
-    assert "where memory gives 20.0 GB/s" in words
+    assert "at a memory bandwidth of 20.0 GB/s" in words
     assert "none known" in words
     found = inspect_folder(made).to_dict()
     assert found["manifest"]["codes"]["codes"] == count

@@ -1,4 +1,4 @@
-"""Text with guesses against text without: the same tokens, or draws from the same distribution."""
+"""Speculative decoding against plain decoding: the same tokens, or the same distribution."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 
 import export
 from mistill.engine import speculation
+from mistill.engine.drafts import DraftModel, DraftToken, PromptLookup
 from mistill.engine.language_model import LanguageModel
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.pace import LONGEST, Pace
 from mistill.engine.sampling import Sampler, SamplingSettings, candidates
-from mistill.engine.speculation import DraftModel, Guess, LookUp, SpeculativeModel, with_guesses
+from mistill.engine.speculation import SpeculativeModel, with_draft
 from mistill.errors import SettingsError, VocabularyError
 from tests.tiny import tiny_model
 
@@ -36,7 +37,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Eager(Pace):
-    """Always guesses, whether it pays or not."""
+    """Always drafts, whether it pays or not."""
 
     def length(self, ahead_seconds: float = 0.0) -> int:
         return 4 if self._step else 0
@@ -55,11 +56,11 @@ class Oracle:
     def seconds_behind(self, ids: Sequence[int]) -> float:
         return 0.0
 
-    def guess(
+    def propose(
         self, ids: Sequence[int], count: int, sampling: SamplingSettings | None
-    ) -> list[Guess]:
+    ) -> list[DraftToken]:
         return [
-            Guess(7 if place % self.wrong_every == 0 else self.text[place], None)
+            DraftToken(7 if place % self.wrong_every == 0 else self.text[place], None)
             for place in range(len(ids), min(len(ids) + count, len(self.text)))
         ]
 
@@ -70,9 +71,9 @@ def some_ids(count: int, seed: int = 0) -> list[int]:
 
 
 def eager(model: OnnxModel, draft: Any) -> SpeculativeModel:
-    guessing = SpeculativeModel(model, draft)
-    guessing.pace = Eager()
-    return guessing
+    speculative = SpeculativeModel(model, draft)
+    speculative.pace = Eager()
+    return speculative
 
 
 def counted_runs(model: OnnxModel) -> list[int]:
@@ -97,40 +98,40 @@ def test_greedy_text_is_the_same_to_the_token(
     model = OnnxModel(chatbot, threads=1)
     expected = list(islice(model.stream(prompt), 120))
     drafts: dict[str, Callable[[], Any]] = {
-        "lookup": LookUp,
+        "lookup": PromptLookup,
         "model": lambda: DraftModel.open(small, model),
         "oracle": lambda: Oracle(prompt + expected),
     }
     source = drafts[draft]()
-    guessing = eager(model, source)
+    speculative = eager(model, source)
     runs = counted_runs(model)
-    assert list(islice(guessing.stream(prompt), 120)) == expected
-    assert guessing.pace.tried > 0
-    if draft == "oracle":  # four of five guesses are right: far fewer runs than tokens
+    assert list(islice(speculative.stream(prompt), 120)) == expected
+    assert speculative.pace.tried > 0
+    if draft == "oracle":  # four of five draft tokens are right: far fewer runs than tokens
         assert len(runs) < 70
-        assert guessing.pace.right > 60
+        assert speculative.pace.right > 60
 
 
-def test_a_wrong_guess_costs_time_and_nothing_else(chatbot: Path) -> None:
+def test_a_wrong_draft_token_costs_time_and_nothing_else(chatbot: Path) -> None:
     prompt = some_ids(20)
     model = OnnxModel(chatbot, threads=1)
     expected = list(islice(model.stream(prompt), 40))
-    guessing = eager(model, Oracle([7] * 400, wrong_every=1))
-    assert list(islice(guessing.stream(prompt), 40)) == expected
-    assert guessing.pace.right == 0
+    speculative = eager(model, Oracle([7] * 400, wrong_every=1))
+    assert list(islice(speculative.stream(prompt), 40)) == expected
+    assert speculative.pace.right == 0
     assert model._cache.ids[: 20 + 39] == prompt + expected[:-1]
 
 
-def test_a_seed_draws_the_same_text_with_guesses_that_were_not_drawn(chatbot: Path) -> None:
+def test_a_seed_draws_the_same_text_with_draft_that_were_not_drawn(chatbot: Path) -> None:
     prompt = some_ids(20) * 2
     settings = SamplingSettings(temperature=1.3, top_k=20, repetition_penalty=1.1)
     model = OnnxModel(chatbot, threads=1)
     for seed in range(3):
         samplers = [Sampler(settings, np.random.default_rng(seed), seen=prompt) for _ in range(2)]
         expected = list(islice(model.stream(prompt, samplers[0]), 80))
-        guessing = eager(model, Oracle(prompt + expected))
-        assert list(islice(guessing.stream(prompt, samplers[1]), 80)) == expected
-        assert guessing.pace.right > 30
+        speculative = eager(model, Oracle(prompt + expected))
+        assert list(islice(speculative.stream(prompt, samplers[1]), 80)) == expected
+        assert speculative.pace.right > 30
 
 
 def test_text_with_a_draft_that_samples_is_distributed_as_without(
@@ -148,7 +149,7 @@ def test_text_with_a_draft_that_samples_is_distributed_as_without(
             third = candidates(model.read([*prompt, int(first), int(next_)])[0], settings)
             for last, r in zip(third.ids, third.probabilities, strict=True):
                 exact[int(first), int(next_), int(last)] = float(p * q * r)
-    guessing = eager(
+    speculative = eager(
         model, DraftModel(OnnxModel(small, threads=1), generator=np.random.default_rng(1))
     )
     generator = np.random.default_rng(2)
@@ -156,8 +157,8 @@ def test_text_with_a_draft_that_samples_is_distributed_as_without(
     counts = dict.fromkeys(exact, 0)
     for _ in range(draws):
         sampler = Sampler(settings, generator)
-        counts[tuple(islice(guessing.stream(prompt, sampler), 3))] += 1
-    assert guessing.pace.tried > draws
+        counts[tuple(islice(speculative.stream(prompt, sampler), 3))] += 1
+    assert speculative.pace.tried > draws
     statistic = sum((counts[text] - draws * p) ** 2 / (draws * p) for text, p in exact.items())
     # Chi-square with 26 degrees of freedom: 54.05 in one of a thousand.
     assert len(exact) == 27
@@ -168,15 +169,15 @@ def test_leaving_at_any_token_leaves_the_model_usable(chatbot: Path) -> None:
     prompt = some_ids(20)
     model = OnnxModel(chatbot, threads=1)
     expected = list(islice(model.stream(prompt), 30))
-    guessing = eager(model, Oracle(prompt + expected))
+    speculative = eager(model, Oracle(prompt + expected))
     for count in range(1, 15):
-        stream = guessing.stream(prompt)
+        stream = speculative.stream(prompt)
         assert list(islice(stream, count)) == expected[:count]
         stream.close()  # type: ignore[attr-defined]
         assert list(islice(model.stream(prompt), 30)) == expected
 
 
-def test_two_texts_with_guesses_may_take_turns(chatbot: Path) -> None:
+def test_two_texts_with_drafts_may_take_turns(chatbot: Path) -> None:
     prompts = [some_ids(20, 5), some_ids(31, 6)]
     model = OnnxModel(chatbot, threads=1)
     alone = [list(islice(model.stream(prompt), 40)) for prompt in prompts]
@@ -191,13 +192,17 @@ def test_two_texts_with_guesses_may_take_turns(chatbot: Path) -> None:
     assert together == alone
 
 
-def test_guesses_stay_within_the_context(chatbot: Path, small: Path) -> None:
+def test_draft_tokens_stay_within_the_context(chatbot: Path, small: Path) -> None:
     model = OnnxModel(chatbot, threads=1, context=50)
     prompt = some_ids(42)
     expected = list(model.stream(prompt))
-    for draft in (LookUp(), Oracle(prompt + expected + [9] * 9), DraftModel.open(small, model)):
+    for draft in (
+        PromptLookup(),
+        Oracle(prompt + expected + [9] * 9),
+        DraftModel.open(small, model),
+    ):
         assert list(eager(model, draft).stream(prompt)) == expected
-    assert list(eager(model, LookUp()).stream(some_ids(50))) == []
+    assert list(eager(model, PromptLookup()).stream(some_ids(50))) == []
 
 
 def test_a_draft_goes_on_when_its_own_context_is_full(chatbot: Path, tmp_path: Path) -> None:
@@ -206,26 +211,26 @@ def test_a_draft_goes_on_when_its_own_context_is_full(chatbot: Path, tmp_path: P
     model = OnnxModel(chatbot, threads=1)
     prompt = some_ids(100)
     expected = list(islice(model.stream(prompt), 150))
-    guessing = eager(model, DraftModel.open(short, model))
-    assert list(islice(guessing.stream(prompt), 150)) == expected
-    assert guessing.pace.tried > 100
+    speculative = eager(model, DraftModel.open(short, model))
+    assert list(islice(speculative.stream(prompt), 150)) == expected
+    assert speculative.pace.tried > 100
 
 
 def test_looking_up_finds_what_followed_last_time() -> None:
-    draft = LookUp()
+    draft = PromptLookup()
     text = [1, 2, 3, 4, 5, 9, 2, 3, 8, 8, 7, 2, 3]
     draft.begin(text)
-    assert [guess.token for guess in draft.guess(text, 3, None)] == [8, 8, 7]
+    assert [drafted.token for drafted in draft.propose(text, 3, None)] == [8, 8, 7]
     text += [4, 6]
-    assert draft.guess(text, 3, None) == []
+    assert draft.propose(text, 3, None) == []
     text += [9, 1, 2, 3]  # three tokens say more than two
-    assert [guess.token for guess in draft.guess(text, 2, None)] == [4, 5]
+    assert [drafted.token for drafted in draft.propose(text, 2, None)] == [4, 5]
     draft.begin([5, 6, 7])
-    assert draft.guess([5, 6, 7], 3, None) == []
-    assert draft.guess([5], 3, None) == []
+    assert draft.propose([5, 6, 7], 3, None) == []
+    assert draft.propose([5], 3, None) == []
 
 
-def test_a_model_that_rounds_does_not_guess_unless_it_is_allowed_to(
+def test_a_model_that_rounds_does_not_speculate_unless_it_is_allowed_to(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, chatbot: Path
 ) -> None:
     # Large enough, and in blocks of more than 64, that one bit of a sum moves rounded inputs.
@@ -236,18 +241,18 @@ def test_a_model_that_rounds_does_not_guess_unless_it_is_allowed_to(
         source, tmp_path / "int4", precision="int4", block_size=128, parity_positions=0
     )
     rounding = OnnxModel(made, threads=1)
-    careful = SpeculativeModel(rounding, LookUp())
+    careful = SpeculativeModel(rounding, PromptLookup())
     assert careful.rounding > speculation.SAME
-    assert not careful.guesses
-    assert "exact=False allows that" in caplog.text
+    assert not careful.speculates
+    assert "set exact=False" in caplog.text
     prompt = some_ids(20) * 3
     expected = list(islice(rounding.stream(prompt), 40))
     careful.pace = Eager()
     assert list(islice(careful.stream(prompt), 40)) == expected
     assert careful.pace.tried == 0
-    assert SpeculativeModel(rounding, LookUp(), exact=False).guesses
-    plain = SpeculativeModel(OnnxModel(chatbot, threads=1), LookUp())
-    assert plain.guesses
+    assert SpeculativeModel(rounding, PromptLookup(), exact=False).speculates
+    plain = SpeculativeModel(OnnxModel(chatbot, threads=1), PromptLookup())
+    assert plain.speculates
     assert plain.rounding < 1e-4
 
 
@@ -270,63 +275,63 @@ def test_blocks_of_32_and_an_int8_cache_stay_the_same_to_the_token(
     model = OnnxModel(made, threads=1)
     prompt = some_ids(30)
     expected = list(islice(model.stream(prompt), 60))
-    guessing = eager(model, Oracle(prompt + expected))
-    if not guessing.guesses:
-        pytest.skip(f"the kernels of this processor differ by {guessing.rounding:.2g}")
-    assert list(islice(guessing.stream(prompt), 60)) == expected
-    assert guessing.pace.right > 20
+    speculative = eager(model, Oracle(prompt + expected))
+    if not speculative.speculates:
+        pytest.skip(f"the kernels of this processor differ by {speculative.rounding:.2g}")
+    assert list(islice(speculative.stream(prompt), 60)) == expected
+    assert speculative.pace.right > 20
 
 
-def test_what_cannot_guess_is_refused_in_one_line(chatbot: Path, tmp_path: Path) -> None:
+def test_what_cannot_speculate_is_refused_in_one_line(chatbot: Path, tmp_path: Path) -> None:
     model = OnnxModel(chatbot, threads=1)
     other = tiny_model(tmp_path / "model", vocab_size=400)
     draft = export.to_onnx(other, tmp_path / "other", parity_positions=0)
     with pytest.raises(VocabularyError, match=r"vocabularies differ: 400 rows against"):
-        with_guesses(model, draft)
+        with_draft(model, draft)
 
     class Foreign:
         vocabulary_size = 3
         context_length = 3
 
     foreign: LanguageModel = Foreign()  # type: ignore[assignment]
-    with pytest.raises(SettingsError, match="only ONNX folders guess ahead"):
-        with_guesses(foreign, "lookup")
+    with pytest.raises(SettingsError, match="speculative decoding needs an ONNX folder"):
+        with_draft(foreign, "lookup")
 
 
 def test_it_meets_the_protocol(chatbot: Path) -> None:
     model = OnnxModel(chatbot, threads=1)
-    guessing: LanguageModel = with_guesses(model, "lookup")
-    assert guessing.vocabulary_size == model.vocabulary_size
-    assert guessing.context_length == 512
+    speculative: LanguageModel = with_draft(model, "lookup")
+    assert speculative.vocabulary_size == model.vocabulary_size
+    assert speculative.context_length == 512
     ids = np.array([some_ids(9)])
-    np.testing.assert_array_equal(guessing.logits(ids), model.logits(ids))
+    np.testing.assert_array_equal(speculative.logits(ids), model.logits(ids))
 
 
-# --- when guessing pays ---------------------------------------------------------------------------
+# --- when drafting pays -------------------------------------------------------------------------
 
 
 def pretend(
     hit: float,
-    cost_of_a_guess: float,
+    draft_token_cost: float,
     tokens: int,
     seed: int = 0,
     behind: float = 0.0,
     noise: float = 0.1,
 ) -> tuple[float, Pace]:
-    """Write with guesses of which a share is right; how much time of plain writing it takes."""
+    """Write with a share of draft tokens accepted; the time relative to plain decoding."""
     generator = np.random.default_rng(seed)
     pace, spent, written = Pace(), 0.0, 0
     while written < tokens:
-        guessed = pace.length(behind)
+        drafted = pace.length(behind)
         right = 0
-        while right < guessed and generator.random() < hit:
+        while right < drafted and generator.random() < hit:
             right += 1
-        takes = 1 + cost_of_a_guess * guessed + (behind if guessed else 0)
+        takes = 1 + draft_token_cost * drafted + (behind if drafted else 0)
         # Other processes slow a step now and then.
         disturbed = generator.uniform(1 - noise, 1 + noise) * (
             3 if generator.random() < noise else 1
         )
-        pace.note(guessed, right, takes * disturbed)
+        pace.note(drafted, right, takes * disturbed)
         spent += takes
         written += 1 + right
     return spent / written, pace
@@ -368,31 +373,33 @@ COSTS: dict[str, Callable[[int], float]] = {
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_guesses_that_are_never_right_take_two_percent_of_any_reply(
+def test_draft_tokens_that_are_never_right_take_two_percent_of_any_reply(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Timed(COSTS[name])
     monkeypatch.setattr(time, "perf_counter", model.clock)
-    guessing = SpeculativeModel(model, Oracle([7] * 5000, wrong_every=1))  # type: ignore[arg-type]
-    stream = guessing.stream([5, 6, 7])
+    speculative = SpeculativeModel(model, Oracle([7] * 5000, wrong_every=1))  # type: ignore[arg-type]
+    stream = speculative.stream([5, 6, 7])
     next(stream)
     began, plain = model.now, COSTS[name](1)
     for tokens in range(1, 3000):
         assert next(stream) == 1
         # At every token, since a reply may end there.
         assert model.now - began <= plain * tokens / 0.98 + 1e-6
-    assert guessing.pace.right == 0
-    assert guessing.pace.tried > 0
+    assert speculative.pace.right == 0
+    assert speculative.pace.tried > 0
 
 
-def test_what_a_guess_costs_is_known_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_a_draft_token_is_known_before_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     firsts: dict[str, int] = {}
     for name in ("cheap", "usual", "no use"):
         model = Timed(COSTS[name])
         monkeypatch.setattr(time, "perf_counter", model.clock)
-        guessing = SpeculativeModel(model, Oracle([1] * 500, wrong_every=1000))  # type: ignore[arg-type]
-        stream = guessing.stream([5, 6, 7])
-        while not guessing.pace.tried:
+        speculative = SpeculativeModel(model, Oracle([1] * 500, wrong_every=1000))  # type: ignore[arg-type]
+        stream = speculative.stream([5, 6, 7])
+        while not speculative.pace.tried:
             next(stream)
             firsts[name] = firsts.get(name, 0) + 1
     assert firsts["cheap"] < firsts["usual"] < 12
@@ -402,17 +409,17 @@ def test_what_a_guess_costs_is_known_before_the_first(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("hit", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("cost", [0.12, 0.5, 1.0])
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.2])
-def test_guesses_that_are_wrong_never_cost_three_percent(
+def test_draft_tokens_that_are_wrong_never_cost_three_percent(
     hit: float, cost: float, noise: float
 ) -> None:
     for tokens in (100, 400):
         spent = [pretend(hit, cost, tokens, seed, noise=noise)[0] for seed in range(8)]
         assert np.mean(spent) < 1 / 0.97
-        # The first guess is risked before its cost is known.
+        # The first draft token is risked before its cost is known.
         assert max(spent) < 1 / 0.97 + (0.01 if noise < 0.2 else 0.04)
 
 
-def test_guesses_that_are_right_are_used() -> None:
+def test_draft_tokens_that_are_right_are_used() -> None:
     for hit, cost, speed in ((0.9, 0.15, 2.2), (0.7, 0.15, 1.5), (0.8, 0.3, 1.3)):
         spent, pace = pretend(hit, cost, 1000)
         assert 1 / spent > speed
@@ -426,16 +433,16 @@ def test_a_draft_that_is_far_behind_is_not_risked() -> None:
     assert spent < 1.02
 
 
-def test_guessing_is_taken_up_again_where_it_pays() -> None:
+def test_drafting_is_taken_up_again_where_it_pays() -> None:
     pace = Pace(0.15)
 
     def write(hit: float, tokens: int) -> float:
         spent, written = 0.0, 0
         while written < tokens:
-            guessed = pace.length()
-            right = guessed if hit else 0
-            pace.note(guessed, right, 1 + 0.15 * guessed)
-            spent += 1 + 0.15 * guessed
+            drafted = pace.length()
+            right = drafted if hit else 0
+            pace.note(drafted, right, 1 + 0.15 * drafted)
+            spent += 1 + 0.15 * drafted
             written += 1 + right
         return written / spent
 
@@ -448,7 +455,7 @@ def test_guessing_is_taken_up_again_where_it_pays() -> None:
     assert write(1, 1500) > 1.5
 
 
-def test_no_more_is_guessed_than_processors_read_at_once() -> None:
+def test_no_more_is_drafted_than_processors_read_at_once() -> None:
     _, pace = pretend(1.0, 0.01, 300)
     assert all(0 <= pace.length() <= LONGEST for _, _ in product(range(3), range(3)))
     assert pace.right == pace.tried

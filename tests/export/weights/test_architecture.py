@@ -87,7 +87,7 @@ def test_only_a_mistral_has_a_window() -> None:
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
-        ({"partial_rotary_factor": 0.5}, "only part of a head"),
+        ({"partial_rotary_factor": 0.5}, "only a part of each head"),
     ],
     ids=str,
 )
@@ -97,5 +97,5 @@ def test_what_the_graph_cannot_say_is_refused_by_name(change: dict[str, Any], wo
 
 
 def test_heads_that_the_operators_cannot_read_are_refused() -> None:
-    with pytest.raises(ArchitectureError, match="24 wide"):
+    with pytest.raises(ArchitectureError, match="model's is 24"):
         require_graph(read_architecture({**PLAIN, "head_dim": 24}))

@@ -372,7 +372,7 @@ def test_a_cache_of_another_model_is_refused_by_name(
         FolderError, match=r"by the model other-chatbot \(\w{12}\), not by chatbot \(\w{12}\)"
     ):
         model.restore_cache(file)
-    with pytest.raises(ContextError, match="holds 3 tokens and the context 2"):
+    with pytest.raises(ContextError, match="holds 3 tokens and the context only 2"):
         OnnxModel(other, threads=1, context=2).restore_cache(file)
 
 
@@ -381,7 +381,7 @@ def test_a_file_that_is_no_cache_is_refused(chatbot: Path, tmp_path: Path, model
     ours.read(some_ids(9))
     with pytest.raises(FolderError, match="no such file"):
         ours.restore_cache(tmp_path / "nothing")
-    with pytest.raises(FolderError, match="does not hold what a model has read"):
+    with pytest.raises(FolderError, match="does not hold a KV cache"):
         ours.restore_cache(model / "model.safetensors")
     file = ours.save_cache(tmp_path / "kept")
     file.write_bytes(file.read_bytes()[:-10])

@@ -41,7 +41,7 @@ from rich.markup import escape
 from mistill.errors import MistillError, RecipeError, TargetExistsError
 from mistill.folders.lineage import fingerprint
 from mistill.folders.publishing import remove_leftovers, write_atomically
-from mistill.settings import settings_dict
+from mistill.settings import settings_dict, typed_options
 from mistill.step_kind import StepKind
 
 # Packages whose module recipe_steps says what steps they make.
@@ -51,6 +51,8 @@ _HOMES = ("mistill.sources", "distill", "quantize", "export", "benchmarks")
 _PATIENCE = timedelta(days=7)
 
 STATE_FILE = ".recipe-state.json"
+
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +103,39 @@ class _State:
         if not file.is_file():
             return cls(file)
         try:
-            return cls(file, json.loads(file.read_text("utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            return cls(file, _checked_state(json.loads(file.read_text("utf-8"))))
+        except (ValueError, RecursionError) as error:
             raise RecipeError(f"{file} is damaged ({error}); remove it to start afresh") from error
 
     def record(self, name: str, **entry: Any) -> None:
         self.steps[name] = entry
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps(self.steps, indent=1))
+
+
+def _checked_state(document: Any) -> dict[str, dict[str, Any]]:
+    """A state as it was read from a file that anybody may have written.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not isinstance(document, dict):
+        raise ValueError("it should be an object with an entry for each step")
+    for name, entry in document.items():
+        if not isinstance(entry, dict) or not entry.keys() <= {"started", "key", "output"}:
+            raise ValueError(f"the entry of {name!r:.40} is not that of a step")
+        for note in ("started", "key"):
+            key = entry.get(note)
+            if key is not None and not (
+                isinstance(key, dict)
+                and isinstance(key.get("step"), str)
+                and (note == "started" or isinstance(key.get("settings"), dict))
+                and (note == "started" or isinstance(key.get("inputs"), dict))
+            ):
+                raise ValueError(f"the entry of {name!r:.40} does not say what was made")
+        if "key" in entry and not isinstance(entry.get("output"), str):
+            raise ValueError(f"the entry of {name!r:.40} has no fingerprint of its output")
+    return document
 
 
 def step_kinds() -> dict[str, StepKind]:
@@ -156,7 +183,8 @@ def read_recipe(file: str | Path, out: str | Path | None = None) -> Recipe:
         try:
             steps.append(_read_step(name, table, kinds, steps, folder, path.parent))
         except MistillError as error:
-            raise RecipeError(f"{file}, [{name}]: {error}") from error
+            shown = name if name.isprintable() else repr(name)
+            raise RecipeError(f"{file}, [{shown:.80}]: {error}") from error
     return Recipe(source=path, out=folder, steps=tuple(steps))
 
 
@@ -188,10 +216,10 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path
         ours = step.name in state.steps
         overwrite = ours
         if reason is None:
-            _print(console, f"[dim]{step.name:<{width}}  done before[/dim]")
+            _print(console, f"[dim]{escape(step.name):<{width}}  done before[/dim]")
         else:
             why = f" [dim]({escape(reason)})[/dim]" if reason else ""
-            _print(console, f"[bold]{step.name:<{width}}[/bold]  {step.kind.name}{why}")
+            _print(console, f"[bold]{escape(step.name):<{width}}[/bold]  {step.kind.name}{why}")
             if step.target.exists() and not ours:
                 raise TargetExistsError(
                     f"{step.target} exists and was not made by this recipe; move it away or give "
@@ -253,6 +281,7 @@ def _read_step(
     out: Path,
     beside: Path,
 ) -> Step:
+    _check_name(name)
     kind_name = table.get("step", name)
     if kind_name not in kinds:
         raise RecipeError(f"step {kind_name!r} is not known; known are {', '.join(kinds)}")
@@ -276,15 +305,25 @@ def _read_step(
     names = [step.name for step in earlier]
     inputs = {key: _read_model(key, table[key], names) for key in kind.models if key in table}
     inputs |= {key: _read_text(table[key], names, beside) for key in kind.texts if key in table}
-    options = {key: _as_tuple(table[key]) for key in own if key in table}
+    options = {key: table[key] for key in own if key in table}
     suffix = "" if kind.output == "folder" else kind.output
     return Step(
         name=name,
         kind=kind,
-        settings=kind.settings(**options) if kind.settings else None,
+        settings=kind.settings(**typed_options(kind.settings, options)) if kind.settings else None,
         inputs=inputs,
         target=out / f"{name}{suffix}",
     )
+
+
+def _check_name(name: str) -> None:
+    """Refuse a table whose name is not the plain name of a file in the recipe's folder."""
+    plain = 0 < len(name) <= _LONGEST_NAME and name.isprintable() and not name.startswith(".")
+    if not plain or set(name) & set("/\\:"):
+        raise RecipeError(
+            f"the name of a table is that of its output: 1 to {_LONGEST_NAME} printable characters "
+            f"without / \\ and :, and no dot at the start; got {name[:80]!r}"
+        )
 
 
 def _read_model(key: str, value: Any, earlier: Sequence[str]) -> Any:
@@ -310,10 +349,6 @@ def _read_text(value: Any, earlier: Sequence[str], beside: Path) -> Any:
     if value in earlier or value.startswith("@") or Path(value).exists():
         return value
     return str(beside / value) if (beside / value).exists() else value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _resolve(value: Any, targets: Mapping[str, Path]) -> Any:

@@ -8,10 +8,11 @@ command line and the recipe are all built from it, so that a default is written 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from mistill.errors import SettingsError
 
@@ -89,7 +90,63 @@ def settings_from(
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
             raise SettingsError(f"{settings_class.__name__} has no option {name}{hint}")
-    return settings_class(**options)
+    return settings_class(**typed_options(settings_class, options))
+
+
+def typed_options(settings_class: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options whose values have the types that a settings class asks for.
+
+    Args:
+        settings_class: The dataclass of the step.
+        options: Fields of that class by name, from a recipe or a caller.
+
+    Returns:
+        The same options: lists as tuples, and strings as paths where the class has those.
+
+    Raises:
+        SettingsError: If a value is of another type; it is never read as something else.
+    """
+    import msgspec
+
+    hints = get_type_hints(settings_class)
+    typed: dict[str, Any] = {}
+    for name, value in options.items():
+        try:
+            typed[name] = msgspec.convert(value, hints[name], strict=True, dec_hook=_as_path)
+        except msgspec.ValidationError as error:
+            if "Invalid enum value" in str(error):
+                typed[name] = value  # the class says what there is to choose from
+                continue
+            raise SettingsError(f"{name} {_in_words(str(error))}, got {value!r:.80}") from error
+    return typed
+
+
+def _as_path(wanted: type[Any], value: Any) -> Any:
+    if wanted is Path and isinstance(value, str | Path):
+        return Path(value)
+    raise TypeError(f"Expected `{wanted.__name__}`, got `{type(value).__name__}`")
+
+
+_JSON_TYPES = {
+    "array": "a list",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "a whole number",
+    "null": "nothing",
+    "Path": "a path",
+    "str": "text",
+}
+
+
+def _in_words(complaint: str) -> str:
+    """What msgspec expected, such as "should be a whole number or nothing"."""
+    expected = re.search(r"Expected `([^`]*)`", complaint)
+    if expected is None:
+        return complaint
+    words = " or ".join(_JSON_TYPES.get(word, word) for word in expected[1].split(" | "))
+    place = re.search(r"at `\$\[(\d+)\]`", complaint)
+    of_item = f" as item {int(place[1]) + 1}" if place else ""
+    return f"should be {words}{of_item}"
 
 
 def settings_dict(settings: Any) -> dict[str, Any]:

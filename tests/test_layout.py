@@ -34,6 +34,7 @@ LAPTOP_MODULES = (
 LAPTOP_LIBRARIES = {
     "cyclopts",
     "jinja2",
+    "msgspec",
     "numpy",
     "onnxruntime",
     "rich",

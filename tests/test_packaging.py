@@ -67,7 +67,16 @@ def test_a_plain_install_asks_for_no_training_library(wheel):
         if line.startswith("Requires-Dist: ") and "extra ==" not in line
     ]
     assert sorted(required) == [
-        *("cyclopts", "jinja2", "numpy", "onnxruntime", "rich", "safetensors", "tokenizers")
+        *(
+            "cyclopts",
+            "jinja2",
+            "msgspec",
+            "numpy",
+            "onnxruntime",
+            "rich",
+            "safetensors",
+            "tokenizers",
+        )
     ]
 
 

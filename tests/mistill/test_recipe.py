@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mistill.errors import RecipeError, TargetExistsError
+from mistill.errors import FolderError, RecipeError, TargetExistsError
 from mistill.folders.lineage import fingerprint
 from mistill.recipe import read_recipe, run_recipe
 
@@ -188,3 +188,83 @@ def test_the_shipped_recipes_are_sound(name):
     assert kinds[-1] == "bench"
     assert recipe.steps[-1].name == "report"
     assert recipe.out.name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../beside", "../beside", "", ".", "..", ".recipe-state.json", "a\\u0000b", "x" * 300],
+)
+def test_a_table_is_named_as_a_file_of_the_folder_may_be(tmp_path, teacher, name):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'["{name}"]\nstep = "teacher"\nsource = "{teacher}"\n')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RecipeError, match="the name of a table is that of its output") as raised:
+        read_recipe(recipe, out=tmp_path / "inner" / "road")
+    assert "\n" not in str(raised.value)
+    assert "\0" not in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        '{"photos": {"started": {"step": "x"}}}',
+        '{"photos": {"key": {"step": "teacher", "settings": {}, "inputs": {}}, "output": "x"}}',
+    ],
+)
+def test_a_state_from_elsewhere_lets_no_folder_be_replaced(tmp_path, teacher, state):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'[photos]\nstep = "teacher"\nsource = "{teacher}"\n')
+    photos = tmp_path / "road" / "photos"
+    photos.mkdir(parents=True)
+    (photos / "wedding.jpg").write_text("mine")
+    (tmp_path / "road" / ".recipe-state.json").write_text(state)
+    with pytest.raises(FolderError, match="was not made by mistill"):
+        run_recipe(read_recipe(recipe, out=tmp_path / "road"))
+    assert (photos / "wedding.jpg").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("[1]", '"text"', '{"base": 1}', '{"base": {"other": 1}}', '{"base": {"key": 1}}'),
+        *('{"base": {"key": {"step": "x"}, "output": "y"}}', "[" * 100_000, "\udcff"),
+    ],
+)
+def test_a_state_that_is_none_is_named(recipe_file, tmp_path, state):
+    (tmp_path / "road").mkdir()
+    file = tmp_path / "road" / ".recipe-state.json"
+    file.write_text(state, "utf-8", "surrogateescape")
+    with pytest.raises(RecipeError, match="is damaged"):
+        run(recipe_file)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('symmetric = "no"', "symmetric should be true or false, got 'no'"),
+        ("symmetric = 1", "symmetric should be true or false, got 1"),
+        ('bits = "4"', "bits should be a whole number, got '4'"),
+        ("bits = true", "bits should be a whole number, got True"),
+        ("group_size = 32.5", "group_size should be a whole number, got 32.5"),
+        ("bits = [4]", r"bits should be a whole number, got \[4\]"),
+        ("bits = 1979-05-27", "bits should be a whole number"),
+        ("overrides = {a = 1}", "overrides should be a list"),
+        ("overrides = [1]", "overrides should be text as item 1"),
+    ],
+)
+def test_a_value_is_never_read_as_another_type(tmp_path, teacher, line, words):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'[small]\nstep = "rounding"\nsource = "{teacher}"\n{line}\n')
+    with pytest.raises(RecipeError, match=words) as raised:
+        read_recipe(recipe)
+    assert "[small]" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_names_with_markup_are_printed_as_they_are(tmp_path, teacher):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'["[red]base[bold]"]\nstep = "teacher"\nsource = "{teacher}"\n')
+    written = io.StringIO()
+    run_recipe(read_recipe(recipe, out=tmp_path / "road"), Console(file=written, width=200))
+    assert "[red]base[bold]" in written.getvalue()

@@ -20,8 +20,8 @@ from export.settings import MODEL_FILE
 from export.weights.architecture import Architecture
 from mistill.errors import ExportError
 
-_PIECE = 256
-_TOP = 127
+_CHUNK = 256
+LARGEST_CODE = 127
 _KEY_SCALE, _VALUE_SCALE, _INPUTS = 12, 13, 14
 
 
@@ -68,7 +68,7 @@ def quantize_cache(
     run = text_runner(folder, architecture)
     largest: Cache = {}
     # Within a window, no row of the cache is dropped or left over.
-    chunk = min(_PIECE, architecture.sliding_window or _PIECE)
+    chunk = min(_CHUNK, architecture.sliding_window or _CHUNK)
     for start in range(0, len(calibration), chunk):
         ids = calibration[start : start + chunk]
         _, cache = run(ids, None, last=True)
@@ -76,7 +76,9 @@ def quantize_cache(
             sizes = _sizes(name, cache[name][:, :, : len(ids)])
             largest[name] = np.maximum(largest.get(name, sizes), sizes)
     floats, _ = run(held_out, None)
-    _store_scales(folder, architecture, {name: size / _TOP for name, size in largest.items()})
+    _store_scales(
+        folder, architecture, {name: size / LARGEST_CODE for name, size in largest.items()}
+    )
     try:
         bytes_, _ = text_runner(folder, architecture)(held_out, None)
     except Exception as error:

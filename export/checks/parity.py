@@ -227,8 +227,10 @@ def text_runner(folder: Path, architecture: Architecture) -> TextRunner:
     ) -> tuple[NDArray[np.float32], Cache]:
         past = dict.fromkeys(names, empty_cache) if cache is None else cache
         # Buffers of the size of a window do not tell how many tokens were read.
-        read = 0 if cache is None else int(past.get("tokens", np.array(past["0.key"].shape[2])))
-        total = len(ids) + read
+        tokens_read = (
+            0 if cache is None else int(past.get("tokens", np.array(past["0.key"].shape[2])))
+        )
+        total = len(ids) + tokens_read
         feeds: dict[str, Any] = {
             "input_ids": ids[None],
             "attention_mask": np.ones((1, total), np.int64),

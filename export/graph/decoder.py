@@ -278,7 +278,7 @@ class _Decoder:
             [f"{name}.{part}" for part in heads],
             axis=-1,
         )
-        found = []
+        normed_heads = []
         for value, (part, count) in zip(flat[:2], heads.items(), strict=False):
             shape = writer.constant(
                 f"{name}.{part}.shape", np.array([0, 0, count, width], np.int64)
@@ -294,8 +294,8 @@ class _Decoder:
             shape = writer.constant(
                 f"{name}.{part}.joined.shape", np.array([0, 0, count * width], np.int64)
             )
-            found.append(writer.node("Reshape", [normed, shape], f"{name}.{part}.joined"))
-        return [*found, flat[2]]
+            normed_heads.append(writer.node("Reshape", [normed, shape], f"{name}.{part}.joined"))
+        return [*normed_heads, flat[2]]
 
     def _feed_forward(self, normed: ir.Value, layer: int) -> ir.Value:
         writer, prefix = self.writer, f"model.layers.{layer}.mlp"

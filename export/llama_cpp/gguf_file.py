@@ -107,13 +107,14 @@ def to_gguf(
 
 def _require_known(architecture: Architecture) -> None:
     """Refuse a model that llama.cpp would compute differently."""
-    kind, layers = architecture.model_type, range(architecture.layers)
-    if architecture.rotary.kind == "llama3" and _ARCHITECTURES[kind][0] != "llama":
+    model_type, layers = architecture.model_type, range(architecture.layers)
+    if architecture.rotary.kind == "llama3" and _ARCHITECTURES[model_type][0] != "llama":
         raise ArchitectureError(
-            f"llama.cpp does not support llama3 scaling of the rotary embedding in a {kind} model"
+            f"llama.cpp does not support llama3 scaling of the rotary embedding in a {model_type} "
+            "model"
         )
     without = {layer for layer in layers if (layer + 1) % _SMOLLM3_STEP == 0}
-    if kind == "smollm3" and architecture.unrotated_layers != without:
+    if model_type == "smollm3" and architecture.unrotated_layers != without:
         raise ArchitectureError(
             f"llama.cpp leaves every {_SMOLLM3_STEP}th layer of a smollm3 model without rotary "
             "embedding, and this model leaves the layers "

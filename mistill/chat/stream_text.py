@@ -129,8 +129,8 @@ class StopStrings:
         return self._take(len(self._held))
 
     def _take(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
-        return taken
+        text, self._held = self._held[:count], self._held[count:]
+        return text
 
     def _begun(self) -> int:
         """How many of the last characters may be the beginning of a stop string."""

@@ -101,22 +101,22 @@ def check_graph(session: onnxruntime.InferenceSession, folder: Path, layers: int
     optional = {entry.name for entry in session.get_overridable_initializers()}
     outputs = {entry.name for entry in session.get_outputs()}
     wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
-    wrong = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
-    wrong += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
-    wrong += [
+    faults = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
+    faults += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
+    faults += [
         f"the input {name} is a {inputs[name]}"
         for name in sorted(wanted & inputs.keys())
         if inputs[name] not in (CACHE_TYPES if name.startswith("past") else ("tensor(int64)",))
     ]
     if "first_logit" not in optional:
-        wrong.append("the optional input first_logit is missing")
+        faults.append("the optional input first_logit is missing")
     wanted = {"logits", *(f"present.{part}" for part in parts)}
-    wrong += [f"the output {name} is missing" for name in sorted(wanted - outputs)]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
+    faults += [f"the output {name} is missing" for name in sorted(wanted - outputs)]
+    if faults:
+        more = f" and {len(faults) - 4} more" if faults[4:] else ""
         raise FolderError(
             f"{folder / 'model.onnx'} is not a graph that this engine runs: "
-            f"{', '.join(wrong[:4])}{more}; make it with: mistill export"
+            f"{', '.join(faults[:4])}{more}; make it with: mistill export"
         )
 
 

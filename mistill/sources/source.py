@@ -148,10 +148,10 @@ def _refuse_remote_code(folder: Path, name: str) -> None:
     file = folder / "config.json"
     if not file.is_file():
         return  # the folder's own check says all that is missing
-    asked = read_json(file).get("auto_map")
-    if asked:
+    auto_map = read_json(file).get("auto_map")
+    if auto_map:
         raise ArchitectureError(
-            f"{name} asks to run code from its own repository ({_first_value(asked)}), which "
+            f"{name} asks to run code from its own repository ({_first_value(auto_map)}), which "
             "mistill never does; use a model whose architecture transformers knows"
         )
 
@@ -234,8 +234,8 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
                 f"{tokenizer.token_to_id(known.content)}; the tokens before it are missing"
             )
     specials = {}
-    for name, kind in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):
-        value = settings.get(name, pieces.texts[kind])
+    for name, index in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):
+        value = settings.get(name, pieces.texts[index])
         specials[name] = value["content"] if isinstance(value, Mapping) else value
     adds_bos = settings.get("add_bos_token", True)
     if adds_bos:

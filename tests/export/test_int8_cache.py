@@ -125,7 +125,7 @@ def test_other_shapes_have_it_too(options: dict[str, Any], chats: Path, tmp_path
 def test_scales_that_are_too_small_show(
     model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.int8_cache._TOP", 127 * 8)
+    monkeypatch.setattr("export.int8_cache.LARGEST_CODE", 127 * 8)
     with pytest.raises(ExportError, match="nats"):
         to_onnx(model, tmp_path / "onnx", cache="int8", cache_texts=(str(chats),))
     assert not (tmp_path / "onnx").exists()

@@ -120,7 +120,7 @@ def test_large_weights_lie_in_several_pieces(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain = to_onnx(model, tmp_path / "plain", parity_positions=0)
-    monkeypatch.setattr(export.runtimes.transformersjs, "_PIECE_BYTES", 100_000)
+    monkeypatch.setattr(export.runtimes.transformersjs, "DATA_FILE_BYTES", 100_000)
     made = to_onnx(model, tmp_path / "made", layout="transformersjs", parity_positions=0)
     count = read_json(made / "config.json")["transformers.js_config"]["use_external_data_format"]
     pieces = sorted(file.name for file in (made / "onnx").glob("*_data*"))
@@ -138,7 +138,7 @@ def test_a_table_that_embedding_and_head_share_is_copied_once(
 ):
     source = tiny_model(tmp_path / "model", tie_word_embeddings=True)
     plain = to_onnx(source, tmp_path / "plain", parity_positions=0)
-    monkeypatch.setattr(export.runtimes.transformersjs, "_PIECE_BYTES", 100_000)
+    monkeypatch.setattr(export.runtimes.transformersjs, "DATA_FILE_BYTES", 100_000)
     made = to_onnx(source, tmp_path / "made", layout="transformersjs", parity_positions=0)
     size = sum(file.stat().st_size for file in (made / "onnx").glob("*_data*"))
     assert size <= (plain / "model.onnx.data").stat().st_size

@@ -101,11 +101,15 @@ def generate_conversations(
 
     key = {
         "step": "generate",
-        "settings": settings_dict(settings) | {"held_out": None, "held_out_share": None},
+        "settings": {
+            name: value
+            for name, value in settings_dict(settings).items()
+            if name not in ("batch_size", "held_out", "held_out_share")
+        },
         "teacher": fingerprint(folder),
         "prompts": hashlib.sha256(json.dumps(prompt_messages).encode()).hexdigest(),
     }
-    with working(target, key) as work:
+    with working(target, key, anew=overwrite) as work:
         replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
         texts = [(vocabulary.decode(reply.ids).strip(), reply.finished) for reply in replies]
         conversations = [

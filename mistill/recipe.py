@@ -186,7 +186,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path
         key = _key(step, targets)
         reason = _reason_to_run(step, key, state)
         ours = step.name in state.steps
-        overwrite = ours and step.target.exists()
+        overwrite = ours
         if reason is None:
             _print(console, f"[dim]{step.name:<{width}}  done before[/dim]")
         else:

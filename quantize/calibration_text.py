@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -65,21 +64,6 @@ def draw_up_to(
         return blocks
     generator = np.random.default_rng(seed)
     return blocks[np.sort(generator.choice(len(blocks), samples, replace=False))]
-
-
-def blocks_digest(blocks: TokenBlocks) -> str:
-    """A name for some text.
-
-    Args:
-        blocks: The text.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256(str(blocks.ids.shape).encode())
-    digest.update(np.ascontiguousarray(blocks.ids).tobytes())
-    digest.update(np.ascontiguousarray(blocks.documents).tobytes())
-    return digest.hexdigest()
 
 
 def names_of(texts: Texts) -> list[str]:

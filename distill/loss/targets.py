@@ -26,6 +26,9 @@ class TeacherTargets(Protocol):
     def __len__(self) -> int:
         """Number of kept positions, N."""
 
+    def finite(self) -> Tensor:
+        """At which positions the teacher predicts with finite numbers, bool, shape (N,)."""
+
     def require(self, divergence: Divergence, temperature: float) -> None:
         """Refuse a loss that cannot be computed from what is known of the teacher.
 
@@ -84,6 +87,10 @@ class DenseTargets:
     def __len__(self) -> int:
         """Number of kept positions, N."""
         return self.hidden.shape[0]
+
+    def finite(self) -> Tensor:
+        """At which positions the last hidden states are finite; see ``TeacherTargets.finite``."""
+        return self.hidden.isfinite().all(dim=-1)
 
     def require(self, divergence: Divergence, temperature: float) -> None:
         """Refuse nothing: whole distributions serve every loss."""
@@ -147,6 +154,10 @@ class SampledTargets:
         """Number of kept positions, N."""
         return self.ids.shape[0]
 
+    def finite(self) -> Tensor:
+        """At which positions what is stored is finite; see ``TeacherTargets.finite``."""
+        return self.weights.isfinite().all(dim=-1)
+
     def require(self, divergence: Divergence, temperature: float) -> None:
         """Refuse a divergence or a temperature that the stored targets cannot serve."""
         _require_stored(divergence, temperature, self.temperature)
@@ -191,6 +202,10 @@ class TopKTargets:
     def __len__(self) -> int:
         """Number of kept positions, N."""
         return self.ids.shape[0]
+
+    def finite(self) -> Tensor:
+        """At which positions what is stored is finite; see ``TeacherTargets.finite``."""
+        return self.probabilities.isfinite().all(dim=-1)
 
     def require(self, divergence: Divergence, temperature: float) -> None:
         """Refuse a divergence or a temperature that the stored targets cannot serve."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.settings import TrainSettings
 from distill.training.teacher_source import CachedSource, LiveSource, open_cached
-from distill.training.training_text import blocks_digest, read_blocks
+from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TrainingError, VocabularyError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
 from mistill.folders.lineage import add_lineage, fingerprint
@@ -35,6 +35,20 @@ if TYPE_CHECKING:
     from distill.training.progress import TrainingProgress
 
 _log = logging.getLogger(__name__)
+
+# Settings that may change while a run is interrupted: they decide how long a step takes, how much
+# memory it needs and what is noted on the way, not what is learned.
+_SAME_RESULT = (
+    "checkpoint_every",
+    "divide_teacher",
+    "evaluate_every",
+    "gradient_checkpointing",
+    "loss_memory_mib",
+    "micro_batch_size",
+    "teacher_device_map",
+    "trackers",
+    "twin",
+)
 
 
 def train(
@@ -122,15 +136,19 @@ def train(
 
     state = this_process()
     key = {
-        "settings": settings_dict(settings),
+        "settings": {
+            name: value
+            for name, value in settings_dict(settings).items()
+            if name not in _SAME_RESULT
+        },
         "student": fingerprint(student_info.path),
         "teacher": source.fingerprint,
-        "texts": blocks_digest(training),
-        "held_out": blocks_digest(judged),
+        "texts": training.digest,
+        "held_out": judged.digest,
         "processes": state.num_processes,
     }
-    with _working_together(target, key, state) as work, source.closing():
-        try:
+    with _working_together(target, key, state, overwrite) as work, source.closing():
+        with _keeping_the_best(work, student_info, state):
             progress = _train_in(work, student_info, source, training, judged, settings, work)
             if progress.best_step == 0:
                 raise TrainingError(_complaint(progress, settings))
@@ -139,10 +157,6 @@ def train(
                 if settings.twin
                 else (None, None)
             )
-        except TrainingError:
-            if state.is_main_process:
-                shutil.rmtree(work)
-            raise
         if state.is_main_process:
             read = {"texts": _named(texts), "held_out": _named(held_out)}
             _finish(work, progress, twins, student_info, source, settings, state, read)
@@ -261,15 +275,33 @@ def _require_shared(ours: Vocabulary, student: FolderInfo, teacher: FolderInfo) 
 
 
 @contextmanager
-def _working_together(target: Path, key: dict[str, Any], state: PartialState) -> Iterator[Path]:
+def _working_together(
+    target: Path, key: dict[str, Any], state: PartialState, overwrite: bool
+) -> Iterator[Path]:
     """The hidden folder beside the target, which one process makes and all use."""
     if state.is_main_process:
-        with working(target, key) as work:
+        with working(target, key, anew=overwrite) as work:
             state.wait_for_everyone()
             yield work
     else:
         state.wait_for_everyone()
         yield target.parent / f".{target.name}.working"
+
+
+@contextmanager
+def _keeping_the_best(work: Path, student: FolderInfo, state: PartialState) -> Iterator[None]:
+    """Where training fails, keep the state of a run that found a better student, and say where."""
+    try:
+        yield
+    except TrainingError as error:
+        best = [folder for folder in work.glob("best-*") if not folder.suffix]
+        if not best:
+            if state.is_main_process:
+                shutil.rmtree(work)
+            raise
+        if state.is_main_process:
+            copy_companions(student.path, best[0])
+        raise TrainingError(f"{error}; the best student until then is kept in {best[0]}") from error
 
 
 def _train_in(

@@ -17,13 +17,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
+from distill.loss.batches import make_batch
 from distill.training.held_out import ask_about, judge, shares
 from distill.training.on_policy import is_on_policy
 from distill.training.progress import TrainingProgress
 from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.errors import TrainingError
+from mistill.folders.publishing import rename_synced
 from mistill.progress import track
 from mistill.pytorch.loading import quiet_transformers
 from mistill.settings import settings_dict
@@ -211,6 +214,7 @@ class _Run:
         )
         norm = self.clip()
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
+            self.refuse_teacher_without_numbers(step)
             raise TrainingError(
                 f"the loss became {sums.loss} with a gradient of length {norm} in step {step + 1} "
                 f"of {self.steps}; lower learning_rate (now {self.settings.learning_rate:g}) or "
@@ -252,6 +256,24 @@ class _Run:
             progress = self.judge(progress)
             progress = replace(progress, seconds=time.perf_counter() - clock)
         return progress, f"loss {sums.loss:.3f} · held-out KL {progress.best.kl:.3f}"
+
+    def refuse_teacher_without_numbers(self, step: int) -> None:
+        """Say so where it is the teacher whose predictions are not finite."""
+        if self.settings.cross_entropy == 1 or self.writes_in(step):
+            return
+        size = self.settings.micro_batch_size
+        for _, part in shares(self.blocks_of(step), size, self.accelerator):
+            batch = make_batch(part, self.accelerator.device)
+            with self.accelerator.autocast():
+                finite = self.teacher.targets(part, batch).finite().cpu().numpy()
+            if not finite.all():
+                row, column = np.argwhere(part.kept)[int(np.argmin(finite))]
+                raise TrainingError(
+                    f"the teacher's logits are not finite at {int((~finite).sum())} positions of "
+                    f"step {step + 1} of {self.steps}, the first in document "
+                    f"{part.documents[row, column] + 1} of the texts; leave that document out, or "
+                    "run the teacher in float32"
+                )
 
     def clip(self) -> float:
         """Shorten the gradient if it is too long; its length before."""
@@ -300,7 +322,7 @@ class _Run:
             plain.pop("lm_head.weight", None)
         with quiet_transformers():
             self.student.save_pretrained(partial, state_dict=plain)
-        partial.rename(folder)
+        rename_synced(partial, folder)
 
     def keep(self, progress: TrainingProgress) -> None:
         """Write a checkpoint if one is due, and remove what it replaces."""

@@ -7,7 +7,6 @@ N is blocks, T positions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -119,19 +118,3 @@ def _evenly(blocks: TokenBlocks, wanted: int) -> TokenBlocks:
     if wanted >= len(blocks):
         return blocks
     return blocks[np.linspace(0, len(blocks) - 1, wanted).round().astype(np.int64)]
-
-
-def blocks_digest(blocks: TokenBlocks) -> str:
-    """A name for what blocks hold.
-
-    Args:
-        blocks: Any.
-
-    Returns:
-        Hexadecimal.
-    """
-    digest = hashlib.sha256()
-    for part in (blocks.ids, blocks.mask, blocks.documents):
-        digest.update(f"{part.dtype} {part.shape}".encode())
-        digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()

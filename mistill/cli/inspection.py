@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.cli.measured import measured_table, read_measured
+from mistill.cli.fidelity import fidelity_table, read_fidelity
 from mistill.cli.onnx_report import graph_facts, manifest_facts
 from mistill.cost_model.onnx_lint import Lint, lint_file
 from mistill.errors import FolderError, MissingExtraError, MistillError
@@ -136,7 +136,7 @@ class Inspection:
         if self.fidelity is not None:
             parts.append(_fidelity(self.fidelity))
         if self.measured is not None:
-            parts.append(measured_table(self.measured))
+            parts.append(fidelity_table(self.measured))
         if self.lineage:
             table = Table("step", "from", "settings and results", "date", title="how it was made")
             for entry in self.lineage:
@@ -187,7 +187,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     try:
         if (folder / FIDELITY_FILE).is_file():
             fidelity = read_json(folder / FIDELITY_FILE)
-        measured = read_measured(folder)
+        measured = read_fidelity(folder)
     except FolderError as error:
         faults.append(str(error))
     gptq = None

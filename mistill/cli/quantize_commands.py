@@ -107,7 +107,7 @@ def quantize_model(
         overwrite=overwrite,
     )
     if is_main_process():
-        from quantize.sweeping.sweep_table import sweep_notes, sweep_table
+        from quantize.sweeping.sweeping import sweep_notes, sweep_table
 
         console = Console()
         console.print(sweep_table(report))
@@ -471,13 +471,13 @@ def merge(
 
 def _quantized(path: Path, json: bool) -> dict[str, Any]:
     """Print facts about a quantized folder, and its KL divergence where that was measured."""
-    from mistill.cli.measured import measured_table, read_measured
+    from mistill.cli.fidelity import fidelity_table, read_fidelity
 
-    measured = read_measured(path)
+    measured = read_fidelity(path)
     if measured is None:
         return print_folder(path, json)
     if is_main_process():
-        Console().print(measured_table(measured))
+        Console().print(fidelity_table(measured))
     return print_folder(path, json, measured=measured)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mistill.errors import FolderError, TargetExistsError
+from mistill.errors import FolderError, SettingsError, TargetExistsError
+
+_log = logging.getLogger(__name__)
 
 _FULL_DISK = ("No space left", "File too large", "Disk quota exceeded")
 
@@ -109,6 +112,7 @@ def creating_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]
             with partial.open("rb") as opened:
                 os.fsync(opened.fileno())
             partial.replace(path)
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -141,20 +145,23 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 @contextmanager
-def working(target: str | Path, key: Mapping[str, Any]) -> Iterator[Path]:
+def working(target: str | Path, key: Mapping[str, Any], *, anew: bool = False) -> Iterator[Path]:
     """Keep the state of long work in a hidden folder beside its target, so that it can resume.
 
-    The folder outlives an interruption. It is reused when the work is the same, which ``key``
-    decides, and emptied when it is not. It goes when ``publish`` is called.
+    The folder outlives an interruption, and the same work resumes in it. ``key`` says what the
+    result depends on; state of other work is not removed without being asked to. The folder goes
+    when ``publish`` is called.
 
     Args:
         target: Path of the result.
-        key: Settings and fingerprints of sources that the state depends on, as JSON values.
+        key: What the result depends on: settings and fingerprints of sources, as JSON values.
+        anew: Whether state of other work is removed, and the work begins from the start.
 
     Yields:
         The hidden folder, empty or as the interrupted work left it.
 
     Raises:
+        SettingsError: If state of other work is there and may not be removed.
         FolderError: If another process is at work on the same target, or the disk is full.
     """
     path = Path(target).expanduser().absolute()
@@ -162,15 +169,61 @@ def working(target: str | Path, key: Mapping[str, Any]) -> Iterator[Path]:
     work = path.parent / f".{path.name}.working"
     work.mkdir(exist_ok=True)
     with _only_one(work, target):
-        recorded = work / "key.json"
-        text = json.dumps(key, sort_keys=True, indent=1)
-        if not recorded.exists() or recorded.read_text("utf-8") != text:
-            for item in work.iterdir():
-                if item.name != "lock":
-                    _remove(item)
-            write_atomically(recorded, text)
+        _claim(work, target, key, anew)
         with _naming_a_full_disk(target, "; it will resume"):
             yield work
+
+
+def _claim(work: Path, target: str | Path, key: Mapping[str, Any], anew: bool) -> None:
+    """Empty a working folder for new work; refuse where it holds state of other work."""
+    recorded = work / "key.json"
+    text = json.dumps(key, sort_keys=True, indent=1)
+    if recorded.exists():
+        if recorded.read_text("utf-8") == text:
+            return
+        changes = changes_between(_read_key(recorded), json.loads(text))
+        if not anew:
+            raise SettingsError(
+                f"{target} was begun with other settings or inputs ({changes}); repeat the call "
+                f"that began it to resume, give overwrite to begin anew, or remove {work}"
+            )
+        _log.warning("%s begins anew: %s", target, changes)
+    for item in work.iterdir():
+        if item.name != "lock":
+            _remove(item)
+    write_atomically(recorded, text)
+
+
+def _read_key(file: Path) -> dict[str, Any]:
+    try:
+        key = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, ValueError):
+        key = None
+    return key if isinstance(key, dict) else {}
+
+
+def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between the keys of two runs, in words.
+
+    Args:
+        old: The key of the run that was begun; fingerprints, and settings in mappings.
+        new: The key of this one.
+
+    Returns:
+        Old and new values of settings, and names of inputs, with commas between them.
+    """
+    words = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            words += [
+                f"{option} is {after.get(option)!r} and was {before.get(option)!r}"
+                for option in sorted(before.keys() | after.keys())
+                if before.get(option) != after.get(option)
+            ]
+        elif before != after:
+            words.append(f"{name} has changed")
+    return ", ".join(words) or "its notes are damaged"
 
 
 def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:
@@ -203,6 +256,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(path.parent)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -222,10 +276,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+    sync_tree(partial)
     aside = path.parent / f".{path.name}.{os.getpid()}.replaced"
     if overwrite and path.exists():
         path.rename(aside)
@@ -239,11 +290,54 @@ def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
                 f"{path} was made by another process in the meantime; choose another name"
             ) from error
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(path.parent)
+    if aside.exists():
+        _remove(aside)
+
+
+def rename_synced(partial: Path, path: Path) -> None:
+    """Rename a finished folder, so that a power cut leaves it whole or not at all.
+
+    Args:
+        partial: The folder, with all its files.
+        path: Its name from now on, in the same folder; nothing is there.
+    """
+    sync_tree(partial)
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until the files of a folder, and their names, are on the disk.
+
+    Args:
+        folder: The folder; those below it too.
+    """
+    for item in (folder, *folder.rglob("*")):
+        if item.is_dir():
+            sync_folder(item)
+        elif item.is_file():
+            with item.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can say so.
+
+    Args:
+        folder: The folder; files in it are synced by themselves.
+    """
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(item: Path) -> None:
-    if item.is_dir():
+    if item.is_dir() and not item.is_symlink():
         shutil.rmtree(item)
     else:
         item.unlink()

@@ -1,9 +1,9 @@
 """How far models are from a reference on some text, without holding the logits of all of it.
 
-KL(reference || model), over the whole vocabulary at every token, tells what a compressed model
-lost: perplexity can stay the same while answers change, KL cannot. What is kept of a model are its
-last hidden states, D numbers a token; logits, V numbers a token, are made from them for a few rows
-at once and thrown away when every model has been compared there.
+KL(reference || model), over the whole vocabulary at every token, measures what a compressed model
+lost: perplexity can stay the same while answers change, KL cannot. Of each model its last hidden
+states are stored, D numbers a token; logits, V numbers a token, are computed from them for a few
+rows at a time, for every model, and dropped.
 
 N is positions that count, D width, V vocabulary.
 """
@@ -37,7 +37,7 @@ _TOKENS_AT_ONCE = 2048
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model predicts at N positions, in the form that takes least room.
+    """What a model predicts at N positions, in the form that takes least memory.
 
     Attributes:
         hidden: Its hidden states after the last norm, shape (N, D).
@@ -60,8 +60,8 @@ class Predictions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Closeness:
-    """How close a model's predictions are to a reference's, over the tokens of a text.
+class Fidelity:
+    """Fidelity of a model's predictions to a reference's, over the tokens of a text.
 
     Attributes:
         kl: Mean KL(reference || model) per token, in nats.
@@ -99,12 +99,12 @@ def predict(model: PreTrainedModel, blocks: TokenBlocks) -> Predictions:
     kept_states = []
     for start in range(0, len(blocks), step):
         part = blocks[start : start + step]
-        ids, places = (
+        ids, positions = (
             torch.from_numpy(np.ascontiguousarray(array)).to(model.device)
             for array in (part.ids, part.position_ids)
         )
         # No mask: transformers keeps documents apart by positions that begin anew at 0.
-        states = body(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
+        states = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         kept_states.append(states[torch.from_numpy(part.kept).to(states.device)])
     head = cast(Any, model.get_output_embeddings())
     return Predictions(torch.cat(kept_states), head.weight.detach())
@@ -115,11 +115,11 @@ def compare(
     references: Mapping[str, Predictions],
     models: Mapping[str, Predictions],
     blocks: TokenBlocks,
-) -> dict[str, dict[str, Closeness]]:
+) -> dict[str, dict[str, Fidelity]]:
     """Compare every model with every reference on one text.
 
     Args:
-        references: What the models stand in for, such as their source and its teacher, by name.
+        references: The models to compare with, such as a source and its teacher, by name.
         models: By name.
         blocks: The text that all predictions are about.
 
@@ -151,21 +151,21 @@ def compare(
     step = max(1, _LOGITS_AT_ONCE // next(iter(sizes.values())))
     for start in range(0, total, step):
         rows = slice(start, start + step)
-        reference_rows = {name: _Rows.of(one.logits(rows)) for name, one in references.items()}
-        for name, one in reference_rows.items():
-            reference_losses[name][rows] = one.losses(next_ids[rows])
+        expected = {name: _Logits.of(one.logits(rows)) for name, one in references.items()}
+        for name, reference in expected.items():
+            reference_losses[name][rows] = reference.losses(next_ids[rows])
         for model, predictions in models.items():
-            rival = _Rows.of(predictions.logits(rows))
-            losses[model][rows] = rival.losses(next_ids[rows])
-            for name, one in reference_rows.items():
-                kl[model][name][rows] = one.divergences(rival)
-                agrees[model][name][rows] = (one.first == rival.first).cpu().numpy()
+            logits = _Logits.of(predictions.logits(rows))
+            losses[model][rows] = logits.losses(next_ids[rows])
+            for name, reference in expected.items():
+                kl[model][name][rows] = reference.divergences(logits)
+                agrees[model][name][rows] = (reference.top == logits.top).cpu().numpy()
 
-    passages = [int(place) for place in np.cumsum(lengths[lengths > 0])[:-1]]
+    boundaries = np.cumsum(lengths[lengths > 0])[:-1]
     return {
         model: {
-            name: _closeness(
-                np.split(kl[model][name], passages),
+            name: _fidelity(
+                np.split(kl[model][name], boundaries),
                 agrees[model][name],
                 losses[model],
                 reference_losses[name],
@@ -176,34 +176,48 @@ def compare(
     }
 
 
+def kl_sum(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """Sum of KL(reference || model) over some positions, with a gradient.
+
+    Args:
+        reference_logits: Shape (n, V).
+        logits: Shape (n, V).
+
+    Returns:
+        Scalar, in nats.
+    """
+    log_p, log_q = reference_logits.log_softmax(-1), logits.log_softmax(-1)
+    return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class _Logits:
     """Logits of some rows, and what every comparison needs of them.
 
     Attributes:
         logits: Shape (n, V), float32.
         weights: exp of the logits less their maximum, of the same shape.
         log_total: Log of the sum of the exponentials of the logits, float64, shape (n,).
-        first: The most probable tokens, shape (n,).
+        top: The most probable tokens, shape (n,).
     """
 
     logits: Tensor
     weights: Tensor
     log_total: Tensor
-    first: Tensor
+    top: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor) -> _Rows:
-        top, first = logits.max(dim=1, keepdim=True)
-        weights = (logits - top).exp_()
-        log_total = weights.sum(dim=1, dtype=torch.float64).log_().add_(top[:, 0])
-        return cls(logits, weights, log_total, first[:, 0])
+    def of(cls, logits: Tensor) -> _Logits:
+        largest, top = logits.max(dim=1, keepdim=True)
+        weights = (logits - largest).exp_()
+        log_total = weights.sum(dim=1, dtype=torch.float64).log_().add_(largest[:, 0])
+        return cls(logits, weights, log_total, top[:, 0])
 
     def losses(self, next_ids: Tensor) -> NDArray[np.float64]:
-        chosen = self.logits.gather(1, next_ids.to(self.logits.device)[:, None])[:, 0]
-        return (self.log_total - chosen).cpu().numpy()
+        at_next = self.logits.gather(1, next_ids.to(self.logits.device)[:, None])[:, 0]
+        return (self.log_total - at_next).cpu().numpy()
 
-    def divergences(self, other: _Rows) -> NDArray[np.float64]:
+    def divergences(self, other: _Logits) -> NDArray[np.float64]:
         # sum(p (r - c)) - ln Z_r + ln Z_c. The logits are subtracted first and all sums taken in
         # float64, so that models that nearly agree keep their digits.
         gaps = (self.logits - other.logits.to(self.logits.device)).mul_(self.weights)
@@ -214,21 +228,21 @@ class _Rows:
         return kl.clamp_(min=0).cpu().numpy()
 
 
-def _closeness(
+def _fidelity(
     passages: Sequence[NDArray[np.float64]],
     agrees: NDArray[np.bool_],
     losses: NDArray[np.float64],
     reference_losses: NDArray[np.float64],
-) -> Closeness:
-    every = np.concatenate(passages)
-    return Closeness(
+) -> Fidelity:
+    divergences = np.concatenate(passages)
+    return Fidelity(
         kl=mean_of(passages),
         kl_standard_error=standard_error_of_mean(passages),
-        kl_p99=float(np.quantile(every, 0.99)),
+        kl_p99=float(np.quantile(divergences, 0.99)),
         agreement=float(agrees.mean()),
         perplexity=_perplexity(losses),
         reference_perplexity=_perplexity(reference_losses),
-        tokens=len(every),
+        tokens=len(divergences),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,15 @@ class TokenBlocks:
         lengths = np.diff(starts, append=self.documents.size)
         rows, columns = np.divmod(starts, self.block_length)
         return np.stack([rows, columns, columns + lengths], axis=1)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that the blocks hold: ids, masks and document numbers, in hexadecimal."""
+        digest = hashlib.sha256()
+        for part in (self.ids, self.mask, self.documents):
+            digest.update(f"{part.dtype} {part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
     @property
     def tokens(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import rename_synced, write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_log = logging.getLogger(__name__)
+
+_READ_AT_ONCE = 1 << 20
 _END_FILE = "end.json"
 _PROGRESS_FILE = "progress.json"
 
@@ -41,14 +46,18 @@ def save_checkpoint(
     accelerator.save_state(str(partial), safe_serialization=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_atomically(partial / _PROGRESS_FILE, json.dumps(progress))
+        files = {file.name: _checksum(file) for file in partial.iterdir() if file.is_file()}
+        document = {"progress": progress, "files": files}
+        write_atomically(partial / _PROGRESS_FILE, json.dumps(document))
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        rename_synced(partial, folder)
         remove_others(work, "checkpoint-", str(step))
 
 
 def load_checkpoint(work: Path, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Go back to the newest checkpoint of a run.
+    """Go back to the newest checkpoint of a run that is whole.
+
+    One that is damaged, as a power cut may leave it, is passed over with a warning.
 
     Args:
         work: The folder of the run.
@@ -63,12 +72,33 @@ def load_checkpoint(work: Path, accelerator: Accelerator) -> dict[str, Any] | No
         for folder in work.glob("checkpoint-*")
         if folder.name.removeprefix("checkpoint-").isdigit()
     ]
-    if not steps:
+    for step in sorted(steps, reverse=True):
+        folder = work / f"checkpoint-{step}"
+        progress = _read_whole(folder)
+        if progress is not None:
+            accelerator.load_state(str(folder))
+            return progress
+        _log.warning("the checkpoint of step %d in %s is damaged and is passed over", step, work)
+    return None
+
+
+def _read_whole(folder: Path) -> dict[str, Any] | None:
+    """The progress in a checkpoint; None if a file of it is missing or was cut short."""
+    try:
+        document = json.loads((folder / _PROGRESS_FILE).read_text("utf-8"))
+        progress, files = document["progress"], document["files"]
+        whole = all(_checksum(folder / name) == checksum for name, checksum in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    folder = work / f"checkpoint-{max(steps)}"
-    progress: dict[str, Any] = json.loads((folder / _PROGRESS_FILE).read_text("utf-8"))
-    accelerator.load_state(str(folder))
-    return progress
+    return progress if whole and isinstance(progress, dict) else None
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as opened:
+        while part := opened.read(_READ_AT_ONCE):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def record_end(work: Path, progress: Mapping[str, Any]) -> None:

@@ -83,24 +83,6 @@ class Grid:
         return (codes - self.zeros).mul_(self.scales)
 
 
-def covering_grid(weights: Tensor, kind: GridKind, share: float = 1.0) -> Grid:
-    """The grid that just covers a group, or a share of its range.
-
-    Symmetric grids put the largest magnitude m half a step beyond the last code, with a scale of
-    2 m / (2**bits - 1), as AutoGPTQ does. Asymmetric ones run from the least weight to the
-    greatest, and always hold 0.
-
-    Args:
-        weights: Shape (g, N), one group of every row.
-        kind: What the grid is like.
-        share: Part of the range to cover, above 0; what lies outside is clipped.
-
-    Returns:
-        The grid.
-    """
-    return _covering(*_range(weights, kind), kind, share)
-
-
 def best_grid(weights: Tensor, importance: Tensor, kind: GridKind, candidates: int) -> Grid:
     """The grid with the least weighted squared error among some that cover less and less.
 
@@ -140,6 +122,12 @@ def _range(weights: Tensor, kind: GridKind) -> tuple[Tensor, Tensor]:
 
 
 def _covering(low: Tensor, high: Tensor, kind: GridKind, share: float) -> Grid:
+    """The grid that covers a share of a range; what lies outside is clipped.
+
+    Symmetric grids put the largest magnitude m half a step beyond the last code, with a scale of
+    2 m / (2**bits - 1), as AutoGPTQ does. Asymmetric ones run from the least weight to the
+    greatest.
+    """
     steps = 2**kind.bits - 1
     smallest = _SMALLEST_SCALE[kind.scale_type]
     largest = torch.finfo(_TYPES[kind.scale_type]).max

@@ -33,7 +33,7 @@ from mistill.folders.folder import (
 from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.folders.safetensors_file import read_header
-from mistill.measures.kl import Closeness, compare, predict
+from mistill.measures.kl import Fidelity, compare, predict
 from mistill.pytorch.loading import (
     check_weights,
     empty_model,
@@ -255,7 +255,7 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
     return target
 
 
-def _measure(reference: Path, models: Mapping[str, Path], texts: Texts) -> dict[str, Closeness]:
+def _measure(reference: Path, models: Mapping[str, Path], texts: Texts) -> dict[str, Fidelity]:
     blocks = _blocks(reference, texts)
     asked = {"merged": predict(load_pytorch(reference), blocks)}
     predictions = {name: predict(load_pytorch(folder), blocks) for name, folder in models.items()}

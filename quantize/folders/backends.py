@@ -25,7 +25,7 @@ from mistill.text.blocks import TokenBlocks
 from mistill.weights.gptq_layout import GptqFormat
 from quantize.folders.float_model import FloatModel
 from quantize.folders.report import ModuleReport, write_report
-from quantize.measuring.judging import Judge, judged
+from quantize.measuring.fidelity import FidelityCheck, report_entry
 from quantize.settings import GptqSettings
 
 Backend = Literal["mistill", "gptqmodel", "auto_gptq"]
@@ -110,7 +110,7 @@ def by_gptqmodel(
     *,
     blocks: TokenBlocks,
     settings: GptqSettings,
-    judge: Judge | None = None,
+    check: FidelityCheck | None = None,
     overwrite: bool = False,
     **facts: Any,
 ) -> Path:
@@ -121,7 +121,7 @@ def by_gptqmodel(
         target: The folder to make.
         blocks: The text to calibrate on, block by block as mistill draws it.
         settings: How to quantize.
-        judge: Measures the result; None for not measuring.
+        check: Measures the result; None if nothing is to be measured.
         overwrite: Whether an existing target is replaced.
         **facts: What else the lineage should remember.
 
@@ -158,7 +158,7 @@ def by_gptqmodel(
             backend=f"gptqmodel {version}",
             settings=used,
             seconds=round(time.perf_counter() - begun, 2),
-            **judged(judge, partial),
+            **report_entry(check, partial),
         )
         add_lineage(
             partial,

@@ -24,7 +24,7 @@ from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.weights.gptq_layout import EMBEDDING
 from mistill.weights.tensor_writer import TensorWriter, packed_tensors
-from quantize.calibration_text import blocks_digest, draw_blocks, names_of
+from quantize.calibration_text import draw_blocks, names_of
 from quantize.folders.auto_gptq_names import name_as_auto_gptq, translated
 from quantize.folders.backends import Backend, by_gptqmodel, require_backend
 from quantize.folders.float_model import FloatModel, open_float, tensor_kinds, write_config
@@ -33,16 +33,15 @@ from quantize.folders.plan import (
     layer_rest,
     make_plan,
     read_table,
-    report_of,
     round_table,
     rounded_rows,
 )
-from quantize.folders.report import write_report
+from quantize.folders.report import report_of, write_report
 from quantize.folders.resuming import Part, Shelf
 from quantize.gptq.calibration import kept_rows
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_head, quantize_layer
-from quantize.measuring.judging import Judge, judged, open_judge
+from quantize.measuring.fidelity import FidelityCheck, open_check, report_entry
 from quantize.settings import GptqSettings
 
 _log = logging.getLogger(__name__)
@@ -115,18 +114,18 @@ def to_gptq(
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     job = _open_job(model, texts, settings)
-    judge = open_judge(model.folder, held_out, teacher)
+    check = open_check(model.folder, held_out, teacher)
     if backend == "gptqmodel":
         return by_gptqmodel(
             model,
             target,
             blocks=job.blocks,
             settings=settings,
-            judge=judge,
+            check=check,
             overwrite=overwrite,
             texts=job.texts,
         )
-    return _run(job, target, judge, overwrite)
+    return _run(job, target, check, overwrite)
 
 
 def make_gptq(
@@ -135,7 +134,7 @@ def make_gptq(
     *,
     texts: Texts,
     settings: GptqSettings,
-    judge: Judge | None,
+    check: FidelityCheck | None,
     overwrite: bool,
     finish: Callable[[Path], None],
 ) -> Path:
@@ -146,14 +145,14 @@ def make_gptq(
         target: The folder to make.
         texts: Text to calibrate on.
         settings: How to quantize.
-        judge: Measures the result; None for not measuring.
+        check: Measures the result; None if nothing is to be measured.
         overwrite: Whether an existing target is replaced.
         finish: Called with the finished folder before it appears.
 
     Returns:
         The target.
     """
-    return _run(_open_job(model, texts, settings), target, judge, overwrite, finish)
+    return _run(_open_job(model, texts, settings), target, check, overwrite, finish)
 
 
 def require_context(model: FloatModel, block_length: int) -> None:
@@ -182,7 +181,7 @@ def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings) -> _Job:
 def _run(
     job: _Job,
     target: Path,
-    judge: Judge | None,
+    check: FidelityCheck | None,
     overwrite: bool,
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -191,17 +190,17 @@ def _run(
         "step": "gptq",
         "source": fingerprint(job.model.folder),
         "settings": settings_dict(job.settings),
-        "texts": blocks_digest(job.blocks),
+        "texts": job.blocks.digest,
         "versions": installed_versions(),
     }
-    with working(target, key) as work, torch.inference_mode():
+    with working(target, key, anew=overwrite) as work, torch.inference_mode():
         begun = time.perf_counter()
         shelf = Shelf(work)
         names = _Work(job.model, job.plan, job.settings, shelf).finish(job.blocks)
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
-        _assemble(result, job, shelf, names, judge, begun)
+        _assemble(result, job, shelf, names, check, begun)
         if finish is not None:
             finish(result)
         publish(work, target, overwrite)
@@ -319,7 +318,7 @@ def _assemble(
     job: _Job,
     shelf: Shelf,
     names: Sequence[str],
-    judge: Judge | None,
+    check: FidelityCheck | None,
     begun: float,
 ) -> None:
     """Gather what the target will hold."""
@@ -358,7 +357,7 @@ def _assemble(
         settings=used,
         calibration=calibration,
         seconds=seconds,
-        **judged(judge, result),
+        **report_entry(check, result),
     )
     add_lineage(
         result,

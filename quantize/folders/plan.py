@@ -12,9 +12,7 @@ from mistill.errors import SettingsError
 from mistill.pytorch.loading import read_tensors
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, GptqFormat, ModuleFormat, QuantizedWeight
 from quantize.folders.float_model import FloatModel, require_fit
-from quantize.folders.report import ModuleReport
 from quantize.gptq.calibration import MATRICES
-from quantize.gptq.gptq import GptqResult
 from quantize.gptq.rounding import round_weight
 from quantize.overrides import require_matches
 from quantize.settings import GptqSettings, GridSettings, RoundingSettings
@@ -181,30 +179,3 @@ def layer_rest(model: FloatModel, index: int, settings: GridSettings) -> dict[st
         for name, tensor in read_tensors(model.folder, layer).items()
         if name not in quantized and not name.endswith("rotary_emb.inv_freq")
     }
-
-
-def report_of(
-    module: str, weight: QuantizedWeight, seconds: float, result: GptqResult | None = None
-) -> ModuleReport:
-    """What quantizing a matrix cost.
-
-    Args:
-        module: Its name.
-        weight: Its codes.
-        seconds: The time it took.
-        result: What GPTQ says of it; None if it was rounded.
-
-    Returns:
-        A line of the report.
-    """
-    report = ModuleReport(
-        name=module, bits=weight.bits, group_size=weight.group_size, seconds=round(seconds, 4)
-    )
-    if result is None:
-        return report
-    return replace(
-        report,
-        loss=float(result.losses.mean()),
-        damping=result.damping,
-        dead_columns=result.dead_columns,
-    )

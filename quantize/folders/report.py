@@ -6,12 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mistill.folders.folder import QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
 from mistill.folders.publishing import write_atomically
+from mistill.weights.gptq_layout import QuantizedWeight
+from quantize.gptq.gptq import GptqResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,33 @@ class ModuleReport:
     damping: float | None = None
     dead_columns: int | None = None
     seconds: float | None = None
+
+
+def report_of(
+    module: str, weight: QuantizedWeight, seconds: float, result: GptqResult | None = None
+) -> ModuleReport:
+    """What quantizing a matrix cost.
+
+    Args:
+        module: Its name.
+        weight: Its codes.
+        seconds: The time it took.
+        result: What GPTQ says of it; None if it was rounded.
+
+    Returns:
+        A line of the report.
+    """
+    report = ModuleReport(
+        name=module, bits=weight.bits, group_size=weight.group_size, seconds=round(seconds, 4)
+    )
+    if result is None:
+        return report
+    return replace(
+        report,
+        loss=float(result.losses.mean()),
+        damping=result.damping,
+        dead_columns=result.dead_columns,
+    )
 
 
 def write_report(

@@ -18,11 +18,11 @@ from mistill.text.rows import Texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.float_model import FloatModel, open_float, tensor_kinds, write_config
-from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, report_of, round_table
-from quantize.folders.report import ModuleReport, write_report
+from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, round_table
+from quantize.folders.report import ModuleReport, report_of, write_report
 from quantize.gptq.calibration import MATRICES
 from quantize.gptq.rounding import round_weight
-from quantize.measuring.judging import judged, open_judge
+from quantize.measuring.fidelity import open_check, report_entry
 from quantize.settings import RoundingSettings
 
 
@@ -64,7 +64,7 @@ def to_rounding(
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     plan = make_plan(model, settings)
-    judge = open_judge(model.folder, held_out, teacher)
+    check = open_check(model.folder, held_out, teacher)
 
     started = time.perf_counter()
     with creating(target, overwrite) as partial:
@@ -87,7 +87,7 @@ def to_rounding(
             step="rounding",
             settings=used,
             seconds=seconds,
-            **judged(judge, partial),
+            **report_entry(check, partial),
         )
         add_lineage(
             partial,

@@ -32,7 +32,7 @@ from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per
 from quantize.calibration_text import draw_blocks
 from quantize.folders.float_model import FloatModel, open_float
 from quantize.folders.gptq_folder import make_gptq, require_context
-from quantize.measuring.judging import open_judge
+from quantize.measuring.fidelity import open_check
 from quantize.mixed.budget import Choice, fill_budget
 from quantize.mixed.sensitivity import Costs, estimate_costs
 from quantize.settings import TABLE_BITS, GptqSettings, MixedSettings
@@ -90,7 +90,7 @@ def to_mixed(
     model = open_float(source)
     require_context(model, settings.block_length)
     check_texts(texts)
-    judge = open_judge(model.folder, held_out, teacher)
+    check = open_check(model.folder, held_out, teacher)
     chosen, budget = choose(model, texts, settings)
 
     def summarize(folder: Path) -> None:
@@ -113,7 +113,7 @@ def to_mixed(
         target,
         texts=texts,
         settings=as_gptq_settings(model, chosen, settings),
-        judge=judge,
+        check=check,
         overwrite=overwrite,
         finish=summarize,
     )

@@ -24,7 +24,7 @@ from mistill.text.rows import Texts
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.float_model import FloatModel, open_float, tensor_kinds
 from quantize.folders.report import ModuleReport, write_report
-from quantize.measuring.judging import judged, open_judge
+from quantize.measuring.fidelity import open_check, report_entry
 from quantize.nf4.nf4_codec import BLOCK, encode_nf4
 from quantize.settings import Nf4Settings
 
@@ -67,7 +67,7 @@ def to_nf4(
     target = refuse_existing(target, overwrite)
     model = open_float(source)
     _require_whole_blocks(model)
-    judge = open_judge(model.folder, held_out, teacher)
+    check = open_check(model.folder, held_out, teacher)
 
     started = time.perf_counter()
     reports: list[ModuleReport] = []
@@ -107,7 +107,7 @@ def to_nf4(
             step="nf4",
             settings=used,
             seconds=seconds,
-            **judged(judge, partial),
+            **report_entry(check, partial),
         )
         add_lineage(
             partial,

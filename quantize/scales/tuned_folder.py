@@ -1,10 +1,10 @@
-"""Let the scales and norms of a quantized model make up for what its codes lost.
+"""Train the scales and norms of a quantized model, whose codes stay as they are.
 
-The codes stay. What learns is one factor for each scale and the gains of the norms, a few per cent
-of the bytes, by lowering KL(teacher || quantized) on text for some tens of steps (compare norm
-tuning, Li et al., 2023, https://arxiv.org/abs/2309.02784, and learnt scales, Chen et al., 2024,
-section 3.2, https://arxiv.org/abs/2407.11062). Scales are rounded to the type they are stored in
-before the result is judged, and it is published only if it is better.
+Trained are one factor for each scale and the weights of the norms, a few per cent of the bytes, by
+lowering KL(teacher || quantized) on text for some tens of steps (compare norm tuning, Li et al.,
+2023, https://arxiv.org/abs/2309.02784, and learned scales, Chen et al., 2024, section 3.2,
+https://arxiv.org/abs/2407.11062). Scales are rounded to the type they are stored in before KL is
+measured, and the model is published only if its KL on held-out text is lower.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mistill.errors import FolderError, TextError, TrainingError
 from mistill.folders.folder import copy_companions, open_folder, read_config
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
 from mistill.folders.publishing import publish, refuse_existing, working
-from mistill.measures.kl import Closeness, compare, predict
+from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
 from mistill.progress import track
 from mistill.pytorch.loading import load_pytorch, stored_tensors
 from mistill.settings import require, settings_dict, settings_from
@@ -37,14 +37,13 @@ from mistill.weights.gptq_layout import HEAD, read_quantization
 from mistill.weights.scaled_linear import ScaledLinear
 from mistill.weights.tensor_files import TensorFiles, read_quantized
 from mistill.weights.tensor_writer import TensorWriter
-from quantize.calibration_text import blocks_digest
-from quantize.measuring.judging import open_teacher
+from quantize.measuring.fidelity import open_teacher
 from quantize.settings import TuningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Rows whose logits exist at once, and steps between two states on disk.
+# Positions whose logits exist at once, and steps between two states on disk.
 _ROWS_AT_ONCE = 128
 _STEPS_BETWEEN_STATES = 10
 
@@ -63,17 +62,17 @@ def tune(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Tune the scales and norms of a GPTQ folder against a teacher.
+    """Train the scales and norms of a GPTQ folder against a teacher.
 
-    Both models are in memory, the quantized one as its codes. An interrupted call resumes when it
-    is made again.
+    Both models are in memory, the quantized one as its codes. The same call resumes after an
+    interruption.
 
     Args:
-        source: A GPTQ folder; its codes and zeros are taken over byte by byte.
+        source: A GPTQ folder; its codes and zero points are copied byte by byte.
         target: The folder to make, in the same layout.
         teacher: The model to imitate: the float one that was quantized, or that one's teacher.
-        texts: Text to learn from.
-        held_out: Text to judge on; the end of ``texts`` if not given.
+        texts: Text to train on.
+        held_out: Text to measure KL on; the end of ``texts`` if not given.
         settings: How to tune; or give its fields as options.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``TuningSettings``.
@@ -90,49 +89,50 @@ def tune(
     """
     settings = settings_from(TuningSettings, settings, options)
     target = refuse_existing(target, overwrite)
-    for given in (texts, held_out):
-        if given is not None:
-            check_texts(given)
+    check_texts(texts)
+    if held_out is not None:
+        check_texts(held_out)
     info = open_folder(source)
     if info.form != "gptq":
         raise FolderError(f"{source} is a {info.form} folder; give a GPTQ folder to tune")
-    guide = open_teacher(teacher, info.path)
-    longest = min(info.context_length, guide.context_length)
+    teacher_info = open_teacher(teacher, info.path)
+    longest = min(info.context_length, teacher_info.context_length)
     require(
         settings.block_length <= longest,
-        f"a block_length of {settings.block_length} does not fit the models' context of {longest}; "
-        "lower it",
+        f"a block_length of {settings.block_length} does not fit the models' context of {longest} "
+        "tokens; lower it",
     )
-    learnt, judged = _read_blocks(info.path, texts, held_out, settings)
+    training, judging = _read_blocks(info.path, texts, held_out, settings)
     key = {
         "step": "tune",
         "source": fingerprint(info.path),
-        "teacher": fingerprint(guide.path),
+        "teacher": fingerprint(teacher_info.path),
         "settings": settings_dict(settings),
         "versions": installed_versions(),
-        "texts": blocks_digest(learnt),
-        "held_out": blocks_digest(judged),
+        "texts": training.digest,
+        "held_out": judging.digest,
     }
-    with working(target, key) as work:
-        run = _Run(info.path, guide.path, settings)
-        before, after = run.tune(learnt, judged, work)
+    with working(target, key, anew=overwrite) as work:
+        tuner = _Tuner(info.path, teacher_info.path, settings)
+        before, after = tuner.tune(training, judging, work)
         if after.kl >= before.kl:
             # The same call would end the same way: there is nothing to resume.
             shutil.rmtree(work)
             raise TrainingError(
-                f"tuning took the KL to {teacher} from {before.kl:.5f} to {after.kl:.5f} nats; "
-                f"lower learning_rate (now {settings.learning_rate:g}) or leave the model as it is"
+                f"tuning changed the KL to {teacher} from {before.kl:.5f} to {after.kl:.5f} nats; "
+                "the tuned model is not published; lower learning_rate (now "
+                f"{settings.learning_rate:g}) or use the model as it is"
             )
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
-        run.write(result)
+        tuner.write(result)
         add_lineage(
             result,
             step="tune",
             settings=settings,
             source=info.path,
-            teacher=str(guide.path),
+            teacher=str(teacher_info.path),
             before=asdict(before),
             after=asdict(after),
         )
@@ -143,33 +143,33 @@ def tune(
 def _read_blocks(
     folder: Path, texts: Texts, held_out: Texts | None, settings: TuningSettings
 ) -> tuple[TokenBlocks, TokenBlocks]:
-    """Blocks to learn from and blocks to judge on, all with something to predict."""
+    """Blocks to train on and blocks to measure on, all with something to predict."""
     vocabulary = load_vocabulary(folder)
 
-    def blocks_of(given: Texts, most: int) -> TokenBlocks:
-        documents = read_documents(given, vocabulary, limit=most * settings.block_length)
+    def read_blocks(some_texts: Texts, count: int) -> TokenBlocks:
+        documents = read_documents(some_texts, vocabulary, limit=count * settings.block_length)
         blocks = pack(documents, settings.block_length)
         return blocks[np.flatnonzero(blocks.kept.any(axis=1))]
 
-    wanted, judging = settings.steps * settings.batch_size, settings.held_out_blocks
+    most, apart = settings.steps * settings.batch_size, settings.held_out_blocks
     if held_out is not None:
-        learnt, judged = blocks_of(texts, wanted), blocks_of(held_out, judging)[:judging]
+        training, judging = read_blocks(texts, most), read_blocks(held_out, apart)[:apart]
     else:
-        blocks = blocks_of(texts, wanted + judging)
-        judging = min(judging, len(blocks) // 2)
-        learnt, judged = blocks[: len(blocks) - judging], blocks[len(blocks) - judging :]
-    for name, found in (("texts", learnt), ("held_out", judged)):
-        if not len(found):
+        blocks = read_blocks(texts, most + apart)
+        boundary = len(blocks) - min(apart, len(blocks) // 2)
+        training, judging = blocks[:boundary], blocks[boundary:]
+    for name, blocks in (("texts", training), ("held_out", judging)):
+        if not len(blocks):
             raise TextError(f"{name} fill no block of {settings.block_length} tokens; give more")
-    return learnt, judged
+    return training, judging
 
 
-class _Run:
-    """A quantized model whose scales learn, and its teacher."""
+class _Tuner:
+    """A quantized model whose scales are trained, and its teacher."""
 
-    def __init__(self, folder: Path, guide: Path, settings: TuningSettings) -> None:
+    def __init__(self, folder: Path, teacher: Path, settings: TuningSettings) -> None:
         self.folder, self.settings = folder, settings
-        self.teacher = load_pytorch(guide)
+        self.teacher = load_pytorch(teacher)
         self.teacher.requires_grad_(False)
         self.model = load_pytorch(folder)
         self.model.requires_grad_(False)
@@ -182,75 +182,76 @@ class _Run:
         for parameter in self.norms.values():
             parameter.requires_grad_(True)
 
-    def tune(self, learnt: TokenBlocks, judged: TokenBlocks, work: Path) -> tuple[Closeness, ...]:
-        """Take all steps; the closeness to the teacher before and after."""
+    def tune(
+        self, training: TokenBlocks, judging: TokenBlocks, work: Path
+    ) -> tuple[Fidelity, Fidelity]:
+        """Take all steps; the fidelity to the teacher before and after."""
         settings = self.settings
-        asked = predict(self.teacher, judged)
+        references = {"teacher": predict(self.teacher, judging)}
 
-        def closeness() -> Closeness:
+        def fidelity() -> Fidelity:
             with torch.inference_mode():
-                found = compare({"teacher": asked}, {"": predict(self.model, judged)}, judged)
-            return found[""]["teacher"]
+                model = {"tuned": predict(self.model, judging)}
+                return compare(references, model, judging)["tuned"]["teacher"]
 
-        before = closeness()
-        # A norm's gain of 0.1 and one of 10 change by the same share in a step, as scales do.
+        before = fidelity()
+        # A norm's weight of 0.1 and one of 10 change by the same share in a step, as scales do.
         start = {name: parameter.detach().clone() for name, parameter in self.norms.items()}
-        shares = {name: torch.ones_like(value) for name, value in start.items()}
-        moved = [linear.gain for linear in self.linears.values()] + list(shares.values())
-        optimizer = torch.optim.Adam(moved, lr=settings.learning_rate, betas=(0.9, 0.95))
+        factors = {name: torch.ones_like(value) for name, value in start.items()}
+        trained = [linear.gain for linear in self.linears.values()] + list(factors.values())
+        optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, betas=(0.9, 0.95))
         done = _load_state(work, optimizer)
-        self._set_norms(start, shares)
+        self._set_norms(start, factors)
         with track("Tuning", total=settings.steps, unit="steps", done=done) as progress:
             for step in range(done, settings.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate_at(
                         step, settings.steps, peak=settings.learning_rate, warmup=_WARMUP
                     )
-                loss = self._step(
-                    learnt[blocks_of_step(step, len(learnt), settings.batch_size, settings.seed)]
-                )
-                for name, share in shares.items():
+                rows = blocks_of_step(step, len(training), settings.batch_size, settings.seed)
+                loss = self._add_gradients(training[rows])
+                for name, factor in factors.items():
                     gradient = self.norms[name].grad
-                    share.grad = None if gradient is None else gradient * start[name]
+                    factor.grad = None if gradient is None else gradient * start[name]
                     self.norms[name].grad = None
                 optimizer.step()
                 optimizer.zero_grad()
-                self._set_norms(start, shares)
+                self._set_norms(start, factors)
                 if (step + 1) % _STEPS_BETWEEN_STATES == 0:
                     _save_state(work, optimizer, step + 1)
                 progress.advance(1, f"KL {loss:.4f}")
         self._round()
-        return before, closeness()
+        return before, fidelity()
 
-    def _set_norms(self, start: dict[str, Tensor], shares: dict[str, Tensor]) -> None:
+    def _set_norms(self, start: dict[str, Tensor], factors: dict[str, Tensor]) -> None:
         for name, parameter in self.norms.items():
-            parameter.data = start[name] * shares[name]
+            parameter.data = start[name] * factors[name]
 
-    def _step(self, blocks: TokenBlocks) -> float:
+    def _add_gradients(self, blocks: TokenBlocks) -> float:
         """Add up the gradient of KL(teacher || model), a mean over the tokens of some blocks."""
         total = int(blocks.kept.sum())
         loss = 0.0
         for row in range(len(blocks)):
             part = blocks[row : row + 1]
-            guide = predict(self.teacher, part)
-            ids, places, kept = (
+            teacher = predict(self.teacher, part)
+            ids, positions, kept = (
                 torch.from_numpy(np.ascontiguousarray(array))
                 for array in (part.ids, part.position_ids, part.kept)
             )
             body, head = cast(Any, self.model).model, cast(Any, self.model).lm_head
-            hidden = body(input_ids=ids, position_ids=places, use_cache=False)[0][kept]
-            share = torch.zeros(())
+            hidden = body(input_ids=ids, position_ids=positions, use_cache=False)[0][kept]
+            kl = torch.zeros(())
             for first in range(0, len(hidden), _ROWS_AT_ONCE):
                 rows = slice(first, first + _ROWS_AT_ONCE)
-                share = share + checkpoint(
-                    _kl_sum, hidden[rows], head, guide, rows, use_reentrant=False
+                kl = kl + checkpoint(
+                    _kl_through_head, hidden[rows], head, teacher, rows, use_reentrant=False
                 )
-            (share / total).backward()
-            loss += float(share.detach()) / total
+            (kl / total).backward()
+            loss += float(kl.detach()) / total
         return loss
 
     def _round(self) -> None:
-        """Give all that learnt the values that the folder will hold."""
+        """Round everything that was trained to the values that the folder will hold."""
         for name, tensor in self._tuned().items():
             module, _, last = name.rpartition(".")
             if last == "scales":
@@ -263,14 +264,14 @@ class _Run:
     def _tuned(self) -> dict[str, Tensor]:
         """The tensors that changed, by name, in the types that they are stored in."""
         files = TensorFiles(self.folder)
-        found = {f"{name}.scales": linear.tuned_scales() for name, linear in self.linears.items()}
-        found |= {name: parameter.detach() for name, parameter in self.norms.items()}
+        tuned = {f"{name}.scales": linear.tuned_scales() for name, linear in self.linears.items()}
+        tuned |= {name: parameter.detach() for name, parameter in self.norms.items()}
         return {
-            name: tensor.to(getattr(torch, files.dtype(name))) for name, tensor in found.items()
+            name: tensor.to(getattr(torch, files.dtype(name))) for name, tensor in tuned.items()
         }
 
     def write(self, result: Path) -> None:
-        """Write the folder anew, with what has changed in place of what was there."""
+        """Write the weights with the tuned tensors, and copy the rest of the folder."""
         tuned = self._tuned()
         with TensorWriter(result) as writer:
             for name, tensor in stored_tensors(self.folder):
@@ -281,23 +282,21 @@ class _Run:
         copy_companions(self.folder, result)
 
 
-def _kl_sum(hidden: Tensor, head: nn.Module, guide: Any, rows: slice) -> Tensor:
-    """Sum of KL(teacher || model) over some positions."""
-    wanted = guide.logits(rows).log_softmax(-1)
-    found = head(hidden).log_softmax(-1)
-    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+def _kl_through_head(hidden: Tensor, head: nn.Module, teacher: Predictions, rows: slice) -> Tensor:
+    """Sum of KL(teacher || model) over some positions, from the model's last hidden states."""
+    return kl_sum(teacher.logits(rows), head(hidden))
 
 
 def _replace_linears(model: PreTrainedModel, folder: Path) -> Iterator[tuple[str, ScaledLinear]]:
-    """Put codes with scales that learn in the place of a model's float matrices."""
+    """Replace a model's float matrices by codes with trainable scales."""
     layout = read_quantization(read_config(folder))
     assert layout is not None, "open_folder calls a folder gptq only by its quantization"
     files = TensorFiles(folder)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and f"{name}.qweight" in files and name != HEAD:
-            made = ScaledLinear(read_quantized(files, name, layout), module.bias)
-            model.set_submodule(name, made)
-            yield name, made
+            linear = ScaledLinear(read_quantized(files, name, layout), module.bias)
+            model.set_submodule(name, linear)
+            yield name, linear
 
 
 def _save_state(work: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -317,7 +316,7 @@ def _save_state(work: Path, optimizer: torch.optim.Optimizer, step: int) -> None
 
 
 def _load_state(work: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Go on from the state on disk, if there is one; the steps that it has taken."""
+    """Load the state on disk, if there is one; the steps that were taken."""
     from safetensors import safe_open
 
     if not (work / "state.safetensors").is_file():

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mistill.errors import ArchitectureError, SettingsError, TargetExistsError
 from mistill.folders.folder import describe, read_json
@@ -25,15 +25,17 @@ from mistill.progress import track
 from mistill.settings import settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
-from quantize.calibration_text import blocks_digest, draw_blocks, names_of
+from quantize.calibration_text import draw_blocks, names_of
 from quantize.folders.float_model import open_float
 from quantize.folders.gptq_folder import to_gptq
 from quantize.folders.rounding_folder import to_rounding
-from quantize.measuring.judging import open_teacher
-from quantize.measuring.measuring import measure, predictions
+from quantize.measuring.fidelity import measure, open_teacher, predictions
 from quantize.mixed.mixed_folder import to_mixed, uniform_bytes
 from quantize.nf4.nf4_folder import to_nf4
 from quantize.settings import GptqSettings, SweepSettings, Variant
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SWEEP_FILE = "sweep.json"
 
@@ -151,7 +153,7 @@ def sweep(
     key = {
         "source": fingerprint(model.folder),
         "teacher": None if teacher_folder is None else fingerprint(teacher_folder),
-        "texts": [blocks_digest(calibration), blocks_digest(blocks)],
+        "texts": [calibration.digest, blocks.digest],
         "settings": settings_dict(replace(settings, variants=())),
         "versions": installed_versions(),
     }
@@ -294,3 +296,65 @@ def _command(
         words += ["--texts", name]
     words += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     return shlex.join(words)
+
+
+# --- as a table -----------------------------------------------------------------------------------
+
+
+def sweep_table(report: SweepReport) -> Table:
+    """Draw a sweep as a table: the size of each variant, and what it costs.
+
+    Args:
+        report: What was measured.
+
+    Returns:
+        A table, a line for each variant.
+    """
+    from rich.table import Table
+
+    has_teacher = any(row.teacher_kl is not None for row in report.rows)
+    table = Table(
+        title=f"{report.folder.name}: {report.tokens:,} held-out tokens, the float model has "
+        f"{report.source_bytes / 1e6:.1f} MB and perplexity {report.source_perplexity:.2f}",
+        caption="variants in grey are no better than another of as few bytes",
+    )
+    table.add_column("variant")
+    for name in (
+        "MB",
+        "bits a weight",
+        "KL to source",
+        *(["KL to teacher"] if has_teacher else []),
+    ):
+        table.add_column(name, justify="right")
+    for name in ("perplexity", "same token"):
+        table.add_column(name, justify="right")
+    table.add_column("beaten by")
+    for row in report.rows:
+        error = row.kl_standard_error
+        cells = [
+            row.name,
+            f"{row.weight_bytes / 1e6:.1f}",
+            f"{row.bits_per_weight:.2f}",
+            f"{row.kl:.4f}" + ("" if error is None else f" \u00b1 {error:.4f}"),
+            *([f"{row.teacher_kl:.4f}"] if row.teacher_kl is not None else []),
+            f"{row.perplexity:.2f}",
+            f"{row.agreement:.1%}",
+            row.dominated_by or "",
+        ]
+        table.add_row(*cells, style="dim" if row.dominated_by else "")
+    return table
+
+
+def sweep_notes(report: SweepReport) -> str:
+    """The commands that make the variants worth having, and why others were left out.
+
+    Args:
+        report: What was measured.
+
+    Returns:
+        A line for each of them.
+    """
+    worth = [f"{row.name}: {row.command}" for row in report.rows if row.dominated_by is None]
+    return "\n".join(
+        [*worth, *(f"{name} was left out: {reason}" for name, reason in report.skipped.items())]
+    )

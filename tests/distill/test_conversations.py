@@ -298,7 +298,7 @@ def test_what_was_written_down_is_not_written_again(
     assert len(answered) == len(PROMPTS)
 
 
-def test_other_settings_or_prompts_begin_anew(
+def test_other_settings_begin_anew_where_overwriting_is_asked_for(
     talker: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     target = tmp_path / "a.jsonl"
@@ -314,10 +314,41 @@ def test_other_settings_or_prompts_begin_anew(
     monkeypatch.setattr(module, "write_replies", interrupted)
     for options in ({"seed": 1}, {"seed": 2}, {"seed": 2, "temperature": 0.1}):
         with pytest.raises(KeyboardInterrupt):
-            generate_conversations(talker, prompts, target, max_new_tokens=4, **options)
+            generate_conversations(
+                talker, prompts, target, max_new_tokens=4, overwrite=True, **options
+            )
         [work] = tmp_path.glob(".a.jsonl.*")
         assert (work / "replies.jsonl").read_bytes().count(b"\n") == 16
         assert json.loads((work / "key.json").read_text())["settings"]["seed"] == options["seed"]
+
+
+def test_another_batch_size_resumes_and_another_seed_is_refused(
+    talker: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    target = tmp_path / "a.jsonl"
+    write = module.write_replies
+    answered: list[int] = []
+
+    def interrupted(model: Any, batch: Any, *rest: Any) -> Any:
+        if len(answered) >= 16:
+            raise KeyboardInterrupt
+        answered.extend(range(len(batch)))
+        return write(model, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_replies", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate_conversations(talker, prompts, target, max_new_tokens=4, batch_size=8)
+
+    def counting(model: Any, batch: Any, *rest: Any) -> Any:
+        answered.extend(range(len(batch)))
+        return write(model, batch, *rest)
+
+    monkeypatch.setattr(module, "write_replies", counting)
+    with pytest.raises(SettingsError, match="seed is 1 and was 0"):
+        generate_conversations(talker, prompts, target, max_new_tokens=4, batch_size=4, seed=1)
+    generate_conversations(talker, prompts, target, max_new_tokens=4, batch_size=4)
+    assert len(answered) == len(PROMPTS)
 
 
 def test_two_at_once_are_refused(talker: Path, prompts: Path, tmp_path: Path):

@@ -36,10 +36,10 @@ _KERNEL = ("tests/distill/loss/test_triton_kernel.py",)
 _SCHEDULE = ("tests/mistill/training/test_schedule.py",)
 _TEXT = ("tests/mistill/text/test_text.py",)
 _KL = ("tests/mistill/measures/test_kl.py",)
-_GPTQ = ("tests/quantize/test_gptq.py",)
-_GRID = ("tests/quantize/test_grid.py", "tests/quantize/test_gptq.py")
+_GPTQ = ("tests/quantize/gptq/test_gptq.py",)
+_GRID = ("tests/mistill/weights/test_grid.py", "tests/quantize/gptq/test_gptq.py")
 _PACKING = ("tests/mistill/weights/test_gptq_layout.py",)
-_NF4 = ("tests/quantize/test_nf4_codec.py",)
+_NF4 = ("tests/quantize/nf4/test_nf4_codec.py",)
 _GRAPH = ("tests/export/graph/test_graph.py",)
 _PORTABLE = ("tests/export/graph/test_portable.py",)
 _ENGINE = ("tests/mistill/engine/test_engine.py",)
@@ -68,7 +68,7 @@ MUTATIONS = (
         "mistill/text/blocks.py",
         "self.mask[:, 1:] & same &",
         "self.mask[:, 1:] &",
-        _TEXT,
+        ("tests/distill/training/test_evaluation.py",),
     ),
     Mutation(
         "positions go on from one document to the next",

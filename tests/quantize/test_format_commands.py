@@ -9,7 +9,7 @@ import pytest
 
 from mistill.cli.app import main
 from tests.gptq_matrix import Way, simple_folder
-from tests.quantize.test_merging import make_adapter
+from tests.quantize.conversions.test_merging import make_adapter
 
 WAY = Way(4, False, 32, "none", "float16")
 SMALL = ("--group-size", "32", "--samples", "4", "--block-length", "32")

@@ -205,7 +205,7 @@ def test_layers_are_calibrated_on_what_the_rounded_embedding_sends_them(
 
 
 def test_a_head_is_quantized_for_what_reaches_it(chats: Path, tmp_path: Path) -> None:
-    from tests.quantize.test_folders import divergence
+    from tests.quantize.folders.test_gptq_folder import divergence
 
     source = tiny_model(tmp_path / "source", model_type="llama", seed=6)
     kept = (".*: keep",)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import distill
 from distill.loss.batches import make_batch
@@ -372,18 +372,128 @@ os._exit(0)
         finished += 1
 
 
-def test_other_settings_do_not_resume_an_interrupted_run(
+def interrupt(
+    patch: pytest.MonkeyPatch, target: Path, teacher: Path, model: Path, chats: Path
+) -> None:
+    """Leave a run of ``QUICK`` with a checkpoint and two steps more, as a kill does."""
+    with patch.context() as killing:
+        kill_when(killing, trainer, "accumulate_gradients", 6, after=False)
+        with pytest.raises(Killed):
+            distill.train(model, target, teacher=teacher, texts=chats, **QUICK)
+
+
+def first_step(target: Path) -> int:
+    """The first step of the last call, by the seconds that it noted."""
+    lines = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
+    return int(next(line["step"] for line in lines if "loss" in line))
+
+
+def test_other_settings_are_refused_where_a_run_was_interrupted_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Path, model: Path, chats: Path
 ) -> None:
     target = tmp_path / "student"
-    with monkeypatch.context() as patch:
-        kill_when(patch, trainer, "accumulate_gradients", 6, after=False)
-        with pytest.raises(Killed):
-            distill.train(model, target, teacher=teacher, texts=chats, **QUICK)
+    interrupt(monkeypatch, target, teacher, model, chats)
+    work = tmp_path / ".student.working"
+    before = {file: file.stat().st_mtime_ns for file in work.rglob("*") if file.name != "lock"}
+    with pytest.raises(SettingsError, match=r"seed is 1 and was 0.*remove .*\.student\.working"):
+        distill.train(model, target, teacher=teacher, texts=chats, **{**QUICK, "seed": 1})
+    after = {file: file.stat().st_mtime_ns for file in work.rglob("*") if file.name != "lock"}
+    assert after == before
+
+
+def test_a_run_with_other_settings_begins_anew_where_overwriting_is_asked_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    teacher: Path,
+    model: Path,
+    chats: Path,
+) -> None:
+    target = tmp_path / "student"
+    interrupt(monkeypatch, target, teacher, model, chats)
     options = {**QUICK, "tokens": 600, "seed": 1}
-    distill.train(model, target, teacher=teacher, texts=chats, **options)
-    lines = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
-    assert next(line["step"] for line in lines if "loss" in line) == 1
+    distill.train(model, target, teacher=teacher, texts=chats, overwrite=True, **options)
+    assert first_step(target) == 1
+    assert "begins anew: " in caplog.text
+    assert "seed is 1 and was 0, tokens is 600 and was 1500" in caplog.text
+
+
+def test_settings_that_do_not_change_the_result_do_not_change_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    teacher: Path,
+    model: Path,
+    chats: Path,
+) -> None:
+    caplog.set_level("INFO")
+    target = tmp_path / "student"
+    interrupt(monkeypatch, target, teacher, model, chats)
+    others = {
+        "micro_batch_size": QUICK["batch_size"],
+        "checkpoint_every": 5,
+        "evaluate_every": 0,
+        "loss_memory_mib": 1.0,
+    }
+    assert all(QUICK.get(name) != value for name, value in others.items())
+    distill.train(model, target, teacher=teacher, texts=chats, **{**QUICK, **others})
+    assert "resuming after step" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    teacher: Path,
+    model: Path,
+    chats: Path,
+) -> None:
+    target = tmp_path / "student"
+    interrupt(monkeypatch, target, teacher, model, chats)
+    (checkpoint,) = (tmp_path / ".student.working").glob("checkpoint-*")
+    optimizer = checkpoint / "optimizer.bin"
+    optimizer.write_bytes(optimizer.read_bytes()[:100])
+    distill.train(model, target, teacher=teacher, texts=chats, **QUICK)
+    assert "is damaged and is passed over" in caplog.text
+    assert first_step(target) == 1
+    assert hidden_beside(target) == []
+
+
+def test_a_teacher_without_numbers_is_named_and_the_best_student_is_kept(
+    tmp_path: Path, teacher: Path, model: Path, chats: Path
+) -> None:
+    import shutil
+
+    broken = shutil.copytree(teacher, tmp_path / "teacher")
+    vocabulary = load_vocabulary(broken)
+    rare = vocabulary.encode("\u00a5")[-1]
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.embed_tokens.weight"][rare] = float("inf")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    talks = [
+        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": answer}]
+        for i in range(60)
+        for answer in ["It costs \u00a5 5." if i == 40 else f"A number, {i}, small as the wind."]
+    ]
+    texts, held_out = tmp_path / "texts.jsonl", tmp_path / "held-out.jsonl"
+    for file, part in ((texts, talks), (held_out, talks[:10])):
+        file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in part))
+    with pytest.raises(TrainingError) as raised:
+        distill.train(
+            model,
+            tmp_path / "out",
+            teacher=broken,
+            texts=texts,
+            held_out=held_out,
+            **{**QUICK, "tokens": 4000, "evaluate_every": 1, "block_length": 64},
+        )
+    message = str(raised.value)
+    assert "the teacher's logits are not finite" in message
+    assert "document 41 of the texts" in message
+    kept = Path(message.rpartition(" kept in ")[2])
+    assert load_pytorch(kept).config.vocab_size == vocabulary.size
+    assert load_vocabulary(kept).fingerprint() == vocabulary.fingerprint()
+    assert not (tmp_path / "out").exists()
 
 
 # --- the student that is kept -------------------------------------------------------------------

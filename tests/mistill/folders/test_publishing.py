@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from mistill.errors import FolderError, TargetExistsError
-from mistill.folders.publishing import creating, publish, working
+from mistill.errors import FolderError, SettingsError, TargetExistsError
+from mistill.folders import publishing
+from mistill.folders.publishing import (
+    creating,
+    creating_file,
+    publish,
+    working,
+    write_atomically,
+)
 
 
 def hidden(folder: Path) -> list[str]:
@@ -155,8 +162,52 @@ def test_working_folders_outlive_an_interruption_and_go_when_published(tmp_path)
 def test_a_working_folder_of_other_settings_is_not_reused(tmp_path):
     with working(tmp_path / "target", {"seed": 1}) as work:
         (work / "state").write_text("old")
-    with working(tmp_path / "target", {"seed": 2}) as work:
+    with (
+        pytest.raises(SettingsError, match="seed has changed"),
+        working(tmp_path / "target", {"seed": 2}),
+    ):
+        pytest.fail("state of other work was used")
+    assert (work / "state").read_text() == "old"
+    with working(tmp_path / "target", {"seed": 2}, anew=True) as work:
         assert not (work / "state").exists()
+
+
+def test_a_damaged_note_of_a_working_folder_is_other_work(tmp_path):
+    with working(tmp_path / "target", {"seed": 1}) as work:
+        (work / "state").write_text("old")
+    (work / "key.json").write_text("[")
+    with (
+        pytest.raises(SettingsError, match="begun with other settings"),
+        working(tmp_path / "target", {"seed": 1}),
+    ):
+        pytest.fail("state of other work was used")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be synced")
+def test_the_folder_that_holds_a_new_name_is_synced_after_the_renaming(tmp_path, monkeypatch):
+    events = []
+    rename, replace = Path.rename, Path.replace
+    monkeypatch.setattr(
+        publishing, "sync_folder", lambda folder: events.append(("sync", Path(folder)))
+    )
+    for name, move in (("rename", rename), ("replace", replace)):
+
+        def noted(self, to, move=move):
+            events.append(("rename", Path(to)))
+            return move(self, to)
+
+        monkeypatch.setattr(Path, name, noted)
+    with creating(tmp_path / "folder") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "file").write_text("text")
+    with creating_file(tmp_path / "file") as partial:
+        partial.write_text("text")
+    write_atomically(tmp_path / "small", "text")
+    for name in ("folder", "file", "small"):
+        place = events.index(("rename", tmp_path / name))
+        assert events[place + 1] == ("sync", tmp_path)
+    before = events[: events.index(("rename", tmp_path / "folder"))]
+    assert "inner" in {folder.name for kind, folder in before if kind == "sync"}
 
 
 def test_two_processes_do_not_work_on_one_target(tmp_path):

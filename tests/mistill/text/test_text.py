@@ -704,6 +704,24 @@ def test_packing_nothing_and_packing_into_nothing_are_refused():
         pack(numbered([3]), 1)
 
 
+def test_blocks_that_differ_in_anything_have_different_digests():
+    blocks = pack([Document(np.arange(1, 9), np.ones(8, bool))], 16)
+    same = TokenBlocks(blocks.ids.copy(), blocks.mask.copy(), blocks.documents.copy())
+    assert same.digest == blocks.digest
+
+    other_ids, other_mask = blocks.ids.copy(), blocks.mask.copy()
+    other_documents = blocks.documents + 1
+    other_ids[0, 3] += 1
+    other_mask[0, 3] = False
+    others = [
+        TokenBlocks(other_ids, blocks.mask, blocks.documents),
+        TokenBlocks(blocks.ids, other_mask, blocks.documents),
+        TokenBlocks(blocks.ids, blocks.mask, other_documents),
+        TokenBlocks(blocks.ids.T, blocks.mask.T, blocks.documents.T),
+    ]
+    assert len({blocks.digest, *(other.digest for other in others)}) == 5
+
+
 def test_many_documents_are_packed_tightly():
     lengths = np.random.default_rng(0).integers(2, 600, 5000)
     packed = pack([Document(np.ones(n, np.int64), np.ones(n, bool)) for n in lengths], 512)

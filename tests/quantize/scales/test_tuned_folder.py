@@ -1,0 +1,204 @@
+"""Scales and norms that learn from a teacher, and codes that do not move."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import quantize
+from mistill.errors import FolderError, SettingsError, TextError, TrainingError, VocabularyError
+from mistill.folders.lineage import read_lineage
+from mistill.weights.gptq_layout import QuantizedWeight
+from mistill.weights.scaled_linear import ScaledLinear
+from quantize.scales import tuned_folder as tuning
+from tests.tiny import SENTENCES, tiny_model
+
+OPTIONS: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 2,
+    "block_length": 32,
+    "learning_rate": 1e-2,
+    "held_out_blocks": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("\n\n".join(SENTENCES * 12), "utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def rough(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    target = tmp_path_factory.mktemp("rough") / "rough"
+    return quantize.to_rounding(model, target, bits=3, group_size=32)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_gradient_of_scales_is_that_of_the_weight_they_make(ordered: bool) -> None:
+    rng = np.random.default_rng(0)
+    g_idx = np.repeat(np.arange(2), 8) if ordered else rng.permutation(np.repeat(np.arange(2), 8))
+    weight = QuantizedWeight(
+        codes=rng.integers(0, 16, (6, 16)).astype(np.uint8),
+        scales=rng.uniform(0.1, 0.3, (6, 2)).astype(np.float16),
+        zeros=rng.integers(5, 10, (6, 2)).astype(np.uint8),
+        g_idx=g_idx.astype(np.int32),
+        bits=4,
+        group_size=8,
+    )
+    bias = torch.randn(6)
+    module = ScaledLinear(weight, bias)
+    with torch.no_grad():
+        module.gain.uniform_(0.8, 1.2)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    pull = torch.randn(3, 5, 6)
+
+    scales = torch.from_numpy(weight.scales.astype(np.float32))
+    gain = module.gain.detach().clone().requires_grad_(True)
+    steps = weight.codes.astype(np.float32) - weight.zeros[:, g_idx].astype(np.float32)
+    W = torch.from_numpy(steps) * (scales * gain.T)[:, torch.from_numpy(g_idx)]
+    wanted = nn.functional.linear(x, W, bias)
+    found = module(x)
+
+    torch.testing.assert_close(found, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, [x, module.gain], pull),
+        torch.autograd.grad(wanted, [x, gain], pull),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module.tuned_scales(), (scales.T * gain).detach())
+
+
+def test_a_tuned_model_is_closer_and_has_the_same_codes(
+    tmp_path: Path, rough: Path, model: Path, texts: Path
+) -> None:
+    made = quantize.tune(rough, tmp_path / "tuned", teacher=model, texts=texts, **OPTIONS)
+
+    step = read_lineage(made)[-1]
+    assert step["step"] == "tune"
+    assert step["after"]["kl"] < 0.92 * step["before"]["kl"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (rough, made))
+    assert list(before) == list(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in changed} == {"scales", "weight"}
+    assert all("norm" in name for name in changed if name.endswith("weight"))
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    # What was judged is what lies there.
+    assert measured(model, made, texts) == pytest.approx(step["after"]["kl"], rel=1e-5)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (rough, made)]
+    assert configs[0] == configs[1]
+
+
+def measured(model: Path, made: Path, texts: Path) -> float:
+    from mistill.measures.kl import compare, predict
+    from mistill.pytorch.loading import load_pytorch
+    from quantize.settings import TuningSettings
+
+    _, judged = tuning._read_blocks(made, texts, None, TuningSettings(**OPTIONS))
+    asked, found = (predict(load_pytorch(folder), judged) for folder in (model, made))
+    return compare({"teacher": asked}, {"": found}, judged)[""]["teacher"].kl
+
+
+def test_the_learning_rate_is_above_0_in_every_step(
+    tmp_path: Path, rough: Path, model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    real = torch.optim.Adam.step
+
+    def recorded(self: Any, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    options = {**OPTIONS, "steps": 20, "batch_size": 1}
+    quantize.tune(rough, tmp_path / "tuned", teacher=model, texts=texts, **options)
+
+    assert len(rates) == 20
+    # A tenth of the steps rise to the peak; the cosine of the others ends a step short of 0.
+    assert rates[:3] == pytest.approx([0.005, 0.01, 0.01])
+    assert rates[11] == pytest.approx(0.01 / 2)
+    assert rates[-1] == pytest.approx(0.01 * (1 + math.cos(math.pi * 17 / 18)) / 2)
+    assert min(rates) > 0
+
+
+def test_norms_stay_where_they_are_asked_to(
+    tmp_path: Path, rough: Path, model: Path, texts: Path
+) -> None:
+    made = quantize.tune(
+        rough, tmp_path / "tuned", teacher=model, texts=texts, norms=False, **OPTIONS
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (rough, made))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in changed} == {"scales"}
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    tmp_path: Path, rough: Path, model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "steps": 14}
+    whole = quantize.tune(rough, tmp_path / "whole", teacher=model, texts=texts, **options)
+    real, taken = tuning._Tuner._add_gradients, [0]
+
+    def counted(self: Any, blocks: Any) -> float:
+        taken[0] += 1
+        if taken[0] == 13:
+            raise KeyboardInterrupt
+        return real(self, blocks)
+
+    monkeypatch.setattr(tuning._Tuner, "_add_gradients", counted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize.tune(rough, tmp_path / "parts", teacher=model, texts=texts, **options)
+    assert not (tmp_path / "parts").exists()
+    taken[0] = 100
+    parts = quantize.tune(rough, tmp_path / "parts", teacher=model, texts=texts, **options)
+
+    assert taken[0] == 104, "it went on from the tenth step"
+    name = "model.safetensors"
+    assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_tuning_that_does_harm_is_not_published(
+    tmp_path: Path, rough: Path, model: Path, texts: Path
+) -> None:
+    options = {**OPTIONS, "steps": 4, "learning_rate": 0.9}
+    with pytest.raises(TrainingError, match="lower learning_rate"):
+        quantize.tune(rough, tmp_path / "tuned", teacher=model, texts=texts, **options)
+    assert not list(tmp_path.iterdir()), "there is nothing that a second try could go on with"
+
+
+def test_what_is_wrong_is_said_at_once(
+    tmp_path: Path, rough: Path, model: Path, texts: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FolderError, match="give a GPTQ folder to tune"):
+        quantize.tune(model, out, teacher=model, texts=texts)
+    with pytest.raises(SettingsError, match="learning_rate must be above 0 and below 1"):
+        quantize.tune(rough, out, teacher=model, texts=texts, learning_rate=1.5)
+    with pytest.raises(SettingsError, match="does not fit the models' context of 512"):
+        quantize.tune(rough, out, teacher=model, texts=texts, block_length=513)
+    with pytest.raises(SettingsError, match="steps must be at least 1"):
+        quantize.tune(rough, out, teacher=model, texts=texts, steps=0)
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.", "utf-8")
+    with pytest.raises(TextError, match="fill no block"):
+        quantize.tune(rough, out, teacher=model, texts=short, **OPTIONS)
+    stranger = tiny_model(tmp_path / "stranger")
+    tokenizer = json.loads((stranger / "tokenizer.json").read_text("utf-8"))
+    words = tokenizer["model"]["vocab"]
+    first, second = list(words)[300:302]
+    words[first], words[second] = words[second], words[first]
+    (stranger / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    with pytest.raises(VocabularyError, match="different vocabularies"):
+        quantize.tune(rough, out, teacher=stranger, texts=texts)
+    assert not out.exists()

@@ -20,8 +20,8 @@ from mistill.engine.language_model import Choose
 from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
 from mistill.text.vocabulary import Vocabulary
 
-# As json.dumps writes, and most text that models have read. A schema may say otherwise under
-# x-guidance; free white space would let a model write nothing else until it is stopped.
+# White space as json.dumps writes it; a schema may set it under x-guidance. Arbitrary white space
+# would let a model write nothing else until it is stopped.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 _MARK = "\x02"
@@ -155,7 +155,7 @@ class ConstrainedChoice:
         """
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._complain()
-        # As bytes, a mask is the same on every machine that ONNX Runtime runs on.
+        # Every machine that ONNX Runtime runs on has the lowest byte first.
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._size]
         if not allowed.any():
             raise SettingsError(
@@ -188,8 +188,8 @@ class _Spellings:
             token for token in range(vocabulary.size) if vocabulary.is_special(token)
         ]
         self._vocabulary = vocabulary
-        # SentencePiece puts a space before a text; before a mark it does so too, and what follows
-        # the mark is then written as it is inside a text.
+        # SentencePiece puts a space before a text. A mark before the text takes that space, so that
+        # the text is tokenized as inside a longer one.
         self._mark = vocabulary.encode(_MARK)
         self._longest = max(len(spelled) for spelled in self.tokens)
         self._ids = {

@@ -139,7 +139,7 @@ class _PortableDecoder:
         if not isinstance(table, BlockWeight):
             rows = writer.stored("embedding.weight", table)
             return writer.node("Gather", [rows, ids], "embedding", axis=0), rows
-        # Gather reads no 4-bit codes: each has a byte of its own here.
+        # Gather does not support 4-bit codes, so that each has a byte of its own here.
         codes, zeros = table.steps()
         parts = [
             writer.node("Gather", [writer.stored(f"embedding.{name}", array), ids], name, axis=0)
@@ -190,7 +190,7 @@ class _PortableDecoder:
                 whole, f"present.{layer}.{tensor}", ["batch_size", kv_heads, "total", width]
             )
             heads[part] = writer.node("Unsqueeze", [whole, self._integers(2)], f"{name}.{tensor}")
-        # Query heads that share a key head stand side by side.
+        # Query heads that share a key head are adjacent.
         shape = self._integers(0, kv_heads, architecture.heads // kv_heads, -1, width)
         queries = writer.node("Reshape", [heads["q"], shape], f"{name}.groups")
         queries = writer.node(
@@ -283,7 +283,7 @@ class _PortableDecoder:
         """The float matrix (K, N) of codes whose scales run along K."""
         writer = self.writer
         steps, zeros = weight.steps()
-        # Opset 21 knows no codes of 2 bits; they are codes of 4 bits too.
+        # Opset 21 has no 2-bit codes; they are stored as 4-bit codes.
         four, eight = (
             (ir.DataType.INT4, ir.DataType.INT8)
             if zeros is None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LINEAGE_KEY = "mistill.folders.lineage"
 
-# llama.cpp's name for a model type, and whether it wants the rows of q and k in its own order.
+# llama.cpp's name of a model type, and whether the rows of q and k have llama.cpp's order.
 _ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -33,7 +33,7 @@ _ARCHITECTURES = {
     "qwen3": ("qwen3", False),
     "smollm3": ("smollm3", True),
 }
-# llama.cpp leaves every so many layers of a SmolLM3 without rotary positions, whatever a file says.
+# Every how many layers llama.cpp leaves one of a SmolLM3 without rotary embedding.
 _SMOLLM3_STEP = 4
 _FILE_TYPES = {
     "float32": "ALL_F32",
@@ -149,7 +149,7 @@ def _describe(
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rotary.parameters["factor"])
     if rotary.kind != "default":
-        # llama.cpp needs only the factors; this says how they are made, to read the file back.
+        # llama.cpp needs only the factors; the parameters are for reading the file back.
         writer.add_string(ROPE_KEY, json.dumps(rotary.parameters))
     if window is not None:
         writer.add_sliding_window(window)

@@ -15,7 +15,7 @@ from mistill.cost_model.products import Form, Kernel
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# These read a few rows of a table, where every other operator reads its weights from end to end.
+# These operators read a few rows of a table; all others read their weights completely.
 _ROW_READERS = {
     "Gather": (0,),
     "GatherBlockQuantized": (0, 2, 3),
@@ -24,7 +24,7 @@ _ROW_READERS = {
 _COSINE = 7
 _VIEWS = ("Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze", "Identity")
 
-# Per block of columns of a row, the integer kernels keep its scale and the sum of its weights.
+# For each block of a row, the integer kernels store its scale and the sum of its weights.
 _PACKED_BLOCK_BYTES = 8
 _INTEGER_LEVEL = 4
 _FORMS: dict[int, Form] = {4: "int4", 8: "int8"}
@@ -83,7 +83,7 @@ def step_cost(graph: ir.Graph) -> StepCost:
         for index, value in enumerate(node.inputs):
             tensor = constant(value)
             if tensor is None or tensor.dtype == ir.DataType.INT64:
-                continue  # what is computed, and the shapes and places that it is told
+                continue  # computed values, shapes and indices
             if index in _ROW_READERS.get(node.op_type, ()):
                 rows += tensor.nbytes // max(tensor.shape.numpy()[0], 1)
             else:
@@ -174,7 +174,7 @@ def _packed_bytes(node: ir.Node, index: int, tensor: ir.TensorProtocol) -> int:
     if node.op_type != "MatMulNBits" or not integer or index not in (2, 3):
         return tensor.nbytes
     if index == 3:
-        return 0  # zero points go into the sums
+        return 0  # zero points are part of the sums
     return int(tensor.size) * _PACKED_BLOCK_BYTES
 
 

@@ -107,7 +107,7 @@ def lint_file(file: str | Path) -> Lint:
         file: An .onnx file, whoever made it.
 
     Returns:
-        What was found.
+        The findings.
 
     Raises:
         MissingExtraError: If the package onnx-ir is not installed.
@@ -267,7 +267,7 @@ def _picks_positions(node: ir.Node) -> bool:
     if constant(node.inputs[0]) is not None:
         return False
     if node.op_type != "Slice":
-        # The order of columns, as a list that is stored, is gathered along the last axis.
+        # A gather of the columns by a stored order runs along the last axis.
         return node.attributes.get_int("axis", 0) in (0, 1)
     axes = constant(_input(node, 3))
     return axes is None or axes.numpy().tolist() in ([0], [1], [0, 1], [-2])

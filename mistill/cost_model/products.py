@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Form = Literal["int4", "int8", "dynamic_int8", "float32"]
 
 _MICROSOFT = "com.microsoft"
-# The difference between two products of matrices that a processor's cache holds is free of what
-# every run begins and ends with.
+# The difference between two products, of matrices that fit the processor's cache, is free of the
+# fixed cost of a run.
 ROWS, COLUMNS = (2048, 4096), 1024
 _SECONDS = 0.15
 

@@ -12,7 +12,7 @@ from mistill.engine.language_model import Provider
 from mistill.errors import FolderError, MissingExtraError
 from mistill.folders.folder import MANIFEST_FILE, read_json
 
-# What ONNX Runtime calls them; what one cannot run, the next does.
+# ONNX Runtime's names; an operator that one provider does not support runs on the next.
 _PROVIDERS: dict[str, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -62,7 +62,7 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # A plan of memory is kept for every shape of inputs, and each step has another one.
+    # ONNX Runtime would keep a memory plan for every input shape, and each step has another shape.
     options.enable_mem_pattern = False
     if not alone:
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -77,7 +77,7 @@ def open_session(
         ) from error
     wanted = _PROVIDERS[provider][0]
     if wanted not in session.get_providers():
-        # ONNX Runtime goes on without a provider whose libraries it cannot load.
+        # ONNX Runtime continues without a provider whose libraries it cannot load.
         raise MissingExtraError(
             f"{wanted} does not start, because its libraries or a driver are missing; install "
             "them, or use provider cpu"

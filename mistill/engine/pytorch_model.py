@@ -112,7 +112,7 @@ class PytorchModel:
 
         cache = DynamicCache(config=self.model.config)
         for _ in range(self.context_length - ids.shape[1]):
-            # Entered anew for each token: across a yield it would leak into the caller.
+            # Entered for each token: inference mode would leak to the caller across a yield.
             with torch.inference_mode():
                 output = self.model(
                     self._to_device(ids), past_key_values=cache, use_cache=True, logits_to_keep=1

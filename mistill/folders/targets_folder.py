@@ -140,7 +140,7 @@ def describe_targets(location: Location) -> TargetsInfo:
         location: Location of the folder.
 
     Returns:
-        What it holds.
+        The description.
 
     Raises:
         FolderError: If it is missing, unfinished or damaged.

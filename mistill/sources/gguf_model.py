@@ -46,12 +46,12 @@ _TABLES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 SHARD_BYTES = 4 << 30
 
-# Metadata that mistill's export adds where GGUF has no words.
+# Metadata of mistill's export for what GGUF does not define.
 ROPE_KEY = "mistill.rope_parameters"
-"""What config.json says of scaled rotary positions."""
+"""Entries of config.json for a scaled rotary embedding."""
 
 CONTEXT_KEY = "mistill.context_length"
-"""The context of a model with a window, of which llama.cpp is shown no more than the window."""
+"""The context of a model with a sliding window; for llama.cpp the window is the context."""
 
 
 def convert_gguf(file: Path, target: Path) -> None:
@@ -172,7 +172,7 @@ def _convert_weights(
 ) -> None:
     from safetensors.numpy import save_file
 
-    # Where the config says how they are made, it is read in their place.
+    # The config holds the parameters that these factors follow from.
     tensors = {name: tensor for name, tensor in tensors.items() if name != _ROPE_FACTORS}
     unknown = sorted(tensor for tensor in tensors if _transformers_name(tensor) is None)
     if unknown:
@@ -279,7 +279,7 @@ def _write_tokenizer(
         begin_with(tokenizer, first)
     tokenizer.save(str(target / "tokenizer.json"), pretty=False)
     settings = {
-        # A named class would cut words in its own way; this one takes tokenizer.json as it is.
+        # A specific class would replace the pre-tokenizer; this one takes tokenizer.json as it is.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": adds_bos,
         "clean_up_tokenization_spaces": False,

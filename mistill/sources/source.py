@@ -43,7 +43,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Some repositories hold a second copy of the weights, or other models in folders.
 _UNWANTED = ["consolidated*", "*/*"]
-# Part of the name of what is kept in the cache: raised when a conversion changes.
+# Version of the conversion, part of the names of cached folders.
 _CONVERSION = 1
 
 
@@ -147,7 +147,7 @@ def _download(name: str) -> Path:
 def _refuse_remote_code(folder: Path, name: str) -> None:
     file = folder / "config.json"
     if not file.is_file():
-        return  # the folder's own check says all that is missing
+        return  # open_folder lists everything that is missing
     auto_map = read_json(file).get("auto_map")
     if auto_map:
         raise ArchitectureError(
@@ -241,7 +241,7 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
     if adds_bos:
         begin_with(tokenizer, specials["bos_token"])
     tokenizer.save(str(target / "tokenizer.json"), pretty=False)
-    # A named class would cut words in its own way; this one takes tokenizer.json as it is.
+    # A specific class would replace the pre-tokenizer; this one takes tokenizer.json as it is.
     settings |= {
         **specials,
         "add_bos_token": adds_bos,

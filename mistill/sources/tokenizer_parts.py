@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 
 from mistill.errors import VocabularyError
 
-# How byte-level vocabularies cut text, by the names in llama.cpp's src/llama-vocab.cpp.
+# Pre-tokenizers of byte-level vocabularies, by their names in llama.cpp's src/llama-vocab.cpp.
 _GPT2 = ("gpt-2", "mpt", "olmo")
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva")
 _LLAMA3 = (
@@ -37,9 +37,9 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Vocabularies that cut by an expression and then merge pieces as ever.
+# Vocabularies that split by a regular expression before tokens are merged.
 _EXPRESSIONS = {"smaug-bpe": _LLAMA3, "dbrx": _LLAMA3, "qwen2": _QWEN2}
-# Vocabularies that look a whole word up before they merge its pieces.
+# Vocabularies that look up a whole word before its tokens are merged.
 _WHOLE_WORDS_FIRST = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
@@ -118,7 +118,7 @@ def word_cutter(pre_tokenizer: str, name: str) -> PreTokenizer:
         name: Name of the source, for the error.
 
     Returns:
-        What cuts text into words and writes their bytes as printable characters.
+        A pre-tokenizer that splits text into words and maps bytes to printable characters.
 
     Raises:
         VocabularyError: If the name is not known.

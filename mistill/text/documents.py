@@ -40,7 +40,7 @@ _ROLES = {
     "model": "assistant",
 }
 
-# Characters of a prompt that tell where the turn after it begins.
+# Number of last characters of a prompt that locate the reply in a rendered turn.
 _SEAM = 16
 
 

@@ -34,7 +34,7 @@ _FILES = (".txt", ".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 
 
-# Characters of a .txt file that are turned into tokens at once.
+# Size at which a long .txt file is split into documents.
 DOCUMENT_CHARACTERS = 2_000_000
 
 
@@ -176,7 +176,7 @@ def json_type(value: Any) -> str:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    # Brackets and stars in a file's own name are no pattern.
+    # Brackets and stars in a file name are not a pattern.
     file = glob.escape(str(path))
     with TemporaryDirectory() as cache:  # for a lock that datasets leaves behind
         yield from _dataset_rows(

@@ -116,10 +116,10 @@ def test_the_engine_writes_with_it(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("options", [{"model_type": "llama"}, {"num_key_value_heads": 4}], ids=str)
 def test_other_shapes_have_it_too(options: dict[str, Any], chats: Path, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", **options)
-    made = to_onnx(
+    exported = to_onnx(
         source, tmp_path / "onnx", precision="int8", cache="int8", cache_texts=(str(chats),)
     )
-    assert read_json(made / "manifest.json")["cache"]["kl_to_float"] < 2e-3
+    assert read_json(exported / "manifest.json")["cache"]["kl_to_float"] < 2e-3
 
 
 def test_scales_that_are_too_small_show(

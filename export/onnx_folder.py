@@ -94,7 +94,7 @@ def to_onnx(
         ExportError: If the graph's logits are not PyTorch's.
     """
     chosen = settings_from(OnnxSettings, settings, options)
-    path = refuse_existing(target, overwrite)
+    path = refuse_existing(target, overwrite, [source])
     info = open_folder(resolve_model(source))
     if info.form == "onnx":
         raise FolderError(f"{source} is an ONNX folder already; give a model folder")

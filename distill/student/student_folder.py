@@ -88,7 +88,7 @@ def new_student(
         TargetExistsError: If the target exists.
     """
     settings = settings_from(StudentSettings, settings, options)
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, [teacher])
     info = open_folder(resolve_model(teacher))
     require_readable(info)
     config = read_json(info.path / "config.json")

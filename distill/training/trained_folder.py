@@ -102,20 +102,19 @@ def train(
         MissingExtraError: If a library is asked for that is not installed.
     """
     settings = settings_from(TrainSettings, settings, options)
-    target = refuse_existing(target, overwrite)
+    sources = [path for path in (student, teacher, targets) if path is not None]
+    target = refuse_existing(target, overwrite, sources)
     _require_one_teacher(teacher, targets, settings)
     _require_libraries(settings)
     for given in (texts, held_out):
         if given is not None:
             check_texts(given)
     student_info = _student_folder(student)
-    _refuse_same_place(target, student_info, "student")
     vocabulary = load_vocabulary(student_info.path)
     longest = student_info.context_length
     teacher_info = None
     if teacher is not None:
         teacher_info = _teacher_folder(teacher, settings)
-        _refuse_same_place(target, teacher_info, "teacher")
         _refuse_same_model(student, student_info, teacher, teacher_info)
         _require_shared(vocabulary, student_info, teacher_info)
         longest = min(longest, teacher_info.context_length)
@@ -243,11 +242,6 @@ def _require_one_process(settings: TrainSettings, processes: int) -> None:
         f"teacher_device_map lets one process use all GPUs, and there are {processes} processes; "
         "start one process, or set divide_teacher",
     )
-
-
-def _refuse_same_place(target: Path, info: FolderInfo, role: str) -> None:
-    if info.path.resolve() == target.resolve():
-        raise FolderError(f"the target {target} is the {role} itself; choose another target")
 
 
 def _refuse_same_model(

@@ -76,7 +76,7 @@ def to_gguf(
         ExportError: If a weight does not fit its type.
     """
     chosen = settings_from(GgufSettings, settings, options)
-    with creating_file(target, overwrite) as partial:
+    with creating_file(target, overwrite, [source]) as partial:
         info = open_folder(resolve_model(source))
         if info.form == "onnx":
             raise FolderError(

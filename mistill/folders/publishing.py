@@ -12,37 +12,50 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mistill.errors import FolderError, SettingsError, TargetExistsError
+from mistill.folders.ownership import why_not_ours
 
 _log = logging.getLogger(__name__)
 
 _FULL_DISK = ("No space left", "File too large", "Disk quota exceeded")
 
 
-def refuse_existing(target: str | Path, overwrite: bool = False) -> Path:
+def refuse_existing(
+    target: str | Path, overwrite: bool = False, sources: Sequence[str | Path] = ()
+) -> Path:
     """Refuse a target that exists, before any work is done for it.
+
+    What may be replaced is a folder that mistill made and that nobody put anything into, and
+    never a source, a folder that holds one, or a link.
 
     Args:
         target: Path of the output.
         overwrite: Whether an existing folder may be replaced.
+        sources: What the output is made from: paths, or names that are none.
 
     Returns:
         The target as an absolute path.
 
     Raises:
         TargetExistsError: If the target exists and may not be replaced.
-        FolderError: If its parent cannot be written to.
+        FolderError: If its parent cannot be written to, or it is not mistill's to replace.
     """
     path = Path(target).expanduser().absolute()
+    _refuse_link(path, target)
     if path.exists() and not overwrite:
         raise TargetExistsError(f"{target} exists already; choose another name, or overwrite it")
     if overwrite and path.is_file():
         raise FolderError(f"{target} is a file, not a folder that could be overwritten")
+    _refuse_source(path, target, sources)
+    if path.is_dir() and any(path.iterdir()):
+        reason = why_not_ours(path)
+        if reason is not None:
+            raise FolderError(f"{target} {reason}; it is not replaced: choose another target")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
@@ -51,6 +64,25 @@ def refuse_existing(target: str | Path, overwrite: bool = False) -> Path:
     if not os.access(parent, os.W_OK):
         raise FolderError(f"{target} cannot be made: {parent} is not writable")
     return path
+
+
+def _refuse_link(path: Path, target: str | Path) -> None:
+    if path.is_symlink():
+        raise FolderError(
+            f"{target} is a link to {path.readlink()}, and links are not replaced; "
+            "choose another target"
+        )
+
+
+def _refuse_source(path: Path, target: str | Path, sources: Sequence[str | Path]) -> None:
+    """Refuse a target that is a source, or holds one."""
+    place = path.resolve()
+    for source in sources:
+        origin = Path(source).expanduser().resolve()
+        if origin == place:
+            raise FolderError(f"the target {target} is its own source; choose another target")
+        if place in origin.parents:
+            raise FolderError(f"the target {target} holds its source {source}; choose another")
 
 
 @contextmanager
@@ -84,12 +116,15 @@ def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def creating_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def creating_file(
+    target: str | Path, overwrite: bool = False, sources: Sequence[str | Path] = ()
+) -> Iterator[Path]:
     """Make a large file that appears whole or not at all.
 
     Args:
         target: Path of the file.
         overwrite: Whether an existing file is replaced; it stays until the new one is whole.
+        sources: What the file is made from: paths, or names that are none.
 
     Yields:
         The hidden file beside it to write.
@@ -101,6 +136,8 @@ def creating_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]
     path = Path(target).expanduser().absolute()
     if path.is_dir():
         raise FolderError(f"{target} is a folder; give the name of the file to make")
+    _refuse_link(path, target)
+    _refuse_source(path, target, sources)
     if not (overwrite and path.is_file()):
         refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)

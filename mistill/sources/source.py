@@ -96,7 +96,7 @@ def save_model(source: str | Path, target: str | Path, overwrite: bool = False) 
     Raises:
         FolderError: If the source is missing or broken.
     """
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source])
     folder = resolve_model(source)
     open_folder(folder)
     with creating(target, overwrite) as partial:

@@ -63,14 +63,14 @@ def test_an_existing_target_is_refused_before_any_work(tmp_path):
 def test_overwriting_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
-    (target / "old.txt").write_text("old")
+    (target / "lineage.json").write_text("old")
     with pytest.raises(RuntimeError), creating(target, overwrite=True):
         raise RuntimeError
-    assert (target / "old.txt").read_text() == "old"
+    assert (target / "lineage.json").read_text() == "old"
     with creating(target, overwrite=True) as partial:
-        (partial / "new.txt").write_text("new")
-        assert (target / "old.txt").exists()
-    assert [file.name for file in target.iterdir()] == ["new.txt"]
+        (partial / "config.json").write_text("new")
+        assert (target / "lineage.json").exists()
+    assert [file.name for file in target.iterdir()] == ["config.json"]
     assert hidden(tmp_path) == []
 
 

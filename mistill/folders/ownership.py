@@ -1,0 +1,54 @@
+"""Which folders mistill made: the only ones that it ever replaces.
+
+A folder is recognised by a file that a step leaves in it, and by holding nothing that no step
+writes. What a user put into it makes it the user's.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+# At least one of these is in every folder that a step makes.
+_SIGNS = ("lineage.json", "manifest.json", "plan.json", "report.json", "sweep.json")
+
+# The files that steps write: weights, what belongs to a model, reports, targets, other runtimes.
+_FILES = (
+    *_SIGNS,
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf"),
+    *("model.onnx", "model.onnx.data", "model*.onnx", "model*.onnx_data*"),
+    *("config.json", "generation_config.json", "genai_config.json", "quantize_config.json"),
+    *("adapter_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("fidelity.json", "metrics.jsonl", "mixed.json", "merge_report.json", "quantize_report.*"),
+    *("report.md", "report.html", "figure.png", "figure.svg"),
+    *("shard-*", ".shard-*"),
+)
+# Folders inside a folder of ours whose content is ours, whatever it is.
+_FOLDERS = ("onnx", "tensorboard")
+
+
+def why_not_ours(folder: Path) -> str | None:
+    """Why a folder is not one that mistill made, and may not be replaced.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        The rest of a sentence about the folder, such as "holds diary.txt, which ..."; None for a
+        folder that mistill made.
+    """
+    if not any((folder / name).is_file() for name in _SIGNS):
+        return f"was not made by mistill: it has none of {', '.join(_SIGNS)}"
+    for item in sorted(folder.iterdir()):
+        if item.is_symlink() or not _is_ours(item):
+            return f"holds {item.name}, which no step of mistill wrote"
+    return None
+
+
+def _is_ours(item: Path) -> bool:
+    if item.is_dir():
+        # A sweep is a folder of folders.
+        return item.name in _FOLDERS or why_not_ours(item) is None
+    return any(fnmatchcase(item.name, pattern) for pattern in _FILES)

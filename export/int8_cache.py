@@ -20,8 +20,8 @@ from export.settings import MODEL_FILE
 from export.weights.architecture import Architecture
 from mistill.errors import ExportError
 
-_PIECE = 256
-_TOP = 127
+_CHUNK = 256
+LARGEST_CODE = 127
 _KEY_SCALE, _VALUE_SCALE, _INPUTS = 12, 13, 14
 
 
@@ -60,15 +60,15 @@ def quantize_cache(
         held_out: Shape (T,), tokens on which the two caches are compared.
 
     Returns:
-        What it costs and saves.
+        Memory and accuracy of the cache.
 
     Raises:
-        ExportError: If this ONNX Runtime has no such cache.
+        ExportError: If this ONNX Runtime does not support an int8 KV cache.
     """
     run = text_runner(folder, architecture)
     largest: Cache = {}
-    # Within a window, no row of the cache is dropped or left over.
-    chunk = min(_PIECE, architecture.sliding_window or _PIECE)
+    # With chunks no longer than the window, the cache drops no row.
+    chunk = min(_CHUNK, architecture.sliding_window or _CHUNK)
     for start in range(0, len(calibration), chunk):
         ids = calibration[start : start + chunk]
         _, cache = run(ids, None, last=True)
@@ -76,7 +76,9 @@ def quantize_cache(
             sizes = _sizes(name, cache[name][:, :, : len(ids)])
             largest[name] = np.maximum(largest.get(name, sizes), sizes)
     floats, _ = run(held_out, None)
-    _store_scales(folder, architecture, {name: size / _TOP for name, size in largest.items()})
+    _store_scales(
+        folder, architecture, {name: size / LARGEST_CODE for name, size in largest.items()}
+    )
     try:
         bytes_, _ = text_runner(folder, architecture)(held_out, None)
     except Exception as error:

@@ -55,10 +55,10 @@ CACHE_TOKENS = 2048
 FLOAT_COLUMNS = 8
 """Default number of float columns."""
 
-# How a conversation is written for a model that has no template for one.
+# The chat template for calibration data of a base model.
 _PARAGRAPHS = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"
 
-# Narrower models have no channels that stand out so far, and larger ones take long to read a text.
+# Narrower models have no such outliers, and larger ones take long to read the calibration data.
 _NARROWEST = 512
 _MOST_PARAMETERS = 2_000_000_000
 
@@ -90,7 +90,7 @@ def to_onnx(
 
     Raises:
         FolderError: If the source is broken or is an ONNX folder already.
-        ArchitectureError: If the model computes what our graph does not.
+        ArchitectureError: If the export does not support the model.
         ExportError: If the graph's logits are not PyTorch's.
     """
     chosen = settings_from(OnnxSettings, settings, options)
@@ -205,7 +205,7 @@ def _float_columns(settings: OnnxSettings, architecture: Architecture, info: Fol
         return requested
     rounds = quantized and settings.accuracy_level == 4 and not settings.portable
     small = architecture.hidden_size >= _NARROWEST and info.parameters <= _MOST_PARAMETERS
-    # What 4-bit codes and NF4 have lost already is far more than what this would win back.
+    # 4-bit codes and NF4 have lost far more already than float columns would restore.
     worthwhile = rounds and small and info.form != "nf4" and _layer_bits(settings, info) == 8
     return FLOAT_COLUMNS if worthwhile and settings.layout == "mistill" else 0
 
@@ -279,7 +279,7 @@ def _write(
             ids = np.resize(np.array(vocabulary.encode(TEXT), np.int64), length)
             parity = measure_parity(folder, info.path, architecture, weights, ids, options)
             layer_bits = {"float32": 32, "int4": 4}.get(settings.precision, 8)
-            # Tables that the source holds as codes are not rounded, whatever their bits.
+            # Tables that the source stores as codes are not rounded, whatever their bits.
             coarsest = max(4, min(layer_bits, options.head_bits, options.embedding_bits))
             exact = coarsest == 32 or options.accuracy_level == 0 or settings.portable
             exact = exact and settings.cache == "float32"

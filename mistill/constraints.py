@@ -1,8 +1,8 @@
-"""Replies that must have a form: a JSON schema, a regular expression or a grammar.
+"""Constrained decoding: replies that fit a JSON schema, a regular expression or a grammar.
 
-llguidance says before each token which tokens may follow; the others are given no probability, and
-the choice among the rest is the sampler's. A reply ends when its form is complete, and only then
-may it end. One that is cut short, by ``max_new_tokens`` or a full context, is not complete.
+Before each token, llguidance computes which tokens are allowed; the others get probability 0, and
+the sampler picks among the rest. A reply can end only when it fits the constraint. A reply that
+``max_new_tokens`` or a full context cuts short may not fit it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mistill.engine.language_model import Choose
 from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
 from mistill.text.vocabulary import Vocabulary
 
-# As json.dumps writes, and most text that models have read. A schema may say otherwise under
-# x-guidance; free white space would let a model write nothing else until it is stopped.
+# White space as json.dumps writes it; a schema may set it under x-guidance. Arbitrary white space
+# would let a model write nothing else until it is stopped.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 _MARK = "\x02"
@@ -29,11 +29,11 @@ _MARK = "\x02"
 
 @dataclass(frozen=True)
 class Constraint:
-    """The form that a reply must have; ``json_schema``, ``regex`` and ``lark`` make one.
+    """A constraint on a reply; ``json_schema``, ``regex`` and ``lark`` make one.
 
     Attributes:
         kind: ``JSON schema``, ``regular expression`` or ``grammar``, for messages.
-        grammar: As llguidance reads it.
+        grammar: The constraint as llguidance reads it.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Constraint:
 
 
 def json_schema(schema: Mapping[str, Any] | str | Path) -> Constraint:
-    """A reply that is JSON and fits a schema.
+    """Constrain a reply to JSON that fits a schema.
 
     Args:
         schema: The schema, its text, or the path of a file that holds it.
@@ -50,7 +50,7 @@ def json_schema(schema: Mapping[str, Any] | str | Path) -> Constraint:
         The constraint.
 
     Raises:
-        SettingsError: If it is not a schema, or one that nothing fits.
+        SettingsError: If it is not a schema, or no JSON fits it.
     """
     if isinstance(schema, Path):
         schema = _text(schema)
@@ -67,7 +67,7 @@ def json_schema(schema: Mapping[str, Any] | str | Path) -> Constraint:
 
 
 def regex(pattern: str) -> Constraint:
-    """A reply that matches a regular expression from its start to its end.
+    """Constrain a reply to match a regular expression from start to end.
 
     Args:
         pattern: The expression, in the dialect of Rust's ``regex``: no look-around, no references.
@@ -82,7 +82,7 @@ def regex(pattern: str) -> Constraint:
 
 
 def lark(grammar: str | Path) -> Constraint:
-    """A reply that a context-free grammar derives.
+    """Constrain a reply to a context-free grammar.
 
     Args:
         grammar: The grammar in Lark's notation, beginning at ``start``, or the path of a file
@@ -99,10 +99,10 @@ def lark(grammar: str | Path) -> Constraint:
 
 
 class ConstraintTokens:
-    """The tokens of a vocabulary, as llguidance needs them; made once for many replies."""
+    """The tokens of a vocabulary for llguidance, prepared once for many replies."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        """Hand over what every token spells.
+        """Give llguidance the text of every token.
 
         Args:
             vocabulary: Vocabulary of the model.
@@ -124,14 +124,14 @@ class ConstraintTokens:
 
 
 class ConstrainedChoice:
-    """Chooses what another chooses among the tokens that the form allows."""
+    """Wraps a function that picks tokens, so that it picks among the allowed ones."""
 
     def __init__(self, constraint: Constraint, tokens: ConstraintTokens, choose: Choose) -> None:
         """Begin a reply.
 
         Args:
             constraint: The constraint on the reply.
-            tokens: Of the model's vocabulary.
+            tokens: The tokens of the model.
             choose: Function that picks among the allowed tokens; other logits are minus infinity.
         """
         self._matcher = _library().LLMatcher(tokens.tokens, constraint.grammar, log_level=0)
@@ -148,14 +148,14 @@ class ConstrainedChoice:
             logits: Shape (V,); left as they are.
 
         Returns:
-            The id of one that the form allows.
+            The id of an allowed token.
 
         Raises:
-            SettingsError: If the form is too complex to go on with.
+            SettingsError: If the constraint is too complex, or allows no token.
         """
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._complain()
-        # As bytes, a mask is the same on every machine that ONNX Runtime runs on.
+        # Every machine that ONNX Runtime runs on has the lowest byte first.
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._size]
         if not allowed.any():
             raise SettingsError(
@@ -168,7 +168,7 @@ class ConstrainedChoice:
 
     @property
     def complete(self) -> bool:
-        """Whether the reply, as it is so far, has the form."""
+        """Whether the reply so far fits the constraint."""
         return bool(self._matcher.is_accepting())
 
     def _complain(self) -> None:
@@ -188,8 +188,8 @@ class _Spellings:
             token for token in range(vocabulary.size) if vocabulary.is_special(token)
         ]
         self._vocabulary = vocabulary
-        # SentencePiece puts a space before a text; before a mark it does so too, and what follows
-        # the mark is then written as it is inside a text.
+        # SentencePiece puts a space before a text. A mark before the text takes that space, so that
+        # the text is tokenized as inside a longer one.
         self._mark = vocabulary.encode(_MARK)
         self._longest = max(len(spelled) for spelled in self.tokens)
         self._ids = {
@@ -199,7 +199,7 @@ class _Spellings:
         }
 
     def __call__(self, text: bytes) -> list[int]:
-        """The tokens of a text that has no choice but to follow."""
+        """The tokens of a text that must follow."""
         ids = self._vocabulary.encode(_MARK + text.decode("utf-8", "replace"))
         rest = ids[len(self._mark) :]
         if ids[: len(self._mark)] == self._mark and self._spell(rest) == text:
@@ -210,7 +210,7 @@ class _Spellings:
         return b"".join(self.tokens[token] for token in ids)
 
     def _longest_first(self, text: bytes) -> list[int]:
-        """Some tokens that spell the text, as far as any do."""
+        """The longest tokens that spell the text, from its start as far as possible."""
         ids = []
         while text:
             lengths = range(min(self._longest, len(text)), 0, -1)

@@ -1,4 +1,4 @@
-"""The whole road on the embedded teacher, from nothing to a chatbot and a report.
+"""The demo: all steps on the embedded teacher, from distillation to a chatbot and a report.
 
 The demo is a recipe, one of three that differ in how much they train. It resumes like any recipe.
 """
@@ -27,7 +27,7 @@ _RECIPES: dict[Size, tuple[str, str]] = {
 
 
 def run_demo(size: Size, out: str | Path | None, console: Console) -> Path:
-    """Run the whole road and say where the report and the chatbot are.
+    """Run all steps of the demo, and print where the report and the chatbot are.
 
     Args:
         size: Name of one of the three recipes.
@@ -42,8 +42,8 @@ def run_demo(size: Size, out: str | Path | None, console: Console) -> Path:
     with as_file(files("mistill") / "data" / name) as file:
         recipe = read_recipe(file, out=out)
         console.print(
-            f"The whole road on SmolLM2-135M-Instruct takes {duration} on two cores; it resumes "
-            f"if it is interrupted. Recipe: {file}"
+            f"The demo distils SmolLM2-135M-Instruct and takes {duration} on two processors; the "
+            f"same command resumes it. Recipe: {file}"
         )
         outputs = run_recipe(recipe, console)
     report = outputs["report"]
@@ -64,7 +64,7 @@ def run_demo(size: Size, out: str | Path | None, console: Console) -> Path:
 
 
 def _our_command() -> str:
-    """How this shell calls mistill: by name, or by path where it is not on the shell's path."""
+    """The command of mistill: its name, or its path if the shell does not find it."""
     script = Path(sys.executable).with_name("mistill")
     on_path = shutil.which("mistill")
     return "mistill" if on_path or not script.exists() else str(_short(script))

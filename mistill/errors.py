@@ -7,7 +7,7 @@
     ├── TextError                           no text, or text that cannot be read
     ├── VocabularyError                     no tokenizer or template, or two that differ
     ├── ArchitectureError                   a model of a kind that mistill does not read
-    ├── ExportError                         an exported graph that does not say what its source says
+    ├── ExportError                         an exported model that predicts something else
     ├── ContextError                        a conversation longer than the model's context
     ├── TrainingError                       a student that got worse, or a loss that is not a number
     ├── RecipeError                         a recipe that cannot be run

@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left, quiet when nobody is looking."""
+"""A progress bar with rate and time left, shown only in a terminal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Protocol
 
 
 class Tracker(Protocol):
-    """What a long piece of work tells its watcher."""
+    """Receives the progress of long work."""
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
-        """Say that some more is done.
+        """Record finished work.
 
         Args:
             amount: Finished work in the unit of the bar.

@@ -297,7 +297,7 @@ def _compare_gptq(
         order = rows if order is None else order
     else:
         row_order = rows
-    # Codes of a few bits that stand in 8 are as far from the middle of the range as they were.
+    # Codes of fewer bits that are stored in 8 keep their distance from the middle of the range.
     shift = np.uint8(128 - (1 << (module_format.bits - 1)) if stored.bits == 8 else 0)
     if order is None and row_order is None and stored.bits == module_format.bits:
         width = packed.shape[1]
@@ -344,7 +344,7 @@ def _zeros(
         return _lanes(words.view(np.uint8), bits)
     if bits == 3:
         return _lanes(words.view(np.uint8), 3) + np.uint8(1) & np.uint8(7)
-    # Less one was taken from whole words, so that a zero of 0 borrowed from the one above it.
+    # The format subtracts 1 from whole words, so that a zero point of 0 borrows from the next one.
     ones = sum(1 << shift for shift in range(0, 32, bits))
     return _lanes((words + np.uint32(ones)).view(np.uint8), bits)
 

@@ -203,7 +203,7 @@ def text_runner(folder: Path, architecture: Architecture) -> TextRunner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_threads()
     options.log_severity_level = 3
-    # A portable graph says nothing of how codes are multiplied; ONNX Runtime would round.
+    # A portable graph has no accuracy level; without this, ONNX Runtime would round activations.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(
         folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
@@ -226,9 +226,11 @@ def text_runner(folder: Path, architecture: Architecture) -> TextRunner:
         ids: NDArray[np.int64], cache: Cache | None, *, last: bool = False
     ) -> tuple[NDArray[np.float32], Cache]:
         past = dict.fromkeys(names, empty_cache) if cache is None else cache
-        # Buffers of the size of a window do not tell how many tokens were read.
-        read = 0 if cache is None else int(past.get("tokens", np.array(past["0.key"].shape[2])))
-        total = len(ids) + read
+        # Buffers of the size of a window do not show how many tokens were read.
+        tokens_read = (
+            0 if cache is None else int(past.get("tokens", np.array(past["0.key"].shape[2])))
+        )
+        total = len(ids) + tokens_read
         feeds: dict[str, Any] = {
             "input_ids": ids[None],
             "attention_mask": np.ones((1, total), np.int64),

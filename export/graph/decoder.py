@@ -92,7 +92,7 @@ class _Decoder:
         self.options = options
         self.outliers = outliers
         self._gathered: dict[tuple[ir.Value, bytes], ir.Value] = {}
-        # What comes out of a norm with some columns divided, and which.
+        # Outputs of norms that divide some columns, and those columns.
         self._divided: dict[ir.Value, NDArray[np.int64]] = {}
 
     def write(self) -> None:
@@ -135,7 +135,7 @@ class _Decoder:
                 )
                 progress.advance()
         logits = self._head(normed, table)
-        # One position, as by default: by this, onnxruntime-genai knows how many to expect.
+        # One position, the default: onnxruntime-genai reads the number from this shape.
         writer.output(logits, "logits", ["batch_size", 1, architecture.vocabulary_size])
         writer.save(
             architecture.model_type,
@@ -169,12 +169,12 @@ class _Decoder:
                 table, None, None
             )
         # The table has one axis for blocks and one for the columns of a block, as MatMulNBits
-        # wants it: a tied head reads the same bytes of the file.
+        # needs it, because a tied head reads the same bytes of the file.
         table = writer.stored("embedding.codes", weight.codes)
         scales = writer.stored("embedding.scales", weight.scales[..., None])
         inputs = [table, ids, scales]
         if weight.zeros is not None:
-            # A block is an axis of its own here, so that each zero is alone in its byte.
+            # Each block has an axis of its own, so that each zero point has a byte of its own.
             inputs.append(writer.stored("embedding.zeros", weight.zeros[..., None]))
         gathered = writer.node(
             "GatherBlockQuantized",
@@ -204,9 +204,9 @@ class _Decoder:
         if options.head_bits != options.embedding_bits:
             weight = self.weights.table(EMBEDDING, options.head_bits)
             return self._multiply(hidden, weight, None, "logits")
-        # Initializers of its own over the same bytes: ONNX Runtime packs the head's and lets go of
-        # what it packed, and of the embedding's it only ever touches the rows that are looked up.
-        # One initializer for both would stay in memory whole, beside the packed one.
+        # The head has initializers of its own over the same bytes. ONNX Runtime packs and releases
+        # those of the head, and reads only the rows of the embedding that are looked up.
+        # One initializer for both would stay in memory as a whole, beside the packed copy.
         if table.blocks is None or table.scales is None:
             rows = self.writer.stored_again("logits.weight", table.rows)
             return self.writer.node(
@@ -278,7 +278,7 @@ class _Decoder:
             [f"{name}.{part}" for part in heads],
             axis=-1,
         )
-        found = []
+        normed_heads = []
         for value, (part, count) in zip(flat[:2], heads.items(), strict=False):
             shape = writer.constant(
                 f"{name}.{part}.shape", np.array([0, 0, count, width], np.int64)
@@ -294,8 +294,8 @@ class _Decoder:
             shape = writer.constant(
                 f"{name}.{part}.joined.shape", np.array([0, 0, count * width], np.int64)
             )
-            found.append(writer.node("Reshape", [normed, shape], f"{name}.{part}.joined"))
-        return [*found, flat[2]]
+            normed_heads.append(writer.node("Reshape", [normed, shape], f"{name}.{part}.joined"))
+        return [*normed_heads, flat[2]]
 
     def _feed_forward(self, normed: ir.Value, layer: int) -> ir.Value:
         writer, prefix = self.writer, f"model.layers.{layer}.mlp"
@@ -303,7 +303,7 @@ class _Decoder:
         up = self.weights.linear(f"{prefix}.up_proj")
         down = self.weights.linear(f"{prefix}.down_proj")
         if isinstance(down.weight, BlockWeight) and down.weight.order is not None:
-            # The rows of gate and up are put in the order in which down wants its columns.
+            # The rows of gate and up get the order of the columns of down.
             order = down.weight.order
             gate, up = _take_rows(gate, order), _take_rows(up, order)
             down = replace(down, weight=replace(down.weight, order=None))

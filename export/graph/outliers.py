@@ -35,7 +35,7 @@ CALIBRATION_TOKENS = 512
 Outliers = Mapping[str, NDArray[np.int64]]
 """By the module name of a norm, the columns of its output that are multiplied in float32."""
 
-_PIECE = 128
+_CHUNK = 128
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
@@ -144,8 +144,8 @@ def _activations(
     empty_cache = np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), np.float32)
     past = [entry.name for entry in session.get_inputs() if entry.name.startswith("past")]
     chunks: dict[str, list[NDArray[np.float16]]] = {norm: [] for norm in norms}
-    for start in range(0, len(ids), _PIECE):
-        chunk = ids[start : start + _PIECE]
+    for start in range(0, len(ids), _CHUNK):
+        chunk = ids[start : start + _CHUNK]
         feeds: dict[str, Any] = {
             "input_ids": chunk[None],
             "attention_mask": np.ones((1, len(chunk)), np.int64),

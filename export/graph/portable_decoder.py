@@ -120,16 +120,16 @@ class _PortableDecoder:
         keys = writer.node("Range", [zero, end, one], "keys")
         queries = writer.node("Range", [start, end, one], "queries.flat")
         queries = writer.node("Unsqueeze", [queries, self._integers(1)], "queries")
-        seen = writer.node("LessOrEqual", [keys, queries], "seen.causal")
+        visible = writer.node("LessOrEqual", [keys, queries], "seen.causal")
         window = self.architecture.sliding_window
         if window is not None:
             distance = writer.node("Sub", [queries, keys], "distance")
             near = writer.node("Less", [distance, self._integer(window)], "near")
-            seen = writer.node("And", [seen, near], "seen.window")
+            visible = writer.node("And", [visible, near], "seen.window")
         real = writer.node("Cast", [mask], "mask.bool", to=ir.DataType.BOOL)
         real = writer.node("Unsqueeze", [real, self._integers(1, 2, 3)], "mask.heads")
-        seen = writer.node("And", [seen, real], "seen")
-        return writer.node("Where", [seen, self._float(0.0), self._float(_LOWEST)], "bias")
+        visible = writer.node("And", [visible, real], "seen")
+        return writer.node("Where", [visible, self._float(0.0), self._float(_LOWEST)], "bias")
 
     # --- embedding and head -----------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class _PortableDecoder:
         if not isinstance(table, BlockWeight):
             rows = writer.stored("embedding.weight", table)
             return writer.node("Gather", [rows, ids], "embedding", axis=0), rows
-        # Gather reads no 4-bit codes: each has a byte of its own here.
+        # Gather does not support 4-bit codes, so that each has a byte of its own here.
         codes, zeros = table.steps()
         parts = [
             writer.node("Gather", [writer.stored(f"embedding.{name}", array), ids], name, axis=0)
@@ -183,14 +183,14 @@ class _PortableDecoder:
                 value = self._rotate(value, shared, f"{name}.{part}")
             heads[part] = value
         cache: list[int | str] = ["batch_size", kv_heads, "past", width]
-        for part, kind in (("k", "key"), ("v", "value")):
-            past = writer.input(f"past_key_values.{layer}.{kind}", np.float32, cache)
-            whole = writer.node("Concat", [past, heads[part]], f"present.{layer}.{kind}", axis=2)
+        for part, tensor in (("k", "key"), ("v", "value")):
+            past = writer.input(f"past_key_values.{layer}.{tensor}", np.float32, cache)
+            whole = writer.node("Concat", [past, heads[part]], f"present.{layer}.{tensor}", axis=2)
             writer.output(
-                whole, f"present.{layer}.{kind}", ["batch_size", kv_heads, "total", width]
+                whole, f"present.{layer}.{tensor}", ["batch_size", kv_heads, "total", width]
             )
-            heads[part] = writer.node("Unsqueeze", [whole, self._integers(2)], f"{name}.{kind}")
-        # Query heads that share a key head stand side by side.
+            heads[part] = writer.node("Unsqueeze", [whole, self._integers(2)], f"{name}.{tensor}")
+        # Query heads that share a key head are adjacent.
         shape = self._integers(0, kv_heads, architecture.heads // kv_heads, -1, width)
         queries = writer.node("Reshape", [heads["q"], shape], f"{name}.groups")
         queries = writer.node(
@@ -283,19 +283,19 @@ class _PortableDecoder:
         """The float matrix (K, N) of codes whose scales run along K."""
         writer = self.writer
         steps, zeros = weight.steps()
-        # Opset 21 knows no codes of 2 bits; they are codes of 4 bits too.
+        # Opset 21 has no 2-bit codes; they are stored as 4-bit codes.
         four, eight = (
             (ir.DataType.INT4, ir.DataType.INT8)
             if zeros is None
             else (ir.DataType.UINT4, ir.DataType.UINT8)
         )
-        kind = eight if weight.bits == 8 else four
+        code_type = eight if weight.bits == 8 else four
         inputs = [
-            writer.stored_as(f"{name}.codes", steps.T, kind),
+            writer.stored_as(f"{name}.codes", steps.T, code_type),
             writer.stored(f"{name}.scales", weight.scales.T),
         ]
         if zeros is not None:
-            inputs.append(writer.stored_as(f"{name}.zeros", zeros.T, kind))
+            inputs.append(writer.stored_as(f"{name}.zeros", zeros.T, code_type))
         return writer.node(
             "DequantizeLinear", inputs, f"{name}.weight", axis=0, block_size=weight.block_size
         )

@@ -26,8 +26,8 @@ ANSWER = 128
 """Tokens of the reply, after a prompt of 512, whose time is minimized."""
 
 AS_FAST = 1.1
-"""Kernels within this ratio of the fastest are as fast: codes are then not widened, which costs
-memory, and the smallest block is taken, which rounds least."""
+"""Kernels within this ratio of the fastest count as equally fast. Of those, codes are not stored in
+more bits, which would take memory, and the smallest block is chosen, which rounds least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Tuning:
         """The tuning as JSON values.
 
         Returns:
-            The machine, its choices, the table, and what the products of a step take.
+            The machine, the choices, the table, and the time of all products of a step.
         """
         chosen = [row for row in self.table if row["chosen"]]
         return {
@@ -72,7 +72,7 @@ def allowed(stored: StoredFormat, columns: int) -> list[Kernel]:
         columns: Number of columns of the matrix.
 
     Returns:
-        Kernels, of which none pads the columns if one does not have to.
+        Kernels that need no padding of the columns.
     """
     forms = {"int8"} if stored.bits == 8 else {"int4"} | ({"int8"} if stored.widens else set())
     return [

@@ -43,7 +43,7 @@ class Timing:
 
 
 Timer = Callable[[Sequence[Kernel], int, int], Mapping[Kernel, Timing]]
-"""What times products by a matrix of some rows and columns, with each of several kernels."""
+"""A function that times products with a matrix of some rows and columns for several kernels."""
 
 
 class OnnxTimer:
@@ -78,7 +78,7 @@ class OnnxTimer:
             The least of several rounds.
         """
         timed = min(rows, max(MOST_WEIGHTS // columns, 64))
-        # Of a small matrix several stand side by side, so that a run is more than its beginning.
+        # Several copies of a small matrix make a run longer than its fixed cost.
         copies = max(1, MOST_WEIGHTS // (timed * columns))
         sessions = {
             kernel: open_products(

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 HERE = "here"
 """The value of ``tune_for`` that means this machine."""
 
-# What any model is made of, for a probe that is not told of one.
+# Common shapes of matrices, for a probe without a model.
 USUAL_SHAPES = ((960, 576), (576, 1536), (3072, 576), (2048, 2048), (4096, 4096), (4096, 11008))
 
 
@@ -60,7 +60,7 @@ class Probe:
         timed: dict[tuple[int, int], set[Kernel]] = {}
         for timed_kernel, *shape in self.timings:
             timed.setdefault((shape[0], shape[1]), set()).add(timed_kernel)
-        # Of one matrix all kernels are compared, or none: two would differ in more than kernels.
+        # All kernels are compared on the same matrix, as two would differ in more than kernels.
         most = max(map(len, timed.values()), default=0)
         shapes = [shape for shape, kernels in timed.items() if len(kernels) == most]
         if not shapes or kernel not in timed[shapes[0]]:

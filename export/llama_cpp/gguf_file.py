@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LINEAGE_KEY = "mistill.folders.lineage"
 
-# llama.cpp's name for a model type, and whether it wants the rows of q and k in its own order.
+# llama.cpp's name of a model type, and whether the rows of q and k have llama.cpp's order.
 _ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -33,7 +33,7 @@ _ARCHITECTURES = {
     "qwen3": ("qwen3", False),
     "smollm3": ("smollm3", True),
 }
-# llama.cpp leaves every so many layers of a SmolLM3 without rotary positions, whatever a file says.
+# Every how many layers llama.cpp leaves one of a SmolLM3 without rotary embedding.
 _SMOLLM3_STEP = 4
 _FILE_TYPES = {
     "float32": "ALL_F32",
@@ -107,13 +107,14 @@ def to_gguf(
 
 def _require_known(architecture: Architecture) -> None:
     """Refuse a model that llama.cpp would compute differently."""
-    kind, layers = architecture.model_type, range(architecture.layers)
-    if architecture.rotary.kind == "llama3" and _ARCHITECTURES[kind][0] != "llama":
+    model_type, layers = architecture.model_type, range(architecture.layers)
+    if architecture.rotary.kind == "llama3" and _ARCHITECTURES[model_type][0] != "llama":
         raise ArchitectureError(
-            f"llama.cpp does not support llama3 scaling of the rotary embedding in a {kind} model"
+            f"llama.cpp does not support llama3 scaling of the rotary embedding in a {model_type} "
+            "model"
         )
     without = {layer for layer in layers if (layer + 1) % _SMOLLM3_STEP == 0}
-    if kind == "smollm3" and architecture.unrotated_layers != without:
+    if model_type == "smollm3" and architecture.unrotated_layers != without:
         raise ArchitectureError(
             f"llama.cpp leaves every {_SMOLLM3_STEP}th layer of a smollm3 model without rotary "
             "embedding, and this model leaves the layers "
@@ -148,7 +149,7 @@ def _describe(
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rotary.parameters["factor"])
     if rotary.kind != "default":
-        # llama.cpp needs only the factors; this says how they are made, to read the file back.
+        # llama.cpp needs only the factors; the parameters are for reading the file back.
         writer.add_string(ROPE_KEY, json.dumps(rotary.parameters))
     if window is not None:
         writer.add_sliding_window(window)

@@ -110,14 +110,14 @@ def plan_tensors(
     tensors = []
     odd = []
     for module, shape in architecture.shapes().items():
-        kind: GgufType = "float32"
+        tensor_type: GgufType = "float32"
         if len(shape) == 2:
-            kind = settings.tables if module in (EMBEDDING, HEAD) else settings.dtype
-            if kind not in ("float32", "float16") and shape[1] % BLOCK:
+            tensor_type = settings.tables if module in (EMBEDDING, HEAD) else settings.dtype
+            if tensor_type not in ("float32", "float16") and shape[1] % BLOCK:
                 odd.append(module)
-                kind = "float16"
+                tensor_type = "float16"
         name = gguf_name(module)
-        tensors.append(GgufTensor(f"{name}.weight", f"{module}.weight", shape, kind))
+        tensors.append(GgufTensor(f"{name}.weight", f"{module}.weight", shape, tensor_type))
         bias = f"{module}.bias"
         # Some quantizers write zeros where the model has no bias.
         codes = weights.has(f"{module}.qweight")
@@ -231,10 +231,10 @@ def _stored(values: NDArray[np.float32], tensor: GgufTensor) -> NDArray[Any]:
     return stored
 
 
-def _blocks_of_codes(weight: QuantizedWeight, kind: GgufType) -> NDArray[np.uint8] | None:
+def _blocks_of_codes(weight: QuantizedWeight, tensor_type: GgufType) -> NDArray[np.uint8] | None:
     """Codes of a checkpoint as blocks of llama.cpp, or None if they are not of that kind."""
     groups = weight.g_idx
-    if kind in ("float32", "float16") or len(groups) % BLOCK:
+    if tensor_type in ("float32", "float16") or len(groups) % BLOCK:
         return None
     per_block = groups.reshape(-1, BLOCK)
     if (per_block != per_block[:, :1]).any():
@@ -245,7 +245,7 @@ def _blocks_of_codes(weight: QuantizedWeight, kind: GgufType) -> NDArray[np.uint
     if not np.array_equal(scales.astype(np.float16).astype(np.float32), scales):
         return None  # bfloat16 scales may need more than float16 has
     parts = [scales.astype(np.float16)[..., None].view(np.uint8)]
-    if kind == "q4_1":
+    if tensor_type == "q4_1":
         if weight.bits > 4:
             return None
         offsets = (-scales * zeros).astype(np.float16)
@@ -254,10 +254,10 @@ def _blocks_of_codes(weight: QuantizedWeight, kind: GgufType) -> NDArray[np.uint
         parts += [offsets[..., None].view(np.uint8), _nibbles(codes)]
     else:
         steps = codes.astype(np.int16) - zeros[..., None]
-        lowest = -8 if kind == "q4_0" else -128
+        lowest = -8 if tensor_type == "q4_0" else -128
         if steps.min() < lowest or steps.max() >= -lowest:
             return None
-        if kind == "q4_0":
+        if tensor_type == "q4_0":
             parts.append(_nibbles((steps + 8).astype(np.uint8)))
         else:
             parts.append(steps.astype(np.int8).view(np.uint8))

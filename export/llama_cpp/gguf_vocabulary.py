@@ -23,7 +23,7 @@ from mistill.text.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
 
-# Names by which llama.cpp cuts text, each with whether it looks whole words up first.
+# llama.cpp's names of pre-tokenizers, and whether whole words are looked up before merging.
 _CUTS = {
     "gpt-2": False,
     "smollm": False,
@@ -208,7 +208,7 @@ def _tied_runs(merges: Sequence[tuple[str, str]]) -> dict[str, str]:
         if piece == piece[0] * len(piece):
             positions.setdefault(piece, []).append(position)
     tied: dict[str, str] = {}
-    # Of each character, the run whose score the next ones may have, and where its merges end.
+    # For each character, the run whose score later ones may share, and where its merges end.
     reached: dict[str, tuple[str, int]] = {}
     for piece, piece_positions in positions.items():
         best, end = reached.get(piece[0], (piece, -1))
@@ -227,7 +227,7 @@ def _space_prefix(definition: Mapping[str, Any], vocabulary: Vocabulary) -> bool
         scheme = cutter.get("prepend_scheme", "always")
         if scheme != "first":
             return bool(scheme == "always")
-        # A conversation begins with a special token: no text in it is the first.
+        # A conversation begins with a special token, so that none of its texts is the first.
         plain = vocabulary.chat_template is None
         _log.warning(
             "this tokenizer puts a space before the first text only, which llama.cpp does not "

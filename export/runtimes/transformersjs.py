@@ -1,16 +1,16 @@
 """The folder convention of transformers.js, which runs models in browsers and in Node.
 
-    config.json             names the type of the weights and the pieces of their data
+    config.json             names the type of the weights and the number of data files
     generation_config.json
     tokenizer.json
     tokenizer_config.json   with the chat template inside
     onnx/model_q4.onnx      the graph; the name says the type: model.onnx float32, model_q4.onnx
                             4-bit, model_quantized.onnx 8-bit
-    onnx/model_q4.onnx_data its weights; model_q4.onnx_data_1 and so on, where one piece would be
+    onnx/model_q4.onnx_data its weights; model_q4.onnx_data_1 and so on, if one file would be
                             larger than a browser reads
 
-Names of inputs and outputs are those of the other layout already. Of several positions the graph
-gives the logits of the last, unless it is portable: all that a conversation needs.
+Names of inputs and outputs are those of a mistill folder. The graph computes the logits of the last
+position only, unless it is portable, which is enough for a conversation.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from mistill.text.vocabulary import Vocabulary
 GRAPH_FOLDER = "onnx"
 _SUFFIXES = {"fp32": "", "q8": "_quantized", "q4": "_q4"}
 # Browsers hold a file in one buffer, which may not reach 2 GiB.
-_PIECE_BYTES = 1 << 30
+DATA_FILE_BYTES = 1 << 30
 _COPY_BYTES = 1 << 20
 
 
 def arrange_for_transformersjs(
     folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary, bits: int
 ) -> None:
-    """Put a finished folder in the order that transformers.js expects.
+    """Arrange the files of a finished folder as transformers.js expects them.
 
     Args:
         folder: The folder of the graph and its companion files.
@@ -45,13 +45,13 @@ def arrange_for_transformersjs(
     dtype = "fp32" if bits == 32 else "q4" if bits <= 4 else "q8"
     name = f"model{_SUFFIXES[dtype]}.onnx"
     (folder / GRAPH_FOLDER).mkdir()
-    pieces = _move_graph(folder, name)
+    data_files = _move_graph(folder, name)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
     plain["head_dim"] = int(config.get("head_dim") or width // heads)
     plain["transformers.js_config"] = {
         "dtype": dtype,
-        "use_external_data_format": {name: pieces},
+        "use_external_data_format": {name: data_files},
         "kv_cache_dtype": "float32",
     }
     _write_json(folder / "config.json", plain)
@@ -62,12 +62,12 @@ def arrange_for_transformersjs(
 
 
 def _move_graph(folder: Path, name: str) -> int:
-    """Rename the graph, and cut its data into pieces; returns how many."""
+    """Rename the graph and split its data file; returns the number of data files."""
     import onnx_ir as ir
 
     model = ir.load(folder / MODEL_FILE)
     target = folder / GRAPH_FOLDER
-    piece, size = 0, 0
+    number, size = 0, 0
     moved: dict[tuple[int, int], tuple[str, int]] = {}  # two tensors may share their bytes
     output = (target / f"{name}_data").open("wb")
     try:
@@ -78,11 +78,11 @@ def _move_graph(folder: Path, name: str) -> int:
                     continue
                 length, offset = int(tensor.length or 0), int(tensor.offset or 0)
                 if (offset, length) not in moved:
-                    if size and size + length > _PIECE_BYTES:
+                    if size and size + length > DATA_FILE_BYTES:
                         output.close()
-                        piece, size = piece + 1, 0
-                        output = (target / f"{name}_data_{piece}").open("wb")
-                    # The places of the first piece stay as they are, on pages and cache lines.
+                        number, size = number + 1, 0
+                        output = (target / f"{name}_data_{number}").open("wb")
+                    # Offsets in the first file stay as they are, aligned to pages and cache lines.
                     start = size + (offset - size) % 4096
                     output.seek(start)
                     data.seek(offset)
@@ -104,7 +104,7 @@ def _move_graph(folder: Path, name: str) -> int:
     ir.save(model, target / name)
     (folder / MODEL_FILE).unlink()
     (folder / DATA_FILE).unlink()
-    return piece + 1
+    return number + 1
 
 
 def _copy(source: Any, target: Any, length: int) -> None:

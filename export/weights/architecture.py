@@ -21,7 +21,7 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 NORM = "model.norm"
 
-# What a config.json that leaves it out means, where that is not what a Llama's means.
+# Defaults of entries that config.json may omit, where they differ from those of a Llama.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
     "smollm3": {"tie_word_embeddings": True, "rope_theta": 2_000_000.0},
@@ -226,7 +226,7 @@ def _unrotated_layers(config: Mapping[str, Any]) -> frozenset[int]:
     if config["model_type"] != "smollm3":
         return frozenset()
     layers, every = int(config["num_hidden_layers"]), int(config.get("no_rope_layer_interval", 4))
-    # The list has a 1 for each layer that is rotated, whatever its name says.
+    # Despite its name, the list has a 1 for each layer with rotary embedding.
     rotated = config.get("no_rope_layers") or [(n + 1) % every != 0 for n in range(layers)]
     return frozenset(number for number, turned in enumerate(rotated) if not turned)
 

@@ -22,7 +22,7 @@ from export.settings import LEGAL_BLOCKS
 from mistill.errors import ExportError
 from mistill.weights.gptq_layout import QuantizedWeight
 
-# With this many steps to the largest level, the 16 levels of NF4 lie closest to whole steps.
+# With this many steps up to the largest level, the 16 levels of NF4 are closest to whole steps.
 NF4_STEPS = 124.11
 NF4_BLOCK = 64
 _ROWS_AT_ONCE = 4096
@@ -180,7 +180,7 @@ def stack(weights: Sequence[BlockWeight]) -> BlockWeight:
     first = weights[0]
     block_size = min(weight.block_size for weight in weights)
     parts = [weight.split(block_size) for weight in weights]
-    # Padding is filled to whole blocks; a split weight may be padded by more of them.
+    # Columns are padded to whole blocks; a split weight may need more padding.
     blocks = -(-first.columns // block_size)
     zeros = None
     if any(part.zeros is not None for part in parts):

@@ -120,7 +120,7 @@ class FolderWeights:
             bits: Bits that a float matrix is rounded to; 32 if it stays float.
 
         Returns:
-            Its bits and groups, or None if there is nothing to choose.
+            The format, or None if there is no choice of kernels.
         """
         largest = self._settings.block_size or max(LEGAL_BLOCKS)
         if self.has(f"{module}.qweight"):
@@ -213,7 +213,7 @@ class FolderWeights:
             module: Its name, without the tensor's own.
 
         Returns:
-            Shape (N, K), rounded nowhere but in its own codes.
+            Shape (N, K), exactly as the stored weights represent it.
         """
         codes = self.codes(module)
         if codes is not None:
@@ -232,7 +232,7 @@ class FolderWeights:
             The codes, or None if it is not stored as GPTQ codes.
 
         Raises:
-            FolderError: If config.json does not say what the codes mean.
+            FolderError: If config.json does not describe the codes.
         """
         if not self.has(f"{module}.qweight"):
             return None
@@ -250,7 +250,7 @@ class FolderWeights:
             bits: 4, 8 or 32.
 
         Returns:
-            The table; one that the source holds as codes keeps them unless 32 bits are asked for.
+            The table; codes of the source are kept unless ``bits`` is 32.
         """
         weight = self._stored(module)
         if isinstance(weight, BlockWeight):
@@ -319,7 +319,7 @@ class FolderWeights:
             if blocks.block_size >= FAST_2_BIT_BLOCK:
                 return blocks
         if weight.bits in (2, 3):
-            # Their codes and zeros are codes of 4 bits too, on the same grid: no weight changes.
+            # Codes and zero points fit into 4 bits on the same grid, so that no weight changes.
             weight = replace(weight, bits=4)
         return blocks_of_codes(weight, settings.largest_block(weight.bits))
 
@@ -327,7 +327,7 @@ class FolderWeights:
         """Blocks of what bitsandbytes saved, whose scales may be quantized themselves."""
         present = (name for name in NF4_NAMES if self.has(f"{module}.{name}"))
         weight = read_nf4({name: self.tensor(f"{module}.{name}") for name in present}, module)
-        # Finer blocks would round activations less, which is little beside what NF4 has rounded.
+        # Smaller blocks would round activations less, which is little beside the error of NF4.
         block = self._block(module, 8, usual=NF4_BLOCK)
         return blocks_of_nf4(weight.codes, weight.levels, weight.scales, weight.shape, block)
 

@@ -190,7 +190,7 @@ class ChatBot:
                 ``last_scores``; 0 keeps the written token's alone, None keeps nothing.
 
         Returns:
-            A generator of pieces of the reply, none of which is empty or breaks a character.
+            A generator of parts of the reply, none of which is empty or breaks a character.
 
         Raises:
             ContextError: If the conversation has become longer than the model's context.
@@ -315,7 +315,7 @@ class ChatBot:
         if self.settings.overflow == "slide":
             room = min(self.settings.max_new_tokens, context // 4)
             turns = iter(self._turns_after(forgotten))
-            # Half of the context is freed at once, because what is left must be read anew.
+            # Half of the context is freed at once, because the remaining turns must be read again.
             limit = context - room
             while len(prompt) > limit and (turn := next(turns, None)) is not None:
                 limit = context // 2

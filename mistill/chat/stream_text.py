@@ -55,7 +55,7 @@ class TextStream:
         """End the reply.
 
         Returns:
-            What was held back; an unfinished character becomes U+FFFD.
+            The text that was held back; an incomplete character becomes U+FFFD.
         """
         if self.stopped:
             return ""
@@ -106,7 +106,7 @@ class StopStrings:
             text: Text that follows.
 
         Returns:
-            What cannot be part of a stop string: all of it, unless it ends as one begins.
+            The text that cannot be part of a stop string.
         """
         self._held += text
         ends = [
@@ -124,13 +124,13 @@ class StopStrings:
         """End the text without a stop string.
 
         Returns:
-            What was held back.
+            The text that was held back.
         """
         return self._take(len(self._held))
 
     def _take(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
-        return taken
+        text, self._held = self._held[:count], self._held[count:]
+        return text
 
     def _begun(self) -> int:
         """How many of the last characters may be the beginning of a stop string."""

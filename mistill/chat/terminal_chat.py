@@ -56,7 +56,7 @@ def run_terminal_chat(
     """
     bot = ChatBot(folder, system=system, settings=settings, threads=threads, **options)
     if session is not None:
-        # Now rather than at the end, when a conversation could be lost.
+        # An error in saving must show before the conversation, not after it.
         if session.exists():
             bot.restore(session)
         bot.save(session)
@@ -192,7 +192,7 @@ def _answer_lines(bot: ChatBot, lines: TextIO, out: TextIO) -> None:
     except _EndOfChat:
         return
     except BrokenPipeError:
-        # Whoever was reading has left; Python would complain again when it closes the pipe.
+        # The reader has closed the pipe; Python would raise again when it closes its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 

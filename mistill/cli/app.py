@@ -522,7 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a finding, 2 for bad input, 130 for an interruption.
     """
     logging.basicConfig(level=logging.WARNING, format="mistill: %(message)s")
-    # bitsandbytes warns of each faster kernel that this processor has no use for.
+    # bitsandbytes warns of each faster kernel that this processor does not support.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
@@ -54,8 +55,10 @@ class HelpPage(DefaultFormatter):
         if panel.format == "command":
             show(console, options, panel)
             return
+        names = {name for entry in panel.entries for name in map(option_name, entry.names)}
+        names -= {choice for entry in panel.entries for choice in entry.choices or ()}
         for title, entries in self._divided(panel.entries):
-            lines = [_readable(entry) for entry in entries]
+            lines = [_readable(entry, names) for entry in entries]
             show(console, options, panel.copy(title=title or panel.title, entries=lines))
 
     def _divided(self, entries: Sequence[HelpEntry]) -> Iterator[tuple[str, list[HelpEntry]]]:
@@ -85,12 +88,14 @@ def option_name(option: str) -> str:
     return option.removeprefix("--").replace("-", "_")
 
 
-def _readable(entry: HelpEntry) -> HelpEntry:
-    """The entry without the line breaks and the markup of a docstring."""
+def _readable(entry: HelpEntry, names: Collection[str]) -> HelpEntry:
+    """The entry without the line breaks and the markup of a docstring, and with options' dashes."""
     text = str(getattr(entry.description, "primary_renderable", entry.description) or "")
-    return entry.copy(
-        description=" ".join(text.replace("``", "").split()), default=_default(entry.default)
-    )
+    words = " ".join(text.replace("``", "").split())
+    for name in names:
+        if "_" in name:
+            words = re.sub(rf"\b{name}\b", f"--{name.replace('_', '-')}", words)
+    return entry.copy(description=words, default=_default(entry.default))
 
 
 def _default(default: str | None) -> str | None:

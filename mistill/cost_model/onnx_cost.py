@@ -15,7 +15,7 @@ from mistill.cost_model.products import Form, Kernel
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# These read a few rows of a table, where every other operator reads its weights from end to end.
+# These operators read a few rows of a table; all others read their weights completely.
 _ROW_READERS = {
     "Gather": (0,),
     "GatherBlockQuantized": (0, 2, 3),
@@ -24,7 +24,7 @@ _ROW_READERS = {
 _COSINE = 7
 _VIEWS = ("Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze", "Identity")
 
-# Per block of columns of a row, the integer kernels keep its scale and the sum of its weights.
+# For each block of a row, the integer kernels store its scale and the sum of its weights.
 _PACKED_BLOCK_BYTES = 8
 _INTEGER_LEVEL = 4
 _FORMS: dict[int, Form] = {4: "int4", 8: "int8"}
@@ -60,8 +60,8 @@ class StepCost:
         Returns:
             Tokens per second.
         """
-        read = self.packed_bytes_per_token + depth * self.cache_bytes_per_position
-        return bytes_per_second / max(read, 1)
+        bytes_read = self.packed_bytes_per_token + depth * self.cache_bytes_per_position
+        return bytes_per_second / max(bytes_read, 1)
 
 
 def step_cost(graph: ir.Graph) -> StepCost:
@@ -80,17 +80,17 @@ def step_cost(graph: ir.Graph) -> StepCost:
     for node in graph.all_nodes():
         if node.op_type in _VIEWS:
             continue
-        for place, value in enumerate(node.inputs):
+        for index, value in enumerate(node.inputs):
             tensor = constant(value)
             if tensor is None or tensor.dtype == ir.DataType.INT64:
-                continue  # what is computed, and the shapes and places that it is told
-            if place in _ROW_READERS.get(node.op_type, ()):
+                continue  # computed values, shapes and indices
+            if index in _ROW_READERS.get(node.op_type, ()):
                 rows += tensor.nbytes // max(tensor.shape.numpy()[0], 1)
             else:
                 stored, packed = whole.get(str(tensor.name), (0, 0))
                 whole[str(tensor.name)] = (
                     max(stored, tensor.nbytes),
-                    max(packed, _packed_bytes(node, place, tensor)),
+                    max(packed, _packed_bytes(node, index, tensor)),
                 )
     return StepCost(
         bytes_per_token=rows + sum(stored for stored, _ in whole.values()),
@@ -110,7 +110,7 @@ def product_weights(graph: ir.Graph) -> dict[Kernel, int]:
     Returns:
         Rows times columns of all such products of a kernel.
     """
-    found: dict[Kernel, int] = {}
+    weights_of_kernel: dict[Kernel, int] = {}
     for node in graph.all_nodes():
         numbers = {
             name: node.attributes.get_int(name, 0)
@@ -120,8 +120,10 @@ def product_weights(graph: ir.Graph) -> dict[Kernel, int]:
             continue
         if numbers["bits"] in _FORMS:
             kernel = Kernel(_FORMS[numbers["bits"]], numbers["block_size"])
-            found[kernel] = found.get(kernel, 0) + numbers["K"] * numbers["N"]
-    return found
+            weights_of_kernel[kernel] = (
+                weights_of_kernel.get(kernel, 0) + numbers["K"] * numbers["N"]
+            )
+    return weights_of_kernel
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -167,12 +169,12 @@ def memory_speed(threads: int) -> float:
     return _PROBE_BYTES / best
 
 
-def _packed_bytes(node: ir.Node, place: int, tensor: ir.TensorProtocol) -> int:
+def _packed_bytes(node: ir.Node, index: int, tensor: ir.TensorProtocol) -> int:
     integer = node.attributes.get_int("accuracy_level", 0) == _INTEGER_LEVEL
-    if node.op_type != "MatMulNBits" or not integer or place not in (2, 3):
+    if node.op_type != "MatMulNBits" or not integer or index not in (2, 3):
         return tensor.nbytes
-    if place == 3:
-        return 0  # zero points go into the sums
+    if index == 3:
+        return 0  # zero points are part of the sums
     return int(tensor.size) * _PACKED_BLOCK_BYTES
 
 

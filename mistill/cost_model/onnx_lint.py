@@ -107,7 +107,7 @@ def lint_file(file: str | Path) -> Lint:
         file: An .onnx file, whoever made it.
 
     Returns:
-        What was found.
+        The findings.
 
     Raises:
         MissingExtraError: If the package onnx-ir is not installed.
@@ -206,18 +206,18 @@ def _inside_attention(node: ir.Node) -> bool:
 
 def _sources(node: ir.Node, through: tuple[str, ...]) -> set[str]:
     """Types of the nodes whose results arrive at a node, through some others."""
-    found: set[str] = set()
-    left, seen = [node], {node}
-    while left:
-        for value in left.pop().inputs:
+    types: set[str] = set()
+    waiting, visited = [node], {node}
+    while waiting:
+        for value in waiting.pop().inputs:
             producer = None if value is None else value.producer()
-            if producer is None or producer in seen:
+            if producer is None or producer in visited:
                 continue
-            seen.add(producer)
-            found.add(producer.op_type)
+            visited.add(producer)
+            types.add(producer.op_type)
             if producer.op_type in through:
-                left.append(producer)
-    return found
+                waiting.append(producer)
+    return types
 
 
 def _is_past(value: ir.Value | None) -> bool:
@@ -247,18 +247,18 @@ def _positions_chosen(head: ir.Node) -> bool:
 
     Attention reads every position, so the search ends there.
     """
-    left, seen = [head], {head}
-    while left:
-        node = left.pop()
+    waiting, visited = [head], {head}
+    while waiting:
+        node = waiting.pop()
         for value in node.inputs[:2]:
             producer = None if value is None else value.producer()
-            if producer is None or producer in seen:
+            if producer is None or producer in visited:
                 continue
             if producer.op_type in _CHOOSING and _picks_positions(producer):
                 return True
-            seen.add(producer)
+            visited.add(producer)
             if producer.op_type not in (*_ATTENTIONS, "GroupQueryAttention", "Softmax"):
-                left.append(producer)
+                waiting.append(producer)
     return False
 
 
@@ -267,7 +267,7 @@ def _picks_positions(node: ir.Node) -> bool:
     if constant(node.inputs[0]) is not None:
         return False
     if node.op_type != "Slice":
-        # The order of columns, as a list that is stored, is gathered along the last axis.
+        # A gather of the columns by a stored order runs along the last axis.
         return node.attributes.get_int("axis", 0) in (0, 1)
     axes = constant(_input(node, 3))
     return axes is None or axes.numpy().tolist() in ([0], [1], [0, 1], [-2])
@@ -280,8 +280,8 @@ def _name(node: ir.Node) -> str:
     return node.name or str(node.outputs[0].name)
 
 
-def _input(node: ir.Node, place: int) -> ir.Value | None:
-    return node.inputs[place] if place < len(node.inputs) else None
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _is_half(value: ir.Value | None) -> bool:

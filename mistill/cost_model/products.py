@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 Form = Literal["int4", "int8", "dynamic_int8", "float32"]
 
 _MICROSOFT = "com.microsoft"
-# The difference between two products of matrices that a processor's cache holds is free of what
-# every run begins and ends with.
-_ROWS, _COLUMNS = (2048, 4096), 1024
+# The difference between two products, of matrices that fit the processor's cache, is free of the
+# fixed cost of a run.
+ROWS, COLUMNS = (2048, 4096), 1024
 _SECONDS = 0.15
 
 
@@ -95,15 +95,30 @@ def kernel_speed(kernel: Kernel, threads: int) -> float:
     Returns:
         Weights per second, from matrices that a cache holds; measured once, in a third of a second.
     """
-    few, many = (_least_seconds(kernel, rows, threads) for rows in _ROWS)
-    # A disturbed clock may find the larger matrix no slower; then its own time bounds the speed.
-    apart = many - few if many > few else many
-    return (_ROWS[1] - _ROWS[0] if many > few else _ROWS[1]) * _COLUMNS / apart
+    few, many = (_least_seconds(kernel, rows, threads) for rows in ROWS)
+    return weights_per_second(few, many)
+
+
+def weights_per_second(few_rows_seconds: float, many_rows_seconds: float) -> float:
+    """The speed of a kernel without the fixed cost of a run.
+
+    Args:
+        few_rows_seconds: Time of a run with the smaller matrix of ``ROWS``.
+        many_rows_seconds: Time of a run with the larger one.
+
+    Returns:
+        Weights per second.
+    """
+    few, many = ROWS
+    if many_rows_seconds > few_rows_seconds:
+        return (many - few) * COLUMNS / (many_rows_seconds - few_rows_seconds)
+    # A disturbed clock found the larger matrix no slower; its own time then bounds the speed.
+    return many * COLUMNS / many_rows_seconds
 
 
 def _least_seconds(kernel: Kernel, rows: int, threads: int) -> float:
-    session = open_products(kernel, rows, _COLUMNS, threads=threads)
-    feeds = {"x": np.ones((1, _COLUMNS), np.float32)}
+    session = open_products(kernel, rows, COLUMNS, threads=threads)
+    feeds = {"x": np.ones((1, COLUMNS), np.float32)}
     end, least = perf_counter() + _SECONDS, float("inf")
     with held_to_first_processor():
         for start in takewhile(lambda now: now < end, iter(perf_counter, None)):
@@ -141,12 +156,12 @@ def _model(kernel: Kernel, rows: int, columns: int, copies: int) -> ir.Model:
     for copy in range(copies):
         weights = [
             onnx_ir.Value(
-                name=f"w{copy}.{place}",
+                name=f"w{copy}.{index}",
                 type=onnx_ir.TensorType(onnx_ir.DataType.from_numpy(array.dtype)),
                 shape=onnx_ir.Shape(array.shape),
-                const_value=onnx_ir.tensor(array, name=f"w{copy}.{place}"),
+                const_value=onnx_ir.tensor(array, name=f"w{copy}.{index}"),
             )
-            for place, array in enumerate(arrays)
+            for index, array in enumerate(arrays)
         ]
         stored += weights
         result = onnx_ir.Value(name=f"y{copy}", type=floats, shape=onnx_ir.Shape(["tokens", rows]))

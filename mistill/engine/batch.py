@@ -71,7 +71,7 @@ class _BatchCache:
             for name, (heads, width, dtype) in cache_shapes(session).items()
         }
         self._capacity = capacity
-        # Rows that the binding holds for steps; none while prompts are read.
+        # Rows that are bound for decoding; 0 during the prefill.
         self._bound = 0
 
     def read(self, texts: Sequence[Sequence[int]], chunk: int) -> NDArray[np.float32]:
@@ -110,7 +110,7 @@ class _BatchCache:
             self._bound = len(texts)
         ids = np.array([text[-1:] for text in texts], np.int64)
         lengths = np.array([len(text) for text in texts])
-        # Where a text ends is how many ones its row of the mask has.
+        # The number of ones in a row of the mask is the length of its text.
         mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
         return self._run_graph(ids, mask)
 

@@ -83,7 +83,7 @@ class PromptLookup:
         """
         self._lengths = range(longest, shortest - 1, -1)
         self._indexed = 0
-        # Where the token after each n-gram stands, at its last occurrence.
+        # Position of the token after each n-gram, at its last occurrence.
         self._positions: dict[tuple[int, ...], int] = {}
 
     def begin(self, ids: Sequence[int]) -> None:

@@ -20,13 +20,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 FIRST_CAPACITY = 512
-"""Positions that the cache has room for at first."""
+"""Initial capacity of the cache in positions."""
 
 WINDOW_SLACK = 256
-"""Rows beyond a window: old positions are dropped once in so many tokens, by moving the others."""
+"""Rows beyond the window; old positions are dropped once in this many tokens, by moving others."""
 
 WINDOW_PROPERTY = "mistill.sliding_window_cache"
-"""Entry of a graph's metadata: the positions that a query sees, where older ones are dropped."""
+"""Entry of a graph's metadata: the sliding window, if the graph drops older positions."""
 
 CACHE_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -83,7 +83,7 @@ class KeyValueCache:
         self._capacity = 0
         self._device = device
         self._before_move = before_move
-        # Of a cache on the processor only: the same memory as the values.
+        # Views of the same memory as the values, only for a cache on the CPU.
         self._arrays: dict[str, NDArray[Any]] = {}
 
     @property
@@ -254,7 +254,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
         At most the length of the shorter one.
     """
     shorter = min(len(first), len(second))
-    # Usually one is the beginning of the other, and a list compares thousands in microseconds.
+    # Usually one text is a prefix of the other, and comparing lists takes microseconds.
     if first[:shorter] == second[:shorter]:
         return shorter
     return next(index for index in range(shorter) if first[index] != second[index])

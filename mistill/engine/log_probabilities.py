@@ -37,12 +37,12 @@ def token_score(logits: NDArray[np.float32], token: int, top: int = 0) -> TokenS
     Returns:
         Its log-probability, and theirs.
     """
-    # In float64, and the largest subtracted: no logits overflow, and the sum loses nothing.
+    # In float64 and with the largest subtracted, so that no exponential overflows.
     shifted = logits.astype(np.float64) - float(logits.max())
     logarithm = float(np.log(np.exp(shifted).sum()))
     count = min(top, logits.size)
     best = np.argpartition(-logits, count - 1)[:count] if count else np.empty(0, np.int64)
-    # Those that tie stand in the order of their ids.
+    # Equal logits are in the order of the ids.
     best = best[np.lexsort((best, -logits[best]))]
     return TokenScore(
         token,

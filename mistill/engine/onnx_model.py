@@ -34,7 +34,7 @@ from mistill.folders.folder import open_folder
 from mistill.settings import require
 
 CHUNK = 128
-"""Positions of a prompt that are read at once; more are not faster, and an interrupt must wait."""
+"""Positions of a prompt that are read at once; more are not faster and delay interrupts."""
 
 
 class OnnxModel:
@@ -114,8 +114,8 @@ class OnnxModel:
         self._reader: object = None
         self._lock = threading.Lock()
         self._binding = self._session.io_binding()
-        # What the binding points at now, and False or None while it is being changed: an interrupt
-        # between two bindings must not leave the graph writing into memory that is gone.
+        # The bound cache and tokens; False or None while a binding changes, so that an interrupt
+        # between two bindings cannot leave the graph writing to freed memory.
         self._bound_cache = False
         self._bound_tokens: NDArray[np.int64] | None = None
         self._ones = np.ones((1, self.context_length), np.int64)
@@ -340,8 +340,8 @@ class OnnxModel:
         while len(tokens) < self.context_length:
             with self._lock:
                 if self._reader is not reader:
-                    # Something else was read since: go back to where the two texts part. The
-                    # last token is always read again, because its logits are what is asked for.
+                    # Another text was read since: keep the common prefix. The last token is always
+                    # read again, because its logits are needed.
                     self._cache.rewind(common_prefix(self._cache.ids, tokens[:-1]))
                     self._reader = reader
                 self._read_on(tokens)
@@ -397,8 +397,8 @@ class OnnxModel:
             last = scores is self._next_logits
             self._bind("input_ids", inputs)
             self._bind("first_logit", self._last_position if last else self._every_position)
-            # Bound after the cache, and so the last of the outputs. A graph declares one position,
-            # as it gives by default; ONNX Runtime makes room for more only by itself.
+            # Bound after the cache, so that it is the last output. The graph declares one position,
+            # its default; for more, ONNX Runtime must allocate the output.
             if last:
                 self._binding.bind_ortvalue_output("logits", key_value_cache.as_value(scores))
             else:

@@ -12,7 +12,7 @@ from mistill.engine.language_model import Provider
 from mistill.errors import FolderError, MissingExtraError
 from mistill.folders.folder import MANIFEST_FILE, read_json
 
-# What ONNX Runtime calls them; what one cannot run, the next does.
+# ONNX Runtime's names; an operator that one provider does not support runs on the next.
 _PROVIDERS: dict[str, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -62,7 +62,7 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # A plan of memory is kept for every shape of inputs, and each step has another one.
+    # ONNX Runtime would keep a memory plan for every input shape, and each step has another shape.
     options.enable_mem_pattern = False
     if not alone:
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -77,7 +77,7 @@ def open_session(
         ) from error
     wanted = _PROVIDERS[provider][0]
     if wanted not in session.get_providers():
-        # ONNX Runtime goes on without a provider whose libraries it cannot load.
+        # ONNX Runtime continues without a provider whose libraries it cannot load.
         raise MissingExtraError(
             f"{wanted} does not start, because its libraries or a driver are missing; install "
             "them, or use provider cpu"
@@ -101,22 +101,22 @@ def check_graph(session: onnxruntime.InferenceSession, folder: Path, layers: int
     optional = {entry.name for entry in session.get_overridable_initializers()}
     outputs = {entry.name for entry in session.get_outputs()}
     wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
-    wrong = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
-    wrong += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
-    wrong += [
+    faults = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
+    faults += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
+    faults += [
         f"the input {name} is a {inputs[name]}"
         for name in sorted(wanted & inputs.keys())
         if inputs[name] not in (CACHE_TYPES if name.startswith("past") else ("tensor(int64)",))
     ]
     if "first_logit" not in optional:
-        wrong.append("the optional input first_logit is missing")
+        faults.append("the optional input first_logit is missing")
     wanted = {"logits", *(f"present.{part}" for part in parts)}
-    wrong += [f"the output {name} is missing" for name in sorted(wanted - outputs)]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
+    faults += [f"the output {name} is missing" for name in sorted(wanted - outputs)]
+    if faults:
+        more = f" and {len(faults) - 4} more" if faults[4:] else ""
         raise FolderError(
             f"{folder / 'model.onnx'} is not a graph that this engine runs: "
-            f"{', '.join(wrong[:4])}{more}; make it with: mistill export"
+            f"{', '.join(faults[:4])}{more}; make it with: mistill export"
         )
 
 

@@ -18,11 +18,11 @@ LONGEST = 7
 
 # The share of all time that drafting may lose.
 _SHARE = 0.02
-# Measurements of one thing that are remembered; their median is what it takes.
+# Number of recent measurements whose median counts.
 _REMEMBERED = 9
 # A draft token costs at least this share of a step, whatever a disturbed measurement says.
 _LEAST = 0.03
-# Before it is known: reading two positions at once takes no longer than one after the other.
+# Assumed cost of a draft token before it is measured: that of a plain step.
 _UNKNOWN = 1.0
 # A step with draft tokens that took this many times the expected time was disturbed.
 _DISTURBED = 2.0

@@ -15,7 +15,7 @@ from mistill.errors import ContextError
 from mistill.folders.folder import context_length
 from mistill.pytorch.loading import load_pytorch
 
-_POSITIONS_AT_ONCE = 2048
+POSITIONS_AT_ONCE = 2048
 
 
 class PytorchModel:
@@ -77,7 +77,7 @@ class PytorchModel:
         self._check(ids)
         rows, length = ids.shape
         scores = np.empty((rows, length, self.vocabulary_size), dtype=np.float32)
-        step = max(1, _POSITIONS_AT_ONCE // max(1, length))
+        step = max(1, POSITIONS_AT_ONCE // max(1, length))
         for start in range(0, rows, step):
             chunk = slice(start, start + step)
             with torch.inference_mode():
@@ -112,7 +112,7 @@ class PytorchModel:
 
         cache = DynamicCache(config=self.model.config)
         for _ in range(self.context_length - ids.shape[1]):
-            # Entered anew for each token: across a yield it would leak into the caller.
+            # Entered for each token: inference mode would leak to the caller across a yield.
             with torch.inference_mode():
                 output = self.model(
                     self._to_device(ids), past_key_values=cache, use_cache=True, logits_to_keep=1

@@ -19,7 +19,7 @@ from mistill.settings import require
 
 Logits = NDArray[np.float32]
 
-# Of so many tokens the best is taken first, when the best of all are looked for.
+# Number of logits of which the largest is taken first in a search for the top k.
 _GROUP = 64
 
 
@@ -110,8 +110,8 @@ def above_top_k(logits: Logits, k: int) -> NDArray[np.int64]:
     if groups < 4 * k:
         threshold = np.partition(logits, logits.size - k)[logits.size - k]
         return np.flatnonzero(logits >= threshold)
-    # Each of k groups holds a token at least as probable as the last of their k best, so that none
-    # of those wanted is below it: few are left to be ordered.
+    # Each of the k best groups holds a token that is at least as probable as the smallest of their
+    # maxima, so that the top k are not below it. Few tokens remain to be sorted.
     best = logits[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
     ids = np.flatnonzero(logits >= np.partition(best, groups - k)[groups - k])
     likely = logits[ids]
@@ -214,7 +214,7 @@ def accept_or_redraw(
     over = ours.probabilities.copy()
     _, at_ours, at_theirs = np.intersect1d(ours.ids, ids, True, return_indices=True)
     over[at_ours] = np.maximum(over[at_ours] - odds[at_theirs], 0)
-    # Of two distributions that are equal but for rounding, nothing may be left.
+    # Two distributions that are equal up to rounding may leave nothing.
     return draw(Candidates(ours.ids, over) if over.any() else ours, generator)
 
 

@@ -66,7 +66,7 @@ def write_cache(
         The file.
 
     Raises:
-        FolderError: If there is no such place to write to.
+        FolderError: If the parent folder does not exist.
     """
     file = file.expanduser().absolute()
     if not file.parent.is_dir():

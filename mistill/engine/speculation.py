@@ -219,6 +219,6 @@ def draft_token_cost(model: OnnxModel, draft: Draft) -> float:
     began = time.perf_counter()
     draft.propose(ids, 1, None)
     drafting = time.perf_counter() - began
-    # Two positions may take another kernel than one, and eight another than two.
+    # The kernel may differ for one, two and eight positions.
     reading = max((seconds(1 + count) - step) / count for count in (1, LONGEST))
     return (reading + drafting) / step

@@ -81,7 +81,7 @@ def open_folder(path: str | Path) -> FolderInfo:
         path: A folder of any form.
 
     Returns:
-        What it holds.
+        The description.
 
     Raises:
         FolderError: If it is missing or broken; the message lists everything that is wrong.
@@ -121,7 +121,7 @@ def describe(path: str | Path) -> FolderInfo:
         path: A folder without problems.
 
     Returns:
-        What it holds.
+        The description.
     """
     folder = Path(path).expanduser().absolute()
     config = read_config(folder)
@@ -202,8 +202,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         folder: A folder of any form.
 
     Returns:
-        The config; ``quantization_config`` is that of quantize_config.json where config.json has
-        none.
+        The config; if it has no ``quantization_config``, that of quantize_config.json is added.
 
     Raises:
         FolderError: If a file is missing or is not a JSON object.

@@ -107,8 +107,8 @@ class GptqFormat:
 def _to_dynamic(pattern: str, form: ModuleFormat | None) -> tuple[str, dict[str, Any]]:
     if form is None:
         return f"-:{pattern}", {}
-    said = {"bits": form.bits, "group_size": form.group_size, "sym": form.symmetric}
-    return f"+:{pattern}", said
+    entry = {"bits": form.bits, "group_size": form.group_size, "sym": form.symmetric}
+    return f"+:{pattern}", entry
 
 
 def read_quantization(config: Mapping[str, Any]) -> GptqFormat | None:
@@ -153,22 +153,22 @@ def read_quantization(config: Mapping[str, Any]) -> GptqFormat | None:
     )
 
 
-def _read_grid(said: Mapping[str, Any], place: str) -> tuple[int, int]:
+def _read_grid(entry: Mapping[str, Any], origin: str) -> tuple[int, int]:
     try:
-        bits, group_size = int(said["bits"]), int(said["group_size"])
+        bits, group_size = int(entry["bits"]), int(entry["group_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise FolderError(
-            f"{place} in config.json must give bits and group_size as whole numbers, not "
-            f"bits {said.get('bits')!r}, group_size {said.get('group_size')!r}"
+            f"{origin} in config.json must give bits and group_size as whole numbers, not "
+            f"bits {entry.get('bits')!r}, group_size {entry.get('group_size')!r}"
         ) from error
     if bits not in SUPPORTED_BITS:
         raise FolderError(
-            f"mistill reads GPTQ weights of 2, 3, 4 or 8 bits, and {place} says {bits}; quantize "
+            f"mistill reads GPTQ weights of 2, 3, 4 or 8 bits, and {origin} says {bits}; quantize "
             "the float model again"
         )
     if group_size == 0 or group_size < -1:
         raise FolderError(
-            f"group_size in {place} must be above 0, or -1 for the whole row, got {group_size}"
+            f"group_size in {origin} must be above 0, or -1 for the whole row, got {group_size}"
         )
     return bits, group_size
 
@@ -179,7 +179,7 @@ def _read_dynamic(dynamic: Any, base: ModuleFormat) -> tuple[tuple[str, ModuleFo
     if not isinstance(dynamic, Mapping):
         raise FolderError(f"dynamic in quantization_config should be an object, not {dynamic!r}")
     modules: list[tuple[str, ModuleFormat | None]] = []
-    for key, said in dynamic.items():
+    for key, entry in dynamic.items():
         pattern = key[2:] if key.startswith(("+:", "-:")) else key
         try:
             re.compile(pattern)
@@ -190,11 +190,11 @@ def _read_dynamic(dynamic: Any, base: ModuleFormat) -> tuple[tuple[str, ModuleFo
         if key.startswith("-:"):
             modules.append((pattern, None))
             continue
-        if not isinstance(said, Mapping):
+        if not isinstance(entry, Mapping):
             raise FolderError(f"{key!r} under dynamic in quantization_config should be an object")
-        merged = {"bits": base.bits, "group_size": base.group_size, **said}
+        merged = {"bits": base.bits, "group_size": base.group_size, **entry}
         bits, group_size = _read_grid(merged, f"{key!r} under dynamic in quantization_config")
-        symmetric = bool(said.get("sym", base.symmetric))
+        symmetric = bool(entry.get("sym", base.symmetric))
         form = ModuleFormat(bits=bits, group_size=group_size, symmetric=symmetric)
         modules.append((pattern, form))
     return tuple(modules)

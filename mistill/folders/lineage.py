@@ -23,7 +23,7 @@ from mistill.settings import changed_settings, settings_dict
 
 LINEAGE_FILE = "lineage.json"
 
-# What tells how a folder was made, with dates and durations, and not what it holds.
+# Records of how a folder was made, which are no part of its content.
 _RECORDS = (
     LINEAGE_FILE,
     MANIFEST_FILE,

@@ -20,7 +20,7 @@ from mistill.errors import FolderError, MissingExtraError, missing_extra
 
 PARTIAL = ".partial"
 
-# Here a file appears when it has been sent whole, and to rename it would be to send it again.
+# Object stores: a file appears when its upload is complete, and renaming would upload it again.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2", "memory"}
 
 

@@ -140,7 +140,7 @@ def describe_targets(location: Location) -> TargetsInfo:
         location: Location of the folder.
 
     Returns:
-        What it holds.
+        The description.
 
     Raises:
         FolderError: If it is missing, unfinished or damaged.
@@ -175,15 +175,15 @@ def targets_problems(location: Location) -> list[str]:
         manifest = read_manifest(location)
     except FolderError as error:
         return [str(error)]
-    found = []
+    faults = []
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     with track("checking", total=total, unit="B") as bar:
         for name, entry in manifest["files"].items():
             problem = _file_problem(location, name, entry)
             if problem is not None:
-                found.append(problem)
+                faults.append(problem)
             bar.advance(entry["bytes"])
-    return found
+    return faults
 
 
 def _file_problem(location: Location, name: str, entry: Mapping[str, Any]) -> str | None:

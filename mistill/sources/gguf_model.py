@@ -44,14 +44,14 @@ _TABLES = {
     "output.weight": "lm_head.weight",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-_SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30
 
-# Metadata that mistill's export adds where GGUF has no words.
+# Metadata of mistill's export for what GGUF does not define.
 ROPE_KEY = "mistill.rope_parameters"
-"""What config.json says of scaled rotary positions."""
+"""Entries of config.json for a scaled rotary embedding."""
 
 CONTEXT_KEY = "mistill.context_length"
-"""The context of a model with a window, of which llama.cpp is shown no more than the window."""
+"""The context of a model with a sliding window; for llama.cpp the window is the context."""
 
 
 def convert_gguf(file: Path, target: Path) -> None:
@@ -93,14 +93,14 @@ def _config(name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
             "mistill reads GGUF files of dense llama models, such as Mistral 7B"
         )
     window = metadata.get("llama.attention.sliding_window")
-    kind = "llama" if window is None else "mistral"
+    model_type = "llama" if window is None else "mistral"
     try:
         hidden = metadata["llama.embedding_length"]
         heads = metadata["llama.attention.head_count"]
         head_dim = metadata.get("llama.attention.key_length", hidden // heads)
         config = {
-            "architectures": [f"{kind.title()}ForCausalLM"],
-            "model_type": kind,
+            "architectures": [f"{model_type.title()}ForCausalLM"],
+            "model_type": model_type,
             "dtype": "float32",
             "hidden_act": "silu",
             "hidden_size": hidden,
@@ -172,7 +172,7 @@ def _convert_weights(
 ) -> None:
     from safetensors.numpy import save_file
 
-    # Where the config says how they are made, it is read in their place.
+    # The config holds the parameters that these factors follow from.
     tensors = {name: tensor for name, tensor in tensors.items() if name != _ROPE_FACTORS}
     unknown = sorted(tensor for tensor in tensors if _transformers_name(tensor) is None)
     if unknown:
@@ -180,12 +180,12 @@ def _convert_weights(
             f"{name} holds tensors that a llama model does not have: {', '.join(unknown[:3])}"
         )
     shards: list[list[str]] = [[]]
-    room = _SHARD_BYTES
+    room = SHARD_BYTES
     for tensor in tensors.values():
         size = 4 * int(tensor.n_elements)
         if size > room and shards[-1]:
             shards.append([])
-            room = _SHARD_BYTES
+            room = SHARD_BYTES
         shards[-1].append(tensor.name)
         room -= size
     files: dict[str, str] = {}
@@ -235,24 +235,27 @@ def split_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]
 
 def _tokenizer(name: str, metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that a GGUF file's metadata describes."""
-    kind = metadata.get("tokenizer.ggml.model")
+    tokenizer_model = metadata.get("tokenizer.ggml.model")
     try:
         texts = metadata["tokenizer.ggml.tokens"]
         pieces = Pieces(
             texts=texts,
-            kinds=[TokenType(kind) for kind in metadata["tokenizer.ggml.token_type"]],
+            kinds=[
+                TokenType(tokenizer_model)
+                for tokenizer_model in metadata["tokenizer.ggml.token_type"]
+            ],
             scores=metadata.get("tokenizer.ggml.scores", []),
         )
-        if kind == "gpt2":
+        if tokenizer_model == "gpt2":
             cut = str(metadata.get("tokenizer.ggml.pre"))
             return byte_level_tokenizer(pieces, metadata["tokenizer.ggml.merges"], cut, name)
-        if kind == "llama":
+        if tokenizer_model == "llama":
             prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
             return sentencepiece_tokenizer(pieces, name, space_prefix=prefix)
     except (KeyError, ValueError) as error:
         raise VocabularyError(f"{name} does not describe its vocabulary: {error}") from error
     raise VocabularyError(
-        f"{name} has a vocabulary of the kind {kind}; mistill reads GGUF files with the "
+        f"{name} has a vocabulary of the kind {tokenizer_model}; mistill reads GGUF files with the "
         "vocabularies gpt2 (byte-level BPE) and llama (SentencePiece)"
     )
 
@@ -276,7 +279,7 @@ def _write_tokenizer(
         begin_with(tokenizer, first)
     tokenizer.save(str(target / "tokenizer.json"), pretty=False)
     settings = {
-        # A named class would cut words in its own way; this one takes tokenizer.json as it is.
+        # A specific class would replace the pre-tokenizer; this one takes tokenizer.json as it is.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": adds_bos,
         "clean_up_tokenization_spaces": False,

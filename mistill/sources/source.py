@@ -43,7 +43,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Some repositories hold a second copy of the weights, or other models in folders.
 _UNWANTED = ["consolidated*", "*/*"]
-# Part of the name of what is kept in the cache: raised when a conversion changes.
+# Version of the conversion, part of the names of cached folders.
 _CONVERSION = 1
 
 
@@ -147,11 +147,11 @@ def _download(name: str) -> Path:
 def _refuse_remote_code(folder: Path, name: str) -> None:
     file = folder / "config.json"
     if not file.is_file():
-        return  # the folder's own check says all that is missing
-    asked = read_json(file).get("auto_map")
-    if asked:
+        return  # open_folder lists everything that is missing
+    auto_map = read_json(file).get("auto_map")
+    if auto_map:
         raise ArchitectureError(
-            f"{name} asks to run code from its own repository ({_first_value(asked)}), which "
+            f"{name} asks to run code from its own repository ({_first_value(auto_map)}), which "
             "mistill never does; use a model whose architecture transformers knows"
         )
 
@@ -234,14 +234,14 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
                 f"{tokenizer.token_to_id(known.content)}; the tokens before it are missing"
             )
     specials = {}
-    for name, kind in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):
-        value = settings.get(name, pieces.texts[kind])
+    for name, index in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):
+        value = settings.get(name, pieces.texts[index])
         specials[name] = value["content"] if isinstance(value, Mapping) else value
     adds_bos = settings.get("add_bos_token", True)
     if adds_bos:
         begin_with(tokenizer, specials["bos_token"])
     tokenizer.save(str(target / "tokenizer.json"), pretty=False)
-    # A named class would cut words in its own way; this one takes tokenizer.json as it is.
+    # A specific class would replace the pre-tokenizer; this one takes tokenizer.json as it is.
     settings |= {
         **specials,
         "add_bos_token": adds_bos,

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 
 from mistill.errors import VocabularyError
 
-# How byte-level vocabularies cut text, by the names in llama.cpp's src/llama-vocab.cpp.
+# Pre-tokenizers of byte-level vocabularies, by their names in llama.cpp's src/llama-vocab.cpp.
 _GPT2 = ("gpt-2", "mpt", "olmo")
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva")
 _LLAMA3 = (
@@ -37,9 +37,9 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Vocabularies that cut by an expression and then merge pieces as ever.
+# Vocabularies that split by a regular expression before tokens are merged.
 _EXPRESSIONS = {"smaug-bpe": _LLAMA3, "dbrx": _LLAMA3, "qwen2": _QWEN2}
-# Vocabularies that look a whole word up before they merge its pieces.
+# Vocabularies that look up a whole word before its tokens are merged.
 _WHOLE_WORDS_FIRST = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
@@ -110,26 +110,26 @@ def _pair(merge: str) -> tuple[str, str]:
     return left, right
 
 
-def word_cutter(kind: str, name: str) -> PreTokenizer:
+def word_cutter(pre_tokenizer: str, name: str) -> PreTokenizer:
     """The pre-tokenizer that llama.cpp calls by a name.
 
     Args:
-        kind: The name, as in ``tokenizer.ggml.pre``.
+        pre_tokenizer: The name, as in ``tokenizer.ggml.pre``.
         name: Name of the source, for the error.
 
     Returns:
-        What cuts text into words and writes their bytes as printable characters.
+        A pre-tokenizer that splits text into words and maps bytes to printable characters.
 
     Raises:
         VocabularyError: If the name is not known.
     """
-    if kind in _GPT2:
+    if pre_tokenizer in _GPT2:
         return ByteLevel(add_prefix_space=False, use_regex=True)
-    if kind in _DIGITS_THEN_GPT2:
+    if pre_tokenizer in _DIGITS_THEN_GPT2:
         return PreTokenizers(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         )
-    expression = _WHOLE_WORDS_FIRST.get(kind) or _EXPRESSIONS.get(kind)
+    expression = _WHOLE_WORDS_FIRST.get(pre_tokenizer) or _EXPRESSIONS.get(pre_tokenizer)
     if expression is not None:
         return PreTokenizers(
             [
@@ -139,8 +139,8 @@ def word_cutter(kind: str, name: str) -> PreTokenizer:
         )
     known = ", ".join(sorted((*_GPT2, *_DIGITS_THEN_GPT2, *_EXPRESSIONS, *_WHOLE_WORDS_FIRST)))
     raise VocabularyError(
-        f"{name} splits text into words by the rule {kind!r}, which mistill does not know; "
-        f"it knows {known}"
+        f"{name} splits text into words by the rule {pre_tokenizer!r}, which mistill does not "
+        f"know; it knows {known}"
     )
 
 
@@ -212,13 +212,13 @@ def merges_of(ranks: dict[str, float]) -> list[tuple[str, str]]:
     Returns:
         Pairs, best first.
     """
-    found = []
-    for piece, score in ranks.items():
-        for place in range(1, len(piece)):
-            left, right = piece[:place], piece[place:]
+    ranked_merges = []
+    for token, score in ranks.items():
+        for split in range(1, len(token)):
+            left, right = token[:split], token[split:]
             if left in ranks and right in ranks:
-                found.append((-score, -ranks[left], -ranks[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
+                ranked_merges.append((-score, -ranks[left], -ranks[right], left, right))
+    return [(left, right) for *_, left, right in sorted(ranked_merges)]
 
 
 def read_sentencepiece(file: Path) -> Pieces:
@@ -249,7 +249,9 @@ def read_sentencepiece(file: Path) -> Pieces:
             TokenType.UNUSED: model.IsUnused,
             TokenType.BYTE: model.IsByte,
         }
-        return next((found for found, test in tests.items() if test(token)), TokenType.NORMAL)
+        return next(
+            (token_type for token_type, test in tests.items() if test(token)), TokenType.NORMAL
+        )
 
     return Pieces(
         texts=[model.IdToPiece(token) for token in range(size)],

@@ -31,9 +31,9 @@ class Document:
 class TokenBlocks:
     """Documents packed into blocks of one length, N blocks of T positions.
 
-    The logits at position t predict the token at t + 1; ``kept`` says at which positions that
-    counts. To keep documents apart inside a transformers model, give it ``position_ids``, no
-    attention mask, and ``use_cache=False``: with a cache it would let them see one another.
+    The logits at position t predict the token at t + 1; ``kept`` marks the positions that count. To
+    keep documents from attending to one another in a transformers model, give it ``position_ids``,
+    no attention mask, and ``use_cache=False``.
 
     Attributes:
         ids: Token ids, int64, shape (N, T); 0 where there is no document.
@@ -101,19 +101,19 @@ class TokenBlocks:
 
 
 def pack(documents: Iterable[Document], block_length: int) -> TokenBlocks:
-    """Lay documents side by side in blocks of one length.
+    """Pack documents into blocks of one length.
 
-    A document that fits into a block is never split, since its end would be learned without its
-    beginning: it goes into the fullest block with room for it, or a new one (best fit; Ding et
-    al., 2024, https://arxiv.org/abs/2404.10830). A longer one is cut every ``block_length``
-    tokens. Blocks are in the order in which they were begun.
+    A document that fits into a block is never split, because its end would be learned without its
+    beginning. It goes into the fullest block with room for it, or a new one (best fit; Ding et al.,
+    2024, https://arxiv.org/abs/2404.10830). A longer one is split every ``block_length`` tokens.
+    Blocks are in the order in which they were started.
 
     Args:
         documents: Documents in their order.
         block_length: Positions in a block, T; at least 2.
 
     Returns:
-        Blocks in which the first token of every piece is masked: nothing before it tells it.
+        Blocks in which the first token of every part of a document is masked.
 
     Raises:
         TextError: If there are no documents.

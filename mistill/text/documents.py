@@ -1,15 +1,14 @@
 """Text and conversations in, token blocks and masks out: the only reader of text in the project.
 
-A name becomes rows, rows become documents of token ids, and documents are packed into blocks. A
-mask marks what a model shall learn to predict: in plain text every token but the first, in a
-conversation what the assistant says and the token with which it ends its turn. Few chat templates
-mark that themselves, so it is found by rendering the conversation up to each turn and comparing.
-The whole conversation is turned into tokens once: pieces turned into tokens one by one would meet
-at boundaries that the model never sees.
+The name of a text gives rows, rows give documents of token ids, and documents are packed into
+blocks. A mask marks the tokens that a model learns to predict: in plain text all but the first, in
+a conversation those of the assistant and the token that ends its turn. Few chat templates mark
+them, so that they are found by rendering the conversation up to each turn. The whole conversation
+is tokenized at once, because tokens of separate parts would differ at their boundaries.
 
-Local lines are read here, since ``datasets`` takes a text that looks like a date for a date and
-stops at a column that first appears after ten megabytes. Parquet files and the Hub are read
-through ``datasets``, as streams: nothing is copied into a cache.
+Local files are read here, because ``datasets`` takes a text that looks like a date for a date, and
+stops at a column that first appears after ten megabytes. Parquet files and the Hub are streamed
+through ``datasets``, without a copy in a cache.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _ROLES = {
     "model": "assistant",
 }
 
-# Characters of a prompt that tell where the turn after it begins.
+# Number of last characters of a prompt that locate the reply in a rendered turn.
 _SEAM = 16
 
 
@@ -67,7 +66,7 @@ def _content(row: Row) -> str | list[Message]:
 
 
 def _question(row: Row, column: str) -> str:
-    """A prompt, or an instruction with the input that it speaks of."""
+    """A prompt, or an instruction with its input."""
     question = _string(row.value[column], f"{column} of {row.origin}")
     context = row.value.get("input") if column == "instruction" else None
     return f"{question}\n\n{_string(context, f'input of {row.origin}')}" if context else question
@@ -120,12 +119,10 @@ def read_documents(
 ) -> Iterator[Document]:
     """Turn texts into token ids and masks, in their order.
 
-    A .txt file is one document (a very long one becomes several, of 2 million letters each): a
-    line or a paragraph of it rarely stands alone, and a model asked to predict it without what
-    came before would be asked for more than a reader is. Every row of another source is one.
+    A .txt file is one document, because its paragraphs need their context; a very long file is
+    split every 2 million characters. Every row of another source is a document.
 
-    What is missing, empty or of an unknown kind is refused at once; a row further down is refused
-    when it is reached.
+    Missing, empty and unknown texts are refused at once, a malformed row when it is reached.
 
     Args:
         texts: A .txt, .jsonl, .json or .parquet file, a Hub dataset (``owner/name``, or
@@ -151,12 +148,11 @@ def read_documents(
 
 
 def read_stream(texts: Texts, vocabulary: Vocabulary) -> NDArray[np.int64]:
-    """All texts as one run of tokens, as those read them who quote perplexities.
+    """All texts as one sequence of tokens, as papers measure perplexity.
 
-    A .txt file is taken as it is. Rows of other sources are joined by an empty line, as the rows of
-    WikiText are by the authors of GPTQ and those after them; conversations are written out by the
-    chat template. The whole is turned into tokens at once, and begins with the token for the
-    beginning where the tokenizer writes one.
+    A .txt file is taken as it is. Rows of other sources are joined by an empty line, as the authors
+    of GPTQ join the rows of WikiText; conversations are rendered by the chat template. The sequence
+    is tokenized at once, and begins with the BOS token if the tokenizer adds one.
 
     Args:
         texts: As for ``read_documents``.
@@ -223,12 +219,12 @@ def _plain(text: str, vocabulary: Vocabulary) -> Document:
 def conversation_documents(messages: Sequence[Message], vocabulary: Vocabulary) -> list[Document]:
     """Turn a conversation into tokens, and mark those that the assistant writes.
 
-    An assistant's tokens run from where the template would ask it to begin up to the token that
-    ends its turn, which it writes too; a line break that the template puts after that is not its
-    own. Usually the whole conversation is one document. Some templates write a turn differently
-    once it is not the last: Mistral's move the system prompt to the last question, others drop
-    the thoughts of earlier answers. Then every answer becomes a document of its own, so that it
-    is learned after just what precedes it in use.
+    The assistant's tokens run from the end of the generation prompt to the token that ends the
+    turn, inclusive; a line break that the template writes after that does not count. Usually the
+    whole conversation is one document. Some templates render a turn differently if it is not the
+    last: Mistral's move the system prompt to the last question, others drop the reasoning of
+    earlier replies. Then every reply becomes a document of its own, so that it is learned after
+    exactly the prompt that precedes it in use.
 
     Args:
         messages: Turns that begin with the user or the system and end with the assistant.
@@ -257,7 +253,7 @@ def conversation_documents(messages: Sequence[Message], vocabulary: Vocabulary) 
 
 
 def _prompt_and_answer(messages: Sequence[Message], vocabulary: Vocabulary) -> tuple[str, str]:
-    """The text before the last turn, and what the assistant writes in it up to its end."""
+    """The prompt of the last turn, and the reply with the token that ends it."""
     prompt = vocabulary.render(messages[:-1], add_generation_prompt=True)
     turn = vocabulary.render(messages)
     content = messages[-1]["content"].strip()
@@ -276,9 +272,9 @@ def _prompt_and_answer(messages: Sequence[Message], vocabulary: Vocabulary) -> t
 
 
 def _seam(prompt: str, turn: str, position: int) -> int:
-    """Where the answer begins in a turn whose start differs from the prompt: after its last words.
+    """Where the reply begins in a turn whose start differs from the prompt.
 
-    Usually that is at the content, or at a space before it.
+    That is after the last characters of the prompt, usually at the content or a space before it.
     """
     for begin in range(position, max(position - _SEAM, 0), -1):
         if turn[:begin].endswith(prompt[-_SEAM:]):
@@ -289,7 +285,7 @@ def _seam(prompt: str, turn: str, position: int) -> int:
 
 
 def _end_of_turn(turn: str, start: int, vocabulary: Vocabulary) -> int:
-    """Where the first token that ends a reply ends, or else the text."""
+    """The end of the first token that ends a reply; the end of the text if there is none."""
     ends = [vocabulary.token_bytes(token).decode() for token in vocabulary.end_ids]
     positions = [(turn.find(end, start), end) for end in ends]
     first = min(((position, end) for position, end in positions if position >= 0), default=None)
@@ -297,10 +293,10 @@ def _end_of_turn(turn: str, start: int, vocabulary: Vocabulary) -> int:
 
 
 def _masked(text: str, spans: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> Document:
-    """A document in which the tokens that begin inside one of the spans are to be predicted.
+    """A document whose mask marks the tokens that begin inside one of the spans.
 
-    A token that begins before a span and reaches into it does not count: in use the prompt ends
-    where the span begins, so the model never writes it.
+    A token that begins before a span and reaches into it does not count, because the prompt ends
+    where the span begins, so that the model never writes it.
     """
     ids, starts = vocabulary.encode_spans(text)
     mask = np.zeros(len(ids), bool)
@@ -314,7 +310,7 @@ def _masked(text: str, spans: Sequence[tuple[int, int]], vocabulary: Vocabulary)
 
 
 def read_prompts(prompts: Texts) -> list[list[Message]]:
-    """Read what a teacher shall answer.
+    """Read the prompts that a teacher answers.
 
     Args:
         prompts: A .txt file with a prompt on each line, or rows with ``prompt``, ``instruction``
@@ -350,9 +346,9 @@ def _prompt(row: Row) -> list[Message]:
     for column in ("prompt", "instruction", "question"):
         if row.value.get(column) is not None:
             return [{"role": "user", "content": _question(row, column)}]
-    found = ", ".join(sorted(map(str, row.value))) or "none"
+    columns = ", ".join(sorted(map(str, row.value))) or "none"
     raise TextError(
-        f"{row.origin} has the columns {found}; prompts are read from prompt, instruction (and "
+        f"{row.origin} has the columns {columns}; prompts are read from prompt, instruction (and "
         "input), question, messages or conversations"
     )
 

@@ -1,4 +1,4 @@
-"""Rows of text from files, from what mistill ships, and from the Hub."""
+"""Rows of text from files, from the texts that mistill ships, and from the Hub."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _FILES = (".txt", ".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 
 
-# Characters of a .txt file that are turned into tokens at once.
-_PIECE = 2_000_000
+# Size at which a long .txt file is split into documents.
+DOCUMENT_CHARACTERS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def check_texts(texts: Texts) -> None:
 
 
 def sources_of(texts: Texts) -> list[str]:
-    """The names that a user gave as text, one or several."""
+    """The names of the texts, one or several."""
     sources = [texts] if isinstance(texts, str | Path) else list(texts)
     if not sources:
         raise TextError("no text was given; name a .txt, .jsonl or .parquet file or a Hub dataset")
@@ -68,7 +68,7 @@ def sources_of(texts: Texts) -> list[str]:
 
 
 def first_row(source: str) -> Iterator[Row]:
-    """The rows of a source, the first of which has been read, so that what is missing shows."""
+    """The rows of a source; the first is read at once, so that a missing source is an error now."""
     rows = read_rows(source)
     first = next(rows, None)
     if first is None:
@@ -77,7 +77,7 @@ def first_row(source: str) -> Iterator[Row]:
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """The rows of a file, of what mistill ships, or of a dataset on the Hub."""
+    """The rows of a file, of a text that mistill ships, or of a dataset on the Hub."""
     path = find_file(source)
     if path is None:
         return _hub_rows(source)
@@ -125,13 +125,13 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def _txt_rows(path: Path) -> Iterator[Row]:
-    """A file is one document; a very long one is cut where a line ends, every 2 million letters."""
+    """A file is one document; a long one is split at a line end every 2 million characters."""
     lines: list[str] = []
     size = 0
     for line in read_lines(path):
         lines.append(line)
         size += len(line)
-        if size >= _PIECE:
+        if size >= DOCUMENT_CHARACTERS:
             yield Row({"text": "".join(lines)}, str(path))
             lines, size = [], 0
     if lines:
@@ -176,7 +176,7 @@ def json_type(value: Any) -> str:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    # Brackets and stars in a file's own name are no pattern.
+    # Brackets and stars in a file name are not a pattern.
     file = glob.escape(str(path))
     with TemporaryDirectory() as cache:  # for a lock that datasets leaves behind
         yield from _dataset_rows(

@@ -1,10 +1,9 @@
 """A tokenizer and its chat template, read from a folder without transformers.
 
-A laptop that chats has no transformers, and a student has a teacher's tokens only if every id
-stands for the same bytes in both. So a vocabulary is read straight from ``tokenizer.json`` with
-the library ``tokenizers``, the template is rendered with jinja2 under the conventions of
-transformers, and two vocabularies are compared by what their tokens spell, never by size alone:
-the 32,000 tokens of Llama 2 are not the 32,000 tokens of Mistral v0.1.
+A laptop that chats has no transformers: the library ``tokenizers`` reads ``tokenizer.json``, and
+jinja2 renders the chat template as transformers does. Two vocabularies are equal if every id spells
+the same bytes in both, not if their sizes are equal: the 32,000 tokens of Llama 2 are not the
+32,000 tokens of Mistral v0.1.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
 
 
 class Vocabulary:
-    """What the tokens of a model spell, and how it wants a conversation written.
+    """The tokens of a model and its chat template.
 
     ``load_vocabulary`` is the way to get one. ``size`` counts the rows of the model's embedding,
     V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
@@ -125,7 +124,7 @@ class Vocabulary:
     # --- text to tokens and back ----------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into token ids, adding none of its own.
+        """Turn text into token ids, without adding special tokens.
 
         Special tokens that are written out in the text, as a rendered conversation has them,
         become the tokens they name.
@@ -144,7 +143,7 @@ class Vocabulary:
         return ids
 
     def encode_spans(self, text: str) -> TokenSpans:
-        """Turn text into token ids that know where they come from.
+        """Turn text into token ids and their positions in the text.
 
         Args:
             text: Any text.
@@ -201,7 +200,7 @@ class Vocabulary:
         return token >= len(self._bytes) or token in self._unassigned
 
     def is_special(self, token: int) -> bool:
-        """Whether a token is a mark, such as the end of a turn, and not something to be read.
+        """Whether a token is a special token, such as the end of a turn.
 
         Args:
             token: A token id.
@@ -226,7 +225,7 @@ class Vocabulary:
     # --- conversations --------------------------------------------------------------------------
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """Write a conversation as the model was taught to read it.
+        """Render a conversation with the chat template.
 
         The same text as transformers' ``apply_chat_template``. It holds its own
         beginning-of-sequence token where the model wants one.
@@ -281,7 +280,7 @@ class Vocabulary:
         return digest.hexdigest()
 
     def spelling(self, token: int) -> str:
-        """A token as a message to a user shows it.
+        """A token as error messages show it.
 
         Args:
             token: A token id below ``size``.
@@ -322,17 +321,17 @@ class Vocabulary:
         """The special token that the template writes right after an assistant's turn."""
         if self.chat_template is None:
             return None
-        said = "The answer is 42"
+        reply = "The answer is 42"
         try:
             text = self.render(
-                [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
             )
         except (TextError, VocabularyError):
             return None
-        _, found, after = text.rpartition(said)
+        _, occurs, after = text.rpartition(reply)
         after = after.lstrip()
         marks = [entry for entry in self._added if entry.get("special")]
-        matching = [entry for entry in marks if found and after.startswith(entry["content"])]
+        matching = [entry for entry in marks if occurs and after.startswith(entry["content"])]
         longest = max(matching, key=lambda entry: len(entry["content"]), default=None)
         return None if longest is None else int(longest["id"])
 

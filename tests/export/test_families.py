@@ -97,10 +97,10 @@ def test_the_graph_computes_what_transformers_computes(source: Path, tmp_path: P
 
 
 def test_the_portable_graph_and_8_bits_pass_their_own_check(source: Path, tmp_path: Path):
-    made = to_onnx(source, tmp_path / "portable", portable=True)
-    assert read_json(made / "manifest.json")["parity"]["max_difference"] < 3e-5
-    made = to_onnx(source, tmp_path / "int8", precision="int8")
-    assert read_json(made / "manifest.json")["parity"]["mean_kl"] < 2e-3
+    exported = to_onnx(source, tmp_path / "portable", portable=True)
+    assert read_json(exported / "manifest.json")["parity"]["max_difference"] < 3e-5
+    exported = to_onnx(source, tmp_path / "int8", precision="int8")
+    assert read_json(exported / "manifest.json")["parity"]["mean_kl"] < 2e-3
 
 
 @pytest.mark.parametrize("form", ["gptq", "nf4"])
@@ -111,8 +111,8 @@ def test_quantized_folders_pass_their_own_check(family: str, form: str, tmp_path
         quantized = nf4_folder(source, tmp_path / "quantized")
     else:
         quantized, _ = gptq_folder(source, tmp_path / "quantized", act_order=True)
-    made = to_onnx(quantized, tmp_path / "onnx")
-    assert read_json(made / "manifest.json")["parity"]["mean_kl"] < 5e-3
+    exported = to_onnx(quantized, tmp_path / "onnx")
+    assert read_json(exported / "manifest.json")["parity"]["mean_kl"] < 5e-3
     biased = "model.layers.0.self_attn.q_proj.bias"
     if family == "qwen2":
         tensors = dict(load_file(quantized / "model.safetensors"))

@@ -116,16 +116,16 @@ def test_the_engine_writes_with_it(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("options", [{"model_type": "llama"}, {"num_key_value_heads": 4}], ids=str)
 def test_other_shapes_have_it_too(options: dict[str, Any], chats: Path, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", **options)
-    made = to_onnx(
+    exported = to_onnx(
         source, tmp_path / "onnx", precision="int8", cache="int8", cache_texts=(str(chats),)
     )
-    assert read_json(made / "manifest.json")["cache"]["kl_to_float"] < 2e-3
+    assert read_json(exported / "manifest.json")["cache"]["kl_to_float"] < 2e-3
 
 
 def test_scales_that_are_too_small_show(
     model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.int8_cache._TOP", 127 * 8)
+    monkeypatch.setattr("export.int8_cache.LARGEST_CODE", 127 * 8)
     with pytest.raises(ExportError, match="nats"):
         to_onnx(model, tmp_path / "onnx", cache="int8", cache_texts=(str(chats),))
     assert not (tmp_path / "onnx").exists()

@@ -122,13 +122,13 @@ def test_bytes_per_token_count_every_weight_that_is_read(model: Path, tmp_path: 
     matrices = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128
     norms, rotary_row, embedding_row = 5 * 64 * 4, 8 * 4, 64 * 4
     floats = 2 * matrices * 4 + vocabulary * 64 * 4 + norms + 4 * rotary_row + embedding_row
-    made = to_onnx(model, tmp_path / "float", parity_positions=0)
-    assert manifest_of(made)["bytes_per_token"] == floats
+    exported = to_onnx(model, tmp_path / "float", parity_positions=0)
+    assert manifest_of(exported)["bytes_per_token"] == floats
     # 8-bit codes, and a scale of 4 bytes for 32 of them.
     codes = (2 * matrices + vocabulary * 64) * (1 + 4 / 32)
     row = 64 + 2 * 4
-    made = to_onnx(model, tmp_path / "int8", precision="int8", parity_positions=0)
-    assert manifest_of(made)["bytes_per_token"] == codes + norms + 4 * rotary_row + row
+    exported = to_onnx(model, tmp_path / "int8", precision="int8", parity_positions=0)
+    assert manifest_of(exported)["bytes_per_token"] == codes + norms + 4 * rotary_row + row
 
 
 def test_a_shared_table_is_read_from_end_to_end_by_the_head(tmp_path: Path) -> None:
@@ -156,16 +156,16 @@ def test_the_same_source_gives_the_same_bytes(chatbot: Path, model: Path, tmp_pa
 
 def test_the_context_is_the_models_own_but_at_most_4096(model: Path, tmp_path: Path) -> None:
     def context(**options: Any) -> tuple[int, int]:
-        made = to_onnx(model, tmp_path / "onnx", overwrite=True, parity_positions=0, **options)
-        genai = json.loads((made / "genai_config.json").read_text())
+        exported = to_onnx(model, tmp_path / "onnx", overwrite=True, parity_positions=0, **options)
+        genai = json.loads((exported / "genai_config.json").read_text())
         return genai["model"]["context_length"], genai["search"]["max_length"]
 
     assert context() == (512, 512)
     assert context(context_length=100) == (100, 100)
     change = shutil.copytree(model, tmp_path / "long")
     change_config(change, max_position_embeddings=100_000)
-    made = to_onnx(change, tmp_path / "made", parity_positions=0)
-    assert open_folder(made).context_length == 4096
+    exported = to_onnx(change, tmp_path / "made", parity_positions=0)
+    assert open_folder(exported).context_length == 4096
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -176,8 +176,8 @@ def test_half_precision_sources_are_read(dtype: str, model: Path, tmp_path: Path
     source = shutil.copytree(model, tmp_path / "half")
     half = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     half.save_pretrained(source)
-    made = to_onnx(source, tmp_path / "onnx")
-    assert manifest_of(made)["parity"]["max_difference"] < 3e-5
+    exported = to_onnx(source, tmp_path / "onnx")
+    assert manifest_of(exported)["parity"]["max_difference"] < 3e-5
 
 
 def test_weights_in_shards_are_read(model: Path, tmp_path: Path) -> None:
@@ -193,19 +193,19 @@ def test_weights_in_shards_are_read(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_gptq_folder_passes_its_own_check(bits: int, model: Path, tmp_path: Path) -> None:
     source, _ = gptq_folder(model, tmp_path / "gptq", bits=bits, act_order=True, symmetric=False)
-    made = to_onnx(source, tmp_path / "onnx")
-    manifest = manifest_of(made)
+    exported = to_onnx(source, tmp_path / "onnx")
+    manifest = manifest_of(exported)
     assert manifest["precision"] == "auto"
     assert manifest["parity"]["mean_kl"] < 5e-3
     # Only the tables are rounded: the codes are the source's own.
     assert manifest["parity"]["max_rounding"] < 0.01
-    assert open_folder(made).quantization is not None
+    assert open_folder(exported).quantization is not None
 
 
 def test_an_nf4_folder_passes_its_own_check(model: Path, tmp_path: Path) -> None:
-    made = to_onnx(nf4_folder(model, tmp_path / "nf4"), tmp_path / "onnx")
-    assert manifest_of(made)["parity"]["mean_kl"] < 1e-3
-    assert manifest_of(made)["parity"]["max_rounding"] < 0.01
+    exported = to_onnx(nf4_folder(model, tmp_path / "nf4"), tmp_path / "onnx")
+    assert manifest_of(exported)["parity"]["mean_kl"] < 1e-3
+    assert manifest_of(exported)["parity"]["max_rounding"] < 0.01
 
 
 def test_a_bias_of_zeros_that_a_quantizer_added_is_left_out(model: Path, tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_a_bias_of_zeros_that_a_quantizer_added_is_left_out(model: Path, tmp_pat
     tensors = dict(load_file(source / "model.safetensors"))
     tensors["model.layers.0.mlp.down_proj.bias"] = np.zeros(64, np.float16)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    made = to_onnx(source, tmp_path / "onnx")
-    assert b"bias" not in (made / "model.onnx").read_bytes()
+    exported = to_onnx(source, tmp_path / "onnx")
+    assert b"bias" not in (exported / "model.onnx").read_bytes()
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -326,21 +326,21 @@ def test_without_pytorch_the_folder_says_that_it_was_not_compared(
 ) -> None:
     monkeypatch.setattr(export.onnx_folder, "can_compare", lambda: False)
     with caplog.at_level(logging.WARNING):
-        made = to_onnx(model, tmp_path / "onnx")
-    assert manifest_of(made)["parity"] is None
+        exported = to_onnx(model, tmp_path / "onnx")
+    assert manifest_of(exported)["parity"] is None
     assert "were not compared" in caplog.text
-    assert np.isfinite(OnnxRunner(made).logits(np.array([[5, 6, 7]]))).all()
+    assert np.isfinite(OnnxRunner(exported).logits(np.array([[5, 6, 7]]))).all()
 
 
 def test_neither_pytorch_nor_transformers_is_needed(model: Path, tmp_path: Path) -> None:
     source, _ = gptq_folder(model, tmp_path / "source")
-    made = tmp_path / "onnx"
+    exported = tmp_path / "onnx"
     script = (
         "import sys; sys.modules |= dict.fromkeys(['torch', 'transformers', 'bitsandbytes']); "
-        f"import export; export.to_onnx({str(source)!r}, {str(made)!r})"
+        f"import export; export.to_onnx({str(source)!r}, {str(exported)!r})"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    assert manifest_of(made)["parity"] is None
+    assert manifest_of(exported)["parity"] is None
 
 
 def test_settings_and_options_give_the_same_folder(model: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_text_file_is_one_run_of_tokens(model: Path, tmp_path: Path):
 def test_a_long_text_file_is_one_run_of_tokens_too(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.text.rows._PIECE", 30)  # it is read in pieces
+    monkeypatch.setattr("mistill.text.rows.DOCUMENT_CHARACTERS", 30)  # it is read in pieces
     vocabulary = load_vocabulary(model)
     file = tmp_path / "text.txt"
     file.write_text("\n".join(SENTENCES), "utf-8")

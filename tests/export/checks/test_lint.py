@@ -64,8 +64,8 @@ def test_a_slow_kernel_that_was_asked_for_is_named(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options: dict[str, Any] = {"precision": "int4", "parity_positions": 0}
-    made = to_onnx(model, tmp_path / "onnx", accuracy_level=0, head_bits=32, **options)
-    named = manifest_of(made)["slow_kernels"]
+    exported = to_onnx(model, tmp_path / "onnx", accuracy_level=0, head_bits=32, **options)
+    named = manifest_of(exported)["slow_kernels"]
     assert [words.partition(" ")[0].rstrip(":") for words in named] == [
         "accuracy-level",
         "float-head",
@@ -79,8 +79,10 @@ def test_a_slow_kernel_that_was_asked_for_is_named(
 
 
 def test_the_ceiling_follows_from_the_speed_that_was_given(model: Path, tmp_path: Path) -> None:
-    made = to_onnx(model, tmp_path / "onnx", precision="int8", memory_speed=20, parity_positions=0)
-    manifest = manifest_of(made)
+    exported = to_onnx(
+        model, tmp_path / "onnx", precision="int8", memory_speed=20, parity_positions=0
+    )
+    manifest = manifest_of(exported)
     assert manifest["memory_bytes_per_second"] == 20e9
     packed = manifest["packed_bytes_per_token"]
     assert manifest["ceiling_tokens_per_second"] == pytest.approx(20e9 / packed, rel=1e-4)
@@ -106,8 +108,8 @@ SOURCES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_code_is_compared_with_the_source(name: str, model: Path, tmp_path: Path) -> None:
     source, weights = gptq_folder(model, tmp_path / "gptq", **SOURCES[name])
-    made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
-    assert manifest_of(made)["codes"] == {
+    exported = to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    assert manifest_of(exported)["codes"] == {
         "matrices": len(weights),
         "codes": sum(weight.codes.size for weight in weights.values()),
         "scales": sum(weight.scales.size for weight in weights.values()),
@@ -140,28 +142,28 @@ def test_one_changed_bit_is_found(
     name: str, node: str, module: str, model: Path, tmp_path: Path
 ) -> None:
     source, _ = gptq_folder(model, tmp_path / "gptq", **SOURCES[name])
-    made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
-    architecture = read_architecture(read_json(made / "config.json"))
-    assert check_codes(made, source, architecture) is not None
-    names = ir.load(made / MODEL_FILE).graph.initializers
+    exported = to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    architecture = read_architecture(read_json(exported / "config.json"))
+    assert check_codes(exported, source, architecture) is not None
+    names = ir.load(exported / MODEL_FILE).graph.initializers
     node = node if f"{node}.codes" in names else f"{node}.0"
     for part in ("codes", "scales", "zeros"):
         if f"{node}.{part}" not in names:
             continue
-        flip(made, f"{node}.{part}", 1)
+        flip(exported, f"{node}.{part}", 1)
         with pytest.raises(ExportError, match=f"the {part} of model.{module} in the graph"):
-            check_codes(made, source, architecture)
-        flip(made, f"{node}.{part}", 1)
+            check_codes(exported, source, architecture)
+        flip(exported, f"{node}.{part}", 1)
 
 
 def test_a_source_with_other_codes_is_another(model: Path, tmp_path: Path) -> None:
     first, _ = gptq_folder(model, tmp_path / "first")
     other = tiny_model(tmp_path / "other", seed=9)
     second, _ = gptq_folder(other, tmp_path / "second")
-    made = to_onnx(first, tmp_path / "onnx", parity_positions=0)
-    architecture = read_architecture(read_json(made / "config.json"))
+    exported = to_onnx(first, tmp_path / "onnx", parity_positions=0)
+    architecture = read_architecture(read_json(exported / "config.json"))
     with pytest.raises(ExportError, match=r"codes of model\.layers\.0\.self_attn\.q_proj"):
-        check_codes(made, second, architecture)
+        check_codes(exported, second, architecture)
 
 
 def shift_rows(weight: Any, order: NDArray[np.int64]) -> Any:
@@ -180,30 +182,30 @@ def test_rows_in_a_wrong_order_are_refused(
 
 def test_nf4_levels_are_compared_with_the_source(model: Path, tmp_path: Path) -> None:
     source = nf4_folder(model, tmp_path / "nf4")
-    made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    exported = to_onnx(source, tmp_path / "onnx", parity_positions=0)
     codes = sum(
         int(np.prod(shape))
-        for name, shape in read_architecture(read_json(made / "config.json")).shapes().items()
+        for name, shape in read_architecture(read_json(exported / "config.json")).shapes().items()
         if name.endswith("_proj")
     )
-    assert manifest_of(made)["codes"] == {
+    assert manifest_of(exported)["codes"] == {
         "matrices": 14,
         "codes": codes,
         "scales": 0,
         "decoded": 0,
     }
-    flip(made, "layers.1.o.codes", 77, mask=64)
+    flip(exported, "layers.1.o.codes", 77, mask=64)
     with pytest.raises(ExportError, match=r"levels of model\.layers\.1\.self_attn\.o_proj"):
-        check_codes(made, source, read_architecture(read_json(made / "config.json")))
+        check_codes(exported, source, read_architecture(read_json(exported / "config.json")))
 
 
 def test_floats_have_no_codes_to_compare(model: Path, tmp_path: Path) -> None:
-    made = to_onnx(model, tmp_path / "onnx", precision="int4", parity_positions=0)
-    assert manifest_of(made)["codes"] is None
+    exported = to_onnx(model, tmp_path / "onnx", precision="int4", parity_positions=0)
+    assert manifest_of(exported)["codes"] is None
     source, _ = gptq_folder(model, tmp_path / "gptq")
-    made = to_onnx(source, tmp_path / "floats", precision="float32", parity_positions=0)
-    assert manifest_of(made)["codes"] == {"matrices": 0, "codes": 0, "scales": 0, "decoded": 14}
-    assert "14 matrices are stored as floats, as requested" in shown(made)
+    exported = to_onnx(source, tmp_path / "floats", precision="float32", parity_positions=0)
+    assert manifest_of(exported)["codes"] == {"matrices": 0, "codes": 0, "scales": 0, "decoded": 14}
+    assert "14 matrices are stored as floats, as requested" in shown(exported)
 
 
 def rename(folder: Path, name: str, new: str) -> None:
@@ -225,12 +227,12 @@ def test_codes_that_the_graph_lacks_are_missed(
     skip: tuple[str, ...], node: str, module: str, model: Path, tmp_path: Path
 ) -> None:
     source, _ = gptq_folder(model, tmp_path / "gptq", skip=skip)
-    made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
-    rename(made, node, "elsewhere")
-    architecture = read_architecture(read_json(made / "config.json"))
+    exported = to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    rename(exported, node, "elsewhere")
+    architecture = read_architecture(read_json(exported / "config.json"))
     expected = rf"no node {node}, where the codes of model\.{module} belong"
     with pytest.raises(ExportError, match=expected):
-        check_codes(made, source, architecture)
+        check_codes(exported, source, architecture)
 
 
 def test_codes_that_became_floats_unasked_are_refused(
@@ -253,18 +255,18 @@ def test_codes_that_became_floats_unasked_are_refused(
 
 def test_rows_that_no_matrix_has_are_refused(model: Path, tmp_path: Path) -> None:
     source, _ = gptq_folder(model, tmp_path / "gptq")
-    made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
-    graph = ir.load(made / MODEL_FILE)
+    exported = to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    graph = ir.load(exported / MODEL_FILE)
     (node,) = [one for one in graph.graph if one.name == "layers.0.o"]
     for value in node.inputs[1:3]:
         assert value is not None
         assert value.const_value is not None
         stored = value.const_value.numpy()
         value.const_value = ir.tensor(np.concatenate([stored, stored[:1]]), name=value.name)
-    ir.save(graph, made / MODEL_FILE)
-    architecture = read_architecture(read_json(made / "config.json"))
+    ir.save(graph, exported / MODEL_FILE)
+    architecture = read_architecture(read_json(exported / "config.json"))
     with pytest.raises(ExportError, match=r"rows of model\.layers\.0\.self_attn\.o_proj"):
-        check_codes(made, source, architecture)
+        check_codes(exported, source, architecture)
 
 
 # --- what inspect shows -------------------------------------------------------------------------
@@ -281,25 +283,25 @@ def shown(folder: Path) -> str:
 
 def test_inspect_shows_codes_bytes_and_parity(model: Path, tmp_path: Path) -> None:
     source, weights = gptq_folder(model, tmp_path / "gptq")
-    made = to_onnx(source, tmp_path / "onnx", memory_speed=20)
-    words = shown(made)
+    exported = to_onnx(source, tmp_path / "onnx", memory_speed=20)
+    words = shown(exported)
     count = sum(weight.codes.size for weight in weights.values())
     assert f"{count:,} in 14 matrices, the same bytes as the source" in words
     assert "mean KL" in words
     assert "at a memory bandwidth of 20.0 GB/s" in words
     assert "none known" in words
-    found = inspect_folder(made).to_dict()
+    found = inspect_folder(exported).to_dict()
     assert found["manifest"]["codes"]["codes"] == count
     graph = found["graphs"][MODEL_FILE]
     assert graph["findings"] == []
-    assert graph["bytes_per_token"] == manifest_of(made)["bytes_per_token"]
+    assert graph["bytes_per_token"] == manifest_of(exported)["bytes_per_token"]
 
 
 def test_inspect_names_what_is_slow_in_a_folder_of_another_tool(
     model: Path, tmp_path: Path
 ) -> None:
-    made = to_onnx(model, tmp_path / "onnx", precision="int8", parity_positions=0)
-    graph = ir.load(made / MODEL_FILE)
+    exported = to_onnx(model, tmp_path / "onnx", precision="int8", parity_positions=0)
+    graph = ir.load(exported / MODEL_FILE)
     for node in graph.graph:
         if node.op_type == "MatMulNBits":
             node.attributes.pop("accuracy_level")

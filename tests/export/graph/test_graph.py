@@ -211,13 +211,13 @@ def test_nf4_logits_are_near_bitsandbytes_own(double: bool, tmp_path: Path) -> N
     source = nf4_folder(
         tiny_model(tmp_path / "model"), tmp_path / "nf4", double_quantization=double
     )
-    made = to_onnx(
+    exported = to_onnx(
         source, tmp_path / "onnx", accuracy_level=0, parity_positions=0, head_bits=32,
         embedding_bits=32,
     )  # fmt: skip
     ids = random_ids(1, 24)
     expected = torch_logits(load_pytorch(source), ids)
-    found = OnnxRunner(made).logits(ids)
+    found = OnnxRunner(exported).logits(ids)
     assert mean_kl(expected[0], found[0]) < 1e-3  # levels move by 0.5 %
     decoded = to_onnx(source, tmp_path / "float", precision="float32", parity_positions=0)
     assert largest(OnnxRunner(decoded).logits(ids), expected) < 5e-5
@@ -235,13 +235,13 @@ def test_rounded_logits_are_pytorchs_on_the_rounded_weights(
     source = tiny_model(
         tmp_path / "model", tie_word_embeddings=tied, hidden_size=width, head_dim=16
     )
-    made = to_onnx(
+    exported = to_onnx(
         source, tmp_path / "onnx", precision=precision, head_bits=head, embedding_bits=embedding,
         accuracy_level=0, parity_positions=0,
     )  # fmt: skip
     ids = random_ids(2, 24)
-    expected = torch_logits(dequantized(source, made), ids)
-    assert largest(OnnxRunner(made).logits(ids), expected) < 5e-5
+    expected = torch_logits(dequantized(source, exported), ids)
+    assert largest(OnnxRunner(exported).logits(ids), expected) < 5e-5
 
 
 # --- what is in the file ------------------------------------------------------------------------
@@ -292,13 +292,13 @@ def test_codes_in_the_file_are_the_sources_bytes(
 @pytest.mark.parametrize("bits", [4, 8, 32])
 def test_a_tied_table_is_stored_once(bits: Any, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", tie_word_embeddings=True)
-    made = to_onnx(
+    exported = to_onnx(
         source, tmp_path / "onnx", head_bits=bits, embedding_bits=bits, parity_positions=0
     )
     import onnx_ir as ir
 
     what = "weight" if bits == 32 else "codes"
-    stored = ir.load(made / "model.onnx").graph.initializers
+    stored = ir.load(exported / "model.onnx").graph.initializers
     embedding, head = (stored[f"{name}.{what}"].const_value for name in ("embedding", "logits"))
     assert isinstance(embedding, ir.ExternalTensor)
     assert isinstance(head, ir.ExternalTensor)
@@ -315,8 +315,8 @@ def test_no_slow_kernel_is_asked_for(model: Path, tmp_path: Path) -> None:
     import onnx_ir as ir
 
     source, _ = gptq_folder(model, tmp_path / "gptq", act_order=True)
-    made = to_onnx(source, tmp_path / "onnx", parity_positions=0)
-    nodes = list(ir.load(made / "model.onnx").graph)
+    exported = to_onnx(source, tmp_path / "onnx", parity_positions=0)
+    nodes = list(ir.load(exported / "model.onnx").graph)
     products = [node for node in nodes if node.op_type == "MatMulNBits"]
     assert len(products) == 9
     for node in products:

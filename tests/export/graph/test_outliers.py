@@ -167,10 +167,12 @@ def test_other_forms_have_them_too(loud: Path, chats: Path, tmp_path: Path) -> N
     texts = (str(chats),)
     nf4 = nf4_folder(loud, tmp_path / "nf4")
     options: dict[str, Any] = {"float_columns": 2, "cache_texts": texts}
-    made = to_onnx(nf4, tmp_path / "a", **options)
-    assert read_json(made / "manifest.json")["outliers"]["model.norm"] == LOUD
-    made = to_onnx(loud, tmp_path / "b", precision="int8", head_bits=32, cache="int8", **options)
-    assert "model.norm" not in read_json(made / "manifest.json")["outliers"]
+    exported = to_onnx(nf4, tmp_path / "a", **options)
+    assert read_json(exported / "manifest.json")["outliers"]["model.norm"] == LOUD
+    exported = to_onnx(
+        loud, tmp_path / "b", precision="int8", head_bits=32, cache="int8", **options
+    )
+    assert "model.norm" not in read_json(exported / "manifest.json")["outliers"]
 
 
 @pytest.mark.parametrize(
@@ -186,10 +188,10 @@ def test_one_changed_bit_is_found(
 ) -> None:
     source, _ = gptq_folder(loud, tmp_path / "gptq")
     options: dict[str, Any] = {"float_columns": 2, "cache_texts": (str(chats),)}
-    made = to_onnx(source, tmp_path / "onnx", parity_positions=0, **options)
-    flip(made, initializer, 5)
+    exported = to_onnx(source, tmp_path / "onnx", parity_positions=0, **options)
+    flip(exported, initializer, 5)
     with pytest.raises(ExportError, match=what):
-        check_outliers(made, source)
+        check_outliers(exported, source)
 
 
 def test_gains_that_are_divided_for_nothing_are_found(
@@ -214,8 +216,8 @@ def test_the_default_follows_width_and_form(model: Path, chats: Path, tmp_path: 
     options: dict[str, Any] = {"parity_positions": 0, "cache_texts": (str(chats),)}
 
     def count(source: Path, name: str, **more: Any) -> int:
-        made = to_onnx(source, tmp_path / name, **options, **more)
-        value: int = read_json(made / "manifest.json")["float_columns"]
+        exported = to_onnx(source, tmp_path / name, **options, **more)
+        value: int = read_json(exported / "manifest.json")["float_columns"]
         return value
 
     assert count(wide, "a", precision="int8") == 8

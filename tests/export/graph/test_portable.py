@@ -116,16 +116,16 @@ def operators(folder: Path) -> tuple[set[str], dict[str, int]]:
 @pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
 def test_the_standards_own_checker_and_runtime_accept_the_graph(precision: Any, tmp_path: Path):
     source = tiny_model(tmp_path / "model", sliding_window=9, tie_word_embeddings=True)
-    made = to_onnx(
+    exported = to_onnx(
         source, tmp_path / "onnx", portable=True, precision=precision, parity_positions=0
     )
-    onnx.checker.check_model(made / "model.onnx", full_check=True)
-    found, versions = operators(made)
+    onnx.checker.check_model(exported / "model.onnx", full_check=True)
+    found, versions = operators(exported)
     assert versions == {"": 21}
     assert ("DequantizeLinear" in found) == (precision != "float32")
-    graph = session(made)
+    graph = session(exported)
     expected, _ = run(graph, IDS[:, :9])
-    reference = ReferenceEvaluator(str(made / "model.onnx"))
+    reference = ReferenceEvaluator(str(exported / "model.onnx"))
     shape = (2, 2, 0, 16)
     feeds = {name: np.zeros(shape, np.float32) for name in reference.input_names if "past" in name}
     mask = np.ones((2, 9), np.int64)
@@ -143,7 +143,7 @@ def test_codes_of_a_gptq_folder_go_over_unchanged(
     bits: int, options: dict[str, Any], model: Path, tmp_path: Path
 ):
     source, weights = gptq_folder(model, tmp_path / "gptq", bits=bits, group_size=32, **options)
-    made = to_onnx(
+    exported = to_onnx(
         source,
         tmp_path / "onnx",
         portable=True,
@@ -151,9 +151,9 @@ def test_codes_of_a_gptq_folder_go_over_unchanged(
         embedding_bits=32,
         parity_positions=0,
     )
-    logits, _ = run(session(made), IDS)
+    logits, _ = run(session(exported), IDS)
     np.testing.assert_allclose(logits, torch_logits(source, IDS), atol=1e-4)
-    stored = onnx.load(made / "model.onnx")
+    stored = onnx.load(exported / "model.onnx")
     tensors = {tensor.name: tensor for tensor in stored.graph.initializer}
     weight = weights["model.layers.0.mlp.down_proj"]
     codes = onnx.numpy_helper.to_array(tensors["layers.0.down.codes"]).astype(np.int16).T
@@ -164,8 +164,8 @@ def test_codes_of_a_gptq_folder_go_over_unchanged(
 
 def test_tables_of_codes_and_nf4_pass_their_own_check(model: Path, tmp_path: Path):
     source = nf4_folder(model, tmp_path / "nf4")
-    made = to_onnx(source, tmp_path / "onnx", portable=True)
-    manifest = json.loads((made / "manifest.json").read_text())
+    exported = to_onnx(source, tmp_path / "onnx", portable=True)
+    manifest = json.loads((exported / "manifest.json").read_text())
     assert manifest["portable"] is True
     assert (manifest["head_bits"], manifest["embedding_bits"]) == (8, 8)
     # Products are in float32: what is left is the order of additions.
@@ -174,8 +174,8 @@ def test_tables_of_codes_and_nf4_pass_their_own_check(model: Path, tmp_path: Pat
 
 
 def test_the_folder_says_that_its_cache_is_not_extended_in_place(model: Path, tmp_path: Path):
-    made = to_onnx(model, tmp_path / "onnx", portable=True, parity_positions=0)
-    search = json.loads((made / "genai_config.json").read_text())["search"]
+    exported = to_onnx(model, tmp_path / "onnx", portable=True, parity_positions=0)
+    search = json.loads((exported / "genai_config.json").read_text())["search"]
     assert search["past_present_share_buffer"] is False
 
 
@@ -187,9 +187,9 @@ def test_kernels_are_not_timed_for_a_graph_without_them():
 def test_the_engine_refuses_it_in_a_line(model: Path, tmp_path: Path):
     from mistill.engine.onnx_model import OnnxModel
 
-    made = to_onnx(model, tmp_path / "onnx", portable=True, parity_positions=0)
+    exported = to_onnx(model, tmp_path / "onnx", portable=True, parity_positions=0)
     with pytest.raises(FolderError, match="is not a graph that this engine runs"):
-        OnnxModel(made)
+        OnnxModel(exported)
 
 
 @pytest.mark.skipif("MISTILL_GENAI_VENV" not in os.environ, reason="needs onnxruntime-genai")
@@ -199,9 +199,9 @@ def test_genai_runs_it_too(tmp_path: Path):
     from tests.export.runtimes.test_genai import SCRIPT
 
     source = tiny_model(tmp_path / "model", tie_word_embeddings=True)
-    made = to_onnx(source, tmp_path / "onnx", portable=True, parity_positions=0)
+    exported = to_onnx(source, tmp_path / "onnx", portable=True, parity_positions=0)
     asked = {
-        "folder": str(made),
+        "folder": str(exported),
         "text": "wind",
         "chat": [{"role": "user", "content": "x"}],
         "ids": IDS[0].tolist(),

@@ -296,10 +296,10 @@ def test_the_graph_has_the_kernel_that_was_chosen_and_the_same_weights(
     options, fast, expected = SOURCES[name]
     source, weights = gptq_folder(wide, tmp_path / "gptq", **options)
     target = str(probe_of({fast: 0.1}).save(tmp_path / "probe.json"))
-    made = to_onnx(source, tmp_path / "onnx", tune_for=target)
-    found = products(made)
+    exported = to_onnx(source, tmp_path / "onnx", tune_for=target)
+    found = products(exported)
     assert {found[part] for part in ("0.qkv", "1.o", "0.gate_up", "1.down")} == {expected}
-    manifest = json.loads((made / "manifest.json").read_text())
+    manifest = json.loads((exported / "manifest.json").read_text())
     # Every code, scale and zero was compared with the source's.
     assert manifest["codes"]["matrices"] == len(weights)
     assert manifest["parity"]["mean_kl"] < 0.01
@@ -309,24 +309,24 @@ def test_the_graph_has_the_kernel_that_was_chosen_and_the_same_weights(
 
 def test_a_head_and_rounded_layers_are_tuned_too(wide: Path, tmp_path: Path) -> None:
     target = str(probe_of({INT4[128]: 0.1, INT8[64]: 0.1}).save(tmp_path / "probe.json"))
-    made = to_onnx(wide, tmp_path / "onnx", precision="int4", tune_for=target)
-    found = products(made)
+    exported = to_onnx(wide, tmp_path / "onnx", precision="int4", tune_for=target)
+    found = products(exported)
     assert found.pop("logits") == (8, 64)
     assert set(found.values()) == {(4, 128)}
 
 
 def test_block_size_is_an_upper_bound_for_the_choice(wide: Path, tmp_path: Path) -> None:
     target = str(probe_of({INT4[128]: 0.1, INT4[64]: 0.5}).save(tmp_path / "probe.json"))
-    made = to_onnx(
+    exported = to_onnx(
         wide, tmp_path / "onnx", precision="int4", block_size=64, head_bits=32, tune_for=target
     )
-    assert set(products(made).values()) == {(4, 64)}
+    assert set(products(exported).values()) == {(4, 64)}
 
 
 def test_nf4_stays_on_its_grid_of_8_bits(wide: Path, tmp_path: Path) -> None:
     target = str(probe_of({INT4[32]: 0.1, INT8[128]: 0.1, INT8[64]: 0.5}).save(tmp_path / "p.json"))
-    made = to_onnx(nf4_folder(wide, tmp_path / "nf4"), tmp_path / "onnx", tune_for=target)
-    found = products(made)
+    exported = to_onnx(nf4_folder(wide, tmp_path / "nf4"), tmp_path / "onnx", tune_for=target)
+    found = products(exported)
     assert found.pop("logits") == (8, 128)
     assert set(found.values()) == {(8, 64)}
 
@@ -339,8 +339,8 @@ def test_here_times_this_machine(
         return probe_of({INT4[64]: 0.1})
 
     monkeypatch.setattr("export.kernels.choosing.probe_here", here)
-    made = to_onnx(wide, tmp_path / "onnx", precision="int4", tune_for="here")
-    assert products(made)["0.o"] == (4, 64)
+    exported = to_onnx(wide, tmp_path / "onnx", precision="int4", tune_for="here")
+    assert products(exported)["0.o"] == (4, 64)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,10 @@ def last_logits(file: Path, ids: Any) -> Any:
 
 def test_files_are_where_transformers_js_looks_for_them(model: Path, tmp_path: Path):
     plain = to_onnx(model, tmp_path / "plain", precision="int4")
-    made = to_onnx(model, tmp_path / "made", precision="int4", layout="transformersjs")
-    assert sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file()) == [
+    exported = to_onnx(model, tmp_path / "made", precision="int4", layout="transformersjs")
+    assert sorted(
+        str(file.relative_to(exported)) for file in exported.rglob("*") if file.is_file()
+    ) == [
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -74,26 +76,27 @@ def test_files_are_where_transformers_js_looks_for_them(model: Path, tmp_path: P
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    config = read_json(made / "config.json")
+    config = read_json(exported / "config.json")
     assert config["transformers.js_config"] == {
         "dtype": "q4",
         "use_external_data_format": {"model_q4.onnx": 1},
         "kv_cache_dtype": "float32",
     }
     assert config["head_dim"] == 16
-    template = read_json(made / "tokenizer_config.json")["chat_template"]
+    template = read_json(exported / "tokenizer_config.json")["chat_template"]
     assert template == load_vocabulary(model).chat_template
     # The graph and its weights are those of the other layout.
-    data = (made / "onnx" / "model_q4.onnx_data").read_bytes()
+    data = (exported / "onnx" / "model_q4.onnx_data").read_bytes()
     assert data == (plain / "model.onnx.data").read_bytes()
     ids = np.random.default_rng(0).integers(5, 380, (1, 12))
     np.testing.assert_array_equal(
-        last_logits(made / "onnx" / "model_q4.onnx", ids), last_logits(plain / "model.onnx", ids)
+        last_logits(exported / "onnx" / "model_q4.onnx", ids),
+        last_logits(plain / "model.onnx", ids),
     )
-    manifest = read_json(made / "manifest.json")
+    manifest = read_json(exported / "manifest.json")
     assert manifest["parity"]["same_top"] > 0.8
     assert {"onnx/model_q4.onnx", "onnx/model_q4.onnx_data"} <= manifest["files"].keys()
-    assert read_lineage(made)[-1]["settings"]["layout"] == "transformersjs"
+    assert read_lineage(exported)[-1]["settings"]["layout"] == "transformersjs"
 
 
 @pytest.mark.parametrize(
@@ -111,25 +114,27 @@ def test_the_name_of_the_graph_says_its_type(kind: str, name: str, model: Path, 
         source = nf4_folder(model, tmp_path / "nf4")
     elif kind != "float":
         source, _ = gptq_folder(model, tmp_path / "gptq", bits=int(kind[-1]))
-    made = to_onnx(source, tmp_path / "made", layout="transformersjs", parity_positions=0)
-    assert [file.stem for file in sorted((made / "onnx").glob("*.onnx"))] == [name]
-    assert "quantization_config" not in read_json(made / "config.json")
+    exported = to_onnx(source, tmp_path / "made", layout="transformersjs", parity_positions=0)
+    assert [file.stem for file in sorted((exported / "onnx").glob("*.onnx"))] == [name]
+    assert "quantization_config" not in read_json(exported / "config.json")
 
 
 def test_large_weights_lie_in_several_pieces(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain = to_onnx(model, tmp_path / "plain", parity_positions=0)
-    monkeypatch.setattr(export.runtimes.transformersjs, "_PIECE_BYTES", 100_000)
-    made = to_onnx(model, tmp_path / "made", layout="transformersjs", parity_positions=0)
-    count = read_json(made / "config.json")["transformers.js_config"]["use_external_data_format"]
-    pieces = sorted(file.name for file in (made / "onnx").glob("*_data*"))
+    monkeypatch.setattr(export.runtimes.transformersjs, "DATA_FILE_BYTES", 100_000)
+    exported = to_onnx(model, tmp_path / "made", layout="transformersjs", parity_positions=0)
+    count = read_json(exported / "config.json")["transformers.js_config"][
+        "use_external_data_format"
+    ]
+    pieces = sorted(file.name for file in (exported / "onnx").glob("*_data*"))
     assert pieces == ["model.onnx_data", *(f"model.onnx_data_{n}" for n in range(1, len(pieces)))]
     assert count == {"model.onnx": len(pieces)}
     assert len(pieces) > 3
     ids = np.random.default_rng(0).integers(5, 380, (1, 12))
     np.testing.assert_array_equal(
-        last_logits(made / "onnx" / "model.onnx", ids), last_logits(plain / "model.onnx", ids)
+        last_logits(exported / "onnx" / "model.onnx", ids), last_logits(plain / "model.onnx", ids)
     )
 
 
@@ -138,13 +143,13 @@ def test_a_table_that_embedding_and_head_share_is_copied_once(
 ):
     source = tiny_model(tmp_path / "model", tie_word_embeddings=True)
     plain = to_onnx(source, tmp_path / "plain", parity_positions=0)
-    monkeypatch.setattr(export.runtimes.transformersjs, "_PIECE_BYTES", 100_000)
-    made = to_onnx(source, tmp_path / "made", layout="transformersjs", parity_positions=0)
-    size = sum(file.stat().st_size for file in (made / "onnx").glob("*_data*"))
+    monkeypatch.setattr(export.runtimes.transformersjs, "DATA_FILE_BYTES", 100_000)
+    exported = to_onnx(source, tmp_path / "made", layout="transformersjs", parity_positions=0)
+    size = sum(file.stat().st_size for file in (exported / "onnx").glob("*_data*"))
     assert size <= (plain / "model.onnx.data").stat().st_size
     ids = np.random.default_rng(0).integers(5, 380, (1, 12))
     np.testing.assert_array_equal(
-        last_logits(made / "onnx" / "model.onnx", ids), last_logits(plain / "model.onnx", ids)
+        last_logits(exported / "onnx" / "model.onnx", ids), last_logits(plain / "model.onnx", ids)
     )
 
 
@@ -174,7 +179,7 @@ def test_transformers_js_writes_what_pytorch_writes(kind: str, tmp_path: Path):
     )
     if kind == "gptq":
         source, _ = gptq_folder(source, tmp_path / "gptq")
-    made = to_onnx(
+    exported = to_onnx(
         source,
         tmp_path / "made",
         layout="transformersjs",
@@ -184,7 +189,7 @@ def test_transformers_js_writes_what_pytorch_writes(kind: str, tmp_path: Path):
         parity_positions=0,
     )
     chat = [{"role": "user", "content": "What is the mistral?"}]
-    asked = {"parent": str(made.parent), "name": "made", "text": TEXT, "chat": chat, "count": 8}
+    asked = {"parent": str(exported.parent), "name": "made", "text": TEXT, "chat": chat, "count": 8}
     done = subprocess.run(
         ["node", "--input-type=module", "-e", SCRIPT],
         input=json.dumps(asked),

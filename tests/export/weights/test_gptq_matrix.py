@@ -82,19 +82,19 @@ def test_the_graph_computes_what_pytorch_does(bits: int, symmetric: bool, tmp_pa
     source, weights = simple_folder(tmp_path / "source", way, "gptq_v2")
     # 3 bits travel as codes of 4; 2 bits as they are where onnxruntime is quick with them.
     assert assert_carried(source, weights) == {{2: 2, 3: 4, 4: 4, 8: 8}[bits]}
-    made = to_onnx(source, tmp_path / "onnx", head_bits=32, embedding_bits=32, accuracy_level=0)
+    exported = to_onnx(source, tmp_path / "onnx", head_bits=32, embedding_bits=32, accuracy_level=0)
     # Sums in float32, in another order.
     np.testing.assert_allclose(
-        OnnxRunner(made).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
+        OnnxRunner(exported).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
     )
 
 
 def test_2_bits_are_multiplied_in_integers(tmp_path: Path) -> None:
     source, _ = simple_folder(tmp_path / "m", Way(2, True, 32, "none", "float16"), "gptq")
-    made = to_onnx(source, tmp_path / "onnx", head_bits=32, embedding_bits=32)
-    ours, theirs = OnnxRunner(made).logits(IDS), pytorch_logits(source)
+    exported = to_onnx(source, tmp_path / "onnx", head_bits=32, embedding_bits=32)
+    ours, theirs = OnnxRunner(exported).logits(IDS), pytorch_logits(source)
     assert 0 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
-    assert b"\x0a\x04bits\x18\x02" in (made / "model.onnx").read_bytes()
+    assert b"\x0a\x04bits\x18\x02" in (exported / "model.onnx").read_bytes()
 
 
 def with_tables(
@@ -136,11 +136,11 @@ def test_quantized_tables_are_taken_over_as_they_are_stored(
     bits: int, symmetric: bool, tied: bool, tmp_path: Path
 ) -> None:
     source, weights = with_tables(tmp_path / "m", bits=bits, symmetric=symmetric, tied=tied)
-    made = to_onnx(source, tmp_path / "onnx", accuracy_level=0)
+    exported = to_onnx(source, tmp_path / "onnx", accuracy_level=0)
     np.testing.assert_allclose(
-        OnnxRunner(made).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
+        OnnxRunner(exported).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
     )
-    said = json.loads((made / "manifest.json").read_text())
+    said = json.loads((exported / "manifest.json").read_text())
     assert said["head_bits"] == said["embedding_bits"] == bits
     config = json.loads((source / "config.json").read_text())
     with FolderWeights(source, read_architecture(config), OnnxSettings()) as opened:
@@ -162,17 +162,17 @@ def test_tables_of_2_bits_run_as_they_are(tmp_path: Path) -> None:
 
 def test_tables_whose_groups_are_mixed_are_put_in_order(tmp_path: Path) -> None:
     source, _ = with_tables(tmp_path / "m", bits=4, symmetric=False, tied=True, order=True)
-    made = to_onnx(source, tmp_path / "onnx", accuracy_level=0)
+    exported = to_onnx(source, tmp_path / "onnx", accuracy_level=0)
     np.testing.assert_allclose(
-        OnnxRunner(made).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
+        OnnxRunner(exported).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
     )
 
 
 def test_a_stored_table_becomes_float_but_is_not_rounded_again(tmp_path: Path) -> None:
     source, _ = with_tables(tmp_path / "m", bits=4, symmetric=True, tied=True)
-    made = to_onnx(source, tmp_path / "f", accuracy_level=0, head_bits=32, embedding_bits=32)
+    exported = to_onnx(source, tmp_path / "f", accuracy_level=0, head_bits=32, embedding_bits=32)
     np.testing.assert_allclose(
-        OnnxRunner(made).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
+        OnnxRunner(exported).logits(IDS), pytorch_logits(source), rtol=0, atol=2e-4
     )
     with pytest.raises(SettingsError, match=r"head_bits is 8, .* stores that table in 4-bit codes"):
         to_onnx(source, tmp_path / "onnx", head_bits=8)

@@ -9,7 +9,7 @@ import pytest
 from mistill.cost_model import products
 from mistill.cost_model.onnx_cost import product_weights
 from mistill.cost_model.processors import held_to_first_processor, usable_processors
-from mistill.cost_model.products import Kernel, kernel_speed, open_products
+from mistill.cost_model.products import Kernel, kernel_speed, open_products, weights_per_second
 
 
 def test_products_of_made_up_matrices_are_products():
@@ -37,23 +37,14 @@ def test_every_thread_but_the_first_has_a_processor_of_its_own():
             session.get_session_options().get_session_config_entry(name)
 
 
-def test_the_speed_of_a_kernel_is_free_of_what_every_run_begins_with(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_the_speed_of_a_kernel_is_free_of_what_every_run_begins_with():
     # 5 microseconds for nothing, and 10 for each 1,024 rows of 1,024.
-    monkeypatch.setattr(
-        products, "_least_seconds", lambda kernel, rows, threads: 5e-6 + rows / 1024 * 10e-6
-    )
-    kernel_speed.cache_clear()
-    assert kernel_speed(Kernel("int8", 32), 1) == pytest.approx(1024 * 1024 / 10e-6)
-    kernel_speed.cache_clear()
+    few, many = (5e-6 + rows / 1024 * 10e-6 for rows in products.ROWS)
+    assert weights_per_second(few, many) == pytest.approx(1024 * 1024 / 10e-6)
 
 
-def test_a_disturbed_clock_bounds_the_speed_of_a_kernel(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(products, "_least_seconds", lambda kernel, rows, threads: 1e-3)
-    kernel_speed.cache_clear()
-    assert kernel_speed(Kernel("int8", 32), 1) == pytest.approx(4096 * 1024 / 1e-3)
-    kernel_speed.cache_clear()
+def test_a_disturbed_clock_bounds_the_speed_of_a_kernel():
+    assert weights_per_second(1e-3, 1e-3) == pytest.approx(4096 * 1024 / 1e-3)
 
 
 def test_the_speed_of_a_kernel_is_measured(monkeypatch: pytest.MonkeyPatch):

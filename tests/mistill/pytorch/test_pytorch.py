@@ -147,7 +147,7 @@ def test_a_batch_gives_the_logits_of_its_rows(model: Path, monkeypatch: pytest.M
     running = PytorchModel(model)
     apart = np.concatenate([running.logits(row[None]) for row in IDS])
 
-    monkeypatch.setattr("mistill.engine.pytorch_model._POSITIONS_AT_ONCE", 34)
+    monkeypatch.setattr("mistill.engine.pytorch_model.POSITIONS_AT_ONCE", 34)
     np.testing.assert_allclose(running.logits(IDS), apart, atol=1e-4)
 
 

@@ -150,7 +150,7 @@ def test_a_gguf_file_is_converted_once(gguf: Path, monkeypatch: pytest.MonkeyPat
 def test_large_gguf_files_are_written_in_shards(
     gguf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.sources.gguf_model._SHARD_BYTES", 200_000)
+    monkeypatch.setattr("mistill.sources.gguf_model.SHARD_BYTES", 200_000)
     folder = resolve_model(gguf)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     np.testing.assert_array_equal(logits(folder), logits(llama))

@@ -363,7 +363,7 @@ def test_a_text_file_is_one_document_whatever_lines_it_has(chatml: Vocabulary, t
 def test_a_very_long_text_file_is_cut_where_a_line_ends_and_nothing_is_lost(
     chatml: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mistill.text.rows._PIECE", 300)
+    monkeypatch.setattr("mistill.text.rows.DOCUMENT_CHARACTERS", 300)
     text = "".join(f"{sentence}\n" for sentence in SENTENCES * 4)
     file = tmp_path / "a.txt"
     file.write_text(text, "utf-8")

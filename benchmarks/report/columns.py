@@ -1,7 +1,7 @@
 """The figures of a comparison.
 
 The terminal, the Markdown, the page and the summary in the JSON all take their columns from here,
-so that a figure is called the same and means the same everywhere.
+so that a figure has the same name and the same meaning everywhere.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ COLUMNS = (
 
 
 def columns_of(models: Sequence[ModelResult], reference: str) -> tuple[Column, ...]:
-    """The columns that say something about at least one model.
+    """The columns with a figure for at least one model.
 
-    The distance from a parent says nothing new where every parent is the reference.
+    The distance from the parent is left out where every parent is the reference.
 
     Args:
         models: The results.
@@ -74,13 +74,13 @@ def columns_of(models: Sequence[ModelResult], reference: str) -> tuple[Column, .
 
 
 def summary(model: ModelResult) -> dict[str, Any]:
-    """The derived figures of one model, for scripts that do not want to derive them.
+    """The derived figures of one model, for scripts.
 
     Args:
         model: The result.
 
     Returns:
-        Figures by key; a spread is beside its figure, under ``KEY_spread``.
+        Figures by key; the uncertainty of a figure has the key ``KEY_spread``.
     """
     record: dict[str, Any] = {"slow_token_ms": model.latency.slow_token_seconds * 1000}
     for column in (*COLUMNS, *timing_columns([model])):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.figures.answers import Answers
-from benchmarks.figures.column import Column, percent, significant, taken
+from benchmarks.figures.column import Column, of_part, percent, significant
 from benchmarks.figures.conventions import QuotedPerplexity
 from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.model_result import ModelResult
@@ -25,7 +25,7 @@ def _parent(model: ModelResult) -> Fidelity | None:
 
 
 def _answers(model: ModelResult) -> Answers | None:
-    """The answers to the small offline set; None where it was not asked."""
+    """The answers to the small offline set; None where they were not requested."""
     return model.answers
 
 
@@ -39,31 +39,31 @@ def _quoted_column(name: str, how: str) -> Column:
         unit="",
         meaning=f"The perplexity as {how}; ± is its standard error (delta method, between "
         "windows).",
-        figure=taken(find, lambda found: found.value),
+        figure=of_part(find, lambda quoted: quoted.value),
         write=lambda value: significant(value, 4),
         better="lower",
-        spread=taken(find, lambda found: found.standard_error),
+        spread=of_part(find, lambda quoted: quoted.standard_error),
         compact=False,
         nature="text",
-        samples=taken(
+        samples=of_part(
             find,
-            lambda found: [
+            lambda quoted: [
                 [loss / tokens]
-                for loss, tokens in zip(found.window_losses, found.window_tokens, strict=True)
+                for loss, tokens in zip(quoted.window_losses, quoted.window_tokens, strict=True)
             ],
         ),
         logarithmic=True,
-        asked=taken(find, lambda found: found.text_fingerprint),
+        text_fingerprint=of_part(find, lambda quoted: quoted.text_fingerprint),
     )
 
 
 def _divergence_column(find: Distance, take: Callable[[Fidelity], float], **more: Any) -> Column:
     return Column(
         unit="nats",
-        figure=taken(find, take),
+        figure=of_part(find, take),
         write=significant,
         better="lower",
-        samples=taken(find, lambda found: found.divergences),
+        samples=of_part(find, lambda fidelity: fidelity.divergences),
         **more,
     )
 
@@ -71,8 +71,8 @@ def _divergence_column(find: Distance, take: Callable[[Fidelity], float], **more
 def _kl_column(find: Distance, **more: Any) -> Column:
     return _divergence_column(
         find,
-        lambda found: found.mean_kl,
-        spread=taken(find, lambda found: found.kl_standard_error),
+        lambda fidelity: fidelity.mean_kl,
+        spread=of_part(find, lambda fidelity: fidelity.kl_standard_error),
         **more,
     )
 
@@ -121,13 +121,13 @@ QUALITY_COLUMNS = (
         unit="%",
         meaning="Questions of the small offline set that were answered rightly, log-probabilities "
         "taken for each byte, and the 95% confidence interval (Wilson). Guessing reaches 25%.",
-        figure=taken(_answers, lambda found: found.accuracy),
+        figure=of_part(_answers, lambda answers: answers.accuracy),
         write=percent,
         better="higher",
-        spread=taken(_answers, lambda found: found.interval),
+        spread=of_part(_answers, lambda answers: answers.interval),
         nature="text",
-        samples=taken(_answers, lambda found: [[float(one)] for one in found.outcomes()]),
-        asked=taken(_answers, lambda found: found.fingerprint),
+        samples=of_part(_answers, lambda answers: [[float(one)] for one in answers.outcomes()]),
+        text_fingerprint=of_part(_answers, lambda answers: answers.fingerprint),
     ),
     _kl_column(
         _reference,
@@ -148,7 +148,7 @@ QUALITY_COLUMNS = (
     ),
     _divergence_column(
         _reference,
-        lambda found: found.kl_99th_percentile,
+        lambda fidelity: fidelity.kl_99th_percentile,
         key="kl_99th_percentile_nats",
         title="Worst 1%",
         meaning="The divergence that one token in a hundred exceeds: the 99th percentile of KL.",
@@ -163,11 +163,11 @@ QUALITY_COLUMNS = (
         meaning="How often the model and the reference hold the same token for the most probable, "
         "and the 95% confidence interval (Wilson's, for as many independent tokens as the spread "
         "between passages allows).",
-        figure=taken(_reference, lambda found: found.top1_agreement),
+        figure=of_part(_reference, lambda fidelity: fidelity.top1_agreement),
         write=percent,
         better="higher",
-        spread=taken(_reference, lambda found: found.agreement_interval),
+        spread=of_part(_reference, lambda fidelity: fidelity.agreement_interval),
         nature="reference",
-        samples=taken(_reference, lambda found: found.agreements),
+        samples=of_part(_reference, lambda fidelity: fidelity.agreements),
     ),
 )

@@ -1,4 +1,4 @@
-"""A comparison as its reader gets it: in the terminal, as Markdown, as a page, as a folder."""
+"""A comparison with its outputs: terminal table, Markdown, HTML page, and a folder of all."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Report(Comparison):
         return terminal_table(self)
 
     def to_markdown(self, ship: ShipSettings | None = None) -> str:
-        """The figures as Markdown, with the conditions that they hold under.
+        """The figures as Markdown, with the conditions of the measurement.
 
         Args:
-            ship: What there is to run a model on, for the line that says which one to ship.
+            ship: Memory and speed that the model to ship must meet.
 
         Returns:
             Markdown text.
@@ -57,10 +57,10 @@ class Report(Comparison):
         return markdown(self, ship)
 
     def to_html(self, ship: ShipSettings | None = None) -> str:
-        """One page that holds everything it needs and asks for nothing from outside.
+        """One self-contained HTML page.
 
         Args:
-            ship: What there is to run a model on, for the answer that the page opens with.
+            ship: Memory and speed that the model to ship must meet, for the answer at the top.
 
         Returns:
             HTML text.
@@ -75,9 +75,9 @@ class Report(Comparison):
         Without matplotlib the last one is left out, with a warning; the page has the picture.
 
         Args:
-            folder: The folder to be made.
+            folder: The folder to write.
             overwrite: Whether an existing folder is replaced.
-            ship: What there is to run a model on, for the line that says which one to ship.
+            ship: Memory and speed that the model to ship must meet.
 
         Returns:
             The folder.

@@ -1,6 +1,6 @@
-"""Figures of speed: at the usual length, and where it was asked for at others, and of loading.
+"""Figures of speed, at the usual and at further requested lengths, and of loading.
 
-A column is made for every length that was asked for.
+There is a column for every requested length.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.figures.column import MEGABYTE, Column, rate, significant, taken, whole
+from benchmarks.figures.column import MEGABYTE, Column, of_part, rate, significant, whole
 from benchmarks.figures.footprint import Load
 from benchmarks.figures.latency import Latency, Turn
 from benchmarks.figures.model_result import ModelResult
@@ -37,15 +37,15 @@ def timing_columns(models: Iterable[ModelResult]) -> tuple[Column, ...]:
 
 
 def roofline_share(model: ModelResult) -> float | None:
-    """How much of what memory and kernels allow a model has reached while writing.
+    """Writing speed as a share of the limit set by memory bandwidth and integer kernels.
 
     Args:
         model: The result.
 
     Returns:
-        Tokens per second by those at which the weights and the cache of every step would be read
-        at the speed of memory, or multiplied at the speed of the integer kernels, whichever are
-        fewer; None where the bytes of a step are not known.
+        Tokens per second divided by the smaller of two limits: the speed at which memory could
+        deliver the weights and the KV cache of every step, and the speed of the integer kernels;
+        None where the bytes of a step are not known.
     """
     if model.step_bytes is None:
         return None
@@ -56,10 +56,10 @@ def roofline_share(model: ModelResult) -> float | None:
 def _first_token(find: Find, **more: Any) -> Column:
     return Column(
         unit="ms",
-        figure=taken(find, lambda timed: timed.first_token_seconds * 1000),
+        figure=of_part(find, lambda timed: timed.first_token_seconds * 1000),
         better="lower",
         nature="clock",
-        samples=taken(find, lambda timed: [turn.first_token_seconds for turn in timed.turns]),
+        samples=of_part(find, lambda timed: [turn.first_token_seconds for turn in timed.turns]),
         **more,
     )
 
@@ -88,21 +88,21 @@ def _speed(
     each: Callable[[Turn], float],
     **more: Any,
 ) -> Column:
-    """Tokens per second, by their quartiles and by those of each turn."""
+    """A column of tokens per second."""
     return Column(
         unit="tok/s",
-        figure=taken(find, lambda timed: of(timed)[1]),
+        figure=of_part(find, lambda timed: of(timed)[1]),
         write=rate,
         better="higher",
-        spread=taken(find, lambda timed: _outer(of(timed))),
+        spread=of_part(find, lambda timed: _outer(of(timed))),
         nature="clock",
-        samples=taken(find, lambda timed: [each(turn) for turn in timed.turns]),
+        samples=of_part(find, lambda timed: [each(turn) for turn in timed.turns]),
         **more,
     )
 
 
-def _outer(found: tuple[float, float, float]) -> tuple[float, float]:
-    return found[0], found[2]
+def _outer(values: tuple[float, float, float]) -> tuple[float, float]:
+    return values[0], values[2]
 
 
 # --- at the usual length ------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def _columns_of_reading(tokens: int) -> list[Column]:
             meaning=f"From a prompt of {tokens:,} tokens being handed over to the first token: "
             "median of the rounds, and quartiles.",
             write=rate,
-            spread=taken(find, spread),
+            spread=of_part(find, spread),
             compact=False,
         ),
         _reading(
@@ -214,7 +214,7 @@ def _columns_of_writing(tokens: int) -> list[Column]:
             unit="ms",
             meaning=f"The time that one token in twenty exceeds after {tokens:,} tokens: the 95th "
             "percentile over all rounds.",
-            figure=taken(find, lambda timed: timed.slow_token_seconds * 1000),
+            figure=of_part(find, lambda timed: timed.slow_token_seconds * 1000),
             write=rate,
             better="lower",
             compact=False,
@@ -231,17 +231,17 @@ def _columns_of_loading(cold: bool) -> list[Column]:
     files = "dropped from the page cache" if cold else "in the page cache"
 
     def column(milliseconds: Callable[[Load], float], **more: Any) -> Column:
-        def found(model: ModelResult) -> Sequence[float] | None:
+        def samples(model: ModelResult) -> Sequence[float] | None:
             return [milliseconds(load) for load in model.loads if load.cold is cold] or None
 
         return Column(
             unit="ms",
-            figure=taken(found, median),
+            figure=of_part(samples, median),
             write=rate,
             better="lower",
-            spread=taken(found, lambda times: _outer(quartiles(times))),
+            spread=of_part(samples, lambda times: _outer(quartiles(times))),
             nature="clock",
-            samples=found,
+            samples=samples,
             **more,
         )
 
@@ -271,7 +271,7 @@ _ROOFLINE = (
         unit="MB",
         meaning="Weights that a step of one token reads, as the engine lays them out, in millions "
         "of bytes; by the folder's manifest.",
-        figure=taken(lambda model: model.step_bytes, lambda step: step.packed_bytes / MEGABYTE),
+        figure=of_part(lambda model: model.step_bytes, lambda step: step.packed_bytes / MEGABYTE),
         write=significant,
         better="lower",
         compact=False,

@@ -18,7 +18,7 @@ _WEIGHTS = (".gguf", ".onnx", ".data", ".onnx_data", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
+class InstalledRival:
     """A rival that was asked for, and where it is installed.
 
     Attributes:
@@ -31,7 +31,7 @@ class Contestant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class RivalFiles:
     """A rival with its files.
 
     Attributes:
@@ -47,9 +47,9 @@ class Entry:
     folder_bytes: int
 
 
-def find_contestants(
+def find_rivals(
     words: Iterable[str], named: Mapping[str, str | Path]
-) -> tuple[Contestant, ...]:
+) -> tuple[InstalledRival, ...]:
     """Find the rivals that were asked for.
 
     Args:
@@ -65,7 +65,7 @@ def find_contestants(
         for choice in {choice.engine.name: choice for choice in wanted}.values()
     }
     return tuple(
-        Contestant(choice=choice, environment=found[choice.engine.name]) for choice in wanted
+        InstalledRival(choice=choice, environment=found[choice.engine.name]) for choice in wanted
     )
 
 
@@ -90,7 +90,9 @@ def check_source(source: FolderInfo | None) -> FolderInfo:
     return source
 
 
-def enter(contestant: Contestant, source: FolderInfo, name: str, scratch: Path) -> Entry:
+def make_files(
+    contestant: InstalledRival, source: FolderInfo, name: str, scratch: Path
+) -> RivalFiles:
     """Make a rival's files.
 
     Args:
@@ -106,7 +108,7 @@ def enter(contestant: Contestant, source: FolderInfo, name: str, scratch: Path) 
     note = read_note(folder)
     assert note is not None, "make_rival leaves a note"
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != NOTE_FILE]
-    return Entry(
+    return RivalFiles(
         folder=folder,
         rival=Rival(
             engine=note.engine,

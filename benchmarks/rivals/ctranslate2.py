@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rivals.engines import Note, import_library
-from benchmarks.rivals.writing import OwnChoice
+from benchmarks.rivals.writing import GreedyEngine
 from mistill.errors import FolderError
 
 
@@ -47,7 +47,7 @@ def open_rival(folder: Path, note: Note, threads: int) -> CTranslate2Model:
     )
 
 
-class CTranslate2Model(OwnChoice):
+class CTranslate2Model(GreedyEngine):
     """A folder that CTranslate2 runs; meets ``LanguageModel``.
 
     Attributes:

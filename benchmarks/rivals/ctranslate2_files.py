@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.rivals.making import Order, call_offline, find_package, float_folder
+from benchmarks.rivals.making import Order, find_package, float_folder, run_offline
 from mistill.settings import require
 
 _TYPES = ("int8", "float32")
@@ -37,6 +37,6 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     command = [str(python), "-c", _CONVERT.format(packages=str(package.parent))]
     command += ["--model", str(weights), "--output_dir", str(order.folder)]
     command += ["--quantization", order.variant, "--force"]
-    call_offline(command)
+    run_offline(command)
     made = f"{words}ct2-transformers-converter --quantization {order.variant}"
     return {"compute type": order.variant}, made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.rivals.environment import Environment
-from benchmarks.rivals.making import Order, call_offline, find_package, float_folder, largest_block
+from benchmarks.rivals.making import Order, find_package, float_folder, largest_block, run_offline
 from mistill.errors import MissingExtraError
 from mistill.folders.folder import read_json
 from mistill.settings import require
@@ -53,7 +53,7 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     command += ["-c", str(order.scratch / "cache")]
     if options:
         command += ["--extra_options", *(f"{name}={value}" for name, value in options.items())]
-    call_offline(command, ORT_DISABLE_TELEMETRY="1")
+    run_offline(command, ORT_DISABLE_TELEMETRY="1")
     said = " ".join(["-p", precision, "-e", "cpu", *(f"{k}={v}" for k, v in options.items())])
     return {"precision": precision, **options}, f"{words}onnxruntime-genai's builder.py {said}"
 

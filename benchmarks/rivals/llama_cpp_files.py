@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from benchmarks.rivals.environment import Environment
-from benchmarks.rivals.making import Order, call, mistill
+from benchmarks.rivals.making import Order, run_mistill, run_program
 from mistill.errors import MissingExtraError
 from mistill.settings import require
 
@@ -57,12 +57,12 @@ def make(order: Order) -> tuple[dict[str, str], str]:
                 "name the folder of its programs with --rivals-in llama.cpp-programs=DIR or "
                 f"MISTILL_LLAMA_CPP_PROGRAMS, or take {', '.join(_OWN)}"
             )
-        mistill("gguf", str(source.path), str(target), "--dtype", _OWN[variant])
+        run_mistill("gguf", str(source.path), str(target), "--dtype", _OWN[variant])
         return settings, f"mistill gguf --dtype {_OWN[variant]}"
     exact = order.scratch / "float32.gguf"
     if not exact.exists():
-        mistill("gguf", str(source.path), str(exact), "--dtype", "float32")
-    call([str(program), str(exact), str(target), variant.upper(), "1"])
+        run_mistill("gguf", str(source.path), str(exact), "--dtype", "float32")
+    run_program([str(program), str(exact), str(target), variant.upper(), "1"])
     return settings, f"mistill gguf --dtype float32; llama-quantize {variant.upper()}"
 
 

@@ -90,16 +90,16 @@ def make_rival(
     return folder
 
 
-def mistill(*words: str) -> None:
+def run_mistill(*words: str) -> None:
     """Run a command of mistill.
 
     Args:
         *words: Its words.
     """
-    call([sys.executable, "-P", "-m", "mistill", *words])
+    run_program([sys.executable, "-P", "-m", "mistill", *words])
 
 
-def call(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+def run_program(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """Run a program.
 
     Args:
@@ -128,7 +128,7 @@ def call(command: Sequence[str], environment: Mapping[str, str] | None = None) -
     return ran.stdout
 
 
-def call_offline(command: Sequence[str], **variables: str) -> str:
+def run_offline(command: Sequence[str], **variables: str) -> str:
     """Run a rival's own tool: nothing of ours is seen by it, and it downloads nothing.
 
     Args:
@@ -139,7 +139,7 @@ def call_offline(command: Sequence[str], **variables: str) -> str:
         What it printed.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return call(command, {**inherited, "HF_HUB_OFFLINE": "1", **variables})
+    return run_program(command, {**inherited, "HF_HUB_OFFLINE": "1", **variables})
 
 
 def find_package(environment: Environment, module: str, needs: Sequence[str]) -> tuple[Path, Path]:
@@ -179,7 +179,7 @@ def float_folder(source: FolderInfo, scratch: Path) -> tuple[Path, str]:
         weights = scratch / "multiplied-out"
         words = f"its {source.form} codes multiplied out (mistill quantize dequantize); "
         if not weights.exists():
-            mistill("quantize", "dequantize", str(source.path), str(weights))
+            run_mistill("quantize", "dequantize", str(source.path), str(weights))
     target = scratch / "float"
     if not target.exists():
         target.mkdir()

@@ -15,10 +15,10 @@ from pathlib import Path
 from benchmarks.rivals.environment import Environment
 from benchmarks.rivals.making import (
     Order,
-    call_offline,
     float_folder,
     largest_block,
-    mistill,
+    run_mistill,
+    run_offline,
 )
 from benchmarks.rivals.openvino_model import EXACT, MODEL_FILE
 from mistill.errors import ArchitectureError, MissingExtraError, MistillError
@@ -84,7 +84,7 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     flags = [word for name, value in told.items() for word in (f"--{name}", value) if word]
     command = [*exporter(order.environment), "export", "openvino", "-m", str(weights)]
     command += ["--task", "text-generation-with-past", "--disable-convert-tokenizer", *flags]
-    call_offline([*command, str(order.folder)])
+    run_offline([*command, str(order.folder)])
     exact = EXACT if kind == "fp32" else {}
     return {**told, **exact}, f"{words}optimum-cli export openvino {' '.join(flags)}"
 
@@ -133,9 +133,9 @@ def _from_gguf(order: Order) -> tuple[dict[str, str], str]:
     scratch = order.scratch / order.variant
     scratch.mkdir()
     file = scratch / "model.gguf"
-    mistill("gguf", str(order.source.path), str(file), "--dtype", dtype)
+    run_mistill("gguf", str(order.source.path), str(file), "--dtype", dtype)
     python = str(order.environment.python)
-    said = call_offline([python, "-P", "-c", _READ_GGUF, str(file)])
+    said = run_offline([python, "-P", "-c", _READ_GGUF, str(file)])
     for name in (MODEL_FILE, Path(MODEL_FILE).with_suffix(".bin").name):
         if not (scratch / name).is_file():
             last = " ".join(said.split()[-40:])

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rivals.engines import Note, import_library
-from benchmarks.rivals.writing import OwnChoice
+from benchmarks.rivals.writing import GreedyEngine
 from mistill.errors import FolderError
 
 MODEL_FILE = "openvino_model.xml"
@@ -78,7 +78,7 @@ def open_rival(folder: Path, note: Note, threads: int) -> OpenVinoModel:
     )
 
 
-class OpenVinoModel(OwnChoice):
+class OpenVinoModel(GreedyEngine):
     """A graph that OpenVINO GenAI runs; meets ``LanguageModel``.
 
     Attributes:

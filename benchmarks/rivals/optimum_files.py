@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.figures.machine import describe_machine
-from benchmarks.rivals.making import Order, call_offline, float_folder
+from benchmarks.rivals.making import Order, float_folder, run_offline
 from mistill.errors import ArchitectureError
 from mistill.folders.folder import read_json
 from mistill.settings import require
@@ -53,14 +53,14 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     # What int8 is made of is kept for both of its variants.
     graph = order.folder if order.variant == "fp32" else order.scratch / "optimum-float"
     if order.variant == "fp32" or not graph.exists():
-        call_offline([*command, *export, "-m", str(weights), str(graph)])
+        run_offline([*command, *export, "-m", str(weights), str(graph)])
     made = f"{words}optimum-cli {' '.join(export)}"
     if order.variant == "fp32":
         return {}, made
     flags = [quantizer_flag(describe_machine(1).instructions)]
     flags += ["--per_channel"] if order.variant.endswith("per_channel") else []
     quantize = [*command, "onnxruntime", "quantize", "--onnx_model", str(graph), *flags]
-    call_offline([*quantize, "-o", str(order.folder)])
+    run_offline([*quantize, "-o", str(order.folder)])
     return (
         {"instructions": flags[0].removeprefix("--")},
         f"{made}; optimum-cli onnxruntime quantize {' '.join(flags)}",

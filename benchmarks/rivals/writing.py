@@ -14,7 +14,7 @@ from mistill.engine.language_model import Choose, greedy
 _UNBOUNDED = 256
 
 
-class OwnChoice(ABC):
+class GreedyEngine(ABC):
     """What such engines share: how far they write, and how another choice than theirs is made.
 
     Attributes:

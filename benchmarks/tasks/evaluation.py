@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures.machine import Machine, describe_machine
 from benchmarks.measure.child import Worker
-from benchmarks.measure.questions import ask, questions_fingerprint, read_questions
+from benchmarks.measure.questions import answer_questions, questions_fingerprint, read_questions
 from benchmarks.settings import SMOKE, EvalSettings
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import SettingsError, missing_extra
@@ -160,7 +160,9 @@ def _smoke(folder: Path, limit: int | None, threads: int) -> list[Score]:
     worker = Worker(folder, threads)
     worker.open()
     with track("asking", count, "questions") as tracker:
-        answers = ask(worker, questions, load_vocabulary(folder), lambda: tracker.advance())
+        answers = answer_questions(
+            worker, questions, load_vocabulary(folder), lambda: tracker.advance()
+        )
     name = questions_fingerprint(questions)[:16]
     shares = [
         (SMOKE, "acc_norm", sum(answers.outcomes()), len(questions)),

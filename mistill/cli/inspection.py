@@ -155,7 +155,7 @@ class Inspection:
 
 
 def inspect_folder(path: str | Path) -> Inspection:
-    """Look at a folder without loading its weights.
+    """FigurePair at a folder without loading its weights.
 
     Graphs of an ONNX folder, whoever made it, are held against the rules of what is slow on a CPU.
     Of a GPTQ folder zeros, scales and some codes are read, to tell what they are from themselves.

@@ -170,7 +170,9 @@ def test_a_name_that_is_not_compared_is_refused_before_measuring(
     assert main(words) == 2
     assert "budget_for names chat" in capsys.readouterr().err
     assert main([*words, "--against", "llama.cpp:q8_0"]) == 2
-    expected = "budget_for names chat, which is not compared; compared are chatbot, llama.cpp q8_0"
+    expected = (
+        "budget_for names chat, which is not compared; the models are chatbot, llama.cpp q8_0"
+    )
     assert expected in " ".join(capsys.readouterr().err.split())
     words[-1] = "llama.cpp q8_0"
     with pytest.raises(AssertionError, match="something was measured"):

@@ -15,7 +15,7 @@ class Rival:
         version: Of the engine.
         system: The engine's own description of its build and of the processor.
         settings: Its settings by name.
-        made: How its file was made of the folder that it is compared with.
+        made: How its file was made from the folder that it is compared with.
         source: Name of that folder.
     """
 
@@ -29,5 +29,5 @@ class Rival:
 
     @property
     def name(self) -> str:
-        """What its row is called."""
+        """Name of its row in the report."""
         return f"{self.engine} {self.variant}"

@@ -112,7 +112,7 @@ def test_a_miss_is_one_clear_line(comparison: Report):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"max_kl": -1}, "max_kl must be at least 0"), ({"budget_for": ("a",)}, "there is none")],
+    [({"max_kl": -1}, "max_kl must be at least 0"), ({"budget_for": ("a",)}, "there is no limit")],
 )
 def test_a_budget_of_nonsense_is_refused(options: dict[str, Any], words: str):
     with pytest.raises(SettingsError, match=words):

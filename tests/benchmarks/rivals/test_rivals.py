@@ -168,7 +168,7 @@ def test_rivals_get_the_float_model_that_the_others_were_made_of(
 
 
 @pytest.mark.slow
-def test_codes_are_multiplied_out_for_a_rival(model: Path, tmp_path: Path, fake: Path):
+def test_quantized_weights_are_dequantized_for_a_rival(model: Path, tmp_path: Path, fake: Path):
     codes = open_folder(quantize.to_rounding(model, tmp_path / "codes", group_size=32, bits=4))
     (contestant,) = find_rivals(["genai"], {"genai": fake})
 
@@ -178,7 +178,7 @@ def test_codes_are_multiplied_out_for_a_rival(model: Path, tmp_path: Path, fake:
     given = Path(words[words.index("-i") + 1])
     assert open_folder(given).form == "model"
     note = json.loads((made / "rival.json").read_text())
-    assert note["made"].startswith("its gptq codes multiplied out (mistill quantize dequantize)")
+    assert note["made"].startswith("its gptq weights dequantized (mistill quantize dequantize)")
 
 
 def test_a_builder_that_fails_says_why(model: Path, tmp_path: Path, fake: Path):
@@ -204,9 +204,9 @@ def test_variants_follow_the_name_of_an_engine():
     [
         (
             "ollama",
-            "names 'ollama', which is no rival that is known; known are llama.cpp, genai, ctr",
+            "names 'ollama', which is not a known engine; known are llama.cpp, genai, ctr",
         ),
-        ("llama.cpp:q9", "stored as one of f32, .* not as 'q9'"),
+        ("llama.cpp:q9", "weight formats are f32, .* not 'q9'"),
         ("genai:fast", "genai's variants are default, best, .* not 'fast'"),
     ],
 )

@@ -29,8 +29,8 @@ COLUMNS = (
         key="bits_per_weight",
         title="Bits per weight",
         unit="",
-        meaning="Those bytes in bits, divided by the weights of the dense model that the folder "
-        "stands for; scales, zeros and tables are counted.",
+        meaning="Bits on disk for each weight of the dense model; scales, zero points and tables "
+        "are counted.",
         figure=lambda model: model.footprint.bits_per_weight,
         write=lambda value: f"{value:.2f}",
         better="lower",
@@ -42,8 +42,8 @@ COLUMNS = (
         key="peak_memory_mb",
         title="Memory",
         unit="MB",
-        meaning="The most that a process which ran only this model ever held, in millions of "
-        "bytes: Python, libraries, weights and cache.",
+        meaning="Peak memory of a process that ran only this model, in millions of bytes: Python, "
+        "libraries, weights and KV cache.",
         figure=lambda model: model.footprint.peak_memory_bytes / MEGABYTE,
         write=whole,
         better="lower",

@@ -1,18 +1,22 @@
 """The commands that make a model again, from its lineage.
 
 Folders are named by the last part of their path, and only settings that differ from the defaults
-are written. Lineages written by earlier versions do not say which those are: all of their settings
-are written. Placeholders in capitals, such as TEXTS, stand for what the lineage does not record.
+are written. Lineages of earlier versions do not say which those are; they are then compared with
+defaults that the caller hands in, or all written. Placeholders in capitals, such as TEXTS, stand
+for what the lineage does not record.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from benchmarks.figures.model_result import ModelResult
+
+#: Name of a step to the defaults of its settings; None for a step without settings.
+StepDefaults = Callable[[str], Mapping[str, Any] | None]
 
 #: Step of the lineage to the words of its command.
 _WORDS = {
@@ -31,11 +35,12 @@ _NEED_TEXTS = ("student", "distill", "gptq", "tune")
 _INPUTS = ("teacher", "targets", "texts", "held_out")
 
 
-def commands(model: ModelResult) -> list[str]:
+def commands(model: ModelResult, step_defaults: StepDefaults | None = None) -> list[str]:
     """The commands that make a model, first step first.
 
     Args:
         model: The result.
+        step_defaults: Gives the defaults of a step, for lineages of earlier versions.
 
     Returns:
         One line per step; none for a folder without a lineage.
@@ -45,7 +50,7 @@ def commands(model: ModelResult) -> list[str]:
         lineage = lineage[1:]  # the embedded teacher was unpacked from it
     targets = _targets(lineage, model)
     return [
-        _command(entry, targets[index - 1] if index else None, targets[index])
+        _command(entry, targets[index - 1] if index else None, targets[index], step_defaults)
         for index, entry in enumerate(lineage)
     ]
 
@@ -63,10 +68,17 @@ def _targets(lineage: Sequence[Mapping[str, Any]], model: ModelResult) -> list[s
     return targets
 
 
-def _command(entry: Mapping[str, Any], source: str | None, target: str) -> str:
+def _command(
+    entry: Mapping[str, Any],
+    source: str | None,
+    target: str,
+    step_defaults: StepDefaults | None,
+) -> str:
     step = str(entry["step"])
     settings = dict(entry.get("settings") or {})
-    changed = entry.get("changed_settings", settings)
+    changed = entry.get("changed_settings")
+    if changed is None:
+        changed = _changed(settings, step_defaults(step) if step_defaults else None)
     command = ["mistill", *_WORDS[step]]
     if step == "teacher":
         command.append(_name(settings.pop("source", None) or entry.get("source")))
@@ -95,6 +107,15 @@ def _inputs(step: str, entry: Mapping[str, Any]) -> list[str]:
             if item:
                 arguments += [_flag(name), _name(item)]
     return arguments
+
+
+def _changed(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> list[str]:
+    """Names of the settings that differ from the defaults; all where those are not known."""
+    if defaults is None:
+        return list(settings)
+    return [
+        name for name, value in settings.items() if name in defaults and value != defaults[name]
+    ]
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from benchmarks.figures.column import significant
 from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.frontier import dominators
 from benchmarks.report.columns import columns_of
-from benchmarks.report.commands import commands
+from benchmarks.report.commands import StepDefaults, commands
 from benchmarks.report.shipping import by_memory, ship_line, speed
 from benchmarks.report.table import (
     conditions,
@@ -18,12 +18,18 @@ from benchmarks.report.table import (
 from benchmarks.settings import ShipSettings
 
 
-def markdown(comparison: Comparison, ship: ShipSettings | None = None) -> str:
+def markdown(
+    comparison: Comparison,
+    ship: ShipSettings | None = None,
+    step_defaults: StepDefaults | None = None,
+) -> str:
     """All figures, their meaning and the conditions of the measurement.
 
     Args:
         comparison: The result.
         ship: Memory and speed that the model to ship must meet.
+        step_defaults: Gives the defaults of a step, to write the commands of models whose lineage
+            was written by an earlier version.
 
     Returns:
         Markdown text.
@@ -59,7 +65,7 @@ def markdown(comparison: Comparison, ship: ShipSettings | None = None) -> str:
         for model in comparison.models
         for remark in remarks(model)
     ]
-    lines += ["", "```sh", *_all_commands(comparison), "```"]
+    lines += ["", "```sh", *_all_commands(comparison, step_defaults), "```"]
     lines += ["", "## Conditions", ""]
     lines += [f"- {name}: {escaped(value)}" for name, value in conditions_in_full(comparison)]
     for prompt, replies in comparison.samples.items():
@@ -92,9 +98,11 @@ def _ship_lines(comparison: Comparison, ship: ShipSettings | None) -> list[str]:
     return lines
 
 
-def _all_commands(comparison: Comparison) -> list[str]:
+def _all_commands(comparison: Comparison, step_defaults: StepDefaults | None) -> list[str]:
     """The commands that make all models, each once."""
-    lines = dict.fromkeys(line for model in comparison.models for line in commands(model))
+    lines = dict.fromkeys(
+        line for model in comparison.models for line in commands(model, step_defaults)
+    )
     return list(lines) or ["# no folder has a lineage"]
 
 

@@ -21,7 +21,7 @@ from benchmarks.picture.drawing import picture_style, to_svg
 from benchmarks.picture.laying_out import draw, role_of
 from benchmarks.picture.marks import TALL, WIDE
 from benchmarks.report.columns import columns_of
-from benchmarks.report.commands import commands
+from benchmarks.report.commands import StepDefaults, commands
 from benchmarks.report.shipping import best_to_ship, memory_mb, ship_line, speed
 from benchmarks.report.table import conditions_in_full, lineage_steps, remarks
 from benchmarks.settings import ShipSettings
@@ -29,13 +29,19 @@ from benchmarks.settings import ShipSettings
 _BARS = ("size_mb", "mean_kl_nats", "decode_tokens_per_second", "peak_memory_mb")
 
 
-def html(comparison: Comparison, ship: ShipSettings | None = None) -> str:
+def html(
+    comparison: Comparison,
+    ship: ShipSettings | None = None,
+    step_defaults: StepDefaults | None = None,
+) -> str:
     """Write the page.
 
     Args:
         comparison: The result.
         ship: Memory and speed that the model to ship must meet, for the answer at the top; half
             the memory of the largest model if not given.
+        step_defaults: Gives the defaults of a step, to write the commands of models whose lineage
+            was written by an earlier version.
 
     Returns:
         HTML text.
@@ -58,7 +64,10 @@ def html(comparison: Comparison, ship: ShipSettings | None = None) -> str:
             to_svg(draw(comparison, plane), title, described, plane) for plane in (WIDE, TALL)
         ],
         columns=columns,
-        rows=[_row(model, columns, comparison, beaten[model.name]) for model in comparison.models],
+        rows=[
+            _row(model, columns, comparison, beaten[model.name], commands(model, step_defaults))
+            for model in comparison.models
+        ],
         conditions=conditions_in_full(comparison),
         ship_line=ship_line(comparison, question),
         ship_mb=_plain(question.ship_mb),
@@ -99,6 +108,7 @@ def _row(
     columns: tuple[Column, ...],
     comparison: Comparison,
     dominated_by: tuple[str, ...],
+    command_lines: list[str],
 ) -> dict[str, Any]:
     return {
         "name": model.name,
@@ -114,7 +124,7 @@ def _row(
         "cells": [_cell(column, model, comparison) for column in columns],
         "steps": lineage_steps(model),
         "figures": _figures(model, columns),
-        "commands": "\n".join(commands(model)),
+        "commands": "\n".join(command_lines),
         "remarks": remarks(model),
         "facts": f"{model.kind}; {model.architecture}, {model.layers} layers of width "
         f"{model.hidden_size}, {model.footprint.parameters / 1e6:,.1f} million weights",

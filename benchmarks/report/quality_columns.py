@@ -94,7 +94,7 @@ QUALITY_COLUMNS = (
     ),
     _quoted_column(
         "gptq",
-        "papers on GPTQ quote it: all of the text in windows of 2,048 tokens without overlap",
+        "papers on GPTQ define it: all of the text in windows of 2,048 tokens without overlap",
     ),
     _quoted_column(
         "llama.cpp",
@@ -105,8 +105,8 @@ QUALITY_COLUMNS = (
         key="bits_per_byte",
         title="Bits per byte",
         unit="",
-        meaning="Bits to predict the text, by the bytes that its predicted tokens spell: can be "
-        "compared between vocabularies; ± is its standard error, between passages.",
+        meaning="Bits to predict the text, divided by the bytes that its predicted tokens spell: "
+        "can be compared between vocabularies; ± is its standard error, between passages.",
         figure=lambda model: model.perplexity.bits_per_byte,
         write=significant,
         better="lower",
@@ -119,8 +119,8 @@ QUALITY_COLUMNS = (
         key="smoke_accuracy",
         title="Smoke test",
         unit="%",
-        meaning="Questions of the small offline set that were answered rightly, log-probabilities "
-        "taken for each byte, and the 95% confidence interval (Wilson). Guessing reaches 25%.",
+        meaning="Questions of the small offline set answered correctly, by log-probability per "
+        "byte, and the 95% confidence interval (Wilson). Guessing reaches 25%.",
         figure=of_part(_answers, lambda answers: answers.accuracy),
         write=percent,
         better="higher",
@@ -134,15 +134,16 @@ QUALITY_COLUMNS = (
         key="mean_kl_nats",
         title="KL",
         meaning="Mean of KL(reference || model) per token over the whole vocabulary: 0 for a model "
-        "that says exactly what the reference says; ± is its standard error, between passages.",
+        "that predicts exactly what the reference predicts; ± is its standard error, between "
+        "passages.",
         nature="reference",
     ),
     _kl_column(
         _parent,
         key="mean_parent_kl_nats",
         title="KL to parent",
-        meaning="The same against the float model that this one was made of: what quantization "
-        "alone has cost.",
+        meaning="KL against the float model that this one was made from: the loss by quantization "
+        "alone.",
         compact=False,
         nature="text",
     ),
@@ -160,9 +161,9 @@ QUALITY_COLUMNS = (
         key="top1_agreement",
         title="Same token",
         unit="%",
-        meaning="How often the model and the reference hold the same token for the most probable, "
-        "and the 95% confidence interval (Wilson's, for as many independent tokens as the spread "
-        "between passages allows).",
+        meaning="How often the most probable token of the model and of the reference is the same, "
+        "and the 95% confidence interval (Wilson's, for the effective number of independent "
+        "tokens, from the variance between passages).",
         figure=of_part(_reference, lambda fidelity: fidelity.top1_agreement),
         write=percent,
         better="higher",

@@ -126,14 +126,15 @@ SPEED_COLUMNS = (
         _usual,
         key="first_token_ms",
         title="First token",
-        meaning="From the prompt being handed over to the first token: median of the rounds.",
+        meaning="Time from the start of reading the prompt to the first token: median of the "
+        "rounds.",
         write=whole,
     ),
     _reading(
         _usual,
         key="prompt_tokens_per_second",
         title="Reading",
-        meaning="Prompt tokens by the time to the first token: median of the rounds, and "
+        meaning="Prompt tokens divided by the time to the first token: median of the rounds, and "
         "quartiles.",
     ),
     _writing(
@@ -146,15 +147,15 @@ SPEED_COLUMNS = (
         lambda model: model.transformers_latency,
         key="transformers_decode_tokens_per_second",
         title="transformers",
-        meaning="The same, written by transformers' own greedy generate: float folders only.",
+        meaning="Writing speed of transformers' own greedy generate, for float folders only.",
         compact=False,
     ),
     Column(
         key="joules_per_token",
         title="Energy",
         unit="J/token",
-        meaning="Energy that the whole machine spent on every token after the first: median of the "
-        "rounds. Only where the machine tells.",
+        meaning="Energy of the whole machine for each token after the first: median of the rounds. "
+        "Only on machines with energy counters.",
         figure=lambda model: model.latency.joules_per_token,
         write=significant,
         better="lower",
@@ -180,8 +181,8 @@ def _columns_of_reading(tokens: int) -> list[Column]:
             find,
             key=f"first_token_ms_at_{tokens}",
             title=f"First token of {tokens:,}",
-            meaning=f"From a prompt of {tokens:,} tokens being handed over to the first token: "
-            "median of the rounds, and quartiles.",
+            meaning=f"Time from the start of reading a prompt of {tokens:,} tokens to the first "
+            "token: median of the rounds, and quartiles.",
             write=rate,
             spread=of_part(find, spread),
             compact=False,
@@ -190,8 +191,8 @@ def _columns_of_reading(tokens: int) -> list[Column]:
             find,
             key=f"prompt_tokens_per_second_at_{tokens}",
             title=f"Reading {tokens:,}",
-            meaning=f"Tokens of a prompt of {tokens:,} by the time to the first token: median of "
-            "the rounds, and quartiles.",
+            meaning=f"Tokens of a prompt of {tokens:,} divided by the time to the first token: "
+            "median of the rounds, and quartiles.",
         ),
     ]
 
@@ -205,15 +206,15 @@ def _columns_of_writing(tokens: int) -> list[Column]:
             find,
             key=f"decode_tokens_per_second_at_{tokens}",
             title=f"Writing at {tokens:,}",
-            meaning=f"Tokens written per second after {tokens:,} tokens: median of the rounds, and "
-            "quartiles.",
+            meaning=f"Tokens written per second after a context of {tokens:,} tokens: median of "
+            "the rounds, and quartiles.",
         ),
         Column(
             key=f"slow_token_ms_at_{tokens}",
             title=f"Slow token at {tokens:,}",
             unit="ms",
-            meaning=f"The time that one token in twenty exceeds after {tokens:,} tokens: the 95th "
-            "percentile over all rounds.",
+            meaning=f"The time that one token in twenty exceeds after a context of {tokens:,} "
+            "tokens: the 95th percentile over all rounds.",
             figure=of_part(find, lambda timed: timed.slow_token_seconds * 1000),
             write=rate,
             better="lower",
@@ -250,15 +251,15 @@ def _columns_of_loading(cold: bool) -> list[Column]:
             lambda load: load.seconds * 1000,
             key=f"load_{word}_ms",
             title=f"Load, {word}",
-            meaning=f"Time to open the folder with its files {files}, in a process of its own "
-            "whose libraries are loaded: median, and quartiles.",
+            meaning=f"Time to open the folder with its files {files}, in a new process whose "
+            "libraries are loaded: median, and quartiles.",
         ),
         column(
             lambda load: (load.seconds + load.first_token_seconds) * 1000,
             key=f"first_answer_{word}_ms",
             title=f"Load and first token, {word}",
-            meaning=f"The same until the first token after the usual prompt, with files {files}: "
-            "an engine that maps its file reads much of it only then.",
+            meaning=f"Time to open the folder and write the first token after the usual prompt, "
+            f"with its files {files}: an engine that maps its file reads much of it only then.",
             compact=False,
         ),
     ]
@@ -270,7 +271,7 @@ _ROOFLINE = (
         title="Read per token",
         unit="MB",
         meaning="Weights that a step of one token reads, as the engine lays them out, in millions "
-        "of bytes; by the folder's manifest.",
+        "of bytes, according to the folder's manifest.",
         figure=of_part(lambda model: model.step_bytes, lambda step: step.packed_bytes / MEGABYTE),
         write=significant,
         better="lower",
@@ -281,9 +282,9 @@ _ROOFLINE = (
         key="roofline_share",
         title="Of the roofline",
         unit="%",
-        meaning="Writing by the speed at which memory could give the weights and the cache of "
-        "every step, or integer kernels multiply them out of a processor's cache, whichever is "
-        "less, as measured in this run.",
+        meaning="Writing speed as a share of its upper limit: that of memory bandwidth for the "
+        "weights and the KV cache of every step, or that of the integer kernels with weights in "
+        "the processor's cache, whichever is lower, as measured in this run.",
         figure=roofline_share,
         write=lambda value: f"{value * 100:.0f}",
         better="higher",

@@ -318,6 +318,15 @@ def test_a_lineage_of_before_changed_settings_were_noted_gives_all_settings(comp
     assert f"--group-size {RoundingSettings().group_size}" in line
 
 
+def test_a_lineage_of_before_is_compared_with_the_defaults_handed_in(comparison: Report):
+    entry = {"step": "distill", "settings": {"tokens": 9, "seed": 0, "gone": True}}
+    model = replace(comparison["student"], lineage=({**entry, "source": "a", "texts": ["t"]},))
+
+    (line,) = commands(model, {"distill": {"tokens": 5, "seed": 0}}.get)
+
+    assert line == "mistill distill a student --texts t --tokens 9"
+
+
 def test_what_the_lineage_does_not_tell_is_in_capitals(comparison: Report):
     found = made_by(comparison["student"], {"step": "distill", "settings": {}, "source": "pruned"})
 

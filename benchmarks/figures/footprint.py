@@ -13,8 +13,7 @@ class Footprint:
     """The size of one model on disk and in memory.
 
     Attributes:
-        parameters: Weights of the dense model that the folder stands for; a shared table counts
-            once.
+        parameters: Number of weights of the dense model; a shared embedding counts once.
         weight_bytes: Bytes of the files that hold weights.
         folder_bytes: Bytes of all files, tokenizer and records included.
         load_seconds: Time to open the folder, libraries already loaded, files in the page cache.

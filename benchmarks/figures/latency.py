@@ -133,7 +133,7 @@ def time_turn(
         new_tokens: Tokens to write, the first one included.
         seconds: A slow model stops after this long, but never before 8 tokens.
         clock: Monotonic time in seconds.
-        meter: Tells the energy; None leaves it out.
+        meter: Measures the energy; None leaves it out.
 
     Returns:
         The times, and the energy.

@@ -34,20 +34,19 @@ class Machine:
     Attributes:
         processor: The processor's own name.
         instructions: Vector instructions that decide the speed of matrix products.
-        cores: Physical cores; None where the system does not say.
+        cores: Physical cores; None where the system does not report it.
         processors: Logical processors of the machine.
         usable_processors: Those that this process may use, control groups considered.
         threads: Threads that every engine computed with.
         memory_bytes: Physical memory.
         system: Operating system and release.
-        governor: How the clock frequency is chosen; None where the system does not say.
-        virtual: Whether the processor says that it is a virtual machine's.
+        governor: How the clock frequency is chosen; None where the system does not report it.
+        virtual: Whether the processor reports a virtual machine.
         load_average: Processes at work in the minute before the measurement; None where the
             system does not say.
         versions: Libraries and their versions.
         energy_counters: Names of the energy counters that can be read, such as ``package-0``.
-        no_energy: Why there are none; empty where there are some, and in reports of before it was
-            kept.
+        no_energy: Why there are none; empty where there are some, and in old reports.
     """
 
     processor: str

@@ -19,19 +19,19 @@ class ModelResult:
     """The result of a comparison for one model.
 
     Attributes:
-        name: The shortest end of its path that tells it from the others.
+        name: The shortest end of its path that distinguishes it from the others.
         form: ``model`` (float weights), ``gptq``, ``nf4`` or ``onnx``; of a rival the engine.
         architecture: Such as ``mistral``.
         layers: Decoder layers.
         hidden_size: Width of the residual stream.
         lineage: The steps that made the folder, first step first.
-        fingerprint: A short name for the folder's content.
+        fingerprint: SHA-256 of the folder's content, as ``mistill.folders.lineage`` computes it.
         footprint: Size on disk and in memory.
         perplexity: Perplexity on the text.
         fidelity: Distance from the reference; None for the reference itself.
-        parent: Name of the compared float model that a quantized or exported one was made of;
+        parent: Name of the compared float model that a quantized or exported one was made from;
             None where there is none.
-        parent_fidelity: Distance from that model: what quantization alone has cost.
+        parent_fidelity: Distance from that model: the loss by quantization alone.
         latency: Time to the first token of an answer, and for each further one.
         transformers_latency: The same prompts through transformers' own greedy ``generate``, for
             float folders; else None.

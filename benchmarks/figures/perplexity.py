@@ -23,8 +23,8 @@ class Perplexity:
 
     Attributes:
         losses: Negative log-probability of each token, in nats, passage by passage.
-        passage_bytes: Bytes of text that the predicted tokens of each passage spell; marks, such
-            as the end of a turn, spell none. Empty in reports of before it was kept.
+        passage_bytes: Bytes of text that the predicted tokens of each passage spell; special
+            tokens, such as the end of a turn, spell none. Empty in old reports.
     """
 
     losses: tuple[tuple[float, ...], ...]

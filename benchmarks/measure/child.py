@@ -6,7 +6,7 @@ stdin and answers each with one on stdout, until stdin ends:
     {"do": "prepare"}                                      import what the folder needs
     {"do": "open"}                                         load the model
     {"do": "turn", "prompt": [...], "new_tokens": 48, "seconds": 5.0}
-                                                           read, write, and say how long it took
+                                                           read, write, and return the times
     {"do": "score", "ids": [...], "kept": [...], "write": PATH, "against": [PATH, ...]}
                                                            losses; distances from stored logits
     {"do": "memory"}                                       the kernel's count of this process
@@ -137,7 +137,7 @@ class Worker:
             The times.
         """
         reserve = getattr(self.model, "reserve", None)
-        if reserve is not None:  # a rival's, which is told beforehand as in its own benchmark
+        if reserve is not None:  # of a rival, called beforehand as its own benchmark does
             reserve(len(prompt) + new_tokens)
         time.sleep(SETTLE_SECONDS)
         if transformers:

@@ -104,8 +104,8 @@ def compare(
     reference_subject = next(subject for subject in subjects if subject.is_reference)
     check_context(subjects, settings)
     check_vocabularies(reference_subject, subjects)
-    rivals_found = find_rivals(settings.against, rivals or {})
-    source = rival_source_of(subjects, rival_source) if rivals_found else None
+    installed_rivals = find_rivals(settings.against, rivals or {})
+    source = rival_source_of(subjects, rival_source) if installed_rivals else None
     check_vocabularies(reference_subject, [] if source is None else [source])
     chat_folders = models_to_ask(subjects, settings)
     passages = read_passages(texts, reference_subject.info.path, settings, subjects)
@@ -114,7 +114,7 @@ def compare(
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
     with tempfile.TemporaryDirectory(prefix="mistill-") as scratch:
-        subjects += add_rivals(rivals_found, source, subjects, Path(scratch))
+        subjects += add_rivals(installed_rivals, source, subjects, Path(scratch))
         _measure(subjects, passages, quoted, settings, threads)
     samples = collect_samples(
         chat_folders, settings.sample_prompts, settings.sample_tokens, threads

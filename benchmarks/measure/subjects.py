@@ -176,7 +176,7 @@ def rival_source_of(subjects: Sequence[Subject], named: str | Path | None) -> Su
 
 
 def add_rivals(
-    contestants: Sequence[InstalledRival],
+    installed: Sequence[InstalledRival],
     source: Subject | None,
     subjects: Sequence[Subject],
     scratch: Path,
@@ -184,7 +184,7 @@ def add_rivals(
     """Make the files of the rivals, and add them to the models that are compared.
 
     Args:
-        contestants: The rivals.
+        installed: The rivals.
         source: The folder whose weights they get; None where there is no rival.
         subjects: The models that are compared.
         scratch: Where to make the files.
@@ -192,14 +192,14 @@ def add_rivals(
     Returns:
         The rivals.
     """
-    entered: list[Subject] = []
-    for contestant in contestants:
-        assert source is not None, "found with the contestants"
-        entry = make_files(contestant, source.info, source.name, scratch)
+    rivals: list[Subject] = []
+    for rival_engine in installed:
+        assert source is not None, "a comparison with rivals has a source"
+        entry = make_files(rival_engine, source.info, source.name, scratch)
         rival = Subject(entry.rival.name, source.info, True, name=entry.rival.name, entry=entry)
         rival.parent = source if source.info.form == "model" and source in subjects else None
-        entered.append(rival)
-    return entered
+        rivals.append(rival)
+    return rivals
 
 
 def models_to_ask(subjects: Sequence[Subject], settings: BenchSettings) -> dict[str, Path]:

@@ -117,13 +117,13 @@ def load_library(named: str) -> ctypes.CDLL:
 
 
 def describe(library: str) -> dict[str, str]:
-    """What llama.cpp is installed here.
+    """Version of the installed llama.cpp.
 
     Args:
         library: Its library; empty for that of a package in this Python.
 
     Returns:
-        Its version, and the instructions that it says it uses.
+        Its version, and the instructions that it reports.
     """
     loaded = load_library(library)
     return {
@@ -212,7 +212,7 @@ class LlamaCppModel:
         self.reserve(min(_DEFAULTS[0], context_length))
 
     def reserve(self, positions: int) -> None:
-        """Make room for this many positions; what was read before is forgotten.
+        """Make room for this many tokens; the cache of earlier texts is discarded.
 
         Args:
             positions: At most ``context_length``.

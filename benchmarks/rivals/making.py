@@ -1,7 +1,7 @@
-"""Make a rival's file out of the very weights that it is compared with.
+"""Make a rival's file from the weights of the folder that it is compared with.
 
-What mistill's own steps can do is asked of the command ``mistill`` in a process of its own: steps
-do not import one another.
+mistill's own steps are run by the command ``mistill`` in a process of their own, because steps do
+not import one another.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from mistill.errors import FolderError
 
 MODEL_FILE = "openvino_model.xml"
 
-# What makes it compute as it is told and not as it thinks best: no narrower type, no 8-bit inputs
-# of layers, no 8-bit keys and values.
+# Properties that turn off its own choices of precision: no narrower type, no 8-bit activations, no
+# 8-bit KV cache.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
@@ -40,7 +40,7 @@ def describe(library: str) -> dict[str, str]:
         library: Ignored: the package has its own library.
 
     Returns:
-        The version, and what it computes with on this processor if it is told nothing.
+        The version, and its default precision on this processor.
     """
     genai = import_library("openvino_genai", "openvino-genai")
     openvino = import_library("openvino", "openvino")
@@ -107,7 +107,7 @@ class OpenVinoModel(GreedyEngine):
             vocabulary_size: Number of logits of the model.
             context_length: Context of the model in tokens.
             threads: Threads to compute with.
-            properties: What else the processor's plugin is told, by name.
+            properties: Further properties of the CPU plugin, by name.
 
         Raises:
             FolderError: If it cannot be opened.

@@ -170,20 +170,20 @@ def _smoke(folder: Path, limit: int | None, threads: int) -> list[Score]:
         (SMOKE, "acc_norm", sum(answers.outcomes()), len(questions)),
         (SMOKE, "acc", sum(answers.outcomes(normalized=False)), len(questions)),
         *(
-            (f"{SMOKE}/{kind}", "acc_norm", right, asked)
-            for kind, (right, asked) in answers.by_kind().items()
+            (f"{SMOKE}/{kind}", "acc_norm", right, total)
+            for kind, (right, total) in answers.by_kind().items()
         ),
     ]
     return [
         Score(
             task=task,
             measure=measure,
-            value=right / asked,
-            interval=simple_interval(right, asked),
-            questions=asked,
+            value=right / total,
+            interval=simple_interval(right, total),
+            questions=total,
             version=name,
         )
-        for task, measure, right, asked in shares
+        for task, measure, right, total in shares
     ]
 
 

@@ -1,8 +1,8 @@
-"""What did compression cost, and what did it buy?
+"""What compression costs in quality, and what it saves in size, time and memory.
 
-``compare`` measures any mix of folders in one run: size, quality, speed and memory. ``diff`` holds
-two of its reports against each other, ``misses`` one against a budget; ``evaluate`` lets a folder
-answer tasks.
+``compare`` measures any mix of folders in one run: size, quality, speed and memory. ``diff``
+compares two of its reports, ``misses`` checks one against a budget, and ``evaluate`` measures a
+folder on tasks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A folder of the road as lm-evaluation-harness wants a model (``lm_eval.api.model.TemplateLM``).
+"""A model folder as a model of lm-evaluation-harness (``lm_eval.api.model.TemplateLM``).
 
 Importing this module needs the extra ``eval``. Requests are answered one forward pass at a time:
-answers of one token to the same question share a pass, as most multiple-choice tasks have them.
+answers of one token to the same question, as in most multiple-choice tasks, share a pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Pair = tuple[Any, list[int], list[int]]
 
 @register_model("mistill")
 class MistillLM(TemplateLM):
-    """Any folder of the road: float, GPTQ, NF4 or ONNX.
+    """Any model folder: float, GPTQ, NF4 or ONNX.
 
     After ``import benchmarks.harness_model`` lm-evaluation-harness knows it as ``mistill``, with
     ``model_args="folder=PATH"``.
@@ -42,13 +42,12 @@ class MistillLM(TemplateLM):
     ) -> None:
         """Open a folder.
 
-        What lm-evaluation-harness gives every model besides, such as a device and a batch size,
-        has no meaning here.
+        Other arguments of lm-evaluation-harness, such as a device and a batch size, are ignored.
 
         Args:
             folder: The folder.
             threads: Threads to compute with; None counts the processors that may be used.
-            seed: Of the draws, where a task asks for sampled text.
+            seed: Random seed for tasks that sample text.
         """
         super().__init__()
         self.model = open_model(folder, threads=int(threads) if threads else None)
@@ -58,7 +57,7 @@ class MistillLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Positions that the model holds."""
+        """Context of the model in tokens."""
         return self.model.context_length
 
     @property
@@ -68,16 +67,16 @@ class MistillLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the token for the beginning, or else the end.
+        """The token before a text without context: that of the beginning, or else of the end.
 
-        As for models of transformers there, it need not be one that the tokenizer writes.
+        As for the harness's own transformers models, the tokenizer itself need not write it.
         """
         begin = self.vocabulary.bos_id
         return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer and template from others, for caches of requests."""
+        """Identifies tokenizer and chat template in the harness's cache of requests."""
         return f"mistill-{self.vocabulary.fingerprint()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
@@ -94,7 +93,7 @@ class MistillLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Write a conversation as the model was taught to read it.
+        """Render a conversation with the chat template.
 
         Args:
             chat_history: Turns.
@@ -105,14 +104,14 @@ class MistillLM(TemplateLM):
         """
         if add_generation_prompt or chat_history[-1]["role"] != "assistant":
             return self.vocabulary.render(chat_history, add_generation_prompt)
-        # The last turn is begun and to be continued: nothing may follow what it says.
+        # The last turn is unfinished and to be continued: no end of turn may follow it.
         begun = self.vocabulary.render(chat_history[:-1], add_generation_prompt=True)
         return begun + chat_history[-1]["content"]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Turn text into tokens, with one for the beginning where the tokenizer writes it.
+        """Encode a text, with the token for the beginning where the tokenizer writes it.
 
         Args:
             string: The text.
@@ -123,8 +122,8 @@ class MistillLM(TemplateLM):
         """
         ids = self.vocabulary.encode(string)
         begin = self.vocabulary.bos_id
-        wanted = self.vocabulary.adds_bos and add_special_tokens is not False
-        if not wanted or begin is None or ids[:1] == [begin]:
+        adds_begin = self.vocabulary.adds_bos and add_special_tokens is not False
+        if not adds_begin or begin is None or ids[:1] == [begin]:
             return ids
         return [begin, *ids]
 
@@ -133,60 +132,60 @@ class MistillLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of what follows, and whether the model would have written it.
+        """Log-probability of each continuation, and whether greedy decoding would write it.
 
         Args:
-            requests: Anything, tokens of the context, tokens of what follows.
-            disable_tqdm: Has no meaning here.
+            requests: Key, tokens of the context, tokens of the continuation.
+            disable_tqdm: Ignored.
 
         Returns:
             One pair for each request.
         """
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         longest = max((len(after) for _, _, after in requests), default=0)
         if longest > self.max_length:
             raise SettingsError(
-                f"an answer of the task has {longest} tokens, and the model holds "
-                f"{self.max_length} positions; leave the task out"
+                f"an answer of the task has {longest} tokens, and the model has a context of "
+                f"{self.max_length}; leave out the task"
             )
         with track("scoring", len(requests), "answers") as tracker:
-            for ids, places in _by_input(requests):
+            for ids, indices in _by_input(requests):
                 logits = self._logits(ids)
-                normalizers = log_normalizers(logits[-self._longest(requests, places) :])
-                for place in places:
-                    targets = np.array(requests[place][2])
+                normalizers = log_normalizers(logits[-self._longest(requests, indices) :])
+                for index in indices:
+                    targets = np.array(requests[index][2])
                     rows = logits[-len(targets) :]
-                    chosen = rows[np.arange(len(targets)), targets].astype(np.float64)
-                    total = float((chosen - normalizers[-len(targets) :]).sum())
-                    found[place] = total, bool((rows.argmax(axis=1) == targets).all())
-                    name = requests[place][0]
+                    target_logits = rows[np.arange(len(targets)), targets].astype(np.float64)
+                    total = float((target_logits - normalizers[-len(targets) :]).sum())
+                    results[index] = total, bool((rows.argmax(axis=1) == targets).all())
+                    name = requests[index][0]
                     if isinstance(name, tuple):
-                        self.cache_hook.add_partial("loglikelihood", name, found[place])
+                        self.cache_hook.add_partial("loglikelihood", name, results[index])
                     tracker.advance()
-        return found
+        return results
 
     @staticmethod
-    def _longest(requests: Sequence[Pair], places: Sequence[int]) -> int:
-        return max(len(requests[place][2]) for place in places)
+    def _longest(requests: Sequence[Pair], indices: Sequence[int]) -> int:
+        return max(len(requests[index][2]) for index in indices)
 
     def _logits(self, ids: Sequence[int]) -> Any:
-        """Shape (T, V), of as many of the last tokens as the model holds."""
-        kept = np.array(ids[-self.max_length :], np.int64)
-        return self.model.logits(kept[None])[0]
+        """Logits of the last tokens that fit into the context, shape (T, V)."""
+        window = np.array(ids[-self.max_length :], np.int64)
+        return self.model.logits(window[None])[0]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of whole texts, in windows as long as the model holds.
+        """Log-probability of whole texts, in windows as long as the context.
 
         Args:
             requests: Texts.
-            disable_tqdm: Has no meaning here.
+            disable_tqdm: Ignored.
 
         Returns:
             One number for each text.
         """
-        found = []
+        totals = []
         for request in requests:
             (text,) = request.args
             windows = map(
@@ -199,9 +198,9 @@ class MistillLM(TemplateLM):
                 ),
             )
             pairs: list[Pair] = [(None, before, after) for before, after in windows]
-            found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
-        return found
+            totals.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
 
     # --- text -----------------------------------------------------------------------------------
 
@@ -209,55 +208,58 @@ class MistillLM(TemplateLM):
         """Continue texts until a stop string, the end of a turn, or a number of tokens.
 
         Args:
-            requests: Texts, each with what is to be done.
-            disable_tqdm: Has no meaning here.
+            requests: Texts, each with generation options.
+            disable_tqdm: Ignored.
 
         Returns:
-            What was written, without the stop string.
+            The continuations, without the stop string.
         """
-        found = []
+        replies = []
         with track("writing", len(requests), "replies") as tracker:
             for request in requests:
                 context, options = request.args
-                found.append(self._reply(context, options))
-                self.cache_hook.add_partial("generate_until", (context, options), found[-1])
+                replies.append(self._reply(context, options))
+                self.cache_hook.add_partial("generate_until", (context, options), replies[-1])
                 tracker.advance()
-        return found
+        return replies
 
     def _reply(self, context: str, options: dict[str, Any]) -> str:
-        wanted = normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS)
-        most, stops = int(wanted["max_gen_toks"]), [stop for stop in wanted["until"] if stop]
-        if most >= self.max_length:
+        generation = normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS)
+        max_new_tokens, stops = (
+            int(generation["max_gen_toks"]),
+            [stop for stop in generation["until"] if stop],
+        )
+        if max_new_tokens >= self.max_length:
             raise SettingsError(
-                f"the task asks for {most} new tokens, and the model holds {self.max_length} "
-                "positions; ask for fewer"
+                f"the task asks for {max_new_tokens} new tokens, and the model has a context of "
+                f"{self.max_length}; set a smaller max_gen_toks"
             )
-        # As for models of transformers there: with a tokenizer that writes no token for the
-        # beginning, a text that holds none gets none.
-        prompt = self.tok_encode(context)[-(self.max_length - most) :]
+        # As for the harness's own transformers models, no token for the beginning is added where
+        # the tokenizer writes none.
+        prompt = self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
         ids: list[int] = []
         text = ""
-        for token in self.model.stream(prompt or [self.prefix_token_id], self._choice(wanted)):
+        for token in self.model.stream(prompt or [self.prefix_token_id], self._choice(generation)):
             if token in self.vocabulary.end_ids:
                 break
             ids.append(token)
             text = self.vocabulary.decode([i for i in ids if not self.vocabulary.is_special(i)])
-            if len(ids) == most or any(stop in text for stop in stops):
+            if len(ids) == max_new_tokens or any(stop in text for stop in stops):
                 break
         return min((text.split(stop)[0] for stop in stops), key=len, default=text)
 
-    def _choice(self, wanted: dict[str, Any]) -> Sampler:
-        sampled = {name: wanted[name] for name in _SAMPLED if wanted.get(name) is not None}
-        if not wanted.get("do_sample"):
-            sampled = {"temperature": 0.0}
+    def _choice(self, generation: dict[str, Any]) -> Sampler:
+        sampling = {name: generation[name] for name in _SAMPLED if generation.get(name) is not None}
+        if not generation.get("do_sample"):
+            sampling = {"temperature": 0.0}
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        return Sampler(SamplingSettings(**{**neutral, **sampled}), self._generator)
+        return Sampler(SamplingSettings(**{**neutral, **sampling}), self._generator)
 
 
 def _by_input(requests: Sequence[Pair]) -> Iterator[tuple[list[int], list[int]]]:
-    """What the model has to read, and the requests that this answers; the longest first."""
+    """Inputs of forward passes with the requests that each answers, the longest first."""
     inputs: dict[tuple[int, ...], list[int]] = {}
-    for place, (_, before, after) in enumerate(requests):
-        inputs.setdefault((*before, *after[:-1]), []).append(place)
-    for ids, places in sorted(inputs.items(), key=lambda item: -len(item[0])):
-        yield list(ids), places
+    for index, (_, before, after) in enumerate(requests):
+        inputs.setdefault((*before, *after[:-1]), []).append(index)
+    for ids, indices in sorted(inputs.items(), key=lambda item: -len(item[0])):
+        yield list(ids), indices

@@ -1,4 +1,4 @@
-"""What can be set about a comparison."""
+"""Settings of comparisons, budgets, differences and evaluations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 else:
     Length = int | str  # a command line gives several in one word, such as 0,1024
 
-# What benchmarks.figures.conventions knows; every command imports this module, so it stays small.
+# The conventions of benchmarks.figures.conventions, repeated because every command imports this
+# module, which therefore imports nothing large.
 QUOTED = ("gptq", "llama.cpp")
 
 
@@ -23,30 +24,31 @@ class BenchSettings:
 
     Attributes:
         scored_tokens: Tokens of the text that every model has to predict, for perplexity and KL.
-        context_length: Longest passage that is scored at once; longer documents are cut.
-        rounds: Times that every model is asked to write, all models taking turns.
+        context_length: Longest passage that is scored in one pass; longer documents are cut.
+        rounds: Number of times that every model writes, all models taking turns.
         prompt_tokens: Length of the prompt in each round.
         new_tokens: Tokens written in each round.
         turn_seconds: A slow model stops writing after this long, but never before 8 tokens.
         threads: Threads that every engine computes with; by default one for each processor that
             this process may use.
-        transformers_generate: Time transformers' own generate on float folders as well.
-        perplexity: Conventions in which perplexity is measured besides, as people quote it, joined
-            by commas: ``gptq`` (2,048 tokens without overlap, as in the papers) and ``llama.cpp``
-            (512 tokens, the second half of which is scored). They read the whole text.
-        perplexity_tokens: Read no more tokens than these for the conventions; what comes out is no
-            longer what others quote.
-        tasks: Ask every model the questions of a small set that ships with mistill, a smoke test.
-        prompts: Lengths of further prompts whose reading is timed, such as 32,512,2048; those that
-            a model's context does not hold are left out.
-        depths: Tokens after which writing is timed besides, such as 0,1024,4096.
-        loads: Times that every model is opened with its files dropped from the page cache, and as
-            often with its files in it, by processes of their own.
-        against: Rivals that run the same weights in the same rounds, such as llama.cpp,genai; how
-            they store weights may follow, as in llama.cpp:q4_k_m or genai:best.
-        sample_prompts: What every model is asked, so that the report shows their replies side by
+        transformers_generate: Also time transformers' own generate on float folders.
+        perplexity: Also measure perplexity as papers and tools define it. Names joined by commas:
+            ``gptq`` (windows of 2,048 tokens without overlap, as in the papers) and ``llama.cpp``
+            (windows of 512 tokens, the second half of which is scored). Both read the whole text.
+        perplexity_tokens: Read at most this many tokens for ``perplexity``; the result can then no
+            longer be compared with published figures.
+        tasks: Also let every model answer a small set of questions that ships with mistill, as a
+            smoke test.
+        prompts: Lengths of further prompts whose reading is timed, such as 32,512,2048; lengths
+            that do not fit into a model's context are left out.
+        depths: Also time writing after this many tokens of context, such as 0,1024,4096.
+        loads: Number of times that every model is loaded by a new process with its files dropped
+            from the page cache, and as often with its files in it.
+        against: Other engines that run the same weights in the same rounds, such as
+            llama.cpp,genai; a weight format may follow, as in llama.cpp:q4_k_m or genai:best.
+        sample_prompts: Prompts that every model replies to; the report shows the replies side by
             side.
-        sample_models: Names of the models that are asked; all if none is named.
+        sample_models: Names of the models that reply to ``sample_prompts``; all if none is named.
         sample_tokens: Most tokens of such a reply.
     """
 
@@ -72,8 +74,8 @@ class BenchSettings:
     def __post_init__(self) -> None:
         for name, fewest in (("prompts", 1), ("depths", 0)):
             object.__setattr__(self, name, _lengths(name, getattr(self, name), fewest))
-        words = [word.strip() for given in self.against for word in given.split(",")]
-        object.__setattr__(self, "against", tuple(word for word in words if word))
+        rivals = [word.strip() for entry in self.against for word in entry.split(",")]
+        object.__setattr__(self, "against", tuple(word for word in rivals if word))
         require(self.loads >= 0, f"loads must be at least 0, not {self.loads}")
         require(
             self.scored_tokens >= 1, f"scored_tokens must be at least 1, not {self.scored_tokens}"
@@ -99,7 +101,7 @@ class BenchSettings:
         )
         names = [part.strip() for name in self.perplexity for part in name.split(",")]
         for name in names:
-            require(name in QUOTED, f"perplexity is quoted by {' or '.join(QUOTED)}, not {name!r}")
+            require(name in QUOTED, f"perplexity must be {' or '.join(QUOTED)}, not {name!r}")
         object.__setattr__(self, "perplexity", tuple(dict.fromkeys(names)))
         require(
             self.perplexity_tokens is None or self.perplexity_tokens >= 1,
@@ -110,9 +112,9 @@ class BenchSettings:
         )
 
 
-def _lengths(name: str, given: Sequence[int | str], fewest: int) -> tuple[int, ...]:
-    """Lengths, each once, of numbers and of words such as ``0,1024``."""
-    words = [word.strip() for entry in given for word in str(entry).split(",")]
+def _lengths(name: str, values: Sequence[int | str], fewest: int) -> tuple[int, ...]:
+    """Sorted lengths without duplicates, from numbers and texts such as ``0,1024``."""
+    words = [word.strip() for entry in values for word in str(entry).split(",")]
     try:
         lengths = tuple(sorted({int(word) for word in words if word}))
     except ValueError:
@@ -127,15 +129,15 @@ def _lengths(name: str, given: Sequence[int | str], fewest: int) -> tuple[int, .
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What every model must keep to; the command ends with 1 if one does not.
+    """Limits that every model must meet; the command exits with 1 if one does not.
 
     Attributes:
         max_kl: Most KL to the reference, in nats.
         min_tps: Fewest tokens written per second.
         max_mb: Most megabytes on disk.
         max_memory_mb: Most megabytes of memory while it runs.
-        budget_for: Models that must keep to these; all but the reference and other engines if
-            none is named.
+        budget_for: Models that must meet these limits; by default all but the reference and other
+            engines.
     """
 
     max_kl: float | None = None
@@ -150,23 +152,23 @@ class Budget:
             require(value is None or value >= 0, f"{name} must be at least 0, not {value}")
         require(
             bool(self) or not self.budget_for,
-            "budget_for names who must keep to a budget, and there is none; give max_kl, min_tps, "
-            "max_mb or max_memory_mb",
+            "budget_for names models but there is no limit; give max_kl, min_tps, max_mb or "
+            "max_memory_mb",
         )
 
     def __bool__(self) -> bool:
-        """Whether anything is asked for."""
+        """Whether there is any limit."""
         limits = self.max_kl, self.min_tps, self.max_mb, self.max_memory_mb
         return any(limit is not None for limit in limits)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShipSettings:
-    """What there is to run a model on.
+    """Memory and speed that the model to ship must meet.
 
     Attributes:
         ship_mb: Megabytes of memory that the model to ship may take while it runs.
-        ship_tps: Tokens per second that it must write.
+        ship_tps: Tokens per second that it must write at least.
     """
 
     ship_mb: float | None = None
@@ -180,14 +182,13 @@ class ShipSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffSettings:
-    """When a change counts as one.
+    """How large and how certain a change has to be to be reported.
 
     Attributes:
-        confidence: Chance that two reports of the same thing are found to differ in nothing.
-        tolerance: A share of a figure of quality below which no change is called.
-        clock_tolerance: The same for what a clock or a process's memory says, which differs from
-            run to run of one machine.
-        pairs: Models that go by other names in the new report, each as OLD=NEW.
+        confidence: Probability that no change is reported between two reports of the same models.
+        tolerance: Largest relative change of a quality figure that does not count as a change.
+        clock_tolerance: The same for speed and memory, which differ from run to run on one machine.
+        pairs: Models that have another name in the new report, each as OLD=NEW.
     """
 
     confidence: float = 0.95
@@ -220,14 +221,14 @@ class EvalSettings:
             and any task or pattern of lm-evaluation-harness, such as ``arc_easy``; most of those
             read their questions from a model hub.
         include_path: A folder with tasks of your own, as lm-evaluation-harness describes them.
-        limit: Ask at most so many questions of each task; for a first try only.
-        few_shot: Examples before every question; the task's own number if not given. The small set
-            has none.
-        chat_template: Ask by the model's chat template; the small set does so where a question is
-            an instruction.
+        limit: Answer at most this many questions of each task, for a quick test.
+        few_shot: Number of examples before every question; by default the task's own number. The
+            small set has none.
+        chat_template: Render questions with the model's chat template; the small set does so for
+            questions that are instructions.
         threads: Threads to compute with; by default one for each processor that this process may
             use.
-        seed: Of the draws, where a task samples.
+        seed: Random seed for tasks that sample text.
     """
 
     tasks: tuple[str, ...] = (SMOKE,)
@@ -258,6 +259,6 @@ class EvalSettings:
             for name in ("include_path", "few_shot", "chat_template", "seed"):
                 require(
                     not getattr(self, name),
-                    f"{name} is for tasks of lm-evaluation-harness, and tasks names only {SMOKE}; "
-                    "name one, or leave it out",
+                    f"{name} applies to tasks of lm-evaluation-harness, and tasks names only "
+                    f"{SMOKE}; name such a task, or leave out {name}",
                 )

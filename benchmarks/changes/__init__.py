@@ -1,1 +1,1 @@
-"""Two reports held against each other."""
+"""Two reports compared with each other."""

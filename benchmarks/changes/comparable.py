@@ -1,7 +1,7 @@
-"""Whether two reports can be compared, and what else is another between them.
+"""Whether two reports can be compared, and what else differs between them.
 
-A speed holds for one machine and a number of threads, a perplexity for one text. Where these
-differ, a change says nothing about the model, and none is called.
+A speed holds for one machine and number of threads, a perplexity for one text. Where these differ,
+a change of the figure says nothing about the model, and none is reported.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.latency import Latency
 
-#: Processes at work for each processor, above which the rounds of a report are suspect.
+#: Load average per processor above which the speeds of a report are doubtful.
 _BUSY = 0.5
 
 
 def obstacles_between(old: Comparison, new: Comparison) -> dict[str, str]:
-    """Why figures of a nature cannot be compared.
+    """Why some figures cannot be compared.
 
     Args:
         old: A comparison.
         new: A later one.
 
     Returns:
-        Nature to the reason, in words that begin with what is not compared and a colon; only
-        natures that cannot be compared.
+        Nature of the figures to the reason, which begins with what is not compared and a colon;
+        natures that can be compared are left out.
     """
     machine = _other_machine(old, new)
     text = reference = ""
@@ -32,23 +32,23 @@ def obstacles_between(old: Comparison, new: Comparison) -> dict[str, str]:
         text = f"quality is not compared: another text ({_text_of(old)}, then {_text_of(new)})"
         reference = text
     elif _reference(old) != _reference(new):
-        words = (
+        difference = (
             f"another reference ({old.reference}, then {new.reference})"
             if old.reference != new.reference
             else f"{old.reference} is another model than it was"
         )
-        reference = f"the distance from the reference is not compared: {words}"
-    every = {
+        reference = f"the distance from the reference is not compared: {difference}"
+    obstacles = {
         "clock": machine or _other_turns(old, new),
         "memory": machine,
         "text": text,
         "reference": reference,
     }
-    return {nature: reason for nature, reason in every.items() if reason}
+    return {nature: reason for nature, reason in obstacles.items() if reason}
 
 
 def _other_machine(old: Comparison, new: Comparison) -> str:
-    for name, words in (
+    for name, difference in (
         ("processor", "another processor"),
         ("instructions", "other vector instructions"),
         ("threads", "other threads"),
@@ -60,7 +60,7 @@ def _other_machine(old: Comparison, new: Comparison) -> str:
             first, second = (
                 " ".join(value) if isinstance(value, tuple) else str(value) for value in values
             )
-            return f"speed and memory are not compared: {words} ({first}, then {second})"
+            return f"speed and memory are not compared: {difference} ({first}, then {second})"
     return ""
 
 
@@ -78,7 +78,7 @@ def _text_of(comparison: Comparison) -> str:
 
 
 def _reference(comparison: Comparison) -> str:
-    """What tells a reference from another: its content where it is known, else its name."""
+    """Identifies the reference: its fingerprint where it is known, else its name."""
     for model in comparison.models:
         if model.name == comparison.reference:
             return model.fingerprint
@@ -96,41 +96,41 @@ def notes(old: Comparison, new: Comparison, names: Mapping[str, str]) -> list[st
     Returns:
         Sentences without capital and full stop.
     """
-    found = []
+    sentences = []
     before, after = old.machine.versions, new.machine.versions
-    moved = [
+    versions = [
         f"{name} {before.get(name, 'not installed')}, then {after.get(name, 'not installed')}"
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name)
     ]
-    if moved:
-        found.append(f"versions: {'; '.join(moved)}")
+    if versions:
+        sentences.append(f"versions: {'; '.join(versions)}")
     if old.machine.system != new.machine.system:
-        found.append(f"system: {old.machine.system}, then {new.machine.system}")
+        sentences.append(f"system: {old.machine.system}, then {new.machine.system}")
     for side, comparison in (("old", old), ("new", new)):
         load, width = comparison.machine.load_average, comparison.machine.usable_processors
         if load is not None and load > _BUSY * width:
-            found.append(
-                f"the machine was at other work when the {side} report began: load {load:.1f} on "
+            sentences.append(
+                f"the machine was busy when the {side} report began: load average {load:.1f} on "
                 f"{width} processors"
             )
     pairs = [(old[first], new[second]) for first, second in names.items()]
     same = [after.name for before, after in pairs if before.fingerprint == after.fingerprint]
     if same:
-        every = len(same) == len(pairs)
-        found.append(
+        all_same = len(same) == len(pairs)
+        sentences.append(
             "every model is the same folder in both"
-            if every
+            if all_same
             else f"the same folder in both: {', '.join(same)}"
         )
-    return found
+    return sentences
 
 
-def unsteadiness(old: Comparison, new: Comparison, names: Mapping[str, str]) -> tuple[float, str]:
-    """How far the speed of what nobody has changed has moved.
+def machine_drift(old: Comparison, new: Comparison, names: Mapping[str, str]) -> tuple[float, str]:
+    """How much the machine itself has become faster or slower between two reports.
 
-    Other engines of the same version on the same weights are as fast as they were: where they
-    seem not to be, it is the machine that is not.
+    Another engine of the same version on the same weights is as fast as it was. Where its speed
+    changed, the machine did.
 
     Args:
         old: A comparison.
@@ -138,12 +138,12 @@ def unsteadiness(old: Comparison, new: Comparison, names: Mapping[str, str]) -> 
         names: Name of each model in the old one to its name in the new one.
 
     Returns:
-        The largest such change, as a share, and what to say of it; 0 and nothing where both have
-        no such engine.
+        The largest such change, as a share, and a note on it; 0 and an empty note where the reports
+        share no such engine.
     """
     versions = old.machine.versions, new.machine.versions
     same_library = all(versions[0].get(n) == versions[1].get(n) for n in ("torch", "transformers"))
-    moved = {}
+    ratios = {}
     for first, second in names.items():
         before, after = old[first], new[second]
         if before.fingerprint != after.fingerprint:
@@ -154,15 +154,15 @@ def unsteadiness(old: Comparison, new: Comparison, names: Mapping[str, str]) -> 
             pairs[f"transformers on {second}"] = latencies
         if before.rival is not None and before.rival == after.rival:
             pairs[second] = before.latency, after.latency
-        for words, (one, other) in pairs.items():
+        for engine, (one, other) in pairs.items():
             if one is not None and other is not None:
                 ratio = other.decode_tokens_per_second / one.decode_tokens_per_second
-                moved[words] = abs(ratio - 1)
-    if not moved:
+                ratios[engine] = abs(ratio - 1)
+    if not ratios:
         return 0.0, ""
-    words = max(moved, key=moved.__getitem__)
-    most = moved[words]
-    return most, (
-        f"the machine's own speed: {words}, which nobody has changed, moved by {most:.1%}; no "
-        "change of speed is called that is not larger"
+    engine = max(ratios, key=ratios.__getitem__)
+    largest = ratios[engine]
+    return largest, (
+        f"the machine itself: the speed of {engine}, whose version and weights are the same, "
+        f"changed by {largest:.1%}; smaller changes of speed are not reported"
     )

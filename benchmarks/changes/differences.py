@@ -1,15 +1,16 @@
-"""Two reports compared: what changed, what did not, and what cannot be told.
+"""Two reports compared: what changed, what did not, and what cannot be compared.
 
-A change is called only where chance seldom makes one so large, and where the two reports can be
-compared at all: speeds and memory on the same processor with the same threads, quality on the same
-text. Anything else is shown with the reason why it is not called.
+A change is reported only where it is significant and the two reports can be compared: speeds and
+memory on the same processor with the same threads, quality on the same text. Anything else is shown
+with the reason why it is not compared.
 
 - Quality is compared token by token on the text that both models read (``significance.of_mean``).
-- Speed is compared by its rounds, on a logarithmic scale, by Welch's test.
-- All changes of a pair of reports are judged together (``significance.holm``): a report has dozens
-  of figures, and in twenty pairs of reports where nothing has changed one may call one.
-- A change counts only where it is surely larger than the tolerance (``judging``). Where an engine
-  that nobody has changed moved by more, the machine is another today, and that is the tolerance.
+- Speed is compared by its rounds, on a logarithmic scale, with Welch's test.
+- All figures of a pair of reports are tested together (``significance.holm``): a report has dozens
+  of them, and in twenty pairs of reports where nothing has changed about one may show a change.
+- A change counts only where it is significantly larger than the tolerance (``verdicts``). Where the
+  speed of an engine that has not changed differs by more, the machine has changed, and that
+  difference is the tolerance.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.changes.comparable import notes, obstacles_between, unsteadiness
-from benchmarks.changes.verdicts import judge, look
+from benchmarks.changes.comparable import machine_drift, notes, obstacles_between
+from benchmarks.changes.verdicts import give_verdicts, pair_figures
 from benchmarks.figures.column import Nature
 from benchmarks.figures.comparison import Comparison
 from benchmarks.report.columns import columns_of
@@ -51,10 +52,10 @@ class ReportDiff:
     """What differs between two reports.
 
     Attributes:
-        settings: When a change counts as one.
+        settings: How large and how certain a change has to be.
         old_date: When the old report was finished.
         new_date: When the new one was.
-        notes: What else is another, and what could not be compared.
+        notes: What else differs, and what could not be compared.
         missing: Models of the old report that the new one lacks.
         added: Models of the new report that the old one lacks.
         changes: Every figure of every model that both have.
@@ -123,12 +124,12 @@ def diff(
     settings: DiffSettings | None = None,
     **options: Any,
 ) -> ReportDiff:
-    """Say what changed from one report to another, and what cannot be told.
+    """Compare two reports: what changed, what did not, and what cannot be compared.
 
     Args:
         old: A comparison, the folder of its report, or its ``report.json``.
         new: The same, measured later.
-        settings: When a change counts as one.
+        settings: How large and how certain a change has to be.
         **options: Fields of ``DiffSettings``, instead of ``settings``.
 
     Returns:
@@ -149,17 +150,17 @@ def diff(
         for side in (before, after)
         for column in columns_of(side.models, side.reference)
     }
-    looks = [
-        look(column, before[first], after[second], obstacles.get(column.nature, ""))
+    figure_pairs = [
+        pair_figures(column, before[first], after[second], obstacles.get(column.nature, ""))
         for first, second in names.items()
         for column in columns.values()
         if column.figure(before[first]) is not None or column.figure(after[second]) is not None
     ]
-    unsteady, words = unsteadiness(before, after, names)
+    drift, drift_note = machine_drift(before, after, names)
     tolerances: dict[Nature, float] = {
         "bytes": _SAME_BYTES,
         "memory": settings.clock_tolerance,
-        "clock": max(settings.clock_tolerance, unsteady),
+        "clock": max(settings.clock_tolerance, drift),
         "text": settings.tolerance,
         "reference": settings.tolerance,
     }
@@ -169,46 +170,46 @@ def diff(
         new_date=after.date,
         notes=(
             *dict.fromkeys(obstacles.values()),
-            *([words] if words and "clock" not in obstacles else []),
+            *([drift_note] if drift_note and "clock" not in obstacles else []),
             *notes(before, after, names),
         ),
         missing=tuple(model.name for model in before.models if model.name not in names),
         added=tuple(model.name for model in after.models if model.name not in names.values()),
-        changes=judge(looks, tolerances, settings.confidence),
+        changes=give_verdicts(figure_pairs, tolerances, settings.confidence),
     )
 
 
 def _names(old: Comparison, new: Comparison, pairs: Sequence[str]) -> dict[str, str]:
     """Name in the old report to name in the new one."""
     before, after = ({model.name for model in side.models} for side in (old, new))
-    asked = dict(pair.split("=", 1) for pair in pairs)
-    for name, known, side in (
-        *((name, before, "old") for name in asked),
-        *((name, after, "new") for name in asked.values()),
+    renamed = dict(pair.split("=", 1) for pair in pairs)
+    for name, side_names, side in (
+        *((name, before, "old") for name in renamed),
+        *((name, after, "new") for name in renamed.values()),
     ):
-        if name not in known:
+        if name not in side_names:
             raise SettingsError(
                 f"pairs names {name}, which the {side} report lacks; it has "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(sorted(side_names))}"
             )
-    names = {name: asked.get(name, name) for name in (model.name for model in old.models)}
-    found = {first: second for first, second in names.items() if second in after}
-    if not found:
+    names = {name: renamed.get(name, name) for name in (model.name for model in old.models)}
+    common = {first: second for first, second in names.items() if second in after}
+    if not common:
         raise SettingsError(
             f"the reports have no model in common: the old one has {', '.join(sorted(before))}, "
-            f"the new one {', '.join(sorted(after))}; say which is which with pairs, OLD=NEW"
+            f"the new one {', '.join(sorted(after))}; name corresponding models with pairs, OLD=NEW"
         )
-    return found
+    return common
 
 
 _COLOURS = {"better": "green", "worse": "bold red", "same": "dim", "unknown": "yellow"}
 
 
-def terminal_table(found: ReportDiff) -> Table:
+def terminal_table(difference: ReportDiff) -> Table:
     """Every change, model by model.
 
     Args:
-        found: What differs.
+        difference: The two reports compared.
 
     Returns:
         A table of rich.
@@ -222,28 +223,30 @@ def terminal_table(found: ReportDiff) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
-        caption=escape("\n".join([summary(found), *map(_sentence, found.notes)])),
+        caption=escape("\n".join([summary(difference), *map(_sentence, difference.notes)])),
         caption_justify="left",
     )
-    table.add_column(f"{found.old_date[:10]}, then {found.new_date[:10]}", overflow="fold")
+    table.add_column(
+        f"{difference.old_date[:10]}, then {difference.new_date[:10]}", overflow="fold"
+    )
     for head in ("old", "new", "change"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
-    for name, rows in _rows(found):
+    for name, rows in _rows(difference):
         if len(rows) == 1:  # equal in everything
             table.add_row(Text(name, style="bold"), "", "", "", Text(rows[0][0][-1], style="dim"))
             continue
         table.add_row(Text(name, style="bold"))
-        for (title, *figures, words), verdict in rows:
-            table.add_row(f"  {title}", *figures, Text(words, style=_COLOURS[verdict]))
+        for (title, *figures, verdict_text), verdict in rows:
+            table.add_row(f"  {title}", *figures, Text(verdict_text, style=_COLOURS[verdict]))
     return table
 
 
-def markdown(found: ReportDiff) -> str:
+def markdown(difference: ReportDiff) -> str:
     """Every change and what could not be compared, as Markdown.
 
     Args:
-        found: What differs.
+        difference: The two reports compared.
 
     Returns:
         Markdown text.
@@ -251,26 +254,26 @@ def markdown(found: ReportDiff) -> str:
     lines = [
         "# What changed",
         "",
-        summary(found),
+        summary(difference),
         "",
-        f"| model | figure | {found.old_date[:10]} | {found.new_date[:10]} | change | |",
+        f"| model | figure | {difference.old_date[:10]} | {difference.new_date[:10]} | change | |",
         "|---|---|---:|---:|---:|---|",
     ]
-    for name, rows in _rows(found):
+    for name, rows in _rows(difference):
         for cells, verdict in rows:
             loud = verdict in ("better", "worse")
             words = [f"**{cell}**" if loud and cell else cell for cell in cells]
             lines.append(f"| {escaped(name)} | {' | '.join(words)} |")
-    lines += ["", *(f"- {_sentence(note)}" for note in found.notes)]
+    lines += ["", *(f"- {_sentence(note)}" for note in difference.notes)]
     return "\n".join(lines) + "\n"
 
 
-def _rows(found: ReportDiff) -> list[tuple[str, list[tuple[tuple[str, ...], Verdict]]]]:
+def _rows(difference: ReportDiff) -> list[tuple[str, list[tuple[tuple[str, ...], Verdict]]]]:
     """For each model its figures that did not come out equal, in words, with their verdicts."""
     tables = []
-    for name in dict.fromkeys(change.model for change in found.changes):
-        changes = [change for change in found.changes if change.model == name]
-        moved = [change for change in changes if change.reason != "equal"]
+    for name in dict.fromkeys(change.model for change in difference.changes):
+        changes = [change for change in difference.changes if change.model == name]
+        unequal = [change for change in changes if change.reason != "equal"]
         rows: list[tuple[tuple[str, ...], Verdict]] = [
             (
                 (
@@ -278,44 +281,44 @@ def _rows(found: ReportDiff) -> list[tuple[str, list[tuple[tuple[str, ...], Verd
                     _figure(change, change.old),
                     _figure(change, change.new),
                     change_in_words(change),
-                    verdict_in_words(change, found),
+                    verdict_in_words(change, difference),
                 ),
                 change.verdict,
             )
-            for change in moved
+            for change in unequal
         ]
-        if len(moved) < len(changes):
-            title = f"{len(changes) - len(moved)} figures" if moved else "all figures"
+        if len(unequal) < len(changes):
+            title = f"{len(changes) - len(unequal)} figures" if unequal else "all figures"
             rows.append(((title, "", "", "", "equal"), "same"))
         tables.append((name, rows))
     return tables
 
 
-def summary(found: ReportDiff) -> str:
-    """What there is to know in a sentence or two.
+def summary(difference: ReportDiff) -> str:
+    """The result in a sentence or two.
 
     Args:
-        found: What differs.
+        difference: The two reports compared.
 
     Returns:
         Text.
     """
     counts = {
-        verdict: sum(change.verdict == verdict for change in found.changes)
+        verdict: sum(change.verdict == verdict for change in difference.changes)
         for verdict in ("worse", "better", "same", "unknown")
     }
     words = (
         f"{counts['worse']} worse, {counts['better']} better, {counts['same']} the same, "
         f"{counts['unknown']} not compared."
     )
-    for names, side in ((found.missing, "old"), (found.added, "new")):
+    for names, side in ((difference.missing, "old"), (difference.added, "new")):
         if names:
             words += f" Only in the {side} report: {', '.join(names)}."
     return words
 
 
 def change_in_words(change: Change) -> str:
-    """How far a figure moved, and how far that may be off.
+    """Relative change of a figure, with its confidence interval.
 
     Args:
         change: The change.
@@ -332,12 +335,12 @@ def change_in_words(change: Change) -> str:
     return f"{words} ({low} to {high})"
 
 
-def verdict_in_words(change: Change, found: ReportDiff) -> str:
+def verdict_in_words(change: Change, difference: ReportDiff) -> str:
     """Better, worse, or why not.
 
     Args:
         change: The change.
-        found: What it is part of; a reason that its notes give is not given again.
+        difference: The comparison it is part of; a reason among its notes is not repeated.
 
     Returns:
         Text.
@@ -346,8 +349,8 @@ def verdict_in_words(change: Change, found: ReportDiff) -> str:
         return change.reason
     if change.verdict != "unknown":
         return change.verdict
-    known = any(note.endswith(f": {change.reason}") for note in found.notes)
-    return "not compared" if known else f"not compared: {change.reason}"
+    is_noted = any(note.endswith(f": {change.reason}") for note in difference.notes)
+    return "not compared" if is_noted else f"not compared: {change.reason}"
 
 
 def _percent(share: float) -> str:

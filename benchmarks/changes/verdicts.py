@@ -1,8 +1,8 @@
 """Verdicts on the figures of two reports.
 
-A figure has changed where its samples say that it surely moved by more than the tolerance, all
-figures judged together. To ask whether it moved at all would be the wrong question: a machine is a
-little faster one day than another, and no two measurements of it are of the same thing.
+A figure has changed where it differs significantly by more than the tolerance, all figures tested
+together. Testing for any difference at all would be wrong: a machine is a little faster on one day
+than on another, so no two measurements are of exactly the same thing.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Change:
         column: The figure.
         old: What it was; None where it was not measured.
         new: What it is; None where it was not measured.
-        relative: New by old, less 1; None where there is no such ratio.
-        interval: Where the relative change lies, taken by itself; None where no samples tell.
-        p_value: How often chance alone moves it so far beyond the tolerance; None where no
-            samples tell.
+        relative: New divided by old, minus 1; None where there is no such ratio.
+        interval: Confidence interval of the relative change, for this figure alone; None without
+            samples.
+        p_value: Probability of a change this far beyond the tolerance if there is none; None
+            without samples.
         verdict: ``better``, ``worse``, ``same`` or ``unknown``.
         reason: Why it is the same or unknown.
     """
@@ -62,13 +63,13 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A figure in both reports, before all of them are judged together.
+class FigurePair:
+    """A figure in both reports, before all of them are tested together.
 
     Attributes:
         change: Without a verdict, or unknown with a reason.
-        shift: How far its samples moved; None where none tell.
-        base: What a share of the old figure is a share of, in the samples' unit; None where the
+        shift: Difference of its samples; None without samples.
+        base: The old figure in the samples' unit, of which tolerances are a share; None where the
             samples are logarithms.
     """
 
@@ -77,35 +78,35 @@ class Look:
     base: float | None = None
 
     def reach(self, share: float) -> float:
-        """How far the samples move when the figure moves by a share.
+        """Difference of the samples that changes the figure by a share.
 
         Args:
             share: Such as 0.05.
 
         Returns:
-            A distance in the unit of the samples.
+            A difference in the unit of the samples.
         """
         if self.base is None:
             return math.log1p(share)
         floor = SAME_NATS if self.change.column.unit == "nats" else 0.0
         return max(share * self.base, floor)
 
-    def share(self, moved: float) -> float | None:
-        """The share by which the figure moves when its samples move so far.
+    def share(self, difference: float) -> float | None:
+        """The share by which a difference of the samples changes the figure.
 
         Args:
-            moved: A distance in the unit of the samples.
+            difference: In the unit of the samples.
 
         Returns:
             The share; None where the figure was 0.
         """
         if self.base is None:
-            return math.expm1(moved)
-        return moved / self.base if self.base > 0 else None
+            return math.expm1(difference)
+        return difference / self.base if self.base > 0 else None
 
 
-def look(column: Column, old: ModelResult, new: ModelResult, obstacle: str) -> Look:
-    """Look at one figure of one model in both reports.
+def pair_figures(column: Column, old: ModelResult, new: ModelResult, obstacle: str) -> FigurePair:
+    """One figure of one model in both reports.
 
     Args:
         column: The figure.
@@ -114,7 +115,7 @@ def look(column: Column, old: ModelResult, new: ModelResult, obstacle: str) -> L
         obstacle: Why figures of this nature cannot be compared; empty where they can.
 
     Returns:
-        What is to be judged.
+        Both values, and the difference of their samples where they can be compared.
     """
     before, after = column.figure(old), column.figure(new)
     change = Change(
@@ -126,91 +127,96 @@ def look(column: Column, old: ModelResult, new: ModelResult, obstacle: str) -> L
     )
     if before is None or after is None:
         side = "old" if before is None else "new"
-        return Look(replace(change, reason=f"not in the {side} report"))
-    asked = column.asked(old), column.asked(new)
-    if asked[0] is not None:  # something of its own, whatever text the reports are about
-        obstacle = "" if asked[0] == asked[1] else "it is not compared: it was asked of other text"
+        return FigurePair(replace(change, reason=f"not in the {side} report"))
+    fingerprints = column.text_fingerprint(old), column.text_fingerprint(new)
+    if fingerprints[0] is not None:  # a text of its own, whatever text the reports are about
+        same_text = fingerprints[0] == fingerprints[1]
+        obstacle = "" if same_text else "it is not compared: it was measured on another text"
     if obstacle:
-        return Look(replace(change, reason=obstacle.partition(": ")[2]))
+        return FigurePair(replace(change, reason=obstacle.partition(": ")[2]))
     if column.nature in ("bytes", "memory"):
-        return Look(change)
+        return FigurePair(change)
     shift, reason = _shift(column, old, new)
     base = None
     if column.nature != "clock" and not column.logarithmic and shift is not None:
         values = cast(Passages, column.samples(old))
         base = float(np.quantile(np.concatenate(values), 0.99)) if column.tail else mean_of(values)
-    return Look(replace(change, reason=reason), shift, base)
+    return FigurePair(replace(change, reason=reason), shift, base)
 
 
 def _shift(column: Column, old: ModelResult, new: ModelResult) -> tuple[Shift | None, str]:
-    """How far the samples have moved, or why that is not known."""
+    """Difference of the samples, or why it is not known."""
     before, after = column.samples(old), column.samples(new)
     if before is None or after is None:
         return None, "no samples"
     if column.nature == "clock":
         rounds = [np.log(cast(Rounds, values)).tolist() for values in (before, after)]
-        moved = between(*rounds)
-        return moved, "" if moved else "a single round has no spread"
+        shift = between(*rounds)
+        return shift, "" if shift else "a single round has no spread"
     passages = cast(Passages, before), cast(Passages, after)
     if list(map(len, passages[0])) != list(map(len, passages[1])):
         return None, "other passages of the text"
-    moved = of_tail(*passages) if column.tail else of_mean(*passages)
-    return moved, "" if moved else "a single passage has no spread"
+    shift = of_tail(*passages) if column.tail else of_mean(*passages)
+    return shift, "" if shift else "a single passage has no spread"
 
 
-def judge(
-    looks: Sequence[Look], tolerances: Mapping[Nature, float], confidence: float
+def give_verdicts(
+    pairs: Sequence[FigurePair], tolerances: Mapping[Nature, float], confidence: float
 ) -> tuple[Change, ...]:
-    """Say of every figure whether it has changed, all judged together.
+    """Decide for every figure whether it has changed, all tested together.
 
     Args:
-        looks: The figures.
-        tolerances: By nature, the share of a figure below which no change is called.
-        confidence: Chance that nothing is called where nothing has changed.
+        pairs: The figures.
+        tolerances: By nature, the share of a figure up to which a difference is no change.
+        confidence: Probability that no change is reported where nothing has changed.
 
     Returns:
         The changes, in the same order.
     """
-    chances = [
+    p_values = [
         None
-        if look.shift is None
-        else look.shift.p_value(look.reach(tolerances[look.change.column.nature]))
-        for look in looks
+        if pair.shift is None
+        else pair.shift.p_value(pair.reach(tolerances[pair.change.column.nature]))
+        for pair in pairs
     ]
-    asked = [chance for chance in chances if chance is not None]
-    real = iter(holm(asked, 1 - confidence))
+    tested = [p_value for p_value in p_values if p_value is not None]
+    significant = iter(holm(tested, 1 - confidence))
     return tuple(
-        _called(
-            look,
-            chance,
-            next(real) if chance is not None else True,
-            tolerances[look.change.column.nature],
+        _verdict(
+            pair,
+            p_value,
+            next(significant) if p_value is not None else True,
+            tolerances[pair.change.column.nature],
             confidence,
         )
-        for look, chance in zip(looks, chances, strict=True)
+        for pair, p_value in zip(pairs, p_values, strict=True)
     )
 
 
-def _called(
-    look: Look, chance: float | None, is_sure: bool, tolerance: float, confidence: float
+def _verdict(
+    pair: FigurePair,
+    p_value: float | None,
+    is_significant: bool,
+    tolerance: float,
+    confidence: float,
 ) -> Change:
-    change = look.change
+    change = pair.change
     if change.reason:
         return change
     old, new = change.old, change.new
     assert old is not None
     assert new is not None
-    if look.shift is not None:
-        ends = tuple(look.share(end) for end in look.shift.interval(confidence))
+    if pair.shift is not None:
+        ends = tuple(pair.share(end) for end in pair.shift.interval(confidence))
         interval = None if None in ends else cast(tuple[float, float], ends)
-        change = replace(change, interval=interval, p_value=chance)
-    moved = abs(new - old)
-    if moved == 0:
+        change = replace(change, interval=interval, p_value=p_value)
+    distance = abs(new - old)
+    if distance == 0:
         return replace(change, verdict="same", reason="equal")
-    small = moved <= tolerance * abs(old)
-    if small or (change.column.unit == "nats" and moved <= SAME_NATS):
+    small = distance <= tolerance * abs(old)
+    if small or (change.column.unit == "nats" and distance <= SAME_NATS):
         return replace(change, verdict="same", reason=f"less than {tolerance * 100:.3g}%")
-    if not is_sure:
+    if not is_significant:
         return replace(change, verdict="same", reason="within the noise")
     better = (new > old) == (change.column.better == "higher")
     return replace(change, verdict="better" if better else "worse")

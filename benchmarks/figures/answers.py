@@ -1,8 +1,8 @@
-"""How many questions of the small offline set a model answers rightly.
+"""How many questions of the small offline set a model answers correctly.
 
-A question has several answers, one of which is right. What the model chooses is the answer that it
-holds for the most probable after the question: by the sum of its tokens' log-probabilities, or by
-that sum for each byte, which does not favour short answers (``acc`` and ``acc_norm`` of
+A question has several answers, one of which is right. The model's answer is the one with the
+largest sum of its tokens' log-probabilities after the question, or the largest sum divided by the
+bytes of the answer, which does not favour short answers (``acc`` and ``acc_norm`` of
 lm-evaluation-harness).
 """
 
@@ -17,7 +17,7 @@ from mistill.measures.shares import simple_interval
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What one model answered.
+    """The answers of one model.
 
     Attributes:
         fingerprint: SHA-256 of the questions.
@@ -34,24 +34,24 @@ class Answers:
     right: tuple[int, ...]
 
     def outcomes(self, normalized: bool = True) -> tuple[bool, ...]:
-        """Which questions were answered rightly.
+        """Which questions were answered correctly.
 
         Args:
-            normalized: Whether log-probabilities are taken for each byte.
+            normalized: Whether log-probabilities are divided by the bytes of the answer.
 
         Returns:
             One for each question.
         """
-        found = []
+        outcomes = []
         rows = zip(self.log_probabilities, self.answer_bytes, self.right, strict=True)
         for values, lengths, right in rows:
             scores = np.array(values) / (np.array(lengths) if normalized else 1)
-            found.append(int(scores.argmax()) == right)
-        return tuple(found)
+            outcomes.append(int(scores.argmax()) == right)
+        return tuple(outcomes)
 
     @property
     def accuracy(self) -> float:
-        """Share of questions answered rightly, log-probabilities taken for each byte."""
+        """Share of questions answered correctly, by log-probability per byte."""
         return float(np.mean(self.outcomes()))
 
     @property
@@ -60,13 +60,13 @@ class Answers:
         return simple_interval(sum(self.outcomes()), len(self.right))
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """Right answers and questions of every kind, log-probabilities taken for each byte.
+        """Right answers and questions of every kind, by log-probability per byte.
 
         Returns:
             Kind to the number of right answers and of questions, in the order of the questions.
         """
-        found: dict[str, tuple[int, int]] = {}
+        counts: dict[str, tuple[int, int]] = {}
         for kind, outcome in zip(self.kinds, self.outcomes(), strict=True):
-            right, asked = found.get(kind, (0, 0))
-            found[kind] = right + outcome, asked + 1
-        return found
+            right, questions = counts.get(kind, (0, 0))
+            counts[kind] = right + outcome, questions + 1
+        return counts

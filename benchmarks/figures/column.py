@@ -1,4 +1,4 @@
-"""A figure of every model: its unit, its meaning and its way of being written."""
+"""A figure of every model: its unit, its meaning and its format."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Column:
         title: Its name for people.
         unit: Its unit for people; may be empty.
         meaning: What it is, in a sentence.
-        figure: Takes it from a result; None where the model has none.
-        write: Turns the figure into text.
-        better: Which end is the better one.
-        spread: How far it may be off: plus and minus, or the quartiles; None where unknown.
-        compact: Whether it is also shown where room is short.
+        figure: Computes it from a result; None where the model has none.
+        write: Formats the figure as text.
+        better: Whether a lower or a higher figure is better.
+        spread: Its uncertainty: standard error, or ends of an interval; None where unknown.
+        compact: Whether it is also shown in the terminal's table.
         nature: What it depends on besides the model; decides when two reports can be compared.
-        samples: What it was derived from: one number per round of a figure of a clock, or one per
-            token, passage by passage, of a figure of text; None where nothing was kept.
+        samples: The samples it is computed from: one number per round for a time or speed, or one
+            per token, passage by passage, for a figure of text; None where they are not known.
         tail: Whether it is the 99th percentile of those samples, not their mean.
-        logarithmic: Whether those samples are of its logarithm.
-        asked: A name for what the model was asked, where that is not the text of the report; None
-            where it is, or where it was not asked.
+        logarithmic: Whether the samples are of the figure's logarithm.
+        text_fingerprint: Of what the model read for this figure, where that is not the text of the
+            report; None where it is, or where the model has no such figure.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Column:
     samples: Callable[[ModelResult], Rounds | Passages | None] = lambda _: None
     tail: bool = False
     logarithmic: bool = False
-    asked: Callable[[ModelResult], str | None] = lambda _: None
+    text_fingerprint: Callable[[ModelResult], str | None] = lambda _: None
 
     def text(self, model: ModelResult) -> str:
         """The figure of one model.
@@ -72,7 +72,7 @@ class Column:
         return EN_DASH if value is None else self.write(value)
 
     def spread_text(self, model: ModelResult) -> str:
-        """How far the figure of one model may be off.
+        """The uncertainty of the figure of one model.
 
         Args:
             model: The result.
@@ -88,17 +88,17 @@ class Column:
         return f"± {significant(spread, 2)}"
 
 
-def taken(
+def of_part(
     find: Callable[[ModelResult], P | None], take: Callable[[P], T]
 ) -> Callable[[ModelResult], T | None]:
-    """What is taken from a part of a result.
+    """A function of a part of a result, which a result may lack.
 
     Args:
-        find: Finds the part, such as the distance from the reference.
-        take: Takes something from the part.
+        find: Gives the part, such as the distance from the reference, or None.
+        take: Computes something from the part.
 
     Returns:
-        Takes it from a result; None where there is no such part.
+        The function of a result; None where the part is missing.
     """
 
     def of(model: ModelResult) -> T | None:
@@ -109,7 +109,7 @@ def taken(
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, without an exponent where it can be avoided.
+    """A number with a number of significant digits, without an exponent if possible.
 
     Args:
         value: The number.
@@ -127,7 +127,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def rate(value: float) -> str:
-    """A number of which three digits are enough.
+    """A number with three digits.
 
     Args:
         value: The number.

@@ -25,11 +25,11 @@ class ScoredText:
     """The text that every model had to predict.
 
     Attributes:
-        sources: Where it came from, as given.
-        fingerprint: SHA-256 of the tokens and of which of them count.
-        passages: Pieces that were scored at once.
+        sources: Where it came from, as the user named it.
+        fingerprint: SHA-256 of the tokens and of which of them are predicted.
+        passages: Number of passages, each scored in one pass.
         tokens_read: Tokens in all passages.
-        tokens_scored: Those that had to be predicted.
+        tokens_scored: Tokens that had to be predicted.
     """
 
     sources: tuple[str, ...]
@@ -41,19 +41,18 @@ class ScoredText:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Several models measured in one run, on the same text, taking turns.
+    """Several models measured in one run, on the same text, in alternation.
 
     Attributes:
         date: When it was finished, in UTC.
         duration_seconds: How long it took.
         settings: How much was measured.
-        machine: What it was measured on.
-        text: What the models had to predict.
-        reference: Name of the model that the others are held against; it need not be among them.
-        models: The results, in the order given.
-        samples: Prompt to the reply of each model, if any were given.
-        reference_fingerprint: A short name for the content of the reference; empty in reports
-            of before it was kept.
+        machine: The machine it was measured on.
+        text: The text that the models had to predict.
+        reference: Name of the model that the others are compared with; it need not be among them.
+        models: The results, in the order the models were named.
+        samples: Prompt to the reply of each model, if any were requested.
+        reference_fingerprint: SHA-256 of the content of the reference; empty in old reports.
     """
 
     date: str

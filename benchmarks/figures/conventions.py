@@ -1,7 +1,7 @@
-"""Perplexity in the conventions that people quote, so that it can be held against their figures.
+"""Perplexity as papers and tools define it, so that it can be compared with published figures.
 
-Both read a text as one run of tokens, cut it into windows of one length without overlap, drop what
-is left over at the end, and give every window to the model by itself:
+Both conventions read a text as one sequence of tokens, cut it into windows of one length without
+overlap, drop the rest at the end, and give every window to the model by itself:
 
 - ``gptq``, of the papers on GPTQ and after it (https://arxiv.org/abs/2210.17323 and its code):
   2,048 tokens, of which all but the first are predicted. Rows of a data set are joined by an empty
@@ -29,7 +29,7 @@ from mistill.measures.uncertainty import ratio_standard_error
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """A way to quote perplexity.
+    """A definition of perplexity.
 
     Attributes:
         context_length: Tokens of a window.
@@ -78,7 +78,7 @@ class QuotedPerplexity:
     def standard_error(self) -> float | None:
         """Standard error of the perplexity: delta method, between windows; None for a single one.
 
-        llama.cpp takes every token for independent of the others, so that its own is smaller.
+        llama.cpp takes all tokens to be independent, so the error that it prints is smaller.
         """
         error = ratio_standard_error(self.window_losses, self.window_tokens)
         return None if error is None else self.value * error
@@ -92,7 +92,7 @@ class QuotedPerplexity:
 def cut_windows(
     ids: NDArray[np.int64], convention: Convention, bos_id: int | None
 ) -> list[Passage]:
-    """Cut a run of tokens into the windows of a convention.
+    """Cut a sequence of tokens into the windows of a convention.
 
     Args:
         ids: Shape (T,), the text; it begins with the token for the beginning if there is one.
@@ -106,8 +106,8 @@ def cut_windows(
     windows = ids[: len(ids) // length * length].reshape(-1, length).copy()
     if convention.begins_windows and bos_id is not None:
         windows[:, 0] = bos_id
-    kept = np.arange(1, length) >= convention.first_predicted
-    return [Passage(window, kept.copy()) for window in windows]
+    predicted = np.arange(1, length) >= convention.first_predicted
+    return [Passage(window, predicted.copy()) for window in windows]
 
 
 def spelled_bytes(passages: Sequence[Passage], bytes_of: Callable[[int], int]) -> tuple[int, ...]:
@@ -115,18 +115,18 @@ def spelled_bytes(passages: Sequence[Passage], bytes_of: Callable[[int], int]) -
 
     Args:
         passages: The text.
-        bytes_of: Bytes of a token; 0 for a mark that spells nothing.
+        bytes_of: Bytes of a token; 0 for a special token, which spells nothing.
 
     Returns:
         Bytes of each passage.
     """
-    known: dict[int, int] = {}
-    found = []
+    token_bytes: dict[int, int] = {}
+    totals = []
     for passage in passages:
         total = 0
         for token in passage.targets.tolist():
-            if token not in known:
-                known[token] = bytes_of(token)
-            total += known[token]
-        found.append(total)
-    return tuple(found)
+            if token not in token_bytes:
+                token_bytes[token] = bytes_of(token)
+            total += token_bytes[token]
+        totals.append(total)
+    return tuple(totals)

@@ -1,9 +1,9 @@
-"""Energy that the machine spends, where it tells.
+"""Energy that the machine uses, where it has counters for it.
 
-Linux shows the counters of Intel's and AMD's processors (RAPL) as files under ``powercap``: micro-
-joules since some moment, which begin again at zero beyond a limit. The counters are those of whole
-processors, and of memory where there is one: what else the machine does is in them too. Virtual
-machines mostly have none, and since 2020 mostly only root may read them; then there is no figure.
+Linux shows the energy counters of Intel's and AMD's processors (RAPL) as files under ``powercap``:
+microjoules since some moment, which wrap around at a limit. They count whole processors, and
+memory where there is a counter for it, so other programs are counted too. Most virtual machines
+have none, and since 2020 most systems let only root read them; then there is no figure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Counter:
     Attributes:
         name: What it counts, such as ``package-0``.
         file: Microjoules so far.
-        limit: Where it begins again at zero, in microjoules.
+        limit: Where it wraps around to zero, in microjoules.
     """
 
     name: str
@@ -46,7 +46,7 @@ class EnergyMeter:
     """Joules between two moments.
 
     Attributes:
-        counters: What is added up; none where the machine does not tell.
+        counters: The counters that are added up; none where the machine has none.
         reason: Why there is none; empty where there is one.
     """
 
@@ -70,16 +70,16 @@ class EnergyMeter:
         return tuple(counter.read() for counter in self.counters)
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float | None:
-        """Energy between two readings, less than one round of a counter apart.
+        """Energy between two readings, between which a counter wraps around at most once.
 
-        At 100 W a counter of 32 bits takes about ten minutes for a round.
+        At 100 W a counter of 32 bits wraps around about every ten minutes.
 
         Args:
-            before: What ``read`` said first.
-            after: What it said later.
+            before: The first reading.
+            after: The second reading.
 
         Returns:
-            Joules; None where the machine does not tell.
+            Joules; None where the machine has no counters.
         """
         if not self.counters:
             return None
@@ -90,9 +90,9 @@ class EnergyMeter:
 
 
 def _find(root: Path) -> tuple[tuple[Counter, ...], str]:
-    """Processors as a whole, and memory, which is not in them; never a part that is in another."""
+    """Counters of whole processors, and of memory, which those leave out: nothing counts twice."""
     zones = sorted(root.iterdir()) if root.is_dir() else []
-    found = []
+    counters = []
     for zone in zones:
         try:
             name = (zone / "name").read_text("ascii").strip()
@@ -104,8 +104,8 @@ def _find(root: Path) -> tuple[tuple[Counter, ...], str]:
             counter = Counter(name, zone / "energy_uj", limit)
             counter.read()
         except PermissionError:
-            return (), "the counters may be read by root only"
+            return (), "only root may read the counters"
         except (OSError, ValueError):
             continue
-        found.append(counter)
-    return tuple(found), "" if found else "the machine shows no counters"
+        counters.append(counter)
+    return tuple(counters), "" if counters else "the machine has no energy counters"

@@ -1,7 +1,7 @@
-"""How far a model's predictions are from those of the model that it stands in for.
+"""How close a model's predictions are to those of the reference.
 
-Perplexity can stay the same while the predictions change, in answers right and wrong alike;
-KL(reference || model) cannot. It is taken over the whole vocabulary at every token, in nats.
+Perplexity can stay the same while predictions change, some for the better and some for the worse;
+KL(reference || model) cannot. It is computed over the whole vocabulary at every token, in nats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Fidelity:
 
     Attributes:
         divergences: KL(reference || model) at each token, in nats, passage by passage.
-        agreements: 1 where both models hold the same token for the most probable, else 0.
+        agreements: 1 where the most probable token of both models is the same, else 0.
     """
 
     divergences: tuple[tuple[float, ...], ...]
@@ -45,7 +45,7 @@ class Fidelity:
 
     @property
     def top1_agreement(self) -> float:
-        """Share of tokens where both models would write the same token, from 0 to 1."""
+        """Share of positions where both models' most probable token is the same, from 0 to 1."""
         return mean_of(self.agreements)
 
     @property
@@ -83,7 +83,7 @@ def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> 
 
 
 def agreements(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Whether two models hold the same token for the most probable.
+    """Whether the most probable token of two models is the same.
 
     Args:
         reference: Logits of the reference, shape (T, V).

@@ -1,4 +1,4 @@
-"""How much room a model takes, on disk and in memory."""
+"""The size of a model on disk and in memory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """The room that one model takes.
+    """The size of one model on disk and in memory.
 
     Attributes:
-        parameters: Weights of the dense model that the folder stands for; a shared table counts
-            once.
+        parameters: Number of weights of the dense model; a shared embedding counts once.
         weight_bytes: Bytes of the files that hold weights.
         folder_bytes: Bytes of all files, tokenizer and records included.
         load_seconds: Time to open the folder, libraries already loaded, files in the page cache.
         peak_memory_bytes: Most memory that a process which ran only this model ever held: Python,
             libraries, weights and cache.
-        resident_memory_bytes: What that process still held after writing.
+        resident_memory_bytes: Memory of that process after writing.
     """
 
     parameters: int
@@ -54,15 +53,15 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBytes:
-    """What a step of one token reads from memory, and what that allows.
+    """Bytes that a step of one token reads from memory, and the speed limit that follows.
 
     Attributes:
         weight_bytes: Weights as they are stored.
-        packed_bytes: The same as the engine lays them out.
+        packed_bytes: Weights as the engine lays them out in memory.
         cache_bytes_per_position: Keys and values for each earlier token.
-        memory_bytes_per_second: What this machine's memory gave the threads of the run.
-        kernel_seconds: What the integer products of a step take the threads of the run where a
-            cache holds the weights; None if that was not measured.
+        memory_bytes_per_second: Memory bandwidth of this machine with the threads of the run.
+        kernel_seconds: Time of a step's integer matrix products with the threads of the run when
+            the weights are in the processor's cache; None if that was not measured.
     """
 
     weight_bytes: int
@@ -72,16 +71,16 @@ class StepBytes:
     kernel_seconds: float | None = None
 
     def ceiling(self, depth: float) -> float:
-        """Tokens per second that memory and the integer kernels allow, whichever allows less.
+        """Tokens per second that memory bandwidth and integer kernels allow, whichever is less.
 
         Args:
-            depth: Tokens before, on average.
+            depth: Earlier tokens, on average over the steps.
 
         Returns:
             Tokens per second.
         """
-        read = self.packed_bytes + depth * self.cache_bytes_per_position
-        return 1 / max(read / self.memory_bytes_per_second, self.kernel_seconds or 0.0)
+        bytes_read = self.packed_bytes + depth * self.cache_bytes_per_position
+        return 1 / max(bytes_read / self.memory_bytes_per_second, self.kernel_seconds or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
-"""Which models are worth having: those that no other beats at everything.
+"""The Pareto frontier of fidelity, speed and size.
 
 A model is dominated if another is at least as close to the reference, at least as fast and at
-least as small, and clearly better in one of the three (Pareto). Differences too small to be told
-apart count as none.
+least as small, and clearly better in one of the three. Differences within the noise count as none.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from collections.abc import Sequence
 
 from benchmarks.figures.model_result import ModelResult
 
-#: Speeds and sizes nearer than this share of each other are taken for equal.
+#: Speeds and sizes that differ by less than this share count as equal.
 SAME_RATIO = 0.02
-#: So are divergences nearer than this, in nats: below what float32 arithmetic in another order
-#: changes on long sums.
+#: So do KL divergences that differ by less than this, in nats: float32 sums in another order differ
+#: by as much.
 SAME_NATS = 1e-4
 
 
 def dominators(models: Sequence[ModelResult]) -> dict[str, tuple[str, ...]]:
-    """Who beats each model at everything.
+    """The models that dominate each model.
 
     Args:
         models: Results on the same text and machine.
@@ -47,7 +46,7 @@ def _dominates(one: ModelResult, other: ModelResult) -> bool:
 
 
 def _advantage(larger: float, smaller: float, margin: float) -> int:
-    """1 if the first is clearly larger, -1 if the second is, 0 if they cannot be told apart."""
+    """1 if the first is clearly larger, -1 if the second is, 0 if they differ too little."""
     difference = larger - smaller
     if abs(difference) <= max(margin, SAME_RATIO * max(abs(larger), abs(smaller))):
         return 0

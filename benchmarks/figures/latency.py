@@ -1,4 +1,4 @@
-"""How long a model takes to begin an answer, and to write it.
+"""How long a model takes until the first token of an answer, and for the rest.
 
 Reading the prompt is one large computation and is bound by arithmetic; writing computes one token
 at a time and is bound by how fast the weights can be read. The two are timed apart.
@@ -20,8 +20,8 @@ Clock = Callable[[], float]
 FEWEST_TOKENS = 8
 
 SETTLE_SECONDS = 0.1
-"""Wait before a turn: threads of the engine that ran before spin on for some 35 ms, and whoever
-begins at once shares the processors with them."""
+"""Wait before a turn: threads of the engine that ran before keep spinning for some 35 ms and would
+share the processors with the next engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Turn:
         first_token_seconds: From the prompt being handed over to the first token.
         token_seconds: From each token to the next.
         decode_joules: Energy that the machine spent on the tokens after the first; None where it
-            does not tell.
+            has no energy counters.
     """
 
     prompt_tokens: int
@@ -94,13 +94,13 @@ class Latency:
 
     @property
     def joules_per_token(self) -> float | None:
-        """Median over the rounds of energy by tokens written; None where no machine tells."""
-        found = [
+        """Median over the rounds of energy by tokens written; None where it was not measured."""
+        joules = [
             turn.decode_joules / len(turn.token_seconds)
             for turn in self.turns
             if turn.decode_joules is not None
         ]
-        return quartiles(found)[1] if found else None
+        return quartiles(joules)[1] if joules else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class LatencyAt:
     """The turns of one model with prompts of one length.
 
     Attributes:
-        tokens: Tokens of the prompt: what is read first, or how deep in a text writing begins.
+        tokens: Tokens of the prompt: those that are read, or those after which writing begins.
         latency: The turns.
     """
 
@@ -133,7 +133,7 @@ def time_turn(
         new_tokens: Tokens to write, the first one included.
         seconds: A slow model stops after this long, but never before 8 tokens.
         clock: Monotonic time in seconds.
-        meter: Tells the energy; None leaves it out.
+        meter: Measures the energy; None leaves it out.
 
     Returns:
         The times, and the energy.

@@ -1,8 +1,8 @@
 """The machine that a measurement was made on.
 
-A speed without its machine is a rumour. What is written down is what decides the speed of matrix
-products: the processor, its vector instructions, how many cores were free to be used, and what
-else was running. The machine's name and its user are nobody's business.
+Recorded is what decides the speed of matrix products: the processor, its vector instructions, how
+many cores could be used, and what else was running. The names of the machine and its user are not
+recorded.
 """
 
 from __future__ import annotations
@@ -34,21 +34,19 @@ class Machine:
     Attributes:
         processor: The processor's own name.
         instructions: Vector instructions that decide the speed of matrix products.
-        cores: Physical cores; None where the system does not say.
+        cores: Physical cores; None where the system does not report it.
         processors: Logical processors of the machine.
         usable_processors: Those that this process may use, control groups considered.
         threads: Threads that every engine computed with.
         memory_bytes: Physical memory.
         system: Operating system and release.
-        governor: How the clock frequency is chosen; None where the system does not say.
-        virtual: Whether the processor says that it is a virtual machine's.
+        governor: How the clock frequency is chosen; None where the system does not report it.
+        virtual: Whether the processor reports a virtual machine.
         load_average: Processes at work in the minute before the measurement; None where the
             system does not say.
         versions: Libraries and their versions.
-        energy_counters: What the counters of energy count that can be read, such as
-            ``package-0``; none where the machine does not tell.
-        no_energy: Why there are none; empty where there are some, and in reports of before it was
-            kept.
+        energy_counters: Names of the energy counters that can be read, such as ``package-0``.
+        no_energy: Why there are none; empty where there are some, and in old reports.
     """
 
     processor: str
@@ -68,23 +66,23 @@ class Machine:
 
 
 def describe_machine(threads: int) -> Machine:
-    """Look at this machine.
+    """Describe this machine.
 
     Args:
         threads: Threads that every engine computes with.
 
     Returns:
-        What was found.
+        The description.
     """
     cpuinfo = _CPUINFO.read_text("utf-8", errors="replace") if _CPUINFO.is_file() else ""
     flags = set(" ".join(_fields(cpuinfo, "flags") + _fields(cpuinfo, "Features")).split())
-    places = set(zip(_fields(cpuinfo, "physical id"), _fields(cpuinfo, "core id"), strict=False))
+    core_ids = set(zip(_fields(cpuinfo, "physical id"), _fields(cpuinfo, "core id"), strict=False))
     names = _fields(cpuinfo, "model name")
     meter = EnergyMeter()
     return Machine(
         processor=names[0] if names else platform.processor() or platform.machine(),
         instructions=tuple(name for name in _INSTRUCTIONS_OF_NOTE if name in flags),
-        cores=len(places) or None,
+        cores=len(core_ids) or None,
         processors=os.cpu_count() or 1,
         usable_processors=usable_threads(),
         threads=threads,

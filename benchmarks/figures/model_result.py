@@ -1,4 +1,4 @@
-"""What a comparison found about one model, and how that is read back from a report."""
+"""The result for one model, and how it is read back from a report."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from benchmarks.figures.rival import Rival
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """What was found about one model.
+    """The result of a comparison for one model.
 
     Attributes:
-        name: The shortest end of its path that tells it from the others.
+        name: The shortest end of its path that distinguishes it from the others.
         form: ``model`` (float weights), ``gptq``, ``nf4`` or ``onnx``; of a rival the engine.
         architecture: Such as ``mistral``.
         layers: Decoder layers.
         hidden_size: Width of the residual stream.
         lineage: The steps that made the folder, first step first.
-        fingerprint: A short name for the folder's content.
-        footprint: Room on disk and in memory.
-        perplexity: Surprise at the text.
+        fingerprint: SHA-256 of the folder's content, as ``mistill.folders.lineage`` computes it.
+        footprint: Size on disk and in memory.
+        perplexity: Perplexity on the text.
         fidelity: Distance from the reference; None for the reference itself.
-        parent: Name of the compared float model that a quantized or exported one was made of;
+        parent: Name of the compared float model that a quantized or exported one was made from;
             None where there is none.
-        parent_fidelity: Distance from that model: what quantization alone has cost.
-        latency: Time to begin an answer and to write it.
+        parent_fidelity: Distance from that model: the loss by quantization alone.
+        latency: Time to the first token of an answer, and for each further one.
         transformers_latency: The same prompts through transformers' own greedy ``generate``, for
             float folders; else None.
-        prompts: Turns with prompts of the lengths that were asked for, shortest first.
+        prompts: Turns with prompts of the requested lengths, shortest first.
         depths: Turns that begin to write after so many tokens, fewest first.
-        loads: Loadings by processes of their own, with cold and warm files.
-        step_bytes: Bytes that a step reads; None where the folder does not say.
-        rival: Of another engine that ran the same weights, what it is; None for our own.
-        left_out: What was asked for and not measured, and why.
-        quoted: Perplexities in the conventions that were asked for.
-        answers: What it answered to the small offline set, if it was asked.
+        loads: Loading times, each in a process of its own, with cold and with warm files.
+        step_bytes: Bytes that a step reads; None where the folder does not record them.
+        rival: The other engine that ran the same weights; None for a model of our own.
+        left_out: What was not measured although it was requested, and why.
+        quoted: Perplexities in the requested conventions.
+        answers: Its answers to the small offline set, if those were requested.
     """
 
     name: str
@@ -87,7 +87,7 @@ class ModelResult:
 
 
 def result_from(record: dict[str, Any]) -> ModelResult:
-    """Read what a report holds of one model.
+    """Read the result of one model from a report.
 
     Args:
         record: As ``dataclasses.asdict`` made it, with lists for tuples; what older versions of
@@ -114,8 +114,8 @@ def result_from(record: dict[str, Any]) -> ModelResult:
 
 
 def _optional_from(record: dict[str, Any]) -> dict[str, Any]:
-    """What older reports do not have."""
-    found: dict[str, Any] = {
+    """The fields that older reports lack."""
+    at_lengths: dict[str, Any] = {
         name: tuple(
             LatencyAt(tokens=entry["tokens"], latency=_latency_from(entry["latency"]))
             for entry in record.get(name, ())
@@ -124,7 +124,7 @@ def _optional_from(record: dict[str, Any]) -> dict[str, Any]:
     }
     step_bytes, rival = record.get("step_bytes"), record.get("rival")
     return {
-        **found,
+        **at_lengths,
         "loads": tuple(Load(**load) for load in record.get("loads", ())),
         "step_bytes": step_bytes and StepBytes(**step_bytes),
         "rival": rival and Rival(**rival),

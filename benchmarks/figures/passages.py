@@ -59,19 +59,19 @@ def cut_passages(
         TextError: If nothing in the text is to be predicted.
     """
     passages: list[Passage] = []
-    wanted = scored_tokens
+    remaining = scored_tokens
     for document in documents:
         for start in range(0, len(document.ids), context_length):
             ids = document.ids[start : start + context_length]
-            kept = document.mask[start + 1 : start + len(ids)].copy()
-            kept[np.cumsum(kept) > wanted] = False
-            if not kept.any():
+            predicted = document.mask[start + 1 : start + len(ids)].copy()
+            predicted[np.cumsum(predicted) > remaining] = False
+            if not predicted.any():
                 continue
             # Causal models: what follows the last token to be predicted cannot matter.
-            end = int(np.flatnonzero(kept)[-1]) + 1
-            passages.append(Passage(ids[: end + 1], kept[:end]))
-            wanted -= int(kept.sum())
-            if wanted == 0:
+            end = int(np.flatnonzero(predicted)[-1]) + 1
+            passages.append(Passage(ids[: end + 1], predicted[:end]))
+            remaining -= int(predicted.sum())
+            if remaining == 0:
                 return passages
     if not passages:
         raise TextError(
@@ -82,13 +82,13 @@ def cut_passages(
 
 
 def cut_prompts(passages: Sequence[Passage], *, length: int, count: int) -> list[list[int]]:
-    """Prompts from the text, no two of which begin alike.
+    """Prompts from the text, no two of which begin with the same token.
 
-    An engine may keep the cache of the prompt that it read last. Prompts that differ from the
-    first token on make it read every one in full.
+    An engine may keep the KV cache of the last prompt as a prefix cache. Prompts that differ in
+    their first token have to be read in full.
 
     Args:
-        passages: Where the tokens come from; they are read round and round if there are few.
+        passages: Where the tokens come from; they repeat if there are few.
         length: Tokens of each prompt.
         count: Number of prompts.
 
@@ -115,7 +115,7 @@ def cut_prompts(passages: Sequence[Passage], *, length: int, count: int) -> list
 
 
 def fingerprint_of(passages: Sequence[Passage]) -> str:
-    """A name for the tokens that are read and those that are predicted.
+    """SHA-256 of the tokens and of which of them are predicted.
 
     Args:
         passages: The text.

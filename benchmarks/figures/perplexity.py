@@ -1,4 +1,4 @@
-"""How surprised a model is by text that it did not write.
+"""Perplexity of a model on a text.
 
 T is positions, V vocabulary. Logits stay float32; every sum over the vocabulary is float64.
 """
@@ -19,12 +19,12 @@ _ELEMENTS_AT_ONCE = 1 << 19  # 2 MiB of float32: a few rows of logits that stay 
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """The surprise of one model at every token that it had to predict.
+    """The loss of one model at every token that it had to predict.
 
     Attributes:
         losses: Negative log-probability of each token, in nats, passage by passage.
-        passage_bytes: Bytes of text that the predicted tokens of each passage spell; marks, such
-            as the end of a turn, spell none. Empty in reports of before it was kept.
+        passage_bytes: Bytes of text that the predicted tokens of each passage spell; special
+            tokens, such as the end of a turn, spell none. Empty in old reports.
     """
 
     losses: tuple[tuple[float, ...], ...]
@@ -32,7 +32,7 @@ class Perplexity:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were predicted."""
+        """Number of predicted tokens."""
         return sum(map(len, self.losses))
 
     @property
@@ -85,8 +85,8 @@ def token_losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDA
     Returns:
         Shape (T,).
     """
-    chosen = logits[np.arange(len(targets)), targets].astype(np.float64)
-    return log_normalizers(logits) - chosen
+    target_logits = logits[np.arange(len(targets)), targets].astype(np.float64)
+    return log_normalizers(logits) - target_logits
 
 
 def log_normalizers(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""What a report says of a rival: which engine, which version, and how its file came to be."""
+"""What a report records of a rival: which engine, which version, and how its file was made."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """An engine of others that ran the same weights.
+    """Another engine that ran the same weights.
 
     Attributes:
         engine: Its name, such as ``llama.cpp``.
-        variant: Which of its ways to store weights, such as ``q4_k_m``.
+        variant: Its weight format, such as ``q4_k_m``.
         version: Of the engine.
-        system: What the engine says of itself and of the processor it was built for.
-        settings: What it was told, by name.
-        made: How its file was made of the folder that it is compared with.
+        system: The engine's own description of its build and of the processor.
+        settings: Its settings by name.
+        made: How its file was made from the folder that it is compared with.
         source: Name of that folder.
     """
 
@@ -29,5 +29,5 @@ class Rival:
 
     @property
     def name(self) -> str:
-        """What its row is called."""
+        """Name of its row in the report."""
         return f"{self.engine} {self.variant}"

@@ -1,1 +1,1 @@
-"""Models measured in child processes, turn by turn."""
+"""Models measured in child processes that take turns."""

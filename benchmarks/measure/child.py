@@ -1,4 +1,4 @@
-"""A process that opens one folder and does nothing else, so that its memory can be told.
+"""A process that opens one folder and does nothing else, so that its memory is that of the model.
 
 Started as ``python -m benchmarks.measure.child FOLDER``. It reads one JSON object per line from
 stdin and answers each with one on stdout, until stdin ends:
@@ -6,7 +6,7 @@ stdin and answers each with one on stdout, until stdin ends:
     {"do": "prepare"}                                      import what the folder needs
     {"do": "open"}                                         load the model
     {"do": "turn", "prompt": [...], "new_tokens": 48, "seconds": 5.0}
-                                                           read, write, and say how long it took
+                                                           read, write, and return the times
     {"do": "score", "ids": [...], "kept": [...], "write": PATH, "against": [PATH, ...]}
                                                            losses; distances from stored logits
     {"do": "memory"}                                       the kernel's count of this process
@@ -63,7 +63,7 @@ _LIBRARIES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 class Worker:
-    """One folder, and the measurements that can be asked of it.
+    """Opens one folder and takes measurements on request.
 
     Attributes:
         folder: The folder.
@@ -92,10 +92,10 @@ class Worker:
         return self._model
 
     def prepare(self) -> dict[str, Any]:
-        """Import what the folder needs, so that opening it times the opening only.
+        """Import the libraries that the folder needs, so that they do not count as loading time.
 
         Returns:
-            The form of the folder; of a rival's, what the rival is.
+            The form of the folder; of a rival, its description too.
         """
         note = read_note(self.folder)
         if note is not None:
@@ -125,19 +125,19 @@ class Worker:
     def turn(
         self, prompt: list[int], new_tokens: int, seconds: float, transformers: bool = False
     ) -> dict[str, Any]:
-        """Let the engine before come to rest, then read a prompt and write.
+        """Wait until the previous engine's threads are idle, then read a prompt and write.
 
         Args:
             prompt: Token ids.
             new_tokens: Tokens to write.
-            seconds: When a slow model stops.
-            transformers: Let transformers' own generate write instead of our loop.
+            seconds: Time after which a slow model stops.
+            transformers: Write with transformers' own generate instead of our loop.
 
         Returns:
             The times.
         """
         reserve = getattr(self.model, "reserve", None)
-        if reserve is not None:  # a rival's, which is told beforehand as in its own benchmark
+        if reserve is not None:  # of a rival, called beforehand as its own benchmark does
             reserve(len(prompt) + new_tokens)
         time.sleep(SETTLE_SECONDS)
         if transformers:
@@ -164,8 +164,8 @@ class Worker:
 
         Args:
             ids: Token ids of the passage.
-            kept: Which of the tokens after the first count.
-            write: File to store the logits of the kept positions in.
+            kept: Which of the tokens after the first are scored.
+            write: File to store the logits of the scored positions in.
             against: Files with other models' logits of those positions.
 
         Returns:
@@ -182,7 +182,7 @@ class Worker:
         return scores
 
     def memory(self) -> dict[str, Any]:
-        """Look at this process.
+        """Memory of this process.
 
         Returns:
             Its peak and present size.
@@ -190,11 +190,11 @@ class Worker:
         return asdict(own_memory())
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Do what is asked by name, in this process as ``children.Child`` has it done in another.
+        """Answer a request in this process, as ``children.Child`` does in another.
 
         Args:
-            do: What to do; the head of this module lists it.
-            **arguments: How.
+            do: The request; the docstring of this module lists them.
+            **arguments: Its arguments.
 
         Returns:
             The answer.
@@ -264,7 +264,7 @@ def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
     """Answer requests until there are no more.
 
     Args:
-        worker: Who does what is asked.
+        worker: Answers the requests.
         requests: One JSON object per line.
         answers: One JSON object per line.
     """

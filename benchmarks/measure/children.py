@@ -1,7 +1,7 @@
-"""The processes that are measured, seen from the one that measures.
+"""Child processes that each run one model, started and asked by the process that measures.
 
-Each opens one folder and waits. While one computes, the others sleep, so that all can be asked in
-turn, round after round, and whatever disturbs the machine disturbs all of them alike.
+Each opens one folder and waits. While one computes, the others sleep, so that they can take turns
+round after round, and a disturbance of the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Child:
     folder: Path
 
     def __init__(self, folder: Path, threads: int) -> None:
-        """Start the process; it opens nothing until it is asked to.
+        """Start the process; it opens the folder on the request ``open``.
 
         Args:
             folder: The folder that it opens.
@@ -77,11 +77,11 @@ class Child:
         self.close()
 
     def send(self, do: str, **arguments: Any) -> None:
-        """Ask for something without waiting for it.
+        """Send a request without waiting for the answer.
 
         Args:
-            do: What to do; ``benchmarks.measure.child`` lists it.
-            **arguments: How.
+            do: The request; ``benchmarks.measure.child`` lists them.
+            **arguments: Its arguments.
         """
         assert self._process.stdin is not None
         # A child that is gone is noticed, with its last words, when its answer is read.
@@ -106,19 +106,19 @@ class Child:
         answer: dict[str, Any] = json.loads(line)
         if "error" not in answer:
             return answer
-        known = getattr(mistill.errors, answer["error"], None)
-        if isinstance(known, type) and issubclass(known, MistillError):
-            raise known(answer["message"])
+        error_class = getattr(mistill.errors, answer["error"], None)
+        if isinstance(error_class, type) and issubclass(error_class, MistillError):
+            raise error_class(answer["message"])
         if answer["error"] == "MemoryError":
             raise MistillError(f"there is not enough memory to measure {self.folder}")
         raise RuntimeError(f"while measuring {self.folder}:\n{answer['traceback']}")
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Ask for something and wait for it.
+        """Send a request and wait for the answer.
 
         Args:
-            do: What to do; ``benchmarks.measure.child`` lists it.
-            **arguments: How.
+            do: The request; ``benchmarks.measure.child`` lists them.
+            **arguments: Its arguments.
 
         Returns:
             The answer.
@@ -139,12 +139,12 @@ class Child:
     def _death(self) -> Exception:
         code = self._process.wait()
         self._complaints.seek(0)
-        words = self._complaints.read().strip()
+        output = self._complaints.read().strip()
         if code < 0:
             reason = f"was killed by {signal.Signals(-code).name}"
             hint = "; is there memory enough for all models at once?" if code == -9 else ""
             return MistillError(f"the process that ran {self.folder} {reason}{hint}")
-        return RuntimeError(f"the process that ran {self.folder} ended with {code}:\n{words}")
+        return RuntimeError(f"the process that ran {self.folder} ended with {code}:\n{output}")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Speed at chosen lengths: of the prompt that is read, and of the text that is written after.
+"""Speed at requested lengths: of the prompt that is read, and of the text before what is written.
 
-All models take turns at every length, as they do with the prompts of the usual length. A length
-that a model's context does not hold is left out and said so.
+All models take turns at every length, as they do with prompts of the usual length. A length that
+does not fit into a model's context is left out, and the report says so.
 """
 
 from __future__ import annotations
@@ -17,53 +17,53 @@ from benchmarks.settings import BenchSettings
 _READ_ONLY = 2
 
 
-Writes = Callable[[list[int], int, float], Turn]
+TakeTurn = Callable[[list[int], int, float], Turn]
 """Lets one model read a prompt, write so many tokens, and stop after so many seconds."""
 
 
 @dataclass
-class Timed:
-    """One model and its turns at the lengths that were asked for.
+class TimedModel:
+    """One model and its turns at the requested lengths.
 
     Attributes:
-        name: What it is called.
-        context_length: Most positions that it holds.
-        writes: Lets it take a turn.
-        prompt_tokens_per_second: How fast it is known to read.
+        name: Its name.
+        context_length: Its context in tokens.
+        take_turn: Lets it take a turn.
+        prompt_tokens_per_second: Its reading speed at the usual length.
         turns: Its turns by length.
     """
 
     name: str
     context_length: int
-    writes: Writes
+    take_turn: TakeTurn
     prompt_tokens_per_second: float
     turns: dict[int, list[Turn]] = field(default_factory=dict)
 
 
 def new_tokens_at(settings: BenchSettings) -> dict[int, int]:
-    """The lengths that were asked for.
+    """Tokens to write after a prompt of each requested length.
 
     Args:
-        settings: What was asked for.
+        settings: The lengths.
 
     Returns:
-        Tokens that are written after a prompt of each length, shortest first; two after those
-        that are only read.
+        Length of the prompt to tokens that are written, shortest first; two where only reading is
+        timed.
     """
-    wanted = dict.fromkeys(settings.prompts, _READ_ONLY)
-    wanted |= dict.fromkeys(settings.depths, settings.new_tokens)
-    return dict(sorted(wanted.items()))
+    lengths = dict.fromkeys(settings.prompts, _READ_ONLY)
+    lengths |= dict.fromkeys(settings.depths, settings.new_tokens)
+    return dict(sorted(lengths.items()))
 
 
-def left_out(settings: BenchSettings, context_length: int) -> tuple[str, ...]:
-    """What a context does not hold.
+def lengths_left_out(settings: BenchSettings, context_length: int) -> tuple[str, ...]:
+    """The requested lengths that do not fit into a context.
 
     Args:
-        settings: What was asked for.
-        context_length: Most positions of the model.
+        settings: The lengths.
+        context_length: Context of the model in tokens.
 
     Returns:
-        A sentence for each such length.
+        A reason for each such length.
     """
     return tuple(
         f"{tokens:,} tokens and {more} more: the context holds {context_length:,}"
@@ -73,34 +73,34 @@ def left_out(settings: BenchSettings, context_length: int) -> tuple[str, ...]:
 
 
 def take_turns(
-    models: Sequence[Timed], passages: Sequence[Passage], settings: BenchSettings
+    models: Sequence[TimedModel], passages: Sequence[Passage], settings: BenchSettings
 ) -> None:
-    """Let every model take its turns at every length; a first, long one makes room and is not kept.
+    """Let every model take its turns at every length, after a first, long one to warm up.
 
     Args:
         models: The models; their turns are added to them.
         passages: Where the prompts come from.
         settings: Lengths and rounds.
     """
-    wanted = new_tokens_at(settings)
-    if not wanted:
+    lengths = new_tokens_at(settings)
+    if not lengths:
         return
-    longest = max(wanted)
+    longest = max(lengths)
     first, *prompts = cut_prompts(
-        passages, length=max(longest, 1), count=1 + settings.rounds * len(wanted)
+        passages, length=max(longest, 1), count=1 + settings.rounds * len(lengths)
     )
     for model in models:
-        held = [tokens for tokens, more in wanted.items() if _fits(tokens, more, model)]
-        if held:
-            model.writes(first[: max(held[-1], 1)], wanted[held[-1]], 0.0)
+        fitting = [tokens for tokens, more in lengths.items() if _fits(tokens, more, model)]
+        if fitting:
+            model.take_turn(first[: max(fitting[-1], 1)], lengths[fitting[-1]], 0.0)
     for number in range(settings.rounds):
-        for place, (tokens, more) in enumerate(wanted.items()):
-            prompt = prompts[number * len(wanted) + place][: max(tokens, 1)]
+        for index, (tokens, more) in enumerate(lengths.items()):
+            prompt = prompts[number * len(lengths) + index][: max(tokens, 1)]
             for model in [*models[number % len(models) :], *models[: number % len(models)]]:
                 if _fits(tokens, more, model):
-                    # A slow model stops after so long of writing; what it reads is not counted.
+                    # The limit is for writing: the time to read the prompt is added to it.
                     seconds = settings.turn_seconds + tokens / model.prompt_tokens_per_second
-                    turn = model.writes(prompt, more, seconds)
+                    turn = model.take_turn(prompt, more, seconds)
                     model.turns.setdefault(tokens, []).append(turn)
 
 
@@ -121,6 +121,6 @@ def latencies(turns: Mapping[int, Sequence[Turn]], lengths: Sequence[int]) -> tu
     )
 
 
-def _fits(tokens: int, more: int, model: Timed | int) -> bool:
+def _fits(tokens: int, more: int, model: TimedModel | int) -> bool:
     context = model if isinstance(model, int) else model.context_length
     return max(tokens, 1) + more <= context

@@ -1,9 +1,8 @@
-"""How long a model takes to be opened: from a disk that has to be read, and from memory.
+"""Loading time of a model, from disk and from the page cache.
 
-Every loading has a process of its own, which has opened nothing before. To make the files of a
-folder cold, the kernel is asked to drop them from its page cache, which needs no rights but those
-to read them; whether it did is looked up, since it does not where a file system lives in memory or
-another process has the file mapped.
+Every loading has a new process. Before a cold one the kernel is asked to drop the files from its
+page cache, which needs no more than the right to read them. Whether it did is checked, since it
+does not where the file system is in memory or another process has the file mapped.
 """
 
 from __future__ import annotations
@@ -17,31 +16,31 @@ from pathlib import Path
 from benchmarks.figures.footprint import Load
 from benchmarks.measure.children import start_children
 
-STAYED = "the files could not be dropped from the page cache, so no load is a cold one"
+NOT_DROPPED = "the files could not be dropped from the page cache, so cold loading was not timed"
 
 _STILL_THERE = 0.05
 _CHUNK = 1 << 24
 
 
 def time_load(folder: Path, *, cold: bool, prompt: Sequence[int], threads: int) -> Load | None:
-    """Load a model once, in a process of its own.
+    """Load a model once, in a new process.
 
     Args:
         folder: The folder.
         cold: Whether its files are dropped from the page cache first; else they are read into it.
-        prompt: What the model reads right after.
+        prompt: The prompt that the model reads right after.
         threads: Threads that its engine computes with.
 
     Returns:
-        The times; None if the files were to be dropped and stayed.
+        The times; None if the files could not be dropped.
     """
     with start_children([folder], threads) as (child,):
         if cold:
-            drop(folder)
+            drop_from_page_cache(folder)
             if resident_share(folder) > _STILL_THERE:
                 return None
         else:
-            read(folder)
+            read_into_page_cache(folder)
         opened = child.ask("open")
         turn = child.ask("turn", prompt=list(prompt), new_tokens=2, seconds=0.0)
     return Load(
@@ -51,11 +50,11 @@ def time_load(folder: Path, *, cold: bool, prompt: Sequence[int], threads: int) 
     )
 
 
-def drop(folder: Path) -> None:
-    """Ask the kernel to forget the files of a folder; not every system can be asked.
+def drop_from_page_cache(folder: Path) -> None:
+    """Ask the kernel to drop the files of a folder from the page cache, where it has such a call.
 
     Args:
-        folder: The folder; of what lies below it too.
+        folder: The folder, with its subfolders.
     """
     if not hasattr(os, "posix_fadvise"):
         return
@@ -65,11 +64,11 @@ def drop(folder: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read(folder: Path) -> None:
-    """Read the files of a folder, so that the kernel holds them.
+def read_into_page_cache(folder: Path) -> None:
+    """Read the files of a folder into the page cache.
 
     Args:
-        folder: The folder; of what lies below it too.
+        folder: The folder, with its subfolders.
     """
     for file in _files(folder):
         with file.open("rb") as opened:
@@ -78,19 +77,19 @@ def read(folder: Path) -> None:
 
 
 def resident_share(folder: Path) -> float:
-    """How much of the files of a folder the kernel holds in memory.
+    """Share of the files of a folder that is in the page cache.
 
     Args:
-        folder: The folder; of what lies below it too.
+        folder: The folder, with its subfolders.
 
     Returns:
-        Between 0 and 1, of all pages; 1 where the system does not say.
+        Between 0 and 1, of all pages; 1 where it is not known.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mincore"):
         return 1.0
     library.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    held = pages = 0
+    resident_pages = pages = 0
     for file in _files(folder):
         size = file.stat().st_size
         if not size:
@@ -103,9 +102,9 @@ def resident_share(folder: Path) -> float:
             del view  # a mapping that is looked at cannot be closed
         if failed:
             return 1.0
-        held += sum(byte & 1 for byte in answer)
+        resident_pages += sum(byte & 1 for byte in answer)
         pages += count
-    return held / max(pages, 1)
+    return resident_pages / max(pages, 1)
 
 
 def _files(folder: Path) -> list[Path]:

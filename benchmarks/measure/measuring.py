@@ -1,10 +1,10 @@
-"""Compare models: each in a process of its own, all in one run, taking turns.
+"""Compare models: each in a process of its own, all in one run, in alternation.
 
 First every model is opened. Then they write, round after round, each once in a round: a machine
-that slows down slows all of them down, and ratios stay true. Last they are scored on the same text,
-passage by passage: the reference stores its logits of a passage in a file, the others hold theirs
-against it, and the next passage overwrites it, so that disk and memory stay bounded however long
-the text is.
+that slows down slows all of them down, and the ratios stay the same. Last they are scored on the
+same text, passage by passage: the reference stores its logits of a passage in a file, the others
+are compared with it, and the next passage overwrites it, so that disk and memory stay bounded
+however long the text is.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from benchmarks.figures.latency import FEWEST_TOKENS, Latency, Turn
 from benchmarks.figures.machine import describe_machine
 from benchmarks.figures.passages import Passage, cut_passages, cut_prompts, fingerprint_of
 from benchmarks.measure.children import Child, start_children
-from benchmarks.measure.lengths import Timed, left_out, new_tokens_at, take_turns
-from benchmarks.measure.loading import STAYED, time_load
-from benchmarks.measure.questions import ask, read_questions
+from benchmarks.measure.lengths import TimedModel, lengths_left_out, new_tokens_at, take_turns
+from benchmarks.measure.loading import NOT_DROPPED, time_load
+from benchmarks.measure.questions import answer_questions, read_questions
 from benchmarks.measure.quoting import QuotedText, bytes_in, cut_texts, quote
-from benchmarks.measure.recording import file_name, recorded, short
+from benchmarks.measure.recording import file_name, result_of, rounded
 from benchmarks.measure.subjects import (
     Distance,
     Models,
     Subject,
+    add_rivals,
     as_list,
-    asked_of,
     check_context,
     check_vocabularies,
-    enter_rivals,
+    models_to_ask,
     open_subjects,
     rival_source_of,
 )
 from benchmarks.report.report import Report
-from benchmarks.rivals.contest import find_contestants
+from benchmarks.rivals.contest import find_rivals
 from benchmarks.settings import BenchSettings
 from mistill.chat.bot import ChatBot
 from mistill.cost_model.processors import usable_threads
@@ -67,7 +67,7 @@ def compare(
     settings: BenchSettings | None = None,
     **options: Any,
 ) -> Report:
-    """Say what each model costs and what it is worth: size, memory, speed, quality.
+    """Measure size, memory, speed and quality of several models in one run.
 
     Quality is perplexity and the distance from a reference, token by token, on the same text.
     Speed and memory are those of a process that runs only that model.
@@ -75,11 +75,11 @@ def compare(
     Args:
         models: Folders of any form, or anything else that names a model, such as a Hub id.
         texts: Held-out text: files, Hub data sets, ``@demo-held-out``.
-        reference: The model that the others are held against; by default the first. It need not
+        reference: The model that the others are compared with; by default the first. It need not
             be among them.
         rivals: Where the rivals that the settings name are installed: the path of a Python, of its
-            environment or, of llama.cpp, of a folder of its libraries, by name. What is not given
-            is looked up in MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI,
+            environment or, of llama.cpp, of a folder of its libraries, by name. Missing ones
+            are looked up in MISTILL_LLAMA_CPP, MISTILL_LLAMA_CPP_PROGRAMS, MISTILL_GENAI,
             MISTILL_CTRANSLATE2, MISTILL_OPENVINO_VENV and MISTILL_OPTIMUM_VENV.
         rival_source: The float, GPTQ or NF4 folder whose weights the rivals get; by default the
             compared float folder that most of the others were made of, or else the first folder
@@ -88,7 +88,7 @@ def compare(
         **options: Fields of ``BenchSettings``, instead of ``settings``.
 
     Returns:
-        All samples and what follows from them.
+        All samples and the figures computed from them.
 
     Raises:
         SettingsError: If there is no model, one is given twice, or one has too short a context.
@@ -97,38 +97,40 @@ def compare(
         TextError: If there is nothing to predict in the text.
         MissingExtraError: If a rival or scipy is not installed.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     settings = settings_from(BenchSettings, settings, options)
-    students_t()  # the report's confidence intervals need it: refuse now what lacks it
+    students_t()  # the confidence intervals of the report need scipy: refuse before measuring
     subjects = open_subjects(models, reference)
-    judge = next(subject for subject in subjects if subject.is_reference)
+    reference_subject = next(subject for subject in subjects if subject.is_reference)
     check_context(subjects, settings)
-    check_vocabularies(judge, subjects)
-    contestants = find_contestants(settings.against, rivals or {})
-    source = rival_source_of(subjects, rival_source) if contestants else None
-    check_vocabularies(judge, [] if source is None else [source])
-    asked = asked_of(subjects, settings)
-    passages = read_passages(texts, judge.info.path, settings, subjects)
-    vocabulary = load_vocabulary(judge.info.path)
+    check_vocabularies(reference_subject, subjects)
+    installed_rivals = find_rivals(settings.against, rivals or {})
+    source = rival_source_of(subjects, rival_source) if installed_rivals else None
+    check_vocabularies(reference_subject, [] if source is None else [source])
+    chat_folders = models_to_ask(subjects, settings)
+    passages = read_passages(texts, reference_subject.info.path, settings, subjects)
+    vocabulary = load_vocabulary(reference_subject.info.path)
     quoted = cut_texts(as_list(texts), vocabulary, settings.perplexity, settings.perplexity_tokens)
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
     with tempfile.TemporaryDirectory(prefix="mistill-") as scratch:
-        subjects += enter_rivals(contestants, source, subjects, Path(scratch))
+        subjects += add_rivals(installed_rivals, source, subjects, Path(scratch))
         _measure(subjects, passages, quoted, settings, threads)
-    samples = collect_samples(asked, settings.sample_prompts, settings.sample_tokens, threads)
-    spelled = spelled_bytes(passages, bytes_in(vocabulary))
+    samples = collect_samples(
+        chat_folders, settings.sample_prompts, settings.sample_tokens, threads
+    )
+    passage_bytes = spelled_bytes(passages, bytes_in(vocabulary))
     for subject in subjects:
-        for words in subject.left_out:
-            _log.warning("%s, not measured: %s", subject.name, words)
+        for reason in subject.left_out:
+            _log.warning("%s, not measured: %s", subject.name, reason)
     results = tuple(
-        recorded(subject, judge, spelled, settings, threads)
+        result_of(subject, reference_subject, passage_bytes, settings, threads)
         for subject in subjects
         if subject.is_listed
     )
     return Report(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        duration_seconds=time.monotonic() - began,
+        duration_seconds=time.monotonic() - start,
         settings=settings,
         machine=machine,
         text=ScoredText(
@@ -138,23 +140,23 @@ def compare(
             tokens_read=sum(len(passage.ids) for passage in passages),
             tokens_scored=sum(len(passage.targets) for passage in passages),
         ),
-        reference=judge.name,
+        reference=reference_subject.name,
         models=results,
         samples=samples,
-        reference_fingerprint=fingerprint(judge.info.path),
+        reference_fingerprint=fingerprint(reference_subject.info.path),
     )
 
 
 def read_passages(
     texts: Models, folder: Path, settings: BenchSettings, subjects: Sequence[Subject] = ()
 ) -> list[Passage]:
-    """Read text and cut it into what is scored at once.
+    """Read text and cut it into passages that are scored in one pass.
 
     Args:
         texts: Files, Hub data sets, ``@demo-held-out``.
-        folder: Whose vocabulary and template to read it with.
+        folder: The model folder whose vocabulary and chat template are used.
         settings: How much to read.
-        subjects: Models whose context no passage may exceed.
+        subjects: Models; no passage is longer than their context.
 
     Returns:
         Passages.
@@ -208,11 +210,11 @@ def _measure(
 ) -> None:
     _time_loads(subjects, passages, settings, threads)
     folders = [subject.folder for subject in subjects]
-    listed = sum(subject.is_listed for subject in subjects)
-    work = len(subjects) * (1 + len(passages)) + listed * (1 + settings.rounds)
+    measured_models = sum(subject.is_listed for subject in subjects)
+    steps = len(subjects) * (1 + len(passages)) + measured_models * (1 + settings.rounds)
     questions = read_questions() if settings.tasks else []
-    work += listed * (sum(len(text.windows) for text in quoted) + len(questions))
-    with track("comparing", work, "step") as tracker, start_children(folders, threads) as children:
+    steps += measured_models * (sum(len(text.windows) for text in quoted) + len(questions))
+    with track("comparing", steps, "step") as tracker, start_children(folders, threads) as children:
         pairs = list(zip(subjects, children, strict=True))
         for subject, child in pairs:
             subject.answers["open"] = child.ask("open")
@@ -226,34 +228,34 @@ def _measure(
                 step = partial(tracker.advance, note=f"quote {subject.name}")
                 subject.quoted = [quote(child, text, step) for text in quoted]
                 if questions:
-                    own = load_vocabulary(subject.info.path)
+                    vocabulary = load_vocabulary(subject.info.path)
                     step = partial(tracker.advance, note=f"question {subject.name}")
-                    subject.questioned = ask(child, questions, own, step)
+                    subject.question_answers = answer_questions(child, questions, vocabulary, step)
 
 
 def _time_loads(
     subjects: Sequence[Subject], passages: Sequence[Passage], settings: BenchSettings, threads: int
 ) -> None:
-    """Open every model in processes of their own, while none has its files mapped."""
+    """Time opening every model in new processes, while no process has its files mapped."""
     prompts = cut_prompts(passages, length=settings.prompt_tokens, count=max(1, settings.loads))
     for prompt in prompts[: settings.loads]:
         for cold in (True, False):
             for subject in subjects:
-                if not subject.is_listed or (cold and STAYED in subject.left_out):
+                if not subject.is_listed or (cold and NOT_DROPPED in subject.left_out):
                     continue
                 load = time_load(subject.folder, cold=cold, prompt=prompt, threads=threads)
                 if load is None:
-                    subject.left_out.append(STAYED)
+                    subject.left_out.append(NOT_DROPPED)
                 else:
-                    first = short(load.first_token_seconds)
-                    load = replace(load, seconds=short(load.seconds), first_token_seconds=first)
+                    first = rounded(load.first_token_seconds)
+                    load = replace(load, seconds=rounded(load.seconds), first_token_seconds=first)
                     subject.loads.append(load)
 
 
 def _take_turns_at_lengths(
     pairs: Sequence[tuple[Subject, Child]], passages: Sequence[Passage], settings: BenchSettings
 ) -> None:
-    """Let every model write at the lengths that were asked for besides the usual one."""
+    """Let every model write at the further lengths that were requested."""
 
     def writer(child: Child) -> Callable[[list[int], int, float], Turn]:
         return lambda prompt, new_tokens, seconds: _turn(
@@ -263,25 +265,25 @@ def _take_turns_at_lengths(
     models = []
     for subject, child in pairs:
         if subject.is_listed and new_tokens_at(settings):
-            subject.left_out += left_out(settings, subject.info.context_length)
-            timed = Timed(
+            subject.left_out += lengths_left_out(settings, subject.info.context_length)
+            timed = TimedModel(
                 name=subject.name,
                 context_length=subject.info.context_length,
-                writes=writer(child),
+                take_turn=writer(child),
                 prompt_tokens_per_second=Latency(
                     turns=tuple(subject.turns)
                 ).prompt_tokens_per_second,
-                turns=subject.at,
+                turns=subject.turns_at_lengths,
             )
             models.append(timed)
     take_turns(models, passages, settings)
 
 
 def _check_widths(subjects: Sequence[Subject]) -> None:
-    widths = {subject.given: subject.answers["open"]["vocabulary_size"] for subject in subjects}
+    widths = {subject.named_as: subject.answers["open"]["vocabulary_size"] for subject in subjects}
     if len(set(widths.values())) > 1:
-        words = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise VocabularyError(f"the models have different numbers of logits: {words}")
+        sizes = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise VocabularyError(f"the models have different numbers of logits: {sizes}")
 
 
 def _take_turns(
@@ -318,7 +320,7 @@ def _take_turns(
 def _rotated(
     pairs: Sequence[tuple[Subject, Child]], number: int
 ) -> Sequence[tuple[Subject, Child]]:
-    """Begin each round with another model, so that none always follows the same one's heat."""
+    """Begin each round with another model, so that none always runs after the same one."""
     start = number % len(pairs)
     return [*pairs[start:], *pairs[:start]]
 
@@ -326,8 +328,8 @@ def _rotated(
 def _turn(answer: Mapping[str, Any]) -> Turn:
     return Turn(
         prompt_tokens=answer["prompt_tokens"],
-        first_token_seconds=short(answer["first_token_seconds"]),
-        token_seconds=tuple(map(short, answer["token_seconds"])),
+        first_token_seconds=rounded(answer["first_token_seconds"]),
+        token_seconds=tuple(map(rounded, answer["token_seconds"])),
         decode_joules=answer.get("decode_joules"),
     )
 
@@ -335,38 +337,40 @@ def _turn(answer: Mapping[str, Any]) -> Turn:
 def _score(
     pairs: Sequence[tuple[Subject, Child]], passages: Sequence[Passage], tracker: Tracker
 ) -> None:
-    """Score every passage with every model, those that others are held against first."""
-    judges = {subject.name for subject, _ in pairs if subject.is_reference}
+    """Score every passage with every model, those that others are compared with first."""
+    references = {subject.name for subject, _ in pairs if subject.is_reference}
     parents = {subject.parent.name for subject, _ in pairs if subject.parent is not None}
-    in_order = sorted(pairs, key=lambda pair: _rank(pair[0].name, judges, parents))
+    ordered = sorted(pairs, key=lambda pair: _rank(pair[0].name, references, parents))
     with tempfile.TemporaryDirectory(prefix="mistill-") as folder:
-        stored = {
+        logits_files = {
             name: str(Path(folder) / f"{number}.npy")
-            for number, name in enumerate(sorted(judges | parents))
+            for number, name in enumerate(sorted(references | parents))
         }
         for number, passage in enumerate(passages):
             request = {"ids": passage.ids.tolist(), "kept": passage.kept.tolist()}
-            for subject, child in in_order:
-                others = [name for name in stored if _is_held_against(subject, name, judges)]
+            for subject, child in ordered:
+                others = [
+                    name for name in logits_files if _is_compared_with(subject, name, references)
+                ]
                 answer = child.ask(
                     "score",
                     **request,
-                    write=stored.get(subject.name),
-                    against=[stored[name] for name in others],
+                    write=logits_files.get(subject.name),
+                    against=[logits_files[name] for name in others],
                 )
-                subject.losses.append(tuple(map(short, answer["losses"])))
-                for place, name in enumerate(others):
+                subject.losses.append(tuple(map(rounded, answer["losses"])))
+                for index, name in enumerate(others):
                     distance = subject.distances.setdefault(name, Distance())
-                    distance.divergences.append(tuple(map(short, answer["divergences"][place])))
-                    distance.agreements.append(tuple(answer["agreements"][place]))
+                    distance.divergences.append(tuple(map(rounded, answer["divergences"][index])))
+                    distance.agreements.append(tuple(answer["agreements"][index]))
                 tracker.advance(note=f"passage {number + 1}/{len(passages)}, {subject.name}")
 
 
-def _rank(name: str, judges: set[str], parents: set[str]) -> int:
-    return 0 if name in judges else 1 if name in parents else 2
+def _rank(name: str, references: set[str], parents: set[str]) -> int:
+    return 0 if name in references else 1 if name in parents else 2
 
 
-def _is_held_against(subject: Subject, name: str, judges: set[str]) -> bool:
+def _is_compared_with(subject: Subject, name: str, references: set[str]) -> bool:
     if subject.name == name:
         return False
-    return name in judges or (subject.parent is not None and subject.parent.name == name)
+    return name in references or (subject.parent is not None and subject.parent.name == name)

@@ -1,8 +1,8 @@
-"""A small set of questions that ships with mistill, so that a number appears without a network.
+"""A small set of questions that ships with mistill and needs no network.
 
-It is a smoke test: questions that a good chatbot answers without thinking, few enough for a minute.
-A model that answers no better than chance is broken or does not know the language; two models that
-differ by a few questions have not been told apart. ``benchmarks/data/README.md`` says where the
+It is a smoke test: easy questions, few enough for a minute. A model that answers no better than
+chance is broken or does not know the language; a difference of a few questions between two models
+is not significant. ``benchmarks/data/README.md`` says where the
 questions come from; published tasks are run by ``mistill eval``.
 """
 
@@ -32,7 +32,7 @@ class Question:
             ``instruction`` (asked of a chat model as its user would).
         text: What comes before the answer.
         answers: What may follow.
-        right: Place of the right one.
+        right: Index of the right one.
     """
 
     kind: str
@@ -55,7 +55,7 @@ def read_questions(file: Path = QUESTIONS_FILE) -> list[Question]:
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:
-    """A name for the questions.
+    """SHA-256 of the questions.
 
     Args:
         questions: The questions.
@@ -67,10 +67,10 @@ def questions_fingerprint(questions: Sequence[Question]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def written_out(question: Question, vocabulary: Vocabulary) -> tuple[str, list[str]]:
-    """What a model reads, and what may follow, as text.
+def prompt_and_answers(question: Question, vocabulary: Vocabulary) -> tuple[str, list[str]]:
+    """The prompt of a question and its possible answers, as text.
 
-    An instruction is written by the chat template, where there is one.
+    An instruction is rendered with the chat template, where there is one.
 
     Args:
         question: The question.
@@ -89,15 +89,15 @@ def written_out(question: Question, vocabulary: Vocabulary) -> tuple[str, list[s
 
 
 def encode_pair(vocabulary: Vocabulary, before: str, after: str) -> tuple[list[int], int]:
-    """Turn a text and what follows it into tokens, together, as the model would meet them.
+    """Encode a prompt and its continuation together.
 
     Args:
         vocabulary: Of the model.
-        before: What comes first.
-        after: What follows.
+        before: The prompt.
+        after: The continuation.
 
     Returns:
-        All tokens, and how many of them are of the first text.
+        All tokens, and how many of them belong to the prompt.
     """
     ids, first = vocabulary.encode(before + after), len(vocabulary.encode(before))
     if vocabulary.adds_bos and vocabulary.bos_id is not None and ids[:1] != [vocabulary.bos_id]:
@@ -105,13 +105,13 @@ def encode_pair(vocabulary: Vocabulary, before: str, after: str) -> tuple[list[i
     return ids, min(max(first, 1), len(ids) - 1)
 
 
-def ask(
+def answer_questions(
     scorer: Scorer,
     questions: Sequence[Question],
     vocabulary: Vocabulary,
     done: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """Let a model choose among the answers of every question.
+    """Log-probabilities of every answer to every question.
 
     Args:
         scorer: The process that runs the model.
@@ -120,23 +120,23 @@ def ask(
         done: Called after every question.
 
     Returns:
-        What it holds of every answer.
+        The log-probabilities, with the right answers.
     """
-    found = []
+    log_probabilities = []
     for question in questions:
-        before, answers = written_out(question, vocabulary)
+        before, answers = prompt_and_answers(question, vocabulary)
         values = []
         for answer in answers:
             ids, first = encode_pair(vocabulary, before, answer)
-            kept = np.arange(1, len(ids)) >= first
-            losses = scorer.ask("score", ids=ids, kept=kept.tolist())["losses"]
+            scored = np.arange(1, len(ids)) >= first
+            losses = scorer.ask("score", ids=ids, kept=scored.tolist())["losses"]
             values.append(float(f"{-sum(losses):.8g}"))
-        found.append(tuple(values))
+        log_probabilities.append(tuple(values))
         done()
     return Answers(
         fingerprint=questions_fingerprint(questions),
         kinds=tuple(question.kind for question in questions),
-        log_probabilities=tuple(found),
+        log_probabilities=tuple(log_probabilities),
         answer_bytes=tuple(
             tuple(len(answer.encode()) for answer in question.answers) for question in questions
         ),

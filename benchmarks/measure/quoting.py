@@ -1,4 +1,4 @@
-"""Measure perplexity in the conventions that people quote (``benchmarks.figures.conventions``)."""
+"""Measure perplexity as papers and tools define it (``benchmarks.figures.conventions``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Scorer(Protocol):
     """A process that scores passages, as ``benchmarks.measure.children.Child`` does."""
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Ask for something and wait for it."""
+        """Send a request and wait for the answer."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class QuotedText:
 
     Attributes:
         convention: Its name.
-        windows: What is scored at once.
+        windows: Windows, each scored in one pass.
         window_bytes: Bytes that the predicted tokens of each window spell.
-        fingerprint: Of the tokens and of which of them count.
+        fingerprint: SHA-256 of the tokens and of which of them are predicted.
     """
 
     convention: str
@@ -47,9 +47,9 @@ def check_quotable(conventions: Sequence[str], name: str, context_length: int) -
     """Refuse a model whose context is too short for a convention.
 
     Args:
-        conventions: Those that are asked for.
-        name: What the user calls the model.
-        context_length: Positions that it holds.
+        conventions: The requested ones.
+        name: The user's name for the model.
+        context_length: Its context in tokens.
 
     Raises:
         SettingsError: If a window does not fit.
@@ -58,19 +58,19 @@ def check_quotable(conventions: Sequence[str], name: str, context_length: int) -
         needed = CONVENTIONS[convention].context_length
         if context_length < needed:
             raise SettingsError(
-                f"{name} holds {context_length} positions, and perplexity as {convention} quotes "
-                f"it reads {needed} at once; leave {convention} out, or the model"
+                f"{name} has a context of {context_length} tokens, and perplexity in the "
+                f"convention of {convention} needs {needed}; leave out {convention}, or the model"
             )
 
 
 def cut_texts(
     texts: Texts, vocabulary: Vocabulary, conventions: Sequence[str], most_tokens: int | None
 ) -> list[QuotedText]:
-    """Read a text as each convention does.
+    """Read a text in the windows of each convention.
 
     Args:
         texts: Files, Hub data sets, ``@demo-held-out``.
-        vocabulary: What the text is written in.
+        vocabulary: Turns the text into tokens.
         conventions: Their names.
         most_tokens: Read no more than so many tokens; None reads all.
 
@@ -84,31 +84,31 @@ def cut_texts(
         return []
     ids = read_stream(texts, vocabulary)[:most_tokens]
     bos_id = vocabulary.bos_id if vocabulary.adds_bos else None
-    found = []
+    texts_in_windows = []
     for name in conventions:
         convention = CONVENTIONS[name]
         windows = cut_windows(ids, convention, bos_id)
         if not windows:
             least = convention.context_length
             cut = most_tokens is not None and most_tokens < least
-            what = "perplexity_tokens allows" if cut else "the text has"
+            source = "perplexity_tokens allows" if cut else "the text has"
             raise SettingsError(
-                f"{what} {len(ids)} tokens, and perplexity as {name} quotes it needs at least "
-                f"{least}; give more, or leave {name} out"
+                f"{source} {len(ids)} tokens, and perplexity in the convention of {name} needs at "
+                f"least {least}; give more, or leave out {name}"
             )
         spelled = spelled_bytes(windows, bytes_in(vocabulary))
-        found.append(QuotedText(name, windows, spelled, fingerprint_of(windows)))
-    return found
+        texts_in_windows.append(QuotedText(name, windows, spelled, fingerprint_of(windows)))
+    return texts_in_windows
 
 
 def bytes_in(vocabulary: Vocabulary) -> Callable[[int], int]:
-    """How many bytes of text a token spells.
+    """A function that gives the bytes of text that a token spells.
 
     Args:
-        vocabulary: Whose tokens.
+        vocabulary: The vocabulary of the tokens.
 
     Returns:
-        Bytes of a token; 0 for a mark, such as the end of a turn.
+        Token id to bytes; 0 for a special token, such as the end of a turn.
     """
     return lambda token: 0 if vocabulary.is_special(token) else len(vocabulary.token_bytes(token))
 
@@ -116,7 +116,7 @@ def bytes_in(vocabulary: Vocabulary) -> Callable[[int], int]:
 def quote(
     scorer: Scorer, text: QuotedText, done: Callable[[], None] = lambda: None
 ) -> QuotedPerplexity:
-    """Let a model predict a text as a convention wants it.
+    """Measure the perplexity of a model in one convention.
 
     Args:
         scorer: The process that runs the model.
@@ -124,7 +124,7 @@ def quote(
         done: Called after every window.
 
     Returns:
-        What was found.
+        The losses of every window.
     """
     losses = []
     for window in text.windows:

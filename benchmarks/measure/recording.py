@@ -1,4 +1,4 @@
-"""What has been found about a model, as a report keeps it."""
+"""The result of one model, as a report records it."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from mistill.folders.folder import MANIFEST_FILE, FolderInfo, read_json
 from mistill.folders.lineage import fingerprint, read_lineage
 
 
-def recorded(
+def result_of(
     subject: Subject,
-    judge: Subject,
+    reference: Subject,
     passage_bytes: tuple[int, ...],
     settings: BenchSettings,
     threads: int,
 ) -> ModelResult:
-    """Put together what a report keeps of a model.
+    """The result of one model, as a report records it.
 
     Args:
         subject: The model, measured.
-        judge: The reference.
+        reference: The reference.
         passage_bytes: Bytes of text that the predicted tokens of each passage spell.
-        settings: What was asked for.
+        settings: What was to be measured.
         threads: Threads that it computed with.
 
     Returns:
-        The record; no place on this machine is named in it.
+        The result; it contains no path of this machine.
     """
     info, answers, entry = subject.info, subject.answers, subject.entry
     turns = subject.transformers_turns
     parent = subject.parent
-    lineage = tuple(map(_without_places, read_lineage(info.path)))
+    lineage = tuple(map(_without_paths, read_lineage(info.path)))
     if entry is not None:
         lineage = (*lineage, {"step": entry.rival.name, "settings": entry.rival.settings})
     return ModelResult(
@@ -56,71 +56,71 @@ def recorded(
             parameters=info.parameters,
             weight_bytes=info.weight_bytes if entry is None else entry.weight_bytes,
             folder_bytes=info.size_bytes if entry is None else entry.folder_bytes,
-            load_seconds=short(answers["open"]["load_seconds"]),
+            load_seconds=rounded(answers["open"]["load_seconds"]),
             peak_memory_bytes=answers["memory"]["peak_bytes"],
             resident_memory_bytes=answers["memory"]["resident_bytes"],
         ),
         perplexity=Perplexity(losses=tuple(subject.losses), passage_bytes=passage_bytes),
-        fidelity=None if subject is judge else subject.distances[judge.name].fidelity(),
+        fidelity=None if subject is reference else subject.distances[reference.name].fidelity(),
         parent=None if parent is None else parent.name,
         parent_fidelity=None if parent is None else subject.distances[parent.name].fidelity(),
         latency=Latency(turns=tuple(subject.turns)),
         transformers_latency=Latency(turns=tuple(turns)) if turns else None,
-        prompts=latencies(subject.at, settings.prompts),
-        depths=latencies(subject.at, settings.depths),
+        prompts=latencies(subject.turns_at_lengths, settings.prompts),
+        depths=latencies(subject.turns_at_lengths, settings.depths),
         loads=tuple(subject.loads),
         step_bytes=None if entry is not None else step_bytes(info, threads),
         rival=None if entry is None else entry.rival,
         left_out=tuple(subject.left_out),
         quoted=tuple(subject.quoted),
-        answers=subject.questioned,
+        answers=subject.question_answers,
     )
 
 
-def short(value: float) -> float:
-    """Six significant digits: more than any of these measurements holds, and a smaller file.
+def rounded(value: float) -> float:
+    """Round to six significant digits, more than any of these measurements has.
 
     Args:
         value: A measurement.
 
     Returns:
-        The same, rounded.
+        The rounded value.
     """
     return float(f"{value:.6g}")
 
 
 def file_name(value: Any) -> Any:
-    """Leave out the place on this machine that a value may name.
+    """Replace an absolute path by its file name.
 
     Args:
         value: Any value of a record.
 
     Returns:
-        The file name of an absolute path; anything else as it is, paths as text.
+        The file name of an absolute path; any other value unchanged, other paths as text.
     """
     if isinstance(value, str | Path):
         return Path(value).name if Path(value).is_absolute() else str(value)
     return value
 
 
-def _without_places(value: Any) -> Any:
-    """A step of the lineage, without the places on this machine that it names."""
+def _without_paths(value: Any) -> Any:
+    """A step of the lineage without absolute paths of this machine."""
     if isinstance(value, Mapping):
-        return {str(name): _without_places(item) for name, item in value.items()}
+        return {str(name): _without_paths(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_places(item) for item in value]
+        return [_without_paths(item) for item in value]
     return file_name(value)
 
 
 def step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:
-    """What a step reads and multiplies, by the manifest of an ONNX folder.
+    """Bytes that a step reads, according to the manifest of an ONNX folder.
 
     Args:
         info: The folder.
-        threads: Threads that would compute.
+        threads: Threads to compute with.
 
     Returns:
-        The bytes, and what memory and kernels give here; None where there is no manifest.
+        The bytes, and the speed of memory and kernels here; None where there is no manifest.
     """
     file = info.path / MANIFEST_FILE
     manifest = read_json(file) if info.form == "onnx" and file.is_file() else {}
@@ -130,16 +130,16 @@ def step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:
         weight_bytes=manifest["bytes_per_token"],
         packed_bytes=manifest["packed_bytes_per_token"],
         cache_bytes_per_position=manifest["cache_bytes_per_position"],
-        memory_bytes_per_second=short(memory_speed(threads)),
+        memory_bytes_per_second=rounded(memory_speed(threads)),
         kernel_seconds=_kernel_seconds(info, threads),
     )
 
 
 def _kernel_seconds(info: FolderInfo, threads: int) -> float | None:
-    """What a step's integer products take out of a cache; None where nothing can read a graph."""
+    """Time of a step's integer products with cached weights; None without onnx_ir."""
     try:
         import onnx_ir
     except ImportError:
         return None
     weights = product_weights(onnx_ir.load(info.path / "model.onnx").graph)
-    return short(sum(count / kernel_speed(kernel, threads) for kernel, count in weights.items()))
+    return rounded(sum(count / kernel_speed(kernel, threads) for kernel, count in weights.items()))

@@ -1,4 +1,4 @@
-"""The models of one comparison, and what is refused before anything large is loaded."""
+"""The models of one comparison, checked before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.footprint import Load
 from benchmarks.figures.latency import Turn
 from benchmarks.measure.quoting import check_quotable
-from benchmarks.rivals.contest import Contestant, Entry, check_source, enter
+from benchmarks.rivals.contest import InstalledRival, RivalFiles, check_source, make_files
 from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
 from mistill.folders.folder import FolderInfo, open_folder
@@ -25,108 +25,108 @@ Models = str | Path | Sequence[str | Path]
 
 @dataclass
 class Distance:
-    """How far a model is from another.
+    """The distance of a model from another.
 
     Attributes:
-        divergences: Of each token, passage by passage.
-        agreements: 1 where both hold the same token for the most probable.
+        divergences: KL of each token, in nats, passage by passage.
+        agreements: 1 where the most probable token of both is the same.
     """
 
     divergences: list[tuple[float, ...]] = field(default_factory=list)
     agreements: list[tuple[int, ...]] = field(default_factory=list)
 
     def fidelity(self) -> Fidelity:
-        """What is derived from it.
+        """The distance as a report records it.
 
         Returns:
-            The distance as a report holds it.
+            The same numbers, frozen.
         """
         return Fidelity(divergences=tuple(self.divergences), agreements=tuple(self.agreements))
 
 
 @dataclass
 class Subject:
-    """One model and what has been found about it so far.
+    """One model and the measurements taken so far.
 
     Attributes:
-        given: How it was named.
+        named_as: The path or name that the user gave.
         info: Its folder; of a rival, the folder whose weights it got.
-        is_listed: Whether it is measured, and not only a reference.
-        is_reference: Whether the others are held against it.
-        name: What it is called in the report.
-        entry: Its files, of a rival.
-        answers: What its child process answered.
+        is_listed: Whether it is measured, and not only the reference.
+        is_reference: Whether the others are compared with it.
+        name: Its name in the report.
+        entry: Of a rival, its files.
+        answers: Answers of its child process, by request.
         turns: Its turns at the usual length.
-        transformers_turns: The same in transformers' own loop.
-        at: Its turns at other lengths.
-        loads: Its loadings.
-        left_out: What was asked for and not measured, and why.
+        transformers_turns: The same with transformers' own generate.
+        turns_at_lengths: Its turns at other lengths.
+        loads: Its loading times.
+        left_out: What was not measured although it was requested, and why.
         losses: Loss of each token, passage by passage.
         parent: The float model that it was made of.
         distances: Distance from others, by name.
-        quoted: Perplexities as others quote them.
-        questioned: What it answered to the small offline set.
+        quoted: Perplexities in the requested conventions.
+        question_answers: Its answers to the small offline set.
     """
 
-    given: str
+    named_as: str
     info: FolderInfo
     is_listed: bool
     is_reference: bool = False
     name: str = ""
-    entry: Entry | None = None
+    entry: RivalFiles | None = None
     answers: dict[str, Any] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
     transformers_turns: list[Turn] = field(default_factory=list)
-    at: dict[int, list[Turn]] = field(default_factory=dict)
+    turns_at_lengths: dict[int, list[Turn]] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     losses: list[tuple[float, ...]] = field(default_factory=list)
     parent: Subject | None = None
     distances: dict[str, Distance] = field(default_factory=dict)
     quoted: list[QuotedPerplexity] = field(default_factory=list)
-    questioned: Answers | None = None
+    question_answers: Answers | None = None
 
     @property
     def folder(self) -> Path:
-        """What a child process opens."""
+        """The folder that a child process opens."""
         return self.info.path if self.entry is None else self.entry.folder
 
     @property
     def runs_pytorch(self) -> bool:
-        """Whether transformers' own loop can be let write too."""
+        """Whether transformers' own generate can be timed too."""
         return self.info.form == "model" and self.entry is None
 
 
 def open_subjects(models: Models, reference: str | Path | None) -> list[Subject]:
-    """Open the folders that were given, without loading weights.
+    """Open the named folders, without loading weights.
 
     Args:
         models: Folders of any form, or anything else that names a model.
-        reference: The model that the others are held against; None for the first.
+        reference: The model that the others are compared with; None for the first.
 
     Returns:
-        The models in the order given, the reference behind them if it is none of them.
+        The models in the order named; the reference comes last if it is none of them.
 
     Raises:
         SettingsError: If there is no model, or one is given twice.
     """
-    given = as_list(models)
-    if not given:
+    requested = as_list(models)
+    if not requested:
         raise SettingsError("there is no model to measure; give at least one folder")
-    subjects = [Subject(str(model), open_folder(folder_of(model)), True) for model in given]
+    subjects = [Subject(str(model), open_folder(folder_of(model)), True) for model in requested]
     paths = [subject.info.path.resolve() for subject in subjects]
-    for place, path in enumerate(paths):
-        if path in paths[:place]:
-            raise SettingsError(f"{given[place]} is given twice; give every model once")
-    judge = subjects[0]
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise SettingsError(f"{requested[index]} is given twice; give every model once")
+    reference_subject = subjects[0]
     if reference is not None:
         folder = open_folder(folder_of(reference))
         if folder.path.resolve() not in paths:
             paths.append(folder.path.resolve())
             subjects.append(Subject(str(reference), folder, False))
-        judge = subjects[paths.index(folder.path.resolve())]
-    judge.is_reference = True
-    names = short_names([subject.given for subject in subjects])
+        reference_subject = subjects[paths.index(folder.path.resolve())]
+    reference_subject.is_reference = True
+    names = short_names([subject.named_as for subject in subjects])
     for subject, name in zip(subjects, names, strict=True):
         subject.name = name
     _find_parents(subjects)
@@ -134,7 +134,7 @@ def open_subjects(models: Models, reference: str | Path | None) -> list[Subject]
 
 
 def _find_parents(subjects: Sequence[Subject]) -> None:
-    """Find for every quantized or exported model the float model that it was made of."""
+    """Find the float model that every quantized or exported model was made from."""
     floats = {
         fingerprint(subject.info.path): subject
         for subject in subjects
@@ -151,21 +151,23 @@ def rival_source_of(subjects: Sequence[Subject], named: str | Path | None) -> Su
 
     Args:
         subjects: The models.
-        named: The folder that was named, if any.
+        named: The folder that the user named, if any.
 
     Returns:
-        That folder; else the float folder that most of the others were made of, or else the first
+        That folder; else the float folder that most of the others were made from, or else the first
         folder that has such weights.
     """
     if named is not None:
         folder = open_folder(folder_of(named))
-        known = [s for s in subjects if s.info.path.resolve() == folder.path.resolve()]
-        found = known[0] if known else Subject(str(named), folder, False, name=folder.path.name)
-        check_source(found.info)
-        return found
+        compared = [s for s in subjects if s.info.path.resolve() == folder.path.resolve()]
+        source = (
+            compared[0] if compared else Subject(str(named), folder, False, name=folder.path.name)
+        )
+        check_source(source.info)
+        return source
     parents = [subject.parent for subject in subjects if subject.parent is not None]
-    made = sorted(subjects, key=lambda s: -sum(parent is s for parent in parents))
-    floats = [subject for subject in made if subject.info.form == "model"]
+    by_children = sorted(subjects, key=lambda s: -sum(parent is s for parent in parents))
+    floats = [subject for subject in by_children if subject.info.form == "model"]
     others = [subject for subject in subjects if subject.info.form != "onnx"]
     chosen = next(iter([*floats, *others]), None)
     check_source(None if chosen is None else chosen.info)
@@ -173,16 +175,16 @@ def rival_source_of(subjects: Sequence[Subject], named: str | Path | None) -> Su
     return chosen
 
 
-def enter_rivals(
-    contestants: Sequence[Contestant],
+def add_rivals(
+    installed: Sequence[InstalledRival],
     source: Subject | None,
     subjects: Sequence[Subject],
     scratch: Path,
 ) -> list[Subject]:
-    """Give the rivals their files, and let them take part like the models.
+    """Make the files of the rivals, and add them to the models that are compared.
 
     Args:
-        contestants: The rivals.
+        installed: The rivals.
         source: The folder whose weights they get; None where there is no rival.
         subjects: The models that are compared.
         scratch: Where to make the files.
@@ -190,22 +192,22 @@ def enter_rivals(
     Returns:
         The rivals.
     """
-    entered: list[Subject] = []
-    for contestant in contestants:
-        assert source is not None, "found with the contestants"
-        entry = enter(contestant, source.info, source.name, scratch)
+    rivals: list[Subject] = []
+    for rival_engine in installed:
+        assert source is not None, "a comparison with rivals has a source"
+        entry = make_files(rival_engine, source.info, source.name, scratch)
         rival = Subject(entry.rival.name, source.info, True, name=entry.rival.name, entry=entry)
         rival.parent = source if source.info.form == "model" and source in subjects else None
-        entered.append(rival)
-    return entered
+        rivals.append(rival)
+    return rivals
 
 
-def asked_of(subjects: Sequence[Subject], settings: BenchSettings) -> dict[str, Path]:
+def models_to_ask(subjects: Sequence[Subject], settings: BenchSettings) -> dict[str, Path]:
     """The models whose replies the report shows.
 
     Args:
         subjects: The models.
-        settings: Who is asked what.
+        settings: Prompts, and names of the models that reply.
 
     Returns:
         Folders by name.
@@ -220,26 +222,29 @@ def asked_of(subjects: Sequence[Subject], settings: BenchSettings) -> dict[str, 
     unknown = [name for name in settings.sample_models if name not in listed]
     if unknown:
         raise SettingsError(
-            f"sample_models names {', '.join(unknown)}, which is not compared; compared are "
+            f"sample_models names {', '.join(unknown)}, which is not compared; the models are "
             f"{', '.join(listed)}"
         )
-    asked = {name: listed[name] for name in settings.sample_models or listed}
-    for name, folder in asked.items():
+    folders = {name: listed[name] for name in settings.sample_models or listed}
+    for name, folder in folders.items():
         if load_vocabulary(folder).chat_template is None:
-            raise VocabularyError(f"{name} has no chat template, so it cannot be asked anything")
-    return asked
+            raise VocabularyError(
+                f"{name} has no chat template, so it cannot reply to prompts; leave it out of "
+                "sample_models"
+            )
+    return folders
 
 
-def as_list(given: Models) -> list[str | Path]:
-    """Several of what may be given alone.
+def as_list(models: Models) -> list[str | Path]:
+    """One or several models as a list.
 
     Args:
-        given: One or several.
+        models: One or several.
 
     Returns:
         A list.
     """
-    return [given] if isinstance(given, str | Path) else list(given)
+    return [models] if isinstance(models, str | Path) else list(models)
 
 
 def folder_of(model: str | Path) -> Path:
@@ -260,7 +265,7 @@ def folder_of(model: str | Path) -> Path:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The shortest end of each path that tells it from the others.
+    """The shortest end of each path that distinguishes it from the others.
 
     Args:
         paths: Paths, all different.
@@ -270,20 +275,22 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """
     parts = [Path(path).expanduser().absolute().parts for path in paths]
     names = []
-    for own in parts:
+    for path_parts in parts:
         length = 1
-        while sum(other[-length:] == own[-length:] for other in parts) > 1 and length < len(own):
+        while sum(other[-length:] == path_parts[-length:] for other in parts) > 1 and length < len(
+            path_parts
+        ):
             length += 1
-        names.append("/".join(own[-length:]))
+        names.append("/".join(path_parts[-length:]))
     return names
 
 
 def check_context(subjects: Sequence[Subject], settings: BenchSettings) -> None:
-    """Refuse models that do not hold what they are to read and write.
+    """Refuse models whose context is too short for the prompts and the tokens to write.
 
     Args:
         subjects: The models.
-        settings: How much that is.
+        settings: How many tokens those are.
 
     Raises:
         SettingsError: If one has too short a context.
@@ -292,37 +299,37 @@ def check_context(subjects: Sequence[Subject], settings: BenchSettings) -> None:
     for subject in subjects:
         if subject.is_listed and subject.info.context_length < needed:
             raise SettingsError(
-                f"{subject.given} holds {subject.info.context_length} positions, and prompt_tokens "
-                f"and new_tokens ask for {settings.prompt_tokens} + {settings.new_tokens}; ask for "
-                "fewer"
+                f"{subject.named_as} has a context of {subject.info.context_length} tokens, and "
+                f"prompt_tokens and new_tokens need {settings.prompt_tokens} + "
+                f"{settings.new_tokens}; set smaller ones"
             )
         if subject.is_listed:
-            check_quotable(settings.perplexity, subject.given, subject.info.context_length)
+            check_quotable(settings.perplexity, subject.named_as, subject.info.context_length)
 
 
-def check_vocabularies(judge: Subject, subjects: Sequence[Subject]) -> None:
+def check_vocabularies(reference: Subject, subjects: Sequence[Subject]) -> None:
     """Refuse models whose predictions cannot be compared token by token.
 
     Args:
-        judge: The reference.
+        reference: The reference.
         subjects: The models.
 
     Raises:
         VocabularyError: If two do not share a vocabulary.
     """
-    known = load_vocabulary(judge.info.path)
+    vocabulary = load_vocabulary(reference.info.path)
     for subject in subjects:
-        if subject is judge:
+        if subject is reference:
             continue
-        sizes = subject.info.vocabulary_size, judge.info.vocabulary_size
+        sizes = subject.info.vocabulary_size, reference.info.vocabulary_size
         if sizes[0] != sizes[1]:
             raise VocabularyError(
-                f"{subject.given} predicts {sizes[0]} tokens and {judge.given} {sizes[1]}; compare "
-                "models that share a vocabulary"
+                f"{subject.named_as} has logits for {sizes[0]} tokens and {reference.named_as} for "
+                f"{sizes[1]}; compare models that share a vocabulary"
             )
-        differences = same_vocabulary(known, load_vocabulary(subject.info.path))
+        differences = same_vocabulary(vocabulary, load_vocabulary(subject.info.path))
         if differences:
             raise VocabularyError(
-                f"{subject.given} and {judge.given} do not share a vocabulary: "
+                f"{subject.named_as} and {reference.named_as} do not share a vocabulary: "
                 f"{'; '.join(differences)}"
             )

@@ -1,4 +1,9 @@
-"""Draw the picture of a comparison: as SVG in the page, and as files of SVG and PNG."""
+"""Draw the picture of a comparison: as SVG in the page, and as files of SVG and PNG.
+
+The layout is computed once (``laying_out``). The SVG is written here, not by matplotlib: its
+elements carry the classes and accessible names that the page styles, in a light and in a dark
+theme, and that its script finds, and it needs no matplotlib. matplotlib makes the PNG.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +18,16 @@ from mistill.errors import missing_extra
 
 
 def to_svg(marks: Sequence[Mark], title: str, description: str, plane: Plane = WIDE) -> str:
-    """Draw for a page. Colours and fonts are left to the page's style, by class.
+    """Draw for a page, whose style sheet sets colours and fonts by class.
 
     Args:
-        marks: The picture.
-        title: What it shows, for those who cannot see it.
-        description: What is to be seen in it.
-        plane: Where the picture lies.
+        marks: The elements of the picture.
+        title: Its accessible name.
+        description: Its accessible description.
+        plane: Size and margins of the picture.
 
     Returns:
-        An ``svg`` element, whose models can be reached by the keyboard.
+        An ``svg`` element whose discs can be reached with the Tab key.
     """
     names = [f"{plane.name}-{part}" for part in ("title", "description")]
     return (
@@ -35,16 +40,16 @@ def to_svg(marks: Sequence[Mark], title: str, description: str, plane: Plane = W
 
 
 def svg_file(marks: Sequence[Mark], title: str, description: str, plane: Plane = WIDE) -> str:
-    """Draw a file of its own, light or dark as its reader likes it.
+    """Draw an SVG file, light or dark according to the reader's colour scheme.
 
     Args:
-        marks: The picture.
-        title: What it shows, for those who cannot see it.
-        description: What is to be seen in it.
-        plane: Where the picture lies.
+        marks: The elements of the picture.
+        title: Its accessible name.
+        description: Its accessible description.
+        plane: Size and margins of the picture.
 
     Returns:
-        An SVG document that needs nothing from outside.
+        A self-contained SVG document.
     """
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" class="picture" '
@@ -93,8 +98,8 @@ def _svg_mark(mark: Mark, alone: bool) -> str:
 
 
 _INK, _FADED, _FAINT = "#1b2430", "#5b6675", "#e4e8ee"
-#: The same colours as the light theme of the page; told apart by most colour-blind readers
-#: (after Okabe and Ito).
+#: The colours of the page's light theme, which most colour-blind readers can distinguish (after
+#: Okabe and Ito).
 _FILLS = {
     "model": "#64748b",
     "gptq": "#d97706",
@@ -120,11 +125,11 @@ _INKS = {"name": _INK, "beaten-name": _FADED, "axis-name": _INK}
 
 
 def to_png(marks: Sequence[Mark], plane: Plane = WIDE) -> bytes:
-    """Draw for a README: light, two pixels to a unit.
+    """Draw a PNG in the light theme, two pixels to a unit of the plane.
 
     Args:
-        marks: The picture.
-        plane: Where the picture lies.
+        marks: The elements of the picture.
+        plane: Size and margins of the picture.
 
     Returns:
         A PNG file.

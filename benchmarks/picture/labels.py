@@ -1,4 +1,4 @@
-"""Where the names of the models stand in the picture: beside their discs, off one another."""
+"""Positions of the models' names in the picture: beside their discs, without overlap."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ SIZES = {"name": 15.0, "size": 12.5, "legend": 13.0, "tick": 13.0, "axis-name": 
 
 
 def place_names(discs: Sequence[Disc], stairs: Sequence[Stroke], plane: Plane = WIDE) -> list[Mark]:
-    """Write each name where it covers nothing, with a line to its disc if it is far.
+    """Place each name where it overlaps least, with a line to its disc if it is far from it.
 
     Args:
         discs: The models.
-        stairs: Lines that run upright and level, and that no name should cross.
-        plane: Where the picture lies.
+        stairs: Lines of vertical and horizontal segments that names should not cross.
+        plane: Size and margins of the picture.
 
     Returns:
         Names and lines.
     """
     lines = [box for stroke in stairs for box in _along(stroke)]
-    taken = [*lines, *map(_around, discs)]
+    occupied = [*lines, *map(_around, discs)]
     marks: list[Mark] = []
     for disc in sorted(discs, key=lambda disc: (disc.hollow, disc.radius)):
-        others = [box for box in taken[len(lines) :] if box != _around(disc)]
-        place = min(_places(disc), key=lambda place: _cost(place, taken, others, plane))
-        taken.append(place.box)
-        if place.leader is not None:
-            marks.append(place.leader)
-        left, _, right, bottom = place.box
+        others = [box for box in occupied[len(lines) :] if box != _around(disc)]
+        best = min(_places(disc), key=lambda candidate: _cost(candidate, occupied, others, plane))
+        occupied.append(best.box)
+        if best.leader is not None:
+            marks.append(best.leader)
+        left, _, right, bottom = best.box
         role = "beaten-name" if disc.hollow else "name"
         middle = (left + right) / 2
         marks.append(Words((middle, bottom - 4.5), disc.name, role, "middle", name=disc.name))
@@ -48,9 +48,9 @@ class _Place:
 
 
 def _places(disc: Disc) -> list[_Place]:
-    """Boxes for a name around its disc, the best first."""
+    """Candidate boxes for a name around its disc, the nearest first."""
     (x, y), wide, tall = disc.centre, width_of(disc.name, "name"), 19.0
-    places = []
+    candidates = []
     for distance in (6.0, 26.0, 52.0, 84.0, 120.0):
         out = disc.radius + distance
         for angle in (90, -90, 0, 180, 45, -45, 135, -135, 22, -22, 158, -158):
@@ -66,13 +66,13 @@ def _places(disc: Disc) -> list[_Place]:
             edge = x + dx * disc.radius, y + dy * disc.radius
             end = min(max(edge[0], box[0]), box[2]), min(max(edge[1], box[1]), box[3])
             leader = Stroke((edge, end), "leader", disc.name) if distance > 6 else None
-            places.append(_Place(box, distance, leader))
-    return places
+            candidates.append(_Place(box, distance, leader))
+    return candidates
 
 
-def _cost(place: _Place, taken: Sequence[Box], others: Sequence[Box], plane: Plane) -> float:
+def _cost(place: _Place, occupied: Sequence[Box], others: Sequence[Box], plane: Plane) -> float:
     left, top, right, bottom = place.box
-    covered = sum(_overlap(place.box, other) for other in taken)
+    covered = sum(_overlap(place.box, other) for other in occupied)
     outside = (
         max(0.0, plane.left + 4 - left)
         + max(0.0, right - plane.right)
@@ -101,7 +101,7 @@ def _around(disc: Disc) -> Box:
 
 
 def _along(stroke: Stroke) -> list[Box]:
-    """Thin boxes around the pieces of a line that runs upright and level."""
+    """Thin boxes around the vertical and horizontal segments of a line."""
     return [
         (min(x0, x1) - 2, min(y0, y1) - 2, max(x0, x1) + 2, max(y0, y1) + 2)
         for (x0, y0), (x1, y1) in pairwise(stroke.points)
@@ -109,11 +109,11 @@ def _along(stroke: Stroke) -> list[Box]:
 
 
 def width_of(text: str, role: str) -> float:
-    """Width of words, near enough for every font that a page may be read in.
+    """Approximate width of a text in common fonts.
 
     Args:
-        text: The words.
-        role: What they are.
+        text: The text.
+        role: Its role, which decides its size.
 
     Returns:
         Units of the plane.

@@ -28,7 +28,7 @@ def draw(comparison: Comparison, plane: Plane = WIDE) -> list[Mark]:
 
     Args:
         comparison: The result.
-        plane: Where it lies.
+        plane: Size and margins of the picture.
 
     Returns:
         Marks, in the order of drawing.
@@ -50,13 +50,13 @@ def draw(comparison: Comparison, plane: Plane = WIDE) -> list[Mark]:
 
 
 def role_of(model: ModelResult) -> str:
-    """What runs a model, for its colour.
+    """The role of a model's disc, which decides its colour.
 
     Args:
         model: The result.
 
     Returns:
-        The form of our own folders, the engine of others.
+        The form of a model of our own, the engine of a rival.
     """
     if model.rival is not None:
         engine = model.rival.engine.replace(".", "-")
@@ -129,7 +129,7 @@ def _frame(comparison: Comparison, across: Scale, down: Scale, plane: Plane) -> 
 
 
 def _legend(models: Sequence[ModelResult], plane: Plane) -> tuple[list[Mark], int]:
-    """What the colours and areas mean, in as many rows as are needed."""
+    """The legend of colours and areas, and its number of rows."""
     entries = [(role_of(model), _engine(model), 7.0) for model in models]
     if any(dominators(models).values()):
         entries.append(("any", "beaten by another", 7.0))
@@ -140,13 +140,13 @@ def _legend(models: Sequence[ModelResult], plane: Plane) -> tuple[list[Mark], in
     marks: list[Mark] = []
     start = 16.0 if plane.width < 600 else float(plane.left)
     x, row = start, 0
-    for role, words, r in dict.fromkeys(entries):
-        wide = 2 * r + 7 + width_of(words, "legend")
+    for role, label, r in dict.fromkeys(entries):
+        wide = 2 * r + 7 + width_of(label, "legend")
         if x > start and x + wide > plane.right:
             x, row = start, row + 1
         y = 29.0 + row * _LEGEND_ROW
         marks.append(Disc((x + r, y), r, role, hollow=role == "any"))
-        marks.append(Words((x + 2 * r + 7, y + 5), words, "legend"))
+        marks.append(Words((x + 2 * r + 7, y + 5), label, "legend"))
         x += wide + 22
     return marks, row + 1
 
@@ -156,9 +156,9 @@ def _engine(model: ModelResult) -> str:
 
 
 def _frontier(models: Sequence[ModelResult], across: Scale, down: Scale) -> Stroke:
-    """The stairs of speed and fidelity alone: to the right of them, and above, is nothing.
+    """The Pareto frontier of speed and fidelity, as stairs.
 
-    They have no corner where one model is both the fastest and the closest.
+    It is empty where one model is both the fastest and the closest.
     """
     best = math.inf
     corners: list[Point] = []

@@ -1,4 +1,4 @@
-"""What the picture of a comparison is made of, and the plane that it is laid out in."""
+"""The elements of the picture of a comparison, and the plane that it is laid out in."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Stroke:
     """A line.
 
     Attributes:
-        points: Its corners; none for a line that is not there yet.
-        role: What it is; decides how it looks.
-        name: Of the model that it belongs to; may be empty.
+        points: Its corners; none for a line that only the page's script draws.
+        role: Its role, which decides its style.
+        name: Name of its model; may be empty.
     """
 
     points: tuple[Point, ...]
@@ -27,12 +27,12 @@ class Disc:
     """A model.
 
     Attributes:
-        centre: Where it stands.
+        centre: Position of the centre.
         radius: Its area is the model's size on disk.
-        role: What runs the model; decides the colour.
-        hollow: Whether another model beats it at everything.
-        name: Of the model; empty for a disc of the legend.
-        hint: What a reader sees on pointing at it.
+        role: Form or engine of the model, which decides the colour.
+        hollow: Whether another model dominates it.
+        name: Name of the model; empty for a disc of the legend.
+        hint: Figures of the model, as tooltip and accessible name.
     """
 
     centre: Point
@@ -45,15 +45,15 @@ class Disc:
 
 @dataclass(frozen=True)
 class Words:
-    """A few words.
+    """A text.
 
     Attributes:
-        place: Where their baseline begins, is centred or ends.
-        text: The words.
-        role: What they are; decides how they look.
+        place: Position of the start, middle or end of its baseline.
+        text: The text.
+        role: Its role, which decides its style.
         anchor: ``start``, ``middle`` or ``end``.
-        turned: Whether they run upwards.
-        name: Of the model that they belong to; may be empty.
+        turned: Whether it runs upwards.
+        name: Name of its model; may be empty.
     """
 
     place: Point
@@ -69,12 +69,12 @@ Mark = Stroke | Disc | Words
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """Where the picture lies.
+    """Size and margins of the picture.
 
     Attributes:
-        name: What it is for.
-        width: Of the whole.
-        height: Of the whole.
+        name: Its CSS class.
+        width: Width of the picture.
+        height: Height of the picture.
         left: Left end of the axes.
         right: Right end of the axes.
         top: Upper end of the axes.
@@ -95,7 +95,7 @@ class Plane:
 
     @property
     def room(self) -> float:
-        """Between the ends of the upright axis and the frame: the largest disc fits."""
+        """Space between the ends of the vertical axis and the frame: the largest disc fits."""
         return self.largest_radius + 6
 
 

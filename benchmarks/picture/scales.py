@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from benchmarks.picture.marks import WIDE, Plane
 
-#: A divergence below this is the rounding of float32 sums, not a difference of models.
+#: A KL divergence below this is rounding of float32 sums, not a difference of models.
 NOISE_NATS = 1e-5
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a value stands on an axis.
+    """An axis: maps values to positions.
 
     Attributes:
         first: The value at the left or at the top.
@@ -22,8 +22,8 @@ class Scale:
         start: Position of the first, in units of the plane.
         end: Position of the last.
         logarithmic: Whether equal steps are equal ratios.
-        ticks: Values to be named.
-        zero: Position of all that is too small to be told from 0, on a logarithmic axis.
+        ticks: Values with a label.
+        zero: Position of values too small to distinguish from 0, on a logarithmic axis.
     """
 
     first: float
@@ -35,31 +35,31 @@ class Scale:
     zero: float | None = None
 
     def place(self, value: float) -> float:
-        """Where a value stands.
+        """Position of a value.
 
         Args:
-            value: The value; held to the ends of the axis.
+            value: The value; clipped to the ends of the axis.
 
         Returns:
             Position in units of the plane.
         """
         if self.zero is not None and value <= NOISE_NATS:
             return self.zero
-        held = min(max(value, self.first), self.last)
+        clipped = min(max(value, self.first), self.last)
         share = (
-            math.log(held / self.first) / math.log(self.last / self.first)
+            math.log(clipped / self.first) / math.log(self.last / self.first)
             if self.logarithmic
-            else (held - self.first) / (self.last - self.first)
+            else (clipped - self.first) / (self.last - self.first)
         )
         return self.start + share * (self.end - self.start)
 
 
 def speed_scale(speeds: Sequence[float], plane: Plane = WIDE) -> Scale:
-    """A logarithmic axis for tokens per second, with room beside the outermost.
+    """A logarithmic axis for tokens per second, with margins.
 
     Args:
         speeds: At least one, above 0.
-        plane: Where the picture lies.
+        plane: Size and margins of the picture.
 
     Returns:
         The axis, from left to right.
@@ -79,12 +79,12 @@ def speed_scale(speeds: Sequence[float], plane: Plane = WIDE) -> Scale:
 def divergence_scale(divergences: Sequence[float], plane: Plane = WIDE) -> Scale:
     """An axis for divergences, 0 at the top.
 
-    Linear where all that differ from 0 are of one size, else logarithmic with a line of its own
-    for 0.
+    Linear where all values other than 0 have the same order of magnitude, else logarithmic with a
+    line of its own for 0.
 
     Args:
         divergences: At least one, in nats.
-        plane: Where the picture lies.
+        plane: Size and margins of the picture.
 
     Returns:
         The axis, from top to bottom.

@@ -1,7 +1,7 @@
-"""What a model may cost, checked: for a build that fails when a model has become too large.
+"""Limits on what a model may cost, for a build that fails when a model has become too large.
 
-The reference and the engines of others are what the models are held against, so a budget is not
-theirs unless it names them.
+The limits do not apply to the reference and to other engines, with which the models are compared,
+unless the budget names them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mistill.settings import settings_from
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:
-    """A limit that a model does not keep.
+    """A limit that a model does not meet.
 
     Attributes:
-        model: Its name.
-        limit: Which one, by its name in ``Budget``.
+        model: Name of the model.
+        limit: Name of the limit in ``Budget``.
         allowed: The limit.
-        found: What was measured.
+        found: The measured figure.
     """
 
     model: str
@@ -36,7 +36,7 @@ class Miss:
     found: float
 
     def __str__(self) -> str:
-        """One line that says who missed what by how much."""
+        """One line with the figure, the limit and the difference."""
         what, unit = _WORDS[self.limit]
         side = "below" if self.found < self.allowed else "above"
         return (
@@ -54,12 +54,12 @@ _WORDS = {
 
 
 def _number(value: float) -> str:
-    """Enough digits to tell a narrow miss from none."""
+    """Enough digits to show a narrow miss."""
     return f"{value:,.1f}" if value >= 100 else significant(value)
 
 
-def measured(model: ModelResult) -> dict[str, float]:
-    """What a budget can limit, of one model.
+def limited_figures(model: ModelResult) -> dict[str, float]:
+    """The figures of one model that a budget can limit.
 
     Args:
         model: The result.
@@ -76,7 +76,7 @@ def measured(model: ModelResult) -> dict[str, float]:
 
 
 def bound_models(comparison: Comparison, budget: Budget) -> tuple[ModelResult, ...]:
-    """The models that must keep to a budget.
+    """The models that a budget applies to.
 
     Args:
         comparison: The result.
@@ -97,12 +97,12 @@ def bound_models(comparison: Comparison, budget: Budget) -> tuple[ModelResult, .
     return tuple(others or ours or comparison.models)
 
 
-def find_names(asked: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The models that are meant.
+def find_names(requested: Sequence[str], known_names: Sequence[str]) -> list[str]:
+    """Find models by name.
 
     Args:
-        asked: Names as in the report, or paths that end with one.
-        known: The names in the report.
+        requested: Names as in the report, or paths that end with one.
+        known_names: The names in the report.
 
     Returns:
         Names in the report.
@@ -110,34 +110,35 @@ def find_names(asked: Sequence[str], known: Sequence[str]) -> list[str]:
     Raises:
         SettingsError: If a model is not known.
     """
-    found = []
-    for name in asked:
+    names = []
+    for name in requested:
         parts = PurePath(name).parts
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
-        match = next((end for end in [name, *ends] if end in known), None)
+        match = next((end for end in [name, *ends] if end in known_names), None)
         if match is None:
             raise SettingsError(
-                f"budget_for names {name}, which is not compared; compared are {', '.join(known)}"
+                f"budget_for names {name}, which is not compared; the models are "
+                f"{', '.join(known_names)}"
             )
-        found.append(match)
-    return found
+        names.append(match)
+    return names
 
 
 def misses(
     report: Comparison | str | Path, budget: Budget | None = None, **options: Any
 ) -> tuple[Miss, ...]:
-    """Every limit that a model does not keep.
+    """Every limit that a model does not meet.
 
-    A limit itself is allowed. What is held against it is the figure of the report, a mean or a
-    median, without its spread.
+    A figure equal to its limit meets it. The figure is the mean or median in the report, without
+    its uncertainty.
 
     Args:
         report: A comparison, the folder of its report, or its ``report.json``.
-        budget: What every model must keep to.
+        budget: The limits.
         **options: Fields of ``Budget``, instead of ``budget``.
 
     Returns:
-        The misses, model by model; none if the budget is met.
+        The limits not met, model by model; none if the budget is met.
 
     Raises:
         SettingsError: If it names a model that was not measured.
@@ -145,12 +146,12 @@ def misses(
     """
     budget = settings_from(Budget, budget, options)
     comparison = report if isinstance(report, Comparison) else Comparison.from_file(report)
-    found = []
+    missed = []
     for model in bound_models(comparison, budget):
-        for limit, value in measured(model).items():
+        for limit, value in limited_figures(model).items():
             allowed = getattr(budget, limit)
             if allowed is None:
                 continue
             if value < allowed if limit.startswith("min") else value > allowed:
-                found.append(Miss(model=model.name, limit=limit, allowed=allowed, found=value))
-    return tuple(found)
+                missed.append(Miss(model=model.name, limit=limit, allowed=allowed, found=value))
+    return tuple(missed)

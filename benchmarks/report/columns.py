@@ -1,7 +1,7 @@
 """The figures of a comparison.
 
 The terminal, the Markdown, the page and the summary in the JSON all take their columns from here,
-so that a figure is called the same and means the same everywhere.
+so that a figure has the same name and the same meaning everywhere.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ COLUMNS = (
         key="bits_per_weight",
         title="Bits per weight",
         unit="",
-        meaning="Those bytes in bits, divided by the weights of the dense model that the folder "
-        "stands for; scales, zeros and tables are counted.",
+        meaning="Bits on disk for each weight of the dense model; scales, zero points and tables "
+        "are counted.",
         figure=lambda model: model.footprint.bits_per_weight,
         write=lambda value: f"{value:.2f}",
         better="lower",
@@ -42,8 +42,8 @@ COLUMNS = (
         key="peak_memory_mb",
         title="Memory",
         unit="MB",
-        meaning="The most that a process which ran only this model ever held, in millions of "
-        "bytes: Python, libraries, weights and cache.",
+        meaning="Peak memory of a process that ran only this model, in millions of bytes: Python, "
+        "libraries, weights and KV cache.",
         figure=lambda model: model.footprint.peak_memory_bytes / MEGABYTE,
         write=whole,
         better="lower",
@@ -53,9 +53,9 @@ COLUMNS = (
 
 
 def columns_of(models: Sequence[ModelResult], reference: str) -> tuple[Column, ...]:
-    """The columns that say something about at least one model.
+    """The columns with a figure for at least one model.
 
-    The distance from a parent says nothing new where every parent is the reference.
+    The distance from the parent is left out where every parent is the reference.
 
     Args:
         models: The results.
@@ -74,13 +74,13 @@ def columns_of(models: Sequence[ModelResult], reference: str) -> tuple[Column, .
 
 
 def summary(model: ModelResult) -> dict[str, Any]:
-    """The derived figures of one model, for scripts that do not want to derive them.
+    """The derived figures of one model, for scripts.
 
     Args:
         model: The result.
 
     Returns:
-        Figures by key; a spread is beside its figure, under ``KEY_spread``.
+        Figures by key; the uncertainty of a figure has the key ``KEY_spread``.
     """
     record: dict[str, Any] = {"slow_token_ms": model.latency.slow_token_seconds * 1000}
     for column in (*COLUMNS, *timing_columns([model])):

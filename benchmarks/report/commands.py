@@ -1,18 +1,22 @@
 """The commands that make a model again, from its lineage.
 
-Folders are called by their last names, and only settings that differ from the defaults are
-written; lineages of before those were noted give all of their settings. What the lineage does not
-tell, such as the text that a student learnt from, is written in capitals.
+Folders are named by the last part of their path, and only settings that differ from the defaults
+are written. Lineages of earlier versions do not say which those are; they are then compared with
+defaults that the caller hands in, or all written. Placeholders in capitals, such as TEXTS, stand
+for what the lineage does not record.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from benchmarks.figures.model_result import ModelResult
+
+#: Name of a step to the defaults of its settings; None for a step without settings.
+StepDefaults = Callable[[str], Mapping[str, Any] | None]
 
 #: Step of the lineage to the words of its command.
 _WORDS = {
@@ -26,88 +30,105 @@ _WORDS = {
     "export": ("export",),
     "gguf": ("gguf",),
 }
-#: Which commands cannot do without text.
+#: Commands that need text.
 _NEED_TEXTS = ("student", "distill", "gptq", "tune")
 _INPUTS = ("teacher", "targets", "texts", "held_out")
 
 
-def commands(model: ModelResult) -> list[str]:
+def commands(model: ModelResult, step_defaults: StepDefaults | None = None) -> list[str]:
     """The commands that make a model, first step first.
 
     Args:
         model: The result.
+        step_defaults: Gives the defaults of a step, for lineages of earlier versions.
 
     Returns:
         One line per step; none for a folder without a lineage.
     """
     lineage = [entry for entry in model.lineage if entry.get("step") in _WORDS]
     if lineage and lineage[0].get("step") == "gguf" and len(lineage) > 1:
-        lineage = lineage[1:]  # the embedded teacher was unpacked on the way
+        lineage = lineage[1:]  # the embedded teacher was unpacked from it
     targets = _targets(lineage, model)
     return [
-        _command(entry, targets[place - 1] if place else None, targets[place])
-        for place, entry in enumerate(lineage)
+        _command(entry, targets[index - 1] if index else None, targets[index], step_defaults)
+        for index, entry in enumerate(lineage)
     ]
 
 
 def _targets(lineage: Sequence[Mapping[str, Any]], model: ModelResult) -> list[str]:
-    """The name of what each step made: what the next one read, all different."""
+    """Names of the folders that the steps made, all different."""
     last = model.rival.source if model.rival is not None else model.name
     names = [*(_name(entry.get("source")) for entry in lineage[1:]), _name(last)][: len(lineage)]
-    taken: list[str] = []
+    targets: list[str] = []
     for name in names:
         number, free = 2, name
-        while free in taken:
+        while free in targets:
             number, free = number + 1, f"{name}-{number}"
-        taken.append(free)
-    return taken
+        targets.append(free)
+    return targets
 
 
-def _command(entry: Mapping[str, Any], source: str | None, target: str) -> str:
+def _command(
+    entry: Mapping[str, Any],
+    source: str | None,
+    target: str,
+    step_defaults: StepDefaults | None,
+) -> str:
     step = str(entry["step"])
     settings = dict(entry.get("settings") or {})
-    changed = entry.get("changed_settings", settings)
-    words = ["mistill", *_WORDS[step]]
+    changed = entry.get("changed_settings")
+    if changed is None:
+        changed = _changed(settings, step_defaults(step) if step_defaults else None)
+    command = ["mistill", *_WORDS[step]]
     if step == "teacher":
-        words.append(_name(settings.pop("source", None) or entry.get("source")))
+        command.append(_name(settings.pop("source", None) or entry.get("source")))
     else:
-        words.append(source or _name(entry.get("source") or entry.get("file") or "SOURCE"))
+        command.append(source or _name(entry.get("source") or entry.get("file") or "SOURCE"))
     if step == "merge":
-        words.append(_name(settings.pop("adapter", "ADAPTER")))
-    words.append(f"{target}.gguf" if step == "gguf" and source else target)
+        command.append(_name(settings.pop("adapter", "ADAPTER")))
+    command.append(f"{target}.gguf" if step == "gguf" and source else target)
     if step != "teacher":
-        words += _inputs(step, entry)
-    words += _options({name: value for name, value in settings.items() if name in changed})
-    return " ".join(word if word.isupper() else shlex.quote(word) for word in words)
+        command += _inputs(step, entry)
+    command += _options({name: value for name, value in settings.items() if name in changed})
+    return " ".join(word if word.isupper() else shlex.quote(word) for word in command)
 
 
 def _inputs(step: str, entry: Mapping[str, Any]) -> list[str]:
-    given = {name: entry.get(name) for name in _INPUTS}
-    if given["targets"]:
-        given["teacher"] = None
-    if step in _NEED_TEXTS and not given["texts"]:
-        given["texts"] = "TEXTS"
+    inputs = {name: entry.get(name) for name in _INPUTS}
+    if inputs["targets"]:
+        inputs["teacher"] = None
+    if step in _NEED_TEXTS and not inputs["texts"]:
+        inputs["texts"] = "TEXTS"
     if step == "gptq":
-        given["teacher"] = None  # it only measures
-    words = []
-    for name, value in given.items():
+        inputs["teacher"] = None  # it only measures
+    arguments = []
+    for name, value in inputs.items():
         for item in value if isinstance(value, list | tuple) else [value]:
             if item:
-                words += [_flag(name), _name(item)]
-    return words
+                arguments += [_flag(name), _name(item)]
+    return arguments
+
+
+def _changed(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> list[str]:
+    """Names of the settings that differ from the defaults; all where those are not known."""
+    if defaults is None:
+        return list(settings)
+    return [
+        name for name, value in settings.items() if name in defaults and value != defaults[name]
+    ]
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
-    words: list[str] = []
+    options: list[str] = []
     for name, value in settings.items():
         if value is None:
             continue
         if isinstance(value, bool):
-            words.append(_flag(name) if value else f"--no-{name.replace('_', '-')}")
+            options.append(_flag(name) if value else f"--no-{name.replace('_', '-')}")
             continue
         for item in value if isinstance(value, list | tuple) else [value]:
-            words += [_flag(name), f"{item:g}" if isinstance(item, float) else str(item)]
-    return words
+            options += [_flag(name), f"{item:g}" if isinstance(item, float) else str(item)]
+    return options
 
 
 def _flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A comparison in Markdown: all figures, what they mean, and their conditions."""
+"""A comparison in Markdown: all figures, their meaning and the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ from benchmarks.figures.column import significant
 from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.frontier import dominators
 from benchmarks.report.columns import columns_of
-from benchmarks.report.commands import commands
+from benchmarks.report.commands import StepDefaults, commands
 from benchmarks.report.shipping import by_memory, ship_line, speed
-from benchmarks.report.table import conditions, conditions_in_full, escaped, remarks, road
+from benchmarks.report.table import (
+    conditions,
+    conditions_in_full,
+    escaped,
+    lineage_in_words,
+    remarks,
+)
 from benchmarks.settings import ShipSettings
 
 
-def markdown(comparison: Comparison, ship: ShipSettings | None = None) -> str:
-    """All figures, what they mean, and the conditions that they hold under.
+def markdown(
+    comparison: Comparison,
+    ship: ShipSettings | None = None,
+    step_defaults: StepDefaults | None = None,
+) -> str:
+    """All figures, their meaning and the conditions of the measurement.
 
     Args:
         comparison: The result.
-        ship: What there is to run a model on, for the line that says which one to ship.
+        ship: Memory and speed that the model to ship must meet.
+        step_defaults: Gives the defaults of a step, to write the commands of models whose lineage
+            was written by an earlier version.
 
     Returns:
         Markdown text.
@@ -45,13 +57,15 @@ def markdown(comparison: Comparison, ship: ShipSettings | None = None) -> str:
     lines += ["", "## Which one should I ship?", "", *_ship_lines(comparison, ship)]
     lines += ["", "## Where each comes from", ""]
     for model in comparison.models:
-        lines.append(f"- **{escaped(model.name)}** ({model.kind}): {escaped(road(model))}")
+        lines.append(
+            f"- **{escaped(model.name)}** ({model.kind}): {escaped(lineage_in_words(model))}"
+        )
     lines += [
-        f"- **{escaped(model.name)}**: {escaped(words)}"
+        f"- **{escaped(model.name)}**: {escaped(remark)}"
         for model in comparison.models
-        for words in remarks(model)
+        for remark in remarks(model)
     ]
-    lines += ["", "```sh", *_all_commands(comparison), "```"]
+    lines += ["", "```sh", *_all_commands(comparison, step_defaults), "```"]
     lines += ["", "## Conditions", ""]
     lines += [f"- {name}: {escaped(value)}" for name, value in conditions_in_full(comparison)]
     for prompt, replies in comparison.samples.items():
@@ -61,7 +75,7 @@ def markdown(comparison: Comparison, ship: ShipSettings | None = None) -> str:
 
 
 def _ship_lines(comparison: Comparison, ship: ShipSettings | None) -> list[str]:
-    """The answer that was asked for, and those for every amount of memory."""
+    """The answer to the question, and the answers for every amount of memory."""
     question = ship or ShipSettings()
     lines = []
     if question.ship_mb is not None:
@@ -84,10 +98,12 @@ def _ship_lines(comparison: Comparison, ship: ShipSettings | None) -> list[str]:
     return lines
 
 
-def _all_commands(comparison: Comparison) -> list[str]:
-    """The commands that make all of them, each once."""
-    every = dict.fromkeys(line for model in comparison.models for line in commands(model))
-    return list(every) or ["# no folder has a lineage"]
+def _all_commands(comparison: Comparison, step_defaults: StepDefaults | None) -> list[str]:
+    """The commands that make all models, each once."""
+    lines = dict.fromkeys(
+        line for model in comparison.models for line in commands(model, step_defaults)
+    )
+    return list(lines) or ["# no folder has a lineage"]
 
 
 def _bracketed(text: str) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole without this script, which sorts, filters and answers.
+// The page can be read without this script, which sorts, filters and answers which model to ship.
 (() => {
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -37,7 +37,7 @@
     }));
   }));
 
-  // --- what a point is ---------------------------------------------------------------------------
+  // --- the model behind a disc ----------------------------------------------------------------------
 
   const about = one("#about");
   const light = (name, on) => parts.get(name).forEach((part) => part.classList.toggle("lit", on));
@@ -58,7 +58,7 @@
     });
     make.append(button);
   };
-  const tell = (name) => {
+  const showModel = (name) => {
     const card = all(".roads > li").find((item) => item.dataset.card === name);
     const copy = card.cloneNode(true);
     all(".make button", copy).forEach((button) => button.remove());
@@ -68,28 +68,28 @@
     about.replaceChildren(...copy.children);
   };
   all(".roads .make").forEach(withCopy);
-  for (const [name, own] of parts) {
-    for (const part of own) {
+  for (const [name, ownParts] of parts) {
+    for (const part of ownParts) {
       part.addEventListener("pointerenter", () => light(name, true));
       part.addEventListener("pointerleave", () => light(name, false));
       if (!part.closest(".picture")) continue;
-      part.addEventListener("pointerenter", () => tell(name));
-      part.addEventListener("click", () => tell(name));
+      part.addEventListener("pointerenter", () => showModel(name));
+      part.addEventListener("click", () => showModel(name));
       if (!part.classList.contains("disc")) continue;
-      part.addEventListener("focus", () => { light(name, true); tell(name); });
+      part.addEventListener("focus", () => { light(name, true); showModel(name); });
       part.addEventListener("blur", () => light(name, false));
       part.addEventListener("keydown", (event) => {
         if (event.key !== "Enter" && event.key !== " ") return;
         event.preventDefault();
-        tell(name);
+        showModel(name);
       });
     }
   }
 
   // --- which one to ship -------------------------------------------------------------------------
 
-  // The same rule as benchmarks/report/shipping.py: the closest that fits; of those as close, the one that
-  // takes the least memory, then the fastest.
+  // The same rule as benchmarks/report/shipping.py: the closest model that fits; of equally close ones
+  // the one with the least memory, then the fastest.
   const sameNats = Number(page.dataset.sameNats);
   const sameRatio = Number(page.dataset.sameRatio);
   const best = (memory, speed) => {
@@ -101,7 +101,7 @@
     return fits.filter((model) => model.kl <= reach)
       .reduce((a, b) => (b.memory - a.memory || a.speed - b.speed) < 0 ? b : a);
   };
-  const written = (model, column) => {
+  const figureText = (model, column) => {
     const cell = all("td", model.row).find((part) => part.dataset.key === column);
     return `${cell.dataset.text} ${cell.dataset.unit}`;
   };
@@ -119,22 +119,22 @@
   const ship = () => {
     const memory = number(memoryInput.value);
     const speed = number(speedInput.value);
-    const found = best(memory, speed);
+    const chosen = best(memory, speed);
     models.forEach((model) => parts.get(model.name).forEach(
-      (part) => part.classList.toggle("shipped", model === found)));
-    answer.dataset.model = found ? found.name : "";
-    if (found) {
-      answer.replaceChildren(words("Ship "), strong(found.name), words(
-        `: the closest to ${page.dataset.reference} that fits. KL ${found.row.dataset.klText} nats, `
-        + `writes ${written(found, "decode_tokens_per_second")}, takes `
-        + `${written(found, "peak_memory_mb")} of memory and ${written(found, "size_mb")} on disk.`));
+      (part) => part.classList.toggle("shipped", model === chosen)));
+    answer.dataset.model = chosen ? chosen.name : "";
+    if (chosen) {
+      answer.replaceChildren(words("Ship "), strong(chosen.name), words(
+        `: the closest to ${page.dataset.reference} that fits. KL ${chosen.row.dataset.klText} nats, `
+        + `writes ${figureText(chosen, "decode_tokens_per_second")}, takes `
+        + `${figureText(chosen, "peak_memory_mb")} of memory and ${figureText(chosen, "size_mb")} on disk.`));
     } else {
       const fast = models.filter((model) => speed === null || model.speed >= speed);
       const nearest = fast.length
         ? fast.reduce((a, b) => (b.memory < a.memory ? b : a))
         : models.reduce((a, b) => (b.speed > a.speed ? b : a));
       answer.replaceChildren(words("None of them fits. "), words(fast.length ? "The least memory is taken by " : "The fastest is "),
-        strong(nearest.name), words(`: ${written(nearest, fast.length ? "peak_memory_mb" : "decode_tokens_per_second")}.`));
+        strong(nearest.name), words(`: ${figureText(nearest, fast.length ? "peak_memory_mb" : "decode_tokens_per_second")}.`));
     }
     const steps = [];
     for (const amount of models.map((model) => model.memory).sort((a, b) => a - b)) {
@@ -147,7 +147,7 @@
       from.textContent = `from ${inMegabytes(amount)} `;
       chip.type = "button";
       chip.append(from, words(model.name));
-      chip.setAttribute("aria-pressed", String(model === found));
+      chip.setAttribute("aria-pressed", String(model === chosen));
       chip.addEventListener("click", () => {
         memoryInput.value = String(Math.ceil(amount));
         ship();
@@ -155,12 +155,12 @@
       });
       return chip;
     }));
-    return found;
+    return chosen;
   };
   memoryInput.addEventListener("input", ship);
   speedInput.addEventListener("input", ship);
 
-  // --- only what is small enough -----------------------------------------------------------------
+  // --- the size filter --------------------------------------------------------------------------
 
   const slider = one("#size-slider");
   const sizeInput = one("#size-most");
@@ -205,6 +205,6 @@
 
   all("[data-needs-script]").forEach((part) => { part.hidden = false; });
   const first = ship() ?? models[0];
-  tell(first.name);
+  showModel(first.name);
   filter();
 })();

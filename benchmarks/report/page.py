@@ -1,8 +1,8 @@
-"""A comparison as one page that holds everything it needs.
+"""A comparison as one self-contained HTML page.
 
-The page asks for nothing from outside, and says so itself in its content security policy: a
-browser would refuse. It reads without a script; the script (``page.js``) sorts and filters the
-table, says what each disc is and how it is made, and answers which one to ship.
+The page loads nothing, and its content security policy forbids it to. It can be read without
+scripts; the script (``page.js``) sorts and filters the table, shows the model and the commands
+behind each disc, and answers which model to ship.
 """
 
 from __future__ import annotations
@@ -21,21 +21,27 @@ from benchmarks.picture.drawing import picture_style, to_svg
 from benchmarks.picture.laying_out import draw, role_of
 from benchmarks.picture.marks import TALL, WIDE
 from benchmarks.report.columns import columns_of
-from benchmarks.report.commands import commands
+from benchmarks.report.commands import StepDefaults, commands
 from benchmarks.report.shipping import best_to_ship, memory_mb, ship_line, speed
-from benchmarks.report.table import conditions_in_full, remarks, road_steps
+from benchmarks.report.table import conditions_in_full, lineage_steps, remarks
 from benchmarks.settings import ShipSettings
 
 _BARS = ("size_mb", "mean_kl_nats", "decode_tokens_per_second", "peak_memory_mb")
 
 
-def html(comparison: Comparison, ship: ShipSettings | None = None) -> str:
+def html(
+    comparison: Comparison,
+    ship: ShipSettings | None = None,
+    step_defaults: StepDefaults | None = None,
+) -> str:
     """Write the page.
 
     Args:
         comparison: The result.
-        ship: What there is to run a model on, for the answer that the page opens with; half the
-            memory of the reference if not given.
+        ship: Memory and speed that the model to ship must meet, for the answer at the top; half
+            the memory of the largest model if not given.
+        step_defaults: Gives the defaults of a step, to write the commands of models whose lineage
+            was written by an earlier version.
 
     Returns:
         HTML text.
@@ -58,7 +64,10 @@ def html(comparison: Comparison, ship: ShipSettings | None = None) -> str:
             to_svg(draw(comparison, plane), title, described, plane) for plane in (WIDE, TALL)
         ],
         columns=columns,
-        rows=[_row(model, columns, comparison, beaten[model.name]) for model in comparison.models],
+        rows=[
+            _row(model, columns, comparison, beaten[model.name], commands(model, step_defaults))
+            for model in comparison.models
+        ],
         conditions=conditions_in_full(comparison),
         ship_line=ship_line(comparison, question),
         ship_mb=_plain(question.ship_mb),
@@ -81,14 +90,14 @@ def _plain(value: float | None) -> str:
 
 
 def _first_question(comparison: Comparison) -> ShipSettings:
-    """Half the memory of the largest model, where something fits into it."""
+    """Half the memory of the largest model, if a model fits into it."""
     half = float(f"{max(map(memory_mb, comparison.models)) / 2:.2g}")
     question = ShipSettings(ship_mb=half)
     return ShipSettings() if best_to_ship(comparison, question) is None else question
 
 
 def _slider(comparison: Comparison) -> dict[str, str]:
-    """A slider over sizes that moves by a hundredth or so."""
+    """Range of the slider over sizes, in about a hundred steps."""
     largest = max(model.footprint.weight_bytes for model in comparison.models) / MEGABYTE
     step = 10.0 ** (math.floor(math.log10(largest)) - 2)
     return {"step": f"{step:g}", "most": f"{math.ceil(largest / step) * step:.6g}"}
@@ -99,6 +108,7 @@ def _row(
     columns: tuple[Column, ...],
     comparison: Comparison,
     dominated_by: tuple[str, ...],
+    command_lines: list[str],
 ) -> dict[str, Any]:
     return {
         "name": model.name,
@@ -112,9 +122,9 @@ def _row(
         "is_reference": model.name == comparison.reference,
         "beaten": _beaten_by(dominated_by),
         "cells": [_cell(column, model, comparison) for column in columns],
-        "steps": road_steps(model),
+        "steps": lineage_steps(model),
         "figures": _figures(model, columns),
-        "commands": "\n".join(commands(model)),
+        "commands": "\n".join(command_lines),
         "remarks": remarks(model),
         "facts": f"{model.kind}; {model.architecture}, {model.layers} layers of width "
         f"{model.hidden_size}, {model.footprint.parameters / 1e6:,.1f} million weights",
@@ -125,16 +135,16 @@ _SHOWN = ("mean_kl_nats", "decode_tokens_per_second", "size_mb", "peak_memory_mb
 
 
 def _figures(model: ModelResult, columns: tuple[Column, ...]) -> list[tuple[str, str]]:
-    """What is told of a disc, with how far it may be off."""
-    found = []
+    """The figures shown for a disc, with their standard errors."""
+    figures = []
     for key in _SHOWN:
         column = next((column for column in columns if column.key == key), None)
         if column is not None and column.figure(model) is not None:
             spread = column.spread_text(model)
-            found.append((column.title, f"{column.text(model)} {column.unit}"))
+            figures.append((column.title, f"{column.text(model)} {column.unit}"))
             if spread.startswith("±"):
-                found[-1] = (column.title, f"{column.text(model)} {spread} {column.unit}")
-    return found
+                figures[-1] = (column.title, f"{column.text(model)} {spread} {column.unit}")
+    return figures
 
 
 def _beaten_by(names: tuple[str, ...]) -> str:
@@ -167,7 +177,7 @@ def _is_best(column: Column, value: float | None, comparison: Comparison) -> boo
 
 
 def _cards(comparison: Comparison) -> list[dict[str, str]]:
-    """What a reader in a hurry wants to know, each with the model that it is true of."""
+    """The smallest, the fastest and the closest model."""
     others = [model for model in comparison.models if model.name != comparison.reference]
     if not others:
         return []
@@ -226,13 +236,13 @@ def _speed_note(model: ModelResult, comparison: Comparison) -> str:
 
 
 def in_words(comparison: Comparison) -> str:
-    """The picture for those who cannot see it.
+    """A description of the picture for screen readers.
 
     Args:
         comparison: The result.
 
     Returns:
-        What stands where, model by model.
+        Speed, KL and size, model by model.
     """
     return "; ".join(
         f"{model.name}: {significant(model.latency.decode_tokens_per_second)} tokens per second, "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.figures.answers import Answers
-from benchmarks.figures.column import Column, percent, significant, taken
+from benchmarks.figures.column import Column, of_part, percent, significant
 from benchmarks.figures.conventions import QuotedPerplexity
 from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.model_result import ModelResult
@@ -25,7 +25,7 @@ def _parent(model: ModelResult) -> Fidelity | None:
 
 
 def _answers(model: ModelResult) -> Answers | None:
-    """The answers to the small offline set; None where it was not asked."""
+    """The answers to the small offline set; None where they were not requested."""
     return model.answers
 
 
@@ -39,31 +39,31 @@ def _quoted_column(name: str, how: str) -> Column:
         unit="",
         meaning=f"The perplexity as {how}; ± is its standard error (delta method, between "
         "windows).",
-        figure=taken(find, lambda found: found.value),
+        figure=of_part(find, lambda quoted: quoted.value),
         write=lambda value: significant(value, 4),
         better="lower",
-        spread=taken(find, lambda found: found.standard_error),
+        spread=of_part(find, lambda quoted: quoted.standard_error),
         compact=False,
         nature="text",
-        samples=taken(
+        samples=of_part(
             find,
-            lambda found: [
+            lambda quoted: [
                 [loss / tokens]
-                for loss, tokens in zip(found.window_losses, found.window_tokens, strict=True)
+                for loss, tokens in zip(quoted.window_losses, quoted.window_tokens, strict=True)
             ],
         ),
         logarithmic=True,
-        asked=taken(find, lambda found: found.text_fingerprint),
+        text_fingerprint=of_part(find, lambda quoted: quoted.text_fingerprint),
     )
 
 
 def _divergence_column(find: Distance, take: Callable[[Fidelity], float], **more: Any) -> Column:
     return Column(
         unit="nats",
-        figure=taken(find, take),
+        figure=of_part(find, take),
         write=significant,
         better="lower",
-        samples=taken(find, lambda found: found.divergences),
+        samples=of_part(find, lambda fidelity: fidelity.divergences),
         **more,
     )
 
@@ -71,8 +71,8 @@ def _divergence_column(find: Distance, take: Callable[[Fidelity], float], **more
 def _kl_column(find: Distance, **more: Any) -> Column:
     return _divergence_column(
         find,
-        lambda found: found.mean_kl,
-        spread=taken(find, lambda found: found.kl_standard_error),
+        lambda fidelity: fidelity.mean_kl,
+        spread=of_part(find, lambda fidelity: fidelity.kl_standard_error),
         **more,
     )
 
@@ -94,7 +94,7 @@ QUALITY_COLUMNS = (
     ),
     _quoted_column(
         "gptq",
-        "papers on GPTQ quote it: all of the text in windows of 2,048 tokens without overlap",
+        "papers on GPTQ define it: all of the text in windows of 2,048 tokens without overlap",
     ),
     _quoted_column(
         "llama.cpp",
@@ -105,8 +105,8 @@ QUALITY_COLUMNS = (
         key="bits_per_byte",
         title="Bits per byte",
         unit="",
-        meaning="Bits to predict the text, by the bytes that its predicted tokens spell: can be "
-        "compared between vocabularies; ± is its standard error, between passages.",
+        meaning="Bits to predict the text, divided by the bytes that its predicted tokens spell: "
+        "can be compared between vocabularies; ± is its standard error, between passages.",
         figure=lambda model: model.perplexity.bits_per_byte,
         write=significant,
         better="lower",
@@ -119,36 +119,37 @@ QUALITY_COLUMNS = (
         key="smoke_accuracy",
         title="Smoke test",
         unit="%",
-        meaning="Questions of the small offline set that were answered rightly, log-probabilities "
-        "taken for each byte, and the 95% confidence interval (Wilson). Guessing reaches 25%.",
-        figure=taken(_answers, lambda found: found.accuracy),
+        meaning="Questions of the small offline set answered correctly, by log-probability per "
+        "byte, and the 95% confidence interval (Wilson). Guessing reaches 25%.",
+        figure=of_part(_answers, lambda answers: answers.accuracy),
         write=percent,
         better="higher",
-        spread=taken(_answers, lambda found: found.interval),
+        spread=of_part(_answers, lambda answers: answers.interval),
         nature="text",
-        samples=taken(_answers, lambda found: [[float(one)] for one in found.outcomes()]),
-        asked=taken(_answers, lambda found: found.fingerprint),
+        samples=of_part(_answers, lambda answers: [[float(one)] for one in answers.outcomes()]),
+        text_fingerprint=of_part(_answers, lambda answers: answers.fingerprint),
     ),
     _kl_column(
         _reference,
         key="mean_kl_nats",
         title="KL",
         meaning="Mean of KL(reference || model) per token over the whole vocabulary: 0 for a model "
-        "that says exactly what the reference says; ± is its standard error, between passages.",
+        "that predicts exactly what the reference predicts; ± is its standard error, between "
+        "passages.",
         nature="reference",
     ),
     _kl_column(
         _parent,
         key="mean_parent_kl_nats",
         title="KL to parent",
-        meaning="The same against the float model that this one was made of: what quantization "
-        "alone has cost.",
+        meaning="KL against the float model that this one was made from: the loss by quantization "
+        "alone.",
         compact=False,
         nature="text",
     ),
     _divergence_column(
         _reference,
-        lambda found: found.kl_99th_percentile,
+        lambda fidelity: fidelity.kl_99th_percentile,
         key="kl_99th_percentile_nats",
         title="Worst 1%",
         meaning="The divergence that one token in a hundred exceeds: the 99th percentile of KL.",
@@ -160,14 +161,14 @@ QUALITY_COLUMNS = (
         key="top1_agreement",
         title="Same token",
         unit="%",
-        meaning="How often the model and the reference hold the same token for the most probable, "
-        "and the 95% confidence interval (Wilson's, for as many independent tokens as the spread "
-        "between passages allows).",
-        figure=taken(_reference, lambda found: found.top1_agreement),
+        meaning="How often the most probable token of the model and of the reference is the same, "
+        "and the 95% confidence interval (Wilson's, for the effective number of independent "
+        "tokens, from the variance between passages).",
+        figure=of_part(_reference, lambda fidelity: fidelity.top1_agreement),
         write=percent,
         better="higher",
-        spread=taken(_reference, lambda found: found.agreement_interval),
+        spread=of_part(_reference, lambda fidelity: fidelity.agreement_interval),
         nature="reference",
-        samples=taken(_reference, lambda found: found.agreements),
+        samples=of_part(_reference, lambda fidelity: fidelity.agreements),
     ),
 )

@@ -1,4 +1,4 @@
-"""A comparison as its reader gets it: in the terminal, as Markdown, as a page, as a folder."""
+"""A comparison with its outputs: terminal table, Markdown, HTML page, and a folder of all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from benchmarks.figures.comparison import Comparison
 from benchmarks.picture.drawing import svg_file, to_png
 from benchmarks.picture.laying_out import draw
 from benchmarks.report.columns import summary
+from benchmarks.report.commands import StepDefaults
 from benchmarks.report.markdown import markdown
 from benchmarks.report.page import html, in_words
 from benchmarks.report.table import terminal_table
@@ -45,47 +46,61 @@ class Report(Comparison):
         """
         return terminal_table(self)
 
-    def to_markdown(self, ship: ShipSettings | None = None) -> str:
-        """The figures as Markdown, with the conditions that they hold under.
+    def to_markdown(
+        self, ship: ShipSettings | None = None, step_defaults: StepDefaults | None = None
+    ) -> str:
+        """The figures as Markdown, with the conditions of the measurement.
 
         Args:
-            ship: What there is to run a model on, for the line that says which one to ship.
+            ship: Memory and speed that the model to ship must meet.
+            step_defaults: Gives the defaults of a step, to write the commands of models whose
+                lineage was written by an earlier version.
 
         Returns:
             Markdown text.
         """
-        return markdown(self, ship)
+        return markdown(self, ship, step_defaults)
 
-    def to_html(self, ship: ShipSettings | None = None) -> str:
-        """One page that holds everything it needs and asks for nothing from outside.
+    def to_html(
+        self, ship: ShipSettings | None = None, step_defaults: StepDefaults | None = None
+    ) -> str:
+        """One self-contained HTML page.
 
         Args:
-            ship: What there is to run a model on, for the answer that the page opens with.
+            ship: Memory and speed that the model to ship must meet, for the answer at the top.
+            step_defaults: Gives the defaults of a step, to write the commands of models whose
+                lineage was written by an earlier version.
 
         Returns:
             HTML text.
         """
-        return html(self, ship)
+        return html(self, ship, step_defaults)
 
     def save(
-        self, folder: str | Path, overwrite: bool = False, ship: ShipSettings | None = None
+        self,
+        folder: str | Path,
+        overwrite: bool = False,
+        ship: ShipSettings | None = None,
+        step_defaults: StepDefaults | None = None,
     ) -> Path:
         """Write ``report.json``, ``report.md``, ``report.html``, ``figure.svg``, ``figure.png``.
 
         Without matplotlib the last one is left out, with a warning; the page has the picture.
 
         Args:
-            folder: The folder to be made.
+            folder: The folder to write.
             overwrite: Whether an existing folder is replaced.
-            ship: What there is to run a model on, for the line that says which one to ship.
+            ship: Memory and speed that the model to ship must meet.
+            step_defaults: Gives the defaults of a step, to write the commands of models whose
+                lineage was written by an earlier version.
 
         Returns:
             The folder.
         """
         with creating(folder, overwrite) as partial:
             (partial / "report.json").write_text(self.to_json(), "utf-8")
-            (partial / "report.md").write_text(self.to_markdown(ship), "utf-8")
-            (partial / "report.html").write_text(self.to_html(ship), "utf-8")
+            (partial / "report.md").write_text(self.to_markdown(ship, step_defaults), "utf-8")
+            (partial / "report.html").write_text(self.to_html(ship, step_defaults), "utf-8")
             marks = draw(self)
             svg = svg_file(marks, "Speed, fidelity and size", in_words(self))
             (partial / "figure.svg").write_text(svg, "utf-8")

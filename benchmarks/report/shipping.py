@@ -1,8 +1,8 @@
-"""Which model should be shipped: the closest one that fits.
+"""Which model to ship: the closest to the reference that fits.
 
 Of the models that fit into the memory and write fast enough, the closest to the reference is
-chosen; of those that are equally close, the one that takes the least memory. The page asks the
-same question with the same rule, live.
+chosen; of those that are equally close, the one with the least memory. The script of the page uses
+the same rule.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def best_to_ship(
 
     Args:
         report: A comparison, the folder of its report, or its ``report.json``.
-        question: What there is to run it on.
+        question: Memory and speed that the model must meet.
         **options: Fields of ``ShipSettings``, instead of ``question``.
 
     Returns:
@@ -51,7 +51,7 @@ def best_to_ship(
 
 
 def memory_mb(model: ModelResult) -> float:
-    """The most memory that a model took, in megabytes.
+    """Peak memory of a model in megabytes.
 
     Args:
         model: The result.
@@ -82,7 +82,7 @@ def by_memory(comparison: Comparison, tps: float | None = None) -> list[tuple[fl
         tps: Tokens per second that the model must write.
 
     Returns:
-        Megabytes from which on a model is the one to ship, and the model; least memory first.
+        Smallest memory in megabytes for which a model is chosen, and the model; least memory first.
     """
     answers: list[tuple[float, ModelResult]] = []
     for amount in sorted(memory_mb(model) for model in comparison.models):
@@ -93,15 +93,15 @@ def by_memory(comparison: Comparison, tps: float | None = None) -> list[tuple[fl
 
 
 def ship_line(comparison: Comparison, question: ShipSettings) -> str:
-    """Which one to ship, in a line.
+    """Which model to ship, in one line.
 
     Args:
         comparison: The result.
-        question: What there is to run it on.
+        question: Memory and speed that the model must meet.
 
     Returns:
-        The closest model that fits, and what it costs; for any amount of memory if none was asked
-        about.
+        The closest model that fits, with its figures; the answers for every amount of memory if
+        the question gives none.
     """
     if question.ship_mb is None:
         answers = by_memory(comparison, question.ship_tps)
@@ -126,7 +126,7 @@ def _at(question: ShipSettings) -> str:
 
 
 def _nothing(comparison: Comparison, question: ShipSettings) -> str:
-    """Why no model fits, and what would."""
+    """Why no model fits: the fastest model, or the one with the least memory."""
     fast = [m for m in comparison.models if not question.ship_tps or speed(m) >= question.ship_tps]
     if not fast:
         fastest = max(comparison.models, key=speed)

@@ -18,19 +18,19 @@ _NAME_WIDTH = 30
 
 
 def terminal_table(comparison: Comparison) -> RenderableType:
-    """The figures that matter most, as narrow as they can be.
+    """The most important figures.
 
     Args:
         comparison: The result.
 
     Returns:
-        A table for rich; as many below one another as are needed where the terminal is narrow.
+        A table for rich; several, one below another, where the terminal is narrow.
     """
     return _Tables(comparison)
 
 
 class _Tables:
-    """Tables that fit the terminal that they are printed to, with every name in each."""
+    """Tables that fit the width of the terminal, with every model in each."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
@@ -56,8 +56,8 @@ class _Tables:
             room -= width
         for part in parts:
             yield self._table(part)
-        words = f"{conditions(self.comparison)}\n* another model is closer, faster and smaller"
-        yield Text(words, style="dim italic")
+        caption = f"{conditions(self.comparison)}\n* another model is closer, faster and smaller"
+        yield Text(caption, style="dim italic")
 
     def _width(self, column: Column) -> int:
         from rich.text import Text
@@ -154,28 +154,28 @@ def conditions_in_full(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def remarks(model: ModelResult) -> list[str]:
-    """What has to be said of a model besides its figures.
+    """Remarks on a model besides its figures.
 
     Args:
         model: The result.
 
     Returns:
-        Of a rival its version, its settings and how its file was made; of any model what was left
-        out.
+        Of a rival, its version, its settings and how its file was made; of any model, what was not
+        measured.
     """
     rival = model.rival
-    told = []
+    lines = []
     if rival is not None:
         settings = ", ".join(f"{name} {value}" for name, value in rival.settings.items())
-        told += [
+        lines += [
             f"made of {rival.source}: {rival.made}",
             f"{rival.engine} {rival.version} ({rival.system.strip(' |')}); {settings}",
         ]
-    return [*told, *(f"not measured: {words}" for words in model.left_out)]
+    return [*lines, *(f"not measured: {reason}" for reason in model.left_out)]
 
 
-def road(model: ModelResult) -> str:
-    """The steps that made a model, with the settings that tell it from others.
+def lineage_in_words(model: ModelResult) -> str:
+    """The steps that made a model, with their most important settings.
 
     Args:
         model: The result.
@@ -184,55 +184,55 @@ def road(model: ModelResult) -> str:
         Such as ``teacher (@smollm2) → student (layers 22) → gptq (bits 4, group_size 64)``.
     """
     return " → ".join(
-        f"{step}{f' ({settings})' if settings else ''}" for step, settings in road_steps(model)
+        f"{step}{f' ({settings})' if settings else ''}" for step, settings in lineage_steps(model)
     )
 
 
-def road_steps(model: ModelResult) -> list[tuple[str, str]]:
+def lineage_steps(model: ModelResult) -> list[tuple[str, str]]:
     """The steps that made a model.
 
     Args:
         model: The result.
 
     Returns:
-        The name of each step, and the settings that tell it from others in words.
+        The name of each step, and its most important settings in words.
     """
     if not model.lineage:
         return [("a folder without a lineage", "")]
     return [
-        (str(entry.get("step", "?")), _telling(entry.get("settings") or {}))
+        (str(entry.get("step", "?")), _shown_settings(entry.get("settings") or {}))
         for entry in model.lineage
     ]
 
 
-_TELLING = (
+_SHOWN_SETTINGS = (
     *("source", "layers", "tokens", "bits", "group_size", "symmetric", "double_quantization"),
     *("precision", "head_bits"),
 )
 
 
-def _telling(settings: dict[str, object]) -> str:
-    shown = []
-    for name in _TELLING:
+def _shown_settings(settings: dict[str, object]) -> str:
+    parts = []
+    for name in _SHOWN_SETTINGS:
         value = settings.get(name)
         if value is None or value == "auto":
             continue
-        words = name.replace("_", " ")
+        label = name.replace("_", " ")
         if isinstance(value, bool):
-            shown.append(words if value else f"not {words}")
+            parts.append(label if value else f"not {label}")
         elif name == "source":
-            shown.append(str(value).rsplit("/", 1)[-1])
+            parts.append(str(value).rsplit("/", 1)[-1])
         elif name in ("layers", "tokens") and not isinstance(value, list):
-            shown.append(f"{value:,} {words}" if isinstance(value, int) else f"{words} {value}")
+            parts.append(f"{value:,} {label}" if isinstance(value, int) else f"{label} {value}")
         elif isinstance(value, list):
-            shown.append(f"{len(value)} {words}")
+            parts.append(f"{len(value)} {label}")
         else:
-            shown.append(f"{words} {value}")
-    return ", ".join(shown)
+            parts.append(f"{label} {value}")
+    return ", ".join(parts)
 
 
 def escaped(text: str) -> str:
-    """Keep Markdown from reading marks in names and replies.
+    """Escape the characters of names and replies that Markdown would interpret.
 
     Args:
         text: Any text.

@@ -1,6 +1,6 @@
-"""Figures of speed: at the usual length, and where it was asked for at others, and of loading.
+"""Figures of speed, at the usual and at further requested lengths, and of loading.
 
-A column is made for every length that was asked for.
+There is a column for every requested length.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.figures.column import MEGABYTE, Column, rate, significant, taken, whole
+from benchmarks.figures.column import MEGABYTE, Column, of_part, rate, significant, whole
 from benchmarks.figures.footprint import Load
 from benchmarks.figures.latency import Latency, Turn
 from benchmarks.figures.model_result import ModelResult
@@ -37,15 +37,15 @@ def timing_columns(models: Iterable[ModelResult]) -> tuple[Column, ...]:
 
 
 def roofline_share(model: ModelResult) -> float | None:
-    """How much of what memory and kernels allow a model has reached while writing.
+    """Writing speed as a share of the limit set by memory bandwidth and integer kernels.
 
     Args:
         model: The result.
 
     Returns:
-        Tokens per second by those at which the weights and the cache of every step would be read
-        at the speed of memory, or multiplied at the speed of the integer kernels, whichever are
-        fewer; None where the bytes of a step are not known.
+        Tokens per second divided by the smaller of two limits: the speed at which memory could
+        deliver the weights and the KV cache of every step, and the speed of the integer kernels;
+        None where the bytes of a step are not known.
     """
     if model.step_bytes is None:
         return None
@@ -56,10 +56,10 @@ def roofline_share(model: ModelResult) -> float | None:
 def _first_token(find: Find, **more: Any) -> Column:
     return Column(
         unit="ms",
-        figure=taken(find, lambda timed: timed.first_token_seconds * 1000),
+        figure=of_part(find, lambda timed: timed.first_token_seconds * 1000),
         better="lower",
         nature="clock",
-        samples=taken(find, lambda timed: [turn.first_token_seconds for turn in timed.turns]),
+        samples=of_part(find, lambda timed: [turn.first_token_seconds for turn in timed.turns]),
         **more,
     )
 
@@ -88,21 +88,21 @@ def _speed(
     each: Callable[[Turn], float],
     **more: Any,
 ) -> Column:
-    """Tokens per second, by their quartiles and by those of each turn."""
+    """A column of tokens per second."""
     return Column(
         unit="tok/s",
-        figure=taken(find, lambda timed: of(timed)[1]),
+        figure=of_part(find, lambda timed: of(timed)[1]),
         write=rate,
         better="higher",
-        spread=taken(find, lambda timed: _outer(of(timed))),
+        spread=of_part(find, lambda timed: _outer(of(timed))),
         nature="clock",
-        samples=taken(find, lambda timed: [each(turn) for turn in timed.turns]),
+        samples=of_part(find, lambda timed: [each(turn) for turn in timed.turns]),
         **more,
     )
 
 
-def _outer(found: tuple[float, float, float]) -> tuple[float, float]:
-    return found[0], found[2]
+def _outer(values: tuple[float, float, float]) -> tuple[float, float]:
+    return values[0], values[2]
 
 
 # --- at the usual length ------------------------------------------------------------------------
@@ -126,14 +126,15 @@ SPEED_COLUMNS = (
         _usual,
         key="first_token_ms",
         title="First token",
-        meaning="From the prompt being handed over to the first token: median of the rounds.",
+        meaning="Time from the start of reading the prompt to the first token: median of the "
+        "rounds.",
         write=whole,
     ),
     _reading(
         _usual,
         key="prompt_tokens_per_second",
         title="Reading",
-        meaning="Prompt tokens by the time to the first token: median of the rounds, and "
+        meaning="Prompt tokens divided by the time to the first token: median of the rounds, and "
         "quartiles.",
     ),
     _writing(
@@ -146,15 +147,15 @@ SPEED_COLUMNS = (
         lambda model: model.transformers_latency,
         key="transformers_decode_tokens_per_second",
         title="transformers",
-        meaning="The same, written by transformers' own greedy generate: float folders only.",
+        meaning="Writing speed of transformers' own greedy generate, for float folders only.",
         compact=False,
     ),
     Column(
         key="joules_per_token",
         title="Energy",
         unit="J/token",
-        meaning="Energy that the whole machine spent on every token after the first: median of the "
-        "rounds. Only where the machine tells.",
+        meaning="Energy of the whole machine for each token after the first: median of the rounds. "
+        "Only on machines with energy counters.",
         figure=lambda model: model.latency.joules_per_token,
         write=significant,
         better="lower",
@@ -180,18 +181,18 @@ def _columns_of_reading(tokens: int) -> list[Column]:
             find,
             key=f"first_token_ms_at_{tokens}",
             title=f"First token of {tokens:,}",
-            meaning=f"From a prompt of {tokens:,} tokens being handed over to the first token: "
-            "median of the rounds, and quartiles.",
+            meaning=f"Time from the start of reading a prompt of {tokens:,} tokens to the first "
+            "token: median of the rounds, and quartiles.",
             write=rate,
-            spread=taken(find, spread),
+            spread=of_part(find, spread),
             compact=False,
         ),
         _reading(
             find,
             key=f"prompt_tokens_per_second_at_{tokens}",
             title=f"Reading {tokens:,}",
-            meaning=f"Tokens of a prompt of {tokens:,} by the time to the first token: median of "
-            "the rounds, and quartiles.",
+            meaning=f"Tokens of a prompt of {tokens:,} divided by the time to the first token: "
+            "median of the rounds, and quartiles.",
         ),
     ]
 
@@ -205,16 +206,16 @@ def _columns_of_writing(tokens: int) -> list[Column]:
             find,
             key=f"decode_tokens_per_second_at_{tokens}",
             title=f"Writing at {tokens:,}",
-            meaning=f"Tokens written per second after {tokens:,} tokens: median of the rounds, and "
-            "quartiles.",
+            meaning=f"Tokens written per second after a context of {tokens:,} tokens: median of "
+            "the rounds, and quartiles.",
         ),
         Column(
             key=f"slow_token_ms_at_{tokens}",
             title=f"Slow token at {tokens:,}",
             unit="ms",
-            meaning=f"The time that one token in twenty exceeds after {tokens:,} tokens: the 95th "
-            "percentile over all rounds.",
-            figure=taken(find, lambda timed: timed.slow_token_seconds * 1000),
+            meaning=f"The time that one token in twenty exceeds after a context of {tokens:,} "
+            "tokens: the 95th percentile over all rounds.",
+            figure=of_part(find, lambda timed: timed.slow_token_seconds * 1000),
             write=rate,
             better="lower",
             compact=False,
@@ -231,17 +232,17 @@ def _columns_of_loading(cold: bool) -> list[Column]:
     files = "dropped from the page cache" if cold else "in the page cache"
 
     def column(milliseconds: Callable[[Load], float], **more: Any) -> Column:
-        def found(model: ModelResult) -> Sequence[float] | None:
+        def samples(model: ModelResult) -> Sequence[float] | None:
             return [milliseconds(load) for load in model.loads if load.cold is cold] or None
 
         return Column(
             unit="ms",
-            figure=taken(found, median),
+            figure=of_part(samples, median),
             write=rate,
             better="lower",
-            spread=taken(found, lambda times: _outer(quartiles(times))),
+            spread=of_part(samples, lambda times: _outer(quartiles(times))),
             nature="clock",
-            samples=found,
+            samples=samples,
             **more,
         )
 
@@ -250,15 +251,15 @@ def _columns_of_loading(cold: bool) -> list[Column]:
             lambda load: load.seconds * 1000,
             key=f"load_{word}_ms",
             title=f"Load, {word}",
-            meaning=f"Time to open the folder with its files {files}, in a process of its own "
-            "whose libraries are loaded: median, and quartiles.",
+            meaning=f"Time to open the folder with its files {files}, in a new process whose "
+            "libraries are loaded: median, and quartiles.",
         ),
         column(
             lambda load: (load.seconds + load.first_token_seconds) * 1000,
             key=f"first_answer_{word}_ms",
             title=f"Load and first token, {word}",
-            meaning=f"The same until the first token after the usual prompt, with files {files}: "
-            "an engine that maps its file reads much of it only then.",
+            meaning=f"Time to open the folder and write the first token after the usual prompt, "
+            f"with its files {files}: an engine that maps its file reads much of it only then.",
             compact=False,
         ),
     ]
@@ -270,8 +271,8 @@ _ROOFLINE = (
         title="Read per token",
         unit="MB",
         meaning="Weights that a step of one token reads, as the engine lays them out, in millions "
-        "of bytes; by the folder's manifest.",
-        figure=taken(lambda model: model.step_bytes, lambda step: step.packed_bytes / MEGABYTE),
+        "of bytes, according to the folder's manifest.",
+        figure=of_part(lambda model: model.step_bytes, lambda step: step.packed_bytes / MEGABYTE),
         write=significant,
         better="lower",
         compact=False,
@@ -281,9 +282,9 @@ _ROOFLINE = (
         key="roofline_share",
         title="Of the roofline",
         unit="%",
-        meaning="Writing by the speed at which memory could give the weights and the cache of "
-        "every step, or integer kernels multiply them out of a processor's cache, whichever is "
-        "less, as measured in this run.",
+        meaning="Writing speed as a share of its upper limit: that of memory bandwidth for the "
+        "weights and the KV cache of every step, or that of the integer kernels with weights in "
+        "the processor's cache, whichever is lower, as measured in this run.",
         figure=roofline_share,
         write=lambda value: f"{value * 100:.0f}",
         better="higher",

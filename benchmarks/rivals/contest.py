@@ -1,4 +1,4 @@
-"""The rivals of one comparison: found before anything large is loaded, then given their files."""
+"""The rivals of one comparison: where they are installed, and the files that they run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _WEIGHTS = (".gguf", ".onnx", ".data", ".onnx_data", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """A rival that was asked for, and where it is installed.
+class InstalledRival:
+    """A requested rival, and where it is installed.
 
     Attributes:
         choice: The rival.
@@ -31,12 +31,12 @@ class Contestant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class RivalFiles:
     """A rival with its files.
 
     Attributes:
-        folder: What a child process opens.
-        rival: What the report says of it.
+        folder: The folder that a child process opens.
+        rival: The rival as the report records it.
         weight_bytes: Bytes of the files that hold weights.
         folder_bytes: Bytes of all files.
     """
@@ -47,72 +47,73 @@ class Entry:
     folder_bytes: int
 
 
-def find_contestants(
-    words: Iterable[str], named: Mapping[str, str | Path]
-) -> tuple[Contestant, ...]:
-    """Find the rivals that were asked for.
+def find_rivals(
+    requests: Iterable[str], named: Mapping[str, str | Path]
+) -> tuple[InstalledRival, ...]:
+    """Find where the requested rivals are installed.
 
     Args:
-        words: Each ``ENGINE`` or ``ENGINE:VARIANT``.
-        named: Where they are installed, by name.
+        requests: Each ``ENGINE`` or ``ENGINE:VARIANT``.
+        named: Paths of their installations that the user named, by name.
 
     Returns:
-        The rivals, in order; each environment is asked once.
+        The rivals, in order.
     """
-    wanted = choices(words)
-    found = {
+    requested = choices(requests)
+    environments = {
         choice.engine.name: find_environment(choice.engine, named)
-        for choice in {choice.engine.name: choice for choice in wanted}.values()
+        for choice in {choice.engine.name: choice for choice in requested}.values()
     }
     return tuple(
-        Contestant(choice=choice, environment=found[choice.engine.name]) for choice in wanted
+        InstalledRival(choice=choice, environment=environments[choice.engine.name])
+        for choice in requested
     )
 
 
 def check_source(source: FolderInfo | None) -> FolderInfo:
-    """Refuse weights that no rival's file can be made of.
+    """Refuse weights that no rival's file can be made from.
 
     Args:
-        source: The folder whose weights the rivals shall get; None where none was found.
+        source: The folder whose weights the rivals get; None where there is none.
 
     Returns:
-        The same.
+        The folder.
 
     Raises:
         SettingsError: If it is not a float, GPTQ or NF4 folder.
     """
     if source is None or source.form == "onnx":
         raise SettingsError(
-            "a rival's file is made of a float, GPTQ or NF4 folder, and "
+            "a rival's file is made from a float, GPTQ or NF4 folder, and "
             f"{'none is compared' if source is None else f'{source.path} is an ONNX folder'}; "
             "name the folder whose weights the rivals get with --rival-source"
         )
     return source
 
 
-def enter(contestant: Contestant, source: FolderInfo, name: str, scratch: Path) -> Entry:
+def make_files(rival: InstalledRival, source: FolderInfo, name: str, scratch: Path) -> RivalFiles:
     """Make a rival's files.
 
     Args:
-        contestant: The rival.
+        rival: The rival.
         source: The folder whose weights it gets.
-        name: What that folder is called in the report.
+        name: Name of that folder in the report.
         scratch: Where to make them.
 
     Returns:
         The rival with its files.
     """
-    folder = make_rival(contestant.choice, contestant.environment, source, name, scratch)
+    folder = make_rival(rival.choice, rival.environment, source, name, scratch)
     note = read_note(folder)
     assert note is not None, "make_rival leaves a note"
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != NOTE_FILE]
-    return Entry(
+    return RivalFiles(
         folder=folder,
         rival=Rival(
             engine=note.engine,
             variant=note.variant,
-            version=contestant.environment.version,
-            system=contestant.environment.system,
+            version=rival.environment.version,
+            system=rival.environment.system,
             settings=note.settings,
             made=note.made,
             source=name,

@@ -1,6 +1,6 @@
 """CTranslate2 as a ``LanguageModel``: its generator writes, its forward pass scores.
 
-The end of a turn is never chosen, so that so many tokens are written as asked.
+The end of a turn is never chosen, so that exactly the requested number of tokens is written.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rivals.engines import Note, import_library
-from benchmarks.rivals.writing import OwnChoice
+from benchmarks.rivals.writing import GreedyEngine
 from mistill.errors import FolderError
 
 
 def describe(library: str) -> dict[str, str]:
-    """What is installed here.
+    """Version of the installed package.
 
     Args:
-        library: Of no use: the package brings its own.
+        library: Ignored: the package has its own library.
 
     Returns:
         The version, and the types that it computes with on this processor.
@@ -36,7 +36,7 @@ def open_rival(folder: Path, note: Note, threads: int) -> CTranslate2Model:
 
     Args:
         folder: The folder.
-        note: What lies beside it.
+        note: The note beside it.
         threads: Threads to compute with.
 
     Returns:
@@ -47,12 +47,12 @@ def open_rival(folder: Path, note: Note, threads: int) -> CTranslate2Model:
     )
 
 
-class CTranslate2Model(OwnChoice):
+class CTranslate2Model(GreedyEngine):
     """A folder that CTranslate2 runs; meets ``LanguageModel``.
 
     Attributes:
         vocabulary_size: Number of logits per position, V.
-        context_length: Most positions that it can hold at once.
+        context_length: Context in tokens.
     """
 
     vocabulary_size: int
@@ -66,7 +66,7 @@ class CTranslate2Model(OwnChoice):
         Args:
             folder: What its converter wrote.
             compute_type: What it computes with.
-            context_length: Most positions of the model.
+            context_length: Context of the model in tokens.
             threads: Threads to compute with.
 
         Raises:
@@ -99,11 +99,11 @@ class CTranslate2Model(OwnChoice):
             Shape (B, T, V); position t scores the token at t + 1.
         """
         lengths = np.full(len(ids), ids.shape[1], np.int32)
-        found = self._generator.forward_batch(
+        logits = self._generator.forward_batch(
             self._view.from_array(np.ascontiguousarray(ids, np.int32)),
             self._view.from_array(lengths),
         )
-        return np.array(found, np.float32)[:, :, : self.vocabulary_size]
+        return np.array(logits, np.float32)[:, :, : self.vocabulary_size]
 
     def _greedily(self, prompt: list[int], count: int) -> Iterator[int]:
         if count < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.rivals.making import Order, call_offline, find_package, float_folder
+from benchmarks.rivals.making import Order, find_package, float_folder, run_offline
 from mistill.settings import require
 
 _TYPES = ("int8", "float32")
@@ -27,16 +27,16 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     """Make a folder.
 
     Args:
-        order: What to make, of what, and where.
+        order: The weight format, the source and the folders.
 
     Returns:
-        What the engine is told, and how the folder came to be.
+        Settings of the engine, and how the folder was made.
     """
-    weights, words = float_folder(order.source, order.scratch)
+    weights, preparation = float_folder(order.source, order.scratch)
     package, python = find_package(order.environment, "ctranslate2", ("torch", "transformers"))
     command = [str(python), "-c", _CONVERT.format(packages=str(package.parent))]
     command += ["--model", str(weights), "--output_dir", str(order.folder)]
     command += ["--quantization", order.variant, "--force"]
-    call_offline(command)
-    made = f"{words}ct2-transformers-converter --quantization {order.variant}"
-    return {"compute type": order.variant}, made
+    run_offline(command)
+    how_made = f"{preparation}ct2-transformers-converter --quantization {order.variant}"
+    return {"compute type": order.variant}, how_made

@@ -1,7 +1,7 @@
-"""Which rivals there are, what they are called on a command line, and who runs them.
+"""The rivals that exist, their names on the command line, and their adapters.
 
-A rival's files lie in a folder of their own with a note, ``rival.json``, that says which engine
-opens it. The child process that is given such a folder opens it with that engine's adapter.
+A rival's files lie in a folder of their own with a note, ``rival.json``, which names the engine.
+The child process opens the folder with that engine's adapter.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ NOTE_FILE = "rival.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An engine of others.
+    """Another engine.
 
     Attributes:
-        name: What it is called.
-        adapter: The module that makes a ``LanguageModel`` of it: its ``describe()`` says what it
-            is, its ``open_rival(folder, note, threads)`` opens a file.
+        name: Its name.
+        adapter: The module that wraps it as a ``LanguageModel``: its ``describe()`` gives the
+            version, its ``open_rival(folder, note, threads)`` opens a file.
         maker: The module whose ``make(...)`` makes its file.
         variable: The environment variable that names where it is installed.
         install: The command that installs it.
-        default: How it stores weights if nothing is said.
+        default: Its weight format if the user names none.
     """
 
     name: str
@@ -90,11 +90,11 @@ ENGINES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A rival that was asked for.
+    """A requested rival.
 
     Attributes:
         engine: The engine.
-        variant: How it shall store the weights.
+        variant: Its weight format.
     """
 
     engine: Engine
@@ -102,24 +102,24 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """What its row is called."""
+        """Name of its row in the report."""
         return f"{self.engine.name} {self.variant}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """What lies beside a rival's file.
+    """The note beside a rival's file.
 
     Attributes:
         engine: Name of the engine.
-        variant: How it stores the weights.
+        variant: Its weight format.
         python: The Python that runs it.
         library: The engine's own library, where it is named and not imported; else empty.
-        made: How the file came to be.
-        source: Name of the folder that it was made of.
-        context_length: Most positions of the model.
+        made: How the file was made.
+        source: Name of the folder that it was made from.
+        context_length: Context of the model in tokens.
         vocabulary_size: Number of logits of the model, V.
-        settings: What the engine is told, by name.
+        settings: Settings of the engine by name.
     """
 
     engine: str
@@ -133,7 +133,7 @@ class Note:
     settings: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Leave the note in a folder.
+        """Write the note into a folder.
 
         Args:
             folder: The folder of the rival's file.
@@ -154,36 +154,36 @@ def read_note(folder: Path) -> Note | None:
     return Note(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
 
-def choices(words: Iterable[str]) -> tuple[Choice, ...]:
-    """Read what rivals were asked for.
+def choices(requests: Iterable[str]) -> tuple[Choice, ...]:
+    """Parse the requested rivals.
 
     Args:
-        words: Each ``ENGINE`` or ``ENGINE:VARIANT``.
+        requests: Each ``ENGINE`` or ``ENGINE:VARIANT``.
 
     Returns:
         The choices, in order.
 
     Raises:
-        SettingsError: If an engine is not known, or one is asked for twice in the same way.
+        SettingsError: If an engine is not known, or a rival is named twice.
     """
-    found: list[Choice] = []
-    for word in words:
+    requested: list[Choice] = []
+    for word in requests:
         name, _, variant = word.strip().partition(":")
         if name not in ENGINES:
             raise SettingsError(
-                f"against names {name!r}, which is no rival that is known; known are "
+                f"against names {name!r}, which is not a known engine; known are "
                 f"{', '.join(ENGINES)}"
             )
         choice = Choice(engine=ENGINES[name], variant=variant or ENGINES[name].default)
-        if choice in found:
+        if choice in requested:
             raise SettingsError(f"against names {word} twice; name every rival once")
         maker(choice.engine).check_variant(choice.variant)
-        found.append(choice)
-    return tuple(found)
+        requested.append(choice)
+    return tuple(requested)
 
 
 def maker(engine: Engine) -> Any:
-    """The module that makes an engine's files; it needs no rival to be installed.
+    """The module that makes an engine's files, which imports nothing of the engine.
 
     Args:
         engine: The engine.
@@ -195,11 +195,11 @@ def maker(engine: Engine) -> Any:
 
 
 def import_library(module: str, package: str) -> Any:
-    """In a rival's own environment: its library.
+    """Import a rival's library, in the rival's own environment.
 
     Args:
-        module: What is imported.
-        package: What is installed.
+        module: Name of the module.
+        package: Name of the package to install.
 
     Returns:
         The module.
@@ -217,7 +217,7 @@ def import_library(module: str, package: str) -> Any:
 
 
 def describe(engine: str, library: str) -> dict[str, str]:
-    """In a rival's own environment: what is installed there.
+    """Version of an engine, in the rival's own environment.
 
     Args:
         engine: Name of the engine.
@@ -231,11 +231,11 @@ def describe(engine: str, library: str) -> dict[str, str]:
 
 
 def open_rival(folder: Path, note: Note, threads: int) -> LanguageModel:
-    """In a rival's own environment: open its file.
+    """Open a rival's file, in the rival's own environment.
 
     Args:
         folder: The folder of the file.
-        note: What lies beside it.
+        note: The note beside it.
         threads: Threads to compute with.
 
     Returns:

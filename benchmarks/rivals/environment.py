@@ -1,7 +1,7 @@
 """Where a rival is installed, and how a process is started there.
 
-A rival's Python is not ours: it may be of another version and has other libraries. Only the
-packages ``mistill`` and ``benchmarks`` are shown to it, and of those only what needs no more than
+A rival's Python may be of another version than ours and has other libraries. It imports only the
+packages ``mistill`` and ``benchmarks`` of ours, and of those only modules that need no library but
 numpy.
 """
 
@@ -21,8 +21,8 @@ from mistill.settings import require
 
 PACKAGES = Path(__file__).resolve().parents[2]
 
-# Our two packages are imported from where they are and then find their own modules; nothing else
-# that lies there, such as our numpy, is seen.
+# Our two packages are imported from their folder, which is then taken off the path, so that nothing
+# else in it, such as our numpy, is imported.
 _BEGIN = (
     "import sys; sys.path.insert(0, {packages!r}); import benchmarks, mistill; "
     "sys.path.remove({packages!r}); "
@@ -45,7 +45,7 @@ class Environment:
         library: The engine's own library where a folder was named, else empty.
         programs: Folder of the engine's own programs; None where none is known.
         version: Of the engine.
-        system: What the engine says of itself.
+        system: The engine's own description of its build.
     """
 
     python: Path
@@ -56,7 +56,7 @@ class Environment:
 
 
 def child_command(python: str | Path) -> list[str]:
-    """How a process that runs a rival is started.
+    """The command that starts a process which runs a rival.
 
     Args:
         python: The rival's Python.
@@ -67,68 +67,70 @@ def child_command(python: str | Path) -> list[str]:
     return [str(python), "-P", "-c", _BEGIN.format(packages=str(PACKAGES)) + _CHILD]
 
 
-def rivals_named(words: Iterable[str]) -> dict[str, str]:
-    """Read where rivals are installed.
+def rivals_named(options: Iterable[str]) -> dict[str, str]:
+    """Parse where rivals are installed.
 
     Args:
-        words: Each ``NAME=PATH``; the name is that of an engine, or has ``-programs`` after it.
+        options: Each ``NAME=PATH``; the name is that of an engine, or has ``-programs`` after it.
 
     Returns:
         Paths by name.
 
     Raises:
-        SettingsError: If a word is none, or names no rival.
+        SettingsError: If an option has another form, or names no rival.
     """
-    known = [name for engine in ENGINES for name in (engine, f"{engine}-programs")]
-    found = {}
-    for word in words:
+    names = [name for engine in ENGINES for name in (engine, f"{engine}-programs")]
+    paths = {}
+    for word in options:
         name, equals, path = word.partition("=")
         require(
-            name in known and bool(equals and path),
-            f"rivals-in takes NAME=PATH with a name out of {', '.join(known)}, not {word!r}",
+            name in names and bool(equals and path),
+            f"rivals-in takes NAME=PATH with a name out of {', '.join(names)}, not {word!r}",
         )
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def find_environment(engine: Engine, named: Mapping[str, str | Path]) -> Environment:
-    """Find where a rival is installed, and ask it what it is.
+    """Find where a rival is installed, and its version.
 
     Args:
         engine: The rival.
-        named: What the user named: the engine, or the engine with ``-programs``, to a path. What
-            is missing is looked up in the environment variables.
+        named: Paths that the user named, by the engine, or the engine with ``-programs``. Missing
+            ones are looked up in the environment variables.
 
     Returns:
         The environment.
 
     Raises:
-        MissingExtraError: If nothing is named and this Python has no such rival, or if there is
-            none where it was said to be.
+        MissingExtraError: If the rival is not installed at the named path, or, without one, in this
+            Python.
     """
-    place = named.get(engine.name) or os.environ.get(engine.variable)
-    python, library = _interpreter(engine, place)
-    own = named.get(f"{engine.name}-programs") or os.environ.get(f"{engine.variable}_PROGRAMS")
-    programs = Path(own).expanduser() if own else None
+    named_path = named.get(engine.name) or os.environ.get(engine.variable)
+    python, library = _interpreter(engine, named_path)
+    programs_path = named.get(f"{engine.name}-programs") or os.environ.get(
+        f"{engine.variable}_PROGRAMS"
+    )
+    programs = Path(programs_path).expanduser() if programs_path else None
     if programs is None and library:
         programs = Path(library).parent
-    found = _probe(engine, python, library, place)
+    description = _probe(engine, python, library, named_path)
     return Environment(
         python=python,
         library=library,
         programs=programs,
-        version=found["version"],
-        system=found["system"],
+        version=description["version"],
+        system=description["system"],
     )
 
 
-def _interpreter(engine: Engine, place: str | Path | None) -> tuple[Path, str]:
+def _interpreter(engine: Engine, named_path: str | Path | None) -> tuple[Path, str]:
     """The Python of an environment, or this one with the library in a folder."""
-    if place is None:
+    if named_path is None:
         return Path(sys.executable), ""
-    path = Path(place).expanduser()
+    path = Path(named_path).expanduser()
     if path.is_file():
-        # Not resolved: the Python of an environment is a link to the one that it was made with.
+        # Not resolved: an environment's Python is a link to the Python that created it.
         return path.absolute(), ""
     for python in (path / "bin" / "python", path / "Scripts" / "python.exe"):
         if python.is_file():
@@ -138,18 +140,20 @@ def _interpreter(engine: Engine, place: str | Path | None) -> tuple[Path, str]:
             if engine.name == "llama.cpp" and file.suffix in (".so", ".dylib"):
                 return Path(sys.executable), str(file.absolute())
     raise MissingExtraError(
-        f"{engine.name} should be in {place}, which is neither a Python nor an environment with "
-        f"bin/python{', nor a folder with libllama' if engine.name == 'llama.cpp' else ''}; make "
-        f"one with: python -m venv DIR && DIR/bin/{engine.install}, and name it with "
+        f"{engine.name} should be in {named_path}, which is neither a Python nor an environment "
+        f"with bin/python{', nor a folder with libllama' if engine.name == 'llama.cpp' else ''}; "
+        f"make one with: python -m venv DIR && DIR/bin/{engine.install}, and name it with "
         f"--rivals-in {engine.name}=DIR or {engine.variable}"
     )
 
 
-def _probe(engine: Engine, python: Path, library: str, place: str | Path | None) -> dict[str, str]:
+def _probe(
+    engine: Engine, python: Path, library: str, named_path: str | Path | None
+) -> dict[str, str]:
     script = _BEGIN.format(packages=str(PACKAGES)) + _PROBE.format(
         engine=engine.name, library=library
     )
-    # What is found here would be found by the child too: nothing of ours may leak in.
+    # The child process runs without our PYTHONPATH too: no library of ours may be imported.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         ran = subprocess.run(
@@ -165,8 +169,8 @@ def _probe(engine: Engine, python: Path, library: str, place: str | Path | None)
     if ran.returncode == 0:
         answer: dict[str, str] = json.loads(ran.stdout.strip().splitlines()[-1])
         return answer
-    last = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    where = "this Python has none" if place is None else f"{place} has none that works"
+    last = (ran.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    where = "this Python has none" if named_path is None else f"{named_path} has none that works"
     raise MissingExtraError(
         f"to compare with {engine.name} it must be installed, and {where} ({last}); install it "
         f"in an environment of its own with: {engine.install}, and name that with --rivals-in "

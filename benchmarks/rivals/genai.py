@@ -2,7 +2,8 @@
 
 A generator is made for every text, with room for that text and no more; the prompt is read by
 ``append_tokens`` and every token written by ``generate_next_token``, which also chooses it. As in
-its own benchmark, the end of a turn is never chosen, so that so many tokens are written as asked.
+its own benchmark, the end of a turn is never chosen, so that exactly the requested number of tokens
+is written.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from mistill.errors import FolderError
 
 
 def describe(library: str) -> dict[str, str]:
-    """What is installed here.
+    """Version of the installed package.
 
     Args:
-        library: Of no use: the package brings its own.
+        library: Ignored: the package has its own library.
 
     Returns:
         Versions of the package and of the ONNX Runtime below it.
@@ -54,7 +55,7 @@ def open_rival(folder: Path, note: Note, threads: int) -> GenaiModel:
 
     Args:
         folder: The folder.
-        note: What lies beside it.
+        note: The note beside it.
         threads: Threads to compute with.
 
     Returns:
@@ -68,7 +69,7 @@ class GenaiModel:
 
     Attributes:
         vocabulary_size: Number of logits per position, V.
-        context_length: Most positions that it can hold at once.
+        context_length: Context in tokens.
     """
 
     vocabulary_size: int
@@ -123,15 +124,15 @@ class GenaiModel:
             self.reserve(len(tokens) + 1)
             generator = self._generator()
             generator.append_tokens(tokens.astype(np.int32))
-            every = np.asarray(generator.get_output("logits"), np.float32)
-            if every.shape[1] == len(tokens):
-                scores[row] = every[0, :, : self.vocabulary_size]
+            logits = np.asarray(generator.get_output("logits"), np.float32)
+            if logits.shape[1] == len(tokens):
+                scores[row] = logits[0, :, : self.vocabulary_size]
                 continue
             generator = self._generator()
-            for place, token in enumerate(tokens):
+            for index, token in enumerate(tokens):
                 generator.append_tokens(np.array([token], np.int32))
-                found = np.asarray(generator.get_output("logits"), np.float32)
-                scores[row, place] = found[0, -1, : self.vocabulary_size]
+                logits_of_token = np.asarray(generator.get_output("logits"), np.float32)
+                scores[row, index] = logits_of_token[0, -1, : self.vocabulary_size]
         return scores
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:

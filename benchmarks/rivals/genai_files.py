@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.rivals.environment import Environment
-from benchmarks.rivals.making import Order, call_offline, find_package, float_folder, largest_block
+from benchmarks.rivals.making import Order, find_package, float_folder, largest_block, run_offline
 from mistill.errors import MissingExtraError
 from mistill.folders.folder import read_json
 from mistill.settings import require
@@ -40,12 +40,12 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     """Make a folder.
 
     Args:
-        order: What to make, of what, and where.
+        order: The weight format, the source and the folders.
 
     Returns:
-        The builder's options, and how the folder came to be.
+        The builder's options, and how the folder was made.
     """
-    weights, words = float_folder(order.source, order.scratch)
+    weights, preparation = float_folder(order.source, order.scratch)
     precision, options = builder_options(order.variant, read_json(weights / "config.json"))
     python, builder = find_builder(order.environment)
     command = [str(python), "-c", _BUILD.format(builder=str(builder)), "-i", str(weights)]
@@ -53,13 +53,16 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     command += ["-c", str(order.scratch / "cache")]
     if options:
         command += ["--extra_options", *(f"{name}={value}" for name, value in options.items())]
-    call_offline(command, ORT_DISABLE_TELEMETRY="1")
-    said = " ".join(["-p", precision, "-e", "cpu", *(f"{k}={v}" for k, v in options.items())])
-    return {"precision": precision, **options}, f"{words}onnxruntime-genai's builder.py {said}"
+    run_offline(command, ORT_DISABLE_TELEMETRY="1")
+    flags = " ".join(["-p", precision, "-e", "cpu", *(f"{k}={v}" for k, v in options.items())])
+    return {
+        "precision": precision,
+        **options,
+    }, f"{preparation}onnxruntime-genai's builder.py {flags}"
 
 
 def builder_options(variant: str, config: dict[str, object]) -> tuple[str, dict[str, str]]:
-    """What the builder is told.
+    """Options of the builder.
 
     Args:
         variant: As ``check_variant`` says. ``best`` takes what is fastest on a processor: the

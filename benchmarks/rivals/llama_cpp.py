@@ -117,13 +117,13 @@ def load_library(named: str) -> ctypes.CDLL:
 
 
 def describe(library: str) -> dict[str, str]:
-    """What llama.cpp is installed here.
+    """Version of the installed llama.cpp.
 
     Args:
         library: Its library; empty for that of a package in this Python.
 
     Returns:
-        Its version, and the instructions that it says it uses.
+        Its version, and the instructions that it reports.
     """
     loaded = load_library(library)
     return {
@@ -133,20 +133,20 @@ def describe(library: str) -> dict[str, str]:
 
 
 def _version(loaded: ctypes.CDLL, library: str) -> str:
-    words = []
+    versions = []
     if hasattr(loaded, "llama_version"):
         loaded.llama_version.restype = ctypes.c_char_p
-        words.append(loaded.llama_version().decode())
+        versions.append(loaded.llama_version().decode())
     if not library:
         from importlib.metadata import PackageNotFoundError, version
 
         for package in ("xllamacpp", "llama-cpp-python"):
             try:
-                words.append(f"{package} {version(package)}")
+                versions.append(f"{package} {version(package)}")
                 break
             except PackageNotFoundError:
                 continue
-    return ", ".join(words) or "not known"
+    return ", ".join(versions) or "not known"
 
 
 def open_rival(folder: Path, note: Note, threads: int) -> LlamaCppModel:
@@ -154,7 +154,7 @@ def open_rival(folder: Path, note: Note, threads: int) -> LlamaCppModel:
 
     Args:
         folder: Where it is.
-        note: What lies beside it.
+        note: The note beside it.
         threads: Threads to compute with.
 
     Returns:
@@ -173,7 +173,7 @@ class LlamaCppModel:
 
     Attributes:
         vocabulary_size: Number of logits per position, V.
-        context_length: Most positions that it can hold at once.
+        context_length: Context in tokens.
     """
 
     vocabulary_size: int
@@ -212,7 +212,7 @@ class LlamaCppModel:
         self.reserve(min(_DEFAULTS[0], context_length))
 
     def reserve(self, positions: int) -> None:
-        """Make room for this many positions; what was read before is forgotten.
+        """Make room for this many tokens; the cache of earlier texts is discarded.
 
         Args:
             positions: At most ``context_length``.
@@ -280,11 +280,11 @@ class LlamaCppModel:
         """Read on; gives llama.cpp's own memory, (1, V) or one row for each of the tokens."""
         numbers = np.ascontiguousarray(tokens, np.int32)
         batch = self._c.llama_batch_get_one(numbers.ctypes.data, len(numbers))
-        every = np.ones(len(numbers), np.int8)
+        all_positions = np.ones(len(numbers), np.int8)
         if scored == len(numbers):
-            batch.logits = every.ctypes.data
+            batch.logits = all_positions.ctypes.data
         failed = self._c.llama_decode(self._context, batch)
         if failed:
             raise RuntimeError(f"llama_decode ended with {failed}")
-        found = self._c.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(found, (scored, self.vocabulary_size))
+        logits = self._c.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, (scored, self.vocabulary_size))

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 from benchmarks.rivals.environment import Environment
-from benchmarks.rivals.making import Order, call, mistill
+from benchmarks.rivals.making import Order, run_mistill, run_program
 from mistill.errors import MissingExtraError
 from mistill.settings import require
 
 MODEL_FILE = "model.gguf"
 
-# What mistill itself writes, by its name there; the others only llama-quantize can make.
+# Formats that mistill writes, with their names there; llama-quantize makes the others.
 _OWN = {"f32": "float32", "f16": "float16", "q8_0": "q8_0", "q4_1": "q4_1", "q4_0": "q4_0"}
 _OTHERS = (
     *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s"),
@@ -21,15 +21,15 @@ _OTHERS = (
 
 
 def check_variant(variant: str) -> None:
-    """Refuse a way to store weights that llama.cpp has not.
+    """Refuse a weight format that llama.cpp does not have.
 
     Args:
         variant: Its name, such as ``q4_k_m``.
     """
-    known = (*_OWN, *_OTHERS)
+    formats = (*_OWN, *_OTHERS)
     require(
-        variant in known,
-        f"llama.cpp's weights are stored as one of {', '.join(known)}, not as {variant!r}",
+        variant in formats,
+        f"llama.cpp's weight formats are {', '.join(formats)}, not {variant!r}",
     )
 
 
@@ -37,13 +37,13 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     """Make a file.
 
     Args:
-        order: What to make, of what, and where.
+        order: The weight format, the source and the folders.
 
     Returns:
-        What llama.cpp is told, and how the file came to be.
+        Settings of llama.cpp, and how the file was made.
 
     Raises:
-        MissingExtraError: If its quantizer is needed and not there.
+        MissingExtraError: If llama-quantize is needed and missing.
     """
     variant, environment, source = order.variant, order.environment, order.source
     target = order.folder / MODEL_FILE
@@ -57,17 +57,17 @@ def make(order: Order) -> tuple[dict[str, str], str]:
                 "name the folder of its programs with --rivals-in llama.cpp-programs=DIR or "
                 f"MISTILL_LLAMA_CPP_PROGRAMS, or take {', '.join(_OWN)}"
             )
-        mistill("gguf", str(source.path), str(target), "--dtype", _OWN[variant])
+        run_mistill("gguf", str(source.path), str(target), "--dtype", _OWN[variant])
         return settings, f"mistill gguf --dtype {_OWN[variant]}"
     exact = order.scratch / "float32.gguf"
     if not exact.exists():
-        mistill("gguf", str(source.path), str(exact), "--dtype", "float32")
-    call([str(program), str(exact), str(target), variant.upper(), "1"])
+        run_mistill("gguf", str(source.path), str(exact), "--dtype", "float32")
+    run_program([str(program), str(exact), str(target), variant.upper(), "1"])
     return settings, f"mistill gguf --dtype float32; llama-quantize {variant.upper()}"
 
 
 def quantizer(environment: Environment) -> Path | None:
-    """llama.cpp's own program that quantizes.
+    """The program ``llama-quantize`` of llama.cpp.
 
     Args:
         environment: Where llama.cpp is installed.

@@ -1,7 +1,7 @@
-"""Make a rival's file out of the very weights that it is compared with.
+"""Make a rival's file from the weights of the folder that it is compared with.
 
-What mistill's own steps can do is asked of the command ``mistill`` in a process of its own: steps
-do not import one another.
+mistill's own steps are run by the command ``mistill`` in a process of their own, because steps do
+not import one another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.rivals.environment import Environment
 from mistill.errors import MistillError
 from mistill.folders.folder import FolderInfo, read_json
 
-# Largest first: what 4-bit weights that share a scale are usually cut into.
+# Usual block sizes of 4-bit weights, the largest first.
 _BLOCKS = (128, 64, 32)
 _FIND = (
     "import importlib.util as u, json, pathlib; s = u.find_spec({module!r}); "
@@ -31,14 +31,14 @@ _FIND = (
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What the module that makes a rival's files is given.
+    """Arguments of a module that makes a rival's files.
 
     Attributes:
-        variant: How the weights shall be stored, as its ``check_variant`` says.
+        variant: The weight format, one that its ``check_variant`` accepts.
         environment: Where the rival is installed.
-        source: The folder whose weights it gets; codes are multiplied out.
-        scratch: Where what several variants share is kept.
-        folder: Where to put the files.
+        source: The folder whose weights it gets; quantized weights are dequantized.
+        scratch: Folder for files that several variants share.
+        folder: Folder for the rival's files.
     """
 
     variant: str
@@ -57,8 +57,8 @@ def make_rival(
         choice: The rival.
         environment: Where it is installed.
         source: The float, GPTQ or NF4 folder whose weights it gets.
-        name: What that folder is called in the report.
-        scratch: Where to make it; what several variants share is kept there.
+        name: Name of that folder in the report.
+        scratch: Folder to make it in, and for files that several variants share.
 
     Returns:
         The folder.
@@ -75,13 +75,13 @@ def make_rival(
         scratch=scratch,
         folder=folder,
     )
-    settings, made = maker(choice.engine).make(order)
+    settings, how_made = maker(choice.engine).make(order)
     Note(
         engine=choice.engine.name,
         variant=choice.variant,
         python=str(environment.python),
         library=environment.library,
-        made=made,
+        made=how_made,
         source=name,
         context_length=source.context_length,
         vocabulary_size=source.vocabulary_size,
@@ -90,27 +90,27 @@ def make_rival(
     return folder
 
 
-def mistill(*words: str) -> None:
+def run_mistill(*arguments: str) -> None:
     """Run a command of mistill.
 
     Args:
-        *words: Its words.
+        *arguments: Its arguments.
     """
-    call([sys.executable, "-P", "-m", "mistill", *words])
+    run_program([sys.executable, "-P", "-m", "mistill", *arguments])
 
 
-def call(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+def run_program(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """Run a program.
 
     Args:
-        command: Its words.
-        environment: Variables in place of ours.
+        command: Program and arguments.
+        environment: Environment variables; ours if not given.
 
     Returns:
-        What it printed.
+        Its output.
 
     Raises:
-        MistillError: If it fails; with its last words.
+        MistillError: If it fails, with the last lines of its output.
     """
     ran = subprocess.run(
         list(command),
@@ -122,36 +122,36 @@ def call(command: Sequence[str], environment: Mapping[str, str] | None = None) -
         check=False,
     )
     if ran.returncode:
-        last = " ".join((ran.stdout.strip().splitlines() or ["it said nothing"])[-3:])
+        last = " ".join((ran.stdout.strip().splitlines() or ["it printed nothing"])[-3:])
         program = " ".join(Path(word).name for word in command[:4] if "import" not in word)
         raise MistillError(f"{program} ended with {ran.returncode}: {last}")
     return ran.stdout
 
 
-def call_offline(command: Sequence[str], **variables: str) -> str:
-    """Run a rival's own tool: nothing of ours is seen by it, and it downloads nothing.
+def run_offline(command: Sequence[str], **variables: str) -> str:
+    """Run a rival's own tool, without our PYTHONPATH and without downloads.
 
     Args:
-        command: Its words.
+        command: Program and arguments.
         **variables: More environment variables.
 
     Returns:
-        What it printed.
+        Its output.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return call(command, {**inherited, "HF_HUB_OFFLINE": "1", **variables})
+    return run_program(command, {**inherited, "HF_HUB_OFFLINE": "1", **variables})
 
 
 def find_package(environment: Environment, module: str, needs: Sequence[str]) -> tuple[Path, Path]:
     """A rival's package, and a Python that can run the converter in it.
 
-    Converters need PyTorch and transformers, which an environment that only runs models need not
-    have: they are then run by our Python, as they lie in that environment.
+    Converters need PyTorch and transformers. Where the rival's environment lacks them, our Python
+    runs the converter of that environment.
 
     Args:
         environment: Where the rival is installed.
         module: Its package.
-        needs: What its converter imports besides.
+        needs: Modules that its converter imports.
 
     Returns:
         The folder of the package, and the Python.
@@ -169,17 +169,17 @@ def float_folder(source: FolderInfo, scratch: Path) -> tuple[Path, str]:
 
     Args:
         source: A float, GPTQ or NF4 folder.
-        scratch: Where to keep what has to be made.
+        scratch: Folder for what has to be made.
 
     Returns:
-        The folder, and words on how it came to be; none where its weights are the source's own.
+        The folder, and how its weights were made; empty where they are the source's own.
     """
-    weights, words = source.path, ""
+    weights, how_made = source.path, ""
     if source.form != "model":
-        weights = scratch / "multiplied-out"
-        words = f"its {source.form} codes multiplied out (mistill quantize dequantize); "
+        weights = scratch / "dequantized"
+        how_made = f"its {source.form} weights dequantized (mistill quantize dequantize); "
         if not weights.exists():
-            mistill("quantize", "dequantize", str(source.path), str(weights))
+            run_mistill("quantize", "dequantize", str(source.path), str(weights))
     target = scratch / "float"
     if not target.exists():
         target.mkdir()
@@ -188,20 +188,20 @@ def float_folder(source: FolderInfo, scratch: Path) -> tuple[Path, str]:
         config = older_config(read_json(weights / "config.json"))
         (target / "config.json").unlink()
         (target / "config.json").write_text(json.dumps(config), "utf-8")
-    return target, words
+    return target, how_made
 
 
 def older_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A model's config.json for every release of transformers.
 
-    transformers 5 writes ``rope_parameters``, which older ones do not look at: they would turn
-    every model by the angles of base 10,000 and say nothing.
+    transformers 5 writes ``rope_parameters``, which older releases ignore: they would silently use
+    rotary embeddings of base 10,000 for every model.
 
     Args:
-        config: What either writes.
+        config: The config of any release.
 
     Returns:
-        The same, with what older ones look for.
+        The config with the keys that older releases read.
     """
     rotary = dict(config.get("rope_parameters") or {})
     base = rotary.pop("rope_theta", None)
@@ -216,7 +216,7 @@ def older_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def largest_block(config: Mapping[str, Any]) -> int:
-    """How many 4-bit weights share a scale, where the engine leaves that to be chosen.
+    """Block size for 4-bit weights, for engines that let it be chosen.
 
     Args:
         config: The model's config.json.

@@ -15,10 +15,10 @@ from pathlib import Path
 from benchmarks.rivals.environment import Environment
 from benchmarks.rivals.making import (
     Order,
-    call_offline,
     float_folder,
     largest_block,
-    mistill,
+    run_mistill,
+    run_offline,
 )
 from benchmarks.rivals.openvino_model import EXACT, MODEL_FILE
 from mistill.errors import ArchitectureError, MissingExtraError, MistillError
@@ -68,25 +68,32 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     """Make a folder.
 
     Args:
-        order: What to make, of what, and where.
+        order: The weight format, the source and the folders.
 
     Returns:
-        What tool and engine are told, and how the folder came to be.
+        Settings of exporter and engine, and how the folder was made.
     """
     kind, *options = order.variant.split("+")
     if kind in _GGUF:
         return _from_gguf(order)
-    weights, words = float_folder(order.source, order.scratch)
-    told = {"weight-format": kind}
-    told.update({name: value for name, _, value in (o.partition("=") for o in options)})
+    weights, preparation = float_folder(order.source, order.scratch)
+    options_by_name = {"weight-format": kind}
+    options_by_name.update({name: value for name, _, value in (o.partition("=") for o in options)})
     if kind == "int4":
-        told.setdefault("group-size", str(largest_block(read_json(weights / "config.json"))))
-    flags = [word for name, value in told.items() for word in (f"--{name}", value) if word]
+        options_by_name.setdefault(
+            "group-size", str(largest_block(read_json(weights / "config.json")))
+        )
+    flags = [
+        word for name, value in options_by_name.items() for word in (f"--{name}", value) if word
+    ]
     command = [*exporter(order.environment), "export", "openvino", "-m", str(weights)]
     command += ["--task", "text-generation-with-past", "--disable-convert-tokenizer", *flags]
-    call_offline([*command, str(order.folder)])
+    run_offline([*command, str(order.folder)])
     exact = EXACT if kind == "fp32" else {}
-    return {**told, **exact}, f"{words}optimum-cli export openvino {' '.join(flags)}"
+    return {
+        **options_by_name,
+        **exact,
+    }, f"{preparation}optimum-cli export openvino {' '.join(flags)}"
 
 
 def exporter(environment: Environment) -> list[str]:
@@ -106,10 +113,10 @@ def exporter(environment: Environment) -> list[str]:
         if os.access(program, os.X_OK):
             return [str(program)]
     else:
-        found = subprocess.run(
+        check = subprocess.run(
             [str(environment.python), "-P", "-c", _HAS_EXPORTER], capture_output=True, check=False
         )
-        if found.returncode == 0:
+        if check.returncode == 0:
             return [str(environment.python), "-P", "-m", "optimum.commands.optimum_cli"]
     raise MissingExtraError(
         f"openvino's {', '.join(_FORMATS)} are made by optimum-intel, which is not in "
@@ -133,12 +140,12 @@ def _from_gguf(order: Order) -> tuple[dict[str, str], str]:
     scratch = order.scratch / order.variant
     scratch.mkdir()
     file = scratch / "model.gguf"
-    mistill("gguf", str(order.source.path), str(file), "--dtype", dtype)
+    run_mistill("gguf", str(order.source.path), str(file), "--dtype", dtype)
     python = str(order.environment.python)
-    said = call_offline([python, "-P", "-c", _READ_GGUF, str(file)])
+    output = run_offline([python, "-P", "-c", _READ_GGUF, str(file)])
     for name in (MODEL_FILE, Path(MODEL_FILE).with_suffix(".bin").name):
         if not (scratch / name).is_file():
-            last = " ".join(said.split()[-40:])
+            last = " ".join(output.split()[-40:])
             raise MistillError(f"OpenVINO GenAI made no {name} of a GGUF file: {last}")
         shutil.move(scratch / name, order.folder / name)
     shutil.rmtree(scratch)

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rivals.engines import Note, import_library
-from benchmarks.rivals.writing import OwnChoice
+from benchmarks.rivals.writing import GreedyEngine
 from mistill.errors import FolderError
 
 MODEL_FILE = "openvino_model.xml"
 
-# What makes it compute as it is told and not as it thinks best: no narrower type, no 8-bit inputs
-# of layers, no 8-bit keys and values.
+# Properties that turn off its own choices of precision: no narrower type, no 8-bit activations, no
+# 8-bit KV cache.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
@@ -34,13 +34,13 @@ _NO_LIMIT = 2**31 - 1
 
 
 def describe(library: str) -> dict[str, str]:
-    """What is installed here.
+    """Version of the installed package.
 
     Args:
-        library: Of no use: the package brings its own.
+        library: Ignored: the package has its own library.
 
     Returns:
-        The version, and what it computes with on this processor if it is told nothing.
+        The version, and its default precision on this processor.
     """
     genai = import_library("openvino_genai", "openvino-genai")
     openvino = import_library("openvino", "openvino")
@@ -49,12 +49,14 @@ def describe(library: str) -> dict[str, str]:
         "computes in": "INFERENCE_PRECISION_HINT",
         "keeps keys and values in": "KV_CACHE_PRECISION",
     }
-    said = [
-        f"{words} {core.get_property(_DEVICE, name).to_string()}" for words, name in kinds.items()
+    properties = [
+        f"{label} {core.get_property(_DEVICE, name).to_string()}" for label, name in kinds.items()
     ]
     return {
         "version": str(genai.__version__).partition("-")[0],
-        "system": ", ".join([f"openvino {str(openvino.__version__).partition('-')[0]}", *said]),
+        "system": ", ".join(
+            [f"openvino {str(openvino.__version__).partition('-')[0]}", *properties]
+        ),
     }
 
 
@@ -63,7 +65,7 @@ def open_rival(folder: Path, note: Note, threads: int) -> OpenVinoModel:
 
     Args:
         folder: Where it is.
-        note: What lies beside it.
+        note: The note beside it.
         threads: Threads to compute with.
 
     Returns:
@@ -78,12 +80,12 @@ def open_rival(folder: Path, note: Note, threads: int) -> OpenVinoModel:
     )
 
 
-class OpenVinoModel(OwnChoice):
+class OpenVinoModel(GreedyEngine):
     """A graph that OpenVINO GenAI runs; meets ``LanguageModel``.
 
     Attributes:
         vocabulary_size: Number of logits per position, V.
-        context_length: Most positions that it can hold at once.
+        context_length: Context in tokens.
     """
 
     vocabulary_size: int
@@ -103,9 +105,9 @@ class OpenVinoModel(OwnChoice):
         Args:
             folder: Of its intermediate representation.
             vocabulary_size: Number of logits of the model.
-            context_length: Most positions of the model.
+            context_length: Context of the model in tokens.
             threads: Threads to compute with.
-            properties: What else the processor's plugin is told, by name.
+            properties: Further properties of the CPU plugin, by name.
 
         Raises:
             FolderError: If it cannot be opened.
@@ -147,13 +149,13 @@ class OpenVinoModel(OwnChoice):
         scores = np.empty((*ids.shape, self.vocabulary_size), np.float32)
         for row, tokens in enumerate(ids):
             self._scorer.reset_state()
-            given = {
+            inputs = {
                 "input_ids": tokens[None],
                 "attention_mask": np.ones((1, len(tokens)), np.int64),
                 "position_ids": np.arange(len(tokens))[None],
                 "beam_idx": np.zeros(1, np.int32),
             }
-            self._scorer.infer({name: given[name] for name in self._inputs & set(given)})
+            self._scorer.infer({name: inputs[name] for name in self._inputs & set(inputs)})
             scores[row] = self._scorer.get_tensor("logits").data[0]
         return scores
 

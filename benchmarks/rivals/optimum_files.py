@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.figures.machine import describe_machine
-from benchmarks.rivals.making import Order, call_offline, float_folder
+from benchmarks.rivals.making import Order, float_folder, run_offline
 from mistill.errors import ArchitectureError
 from mistill.folders.folder import read_json
 from mistill.settings import require
@@ -31,10 +31,10 @@ def make(order: Order) -> tuple[dict[str, str], str]:
     """Make a folder.
 
     Args:
-        order: What to make, of what, and where.
+        order: The weight format, the source and the folders.
 
     Returns:
-        What its quantizer is told, and how the folder came to be.
+        Settings of its quantizer, and how the folder was made.
 
     Raises:
         ArchitectureError: If its graph would not run.
@@ -47,23 +47,23 @@ def make(order: Order) -> tuple[dict[str, str], str]:
             f"optimum's ORTModelForCausalLM takes every head to be {usual} wide, hidden_size by "
             f"num_attention_heads, and those of {order.source.path} are {width}; leave optimum out"
         )
-    weights, words = float_folder(order.source, order.scratch)
+    weights, preparation = float_folder(order.source, order.scratch)
     command = [str(order.environment.python), "-P", "-m", "optimum.commands.optimum_cli"]
     export = ["export", "onnx", "--task", "text-generation-with-past"]
     # What int8 is made of is kept for both of its variants.
     graph = order.folder if order.variant == "fp32" else order.scratch / "optimum-float"
     if order.variant == "fp32" or not graph.exists():
-        call_offline([*command, *export, "-m", str(weights), str(graph)])
-    made = f"{words}optimum-cli {' '.join(export)}"
+        run_offline([*command, *export, "-m", str(weights), str(graph)])
+    how_made = f"{preparation}optimum-cli {' '.join(export)}"
     if order.variant == "fp32":
-        return {}, made
+        return {}, how_made
     flags = [quantizer_flag(describe_machine(1).instructions)]
     flags += ["--per_channel"] if order.variant.endswith("per_channel") else []
     quantize = [*command, "onnxruntime", "quantize", "--onnx_model", str(graph), *flags]
-    call_offline([*quantize, "-o", str(order.folder)])
+    run_offline([*quantize, "-o", str(order.folder)])
     return (
         {"instructions": flags[0].removeprefix("--")},
-        f"{made}; optimum-cli onnxruntime quantize {' '.join(flags)}",
+        f"{how_made}; optimum-cli onnxruntime quantize {' '.join(flags)}",
     )
 
 
@@ -76,5 +76,5 @@ def quantizer_flag(instructions: tuple[str, ...]) -> str:
     Returns:
         Its option; that of the oldest x86 ones where none is known.
     """
-    found = [flag for name, flag in _INSTRUCTIONS.items() if name in instructions]
-    return found[0] if found else "--avx2"
+    flags = [flag for name, flag in _INSTRUCTIONS.items() if name in instructions]
+    return flags[0] if flags else "--avx2"

@@ -21,10 +21,10 @@ _PACKAGE = "'optimum-onnx[onnxruntime]'"
 
 
 def describe(library: str) -> dict[str, str]:
-    """What is installed here.
+    """Version of the installed package.
 
     Args:
-        library: Of no use: the package brings its own.
+        library: Ignored: the package has its own library.
 
     Returns:
         Versions of the package and of what it runs on.
@@ -43,7 +43,7 @@ def open_rival(folder: Path, note: Note, threads: int) -> OptimumModel:
 
     Args:
         folder: The folder.
-        note: What lies beside it.
+        note: The note beside it.
         threads: Threads to compute with.
 
     Returns:
@@ -62,7 +62,7 @@ class OptimumModel:
 
     Attributes:
         vocabulary_size: Number of logits per position, V.
-        context_length: Most positions that it can hold at once.
+        context_length: Context in tokens.
     """
 
     vocabulary_size: int
@@ -76,7 +76,7 @@ class OptimumModel:
         Args:
             folder: What its exporter wrote.
             vocabulary_size: Number of logits of the model.
-            context_length: Most positions of the model.
+            context_length: Context of the model in tokens.
             threads: Threads to compute with.
 
         Raises:
@@ -108,8 +108,8 @@ class OptimumModel:
         Returns:
             Shape (B, T, V); position t scores the token at t + 1.
         """
-        found = self._read(self._torch.from_numpy(np.ascontiguousarray(ids)), None, 0)
-        return np.asarray(found.logits.numpy(), np.float32)
+        output = self._read(self._torch.from_numpy(np.ascontiguousarray(ids)), None, 0)
+        return np.asarray(output.logits.numpy(), np.float32)
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
         """Write tokens after the ids given, one at a time, until the context is full.
@@ -124,21 +124,21 @@ class OptimumModel:
         return self._write(list(ids), choose)
 
     def _write(self, unread: list[int], choose: Choose) -> Iterator[int]:
-        held, position = None, 0
+        cache, position = None, 0
         while position + len(unread) < self.context_length:
-            found = self._read(self._torch.tensor([unread]), held, position)
+            output = self._read(self._torch.tensor([unread]), cache, position)
             position += len(unread)
-            held = found.past_key_values
-            unread = [int(choose(found.logits[0, -1].numpy()))]
+            cache = output.past_key_values
+            unread = [int(choose(output.logits[0, -1].numpy()))]
             yield unread[0]
 
-    def _read(self, ids: Any, held: Any, position: int) -> Any:
+    def _read(self, ids: Any, cache: Any, position: int) -> Any:
         with self._torch.inference_mode():
             return self._model(
                 input_ids=ids,
                 attention_mask=self._torch.ones(
                     (len(ids), position + ids.shape[1]), dtype=self._torch.int64
                 ),
-                past_key_values=held,
+                past_key_values=cache,
                 use_cache=True,
             )

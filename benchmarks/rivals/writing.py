@@ -1,4 +1,4 @@
-"""Engines that choose for themselves while they write, and show no logits then."""
+"""Engines that decode greedily by themselves and return no logits while they write."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 from mistill.engine.language_model import Choose, greedy
 
-# How many tokens are written where no room was reserved.
+# Tokens written after a prompt for which ``reserve`` was not called.
 _UNBOUNDED = 256
 
 
-class OwnChoice(ABC):
-    """What such engines share: how far they write, and how another choice than theirs is made.
+class GreedyEngine(ABC):
+    """Base of such engines: limits how much they write, and samples from logits otherwise.
 
     Attributes:
         vocabulary_size: Number of logits per position, V.
-        context_length: Most positions that it can hold at once.
+        context_length: Context in tokens.
     """
 
     vocabulary_size: int
@@ -27,7 +27,7 @@ class OwnChoice(ABC):
     _room: int = 0
 
     def reserve(self, positions: int) -> None:
-        """Write at most to this many positions in the texts that follow.
+        """Limit prompt and continuation of the following texts to this many tokens.
 
         Args:
             positions: At most ``context_length``.
@@ -50,9 +50,9 @@ class OwnChoice(ABC):
 
         Args:
             ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position; the engine's own
-                greedy choice is taken in place of ours, and for any other the whole text is read
-                again for every token, since the engine gives no logits while it writes.
+            choose: Picks a token from the logits (V,) of the last position. Greedy decoding is done
+                by the engine; for anything else the whole text is read again for every token,
+                since the engine returns no logits while it writes.
 
         Returns:
             Token ids, one at a time.

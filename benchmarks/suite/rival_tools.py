@@ -25,10 +25,10 @@ from typing import Any
 from benchmarks.figures.passages import Passage, cut_prompts
 from benchmarks.measure.children import Child, start_children
 from benchmarks.measure.measuring import read_passages
-from benchmarks.rivals.contest import Contestant, enter, find_contestants
+from benchmarks.rivals.contest import InstalledRival, find_rivals, make_files
 from benchmarks.rivals.engines import read_note
 from benchmarks.rivals.llama_cpp_files import MODEL_FILE
-from benchmarks.rivals.making import call, call_offline
+from benchmarks.rivals.making import run_offline, run_program
 from benchmarks.rivals.openvino_model import EXACT
 from benchmarks.settings import BenchSettings
 from benchmarks.suite.places import add_options, places
@@ -88,11 +88,11 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     passages = read_passages(given.texts, source.path, settings)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for contestant in find_contestants(given.against, places(given)):
+        for contestant in find_rivals(given.against, places(given)):
             own = own_benchmark(contestant, given)
             if own is None:
                 continue
-            entry = enter(contestant, source, source.path.name, Path(scratch))
+            entry = make_files(contestant, source, source.path.name, Path(scratch))
             found[entry.rival.name] = {
                 "version": entry.rival.version,
                 "system": entry.rival.system,
@@ -168,7 +168,7 @@ def our_turn(child: Child, prompt: list[int], given: argparse.Namespace) -> dict
     }
 
 
-def own_benchmark(contestant: Contestant, given: argparse.Namespace) -> Own | None:
+def own_benchmark(contestant: InstalledRival, given: argparse.Namespace) -> Own | None:
     """How a rival's own benchmark is run.
 
     Args:
@@ -204,7 +204,7 @@ def run_llama_bench(program: Path, folder: Path, given: argparse.Namespace) -> d
     """
     command = [str(program), "-m", str(folder / MODEL_FILE), "-t", str(given.threads)]
     command += ["-p", str(given.prompt), "-n", str(given.new_tokens), "-r", "1", "-o", "json"]
-    said = call(command)
+    said = run_program(command)
     tests = json.loads(said[said.index("[\n") : said.rindex("]") + 1])
     return {(_PROMPT if test["n_prompt"] else _DECODE): test["avg_ts"] for test in tests}
 
@@ -225,7 +225,7 @@ def run_genai(python: Path, folder: Path, given: argparse.Namespace) -> dict[str
         command = [str(python), str(given.genai_benchmark), "-i", str(same), "-k", "1"]
         command += ["-l", str(given.prompt), "-g", str(given.new_tokens), "-r", "1", "-w", "1"]
         command += ["--use_random_tokens", "-o", str(Path(scratch) / "genai.csv")]
-        said = call(command, {**os.environ, "ORT_DISABLE_TELEMETRY": "1"})
+        said = run_program(command, {**os.environ, "ORT_DISABLE_TELEMETRY": "1"})
     found = {}
     for name, words in _SAID.items():
         match = re.search(words, said)
@@ -272,7 +272,7 @@ def run_llm_pipeline(python: Path, folder: Path, given: argparse.Namespace) -> d
     told = {name: value for name, value in note.settings.items() if name in EXACT}
     numbers = map(str, (given.prompt, given.new_tokens, given.threads, note.vocabulary_size))
     command = [str(python), "-P", "-c", _LLM_PIPELINE, str(folder), *numbers, json.dumps(told)]
-    first, each = json.loads(call_offline(command).splitlines()[-1])
+    first, each = json.loads(run_offline(command).splitlines()[-1])
     return {_PROMPT: 1e3 * given.prompt / first, _DECODE: 1e3 / each}
 
 

@@ -1,8 +1,8 @@
-"""What a folder of the road answers to tasks: the small offline set, or published ones.
+"""Accuracy of a model folder on tasks: the small offline set, or published ones.
 
-Published tasks are those of lm-evaluation-harness (https://github.com/EleutherAI/
-lm-evaluation-harness), so that a figure means what it means elsewhere; only the model behind it is
-ours, which makes ONNX folders and quantized ones measurable without a copy in transformers' form.
+Published tasks are run by lm-evaluation-harness (https://github.com/EleutherAI/
+lm-evaluation-harness), so that figures can be compared with published ones. Only the model class is
+ours: it runs ONNX and quantized folders without converting them to transformers' format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures.machine import Machine, describe_machine
 from benchmarks.measure.child import Worker
-from benchmarks.measure.questions import ask, questions_fingerprint, read_questions
+from benchmarks.measure.questions import answer_questions, questions_fingerprint, read_questions
 from benchmarks.settings import SMOKE, EvalSettings
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import SettingsError, missing_extra
@@ -41,12 +41,12 @@ class Score:
 
     Attributes:
         task: Its name; for a kind of question of the small set ``smoke/KIND``.
-        measure: What is counted, such as ``acc`` or ``acc_norm``.
+        measure: The metric, such as ``acc`` or ``acc_norm``.
         value: The figure.
         interval: Its 95% confidence interval; None where it has none. Wilson's for the small set;
             plus and minus 1.96 of lm-evaluation-harness' standard errors for others.
-        questions: How many were asked; None where that is not told.
-        version: Of the task, or the fingerprint of the questions.
+        questions: Number of questions; None where it is not known.
+        version: Version of the task, or fingerprint of the questions.
     """
 
     task: str
@@ -59,16 +59,16 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one folder answered.
+    """The figures of one folder on tasks.
 
     Attributes:
         date: When it was finished, in UTC.
         model: Name of the folder.
         form: ``model``, ``gptq``, ``nf4`` or ``onnx``.
         fingerprint: A short name for the folder's content.
-        settings: What was asked.
-        machine: What it ran on.
-        harness: Version of lm-evaluation-harness; None where it was not needed.
+        settings: Tasks and their options.
+        machine: The machine it ran on.
+        harness: Version of lm-evaluation-harness; None if it was not used.
         scores: The figures.
     """
 
@@ -104,19 +104,19 @@ class Evaluation:
             table.add_column(head, justify="right")
         for score in self.scores:
             interval = "" if score.interval is None else "{:.3f} to {:.3f}".format(*score.interval)
-            asked = "" if score.questions is None else f"{score.questions:,}"
-            table.add_row(score.task, score.measure, f"{score.value:.3f}", interval, asked)
+            questions = "" if score.questions is None else f"{score.questions:,}"
+            table.add_row(score.task, score.measure, f"{score.value:.3f}", interval, questions)
         return table
 
 
 def evaluate(
     folder: str | Path, *, settings: EvalSettings | None = None, **options: Any
 ) -> Evaluation:
-    """Let a folder answer tasks.
+    """Measure a folder on tasks.
 
     Args:
-        folder: Any folder of the road.
-        settings: Which tasks, and how much of them.
+        folder: Any model folder.
+        settings: Which tasks, and how many of their questions.
         **options: Fields of ``EvalSettings``, instead of ``settings``.
 
     Returns:
@@ -154,32 +154,36 @@ def evaluate(
 
 
 def _smoke(folder: Path, limit: int | None, threads: int) -> list[Score]:
-    every = read_questions()
-    count = min(limit or len(every), len(every))
-    questions = [every[place * len(every) // count] for place in range(count)]  # of every kind
+    all_questions = read_questions()
+    count = min(limit or len(all_questions), len(all_questions))
+    questions = [
+        all_questions[index * len(all_questions) // count] for index in range(count)
+    ]  # evenly spaced, of every kind
     worker = Worker(folder, threads)
     worker.open()
     with track("asking", count, "questions") as tracker:
-        answers = ask(worker, questions, load_vocabulary(folder), lambda: tracker.advance())
+        answers = answer_questions(
+            worker, questions, load_vocabulary(folder), lambda: tracker.advance()
+        )
     name = questions_fingerprint(questions)[:16]
     shares = [
         (SMOKE, "acc_norm", sum(answers.outcomes()), len(questions)),
         (SMOKE, "acc", sum(answers.outcomes(normalized=False)), len(questions)),
         *(
-            (f"{SMOKE}/{kind}", "acc_norm", right, asked)
-            for kind, (right, asked) in answers.by_kind().items()
+            (f"{SMOKE}/{kind}", "acc_norm", right, total)
+            for kind, (right, total) in answers.by_kind().items()
         ),
     ]
     return [
         Score(
             task=task,
             measure=measure,
-            value=right / asked,
-            interval=simple_interval(right, asked),
-            questions=asked,
+            value=right / total,
+            interval=simple_interval(right, total),
+            questions=total,
             version=name,
         )
-        for task, measure, right, asked in shares
+        for task, measure, right, total in shares
     ]
 
 
@@ -188,7 +192,7 @@ def _smoke(folder: Path, limit: int | None, threads: int) -> list[Score]:
 
 @dataclass(frozen=True)
 class _Tasks:
-    """Tasks that are known to exist."""
+    """Tasks of lm-evaluation-harness, found by name."""
 
     names: Sequence[str]
     manager: Any
@@ -215,7 +219,7 @@ def _harness(folder: Path, tasks: _Tasks, settings: EvalSettings, threads: int) 
 
     from benchmarks.harness_model import MistillLM
 
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=MistillLM(folder, threads, settings.seed),
         tasks=list(tasks.names),
         task_manager=tasks.manager,
@@ -230,15 +234,15 @@ def _harness(folder: Path, tasks: _Tasks, settings: EvalSettings, threads: int) 
     )
     return [
         score
-        for task, figures in found["results"].items()
-        for score in _scores(task, figures, found)
+        for task, figures in results["results"].items()
+        for score in _scores(task, figures, results)
     ]
 
 
-def _scores(task: str, figures: Mapping[str, Any], found: Mapping[str, Any]) -> list[Score]:
-    """The figures of a task; beside each, under another name, is its standard error."""
+def _scores(task: str, figures: Mapping[str, Any], results: Mapping[str, Any]) -> list[Score]:
+    """The figures of a task, each with its standard error as interval."""
     scores = []
-    asked = found.get("n-samples", {}).get(task, {}).get("effective")
+    questions = results.get("n-samples", {}).get(task, {}).get("effective")
     for name, value in figures.items():
         measure, _, way = name.partition(",")
         if not way or measure.endswith("_stderr") or not isinstance(value, int | float):
@@ -253,8 +257,8 @@ def _scores(task: str, figures: Mapping[str, Any], found: Mapping[str, Any]) -> 
                 measure=measure if way == "none" else f"{measure} ({way})",
                 value=float(value),
                 interval=interval,
-                questions=asked,
-                version=str(found.get("versions", {}).get(task, "")),
+                questions=questions,
+                version=str(results.get("versions", {}).get(task, "")),
             )
         )
     return scores

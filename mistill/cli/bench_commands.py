@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks import BenchSettings, Budget, DiffSettings, ShipSettings
 from mistill.cli.help_pages import HelpPage
 from mistill.cli.options import Flat, Texts
-from mistill.settings import require
+from mistill.settings import require, settings_dict
 
 if TYPE_CHECKING:
     from benchmarks import Comparison
@@ -102,7 +102,7 @@ def bench_models(
     Console().print(report.table())
     _print_ship_line(report, ship)
     if out is not None:
-        report.save(out, overwrite=overwrite, ship=ship)
+        report.save(out, overwrite=overwrite, ship=ship, step_defaults=_step_defaults)
         print(f"report: {out / 'report.html'}")
     facts = _checked(report, budget) if budget else {"passed": True}
     if json:
@@ -202,6 +202,14 @@ def diff(
     if json:
         print(json_library.dumps(changes.to_dict()))
     return 1 if fail_on_regression and not changes.passed else 0
+
+
+def _step_defaults(step: str) -> dict[str, Any] | None:
+    """Defaults of the settings of a step; None for a step without settings."""
+    from mistill.recipe import step_kinds
+
+    kind = step_kinds().get(step)
+    return None if kind is None or kind.settings is None else settings_dict(kind.settings())
 
 
 def _print_ship_line(report: Comparison, ship: ShipSettings) -> None:

@@ -252,7 +252,7 @@ def test_what_is_read_besides_the_scored_text_is_compared_where_it_is_the_same(
     for key in ("perplexity_gptq", "smoke_accuracy"):
         assert found_of(diff(old, other), "chatbot-4", key).reason == "equal"
         found = found_of(diff(old, own), "chatbot-4", key)
-        assert (found.verdict, found.reason) == ("unknown", "it was asked of other text")
+        assert (found.verdict, found.reason) == ("unknown", "it was measured on another text")
     assert found_of(diff(old, other), "chatbot-4", "perplexity").verdict == "unknown"
     assert found_of(diff(old, own), "chatbot-4", "perplexity").reason == "equal"
 
@@ -292,11 +292,11 @@ def test_versions_and_load_are_named(comparison: Report):
     notes = "\n".join(diff(comparison, replace(comparison, machine=machine)).notes)
 
     assert "onnxruntime 1.31.1, then 1.32.0" in notes
-    assert "when the new report began: load 1.7 on 2 processors" in notes
+    assert "when the new report began: load average 1.7 on 2 processors" in notes
     assert "torch" not in notes
 
 
-def test_a_machine_that_is_slower_today_is_told_by_what_nobody_has_changed(
+def test_a_machine_that_is_slower_today_is_told_by_an_engine_that_has_not_changed(
     comparison: Report,
 ):
     def today(rate: float, rival: float) -> Report:
@@ -308,7 +308,7 @@ def test_a_machine_that_is_slower_today_is_told_by_what_nobody_has_changed(
 
     assert found_of(slow_day, "student", SPEED).verdict == "same"
     assert slow_day.passed
-    assert any("moved by 10.0%" in note for note in slow_day.notes)
+    assert any("changed by 10.0%" in note for note in slow_day.notes)
     assert found_of(slow_model, "student", SPEED).verdict == "worse"
 
 

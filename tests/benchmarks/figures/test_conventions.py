@@ -59,7 +59,9 @@ def test_names_of_conventions_are_read_with_commas_and_without():
     given = BenchSettings(perplexity=("gptq, llama.cpp", "gptq"))
     assert given.perplexity == QUOTED == tuple(CONVENTIONS)
     assert BenchSettings(perplexity=given.perplexity) == given
-    with pytest.raises(SettingsError, match=r"quoted by gptq or llama\.cpp, not 'lama.cpp'"):
+    with pytest.raises(
+        SettingsError, match=r"perplexity must be gptq or llama\.cpp, not 'lama.cpp'"
+    ):
         BenchSettings(perplexity=("lama.cpp",))
 
 

@@ -59,7 +59,7 @@ def test_a_counter_that_begins_again_is_followed_over_its_limit(tmp_path: Path):
 def test_a_machine_without_counters_says_so(tmp_path: Path):
     for root in (tmp_path, tmp_path / "nowhere"):
         meter = EnergyMeter(root)
-        assert meter.reason == "the machine shows no counters"
+        assert meter.reason == "the machine has no energy counters"
         assert meter.joules(meter.read(), meter.read()) is None
 
 
@@ -72,7 +72,7 @@ def test_forbidden_counters_are_named_as_such(powercap: Path, monkeypatch: pytes
         return read(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert EnergyMeter(powercap).reason == "the counters may be read by root only"
+    assert EnergyMeter(powercap).reason == "only root may read the counters"
 
 
 def test_a_report_says_why_it_has_no_energy(
@@ -84,7 +84,9 @@ def test_a_report_says_why_it_has_no_energy(
         found = replace(made_comparison(), machine=machine).to_markdown()
         return next(line for line in found.splitlines() if line.startswith("- Energy: "))
 
-    assert shown(tmp_path / "nowhere") == "- Energy: not available: the machine shows no counters"
+    assert (
+        shown(tmp_path / "nowhere") == "- Energy: not available: the machine has no energy counters"
+    )
     assert shown(powercap) == "- Energy: counters of package-0, dram, package-1"
 
 

@@ -321,7 +321,7 @@ class TestBadInput:
         other = shutil.copytree(model, tmp_path / "other")
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps({**config, "vocab_size": 999}))
-        with pytest.raises(VocabularyError, match="predicts 999 tokens"):
+        with pytest.raises(VocabularyError, match="has logits for 999 tokens"):
             compare([model, other], texts=chats)
 
     def test_vocabularies_of_one_size_that_differ(self, model: Path, chats: Path, tmp_path: Path):
@@ -343,7 +343,7 @@ class TestBadInput:
             compare(model, texts=tmp_path / "gone.txt")
 
     def test_more_tokens_than_a_context_holds(self, model: Path, chats: Path):
-        with pytest.raises(SettingsError, match=r"holds 512 positions.* 500 \+ 48"):
+        with pytest.raises(SettingsError, match=r"a context of 512 tokens.* 500 \+ 48"):
             compare(model, texts=chats, prompt_tokens=500)
 
     def test_settings_twice(self, model: Path, chats: Path):

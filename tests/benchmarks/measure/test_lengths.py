@@ -12,8 +12,14 @@ import pytest
 from benchmarks.figures.footprint import StepBytes
 from benchmarks.figures.latency import Turn
 from benchmarks.figures.passages import Passage
-from benchmarks.measure.lengths import Timed, latencies, left_out, new_tokens_at, take_turns
-from benchmarks.measure.loading import drop, read, resident_share
+from benchmarks.measure.lengths import (
+    TimedModel,
+    latencies,
+    lengths_left_out,
+    new_tokens_at,
+    take_turns,
+)
+from benchmarks.measure.loading import drop_from_page_cache, read_into_page_cache, resident_share
 from benchmarks.report.timing_columns import roofline_share
 from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError
@@ -23,7 +29,7 @@ TEXT = [Passage(np.arange(1, 2001), np.ones(1999, bool))]
 Log = list[tuple[str, list[int], int, float]]
 
 
-def timed(name: str, context: int, log: Log, rate: float = 100.0) -> Timed:
+def timed(name: str, context: int, log: Log, rate: float = 100.0) -> TimedModel:
     def writes(prompt: list[int], new_tokens: int, seconds: float) -> Turn:
         log.append((name, prompt, new_tokens, seconds))
         return Turn(
@@ -32,7 +38,9 @@ def timed(name: str, context: int, log: Log, rate: float = 100.0) -> Timed:
             token_seconds=(0.5,) * (new_tokens - 1),
         )
 
-    return Timed(name=name, context_length=context, writes=writes, prompt_tokens_per_second=rate)
+    return TimedModel(
+        name=name, context_length=context, take_turn=writes, prompt_tokens_per_second=rate
+    )
 
 
 def test_models_take_turns_at_every_length_they_hold():
@@ -57,8 +65,8 @@ def test_models_take_turns_at_every_length_they_hold():
     assert {seconds for _, prompt, _, seconds in turns if len(prompt) == 50} == {5.5}
     assert sorted(models[0].turns) == [0, 30, 50]
     assert sorted(models[1].turns) == [0, 30]
-    assert left_out(settings, 40) == ("50 tokens and 4 more: the context holds 40",)
-    assert left_out(settings, 54) == ()
+    assert lengths_left_out(settings, 40) == ("50 tokens and 4 more: the context holds 40",)
+    assert lengths_left_out(settings, 54) == ()
 
 
 def test_no_two_turns_in_a_row_begin_with_the_same_token():
@@ -98,14 +106,14 @@ def test_what_is_dropped_is_gone_and_what_is_read_is_there(tmp_path: Path):
     (inner / "weights").write_bytes(os.urandom(1 << 22))
     (tmp_path / "empty").touch()
 
-    read(tmp_path)
+    read_into_page_cache(tmp_path)
     # The kernel may take back a page at any time, and on a busy machine it does.
     assert resident_share(tmp_path) > 0.9
-    drop(tmp_path)
+    drop_from_page_cache(tmp_path)
     if resident_share(tmp_path) == 1.0:
         pytest.skip("this file system lives in memory")
     assert resident_share(tmp_path) < 0.05
-    read(tmp_path)
+    read_into_page_cache(tmp_path)
     assert resident_share(tmp_path) > 0.9
 
 
@@ -114,8 +122,8 @@ def test_a_system_that_cannot_be_asked_to_drop_files_has_no_cold_loads(
 ):
     (tmp_path / "weights").write_bytes(bytes(1 << 16))
     monkeypatch.delattr(os, "posix_fadvise")
-    read(tmp_path)
-    drop(tmp_path)
+    read_into_page_cache(tmp_path)
+    drop_from_page_cache(tmp_path)
     assert resident_share(tmp_path) > 0.9
 
 

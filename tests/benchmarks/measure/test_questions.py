@@ -15,11 +15,11 @@ from benchmarks import compare
 from benchmarks.figures.answers import Answers
 from benchmarks.measure.questions import (
     Question,
-    ask,
+    answer_questions,
     encode_pair,
+    prompt_and_answers,
     questions_fingerprint,
     read_questions,
-    written_out,
 )
 from benchmarks.report.report import Report
 from mistill.text.vocabulary import load_vocabulary
@@ -96,7 +96,7 @@ def test_only_the_answers_tokens_are_scored(model: Path) -> None:
     vocabulary = load_vocabulary(model)
     question = Question("fact", "The mistral is a", ("cold wind", "breeze"), 0)
     oracle = Oracle(vocabulary.encode(" cold wind"))
-    found = ask(oracle, [question], vocabulary)
+    found = answer_questions(oracle, [question], vocabulary)
     ids, kept = oracle.asked[0]
     assert ids == vocabulary.encode("The mistral is a cold wind")
     scored = [token for token, keep in zip(ids[1:], kept, strict=True) if keep]
@@ -110,11 +110,15 @@ def test_only_the_answers_tokens_are_scored(model: Path) -> None:
 
 def test_an_instruction_is_asked_as_a_user_asks(model: Path) -> None:
     vocabulary = load_vocabulary(model)
-    before, answers = written_out(Question("instruction", "Say yes.", ("Yes",), 0), vocabulary)
+    before, answers = prompt_and_answers(
+        Question("instruction", "Say yes.", ("Yes",), 0), vocabulary
+    )
     assert before.endswith("Say yes.<|im_end|>\n<|im_start|>assistant\n")
     assert answers == ["Yes"]
     vocabulary.chat_template = None
-    before, answers = written_out(Question("instruction", "Say yes.", ("Yes",), 0), vocabulary)
+    before, answers = prompt_and_answers(
+        Question("instruction", "Say yes.", ("Yes",), 0), vocabulary
+    )
     assert (before, answers) == ("Question: Say yes.\nAnswer:", [" Yes"])
 
 

@@ -90,18 +90,21 @@ def test_bytes_are_those_of_the_predicted_text(long_model: Path, prose: Path):
 
 def test_a_model_with_too_short_a_context_is_refused_in_one_line():
     check_quotable(["llama.cpp"], "model", 512)
-    with pytest.raises(SettingsError, match="model holds 512 positions, and perplexity as gptq"):
+    expected = "model has a context of 512 tokens, and perplexity in the convention of gptq"
+    with pytest.raises(SettingsError, match=expected):
         check_quotable(["llama.cpp", "gptq"], "model", 512)
 
 
 def test_too_short_a_text_is_refused_in_one_line(long_model: Path, chats: Path, tmp_path: Path):
     vocabulary = load_vocabulary(long_model)
-    expected = "allows 600 tokens, and perplexity as gptq quotes it needs at least 2048"
+    expected = "allows 600 tokens, and perplexity in the convention of gptq needs at least 2048"
     with pytest.raises(SettingsError, match=expected):
         cut_texts(chats, vocabulary, ["llama.cpp", "gptq"], 600)
     one = tmp_path / "one.txt"
     one.write_text(SENTENCES[0], "utf-8")
-    with pytest.raises(SettingsError, match=r"the text has \d+ tokens, and perplexity as llama"):
+    with pytest.raises(
+        SettingsError, match=r"the text has \d+ tokens, and perplexity in the convention of llama"
+    ):
         cut_texts(one, vocabulary, ["llama.cpp"], 600)
 
 

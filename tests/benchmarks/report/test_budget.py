@@ -112,7 +112,7 @@ def test_a_miss_is_one_clear_line(comparison: Report):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"max_kl": -1}, "max_kl must be at least 0"), ({"budget_for": ("a",)}, "there is none")],
+    [({"max_kl": -1}, "max_kl must be at least 0"), ({"budget_for": ("a",)}, "there is no limit")],
 )
 def test_a_budget_of_nonsense_is_refused(options: dict[str, Any], words: str):
     with pytest.raises(SettingsError, match=words):
@@ -170,7 +170,9 @@ def test_a_name_that_is_not_compared_is_refused_before_measuring(
     assert main(words) == 2
     assert "budget_for names chat" in capsys.readouterr().err
     assert main([*words, "--against", "llama.cpp:q8_0"]) == 2
-    expected = "budget_for names chat, which is not compared; compared are chatbot, llama.cpp q8_0"
+    expected = (
+        "budget_for names chat, which is not compared; the models are chatbot, llama.cpp q8_0"
+    )
     assert expected in " ".join(capsys.readouterr().err.split())
     words[-1] = "llama.cpp q8_0"
     with pytest.raises(AssertionError, match="something was measured"):
@@ -314,6 +316,15 @@ def test_a_lineage_of_before_changed_settings_were_noted_gives_all_settings(comp
     app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
     assert "--bits 3" in line
     assert f"--group-size {RoundingSettings().group_size}" in line
+
+
+def test_a_lineage_of_before_is_compared_with_the_defaults_handed_in(comparison: Report):
+    entry = {"step": "distill", "settings": {"tokens": 9, "seed": 0, "gone": True}}
+    model = replace(comparison["student"], lineage=({**entry, "source": "a", "texts": ["t"]},))
+
+    (line,) = commands(model, {"distill": {"tokens": 5, "seed": 0}}.get)
+
+    assert line == "mistill distill a student --texts t --tokens 9"
 
 
 def test_what_the_lineage_does_not_tell_is_in_capitals(comparison: Report):

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from benchmarks.measure.children import start_children
 from benchmarks.measure.measuring import compare
 from benchmarks.report.report import Report
-from benchmarks.rivals.contest import find_contestants
+from benchmarks.rivals.contest import find_rivals
 from benchmarks.rivals.engines import ENGINES, choices
 from benchmarks.rivals.environment import Environment, find_environment
 from benchmarks.rivals.making import Order, float_folder, make_rival, older_config
 from benchmarks.rivals.openvino_files import exporter
 from benchmarks.rivals.optimum_files import make as make_optimum
 from benchmarks.rivals.optimum_files import quantizer_flag
-from benchmarks.rivals.writing import OwnChoice
+from benchmarks.rivals.writing import GreedyEngine
 from benchmarks.suite.places import add_options, places
 from mistill.errors import ArchitectureError, MissingExtraError, MistillError, SettingsError
 from mistill.folders.folder import open_folder, read_json
@@ -67,7 +67,7 @@ def compared(model: Path, chats: Path, fake: Path) -> Report:
 
 def made(word: str, place: Path, source: Path, scratch: Path) -> Path:
     """The folder of a rival."""
-    (contestant,) = find_contestants([word], {"openvino": place})
+    (contestant,) = find_rivals([word], {"openvino": place})
     return make_rival(
         contestant.choice, contestant.environment, open_folder(source), "model", scratch / "s"
     )
@@ -298,7 +298,7 @@ def test_the_float_folder_of_converters_is_the_same_model_to_ours(
 # --- engines that choose for themselves -----------------------------------------------------------
 
 
-class Counting(OwnChoice):
+class Counting(GreedyEngine):
     """Its own choice counts up by one, and its logits say two."""
 
     vocabulary_size = 100

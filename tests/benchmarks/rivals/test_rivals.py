@@ -22,10 +22,10 @@ import export
 import quantize
 from benchmarks.measure.children import start_children
 from benchmarks.measure.measuring import compare
-from benchmarks.measure.subjects import enter_rivals, open_subjects, rival_source_of
+from benchmarks.measure.subjects import add_rivals, open_subjects, rival_source_of
 from benchmarks.report.report import Report
 from benchmarks.rivals import llama_cpp_files
-from benchmarks.rivals.contest import check_source, find_contestants
+from benchmarks.rivals.contest import check_source, find_rivals
 from benchmarks.rivals.engines import ENGINES, choices
 from benchmarks.rivals.environment import (
     Environment,
@@ -158,9 +158,7 @@ def test_rivals_get_the_float_model_that_the_others_were_made_of(
 ):
     subjects = open_subjects([teacher, model, chatbot], None)
     source = rival_source_of(subjects, None)
-    (rival,) = enter_rivals(
-        find_contestants(["genai"], {"genai": fake}), source, subjects, tmp_path
-    )
+    (rival,) = add_rivals(find_rivals(["genai"], {"genai": fake}), source, subjects, tmp_path)
 
     assert source.name == "model"
     assert rival_source_of(subjects, teacher) is subjects[0]
@@ -170,9 +168,9 @@ def test_rivals_get_the_float_model_that_the_others_were_made_of(
 
 
 @pytest.mark.slow
-def test_codes_are_multiplied_out_for_a_rival(model: Path, tmp_path: Path, fake: Path):
+def test_quantized_weights_are_dequantized_for_a_rival(model: Path, tmp_path: Path, fake: Path):
     codes = open_folder(quantize.to_rounding(model, tmp_path / "codes", group_size=32, bits=4))
-    (contestant,) = find_contestants(["genai"], {"genai": fake})
+    (contestant,) = find_rivals(["genai"], {"genai": fake})
 
     made = make_rival(contestant.choice, contestant.environment, codes, "codes", tmp_path / "s")
 
@@ -180,11 +178,11 @@ def test_codes_are_multiplied_out_for_a_rival(model: Path, tmp_path: Path, fake:
     given = Path(words[words.index("-i") + 1])
     assert open_folder(given).form == "model"
     note = json.loads((made / "rival.json").read_text())
-    assert note["made"].startswith("its gptq codes multiplied out (mistill quantize dequantize)")
+    assert note["made"].startswith("its gptq weights dequantized (mistill quantize dequantize)")
 
 
 def test_a_builder_that_fails_says_why(model: Path, tmp_path: Path, fake: Path):
-    (contestant,) = find_contestants(["genai:fail=1"], {"genai": fake})
+    (contestant,) = find_rivals(["genai:fail=1"], {"genai": fake})
 
     with pytest.raises(MistillError, match="the builder knows no option fail"):
         make_rival(
@@ -206,9 +204,9 @@ def test_variants_follow_the_name_of_an_engine():
     [
         (
             "ollama",
-            "names 'ollama', which is no rival that is known; known are llama.cpp, genai, ctr",
+            "names 'ollama', which is not a known engine; known are llama.cpp, genai, ctr",
         ),
-        ("llama.cpp:q9", "stored as one of f32, .* not as 'q9'"),
+        ("llama.cpp:q9", "weight formats are f32, .* not 'q9'"),
         ("genai:fast", "genai's variants are default, best, .* not 'fast'"),
     ],
 )
@@ -337,7 +335,7 @@ def _made(word: str, variable: str, model: Path, scratch: Path) -> Path:
     for engine in ENGINES.values():
         if f"{engine.variable}_PROGRAMS" in _PLACES:
             named[f"{engine.name}-programs"] = _PLACES[f"{engine.variable}_PROGRAMS"]
-    (contestant,) = find_contestants([word], named)
+    (contestant,) = find_rivals([word], named)
     return make_rival(
         contestant.choice, contestant.environment, open_folder(model), "model", scratch
     )

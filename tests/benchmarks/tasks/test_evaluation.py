@@ -72,7 +72,7 @@ def test_nonsense_is_refused() -> None:
     ids=str,
 )
 def test_what_the_offline_set_does_not_heed_is_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=f"{next(iter(option))} is for tasks of lm-eval"):
+    with pytest.raises(SettingsError, match=f"{next(iter(option))} applies to tasks of lm-eval"):
         EvalSettings(**option)
     assert EvalSettings(tasks=("smoke", "arc_easy"), **option).tasks == ("smoke", "arc_easy")
 
@@ -86,7 +86,7 @@ def test_as_many_questions_are_asked_as_are_allowed(
         asked.append(len({question.text for question in questions}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.tasks.evaluation.ask", ask)
+    monkeypatch.setattr("benchmarks.tasks.evaluation.answer_questions", ask)
     for limit in (1, 100, 500, None):
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, limit=limit, threads=1)

@@ -138,20 +138,22 @@ def check_weights(folder: Path, config: PreTrainedConfig | None = None) -> None:
     """
     config = config or plain_config(folder)
     present = tensor_headers(folder)
-    wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).named_parameters()}
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in empty_model(config).named_parameters()
+    }
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    found, other_shapes = set(), []
+    owners, other_shapes = set(), []
     for name, stored in present.items():
-        owner = _weight_of(name, present, wanted)
+        owner = _weight_of(name, present, expected)
         if owner is None:
             continue
-        found.add(owner)
+        owners.add(owner)
         is_plain = name == owner and f"{name}.absmax" not in present
-        if is_plain and owner in wanted and stored.shape != wanted[owner]:
-            other_shapes.append(f"{owner} {stored.shape} instead of {wanted[owner]}")
+        if is_plain and owner in expected and stored.shape != expected[owner]:
+            other_shapes.append(f"{owner} {stored.shape} instead of {expected[owner]}")
     problems = [
-        *_listed("it lacks", sorted(wanted.keys() - found - optional)),
-        *_listed("it also holds", sorted(found - wanted.keys() - optional)),
+        *_listed("it lacks", sorted(expected.keys() - owners - optional)),
+        *_listed("it also holds", sorted(owners - expected.keys() - optional)),
         *_listed("it holds", other_shapes),
     ]
     if problems:
@@ -160,12 +162,12 @@ def check_weights(folder: Path, config: PreTrainedConfig | None = None) -> None:
         )
 
 
-def _weight_of(name: str, present: Container[str], wanted: Container[str]) -> str | None:
+def _weight_of(name: str, present: Container[str], expected: Container[str]) -> str | None:
     """The parameter that a stored tensor belongs to; None for what newer code works out."""
     module, _, last = name.rpartition(".")
     if last in TENSOR_NAMES:
         return f"{module}.weight"
-    if last == "bias" and f"{module}.qweight" in present and name not in wanted:
+    if last == "bias" and f"{module}.qweight" in present and name not in expected:
         return None  # judged when it is read: AutoGPTQ writes zeros where the model has no bias
     if ".weight." in name:  # bitsandbytes: weight.absmax, weight.quant_state.bitsandbytes__nf4, ...
         return name[: name.index(".weight.")] + ".weight"
@@ -268,17 +270,17 @@ def decoded(info: FolderInfo, config: PreTrainedConfig) -> Iterator[tuple[str, T
         stored.
 
     Raises:
-        FolderError: If the codes contradict what is said of them, or a matrix has a bias that the
-            architecture has not.
+        FolderError: If the codes contradict config.json, or a matrix has a bias that the
+            architecture does not have.
     """
     if info.form == "gptq":
         require_sound(info.path)
-    wanted = dict(empty_model(config).named_parameters())
-    found = PlainWeights(info.path)
-    for name in found:
-        if name in wanted:
-            yield name, torch.from_numpy(found.read(name))
-        elif name.endswith(".bias") and found.read(name).any():
+    expected = dict(empty_model(config).named_parameters())
+    weights = PlainWeights(info.path)
+    for name in weights:
+        if name in expected:
+            yield name, torch.from_numpy(weights.read(name))
+        elif name.endswith(".bias") and weights.read(name).any():
             raise FolderError(f"{info.path} holds {name}, a bias that its architecture has not")
 
 

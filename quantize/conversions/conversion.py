@@ -1,9 +1,9 @@
 """Convert GPTQ folders from one checkpoint format to the other; codes and zero points stay.
 
-``gptq`` stores zeros minus one, ``gptq_v2`` as they are; nothing else differs. One is subtracted
-from, or added to, whole 32-bit words, which is exact: a zero of 0 borrows from its neighbour on the
-way there and gives back on the way here. Readers that take each code on its own see the neighbour
-one too low, so that asymmetric codes are best left in ``gptq_v2``.
+``gptq`` stores zero points minus one, ``gptq_v2`` as they are; nothing else differs. One is
+subtracted from, or added to, whole 32-bit words, which is exact: what a zero point of 0 borrows
+from its neighbour is restored by the addition. Readers that take each code by itself see the
+neighbour one too low, so that asymmetric codes are best left in ``gptq_v2``.
 """
 
 from __future__ import annotations

@@ -155,9 +155,11 @@ def _check_adapter(adapter: Path, base: Path) -> None:
                 f"{adapter} is not a peft adapter: it has no {name}; give the folder that "
                 "save_pretrained wrote"
             )
-    kind = read_json(adapter / "adapter_config.json").get("peft_type")
-    if kind != "LORA":
-        raise FolderError(f"{adapter} is an adapter of type {kind}; mistill merges type LORA only")
+    peft_type = read_json(adapter / "adapter_config.json").get("peft_type")
+    if peft_type != "LORA":
+        raise FolderError(
+            f"{adapter} is an adapter of type {peft_type}; mistill merges type LORA only"
+        )
     config = plain_config(base)
     modules = {name for name, _ in empty_model(config).named_modules()}
     last = re.compile(r"\.lora_.*|\.base_layer\..*|\.(?:weight|bias)$")

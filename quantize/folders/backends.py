@@ -134,7 +134,7 @@ def by_gptqmodel(
     """
     config = gptqmodel_config(settings)
     library = _import_gptqmodel()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     calibration = [
         {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in blocks.ids
     ]
@@ -157,7 +157,7 @@ def by_gptqmodel(
             step="gptq",
             backend=f"gptqmodel {version}",
             settings=used,
-            seconds=round(time.perf_counter() - begun, 2),
+            seconds=round(time.perf_counter() - started, 2),
             **report_entry(check, partial),
         )
         add_lineage(

@@ -1,8 +1,7 @@
 """Quantize one layer, or the table before or after all of them.
 
-A layer of 7 billion weights' worth fills a gigabyte, so what a stage needs is made when its turn
-comes and dropped before the next: the Hessian when it has been factored, the factor when the
-stage's matrices are done.
+A layer of a 7B model fills a gigabyte, so each stage computes what it needs and drops it before the
+next: the Hessian once it is factored, the factor once the matrices of the stage are quantized.
 """
 
 from __future__ import annotations

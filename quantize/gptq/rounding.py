@@ -1,4 +1,4 @@
-"""Round weights to the nearest code: the baseline of GPTQ, and all there is without text."""
+"""Round weights to the nearest code: the baseline of GPTQ, which needs no calibration text."""
 
 from __future__ import annotations
 

@@ -212,8 +212,8 @@ def _embedding_fisher(ids: Tensor, gradients: Tensor, size: int) -> Tensor:
     """The same of the embedding, (V, D): a token that comes twice in a block has one row."""
     fisher = torch.zeros(size, gradients.shape[-1])
     for row, upward in zip(ids, gradients, strict=True):
-        tokens, places = row.unique(return_inverse=True)
-        G = torch.zeros(len(tokens), upward.shape[-1]).index_add_(0, places, upward)
+        tokens, indices = row.unique(return_inverse=True)
+        G = torch.zeros(len(tokens), upward.shape[-1]).index_add_(0, indices, upward)
         fisher[tokens] += G.square()
     return fisher
 

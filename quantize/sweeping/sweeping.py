@@ -222,7 +222,7 @@ def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> dict[str, Any]
         if state.get("key") == key:
             return state
         if not state:
-            # It may hold anything, and a sweep's place is not worth all of that.
+            # Not even overwrite may delete a folder of unknown contents.
             raise TargetExistsError(
                 f"{folder} exists already and holds no sweep; choose another name"
             )

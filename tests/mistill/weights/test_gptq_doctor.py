@@ -168,7 +168,11 @@ def test_mixed_groups_are_told_from_a_trivial_index(tmp_path: Path) -> None:
         (SKEWED, {"sym": True}, r"says sym, but the zero points vary in .* and 13 more"),
         (PLAIN, {"bits": 8}, "says 8 bits, but .* has codes of 4"),
         (PLAIN, {"bits": 3}, "says 3 bits, but .* has codes of 4"),
-        (PLAIN, {"group_size": 64}, r"group_size 64, which gives .* \(2, 64\), but they have the shape \(4,"),
+        (
+            PLAIN,
+            {"group_size": 64},
+            r"group_size 64, which gives .* \(2, 64\), but they have the shape \(4,",
+        ),
         (PLAIN, {"lm_head": True}, "lm_head is quantized, but"),
         (PLAIN, {"embedding": True}, "embedding is quantized, but"),
         (PLAIN, {"dynamic": {"-:.*down_proj": {}}}, "leaves .*down_proj float, but"),

@@ -96,7 +96,7 @@ def test_the_zero_biases_of_autogptq_are_left_out(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.up_proj.bias" not in load_file(made / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.bias"][3] = 1
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(FolderError, match="a bias that its architecture has not"):
+    with pytest.raises(FolderError, match="a bias that its architecture does not have"):
         dequantize(source, tmp_path / "other")
 
 

@@ -197,7 +197,7 @@ def _run(
     with working(target, key, anew=overwrite) as work, torch.inference_mode():
         started = time.perf_counter()
         parts = PartStore(work)
-        names = _Work(job.model, job.plan, job.settings, parts).finish(job.blocks)
+        names = _Quantizer(job.model, job.plan, job.settings, parts).finish(job.blocks)
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
@@ -208,7 +208,7 @@ def _run(
     return target
 
 
-class _Work:
+class _Quantizer:
     """Quantizes the parts of a model in order: embedding, layers, and norm and head."""
 
     def __init__(

@@ -72,7 +72,7 @@ def to_rounding(
             TensorWriter(partial) as writer,
             track("Rounding", total=len(plan.matrices), unit="matrices") as progress,
         ):
-            work = _Work(writer, model, plan, settings, progress)
+            work = _Rounder(writer, model, plan, settings, progress)
             work.tables()
             for index in range(model.config.num_hidden_layers):
                 work.layer(index)
@@ -99,7 +99,7 @@ def to_rounding(
     return target
 
 
-class _Work:
+class _Rounder:
     """Writes the parts of a rounded model, and collects their reports."""
 
     def __init__(

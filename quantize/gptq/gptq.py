@@ -94,7 +94,7 @@ class GptqResult:
 
 @dataclass(frozen=True)
 class Walk:
-    """What GPTQ has to know of the inputs of a weight, whatever the weight.
+    """The order of the columns and the factor of the Hessian, the same for all weights of a stage.
 
     Attributes:
         columns: Shape (K,), the columns in the reverse order of the walk.
@@ -134,10 +134,10 @@ def quantize_weight(
     columns = W.shape[1]
     if H.shape != (columns, columns):
         raise ValueError(f"a weight {tuple(W.shape)} needs H of {columns} columns: {H.shape}")
-    return walk_weight(W, plan_walk(H, settings, C), settings)
+    return walk_weight(W, make_walk(H, settings, C), settings)
 
 
-def plan_walk(H: Tensor, settings: GptqSettings, C: Tensor | None = None) -> Walk:
+def make_walk(H: Tensor, settings: GptqSettings, C: Tensor | None = None) -> Walk:
     """Order the columns, and factor the Hessian in that order.
 
     Args:
@@ -167,11 +167,11 @@ def plan_walk(H: Tensor, settings: GptqSettings, C: Tensor | None = None) -> Wal
 
 
 def walk_weight(W: Tensor, walk: Walk, settings: GptqSettings) -> GptqResult:
-    """Quantize a weight along a walk that was planned for its inputs.
+    """Quantize a weight along a walk that was made for its inputs.
 
     Args:
         W: Shape (N, K).
-        walk: Order and factor, planned with the same settings.
+        walk: Order and factor, made with the same settings.
         settings: How to quantize.
 
     Returns:

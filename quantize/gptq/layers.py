@@ -26,7 +26,7 @@ from quantize.gptq.calibration import (
     mean_drift,
     mean_outer_product,
 )
-from quantize.gptq.gptq import ROWS_AT_ONCE, GptqResult, Walk, plan_walk, walk_weight
+from quantize.gptq.gptq import ROWS_AT_ONCE, GptqResult, Walk, make_walk, walk_weight
 from quantize.settings import GptqSettings
 
 # Called with the name of a matrix, its codes, and the seconds they took.
@@ -119,7 +119,7 @@ def quantize_head(
         The codes, and the seconds they took.
     """
     started = time.perf_counter()
-    walk = plan_walk(_hessian(inputs, HEAD), settings)
+    walk = make_walk(_hessian(inputs, HEAD), settings)
     parts = [
         walk_weight(table[start : start + _TABLE_ROWS].float(), walk, settings)
         for start in range(0, len(table), _TABLE_ROWS)
@@ -150,7 +150,7 @@ def _prepare(selected: list[_Matrix], inputs: list[Tensor], floats: list[Tensor]
     for matrix in selected:
         key = _walk_key(matrix.settings)
         if key not in walks:
-            walks[key] = plan_walk(H, matrix.settings, C)
+            walks[key] = make_walk(H, matrix.settings, C)
     return _Stage(selected, walks, time.perf_counter() - started)
 
 

@@ -1,4 +1,4 @@
-"""Which blocks of a text a model is calibrated and measured on."""
+"""Draw the blocks of text that a model is calibrated and measured on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw_blocks(texts: Texts, folder: Path, settings: GptqSettings) -> TokenBloc
     samples = settings.samples
     blocks = draw_up_to(samples, settings.block_length, texts, folder, settings.seed)
     if len(blocks) < samples:
-        _log.warning("the text fills only %d of the %d blocks asked for", len(blocks), samples)
+        _log.warning("the text fills only %d of the %d blocks in samples", len(blocks), samples)
     return blocks
 
 
@@ -67,7 +67,7 @@ def draw_up_to(
 
 
 def names_of(texts: Texts) -> list[str]:
-    """What some text is called, for a record.
+    """Names of some text, for lineage and reports.
 
     Args:
         texts: A file, a folder, a name, or several of them.

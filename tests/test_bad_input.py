@@ -255,7 +255,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     "a mix smaller than any": (
         "quantize mixed student out --texts chats.jsonl --bits-per-weight 1 "
         "--formats bits=4,group_size=32",
-        "the smallest that these formats make",
+        "takes at least",
         None,
     ),
     "a mix of blocks longer than the model reads": (
@@ -332,7 +332,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
     ),
     "an adapter that is none": (
         "quantize merge student teacher out",
-        "adapter_config.json is missing",
+        "it has no adapter_config.json",
         None,
     ),
     "a setting that AutoGPTQ has not": (

@@ -86,7 +86,7 @@ class WidthGauge:
         """Collect what one norm does while the body runs.
 
         Args:
-            norm: It.
+            norm: The norm, of a layer or the last one.
 
         Yields:
             Nothing.

@@ -1,9 +1,9 @@
-"""A model folder as a PyTorch model, and as the language model that benchmarks and chat ask for.
+"""Load a model folder as a transformers model.
 
-Float, GPTQ and NF4 folders all become a transformers model of the plain Llama or Mistral
-architecture. What is in a folder is compared with what its config.json asks for from the headers
-of the files alone, so that a damaged folder is refused before its gigabytes are read, and no
-tensor is ever left at a random start.
+Float, GPTQ and NF4 folders all become a model of the plain Llama or Mistral architecture. The
+tensors of a folder are compared with those that its config.json describes from the headers of the
+files alone, so that a damaged folder is refused before its gigabytes are read, and no tensor keeps
+its random initial values.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def require_readable(info: FolderInfo) -> None:
     if info.architecture not in READABLE:
         raise ArchitectureError(
             f"{info.path} is a model of type {info.architecture!r}; mistill reads "
-            f"{' and '.join(READABLE)}: give a model of one of these"
+            f"{' and '.join(READABLE)} only; give a model of one of these types"
         )
 
 
@@ -138,20 +138,22 @@ def check_weights(folder: Path, config: PreTrainedConfig | None = None) -> None:
     """
     config = config or plain_config(folder)
     present = tensor_headers(folder)
-    wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).named_parameters()}
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in empty_model(config).named_parameters()
+    }
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    found, other_shapes = set(), []
+    owners, other_shapes = set(), []
     for name, stored in present.items():
-        owner = _weight_of(name, present, wanted)
+        owner = _weight_of(name, present, expected)
         if owner is None:
             continue
-        found.add(owner)
+        owners.add(owner)
         is_plain = name == owner and f"{name}.absmax" not in present
-        if is_plain and owner in wanted and stored.shape != wanted[owner]:
-            other_shapes.append(f"{owner} {stored.shape} instead of {wanted[owner]}")
+        if is_plain and owner in expected and stored.shape != expected[owner]:
+            other_shapes.append(f"{owner} {stored.shape} instead of {expected[owner]}")
     problems = [
-        *_listed("it lacks", sorted(wanted.keys() - found - optional)),
-        *_listed("it also holds", sorted(found - wanted.keys() - optional)),
+        *_listed("it lacks", sorted(expected.keys() - owners - optional)),
+        *_listed("it also holds", sorted(owners - expected.keys() - optional)),
         *_listed("it holds", other_shapes),
     ]
     if problems:
@@ -160,13 +162,13 @@ def check_weights(folder: Path, config: PreTrainedConfig | None = None) -> None:
         )
 
 
-def _weight_of(name: str, present: Container[str], wanted: Container[str]) -> str | None:
+def _weight_of(name: str, present: Container[str], expected: Container[str]) -> str | None:
     """The parameter that a stored tensor belongs to; None for what newer code works out."""
     module, _, last = name.rpartition(".")
     if last in TENSOR_NAMES:
         return f"{module}.weight"
-    if last == "bias" and f"{module}.qweight" in present and name not in wanted:
-        return None  # judged when it is read: AutoGPTQ writes zeros where the model has no bias
+    if last == "bias" and f"{module}.qweight" in present and name not in expected:
+        return None  # checked when it is read: AutoGPTQ writes zeros where the model has no bias
     if ".weight." in name:  # bitsandbytes: weight.absmax, weight.quant_state.bitsandbytes__nf4, ...
         return name[: name.index(".weight.")] + ".weight"
     return None if _DERIVED.search(name) else name
@@ -185,7 +187,7 @@ def _listed(what: str, names: Sequence[str]) -> list[str]:
 def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a float, GPTQ or NF4 folder as a transformers model, in eval mode on the CPU.
 
-    GPTQ codes are turned back into the weights that they stand for, in the plain architecture.
+    GPTQ codes are decoded into float weights of the plain architecture.
     NF4 weights stay in bitsandbytes' own layers.
 
     Args:
@@ -209,7 +211,8 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
     check_weights(info.path, config)
     with quiet_transformers():
         model = _load(info, config, dtype)
-    # It would keep gradients from the padding token's row, and that token may be the end of turn.
+    # padding_idx would stop gradients at the padding token's row, and that token may be the end of
+    # turn.
     embedding: Any = model.get_input_embeddings()
     embedding.padding_idx = None
     return model
@@ -220,7 +223,10 @@ def _load(info: FolderInfo, config: PreTrainedConfig, dtype: torch.dtype) -> Pre
         try:
             return _load_nf4(info.path, dtype)
         except MissingExtraError as error:
-            _log.warning("%s; its NF4 weights take the room of floats until then", error)
+            _log.warning(
+                "%s; until then the NF4 weights are decoded and take the memory of float weights",
+                error,
+            )
     if info.form != "model":
         return _load_decoded(info, config, dtype)
     return _model_class(config).from_pretrained(
@@ -268,18 +274,20 @@ def decoded(info: FolderInfo, config: PreTrainedConfig) -> Iterator[tuple[str, T
         stored.
 
     Raises:
-        FolderError: If the codes contradict what is said of them, or a matrix has a bias that the
-            architecture has not.
+        FolderError: If the codes contradict config.json, or a matrix has a bias that the
+            architecture does not have.
     """
     if info.form == "gptq":
         require_sound(info.path)
-    wanted = dict(empty_model(config).named_parameters())
-    found = PlainWeights(info.path)
-    for name in found:
-        if name in wanted:
-            yield name, torch.from_numpy(found.read(name))
-        elif name.endswith(".bias") and found.read(name).any():
-            raise FolderError(f"{info.path} holds {name}, a bias that its architecture has not")
+    expected = dict(empty_model(config).named_parameters())
+    weights = PlainWeights(info.path)
+    for name in weights:
+        if name in expected:
+            yield name, torch.from_numpy(weights.read(name))
+        elif name.endswith(".bias") and weights.read(name).any():
+            raise FolderError(
+                f"{info.path} holds {name}, a bias that its architecture does not have"
+            )
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -351,7 +359,7 @@ def _load_nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             if dtype != torch.bfloat16:
-                # bitsandbytes' kernel for AVX-512 takes and gives bfloat16 whatever is asked for.
+                # bitsandbytes' kernel for AVX-512 computes in bfloat16 whatever the dtype.
                 module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         if parameter.is_floating_point():

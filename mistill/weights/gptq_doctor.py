@@ -1,15 +1,17 @@
-"""What the codes of a GPTQ folder are, told from the codes and not from what config.json says.
+"""Check the tensors of a GPTQ folder against its config.json, and detect their format.
 
-Files lie about themselves: many say ``gptq`` and hold the zeros of ``gptq_v2``, which a reader
-turns into weights that are all off by one step. Zeros that are all alike name their format: the
-middle code, or one less. Of zeros that vary, the codes do: weights lie about 0 on both sides, so
-that as many codes are above the zero of their group as below it, and one step further they are not.
+Many folders say ``gptq`` in config.json and hold the zero points of ``gptq_v2``, so that a reader
+decodes weights that are all off by one step. The format is detected from the data. Zero points that
+are all equal are the middle code, or one less. Where they vary, the codes decide: weights lie about
+0 on both sides, so that as many codes are above the zero point of their group as below it, which
+does not hold one step further.
 
-A zero of 0 stored less one is another trap. Taken from the whole 32-bit word, as the format says,
-it borrows from the next code, and whoever gives back one code at a time reads the neighbour wrong.
-AutoGPTQ before 0.5 stored it as a whole word of ones, over all the codes above it: these are lost.
+A zero point of 0 that is stored minus one is another problem. Subtracted from the whole 32-bit
+word, as the format says, it borrows from the next code, and a reader that adds one to each code by
+itself decodes the neighbour wrongly. AutoGPTQ before 0.5 stored it as a whole word of ones, over
+all the codes above it, which are lost.
 
-Only zeros, indices and scales are read, and of the codes some rows.
+Only zero points, indices and scales are read, and some rows of the codes.
 """
 
 from __future__ import annotations
@@ -40,32 +42,32 @@ from mistill.weights.tensor_files import TensorFiles
 
 ColumnOrder = Literal["plain", "mixed"]
 
-# Matrices whose codes are looked at, and codes of each.
+# Matrices whose codes are read, and how many codes of each.
 _SAMPLED = 24
 _CODES = 1 << 19
-# Share of the matrices looked at that must tell something, and of these that must tell the same.
-_TELLING = 0.25
+# Share of the sampled matrices that must be decided, and of these that must agree.
+_DECIDED = 0.25
 _AGREEMENT = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the tensors of a GPTQ folder are.
+    """The format and the faults of the tensors of a GPTQ folder.
 
     Attributes:
         matrices: How many matrices are stored as codes.
         bits: Bits per code, and of how many matrices.
-        checkpoint_format: How zeros are stored, as the data tells; None where it does not.
-        evidence: What told it.
-        symmetric: Whether all zeros are the middle of the code range.
+        checkpoint_format: How zero points are stored, detected from the data; None if undecided.
+        evidence: What the format was detected from.
+        symmetric: Whether all zero points are the middle of the code range.
         order: Whether the columns of each group lie side by side ("plain"), or groups are mixed
             as act-order leaves them ("mixed").
         index: Whether the files hold ``g_idx``.
         scale_types: Types of the scales, and of how many matrices.
-        borrowed: Zeros of 0 that are stored less one, and so borrow from a neighbour.
-        overwritten: Words of zeros that a zero of 0 was stored over, so that they are lost.
-        contradictions: Where the data is not what config.json says, or is damaged.
-        notes: What is sound but should be known.
+        borrowed: Zero points of 0 that are stored minus one, and so borrow from a neighbour.
+        overwritten: Words of zero points that were overwritten by a zero point of 0.
+        contradictions: Differences between the data and config.json, and damage.
+        notes: Remarks on sound data that some readers decode wrongly or slowly.
     """
 
     matrices: int
@@ -82,18 +84,21 @@ class Diagnosis:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The finding as JSON values.
+        """The diagnosis as JSON values.
 
         Returns:
             One entry per field.
         """
-        found = asdict(self)
-        found["bits"] = {str(bits): count for bits, count in self.bits.items()}
-        return {**found, "contradictions": list(self.contradictions), "notes": list(self.notes)}
+        return {
+            **asdict(self),
+            "bits": {str(bits): count for bits, count in self.bits.items()},
+            "contradictions": list(self.contradictions),
+            "notes": list(self.notes),
+        }
 
 
 def require_sound(folder: Path) -> None:
-    """Refuse a GPTQ folder whose data is not what its config.json says.
+    """Refuse a GPTQ folder whose data contradicts its config.json.
 
     Args:
         folder: A GPTQ folder.
@@ -108,13 +113,13 @@ def require_sound(folder: Path) -> None:
 
 
 def examine(folder: Path) -> Diagnosis:
-    """Tell what the tensors of a GPTQ folder are.
+    """Detect the format of the tensors of a GPTQ folder, and check them.
 
     Args:
         folder: A folder whose files are there and whose config.json says GPTQ.
 
     Returns:
-        What was found; contradictions do not raise.
+        The diagnosis; contradictions do not raise.
 
     Raises:
         FolderError: If config.json does not say how the folder is stored.
@@ -125,26 +130,26 @@ def examine(folder: Path) -> Diagnosis:
         raise FolderError(f"{folder} is not a GPTQ folder: its config.json does not say so")
     files = TensorFiles(folder)
     modules = quantized_modules(files)
-    found = _Findings(layout)
+    findings = _Findings(layout)
     if not modules:
-        found.wrong.append("config.json says GPTQ, but no module is stored as codes")
+        findings.wrong.append("config.json says GPTQ, but no module is stored as codes")
     sampled = set(modules[:: max(1, len(modules) // _SAMPLED)])
     for module in modules:
-        found.look(files, module, module in sampled)
-    found.wrong += _missing_tables(layout, modules, bool(config.get("tie_word_embeddings")))
-    found.wrong += _two_configs(folder, config)
-    return found.diagnosis(len(modules))
+        findings.check(files, module, module in sampled)
+    findings.wrong += _missing_tables(layout, modules, bool(config.get("tie_word_embeddings")))
+    findings.wrong += _two_configs(folder, config)
+    return findings.diagnosis(len(modules))
 
 
 @dataclass
 class _Findings:
-    """What has been seen in the matrices so far."""
+    """Counts and faults of the matrices checked so far."""
 
     layout: GptqFormat
     wrong: list[str] = field(default_factory=list)
     bits: Counter[int] = field(default_factory=Counter)
     scale_types: Counter[str] = field(default_factory=Counter)
-    # Matrices whose zeros are all the middle code or all one less, or that vary.
+    # Matrices whose zero points are all the middle code, all one less, or vary.
     all_middle: int = 0
     all_below: int = 0
     varying: list[str] = field(default_factory=list)
@@ -157,8 +162,8 @@ class _Findings:
     overwritten: int = 0
     by_chance: float = 0.0
 
-    def look(self, files: TensorFiles, module: str, closely: bool) -> None:
-        """Look at one matrix; ``closely`` at its codes too."""
+    def check(self, files: TensorFiles, module: str, with_codes: bool) -> None:
+        """Check one matrix, and its codes too if asked to."""
         form = self.layout.format_of(module)
         if form is None:
             self.wrong.append(f"config.json leaves {module} float, but it is stored as codes")
@@ -172,7 +177,7 @@ class _Findings:
         if not _finite(files, f"{module}.scales"):
             self.wrong.append(f"{module}.scales holds a value that is not a finite number")
         outputs = files.shape(f"{module}.scales")[1]
-        groups = self._look_at_order(files, module, form)
+        groups = self._check_order(files, module, form)
         words = np.ascontiguousarray(files.raw(f"{module}.qzeros")).view(np.uint32)
         stored = unpack_rows(words, form.bits)[:, :outputs]
         middle = 1 << (form.bits - 1)
@@ -184,14 +189,14 @@ class _Findings:
             self.varying.append(module)
             if form.symmetric:
                 self.varying_but_symmetric.append(module)
-            if closely:
-                vote = told_by_codes(files, module, form.bits, stored, groups)
-                self.votes[vote or "cannot be told"] += 1
+            if with_codes:
+                vote = detect_format(files, module, form.bits, stored, groups)
+                self.votes[vote or "undecided"] += 1
             zeros = unpack_rows(plus_one(words, form.bits), form.bits)[:, :outputs]
             self.zeros_of_0 += int((zeros == 0).sum())
-            self._look_at_overwriting(words, form.bits)
+            self._count_overwritten(words, form.bits)
 
-    def _look_at_order(
+    def _check_order(
         self, files: TensorFiles, module: str, form: ModuleFormat
     ) -> NDArray[np.int32]:
         columns = _columns(files, module, form.bits)
@@ -209,12 +214,12 @@ class _Findings:
             self.mixed.append(module)
         return groups
 
-    def _look_at_overwriting(self, words: NDArray[np.uint32], bits: int) -> None:
+    def _count_overwritten(self, words: NDArray[np.uint32], bits: int) -> None:
         if bits == 3:
-            return  # each wraps on its own
+            return  # each code of 3 bits wraps by itself
         lanes = unpack_rows(words, bits).reshape(*words.shape, -1)
         ones = lanes == (1 << bits) - 1
-        inside = ones[..., :-1].any(-1)  # a 0 in the last lane borrows from nobody
+        inside = ones[..., :-1].any(-1)  # a 0 in the last lane borrows from no code
         if not inside.any():
             return
         ones, share_of_1 = ones[inside], float((lanes == 0).mean())
@@ -222,43 +227,44 @@ class _Findings:
         run = (ones == to_the_end).all(-1)
         self.overwritten += int(run.sum())
         self.borrowing += int((~run).sum())
-        # Zeros of 1 above a zero of 0 look like that too.
+        # Zero points of 1 above a zero point of 0 give the same bits.
         self.by_chance += float((share_of_1 ** (to_the_end[run].sum(-1) - 1)).sum())
 
     def diagnosis(self, matrices: int) -> Diagnosis:
-        told, evidence = self._told_format()
+        detected, evidence = self._detected_format()
         layout = self.layout
-        if told is not None and told != layout.checkpoint_format:
+        if detected is not None and detected != layout.checkpoint_format:
             self.wrong.append(
                 f"config.json says checkpoint_format {layout.checkpoint_format}, but the data is "
-                f"{told}: {evidence}"
+                f"{detected}: {evidence}"
             )
         if self.all_middle and self.all_below:
             self.wrong.append(
-                f"{self.all_below} matrices store symmetric zeros less one and {self.all_middle} "
-                "as they are"
+                f"{self.all_below} matrices store symmetric zero points minus one and "
+                f"{self.all_middle} as they are"
             )
         if self.varying_but_symmetric:
             self.wrong.append(
-                "config.json says sym, but the zeros vary in " + _some(self.varying_but_symmetric)
+                "config.json says sym, but the zero points vary in "
+                + _some(self.varying_but_symmetric)
             )
         if self.mixed and not layout.activation_order:
             self.wrong.append(
                 f"config.json says desc_act false, but g_idx mixes groups in {_some(self.mixed)}"
             )
-        lost = self._lost_words(told or layout.checkpoint_format)
+        lost = self._lost_words(detected or layout.checkpoint_format)
         if lost:
             self.wrong.append(
-                f"{lost} words of zeros were overwritten where a zero of 0 was stored less one, as "
-                "AutoGPTQ did before 0.5; they cannot be recovered: quantize the float original "
-                "again"
+                f"{lost} words of zero points were overwritten where a zero point of 0 was stored "
+                "minus one, as AutoGPTQ did before 0.5; they cannot be recovered: quantize the "
+                "float original again"
             )
-        first = (told or layout.checkpoint_format) == "gptq"
-        borrowed = self.zeros_of_0 if first and self.varying and not lost else 0
+        minus_one = (detected or layout.checkpoint_format) == "gptq"
+        borrowed = self.zeros_of_0 if minus_one and self.varying and not lost else 0
         return Diagnosis(
             matrices=matrices,
             bits=dict(sorted(self.bits.items())),
-            checkpoint_format=told,
+            checkpoint_format=detected,
             evidence=evidence,
             symmetric=not self.varying,
             order="mixed" if self.mixed else "plain",
@@ -270,28 +276,28 @@ class _Findings:
             notes=tuple(self._notes(borrowed)),
         )
 
-    def _told_format(self) -> tuple[CheckpointFormat | None, str]:
+    def _detected_format(self) -> tuple[CheckpointFormat | None, str]:
         if self.all_below and not self.all_middle:
-            return "gptq", "symmetric zeros are stored as one less than the middle code"
+            return "gptq", "symmetric zero points are stored as one less than the middle code"
         if self.all_middle and not self.all_below:
-            return "gptq_v2", "symmetric zeros are stored as the middle code"
-        looked_at = sum(self.votes.values())
-        telling = self.votes["gptq"] + self.votes["gptq_v2"]
-        if looked_at and telling >= _TELLING * looked_at:
-            if self.votes["gptq"] >= _AGREEMENT * telling:
+            return "gptq_v2", "symmetric zero points are stored as the middle code"
+        sampled = sum(self.votes.values())
+        decided = self.votes["gptq"] + self.votes["gptq_v2"]
+        if sampled and decided >= _DECIDED * sampled:
+            if self.votes["gptq"] >= _AGREEMENT * decided:
                 return "gptq", (
-                    "as many codes lie above as below their zeros once these are raised by one, in "
-                    f"{self.votes['gptq']} of {looked_at} matrices"
+                    "as many codes lie above as below their zero points once these are raised by "
+                    f"one, in {self.votes['gptq']} of {sampled} matrices"
                 )
-            if self.votes["gptq_v2"] >= _AGREEMENT * telling:
+            if self.votes["gptq_v2"] >= _AGREEMENT * decided:
                 return "gptq_v2", (
-                    "as many codes lie above as below their zeros, in "
-                    f"{self.votes['gptq_v2']} of {looked_at} matrices"
+                    "as many codes lie above as below their zero points, in "
+                    f"{self.votes['gptq_v2']} of {sampled} matrices"
                 )
-        return None, "the codes of the matrices looked at do not tell"
+        return None, "the codes of the sampled matrices do not decide it"
 
     def _lost_words(self, checkpoint_format: CheckpointFormat) -> int:
-        """Where a zero of 0 is stored over what lies above it, it always is."""
+        """Words that were overwritten: where one zero point of 0 overwrites its word, all do."""
         if checkpoint_format != "gptq" or self.borrowing or self.by_chance > 0.01:
             return 0
         return self.overwritten
@@ -300,35 +306,37 @@ class _Findings:
         notes = []
         if borrowed:
             notes.append(
-                f"{borrowed} zeros of 0 are stored less one: a reader that adds one to each code "
-                "instead of each word reads their neighbours wrong; "
+                f"{borrowed} zero points of 0 are stored minus one: a reader that adds one to each "
+                "code instead of each word decodes their neighbours wrongly; "
                 "`mistill quantize convert --to gptq_v2` avoids that"
             )
         if self.layout.activation_order and not self.mixed:
-            notes.append("it says desc_act, but its groups are in order: readers may ignore g_idx")
+            notes.append(
+                "config.json says desc_act, but the groups are in order: readers may ignore g_idx"
+            )
         if not self.layout.symmetric and self.bits and not self.varying:
-            notes.append("it says asymmetric, but all its zeros are the middle code")
+            notes.append("config.json says asymmetric, but all zero points are the middle code")
         return notes
 
 
-def told_by_codes(
+def detect_format(
     files: TensorFiles,
     module: str,
     bits: int,
     stored: NDArray[np.uint8],
     groups: NDArray[np.int32],
 ) -> CheckpointFormat | None:
-    """Tell from some codes of a matrix whether its zeros are stored less one.
+    """Detect from some codes of a matrix whether its zero points are stored minus one.
 
     Args:
         files: The files.
         module: The matrix.
         bits: Bits per code.
-        stored: Shape (G, N), the zeros as they are stored.
+        stored: Shape (G, N), the zero points as they are stored.
         groups: Shape (K,), the group of each column.
 
     Returns:
-        The format, or None if the weights do not lie evenly about either zero.
+        The format, or None if the weights do not lie evenly about either zero point.
     """
     qweight = files.raw(f"{module}.qweight")
     per_run = 3 if bits == 3 else 1  # words that hold whole codes
@@ -336,7 +344,7 @@ def told_by_codes(
     words = np.ascontiguousarray(qweight[: runs * per_run].T).view(np.uint32)
     codes = unpack_rows(words, bits)
     zeros = stored.T[:, groups[: codes.shape[1]]]
-    # A group whose zero is near an end of the range has its weights on one side.
+    # A group whose zero point is near an end of the range has its weights on one side.
     quarter = 1 << (bits - 2)
     centred = (zeros >= quarter) & (zeros < 3 * quarter)
     above = codes[centred].astype(np.int16) - zeros[centred]
@@ -363,18 +371,18 @@ def _wrong_shapes(files: TensorFiles, module: str, form: ModuleFormat) -> str | 
             return f"config.json says {form.bits} bits, but {module} has codes of {shown}"
     columns = _columns(files, module, form.bits)
     groups = 1 if form.group_size == -1 else -(-columns // form.group_size)
-    found = files.shape(f"{module}.scales")
-    if found != (groups, outputs):
+    stored = files.shape(f"{module}.scales")
+    if stored != (groups, outputs):
         return (
             f"config.json says group_size {form.group_size}, which gives {module} scales of shape "
-            f"{(groups, outputs)}, but they are {found}"
+            f"{(groups, outputs)}, but they have the shape {stored}"
         )
     words = outputs * form.bits // 32
     if outputs % codes_per_unit(form.bits):
         words = -(-outputs // codes_per_unit(form.bits)) * (3 if form.bits == 3 else 1)
     if files.shape(f"{module}.qzeros") != (groups, words):
-        found = files.shape(f"{module}.qzeros")
-        return f"{module}.qzeros should have the shape {(groups, words)}, but has {found}"
+        stored = files.shape(f"{module}.qzeros")
+        return f"{module}.qzeros should have the shape {(groups, words)}, but has {stored}"
     return None
 
 
@@ -400,14 +408,14 @@ def _missing_tables(layout: GptqFormat, modules: Sequence[str], tied: bool) -> l
 
 
 def _two_configs(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Where quantize_config.json, which AutoGPTQ reads, is not what config.json says."""
+    """Differences between quantize_config.json, which AutoGPTQ reads, and config.json."""
     if not (folder / AUTO_GPTQ_CONFIG).is_file():
         return []
-    said, other = config["quantization_config"], read_json(folder / AUTO_GPTQ_CONFIG)
+    ours, other = config["quantization_config"], read_json(folder / AUTO_GPTQ_CONFIG)
     return [
-        f"config.json says {name} {said[name]!r}, but {AUTO_GPTQ_CONFIG} says {other[name]!r}"
+        f"config.json says {name} {ours[name]!r}, but {AUTO_GPTQ_CONFIG} says {other[name]!r}"
         for name in ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
-        if name in said and name in other and said[name] != other[name]
+        if name in ours and name in other and ours[name] != other[name]
     ]
 
 

@@ -1,23 +1,24 @@
-"""The published AutoGPTQ layout of quantized weights: codes, scales and zeros packed in words.
+"""The published AutoGPTQ layout of quantized weights: codes, scales and zero points in words.
 
 A linear layer of N outputs and K inputs is four tensors. With b bits, 32 / b codes share an
-int32 word, the first in the lowest bits, and G groups of input columns share scales and zeros:
+int32 word, the first in the lowest bits, and G groups of input columns share a scale and a zero
+point:
 
     qweight  int32 (K * b / 32, N)    codes, packed along K
-    qzeros   int32 (G, N * b / 32)    zeros, packed along N
+    qzeros   int32 (G, N * b / 32)    zero points, packed along N
     scales   float16 (G, N)           or bfloat16, or float32
     g_idx    int32 (K,)               the group of each column
 
     weight[n, k] = scales[g_idx[k], n] * (code[n, k] - zero[g_idx[k], n])
 
-Checkpoint format ``gptq`` stores zeros minus one, subtracted from whole 32-bit words; a zero of 0
-therefore borrows from its neighbours, and only an addition to the whole word gives them back.
-``gptq_v2`` stores zeros as they are. mistill writes ``gptq`` for symmetric codes, whose zeros are
-never 0, and ``gptq_v2`` for asymmetric ones.
+Checkpoint format ``gptq`` stores zero points minus one, subtracted from whole 32-bit words; a zero
+point of 0 therefore borrows from its neighbours, and only an addition to the whole word restores
+them. ``gptq_v2`` stores zero points as they are. mistill writes ``gptq`` for symmetric codes, whose
+zero points are never 0, and ``gptq_v2`` for asymmetric ones.
 
-What config.json says of all this is in ``mistill.folders.gptq_format``. An embedding or a head of V
-tokens and width D is stored like a linear layer with N = V and K = D; a table that the two share is
-stored once, as the embedding.
+The entries of config.json for this layout are in ``mistill.folders.gptq_format``. An embedding or a
+head of V tokens and width D is stored like a linear layer with N = V and K = D; a table that the
+two share is stored once, as the embedding.
 
 Needs numpy alone, so that a laptop without PyTorch can read what was quantized elsewhere.
 """
@@ -80,7 +81,7 @@ class QuantizedWeight:
     Attributes:
         codes: Shape (N, K), from 0 to 2**bits - 1.
         scales: Shape (N, G), the step of each group's grid, exact in ``scale_type``.
-        zeros: Shape (N, G), the code that stands for 0.
+        zeros: Shape (N, G), the zero points: the codes that stand for 0.
         g_idx: Shape (K,), the group of each column.
         bits: Bits per code.
         group_size: Columns per group; -1 when all columns of a row form one group.
@@ -158,8 +159,8 @@ def pack(
     """Store a weight as the four tensors of the AutoGPTQ layout.
 
     Args:
-        weight: The weight. K must fill whole words; the last word of zeros is filled up where N
-            does not.
+        weight: The weight. K must fill whole words; the last word of zero points is padded
+            where N does not.
         checkpoint_format: "gptq" stores zeros minus one, "gptq_v2" as they are.
 
     Returns:
@@ -225,21 +226,22 @@ def unpack(
     stored_as = scale_type or str(scales.dtype)
     if stored_as not in get_args(ScaleType):
         raise FolderError(
-            f"GPTQ scales of type {stored_as}; mistill reads {', '.join(get_args(ScaleType))}"
+            f"the GPTQ scales are of type {stored_as}; mistill reads "
+            f"{', '.join(get_args(ScaleType))}"
         )
     if str(scales.dtype) == "bfloat16":
         scales = scales.astype(np.float32)
     if bits == 3 and (tensors["qweight"].shape[0] % 3 or tensors["qzeros"].shape[1] % 3):
         raise FolderError(
-            "GPTQ tensors that do not belong together at 3 bits: their words do not come in "
-            "threes; the file is damaged or its config.json is another model's"
+            "the GPTQ tensors do not fit one another at 3 bits: the number of their words is not a "
+            "multiple of three; the file is damaged or its config.json is another model's"
         )
     codes = unpack_rows(tensors["qweight"].T.astype(np.int32, copy=False).view(np.uint32), bits)
     zero_words = np.ascontiguousarray(tensors["qzeros"]).view(np.uint32)
     if checkpoint_format == "gptq":
         zero_words = plus_one(zero_words, bits)
     outputs, groups = scales.shape
-    # The last word of zeros is filled up where the outputs do not fill it.
+    # The last word of zero points is padded where the outputs do not fill it.
     zeros = unpack_rows(zero_words, bits)
     if 0 <= zeros.shape[1] - outputs < codes_per_unit(bits):
         zeros = zeros[:, :outputs]
@@ -257,8 +259,8 @@ def unpack(
         or not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups
     ):
         raise FolderError(
-            f"GPTQ tensors that do not belong together at {bits} bits: qweight gives "
-            f"{codes.shape} codes, qzeros {zeros.shape} zeros, scales {scales.shape}, "
+            f"the GPTQ tensors do not fit one another at {bits} bits: qweight holds "
+            f"{codes.shape} codes, qzeros {zeros.shape} zero points, scales {scales.shape}, "
             f"g_idx {g_idx.shape}; the file is damaged or its config.json is another model's"
         )
     return QuantizedWeight(

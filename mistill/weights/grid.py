@@ -1,4 +1,4 @@
-"""Choose the grid of a group: the step between its codes and the code that stands for zero.
+"""Choose the grid of a group: its scale, the step between two codes, and its zero point.
 
 A group is some input columns of one row that share a scale. Scales are rounded to the type they
 are stored in before anything else looks at them, so that every later decision sees the numbers
@@ -32,11 +32,11 @@ _LEAST_SHARE = {2: 0.4, 3: 0.5, 4: 0.6, 8: 0.6}
 
 @dataclass(frozen=True, kw_only=True)
 class GridKind:
-    """What all grids of a weight have in common.
+    """What all grids of a weight share.
 
     Attributes:
         bits: Bits per code.
-        symmetric: Whether the zero is the middle code.
+        symmetric: Whether the zero point is the middle code.
         scale_type: The type that scales are stored in.
     """
 
@@ -51,7 +51,7 @@ class Grid:
 
     Attributes:
         scales: Shape (N,), exact in the type they are stored in.
-        zeros: Shape (N,), whole numbers from 0 to 2**bits - 1.
+        zeros: Shape (N,), zero points, whole numbers from 0 to 2**bits - 1.
         bits: Bits per code.
     """
 
@@ -89,7 +89,7 @@ def best_grid(weights: Tensor, importance: Tensor, kind: GridKind, candidates: i
     Args:
         weights: Shape (g, N), one group of every row.
         importance: Shape (g,), what a squared error in each column costs.
-        kind: What the grid is like.
+        kind: Bits, symmetry and scale type.
         candidates: How many grids are tried, at least 1; the first covers the whole group.
 
     Returns:

@@ -82,8 +82,8 @@ def read_nf4(tensors: Mapping[str, NDArray[Any]], name: str) -> Nf4Weight:
     """Read a weight that bitsandbytes, or mistill, has saved.
 
     Args:
-        tensors: Those of the layer that ``NF4_NAMES`` lists and that there are.
-        name: What to call it where something is wrong.
+        tensors: The tensors of the layer that ``NF4_NAMES`` lists, by name.
+        name: Name of the layer, for error messages.
 
     Returns:
         The weight, its scales as float32 even if they were quantized.
@@ -91,10 +91,10 @@ def read_nf4(tensors: Mapping[str, NDArray[Any]], name: str) -> Nf4Weight:
     Raises:
         FolderError: If a tensor is missing, or they contradict one another.
     """
-    wanted = ["weight", "weight.absmax", "weight.quant_map", f"weight.{NF4_STATE}"]
+    required = ["weight", "weight.absmax", "weight.quant_map", f"weight.{NF4_STATE}"]
     if "weight.nested_absmax" in tensors:
-        wanted.append("weight.nested_quant_map")
-    missing = [tensor for tensor in wanted if tensor not in tensors]
+        required.append("weight.nested_quant_map")
+    missing = [tensor for tensor in required if tensor not in tensors]
     if missing:
         raise FolderError(f"{name}.{missing[0]} is missing, so its NF4 weight cannot be read")
     state = json.loads(tensors[f"weight.{NF4_STATE}"].tobytes())

@@ -1,4 +1,4 @@
-"""The float weights that a folder stands for, whatever they are stored as, read one at a time.
+"""The float weights of a folder, decoded from whatever they are stored as, one at a time.
 
 Names are those of the plain architecture: a matrix stored as GPTQ or NF4 codes has one weight. The
 only reader of codes as floats; needs numpy alone.
@@ -67,5 +67,5 @@ class PlainWeights:
             if self._layout is not None and last in TENSOR_NAMES:
                 if last == "qweight":
                     yield f"{module}.weight"
-            elif ".weight." not in name:  # what bitsandbytes says of a weight
+            elif ".weight." not in name:  # else a tensor that bitsandbytes stores beside a weight
                 yield name

@@ -1,4 +1,4 @@
-"""A linear module of codes whose scales can learn.
+"""A linear module of codes whose scales can be trained.
 
 N is outputs, K inputs, G groups of input columns.
 """
@@ -18,8 +18,8 @@ from mistill.weights.gptq_layout import QuantizedWeight
 class ScaledLinear(nn.Module):
     """Computes with the weight that codes stand for, times a gain for each of its scales.
 
-    The float weight exists while it is multiplied with and is made again on the way back, so that
-    a layer is remembered by its codes, at a fourth of the bytes.
+    The float weight exists only during a product and is decoded again in the backward pass, so that
+    a layer is held as its codes, a fourth of the bytes.
 
     ``gain``, of shape (G, N), is the factor by which each scale has changed.
     """
@@ -42,7 +42,7 @@ class ScaledLinear(nn.Module):
         self.register_buffer("zeros", zeros.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply.
+        """Compute the outputs.
 
         Args:
             x: Shape (..., K), float32.
@@ -65,7 +65,7 @@ class ScaledLinear(nn.Module):
         return weight.mul_(parts.scales[parts.groups])
 
     def tuned_scales(self) -> Tensor:
-        """The scales with what was learnt in them.
+        """The trained scales.
 
         Returns:
             Shape (G, N), as the layout stores them, float32.

@@ -18,7 +18,7 @@ _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 
 
 class TensorFiles:
-    """All tensors of a folder by name, read when asked for."""
+    """All tensors of a folder by name; each is read by its own call."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers.

@@ -1,9 +1,9 @@
-"""From one checkpoint format of GPTQ folders to the other, with every code and zero kept.
+"""Convert GPTQ folders from one checkpoint format to the other; codes and zero points stay.
 
-``gptq`` stores zeros minus one, ``gptq_v2`` as they are; nothing else differs. One is subtracted
-from, or added to, whole 32-bit words, which is exact: a zero of 0 borrows from its neighbour on the
-way there and gives back on the way here. Readers that take each code on its own see the neighbour
-one too low, so that asymmetric codes are best left in ``gptq_v2``.
+``gptq`` stores zero points minus one, ``gptq_v2`` as they are; nothing else differs. One is
+subtracted from, or added to, whole 32-bit words, which is exact: what a zero point of 0 borrows
+from its neighbour is restored by the addition. Readers that take each code by itself see the
+neighbour one too low, so that asymmetric codes are best left in ``gptq_v2``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def convert(
             format already.
     """
     known = get_args(CheckpointFormat)
-    require(to in known, f"convert to {' or '.join(known)}, got {to!r}")
+    require(to in known, f"to must be {' or '.join(known)}, not {to!r}")
     target = refuse_existing(target, overwrite)
     info = open_folder(source)
     if info.form != "gptq":
@@ -84,8 +84,8 @@ def convert(
     borrowed = examine(target).borrowed
     if borrowed:
         _log.warning(
-            "%s holds %d zeros of 0 less one, which borrow from their neighbours; readers that add "
-            "one to each code instead of each word read those wrong",
+            "%s stores %d zero points of 0 minus one, which borrow from the neighbouring code; "
+            "readers that add one to each code instead of each word decode the neighbours wrongly",
             target,
             borrowed,
         )

@@ -1,7 +1,7 @@
-"""From codes back to the weights that they stand for, in a plain float folder.
+"""Dequantize a folder: decode its codes into float weights.
 
-For tools that read no quantized weights, for training on, and for merging an adapter. Nothing is
-gained back: the folder predicts what the quantized one does, at the bytes of a float one.
+This is for tools that read no quantized weights, for further training, and for merging an adapter.
+No precision comes back: the float folder predicts what the quantized one does.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def dequantize(
     """
     require(
         dtype in get_args(FloatType),
-        f"dtype must be {', '.join(get_args(FloatType))}, got {dtype!r}",
+        f"dtype must be one of {', '.join(get_args(FloatType))}, not {dtype!r}",
     )
     target = refuse_existing(target, overwrite)
     info = open_folder(source)
@@ -70,15 +70,15 @@ def dequantize(
     require_readable(info)
     plain = plain_config(info.path)
     check_weights(info.path, plain)
-    kind: torch.dtype = getattr(torch, dtype)
-    wanted = sum(1 for _ in empty_model(plain).parameters())
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    count = sum(1 for _ in empty_model(plain).parameters())
     with (
         creating(target, overwrite) as partial,
         TensorWriter(partial) as writer,
-        track("Dequantizing", total=wanted, unit="tensors") as progress,
+        track("Dequantizing", total=count, unit="tensors") as progress,
     ):
         for name, tensor in decoded(info, plain):
-            writer.add(name, _in_type(name, tensor, kind))
+            writer.add(name, _cast(name, tensor, torch_dtype))
             progress.advance(1)
         _write_config(info.path, partial, dtype)
         copy_companions(info.path, partial)
@@ -86,13 +86,15 @@ def dequantize(
     return target
 
 
-def _in_type(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
-    made = tensor.to(kind)
-    if not made.isfinite().all():
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if not cast.isfinite().all():
         if tensor.isfinite().all():
-            raise FolderError(f"{name} holds weights beyond {kind}; take bfloat16 or float32")
+            raise FolderError(
+                f"{name} holds weights that {dtype} cannot hold; take bfloat16 or float32"
+            )
         raise FolderError(f"{name} holds a value that is not a number; the source is damaged")
-    return made
+    return cast
 
 
 def _write_config(source: Path, target: Path, dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base, and see in which order it should meet the quantizer.
+"""Merge a LoRA adapter into its base, before or after quantization, whichever has the lower KL.
 
 Two orders lead from a base and an adapter to a small merged model: merge into the float base and
 quantize the sum, or quantize the base first, turn its codes back into floats, merge there, and
@@ -110,39 +110,40 @@ def merge_lora(
     _check_adapter(Path(adapter), info.path)
     require(
         texts is not None or (settings is None and held_out is None),
-        "quantizing what is merged needs text to calibrate on: give texts",
+        "settings and held_out are for quantizing the merged model, which needs calibration text: "
+        "give texts",
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".merge-", dir=target.parent) as rooms:
-        room = Path(rooms)
+    with TemporaryDirectory(prefix=".merge-", dir=target.parent) as temporary:
+        folders = Path(temporary)
         if texts is None:
-            plain = info.path if info.form == "model" else dequantize(info.path, room / "plain")
-            merged = _merge(plain, Path(adapter), room / "merged")
+            plain = info.path if info.form == "model" else dequantize(info.path, folders / "plain")
+            merged = _merge(plain, Path(adapter), folders / "merged")
             _publish(merged, target, overwrite, info.path, Path(adapter), {})
             return target
         check_texts(texts)
         settings = settings or _settings_of(info.path)
         original = info.path if info.form == "model" else _original(info.path, float_base)
-        reference = _merge(original, Path(adapter), room / "merged")
+        reference = _merge(original, Path(adapter), folders / "merged")
         quantized = info.path
         if info.form == "model":
-            quantized = to_gptq(info.path, room / "base", texts=texts, settings=settings)
-        again = _merge(dequantize(quantized, room / "plain"), Path(adapter), room / "again")
-        made = {
-            name: to_gptq(source, room / name, texts=texts, settings=settings)
-            for name, source in zip(ORDERS, (reference, again), strict=True)
+            quantized = to_gptq(info.path, folders / "base", texts=texts, settings=settings)
+        after = _merge(dequantize(quantized, folders / "plain"), Path(adapter), folders / "after")
+        quantized_folders = {
+            name: to_gptq(source, folders / name, texts=texts, settings=settings)
+            for name, source in zip(ORDERS, (reference, after), strict=True)
         }
-        measured = _measure(reference, made, held_out or texts)
-        best = min(ORDERS, key=lambda name: measured[name].kl)
+        fidelity = _measure(reference, quantized_folders, held_out or texts)
+        best = min(ORDERS, key=lambda name: fidelity[name].kl)
         facts = {
-            "orders": {name: asdict(one) for name, one in measured.items()},
+            "orders": {name: asdict(figures) for name, figures in fidelity.items()},
             "chosen": best,
             "quantization": settings_dict(settings),
             "float_base": str(original),
         }
-        for name, one in measured.items():
-            _log.info("%s: KL %.5f to the float merged model", name, one.kl)
-        _publish(made[best], target, overwrite, info.path, Path(adapter), facts)
+        for name, figures in fidelity.items():
+            _log.info("%s: KL %.5f to the float merged model", name, figures.kl)
+        _publish(quantized_folders[best], target, overwrite, info.path, Path(adapter), facts)
     return target
 
 
@@ -151,12 +152,14 @@ def _check_adapter(adapter: Path, base: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise FolderError(
-                f"{adapter} is no adapter of peft: {name} is missing; give the folder that "
+                f"{adapter} is not a peft adapter: it has no {name}; give the folder that "
                 "save_pretrained wrote"
             )
-    kind = read_json(adapter / "adapter_config.json").get("peft_type")
-    if kind != "LORA":
-        raise FolderError(f"{adapter} is an adapter of type {kind}; mistill merges LORA")
+    peft_type = read_json(adapter / "adapter_config.json").get("peft_type")
+    if peft_type != "LORA":
+        raise FolderError(
+            f"{adapter} is an adapter of type {peft_type}; mistill merges type LORA only"
+        )
     config = plain_config(base)
     modules = {name for name, _ in empty_model(config).named_modules()}
     last = re.compile(r"\.lora_.*|\.base_layer\..*|\.(?:weight|bias)$")
@@ -167,12 +170,13 @@ def _check_adapter(adapter: Path, base: Path) -> None:
     strange = sorted(changed - modules)
     if strange:
         raise FolderError(
-            f"{adapter} changes {strange[0]}, which {base} has not; it belongs to another model"
+            f"{adapter} changes {strange[0]}, which {base} does not have; it belongs to another "
+            "model"
         )
     if config.tie_word_embeddings and changed & {HEAD, EMBEDDING}:
         raise FolderError(
-            f"{adapter} changes the head or the embedding of {base}, which are one table: merged "
-            "into one it would change the other; train an adapter without them"
+            f"{adapter} changes the head or the embedding of {base}, which are one table, so that "
+            "merging into one would change the other; train an adapter without them"
         )
 
 
@@ -181,7 +185,7 @@ def _settings_of(folder: Path) -> GptqSettings:
     config = read_config(folder)
     if read_quantization(config) is None:
         return GptqSettings()
-    said = config["quantization_config"]
+    quantization = config["quantization_config"]
     known = (
         "bits",
         "group_size",
@@ -196,19 +200,19 @@ def _settings_of(folder: Path) -> GptqSettings:
         "true_sequential",
         "meta",
     )
-    return gptq_settings({name: said[name] for name in known if name in said})
+    return gptq_settings({name: quantization[name] for name in known if name in quantization})
 
 
-def _original(folder: Path, given: str | Path | None) -> Path:
+def _original(folder: Path, float_base: str | Path | None) -> Path:
     """The float model that a quantized folder was made from."""
-    if given is None:
+    if float_base is None:
         steps = [
             step for step in read_lineage(folder) if step["step"] in ("gptq", "nf4", "rounding")
         ]
         source = steps[-1].get("source") if steps else None
         if source is None or not Path(source).is_dir():
             raise FolderError(
-                f"the float original of {folder} is not at hand"
+                f"the float original of {folder} was not found"
                 + (f" at {source}" if source else "")
                 + "; give it as float_base, or leave out texts to merge without comparing"
             )
@@ -217,10 +221,12 @@ def _original(folder: Path, given: str | Path | None) -> Path:
                 f"{source} is no longer the folder that {folder} was made from; give the float "
                 "original as float_base"
             )
-        given = source
-    info = open_folder(given)
+        float_base = source
+    info = open_folder(float_base)
     if info.form != "model":
-        raise FolderError(f"{given} is a {info.form} folder; float_base must be a float folder")
+        raise FolderError(
+            f"{float_base} is a {info.form} folder; give a float folder as float_base"
+        )
     return info.path
 
 
@@ -257,10 +263,10 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
 
 def _measure(reference: Path, models: Mapping[str, Path], texts: Texts) -> dict[str, Fidelity]:
     blocks = _blocks(reference, texts)
-    asked = {"merged": predict(load_pytorch(reference), blocks)}
+    references = {"merged": predict(load_pytorch(reference), blocks)}
     predictions = {name: predict(load_pytorch(folder), blocks) for name, folder in models.items()}
-    found = compare(asked, predictions, blocks)
-    return {name: one["merged"] for name, one in found.items()}
+    fidelity = compare(references, predictions, blocks)
+    return {name: by_reference["merged"] for name, by_reference in fidelity.items()}
 
 
 def _blocks(folder: Path, texts: Texts) -> TokenBlocks:
@@ -270,16 +276,16 @@ def _blocks(folder: Path, texts: Texts) -> TokenBlocks:
 
 
 def _publish(
-    made: Path,
+    merged: Path,
     target: Path,
     overwrite: bool,
     base: Path,
     adapter: Path,
     facts: Mapping[str, Any],
 ) -> None:
-    """Move what was made into place, with a lineage that goes from the base by way of the merge."""
+    """Move a merged folder into place, and add the merge to its lineage."""
     with creating(target, overwrite) as partial:
-        for file in made.iterdir():
+        for file in merged.iterdir():
             shutil.move(file, partial / file.name)
         if facts:
             write_atomically(partial / MERGE_FILE, json.dumps(facts, indent=1) + "\n")

@@ -1,1 +1,1 @@
-"""Quantized folders: planned, made layer by layer, resumed, written."""
+"""From a float folder to a quantized one: plan, layers, resuming, report."""

@@ -1,4 +1,4 @@
-"""Settings in the names of AutoGPTQ and gptqmodel, as people and their files have them.
+"""Settings by the names that AutoGPTQ and gptqmodel give them.
 
 ``BaseQuantizeConfig`` of AutoGPTQ and ``QuantizeConfig`` of gptqmodel say ``sym`` for symmetric,
 and with three switches what ``order`` says here:
@@ -43,7 +43,7 @@ AUTO_GPTQ_NAMES = frozenset(
         "pack_dtype",
     }
 )
-# What such files say of their model and maker, which is no setting.
+# Entries of such files about their model and its maker, which are no settings.
 _RECORDS = ("model_name_or_path", "meta", "method")
 
 
@@ -52,7 +52,7 @@ def gptq_settings(source: Mapping[str, Any] | str | Path, **more: Any) -> GptqSe
 
     Args:
         source: A dictionary, a quantize_config.json, or a folder with one or a config.json.
-        **more: Further settings, in our names or in theirs, which go before those of the source.
+        **more: Further settings, by mistill's names or by theirs; they override the source's.
 
     Returns:
         The settings.
@@ -61,13 +61,13 @@ def gptq_settings(source: Mapping[str, Any] | str | Path, **more: Any) -> GptqSe
         SettingsError: If a setting has no counterpart, or two of them contradict each other.
         FolderError: If there is no such file.
     """
-    said = dict(source) if isinstance(source, Mapping) else _read(Path(source))
-    # mistill says static_groups and desc_act false: groups stay, and need no index when it runs.
-    if said.get("static_groups") and "mistill" in str(said.get("meta")):
-        said.pop("desc_act", None)
+    values = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    # mistill writes static_groups true and desc_act false: the model needs no index of groups.
+    if values.get("static_groups") and "mistill" in str(values.get("meta")):
+        values.pop("desc_act", None)
     for name in _RECORDS:
-        said.pop(name, None)
-    return settings_from(GptqSettings, None, translated({**said, **more}))
+        values.pop(name, None)
+    return settings_from(GptqSettings, None, translated({**values, **more}))
 
 
 def translated(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def _read(path: Path) -> dict[str, Any]:
         return read_json(path)
     if (path / AUTO_GPTQ_CONFIG).is_file():
         return read_json(path / AUTO_GPTQ_CONFIG)
-    said = read_json(path / "config.json").get("quantization_config")
-    if not isinstance(said, dict):
+    quantization = read_json(path / "config.json").get("quantization_config")
+    if not isinstance(quantization, dict):
         raise FolderError(
             f"{path} has neither a quantize_config.json nor a quantization_config in config.json"
         )
-    return said
+    return quantization
 
 
 def _put(ours: dict[str, Any], name: str, value: Any, theirs: str) -> None:
@@ -136,31 +136,31 @@ def _switch(theirs: Mapping[str, Any], name: str) -> bool:
 
 
 def _order(theirs: Mapping[str, Any]) -> str | None:
-    given = {
+    switches = {
         name: _switch(theirs, name)
         for name in ("desc_act", "static_groups", "act_group_aware")
         if theirs.get(name) is not None
     }
-    if not given:
+    if not switches:
         return None
-    ordered, aware = given.get("desc_act"), given.get("act_group_aware", False)
+    ordered, aware = switches.get("desc_act"), switches.get("act_group_aware", False)
     if aware:
         require(
-            not ordered and not given.get("static_groups"),
-            "act_group_aware walks whole groups, and desc_act and static_groups single columns; "
-            "give one of them",
+            not ordered and not switches.get("static_groups"),
+            "act_group_aware sorts whole groups, and desc_act and static_groups sort single "
+            "columns; give one of them",
         )
         return "group"
-    if given.get("static_groups"):
+    if switches.get("static_groups"):
         require(
             ordered is not False,
-            "static_groups says in which order columns keep their groups, and desc_act false that "
-            "they have none; give desc_act=True, or neither",
+            "static_groups needs columns that are sorted, and desc_act false says that they are "
+            "not; give desc_act=True, or leave desc_act out",
         )
         return "static"
     if ordered is None:
-        # Of desc_act AutoGPTQ's default is true and gptqmodel's false: what is not said is ours.
-        return "none" if "act_group_aware" in given else None
+        # AutoGPTQ's default of desc_act is true and gptqmodel's false, so mistill's own holds.
+        return "none" if "act_group_aware" in switches else None
     return "dynamic" if ordered else "none"
 
 
@@ -169,21 +169,21 @@ def _overrides(dynamic: Any) -> tuple[tuple[str, ...], dict[str, int]]:
     require(isinstance(dynamic, Mapping), f"dynamic must be a dictionary, got {dynamic!r}")
     overrides = []
     tables: dict[str, int] = {}
-    for key, said in dynamic.items():
+    for key, values in dynamic.items():
         pattern = key[2:] if key.startswith(("+:", "-:")) else key
         if key.startswith("-:"):
             overrides.append(f"{pattern}: keep")
             continue
-        unknown = sorted(set(said) - {"bits", "group_size", "sym"})
+        unknown = sorted(set(values) - {"bits", "group_size", "sym"})
         require(
-            not unknown and bool(said),
-            f"dynamic[{key!r}] may set bits, group_size and sym, got {json.dumps(said)}",
+            not unknown and bool(values),
+            f"dynamic[{key!r}] may set bits, group_size and sym, got {json.dumps(values)}",
         )
         module = pattern.replace("\\", "").strip("^$")
-        if module in (HEAD, EMBEDDING) and "bits" in said:
-            tables[module] = said["bits"]
+        if module in (HEAD, EMBEDDING) and "bits" in values:
+            tables[module] = values["bits"]
             continue
-        named = {"symmetric" if name == "sym" else name: value for name, value in said.items()}
+        named = {"symmetric" if name == "sym" else name: value for name, value in values.items()}
         words = (f"{name}={str(value).lower()}" for name, value in named.items())
         overrides.append(f"{pattern}: {', '.join(words)}")
     return tuple(overrides), tables
@@ -192,18 +192,21 @@ def _overrides(dynamic: Any) -> tuple[tuple[str, ...], dict[str, int]]:
 def _refuse_formats(theirs: Mapping[str, Any]) -> None:
     method = theirs.get("quant_method") or "gptq"
     require(method == "gptq", f"quant_method must be gptq here, got {method!r}")
-    require(not theirs.get("is_marlin_format"), "mistill writes no Marlin files: leave out marlin")
+    require(
+        not theirs.get("is_marlin_format"),
+        "mistill writes no Marlin files; leave out is_marlin_format",
+    )
     words = theirs.get("pack_dtype") or "int32"
     require(words == "int32", f"codes are packed in int32, got pack_dtype {words!r}")
 
 
 def _require_checkpoint_format(theirs: Mapping[str, Any], symmetric: bool) -> None:
-    wanted = theirs.get("checkpoint_format") or theirs.get("format")
+    requested = theirs.get("checkpoint_format") or theirs.get("format")
     written = "gptq" if symmetric else "gptq_v2"
     require(
-        wanted in (None, written),
+        requested in (None, written),
         f"{'symmetric' if symmetric else 'asymmetric'} codes are written as {written}, got "
-        f"checkpoint_format {wanted!r}; quantize.convert makes the other",
+        f"checkpoint_format {requested!r}; quantize.convert makes the other",
     )
 
 
@@ -223,9 +226,13 @@ def name_as_auto_gptq(folder: Path, base_name: str) -> None:
         renamed[file.name] = base_name + file.name.removeprefix("model")
         file.rename(folder / renamed[file.name])
     if index.is_file():
-        said = read_json(index)
-        said["weight_map"] = {name: renamed[file] for name, file in said["weight_map"].items()}
-        write_atomically(folder / f"{base_name}.safetensors.index.json", json.dumps(said, indent=2))
+        contents = read_json(index)
+        contents["weight_map"] = {
+            name: renamed[file] for name, file in contents["weight_map"].items()
+        }
+        write_atomically(
+            folder / f"{base_name}.safetensors.index.json", json.dumps(contents, indent=2)
+        )
         index.unlink()
     config = read_json(folder / "config.json")["quantization_config"]
     config["model_file_base_name"] = base_name

@@ -1,7 +1,7 @@
-"""GPTQ by another library: the same call, the same settings, its folder.
+"""GPTQ by another library, with the same call and the same settings.
 
-gptqmodel carries on what AutoGPTQ was, and needs a compiler when it is installed. AutoGPTQ itself
-can no longer be imported beside transformers 5; asking for it says so.
+gptqmodel is the successor of AutoGPTQ, and needs a compiler when it is installed. AutoGPTQ itself
+cannot be imported beside transformers 5; the backend auto_gptq ends in an error that says why.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from quantize.settings import GptqSettings
 
 Backend = Literal["mistill", "gptqmodel", "auto_gptq"]
 
-# Settings of ours that gptqmodel has no counterpart for, and the value it works with.
+# Settings that gptqmodel has no counterpart for, and the value that it works with.
 _OURS_ALONE: dict[str, Any] = {
     "method": "gptq",
     "scale_type": "float16",
@@ -42,7 +42,7 @@ _OURS_ALONE: dict[str, Any] = {
 
 
 def require_backend(backend: str, settings: GptqSettings) -> None:
-    """Refuse a library that cannot do what is asked, before any model is opened.
+    """Refuse a library that cannot quantize with these settings, before any model is opened.
 
     Args:
         backend: "mistill", "gptqmodel" or "auto_gptq".
@@ -54,7 +54,7 @@ def require_backend(backend: str, settings: GptqSettings) -> None:
             why, and what to do.
     """
     known = get_args(Backend)
-    require(backend in known, f"backend must be {', '.join(known)}, got {backend!r}")
+    require(backend in known, f"backend must be one of {', '.join(known)}, not {backend!r}")
     if backend == "auto_gptq":
         _probe_auto_gptq()
     if backend == "gptqmodel":
@@ -75,11 +75,11 @@ def gptqmodel_config(settings: GptqSettings) -> dict[str, Any]:
         SettingsError: If it has no counterpart for a setting; the message names it.
     """
     for name, value in _OURS_ALONE.items():
-        given = getattr(settings, name, value)
+        ours = getattr(settings, name, value)
         require(
-            given == value,
-            f"gptqmodel has no {name} other than {value!r}, got {given!r}; "
-            "leave it out, or take backend mistill",
+            ours == value,
+            f"gptqmodel has no {name} other than {value!r}, got {ours!r}; "
+            "leave it out, or use the backend mistill",
         )
     layout = GptqFormat(
         bits=settings.bits,
@@ -123,7 +123,7 @@ def by_gptqmodel(
         settings: How to quantize.
         check: Measures the result; None if nothing is to be measured.
         overwrite: Whether an existing target is replaced.
-        **facts: What else the lineage should remember.
+        **facts: Further entries of the lineage.
 
     Returns:
         The target, in gptqmodel's own files.
@@ -134,12 +134,12 @@ def by_gptqmodel(
     """
     config = gptqmodel_config(settings)
     library = _import_gptqmodel()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     calibration = [
         {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in blocks.ids
     ]
     with creating(target, overwrite) as partial, track("gptqmodel", total=None) as bar:
-        # It leaves a folder of logs wherever it is called from.
+        # It writes a folder of logs into the current directory.
         with TemporaryDirectory() as elsewhere, chdir(elsewhere):
             quantizer = library.GPTQModel.load(
                 str(model.folder), library.QuantizeConfig(**config), device="cpu"
@@ -157,7 +157,7 @@ def by_gptqmodel(
             step="gptq",
             backend=f"gptqmodel {version}",
             settings=used,
-            seconds=round(time.perf_counter() - begun, 2),
+            seconds=round(time.perf_counter() - started, 2),
             **report_entry(check, partial),
         )
         add_lineage(
@@ -178,12 +178,12 @@ def by_gptqmodel(
 
 
 def _reports(losses: Mapping[str, Any], settings: GptqSettings) -> list[ModuleReport]:
-    """What gptqmodel logged of each matrix."""
-    found = []
+    """The figures that gptqmodel logged for each matrix."""
+    reports = []
     for entry in (one for group in losses.values() for one in _entries(group)):
         name = f"model.layers.{entry.get('layer')}.{entry.get('module')}"
         form = settings.format_of(name)
-        found.append(
+        reports.append(
             ModuleReport(
                 name=name,
                 bits=None if form is None else form.bits,
@@ -193,7 +193,7 @@ def _reports(losses: Mapping[str, Any], settings: GptqSettings) -> list[ModuleRe
                 seconds=_number(entry.get("time")),
             )
         )
-    return found
+    return reports
 
 
 def _entries(group: Any) -> list[Mapping[str, Any]]:
@@ -227,10 +227,10 @@ def _import_gptqmodel() -> Any:
 
 
 def _probe_auto_gptq() -> None:
-    """Say why AutoGPTQ cannot be used here."""
+    """Raise an error that says why AutoGPTQ cannot be used here."""
     instead = (
         "leave backend out: mistill's own GPTQ takes auto-gptq's setting names and writes its "
-        "format; backend='gptqmodel' is the library that carries it on"
+        "format; backend='gptqmodel' uses the library that succeeded it"
     )
     try:
         importlib.import_module("auto_gptq")
@@ -238,16 +238,16 @@ def _probe_auto_gptq() -> None:
         if error.name == "auto_gptq":
             raise MissingExtraError(
                 "auto_gptq is not installed, and installing it would not help: its last version, "
-                "0.7.1, imports no_init_weights from transformers, which transformers 5 has not; "
+                "0.7.1, imports no_init_weights from transformers, which transformers 5 lacks; "
                 f"{instead}"
             ) from error
         versions = installed_versions()
         raise MissingExtraError(
             f"auto_gptq cannot be imported with transformers {versions.get('transformers')}: "
-            f"{' '.join(str(error).split())}; its last version, 0.7.1 of March 2024, was never "
-            f"brought to transformers 5, and the project is archived; {instead}"
+            f"{' '.join(str(error).split())}; its last version, 0.7.1 of March 2024, does not "
+            f"support transformers 5, and the project is archived; {instead}"
         ) from error
     raise SettingsError(
-        "auto_gptq can be imported here, but it is archived and mistill does not drive it; "
+        "auto_gptq can be imported here, but it is archived and mistill does not call it; "
         f"{instead}"
     )

@@ -1,4 +1,4 @@
-"""Open the float folder that is to be quantized, and write the folder that comes of it."""
+"""Open the float folder that is to be quantized, and write the config of the quantized one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def open_float(source: str | Path) -> FloatModel:
         steps = read_lineage(info.path)
         origin = steps[-1].get("source") if steps else None
         raise FolderError(
-            f"{source} is {info.form} already; quantize the float model it was made from"
+            f"{source} is {info.form} already; quantize the float model that it was made from"
             + (f", {origin}" if origin else "")
         )
     require_readable(info)
@@ -84,14 +84,14 @@ def require_fit(model: FloatModel, bits: int, group_size: int) -> None:
     Raises:
         SettingsError: If groups do not divide a matrix, or its codes do not fill whole words.
     """
-    kinds: dict[tuple[int, int], list[str]] = {}
+    by_shape: dict[tuple[int, int], list[str]] = {}
     for name, shape in model.matrices.items():
-        kind = name.rpartition(".")[2]
-        if kind not in kinds.setdefault(shape, []):
-            kinds[shape].append(kind)
-    lanes = codes_per_unit(bits)
-    common = math.gcd(*(inputs for inputs, _ in kinds))
-    for (inputs, outputs), names in kinds.items():
+        last = name.rpartition(".")[2]
+        if last not in by_shape.setdefault(shape, []):
+            by_shape[shape].append(last)
+    unit = codes_per_unit(bits)
+    common = math.gcd(*(inputs for inputs, _ in by_shape))
+    for (inputs, outputs), names in by_shape.items():
         if group_size != -1 and inputs % group_size:
             largest = max(size for size in (16, 32, 64, 128, 1) if common % size == 0)
             raise SettingsError(
@@ -99,9 +99,9 @@ def require_fit(model: FloatModel, bits: int, group_size: int) -> None:
                 f"{', '.join(names)}; take "
                 + (f"{largest}, or -1 for the whole row" if largest > 1 else "-1")
             )
-        if inputs % lanes or outputs % lanes:
+        if inputs % unit or outputs % unit:
             raise SettingsError(
-                f"{bits}-bit codes are stored in runs of {lanes}, which the {inputs} inputs and "
+                f"{bits}-bit codes are stored in runs of {unit}, which the {inputs} inputs and "
                 f"{outputs} outputs of {', '.join(names)} do not fill; take 8 bits or NF4"
             )
 
@@ -123,16 +123,16 @@ def write_config(source: Path, target: Path, layout: GptqFormat, **facts: Any) -
     write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def tensor_kinds(names: Iterable[str]) -> list[str]:
-    """Names of tensors with a star for the number of their layer, each once.
+def tensor_patterns(names: Iterable[str]) -> list[str]:
+    """Names of tensors with a star in place of the number of their layer, each once.
 
     Args:
         names: Names as in a file.
 
     Returns:
-        Kinds in the order in which they were met.
+        Patterns in the order of the names.
     """
-    kinds = (
+    patterns = (
         ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names
     )
-    return list(dict.fromkeys(kinds))
+    return list(dict.fromkeys(patterns))

@@ -27,7 +27,7 @@ from mistill.weights.tensor_writer import TensorWriter, packed_tensors
 from quantize.calibration_text import draw_blocks, names_of
 from quantize.folders.auto_gptq_names import name_as_auto_gptq, translated
 from quantize.folders.backends import Backend, by_gptqmodel, require_backend
-from quantize.folders.float_model import FloatModel, open_float, tensor_kinds, write_config
+from quantize.folders.float_model import FloatModel, open_float, tensor_patterns, write_config
 from quantize.folders.plan import (
     Plan,
     layer_rest,
@@ -37,7 +37,7 @@ from quantize.folders.plan import (
     rounded_rows,
 )
 from quantize.folders.report import report_of, write_report
-from quantize.folders.resuming import Part, Shelf
+from quantize.folders.resuming import Part, PartStore
 from quantize.gptq.calibration import kept_rows
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_head, quantize_layer
@@ -49,13 +49,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Job:
-    """All that is known before any weight is read.
+    """Everything that is decided before any weight is read.
 
     Attributes:
         model: The float model.
-        plan: Which of its modules are quantized how.
+        plan: How each of its modules is stored.
         settings: How to quantize.
-        texts: What the calibration text is called.
+        texts: Names of the calibration text.
         blocks: The calibration text.
     """
 
@@ -82,18 +82,18 @@ def to_gptq(
 
     The norms keep their weights, and so do the embedding and the head unless their bits are set.
     ``quantize_report.json`` and ``.csv`` in the new folder hold loss, damping and time of every
-    matrix. One layer at a time is in memory. What is done is kept beside the target, so that the
-    same call resumes after an interruption, with at most one layer done again.
+    matrix. One layer at a time is in memory. Finished layers are stored beside the target, so that
+    the same call resumes after an interruption and does at most one layer again.
 
     Args:
         source: A float model folder.
         target: The folder to make, in the AutoGPTQ layout.
-        texts: Text to calibrate on; best of the kind that the model will read and write.
+        texts: Text to calibrate on; best similar to what the model will read and write.
         held_out: Text to measure the result on; the report holds its KL to the source then.
         teacher: The model that the source learnt from, to compare the result with too.
         settings: How to quantize; or give its fields as options.
-        backend: "gptqmodel" hands over to that library, where it is installed, and leaves its
-            files as it writes them; "auto_gptq" says why that one cannot be used.
+        backend: "gptqmodel" quantizes with that library, where it is installed, and leaves its
+            files as it writes them; "auto_gptq" ends in an error that says why it cannot be used.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``GptqSettings``, or their names in AutoGPTQ: ``sym``, ``desc_act``,
             ``static_groups``, ``act_group_aware`` and ``mse``.
@@ -105,8 +105,9 @@ def to_gptq(
         SettingsError: If a setting is out of range, the groups do not divide a layer, or there is
             a teacher and no held-out text.
         MissingExtraError: If the backend is a library that cannot be imported.
-        FolderError: If the source is broken or quantized already, or computes no finite numbers.
-        VocabularyError: If the teacher has other tokens.
+        FolderError: If the source is broken or quantized already, or computes values that are not
+            finite.
+        VocabularyError: If the teacher has another vocabulary.
         TextError: If there is no text to calibrate or to measure on.
     """
     settings = settings_from(GptqSettings, settings, translated(options))
@@ -185,7 +186,7 @@ def _run(
     overwrite: bool,
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Do the work, or what an interrupted run left of it."""
+    """Quantize a model, or finish what an interrupted run left."""
     key = {
         "step": "gptq",
         "source": fingerprint(job.model.folder),
@@ -194,24 +195,26 @@ def _run(
         "versions": installed_versions(),
     }
     with working(target, key, anew=overwrite) as work, torch.inference_mode():
-        begun = time.perf_counter()
-        shelf = Shelf(work)
-        names = _Work(job.model, job.plan, job.settings, shelf).finish(job.blocks)
+        started = time.perf_counter()
+        parts = PartStore(work)
+        names = _Quantizer(job.model, job.plan, job.settings, parts).finish(job.blocks)
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
-        _assemble(result, job, shelf, names, check, begun)
+        _assemble(result, job, parts, names, check, started)
         if finish is not None:
             finish(result)
         publish(work, target, overwrite)
     return target
 
 
-class _Work:
-    """The parts of a quantized model, made in order: embedding, layers, and what comes after."""
+class _Quantizer:
+    """Quantizes the parts of a model in order: embedding, layers, and norm and head."""
 
-    def __init__(self, model: FloatModel, plan: Plan, settings: GptqSettings, shelf: Shelf) -> None:
-        self._model, self._plan, self._settings, self._shelf = model, plan, settings, shelf
+    def __init__(
+        self, model: FloatModel, plan: Plan, settings: GptqSettings, parts: PartStore
+    ) -> None:
+        self._model, self._plan, self._settings, self._parts = model, plan, settings, parts
         self._layers = LayeredModel(model.folder)
         self._names = [
             "embedding",
@@ -220,35 +223,35 @@ class _Work:
         ]
 
     def finish(self, blocks: TokenBlocks) -> list[str]:
-        """Make the parts that are not there yet; the names of all."""
-        done = self._shelf.finished(self._names)
+        """Quantize the parts that are not finished yet; the names of all parts."""
+        done = self._parts.finished(self._names)
         total = len(self._plan.matrices)
-        before = sum(len(self._shelf.facts(name)[0]) for name in self._names[:done])
+        before = sum(len(self._parts.facts(name)[0]) for name in self._names[:done])
         if done:
             _log.info("resuming after %d of %d parts", done, len(self._names))
         with track("Quantizing", total=total, unit="matrices", done=before) as progress:
             if done == 0:
-                self._shelf.put("embedding", self._embedding(progress))
+                self._parts.put("embedding", self._embedding(progress))
                 done = 1
             if done < len(self._names):
                 batches, floats = self._start(blocks, done - 1)
                 for index in range(done - 1, len(self._layers)):
                     part = self._layer(index, batches, floats, progress)
-                    self._shelf.put_hidden(index + 1, batches, floats)
-                    self._shelf.put(self._names[index + 1], part)
-                    self._shelf.drop_hidden(before=index + 1)
-                self._shelf.put("head", self._head(batches, progress))
+                    self._parts.put_hidden(index + 1, batches, floats)
+                    self._parts.put(self._names[index + 1], part)
+                    self._parts.drop_hidden(before=index + 1)
+                self._parts.put("head", self._head(batches, progress))
         return self._names
 
     def _start(self, blocks: TokenBlocks, layers: int) -> tuple[list[Batch], list[Batch]]:
-        """The text as it enters the first layer that is to be done, quantized and float."""
+        """The text before the first unfinished layer, through quantized layers and float ones."""
         change, form = None, self._plan.embedding
         if form is not None and self._plan.head_table != EMBEDDING:
             change = rounded_rows(self._settings, form)
         batches = self._layers.batches(blocks, change)
         floats = self._layers.batches(blocks) if self._settings.method == "gptaq" else []
         if layers:
-            self._shelf.get_hidden(layers, batches, floats)
+            self._parts.get_hidden(layers, batches, floats)
         return batches, floats
 
     def _embedding(self, progress: Tracker) -> Part:
@@ -259,9 +262,9 @@ class _Work:
         if self._plan.embedding is None:
             part.keep(f"{EMBEDDING}.weight", table)
             return part
-        begun = time.perf_counter()
+        started = time.perf_counter()
         weight = round_table(table, self._settings, self._plan.embedding)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         part.add(
             packed_tensors(EMBEDDING, weight, self._plan.layout.checkpoint_format),
             report_of(EMBEDDING, weight, seconds),
@@ -275,7 +278,7 @@ class _Work:
         part = Part()
 
         def store(module: str, result: GptqResult, seconds: float) -> None:
-            self._store(part, module, result, seconds, progress)
+            self._add_matrix(part, module, result, seconds, progress)
 
         with self._layers.layer(index) as layer:
             quantize_layer(layer, index, batches, self._settings, store, floats)
@@ -287,25 +290,29 @@ class _Work:
         part = Part()
         for name, tensor in read_tensors(self._model.folder, "model.norm.").items():
             part.keep(f"model.norm.{name}", tensor)
-        home = self._plan.head_table
-        if home is None:  # the embedding stays float, and is the head
+        table_name = self._plan.head_table
+        if table_name is None:  # the embedding stays float, and is the head
             return part
-        table = read_table(self._model, home)
+        table = read_table(self._model, table_name)
         if self._plan.head is None:
-            part.keep(f"{home}.weight", table)
+            part.keep(f"{table_name}.weight", table)
             return part
         norm = self._layers.final_norm()
         inputs = kept_rows([norm(batch.hidden) for batch in batches], batches)
         own = self._settings.with_format(self._plan.head)
         result, seconds = quantize_head(table, inputs, own)
-        self._store(part, home, result, seconds, progress)
+        self._add_matrix(part, table_name, result, seconds, progress)
         return part
 
-    def _store(
+    def _add_matrix(
         self, part: Part, module: str, result: GptqResult, seconds: float, progress: Tracker
     ) -> None:
         if result.dead_columns:
-            _log.info("%s has %d inputs that are always zero", module, result.dead_columns)
+            _log.info(
+                "%s has %d inputs that are always zero",
+                module,
+                result.dead_columns,
+            )
         part.add(
             packed_tensors(module, result.weight, self._plan.layout.checkpoint_format),
             report_of(module, result.weight, seconds, result),
@@ -316,20 +323,20 @@ class _Work:
 def _assemble(
     result: Path,
     job: _Job,
-    shelf: Shelf,
+    parts: PartStore,
     names: Sequence[str],
     check: FidelityCheck | None,
-    begun: float,
+    started: float,
 ) -> None:
-    """Gather what the target will hold."""
+    """Write the files of the target."""
     model, settings = job.model, job.settings
-    reports, kept = [], []
+    reports, float_names = [], []
     with TensorWriter(result) as writer:
         for name in names:
-            shelf.copy_to(writer, name)
-            more, stayed = shelf.facts(name)
-            reports += more
-            kept += stayed
+            parts.copy_to(writer, name)
+            part_reports, part_float_names = parts.facts(name)
+            reports += part_reports
+            float_names += part_float_names
     write_config(
         model.folder,
         result,
@@ -348,11 +355,11 @@ def _assemble(
         "block_length": job.blocks.block_length,
         "tokens": job.blocks.tokens,
     }
-    seconds = round(time.perf_counter() - begun, 2)
+    seconds = round(time.perf_counter() - started, 2)
     write_report(
         result,
         reports,
-        kept,
+        float_names,
         step="gptq",
         settings=used,
         calibration=calibration,
@@ -366,5 +373,5 @@ def _assemble(
         source=model.folder,
         texts=job.texts,
         calibration=calibration,
-        kept_float=tensor_kinds(kept),
+        kept_float=tensor_patterns(float_names),
     )

@@ -1,4 +1,4 @@
-"""Which modules of a model are quantized how, and what is left of it beside them."""
+"""The plan of a quantized folder: how each module is stored, and which tensors stay float."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TABLE_SEARCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be done with a model.
+    """How every module of a model is to be stored.
 
     Attributes:
-        layout: What its config.json will say.
+        layout: How GPTQ tensors are stored, as config.json will say.
         embedding: How the embedding is stored; None if it stays float.
         head: How the head is stored; None likewise.
         head_table: The table that is written as the head: its own, or a quantized one that the
@@ -84,12 +84,12 @@ def make_plan(model: FloatModel, settings: GridSettings) -> Plan:
         head=head is not None,
         embedding=embedding is not None,
     )
-    home = (EMBEDDING if head is not None else None) if tied else HEAD
+    head_table = (EMBEDDING if head is not None else None) if tied else HEAD
     return Plan(
         layout=layout,
         embedding=embedding,
         head=head,
-        head_table=home,
+        head_table=head_table,
         matrices=tuple(quantized),
     )
 
@@ -147,7 +147,7 @@ def round_table(table: Tensor, settings: GridSettings, form: ModuleFormat) -> Qu
 
 
 def rounded_rows(settings: GridSettings, form: ModuleFormat) -> Callable[[Tensor], Tensor]:
-    """What becomes of rows of a table when it is rounded.
+    """A function that rounds rows of a table to their codes and back.
 
     Args:
         settings: How to quantize.
@@ -160,7 +160,7 @@ def rounded_rows(settings: GridSettings, form: ModuleFormat) -> Callable[[Tensor
 
 
 def layer_rest(model: FloatModel, index: int, settings: GridSettings) -> dict[str, Tensor]:
-    """What stays as it is in a layer: norms, biases, and matrices that an override keeps.
+    """The tensors of a layer that stay float: norms, biases, and matrices that an override keeps.
 
     Args:
         model: The float model.

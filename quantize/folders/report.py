@@ -1,4 +1,4 @@
-"""What quantizing each matrix cost, kept beside the weights for people and for spreadsheets."""
+"""The report of a quantized folder: loss, damping and time of every matrix, as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantize.gptq.gptq import GptqResult
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleReport:
-    """What quantizing one matrix cost.
+    """Figures of one quantized matrix.
 
     Attributes:
         name: The linear module or table.
@@ -42,13 +42,13 @@ class ModuleReport:
 def report_of(
     module: str, weight: QuantizedWeight, seconds: float, result: GptqResult | None = None
 ) -> ModuleReport:
-    """What quantizing a matrix cost.
+    """The figures of a quantized matrix.
 
     Args:
         module: Its name.
         weight: Its codes.
         seconds: The time it took.
-        result: What GPTQ says of it; None if it was rounded.
+        result: The result of GPTQ; None if it was rounded to the nearest codes.
 
     Returns:
         A line of the report.
@@ -67,17 +67,21 @@ def report_of(
 
 
 def write_report(
-    target: Path, modules: Sequence[ModuleReport], kept: Sequence[str], **facts: Any
+    target: Path, modules: Sequence[ModuleReport], float_names: Sequence[str], **facts: Any
 ) -> None:
-    """Keep beside the weights what quantizing each of them cost, as JSON and as a table.
+    """Write the report of a quantized folder, as JSON and as a table.
 
     Args:
         target: The folder being made.
         modules: One entry per quantized matrix.
-        kept: Tensors that stayed as they were.
-        **facts: What holds for all of them.
+        float_names: Tensors that stay float.
+        **facts: Further entries of the report.
     """
-    report = {**facts, "modules": [asdict(module) for module in modules], "kept": list(kept)}
+    report = {
+        **facts,
+        "modules": [asdict(module) for module in modules],
+        "kept": list(float_names),
+    }
     write_atomically(target / QUANTIZE_REPORT_FILE, json.dumps(report, indent=1) + "\n")
     table = io.StringIO()
     lines = csv.DictWriter(

@@ -1,4 +1,4 @@
-"""What is done of a model that is being quantized, kept on disk layer by layer.
+"""The finished parts of a model that is being quantized, stored on disk layer by layer.
 
 A layer is one safetensors file that appears whole or not at all, with its report in the header. The
 hidden states that leave it are written before it, so that whoever finds the layer finds them too,
@@ -26,36 +26,36 @@ _FACTS = "mistill"
 
 
 class Part:
-    """Tensors that are written together, and what is said of them."""
+    """Tensors that are written together, and their reports."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Begin without tensors."""
         self.tensors: dict[str, Tensor] = {}
         self.reports: list[ModuleReport] = []
-        self.kept: list[str] = []
+        self.float_names: list[str] = []
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor that stays as it is.
+        """Add a tensor that stays float.
 
         Args:
             name: Its name in the model.
             tensor: Any type.
         """
         self.tensors[name] = tensor.contiguous()
-        self.kept.append(name)
+        self.float_names.append(name)
 
     def add(self, tensors: Mapping[str, Tensor], report: ModuleReport) -> None:
-        """Take a quantized matrix.
+        """Add a quantized matrix.
 
         Args:
-            tensors: What it is stored as, by name.
-            report: What it cost.
+            tensors: Its stored tensors, by name.
+            report: Its report.
         """
         self.tensors.update(tensors)
         self.reports.append(report)
 
 
-class Shelf:
+class PartStore:
     """The finished parts of one model in a working folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -86,30 +86,30 @@ class Shelf:
         return 0 if lost else done
 
     def put(self, name: str, part: Part) -> None:
-        """Keep a part; when this returns it outlives any kill.
+        """Store a part; when this returns it survives a kill of the process.
 
         Args:
             name: The part.
             part: What it holds.
         """
-        facts = {"reports": [asdict(report) for report in part.reports], "kept": part.kept}
+        facts = {"reports": [asdict(report) for report in part.reports], "kept": part.float_names}
         _save_whole(part.tensors, self._file(name), {_FACTS: json.dumps(facts)})
 
     def facts(self, name: str) -> tuple[list[ModuleReport], list[str]]:
-        """What is said of a finished part.
+        """The report of a finished part.
 
         Args:
             name: The part.
 
         Returns:
-            The reports of its matrices, and the names of what stayed as it was.
+            The reports of its matrices, and the names of the tensors that stay float.
         """
         with safe_open(self._file(name), framework="pt") as opened:
             facts: dict[str, Any] = json.loads(opened.metadata()[_FACTS])
         return [ModuleReport(**report) for report in facts["reports"]], facts["kept"]
 
     def copy_to(self, writer: TensorWriter, name: str) -> None:
-        """Write the tensors of a part where they belong.
+        """Copy the tensors of a part into the model that is being written.
 
         Args:
             writer: The model being written.
@@ -120,21 +120,21 @@ class Shelf:
                 writer.add(tensor, opened.get_tensor(tensor))
 
     def put_hidden(self, after: int, *streams: Sequence[Batch]) -> None:
-        """Keep what leaves a layer.
+        """Store the hidden states after a layer.
 
         Args:
             after: How many layers are behind it.
             *streams: The batches of the quantized model, and for GPTAQ of the float one.
         """
         tensors = {
-            f"{stream}.{place}": batch.hidden
+            f"{stream}.{number}": batch.hidden
             for stream, batches in enumerate(streams)
-            for place, batch in enumerate(batches)
+            for number, batch in enumerate(batches)
         }
         _save_whole(tensors, self._hidden(after), {})
 
     def get_hidden(self, after: int, *streams: Sequence[Batch]) -> None:
-        """Go on with what was kept.
+        """Load the hidden states after a layer.
 
         Args:
             after: How many layers are behind it.
@@ -142,14 +142,14 @@ class Shelf:
         """
         tensors = load_file(self._hidden(after))
         for stream, batches in enumerate(streams):
-            for place, batch in enumerate(batches):
-                batch.hidden = tensors[f"{stream}.{place}"]
+            for number, batch in enumerate(batches):
+                batch.hidden = tensors[f"{stream}.{number}"]
 
     def drop_hidden(self, before: int) -> None:
-        """Forget what is not needed any more.
+        """Delete hidden states that are not needed any more.
 
         Args:
-            before: Hidden states after fewer layers than this go.
+            before: Hidden states after fewer layers than this are deleted.
         """
         for file in self._folder.glob("hidden-*.safetensors"):
             if int(file.stem.rpartition("-")[2]) < before:

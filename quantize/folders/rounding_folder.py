@@ -17,7 +17,7 @@ from mistill.settings import settings_dict, settings_from
 from mistill.text.rows import Texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
 from mistill.weights.tensor_writer import TensorWriter
-from quantize.folders.float_model import FloatModel, open_float, tensor_kinds, write_config
+from quantize.folders.float_model import FloatModel, open_float, tensor_patterns, write_config
 from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, round_table
 from quantize.folders.report import ModuleReport, report_of, write_report
 from quantize.gptq.calibration import MATRICES
@@ -36,7 +36,7 @@ def to_rounding(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Round the layers of a model to the nearest codes, the baseline that GPTQ is judged by.
+    """Round the layers of a model to the nearest codes, the baseline of GPTQ.
 
     The folder has the layout, and the bytes, of a GPTQ folder with the same bits and groups. One
     matrix at a time is in memory.
@@ -57,7 +57,7 @@ def to_rounding(
         SettingsError: If a setting is out of range, the groups do not divide a layer, or there is
             a teacher and no held-out text.
         FolderError: If the source is broken or quantized already.
-        VocabularyError: If the teacher has other tokens.
+        VocabularyError: If the teacher has another vocabulary.
         TextError: If there is no text to measure on.
     """
     settings = settings_from(RoundingSettings, settings, options)
@@ -72,7 +72,7 @@ def to_rounding(
             TensorWriter(partial) as writer,
             track("Rounding", total=len(plan.matrices), unit="matrices") as progress,
         ):
-            work = _Work(writer, model, plan, settings, progress)
+            work = _Rounder(writer, model, plan, settings, progress)
             work.tables()
             for index in range(model.config.num_hidden_layers):
                 work.layer(index)
@@ -83,7 +83,7 @@ def to_rounding(
         write_report(
             partial,
             work.reports,
-            work.kept,
+            work.float_names,
             step="rounding",
             settings=used,
             seconds=seconds,
@@ -94,13 +94,13 @@ def to_rounding(
             step="rounding",
             settings=settings,
             source=model.folder,
-            kept_float=tensor_kinds(work.kept),
+            kept_float=tensor_patterns(work.float_names),
         )
     return target
 
 
-class _Work:
-    """Writes the parts of a rounded model, and remembers what was done to each."""
+class _Rounder:
+    """Writes the parts of a rounded model, and collects their reports."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class _Work:
         self._writer, self._model, self._plan = writer, model, plan
         self._settings, self._progress = settings, progress
         self.reports: list[ModuleReport] = []
-        self.kept: list[str] = []
+        self.float_names: list[str] = []
 
     def tables(self) -> None:
         """Write the embedding, the head and the norm before it."""
@@ -126,28 +126,28 @@ class _Work:
     def layer(self, index: int) -> None:
         """Write a decoder layer, reading one matrix at a time."""
         for matrix in MATRICES:
-            begun = time.perf_counter()
+            started_at = time.perf_counter()
             module = f"model.layers.{index}.{matrix}"
             form = self._settings.format_of(module)
             if form is not None:
                 W = read_tensors(self._model.folder, f"{module}.")["weight"]
-                self._store(module, round_weight(W, self._settings.with_format(form)), begun)
+                self._store(module, round_weight(W, self._settings.with_format(form)), started_at)
         for name, tensor in layer_rest(self._model, index, self._settings).items():
             self._keep(name, tensor)
 
     def _table(self, module: str, form: ModuleFormat | None) -> None:
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         weights = read_table(self._model, module)
         if form is None:
             self._keep(f"{module}.weight", weights)
         else:
-            self._store(module, round_table(weights, self._settings, form), begun)
+            self._store(module, round_table(weights, self._settings, form), started_at)
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         self._writer.add(name, tensor)
-        self.kept.append(name)
+        self.float_names.append(name)
 
-    def _store(self, module: str, weight: QuantizedWeight, begun: float) -> None:
+    def _store(self, module: str, weight: QuantizedWeight, started_at: float) -> None:
         self._writer.add_quantized(module, weight, self._plan.layout.checkpoint_format)
-        self.reports.append(report_of(module, weight, time.perf_counter() - begun))
+        self.reports.append(report_of(module, weight, time.perf_counter() - started_at))
         self._progress.advance(1, module.removeprefix("model.layers."))

@@ -42,20 +42,20 @@ def damped_factor(A: Tensor, damp_percent: float) -> float:
         mirror_upper(A)
 
 
-def rearranged(A: Tensor, places: Tensor) -> Tensor:
+def rearranged(A: Tensor, order: Tensor) -> Tensor:
     """A copy of a matrix with rows and columns in another order.
 
     Args:
         A: Shape (K, K).
-        places: Shape (K,), which row and column comes where.
+        order: Shape (K,), the row and column that comes at each position.
 
     Returns:
         Shape (K, K).
     """
-    made = torch.empty_like(A)
+    result = torch.empty_like(A)
     for start, end in _strips(len(A)):
-        made[start:end] = A[places[start:end]][:, places]
-    return made
+        result[start:end] = A[order[start:end]][:, order]
+    return result
 
 
 def mirror_lower(A: Tensor) -> None:

@@ -94,7 +94,7 @@ class GptqResult:
 
 @dataclass(frozen=True)
 class Walk:
-    """What GPTQ has to know of the inputs of a weight, whatever the weight.
+    """The order of the columns and the factor of the Hessian, the same for all weights of a stage.
 
     Attributes:
         columns: Shape (K,), the columns in the reverse order of the walk.
@@ -134,10 +134,10 @@ def quantize_weight(
     columns = W.shape[1]
     if H.shape != (columns, columns):
         raise ValueError(f"a weight {tuple(W.shape)} needs H of {columns} columns: {H.shape}")
-    return walk_weight(W, plan_walk(H, settings, C), settings)
+    return walk_weight(W, make_walk(H, settings, C), settings)
 
 
-def plan_walk(H: Tensor, settings: GptqSettings, C: Tensor | None = None) -> Walk:
+def make_walk(H: Tensor, settings: GptqSettings, C: Tensor | None = None) -> Walk:
     """Order the columns, and factor the Hessian in that order.
 
     Args:
@@ -167,11 +167,11 @@ def plan_walk(H: Tensor, settings: GptqSettings, C: Tensor | None = None) -> Wal
 
 
 def walk_weight(W: Tensor, walk: Walk, settings: GptqSettings) -> GptqResult:
-    """Quantize a weight along a walk that was planned for its inputs.
+    """Quantize a weight along a walk that was made for its inputs.
 
     Args:
         W: Shape (N, K).
-        walk: Order and factor, planned with the same settings.
+        walk: Order and factor, made with the same settings.
         settings: How to quantize.
 
     Returns:
@@ -180,8 +180,8 @@ def walk_weight(W: Tensor, walk: Walk, settings: GptqSettings) -> GptqResult:
     outputs, columns = W.shape
     size = group_columns(columns, settings.group_size)
     codes = np.empty((outputs, columns), np.uint8)
-    kept = np.float16 if settings.scale_type == "float16" else np.float32
-    scales = np.empty((outputs, columns // size), kept)
+    scale_dtype = np.float16 if settings.scale_type == "float16" else np.float32
+    scales = np.empty((outputs, columns // size), scale_dtype)
     zeros = np.empty((outputs, columns // size), np.uint8)
     losses = torch.empty(outputs, dtype=W.dtype)
     back = torch.empty_like(walk.columns)
@@ -191,9 +191,9 @@ def walk_weight(W: Tensor, walk: Walk, settings: GptqSettings) -> GptqResult:
         walked = _Rows(W[rows], walk, settings)
         losses[rows] = walked.losses
         codes[rows] = walked.codes[back].T.numpy()
-        for place, grid in enumerate(walked.grids):
-            scales[rows, place] = grid.scales.numpy()
-            zeros[rows, place] = grid.zeros.numpy()
+        for group, grid in enumerate(walked.grids):
+            scales[rows, group] = grid.scales.numpy()
+            zeros[rows, group] = grid.zeros.numpy()
     g_idx = np.arange(columns) // size
     if settings.order == "dynamic":
         g_idx = (columns - 1 - back.numpy()) // size
@@ -234,17 +234,17 @@ class _Rows:
         self.codes = torch.empty(columns, outputs, dtype=torch.uint8)
         self.losses = torch.zeros(outputs, dtype=W.dtype)
         self.grids: list[Grid] = []
-        self._found: dict[int, Grid] = {}
+        self._grids: dict[int, Grid] = {}
         self._groups = walk.columns // self._size
         if settings.order == "dynamic":
             self._groups = torch.arange(columns - 1, -1, -1) // self._size
         if settings.order == "static":
             for group in range(columns // self._size):
                 members = (self._groups == group).nonzero()[:, 0]
-                self._found[group] = self._search_grid(self._E[members], self._costs[members])
+                self._grids[group] = self._search_grid(self._E[members], self._costs[members])
         for start, end in reversed_blocks(columns, self._size):
             self._walk_block(start, end)
-        self.grids = [self._found[group] for group in range(columns // self._size)]
+        self.grids = [self._grids[group] for group in range(columns // self._size)]
 
     def _walk_block(self, start: int, end: int) -> None:
         pulls = self._pull(slice(start, end), end)
@@ -252,9 +252,9 @@ class _Rows:
         inside = self._L[start:end, start:end].T.contiguous()
         for k in range(end - 1, start - 1, -1):
             group = int(self._groups[k])
-            if group not in self._found:
-                self._found[group] = self._fresh_grid(slice(k + 1 - self._size, k + 1))
-            grid = self._found[group]
+            if group not in self._grids:
+                self._grids[group] = self._fresh_grid(slice(k + 1 - self._size, k + 1))
+            grid = self._grids[group]
             pull = pulls[k - start]
             pull.addmv_(self._E[k + 1 : end].T, inside[k - start, k + 1 - start :])
             if self._W is not None and self._Z is not None:

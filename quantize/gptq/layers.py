@@ -1,8 +1,7 @@
 """Quantize one layer, or the table before or after all of them.
 
-A layer of 7 billion weights' worth fills a gigabyte, so what a stage needs is made when its turn
-comes and dropped before the next: the Hessian when it has been factored, the factor when the
-stage's matrices are done.
+A layer of a 7B model fills a gigabyte, so each stage computes what it needs and drops it before the
+next: the Hessian once it is factored, the factor once the matrices of the stage are quantized.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from quantize.gptq.calibration import (
     mean_drift,
     mean_outer_product,
 )
-from quantize.gptq.gptq import ROWS_AT_ONCE, GptqResult, Walk, plan_walk, walk_weight
+from quantize.gptq.gptq import ROWS_AT_ONCE, GptqResult, Walk, make_walk, walk_weight
 from quantize.settings import GptqSettings
 
 # Called with the name of a matrix, its codes, and the seconds they took.
@@ -48,7 +47,7 @@ class _Matrix:
 
 @dataclass
 class _Stage:
-    """Matrices that share their inputs, what GPTQ has to know of these, and the time that took."""
+    """Matrices that share their inputs, the factors of their Hessian, and the time these took."""
 
     matrices: list[_Matrix]
     walks: dict[int, Walk]
@@ -83,8 +82,8 @@ def quantize_layer(
         inputs, float_inputs = kept_rows(next(flow), batches), kept_rows(ahead, floats)
         # The float model passes this stage while its matrices are still its own.
         ahead = next(float_flow)
-        found = _matrices(layer, f"model.layers.{index}", names, settings)
-        stage = _plan(found, inputs, float_inputs)
+        selected = _selected(layer, f"model.layers.{index}", names, settings)
+        stage = _prepare(selected, inputs, float_inputs)
         del inputs, float_inputs
         if floats:  # two streams leave twice the holes
             give_back()
@@ -119,40 +118,40 @@ def quantize_head(
     Returns:
         The codes, and the seconds they took.
     """
-    begun = time.perf_counter()
-    walk = plan_walk(_hessian(inputs, HEAD), settings)
+    started = time.perf_counter()
+    walk = make_walk(_hessian(inputs, HEAD), settings)
     parts = [
         walk_weight(table[start : start + _TABLE_ROWS].float(), walk, settings)
         for start in range(0, len(table), _TABLE_ROWS)
     ]
-    return _stacked(parts), time.perf_counter() - begun
+    return _stacked(parts), time.perf_counter() - started
 
 
-def _matrices(
-    layer: nn.Module, place: str, names: Sequence[str], settings: GptqSettings
+def _selected(
+    layer: nn.Module, prefix: str, names: Sequence[str], settings: GptqSettings
 ) -> list[_Matrix]:
     """Those matrices of a stage that are not left float, with the settings of each."""
-    found = []
+    selected = []
     for name, module in zip(names, matrices(layer, names), strict=True):
-        form = settings.format_of(f"{place}.{name}")
+        form = settings.format_of(f"{prefix}.{name}")
         if form is not None:
-            found.append(_Matrix(f"{place}.{name}", module, settings.with_format(form)))
-    return found
+            selected.append(_Matrix(f"{prefix}.{name}", module, settings.with_format(form)))
+    return selected
 
 
-def _plan(found: list[_Matrix], inputs: list[Tensor], floats: list[Tensor]) -> _Stage:
-    """Look at the inputs of a stage: one factor, or one for each size of groups that are moved."""
-    if not found:
+def _prepare(selected: list[_Matrix], inputs: list[Tensor], floats: list[Tensor]) -> _Stage:
+    """Factor the Hessian of a stage, once for each order of its columns."""
+    if not selected:
         return _Stage([], {}, 0.0)
-    begun = time.perf_counter()
-    H = _hessian(inputs, found[0].name)
+    started = time.perf_counter()
+    H = _hessian(inputs, selected[0].name)
     C = mean_drift(inputs, floats) if floats else None
     walks: dict[int, Walk] = {}
-    for matrix in found:
+    for matrix in selected:
         key = _walk_key(matrix.settings)
         if key not in walks:
-            walks[key] = plan_walk(H, matrix.settings, C)
-    return _Stage(found, walks, time.perf_counter() - begun)
+            walks[key] = make_walk(H, matrix.settings, C)
+    return _Stage(selected, walks, time.perf_counter() - started)
 
 
 def _hessian(inputs: Sequence[Tensor], name: str) -> Tensor:
@@ -171,25 +170,25 @@ def _walk_key(settings: GptqSettings) -> int:
 
 
 def _solve(stage: _Stage, store: Store) -> None:
-    planned = stage.seconds / max(1, len(stage.matrices))
+    shared_seconds = stage.seconds / max(1, len(stage.matrices))
     for run in _runs(stage.matrices):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         settings, sizes = run[0].settings, [matrix.module.out_features for matrix in run]
         weights = [matrix.module.weight for matrix in run]
         stacked = weights[0] if len(run) == 1 else torch.cat(weights)
         result = walk_weight(stacked, stage.walks[_walk_key(settings)], settings)
         del stacked, weights
-        seconds = planned + (time.perf_counter() - begun) / len(run)
+        seconds = shared_seconds + (time.perf_counter() - started) / len(run)
         for matrix, part in zip(run, result.split(sizes), strict=True):
             matrix.module.weight.copy_(torch.from_numpy(part.weight.dequantize()))
             store(matrix.name, part, seconds)
     stage.walks.clear()
 
 
-def _runs(found: Sequence[_Matrix]) -> Iterator[list[_Matrix]]:
-    """Matrices of one kind together, as long as they are few enough rows to be walked at once."""
+def _runs(selected: Sequence[_Matrix]) -> Iterator[list[_Matrix]]:
+    """Matrices with the same settings together, as long as their rows can be walked at once."""
     run: list[_Matrix] = []
-    for matrix in found:
+    for matrix in selected:
         rows = sum(m.module.out_features for m in [*run, matrix])
         if run and (rows > ROWS_AT_ONCE or run[0].settings != matrix.settings):
             yield run

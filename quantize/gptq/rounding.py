@@ -1,4 +1,4 @@
-"""Round weights to the nearest code: the baseline of GPTQ, and all there is without text."""
+"""Round weights to the nearest code: the baseline of GPTQ, which needs no calibration text."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def round_weight(W: Tensor, settings: GridSettings, candidates: int = 1) -> Quan
     kind = GridKind(
         bits=settings.bits, symmetric=settings.symmetric, scale_type=settings.scale_type
     )
-    kept = np.float16 if settings.scale_type == "float16" else np.float32
+    scale_dtype = np.float16 if settings.scale_type == "float16" else np.float32
     codes = np.empty((outputs, columns), np.uint8)
-    scales = np.empty((outputs, groups), kept)
+    scales = np.empty((outputs, groups), scale_dtype)
     zeros = np.empty((outputs, groups), np.uint8)
     step = max(1, _AT_ONCE // columns)
     for start in range(0, outputs, step):

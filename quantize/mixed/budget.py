@@ -1,4 +1,4 @@
-"""The choices for every matrix that lower KL most within a number of bytes."""
+"""Choose how every matrix is stored so that KL is lowest within a number of bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Choice:
     """A way to store a matrix.
 
     Attributes:
-        form: Its grid; None for leaving it as it is.
+        form: Its format; None if it stays float.
         size: Bytes in the file.
         cost: Estimated KL per token, in nats.
     """
@@ -25,7 +25,7 @@ class Choice:
 
 
 def fill_budget(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """Lower the total cost as far as the bytes go.
+    """Choose the lowest total cost that fits into a number of bytes.
 
     Args:
         choices: Ways to store each matrix, by name.
@@ -35,28 +35,27 @@ def fill_budget(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[st
         One choice for each.
     """
     hulls = {name: lower_hull(options) for name, options in choices.items()}
-    places = dict.fromkeys(hulls, 0)
+    chosen = dict.fromkeys(hulls, 0)
     left = budget - sum(hull[0].size for hull in hulls.values())
     queue: list[tuple[float, str]] = []
 
-    def offer(name: str) -> None:
-        hull, place = hulls[name], places[name]
-        if place + 1 < len(hull):
-            now, then = hull[place], hull[place + 1]
-            heapq.heappush(queue, ((then.cost - now.cost) / (then.size - now.size), name))
+    def push(name: str) -> None:
+        hull, index = hulls[name], chosen[name]
+        if index + 1 < len(hull):
+            heapq.heappush(queue, (_slope(hull[index], hull[index + 1]), name))
 
     for name in hulls:
-        offer(name)
+        push(name)
     while queue:
         _, name = heapq.heappop(queue)
-        hull, place = hulls[name], places[name]
-        more = hull[place + 1].size - hull[place].size
+        hull, index = hulls[name], chosen[name]
+        more = hull[index + 1].size - hull[index].size
         if more > left:
-            continue  # it stays as it is; smaller changes of others may still fit
+            continue  # this matrix keeps its choice; smaller changes of others may still fit
         left -= more
-        places[name] += 1
-        offer(name)
-    return {name: hulls[name][place] for name, place in places.items()}
+        chosen[name] += 1
+        push(name)
+    return {name: hulls[name][index] for name, index in chosen.items()}
 
 
 def lower_hull(options: Sequence[Choice]) -> list[Choice]:

@@ -84,7 +84,7 @@ def to_mixed(
     settings = settings_from(MixedSettings, settings, options)
     require(
         settings.size_mb is not None or settings.bits_per_weight is not None,
-        "a mix needs a limit; give either size_mb or bits_per_weight",
+        "mixed precision needs a size to stay within; give either size_mb or bits_per_weight",
     )
     target = refuse_existing(target, overwrite)
     model = open_float(source)
@@ -142,9 +142,9 @@ def choose(
     if least > budget:
         parameters = describe(model.folder).parameters
         raise SettingsError(
-            f"the smallest that these formats make of {model.folder} is {least / 1e6:.1f} MB "
-            f"({least * 8 / parameters:.2f} bits per weight), more than the "
-            f"{budget / 1e6:.1f} MB asked for; raise the size or give smaller formats"
+            f"with these formats {model.folder} takes at least {least / 1e6:.1f} MB "
+            f"({least * 8 / parameters:.2f} bits per weight), more than the limit of "
+            f"{budget / 1e6:.1f} MB; raise the size or give smaller formats"
         )
     drawn = replace(settings.gptq(), samples=settings.sensitivity_samples)
     blocks = draw_blocks(texts, model.folder, drawn)
@@ -167,15 +167,15 @@ def uniform_bytes(model: FloatModel, group_size: int) -> int:
     total = _rest_bytes(model)
     for by_form in _possible_sizes(model, MixedSettings()).values():
         fours = {f: size for f, size in by_form.items() if f is not None and f.bits == 4}
-        wanted = [size for f, size in fours.items() if f.group_size == group_size]
-        total += by_form[None] if None in by_form else max(wanted or fours.values())
+        matching = [size for f, size in fours.items() if f.group_size == group_size]
+        total += by_form[None] if None in by_form else max(matching or fours.values())
     return total
 
 
 def as_gptq_settings(
     model: FloatModel, chosen: Mapping[str, Choice], settings: MixedSettings
 ) -> GptqSettings:
-    """Say in the words of GPTQ's settings what was chosen.
+    """Express the choices as settings of GPTQ.
 
     Args:
         model: The float model.

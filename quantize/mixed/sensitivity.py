@@ -68,17 +68,17 @@ def estimate_costs(
     """
     layers = LayeredModel(model.folder)
     batches = layers.batches(blocks)
-    kept = _kept(blocks, batches)
-    count = sum(int(mask.sum()) for mask in kept)
+    masks = _kept_masks(blocks, batches)
+    count = sum(int(mask.sum()) for mask in masks)
     costs: Costs = {name: {} for name in candidates}
     with track("Estimating", total=2 * len(layers), unit="layers") as progress:
         states = _forward(layers, batches, progress)
-        home = EMBEDDING if model.config.tie_word_embeddings else HEAD
-        table, norm = read_table(model, home), layers.final_norm()
-        if home in candidates:
-            rows = torch.cat([norm(x)[mask] for x, mask in zip(states[-1], kept, strict=True)])
-            costs[home] = _head_costs(rows, table, candidates[home], settings, blocks)
-        gradients = _through_head(states.pop(), norm, table, kept, generator)
+        head = EMBEDDING if model.config.tie_word_embeddings else HEAD
+        table, norm = read_table(model, head), layers.final_norm()
+        if head in candidates:
+            rows = torch.cat([norm(x)[mask] for x, mask in zip(states[-1], masks, strict=True)])
+            costs[head] = _head_costs(rows, table, candidates[head], settings, blocks)
+        gradients = _through_head(states.pop(), norm, table, masks, generator)
         for index in reversed(range(len(layers))):
             with layers.layer(index) as layer:
                 pairs, gradients = _backward(layer, states.pop(), batches, gradients)
@@ -103,7 +103,7 @@ def estimate_costs(
     return costs
 
 
-def _kept(blocks: TokenBlocks, batches: Sequence[Batch]) -> list[Tensor]:
+def _kept_masks(blocks: TokenBlocks, batches: Sequence[Batch]) -> list[Tensor]:
     """Positions whose predictions count, in the batches' parts of the blocks."""
     mask = torch.from_numpy(blocks.kept)
     return list(mask.split([len(batch.hidden) for batch in batches]))
@@ -132,26 +132,26 @@ def _head_costs(
 ) -> dict[ModuleFormat, float]:
     """KL of a rounded head: nothing comes after it, so it is measured."""
     reference = {"float": Predictions(rows, table.float())}
-    found = {}
+    costs = {}
     for form in forms:
         rounded = torch.from_numpy(round_table(table, settings, form).dequantize())
-        closeness = compare(reference, {"rounded": Predictions(rows, rounded)}, blocks)
-        found[form] = closeness["rounded"]["float"].kl
-    return found
+        fidelity = compare(reference, {"rounded": Predictions(rows, rounded)}, blocks)
+        costs[form] = fidelity["rounded"]["float"].kl
+    return costs
 
 
 def _through_head(
     last: Sequence[Tensor],
     norm: nn.Module,
     table: Tensor,
-    kept: Sequence[Tensor],
+    masks: Sequence[Tensor],
     generator: torch.Generator,
 ) -> list[Tensor]:
     """Gradients of log p(y) at the hidden states after the last layer, y drawn from p."""
     step = max(1, _LOGITS_AT_ONCE // len(table))
     head = table.float()
     gradients = []
-    for hidden, mask in zip(last, kept, strict=True):
+    for hidden, mask in zip(last, masks, strict=True):
         entering = hidden.detach().requires_grad_()
         normed = norm(entering)
         rows = normed.detach()[mask]
@@ -174,14 +174,14 @@ def _backward(
     gradients: Sequence[Tensor],
 ) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], list[Tensor]]:
     """Inputs of every matrix with the gradients at its outputs; and those at the layer's input."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in MATRICES}
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in MATRICES}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def seen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
-            output.register_hook(lambda gradient: found[name].append((x, gradient)))
+            output.register_hook(lambda gradient: pairs[name].append((x, gradient)))
 
-        return seen
+        return record
 
     hooks = [
         module.register_forward_hook(watch(name))
@@ -194,14 +194,14 @@ def _backward(
         before.append(cast(Tensor, entering.grad))
     for hook in hooks:
         hook.remove()
-    return found, before
+    return pairs, before
 
 
-def _fisher(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _fisher(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Squares of the gradient of a weight, summed over blocks; shape (N, K)."""
-    first, gradient = found[0]
+    first, gradient = pairs[0]
     fisher = torch.zeros(gradient.shape[-1], first.shape[-1])
-    for x, gradient in found:
+    for x, gradient in pairs:
         for inputs, upward in zip(x, gradient, strict=True):
             G = upward.T @ inputs
             fisher.addcmul_(G, G)
@@ -212,8 +212,8 @@ def _embedding_fisher(ids: Tensor, gradients: Tensor, size: int) -> Tensor:
     """The same of the embedding, (V, D): a token that comes twice in a block has one row."""
     fisher = torch.zeros(size, gradients.shape[-1])
     for row, upward in zip(ids, gradients, strict=True):
-        tokens, places = row.unique(return_inverse=True)
-        G = torch.zeros(len(tokens), upward.shape[-1]).index_add_(0, places, upward)
+        tokens, indices = row.unique(return_inverse=True)
+        G = torch.zeros(len(tokens), upward.shape[-1]).index_add_(0, indices, upward)
         fisher[tokens] += G.square()
     return fisher
 

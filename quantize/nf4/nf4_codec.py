@@ -141,9 +141,9 @@ def _encode_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(scales, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     largest = padded.abs().amax(1)
     scaled = (padded * largest.reciprocal()[:, None]).clamp_(-1, 1)
-    places = ((scaled + 1) * 0.5 * (_TABLE - 1) + 0.5).floor_()
+    indices = ((scaled + 1) * 0.5 * (_TABLE - 1) + 0.5).floor_()
     # A block of zeros has no scale: 0 / 0 is not a number, and bitsandbytes gives it code 0.
-    codes = _scale_table()[places.nan_to_num_(0).clamp_(0, _TABLE - 1).int()]
+    codes = _scale_table()[indices.nan_to_num_(0).clamp_(0, _TABLE - 1).int()]
     return codes.view(-1)[:count].clone(), largest
 
 
@@ -151,8 +151,8 @@ def _encode_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 def _scale_table() -> Tensor:
     """The nearest level to each of 65,536 evenly spaced numbers from -1 to 1."""
     levels = dynamic_levels().double()
-    places = torch.arange(_TABLE, dtype=torch.float64) * 2 / (_TABLE - 1) - 1
-    return torch.bucketize(places, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    numbers = torch.arange(_TABLE, dtype=torch.float64) * 2 / (_TABLE - 1) - 1
+    return torch.bucketize(numbers, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
 
 
 def dynamic_levels() -> Tensor:

@@ -1,8 +1,8 @@
-"""NF4: a float model folder to one of 4-bit NormalFloat weights, as bitsandbytes writes them.
+"""Store a float model folder as NF4, 4-bit NormalFloat weights as bitsandbytes writes them.
 
-It looks at no text, and at one matrix at a time, so that the model need not fit in memory. The
-codes are those of bitsandbytes (``quantize.nf4.nf4_codec``), which is needed neither here nor to
-read the folder in mistill.
+It needs no calibration text, and one matrix at a time is in memory. The codes are those of
+bitsandbytes (``quantize.nf4.nf4_codec``), which is needed neither here nor to read the folder in
+mistill.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mistill.pytorch.loading import read_tensors
 from mistill.settings import settings_dict, settings_from
 from mistill.text.rows import Texts
 from mistill.weights.tensor_writer import TensorWriter
-from quantize.folders.float_model import FloatModel, open_float, tensor_kinds
+from quantize.folders.float_model import FloatModel, open_float, tensor_patterns
 from quantize.folders.report import ModuleReport, write_report
 from quantize.measuring.fidelity import open_check, report_entry
 from quantize.nf4.nf4_codec import BLOCK, encode_nf4
@@ -60,7 +60,7 @@ def to_nf4(
         SettingsError: If there is a teacher and no held-out text.
         FolderError: If the source is broken or quantized already.
         ArchitectureError: If a matrix has rows that blocks of 64 do not fill.
-        VocabularyError: If the teacher has other tokens.
+        VocabularyError: If the teacher has another vocabulary.
         TextError: If there is no text to measure on.
     """
     settings = settings_from(Nf4Settings, settings, options)
@@ -71,7 +71,7 @@ def to_nf4(
 
     started = time.perf_counter()
     reports: list[ModuleReport] = []
-    kept: list[str] = []
+    float_names: list[str] = []
     with creating(target, overwrite) as partial:
         with (
             TensorWriter(partial) as writer,
@@ -82,9 +82,9 @@ def to_nf4(
                 module = name.removesuffix(".weight")
                 if module not in model.matrices:
                     writer.add(name, tensor)
-                    kept.append(name)
+                    float_names.append(name)
                     continue
-                begun = time.perf_counter()
+                started_at = time.perf_counter()
                 try:
                     encoded = encode_nf4(tensor, settings.double_quantization)
                 except ValueError as error:
@@ -93,7 +93,7 @@ def to_nf4(
                     ) from error
                 for part, values in encoded.items():
                     writer.add(f"{module}.{part}", values)
-                seconds = round(time.perf_counter() - begun, 4)
+                seconds = round(time.perf_counter() - started_at, 4)
                 reports.append(ModuleReport(name=module, seconds=seconds))
                 progress.advance(1)
         _write_config(model.folder, partial, settings)
@@ -103,7 +103,7 @@ def to_nf4(
         write_report(
             partial,
             reports,
-            kept,
+            float_names,
             step="nf4",
             settings=used,
             seconds=seconds,
@@ -114,7 +114,7 @@ def to_nf4(
             step="nf4",
             settings=settings,
             source=model.folder,
-            kept_float=tensor_kinds(kept),
+            kept_float=tensor_patterns(float_names),
         )
     return target
 

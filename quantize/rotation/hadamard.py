@@ -68,8 +68,8 @@ def _paley(q: int) -> Tensor | None:
         return None
     squares = {x * x % q for x in range(1, q)}
     character = torch.tensor([0.0] + [1.0 if x in squares else -1.0 for x in range(1, q)])
-    places = torch.arange(q)
+    indices = torch.arange(q)
     S = torch.zeros(q + 1, q + 1, dtype=torch.float64)
     S[0, 1:], S[1:, 0] = 1, -1
-    S[1:, 1:] = character[(places[:, None] - places[None, :]) % q]
+    S[1:, 1:] = character[(indices[:, None] - indices[None, :]) % q]
     return S + torch.eye(q + 1, dtype=torch.float64)

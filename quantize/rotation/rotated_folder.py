@@ -143,8 +143,8 @@ def _tables(model: FloatModel, Q: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def _times(table: Tensor, factor: Tensor) -> Tensor:
     """A table times a matrix in float64, some rows at a time, as float32."""
-    made = torch.empty(table.shape, dtype=torch.float32)
+    product = torch.empty(table.shape, dtype=torch.float32)
     for start in range(0, len(table), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        made[rows] = table[rows].double() @ factor
-    return made
+        product[rows] = table[rows].double() @ factor
+    return product

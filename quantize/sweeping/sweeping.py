@@ -158,7 +158,7 @@ def sweep(
         "versions": installed_versions(),
     }
     folder = Path(target).expanduser().absolute()
-    found = _begin(folder, key, overwrite)
+    state = _begin(folder, key, overwrite)
     references = {"source": predictions(model.folder, blocks)}
     if teacher_folder is not None:
         references["teacher"] = predictions(teacher_folder, blocks)
@@ -167,15 +167,15 @@ def sweep(
     with track("Sweeping", total=len(variants), unit="variants") as progress:
         for variant in variants:
             try:
-                there = (folder / variant.name).is_dir()
-                if variant.name not in found["rows"] or not there:
+                exists = (folder / variant.name).is_dir()
+                if variant.name not in state["rows"] or not exists:
                     row = _make(variant, source, folder, texts, settings, references, blocks)
-                    found["rows"][variant.name] = row
-                    _write(folder, found)
+                    state["rows"][variant.name] = row
+                    _write(folder, state)
             except (ArchitectureError, SettingsError) as error:
                 skipped[variant.name] = str(error)
             progress.advance(1, variant.name)
-    rows = [SweepRow(**found["rows"][v.name]) for v in variants if v.name in found["rows"]]
+    rows = [SweepRow(**state["rows"][v.name]) for v in variants if v.name in state["rows"]]
     if not rows:
         shutil.rmtree(folder)
         raise SettingsError(f"no variant fits {source}: {next(iter(skipped.values()))}")
@@ -188,12 +188,12 @@ def sweep(
         source_perplexity=itself.perplexity,
         source_bytes=describe(model.folder).weight_bytes,
     )
-    _write(folder, {**found, "report": report.to_dict()})
+    _write(folder, {**state, "report": report.to_dict()})
     return report
 
 
 def mark_dominated(rows: Sequence[SweepRow]) -> list[SweepRow]:
-    """Say of every variant which other one makes it pointless.
+    """Name for every variant another one that dominates it.
 
     Args:
         rows: What variants cost.
@@ -215,14 +215,14 @@ def mark_dominated(rows: Sequence[SweepRow]) -> list[SweepRow]:
 
 
 def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Start a sweep, or take up one that was interrupted."""
+    """Start a sweep, or resume one that was interrupted."""
     file = folder / SWEEP_FILE
     if folder.exists():
         state: dict[str, Any] = read_json(file) if file.is_file() else {}
         if state.get("key") == key:
             return state
         if not state:
-            # It may hold anything, and a sweep's place is not worth all of that.
+            # Not even overwrite may delete a folder of unknown contents.
             raise TargetExistsError(
                 f"{folder} exists already and holds no sweep; choose another name"
             )
@@ -251,7 +251,7 @@ def _make(
     references: Mapping[str, Predictions],
     blocks: TokenBlocks,
 ) -> dict[str, Any]:
-    """Make a variant unless it is there, and measure it."""
+    """Quantize a variant unless its folder exists, and measure it."""
     options = dict(variant.options)
     calibrated = variant.step in ("gptq", "mixed")
     if variant.step == "mixed":
@@ -259,29 +259,29 @@ def _make(
     if calibrated:
         drawn = {"samples", "block_length", "seed"}
         options |= {k: v for k, v in settings_dict(settings).items() if k in drawn}
-    made = folder / variant.name
-    if not made.exists():
+    target = folder / variant.name
+    if not target.exists():
         steps: dict[str, Callable[..., Path]] = {
             "gptq": to_gptq,
             "mixed": to_mixed,
             "nf4": to_nf4,
             "rounding": to_rounding,
         }
-        given = {"texts": texts, **options} if calibrated else options
-        steps[variant.step](source, made, **given)
-    info = describe(made)
-    found = measure(made, references, blocks)
-    near, teacher = found["source"], found.get("teacher")
+        arguments = {"texts": texts, **options} if calibrated else options
+        steps[variant.step](source, target, **arguments)
+    info = describe(target)
+    fidelity = measure(target, references, blocks)
+    source_fidelity, teacher = fidelity["source"], fidelity.get("teacher")
     row = SweepRow(
         name=variant.name,
-        command=_command(variant.step, source, made, texts if calibrated else None, options),
+        command=_command(variant.step, source, target, texts if calibrated else None, options),
         weight_bytes=info.weight_bytes,
         bits_per_weight=info.bits_per_weight,
-        kl=near.kl,
-        kl_standard_error=near.kl_standard_error,
-        kl_p99=near.kl_p99,
-        agreement=near.agreement,
-        perplexity=near.perplexity,
+        kl=source_fidelity.kl,
+        kl_standard_error=source_fidelity.kl_standard_error,
+        kl_p99=source_fidelity.kl_p99,
+        agreement=source_fidelity.agreement,
+        perplexity=source_fidelity.perplexity,
         teacher_kl=None if teacher is None else teacher.kl,
     )
     return asdict(row)
@@ -290,7 +290,7 @@ def _make(
 def _command(
     step: str, source: str | Path, target: Path, texts: Texts | None, options: Mapping[str, Any]
 ) -> str:
-    """What to type for the same folder elsewhere."""
+    """The command that makes the same folder."""
     words = ["mistill", "quantize", step, str(source), str(target)]
     for name in [] if texts is None else names_of(texts):
         words += ["--texts", name]

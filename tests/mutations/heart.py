@@ -45,6 +45,7 @@ _PORTABLE = ("tests/export/graph/test_portable.py",)
 _ENGINE = ("tests/mistill/engine/test_engine.py",)
 _SPECULATION = ("tests/mistill/engine/test_speculation.py",)
 _SAMPLING = ("tests/mistill/engine/test_sampling.py",)
+_LAYERS = ("tests/mistill/pytorch/test_layers.py",)
 _STUDENT = ("tests/distill/student/test_importance.py", "tests/distill/student/test_width.py")
 
 MUTATIONS = (
@@ -182,6 +183,20 @@ MUTATIONS = (
         "return 1 - torch.cosine_similarity(before, after, dim=-1)",
         "return torch.cosine_similarity(before, after, dim=-1)",
         _STUDENT,
+    ),
+    Mutation(
+        "a layer's attention crosses documents",
+        "mistill/pytorch/layers.py",
+        "return (near & same)[:, None]",
+        "return (near | same)[:, None]",
+        _LAYERS,
+    ),
+    Mutation(
+        "a sliding window is a position too wide",
+        "mistill/pytorch/layers.py",
+        "(distance < window)",
+        "(distance <= window)",
+        _LAYERS,
     ),
     # --- the training loop ----------------------------------------------------------------------
     Mutation(

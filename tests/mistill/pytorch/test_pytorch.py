@@ -238,7 +238,9 @@ def test_the_zero_biases_of_autogptq_are_left_out_and_others_refused(tmp_path: P
     assert len(dict(load_pytorch(folder).named_parameters())) == len(meant)
 
     edit_weights(folder, model__layers__0__mlp__up_proj__bias=torch.full((128,), 0.5))
-    with pytest.raises(FolderError, match=r"up_proj\.bias, a bias that its architecture has not"):
+    with pytest.raises(
+        FolderError, match=r"up_proj\.bias, a bias that its architecture does not have"
+    ):
         load_pytorch(folder)
 
 

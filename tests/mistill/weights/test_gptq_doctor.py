@@ -120,7 +120,7 @@ def test_zeros_of_0_that_borrowed_are_counted_and_sound(tmp_path: Path) -> None:
     found = examine(folder)
     assert found.borrowed == zeros
     assert found.overwritten == 0
-    assert "reads their neighbours wrong" in found.notes[0]
+    assert "decodes their neighbours wrongly" in found.notes[0]
     assert found.contradictions == ()
     second, _ = simple_folder(tmp_path / "second", SKEWED, "gptq_v2")
     assert examine(second).borrowed == 0
@@ -144,7 +144,7 @@ def test_zeros_that_were_overwritten_cannot_be_recovered(tmp_path: Path) -> None
     words = overwrite_as_autogptq_did(folder, weights)
     found = examine(folder)
     assert found.overwritten == words
-    with pytest.raises(FolderError, match=f"{words} words of zeros were overwritten"):
+    with pytest.raises(FolderError, match=f"{words} words of zero points were overwritten"):
         load_pytorch(folder)
 
 
@@ -158,17 +158,21 @@ def test_mixed_groups_are_told_from_a_trivial_index(tmp_path: Path) -> None:
     found = examine(trivial)
     assert found.order == "plain"
     assert found.notes == (
-        "it says desc_act, but its groups are in order: readers may ignore g_idx",
+        "config.json says desc_act, but the groups are in order: readers may ignore g_idx",
     )
 
 
 @pytest.mark.parametrize(
     ("way", "change", "said"),
     [
-        (SKEWED, {"sym": True}, r"says sym, but the zeros vary in .* and 13 more"),
+        (SKEWED, {"sym": True}, r"says sym, but the zero points vary in .* and 13 more"),
         (PLAIN, {"bits": 8}, "says 8 bits, but .* has codes of 4"),
         (PLAIN, {"bits": 3}, "says 3 bits, but .* has codes of 4"),
-        (PLAIN, {"group_size": 64}, r"group_size 64, which gives .* \(2, 64\), but they are \(4,"),
+        (
+            PLAIN,
+            {"group_size": 64},
+            r"group_size 64, which gives .* \(2, 64\), but they have the shape \(4,",
+        ),
         (PLAIN, {"lm_head": True}, "lm_head is quantized, but"),
         (PLAIN, {"embedding": True}, "embedding is quantized, but"),
         (PLAIN, {"dynamic": {"-:.*down_proj": {}}}, "leaves .*down_proj float, but"),
@@ -224,7 +228,9 @@ def test_both_kinds_of_zeros_in_one_folder_contradict(tmp_path: Path) -> None:
         qzeros=torch.from_numpy(pack_rows(other, 4).view(np.int32)),
     )
     assert (unpack_rows(pack_rows(other, 4), 4) == other).all()
-    with pytest.raises(FolderError, match="13 matrices store symmetric zeros less one and 1 as"):
+    with pytest.raises(
+        FolderError, match="13 matrices store symmetric zero points minus one and 1 as"
+    ):
         require_sound(folder)
 
 

@@ -219,14 +219,14 @@ def test_a_table_of_any_number_of_tokens_comes_back(
 
 def test_tensors_of_another_bit_width_are_refused() -> None:
     tensors = pack(random_weight(8, 16), "gptq")
-    with pytest.raises(FolderError, match="do not belong together at 4 bits"):
+    with pytest.raises(FolderError, match="do not fit one another at 4 bits"):
         unpack(tensors, 4, 16, "gptq")
 
 
 def test_a_group_that_is_not_there_is_refused() -> None:
     tensors = dict(pack(random_weight(4, 16), "gptq"))
     tensors["g_idx"] = np.full(64, 4, np.int32)
-    with pytest.raises(FolderError, match="do not belong together"):
+    with pytest.raises(FolderError, match="do not fit one another"):
         unpack(tensors, 4, 16, "gptq")
 
 
@@ -274,7 +274,7 @@ def test_a_pattern_matches_from_the_start_of_a_name_and_inherits_what_it_leaves_
 
 def test_words_that_do_not_come_in_threes_are_refused_as_3_bits() -> None:
     tensors = pack(random_weight(4, 16), "gptq")
-    with pytest.raises(FolderError, match="in threes"):
+    with pytest.raises(FolderError, match="not a multiple of three"):
         unpack(tensors, 3, 16, "gptq")
 
 

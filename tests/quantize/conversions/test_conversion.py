@@ -98,7 +98,7 @@ def test_what_other_readers_make_of_borrowing_zeros_is_said(
     count = sum(int((weight.zeros == 0).sum()) for weight in weights.values())
     with caplog.at_level(logging.WARNING):
         there = convert(source, tmp_path / "there", to="gptq")
-    assert f"holds {count} zeros of 0 less one" in caplog.text
+    assert f"stores {count} zero points of 0 minus one" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         convert(there, tmp_path / "back", to="gptq_v2")
@@ -144,7 +144,7 @@ def test_shards_are_found_under_the_names_that_autogptq_gives(name: str, tmp_pat
     ("options", "error", "said"),
     [
         ({"to": "gptq"}, FolderError, "stored as gptq already"),
-        ({"to": "marlin"}, SettingsError, "gptq or gptq_v2, got 'marlin'"),
+        ({"to": "marlin"}, SettingsError, "to must be gptq or gptq_v2, not 'marlin'"),
     ],
 )
 def test_a_conversion_to_nothing_else_is_refused(

@@ -79,7 +79,9 @@ def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.0.mlp.up_proj.scales"] *= 1e6
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(FolderError, match=r"up_proj\.weight holds weights beyond torch\.float16"):
+    with pytest.raises(
+        FolderError, match=r"up_proj\.weight holds weights that torch\.float16 cannot hold"
+    ):
         dequantize(source, tmp_path / "float", dtype="float16")
     assert not (tmp_path / "float").exists()
 
@@ -94,12 +96,12 @@ def test_the_zero_biases_of_autogptq_are_left_out(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.up_proj.bias" not in load_file(made / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.bias"][3] = 1
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(FolderError, match="a bias that its architecture has not"):
+    with pytest.raises(FolderError, match="a bias that its architecture does not have"):
         dequantize(source, tmp_path / "other")
 
 
 def test_a_float_folder_and_an_unknown_type_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="is a model folder; give a GPTQ or NF4 folder"):
         dequantize(model, tmp_path / "float")
-    with pytest.raises(SettingsError, match="dtype must be float32"):
+    with pytest.raises(SettingsError, match="dtype must be one of float32"):
         dequantize(model, tmp_path / "float", dtype="float8")  # type: ignore[arg-type]

@@ -157,7 +157,7 @@ def test_a_gptq_base_is_quantized_again_as_it_was_and_finds_its_original(
     assert json.loads((made / "merge_report.json").read_text())["float_base"] == str(source)
 
     shutil.rmtree(source)
-    with pytest.raises(FolderError, match=r"is not at hand at .*source; give it as float_base"):
+    with pytest.raises(FolderError, match=r"was not found at .*source; give it as float_base"):
         merge_lora(base, adapter, tmp_path / "other", texts=chats)
     again = merge_lora(base, adapter, tmp_path / "other", texts=chats, float_base=model)
     assert json.loads((again / "merge_report.json").read_text())["float_base"] == str(model)
@@ -167,14 +167,14 @@ def test_what_cannot_be_merged_is_refused(
     model: Path, adapter: Path, chats: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "merged"
-    with pytest.raises(FolderError, match=r"no adapter of peft: adapter_config\.json is missing"):
+    with pytest.raises(FolderError, match=r"is not a peft adapter: it has no adapter_config\.json"):
         merge_lora(model, tmp_path, target)
     with pytest.raises(SettingsError, match="give texts"):
         merge_lora(model, adapter, target, settings=SETTINGS)
     with pytest.raises(SettingsError, match="group_size 128 does not divide the 64 inputs"):
         merge_lora(model, adapter, target, texts=chats)
     other = tiny_model(tmp_path / "short", num_hidden_layers=1)
-    with pytest.raises(FolderError, match=r"changes model\.layers\.1\..*, which .* has not"):
+    with pytest.raises(FolderError, match=r"changes model\.layers\.1\..*, which .* does not have"):
         merge_lora(other, adapter, target)
     tied = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
     untied = tiny_model(tmp_path / "untied")
@@ -187,5 +187,5 @@ def test_what_cannot_be_merged_is_refused(
         merge_lora(wide, adapter, tmp_path / "wide-merged")
     kind = shutil.copytree(adapter, tmp_path / "ia3")
     (kind / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(FolderError, match="of type IA3; mistill merges LORA"):
+    with pytest.raises(FolderError, match="of type IA3; mistill merges type LORA only"):
         merge_lora(model, kind, tmp_path / "no")

@@ -207,14 +207,14 @@ def test_a_library_that_cannot_be_imported_says_why_and_what_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_importable_auto_gptq_is_not_driven_either(
+def test_an_importable_auto_gptq_is_not_called_either(
     model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "auto_gptq", types.ModuleType("auto_gptq"))
-    with pytest.raises(SettingsError, match="is archived and mistill does not drive it"):
+    with pytest.raises(SettingsError, match="is archived and mistill does not call it"):
         to_gptq(model, tmp_path / "small", texts=chats, backend="auto_gptq", **OPTIONS)
 
 
 def test_a_backend_of_another_name_is_refused(model: Path, chats: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="backend must be mistill, gptqmodel, auto_gptq"):
+    with pytest.raises(SettingsError, match="backend must be one of mistill, gptqmodel, auto_gptq"):
         to_gptq(model, tmp_path / "small", texts=chats, backend="awq", **OPTIONS)  # type: ignore[arg-type]

@@ -336,9 +336,15 @@ def test_an_existing_target_is_kept_unless_it_may_be_overwritten(
     (target / "mine").write_text("mine")
     with pytest.raises(TargetExistsError):
         to_rounding(model, target, group_size=16)
+    with pytest.raises(FolderError, match="it is not replaced"):
+        to_rounding(model, target, group_size=16, overwrite=True)
     assert (target / "mine").read_text() == "mine"
-    to_rounding(model, target, group_size=16, overwrite=True)
-    assert open_folder(target).form == "gptq"
+    to_rounding(model, tmp_path / "ours", bits=8, group_size=16)
+    with pytest.raises(TargetExistsError):
+        to_rounding(model, tmp_path / "ours", group_size=16)
+    to_rounding(model, tmp_path / "ours", group_size=16, overwrite=True)
+    config = read_json(tmp_path / "ours" / "config.json")
+    assert config["quantization_config"]["bits"] == 4
 
 
 def test_rounding_that_fails_leaves_nothing(

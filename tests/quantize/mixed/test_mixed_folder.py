@@ -136,7 +136,7 @@ def test_mixing_beats_one_precision_of_the_same_bytes(
 def test_what_cannot_be_that_small_is_refused_with_what_can(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingsError, match=r"smallest .*bits per weight.*raise the size"):
+    with pytest.raises(SettingsError, match=r"takes at least .*bits per weight.*raise the size"):
         quantize.to_mixed(model, tmp_path / "small", texts=chats, size_mb=0.05, **SMALL)
     with pytest.raises(SettingsError, match="either size_mb or bits_per_weight"):
         quantize.to_mixed(model, tmp_path / "small", texts=chats)

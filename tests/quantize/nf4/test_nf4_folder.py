@@ -79,7 +79,7 @@ def test_it_runs_without_bitsandbytes_as_with_it(
         found = load_pytorch(made[1])(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert "bitsandbytes is not installed" in caplog.text
-    assert "the room of floats" in caplog.text
+    assert "take the memory of float weights" in caplog.text
 
 
 def test_a_tied_head_is_stored_once_and_not_quantized(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ MODULES = {
     "mistill.constraints": ("json_schema", "lark", "regex"),
     "mistill.engine": ("OnnxModel",),
     "mistill.pytorch": ("PytorchModel", "load_pytorch", "read_tensors"),
+    "mistill.source": ("save_model",),
+    "mistill.vocabulary": ("Vocabulary", "load_vocabulary"),
     "mistill.text": (
         "Document",
         "Texts",

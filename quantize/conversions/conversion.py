@@ -60,7 +60,7 @@ def convert(
     """
     known = get_args(CheckpointFormat)
     require(to in known, f"to must be {' or '.join(known)}, not {to!r}")
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source])
     info = open_folder(source)
     if info.form != "gptq":
         raise FolderError(f"{source} is a {info.form} folder; only GPTQ folders have two formats")

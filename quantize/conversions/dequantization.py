@@ -61,7 +61,7 @@ def dequantize(
         dtype in get_args(FloatType),
         f"dtype must be one of {', '.join(get_args(FloatType))}, not {dtype!r}",
     )
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source])
     info = open_folder(source)
     if info.form not in ("gptq", "nf4"):
         raise FolderError(

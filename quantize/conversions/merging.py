@@ -101,7 +101,7 @@ def merge_lora(
             the float original of a quantized base is not there.
         MissingExtraError: If peft is not installed.
     """
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [base, adapter])
     info = open_folder(base)
     if info.form == "onnx":
         raise FolderError(f"{base} is an ONNX folder; merge into the folder it was exported from")

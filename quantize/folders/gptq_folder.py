@@ -112,7 +112,7 @@ def to_gptq(
     """
     settings = settings_from(GptqSettings, settings, translated(options))
     require_backend(backend, settings)
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     job = _open_job(model, texts, settings)
     check = open_check(model.folder, held_out, teacher)

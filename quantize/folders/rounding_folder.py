@@ -61,7 +61,7 @@ def to_rounding(
         TextError: If there is no text to measure on.
     """
     settings = settings_from(RoundingSettings, settings, options)
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     plan = make_plan(model, settings)
     check = open_check(model.folder, held_out, teacher)

@@ -86,7 +86,7 @@ def to_mixed(
         settings.size_mb is not None or settings.bits_per_weight is not None,
         "mixed precision needs a size to stay within; give either size_mb or bits_per_weight",
     )
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     require_context(model, settings.block_length)
     check_texts(texts)

@@ -64,7 +64,7 @@ def to_nf4(
         TextError: If there is no text to measure on.
     """
     settings = settings_from(Nf4Settings, settings, options)
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     _require_whole_blocks(model)
     check = open_check(model.folder, held_out, teacher)

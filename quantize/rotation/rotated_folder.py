@@ -73,7 +73,7 @@ def rotate(
         ArchitectureError: If it is neither Llama nor Mistral.
     """
     settings = settings_from(RotationSettings, settings, options)
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     Q = random_rotation(model.config.hidden_size, settings.seed)
     dtype: torch.dtype = getattr(torch, settings.dtype)

@@ -88,7 +88,7 @@ def tune(
         TrainingError: If the tuned model is no closer to the teacher; nothing is published.
     """
     settings = settings_from(TuningSettings, settings, options)
-    target = refuse_existing(target, overwrite)
+    target = refuse_existing(target, overwrite, [source, teacher])
     check_texts(texts)
     if held_out is not None:
         check_texts(held_out)

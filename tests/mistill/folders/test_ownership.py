@@ -8,14 +8,24 @@ from pathlib import Path
 
 import pytest
 
+import distill
 import export
+import quantize
 from mistill import save_model
 from mistill.errors import FolderError
 from mistill.folders.ownership import why_not_ours
 from mistill.folders.publishing import creating_file, refuse_existing
 from tests.tiny import tiny_model
 
-STEPS: dict[str, Callable[..., Path]] = {"teacher": save_model, "export": export.to_onnx}
+STEPS: dict[str, Callable[..., Path]] = {
+    "teacher": save_model,
+    "export": export.to_onnx,
+    "rounding": quantize.to_rounding,
+    "nf4": quantize.to_nf4,
+    "rotate": quantize.rotate,
+    "dequantize": quantize.dequantize,
+    "student": distill.new_student,
+}
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

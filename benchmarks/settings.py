@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mistill.settings import require
+from mistill.settings import require, require_range
 
 if TYPE_CHECKING:
     Length = int
@@ -76,40 +76,27 @@ class BenchSettings:
             object.__setattr__(self, name, _lengths(name, getattr(self, name), fewest))
         rivals = [word.strip() for entry in self.against for word in entry.split(",")]
         object.__setattr__(self, "against", tuple(word for word in rivals if word))
-        require(self.loads >= 0, f"loads must be at least 0, not {self.loads}")
-        require(
-            self.scored_tokens >= 1, f"scored_tokens must be at least 1, not {self.scored_tokens}"
-        )
+        require_range("loads", self.loads, 0)
         require(
             self.context_length >= 2,
             f"context_length must be at least 2, not {self.context_length}: the first token of a "
             "passage is never predicted",
         )
-        require(self.rounds >= 1, f"rounds must be at least 1, not {self.rounds}")
-        require(
-            self.prompt_tokens >= 1, f"prompt_tokens must be at least 1, not {self.prompt_tokens}"
-        )
+        for name in (
+            *("scored_tokens", "rounds", "prompt_tokens", "threads"),
+            *("perplexity_tokens", "sample_tokens"),
+        ):
+            require_range(name, getattr(self, name), 1)
         require(
             self.new_tokens >= 2,
             f"new_tokens must be at least 2, not {self.new_tokens}: speed is measured after the "
             "first",
         )
-        require(self.turn_seconds > 0, f"turn_seconds must be above 0, not {self.turn_seconds}")
-        require(
-            self.threads is None or self.threads >= 1,
-            f"threads must be at least 1, not {self.threads}",
-        )
+        require_range("turn_seconds", self.turn_seconds, 0, exclusive=True)
         names = [part.strip() for name in self.perplexity for part in name.split(",")]
         for name in names:
             require(name in QUOTED, f"perplexity must be {' or '.join(QUOTED)}, not {name!r}")
         object.__setattr__(self, "perplexity", tuple(dict.fromkeys(names)))
-        require(
-            self.perplexity_tokens is None or self.perplexity_tokens >= 1,
-            f"perplexity_tokens must be at least 1, not {self.perplexity_tokens}",
-        )
-        require(
-            self.sample_tokens >= 1, f"sample_tokens must be at least 1, not {self.sample_tokens}"
-        )
 
 
 def _lengths(name: str, values: Sequence[int | str], fewest: int) -> tuple[int, ...]:
@@ -243,18 +230,8 @@ class EvalSettings:
         names = [part.strip() for name in self.tasks for part in name.split(",")]
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(filter(None, names))))
         require(bool(self.tasks), f"tasks must name at least one, such as {SMOKE}")
-        require(
-            self.limit is None or self.limit >= 1, f"limit must be at least 1, not {self.limit}"
-        )
-        require(
-            self.few_shot is None or self.few_shot >= 0,
-            f"few_shot must be at least 0, not {self.few_shot}",
-        )
-        require(
-            self.threads is None or self.threads >= 1,
-            f"threads must be at least 1, not {self.threads}",
-        )
-        require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
+        for name, least in (("limit", 1), ("few_shot", 0), ("threads", 1), ("seed", 0)):
+            require_range(name, getattr(self, name), least)
         if set(self.tasks) == {SMOKE}:
             for name in ("include_path", "few_shot", "chat_template", "seed"):
                 require(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from mistill.settings import require
+from mistill.settings import require, require_choice, require_range
 from mistill.training.processes import OptimizerName, Precision
 
 # Those of distill.loss.divergences, which imports PyTorch.
@@ -115,55 +115,31 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
         for name in (
-            "tokens",
-            "batch_size",
-            "micro_batch_size",
-            "held_out_tokens",
-            "on_policy_prompt",
+            *("tokens", "batch_size", "micro_batch_size"),
+            *("held_out_tokens", "on_policy_prompt"),
         ):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} should be at least 1, not {value}")
-        require(
-            self.block_length >= 2,
-            f"block_length should be at least 2, a token and the one it predicts, not "
-            f"{self.block_length}",
-        )
+            require_range(name, getattr(self, name), 1)
+        require_range("block_length", self.block_length, 2)
         require(
             self.batch_size % self.micro_batch_size == 0,
             f"micro_batch_size should divide batch_size, but {self.micro_batch_size} does not "
             f"divide {self.batch_size}",
         )
         for name in (
-            "learning_rate",
-            "max_gradient_norm",
-            "temperature",
-            "on_policy_temperature",
-            "loss_memory_mib",
+            *("learning_rate", "max_gradient_norm", "temperature"),
+            *("on_policy_temperature", "loss_memory_mib"),
         ):
-            value = getattr(self, name)
-            require(0 < value < float("inf"), f"{name} should be above 0, not {value}")
-        require(
-            0 <= self.weight_decay < float("inf"),
-            f"weight_decay should be 0 or more, not {self.weight_decay}",
-        )
+            require_range(name, getattr(self, name), 0, exclusive=True)
+        for name in ("weight_decay", "evaluate_every", "checkpoint_every", "lora_rank", "seed"):
+            require_range(name, getattr(self, name), 0)
         for name in ("warmup", "cross_entropy", "on_policy"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} should be between 0 and 1, not {value}")
+            require_range(name, getattr(self, name), 0, 1)
         for name in ("mixture", "held_out_share"):
-            value = getattr(self, name)
-            require(0 < value < 1, f"{name} should be above 0 and below 1, not {value}")
-        for name in ("evaluate_every", "checkpoint_every", "lora_rank", "seed"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name} should be 0 or more, not {value}")
+            require_range(name, getattr(self, name), 0, 1, exclusive=True)
         for name, kind in _CHOICES.items():
-            value = getattr(self, name)
-            known = get_args(kind)
-            require(value in known, f"{name} should be {_or(known)}, not {value!r}")
-        require(
-            self.teacher_device_map in (None, *get_args(DeviceMap)),
-            f"teacher_device_map should be {_or(get_args(DeviceMap))}, not "
-            f"{self.teacher_device_map!r}",
-        )
+            require_choice(name, getattr(self, name), get_args(kind))
+        if self.teacher_device_map is not None:
+            require_choice("teacher_device_map", self.teacher_device_map, get_args(DeviceMap))
         known = get_args(Tracker)
         require(
             not isinstance(self.trackers, str)
@@ -194,10 +170,6 @@ _CHOICES = {
     "precision": Precision,
     "teacher_precision": TeacherPrecision,
 }
-
-
-def _or(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 Choice = Literal["influence", "angular", "greedy_kl", "even", "named"]
@@ -279,21 +251,11 @@ class StudentSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
         for name in (*_WIDTHS, "attention_heads", "layers", "parameters", "calibration_tokens"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be 1 or more, not {value}")
-        require(
-            self.megabytes_at_4_bits is None or 0 < self.megabytes_at_4_bits < float("inf"),
-            f"megabytes_at_4_bits must be above 0, not {self.megabytes_at_4_bits}",
-        )
-        require(
-            self.block_length >= 2,
-            f"block_length must be 2 or more, so that tokens have a past; not {self.block_length}",
-        )
-        require(self.seed >= 0, f"seed must be 0 or more, not {self.seed}")
-        require(
-            self.choose in CHOICES,
-            f"choose must be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}, not {self.choose!r}",
-        )
+            require_range(name, getattr(self, name), 1)
+        require_range("megabytes_at_4_bits", self.megabytes_at_4_bits, 0, exclusive=True)
+        require_range("block_length", self.block_length, 2)
+        require_range("seed", self.seed, 0)
+        require_choice("choose", self.choose, CHOICES)
         self._check_size()
         self._check_names()
         self._check_fresh()
@@ -391,36 +353,24 @@ class TargetSettings:
     shard_tokens: int = 65_536
     batch_size: int = 4
     memory_mib: float = 128.0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     seed: int = 0
     rank: int | None = None
     ranks: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no targets can be made with."""
-        _require_one_of("method", self.method, ("systematic", "multinomial", "top_k"))
-        _require_one_of("codec", self.codec, ("plain", "coded"))
-        _require_one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
-        require(
-            1 <= self.draws <= _MOST_DRAWS,
-            f"draws should be between 1 and {_MOST_DRAWS}, not {self.draws}",
-        )
-        for name in ("top_k", "shard_tokens", "batch_size"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} should be at least 1, not {value}")
-        require(
-            self.shard_tokens <= _MOST_SHARD_TOKENS,
-            f"shard_tokens should be at most {_MOST_SHARD_TOKENS}, not {self.shard_tokens}",
-        )
-        require(
-            self.block_length >= 2,
-            f"block_length should be at least 2, a token and the one it predicts, not "
-            f"{self.block_length}",
-        )
+        require_choice("method", self.method, ("systematic", "multinomial", "top_k"))
+        require_choice("codec", self.codec, ("plain", "coded"))
+        require_choice("precision", self.precision, get_args(Precision))
+        require_range("draws", self.draws, 1, _MOST_DRAWS)
+        require_range("shard_tokens", self.shard_tokens, 1, _MOST_SHARD_TOKENS)
+        for name in ("top_k", "batch_size"):
+            require_range(name, getattr(self, name), 1)
+        require_range("block_length", self.block_length, 2)
         for name in ("temperature", "memory_mib"):
-            value = getattr(self, name)
-            require(0 < value < float("inf"), f"{name} should be above 0, not {value}")
-        require(self.seed >= 0, f"seed should be 0 or more, not {self.seed}")
+            require_range(name, getattr(self, name), 0, exclusive=True)
+        require_range("seed", self.seed, 0)
         require(
             self.codec == "plain" or self.method != "top_k",
             "codec coded is for draws, and method top_k makes none; choose codec plain",
@@ -430,16 +380,8 @@ class TargetSettings:
             "rank and ranks belong together: this process and how many there are",
         )
         if self.rank is not None and self.ranks is not None:
-            require(self.ranks >= 1, f"ranks should be at least 1, not {self.ranks}")
-            require(
-                0 <= self.rank < self.ranks,
-                f"rank should be between 0 and {self.ranks - 1}, not {self.rank}",
-            )
-
-
-def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    words = f"{', '.join(known[:-1])} or {known[-1]}"
-    require(value in known, f"{name} should be {words}, not {value!r}")
+            require_range("ranks", self.ranks, 1)
+            require_range("rank", self.rank, 0, self.ranks - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,22 +415,13 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no reply can be written with."""
-        require(
-            self.max_new_tokens >= 1,
-            f"max_new_tokens must be at least 1, not {self.max_new_tokens}",
-        )
-        require(
-            0 <= self.temperature < float("inf"),
-            f"temperature must be 0 or above, not {self.temperature}",
-        )
+        require_range("max_new_tokens", self.max_new_tokens, 1)
+        require_range("temperature", self.temperature, 0)
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
-        require(
-            0 < self.held_out_share < 1,
-            f"held_out_share must be between 0 and 1, not {self.held_out_share}",
-        )
+        require_range("held_out_share", self.held_out_share, 0, 1, exclusive=True)
+        require_range("batch_size", self.batch_size, 1)
+        require_range("seed", self.seed, 0)
         require(
             self.held_out is None or Path(self.held_out).suffix.lower() == ".jsonl",
             f"held_out must be a .jsonl file, not {self.held_out}",
         )
-        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
-        require(self.seed >= 0, f"seed must be 0 or above, not {self.seed}")

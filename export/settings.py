@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mistill.settings import require
+from mistill.settings import require, require_choice, require_range
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -101,51 +101,30 @@ class OnnxSettings:
         return self.block_size or DEFAULT_BLOCKS[bits]
 
     def __post_init__(self) -> None:
-        require(
-            self.precision in ("auto", "float32", "int8", "int4"),
-            f"precision must be auto, float32, int8 or int4, got {self.precision!r}",
-        )
+        require_choice("precision", self.precision, ("auto", "float32", "int8", "int4"))
         for name in ("head_bits", "embedding_bits"):
-            bits = getattr(self, name)
-            require(
-                bits is None or bits in TABLE_BITS,
-                f"{name} must be 4, 8 or 32, got {bits!r}",
-            )
-        require(
-            self.block_size is None or self.block_size in LEGAL_BLOCKS,
-            f"block_size must be one of {', '.join(map(str, LEGAL_BLOCKS))}, "
-            f"got {self.block_size!r}",
-        )
+            if getattr(self, name) is not None:
+                require_choice(name, getattr(self, name), TABLE_BITS)
+        if self.block_size is not None:
+            require_choice("block_size", self.block_size, LEGAL_BLOCKS)
         require(
             self.accuracy_level in (0, 4),
             "accuracy_level must be 4 (8-bit activations) or 0 (float activations), "
             f"got {self.accuracy_level!r}",
         )
-        require(
-            self.float_columns is None or self.float_columns >= 0,
-            f"float_columns must be 0 or more, got {self.float_columns!r}",
-        )
+        require_range("float_columns", self.float_columns, 0)
         require(
             not self.float_columns or not (self.portable or self.accuracy_level == 0),
             "float_columns needs activations that are rounded, as accuracy_level 4 rounds them; "
             "leave float_columns out",
         )
-        require(
-            self.context_length is None or self.context_length >= 1,
-            f"context_length must be at least 1, got {self.context_length!r}",
-        )
-        require(
-            self.layout in ("mistill", "transformersjs"),
-            f"layout must be mistill or transformersjs, got {self.layout!r}",
-        )
+        require_range("context_length", self.context_length, 1)
+        require_choice("layout", self.layout, ("mistill", "transformersjs"))
         require(
             self.parity_positions == 0 or self.parity_positions >= 2,
             f"parity_positions must be 0 or at least 2, got {self.parity_positions!r}",
         )
-        require(
-            self.cache in ("float32", "int8"),
-            f"cache must be float32 or int8, got {self.cache!r}",
-        )
+        require_choice("cache", self.cache, ("float32", "int8"))
         require(
             self.cache == "float32" or not (self.portable or self.layout != "mistill"),
             "only ONNX Runtime has an operator with an int8 KV cache; leave cache at float32 for a "
@@ -167,10 +146,7 @@ class OnnxSettings:
             "tune_for chooses among kernels that multiply in 8-bit integers; leave accuracy_level "
             "at 4",
         )
-        require(
-            self.memory_speed is None or self.memory_speed > 0,
-            f"memory_speed must be above 0, in GB per second, got {self.memory_speed!r}",
-        )
+        require_range("memory_speed", self.memory_speed, 0, exclusive=True)
 
 
 GgufType = Literal["float32", "float16", "q8_0", "q4_1", "q4_0"]

@@ -8,8 +8,9 @@ command line and the recipe are all built from it, so that a default is written 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -35,17 +36,17 @@ def require(condition: bool, message: str) -> None:
 
 def require_range(
     name: str,
-    value: float,
+    value: float | None,
     low: float,
     high: float | None = None,
     *,
     exclusive: bool = False,
 ) -> None:
-    """Refuse a number outside a range.
+    """Refuse a number outside a range, and one that is not finite.
 
     Args:
         name: Name of the setting, for the message.
-        value: The number.
+        value: The number; None, which leaves a choice open, is let pass.
         low: Smallest number that is allowed.
         high: Largest number that is allowed; None for no limit.
         exclusive: Whether ``low`` and ``high`` themselves are refused too.
@@ -53,13 +54,30 @@ def require_range(
     Raises:
         SettingsError: If the number is outside.
     """
+    if value is None:
+        return
     if exclusive:
         inside = low < value and (high is None or value < high)
         words = f"above {low}" if high is None else f"above {low} and below {high}"
     else:
         inside = low <= value and (high is None or value <= high)
         words = f"at least {low}" if high is None else f"from {low} to {high}"
-    require(inside, f"{name} must be {words}, not {value}")
+    require(inside and math.isfinite(value), f"{name} must be {words}, not {value}")
+
+
+def require_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Refuse a value that is not one of some.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: The value.
+        known: What there is to choose from; at least two.
+
+    Raises:
+        SettingsError: If the value is none of them.
+    """
+    *others, last = (str(choice) for choice in known)
+    require(value in known, f"{name} must be {', '.join(others)} or {last}, not {value!r}")
 
 
 def settings_from(

@@ -21,7 +21,7 @@ from mistill.engine.log_probabilities import Scored, TokenScore
 from mistill.engine.opening import open_model
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, FolderError, VocabularyError
-from mistill.settings import require, settings_from
+from mistill.settings import require, require_choice, require_range, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import load_vocabulary
 
@@ -51,17 +51,12 @@ class ChatSettings(SamplingSettings):
     def __post_init__(self) -> None:
         """Refuse settings out of their ranges."""
         super().__post_init__()
-        require(
-            self.max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {self.max_new_tokens}"
-        )
+        require_range("max_new_tokens", self.max_new_tokens, 1)
         require(
             not isinstance(self.stop, str), f"stop must be a list of strings, not {self.stop!r}"
         )
         require("" not in self.stop, "an empty stop string would end every reply; leave it out")
-        require(
-            self.overflow in get_args(Overflow),
-            f"overflow must be refuse or slide, not {self.overflow!r}",
-        )
+        require_choice("overflow", self.overflow, get_args(Overflow))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mistill.engine.language_model import greedy
-from mistill.settings import require
+from mistill.settings import require, require_range
 
 Logits = NDArray[np.float32]
 
@@ -48,18 +48,12 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings out of their ranges."""
-        require(
-            0 <= self.temperature < float("inf"),
-            f"temperature must be 0 or above, not {self.temperature}",
-        )
-        require(self.top_k >= 0, f"top_k must be 0 (keep all) or above, not {self.top_k}")
+        require_range("temperature", self.temperature, 0)
+        require_range("top_k", self.top_k, 0)
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
-        require(0 <= self.min_p <= 1, f"min_p must be between 0 and 1, not {self.min_p}")
-        require(
-            0 < self.repetition_penalty < float("inf"),
-            f"repetition_penalty must be above 0, not {self.repetition_penalty}; 1 turns it off",
-        )
-        require(self.seed is None or self.seed >= 0, f"seed must be 0 or above, not {self.seed}")
+        require_range("min_p", self.min_p, 0, 1)
+        require_range("repetition_penalty", self.repetition_penalty, 0, exclusive=True)
+        require_range("seed", self.seed, 0)
 
 
 class Candidates(NamedTuple):

@@ -369,13 +369,13 @@ def test_two_at_once_are_refused(talker: Path, prompts: Path, tmp_path: Path):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-        ({"temperature": -0.5}, "temperature must be 0 or above, not -0.5"),
-        ({"temperature": float("nan")}, "temperature must be 0 or above, not nan"),
+        ({"temperature": -0.5}, "temperature must be at least 0, not -0.5"),
+        ({"temperature": float("nan")}, "temperature must be at least 0, not nan"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
-        ({"held_out_share": 1}, "held_out_share must be between 0 and 1, not 1"),
+        ({"held_out_share": 1}, "held_out_share must be above 0 and below 1, not 1"),
         ({"held_out": Path("x.txt")}, r"held_out must be a .jsonl file, not x\.txt"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"seed": -1}, "seed must be 0 or above, not -1"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"temprature": 1}, "no option temprature; did you mean temperature"),
     ],
 )

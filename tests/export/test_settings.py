@@ -16,7 +16,7 @@ from mistill.errors import SettingsError
         ({"precision": "int5"}, "auto, float32, int8 or int4"),
         ({"head_bits": 16}, "head_bits must be 4, 8 or 32"),
         ({"embedding_bits": 0}, "embedding_bits must be 4, 8 or 32"),
-        ({"block_size": 24}, "16, 32, 64, 128, 256"),
+        ({"block_size": 24}, "16, 32, 64, 128 or 256"),
         ({"accuracy_level": 1}, "accuracy_level must be 4"),
         ({"context_length": 0}, "at least 1"),
         ({"parity_positions": 1}, "0 or at least 2"),

@@ -465,7 +465,7 @@ def test_a_fresh_student_of_a_quantized_teacher_is_a_float_model(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 0}, "layers must be 1 or more, not 0"),
+        ({"layers": 0}, "layers must be at least 1, not 0"),
         (
             {"choose": "best"},
             "choose must be influence, angular, greedy_kl, even or named, not 'best'",
@@ -477,7 +477,7 @@ def test_a_fresh_student_of_a_quantized_teacher_is_a_float_model(
         ({"choose": "named", "keep": (-1, 0)}, "counts layers from 0"),
         ({"choose": "named", "keep": (0, 1), "layers": 3}, "names 2 layers and layers asks for 3"),
         ({"attention_heads": 2}, "give key_value_heads, and they follow"),
-        ({"parameters": 0}, "parameters must be 1 or more, not 0"),
+        ({"parameters": 0}, "parameters must be at least 1, not 0"),
         ({"megabytes_at_4_bits": 0}, "megabytes_at_4_bits must be above 0, not 0"),
         ({"megabytes_at_4_bits": float("nan")}, "must be above 0, not nan"),
         ({"layers": 2, "parameters": 9}, "layers and parameters each say how many layers"),
@@ -486,10 +486,10 @@ def test_a_fresh_student_of_a_quantized_teacher_is_a_float_model(
             "megabytes_at_4_bits has nothing to decide",
         ),
         ({"fresh": True, "choose": "even"}, "keeps no layer of its teacher"),
-        ({"fresh": True, "hidden_size": 0}, "hidden_size must be 1 or more, not 0"),
-        ({"fresh": True, "seed": -1}, "seed must be 0 or more"),
-        ({"calibration_tokens": 0}, "calibration_tokens must be 1 or more"),
-        ({"block_length": 1}, "block_length must be 2 or more"),
+        ({"fresh": True, "hidden_size": 0}, "hidden_size must be at least 1, not 0"),
+        ({"fresh": True, "seed": -1}, "seed must be at least 0"),
+        ({"calibration_tokens": 0}, "calibration_tokens must be at least 1"),
+        ({"block_length": 1}, "block_length must be at least 2"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

@@ -243,7 +243,7 @@ def test_the_default_follows_width_and_form(model: Path, chats: Path, tmp_path: 
 
 
 def test_nonsense_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="float_columns must be 0 or more, got -1"):
+    with pytest.raises(SettingsError, match="float_columns must be at least 0, not -1"):
         OnnxSettings(float_columns=-1)
     for options in ({"portable": True}, {"accuracy_level": 0}):
         with pytest.raises(SettingsError, match="needs activations that are rounded"):

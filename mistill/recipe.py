@@ -114,11 +114,7 @@ class _State:
 
 
 def _checked_state(document: Any) -> dict[str, dict[str, Any]]:
-    """A state as it was read from a file that anybody may have written.
-
-    Raises:
-        ValueError: If it is not one.
-    """
+    """A state from a file that anybody may have written; a ValueError says why it is none."""
     if not isinstance(document, dict):
         raise ValueError("it should be an object with an entry for each step")
     for name, entry in document.items():

@@ -190,15 +190,7 @@ class Worker:
         return asdict(own_memory())
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Answer a request in this process, as ``children.Child`` does in another.
-
-        Args:
-            do: The request; the docstring of this module lists them.
-            **arguments: Its arguments.
-
-        Returns:
-            The answer.
-        """
+        """Answer a request in this process; see ``Scorer.ask``."""
         actions: dict[str, Callable[..., dict[str, Any]]] = {
             "prepare": self.prepare,
             "open": self.open,

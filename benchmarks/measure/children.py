@@ -114,15 +114,7 @@ class Child:
         raise RuntimeError(f"while measuring {self.folder}:\n{answer['traceback']}")
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer.
-
-        Args:
-            do: The request; ``benchmarks.measure.child`` lists them.
-            **arguments: Its arguments.
-
-        Returns:
-            The answer.
-        """
+        """Send a request and wait for the answer; see ``Scorer.ask``."""
         self.send(do, **arguments)
         return self.receive()
 

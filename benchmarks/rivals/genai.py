@@ -108,17 +108,7 @@ class GenaiModel:
         self._room = positions
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Scores of every next token at every position.
-
-        A graph whose head is pruned gives the last position only, and is given one token at a
-        time.
-
-        Args:
-            ids: Shape (B, T), without padding.
-
-        Returns:
-            Shape (B, T, V); position t scores the token at t + 1.
-        """
+        """Scores of every next token at every position; see ``LanguageModel.logits``."""
         scores = np.empty((*ids.shape, self.vocabulary_size), np.float32)
         for row, tokens in enumerate(ids):
             self.reserve(len(tokens) + 1)
@@ -136,16 +126,7 @@ class GenaiModel:
         return scores
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after the ids given, one at a time, until there is no room.
-
-        Args:
-            ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position; the engine's own
-                greedy choice is taken in place of ours.
-
-        Returns:
-            Token ids, one at a time.
-        """
+        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
         if self._room <= len(ids):
             self._room = self.context_length
         return self._write(self._generator(), np.asarray(ids, np.int32), choose)

@@ -229,14 +229,7 @@ class LlamaCppModel:
         self._c.llama_set_n_threads(self._context, self._threads, self._threads)
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Scores of every next token at every position.
-
-        Args:
-            ids: Shape (B, T), without padding.
-
-        Returns:
-            Shape (B, T, V); position t scores the token at t + 1.
-        """
+        """Scores of every next token at every position; see ``LanguageModel.logits``."""
         self.reserve(ids.shape[1])
         scores = np.empty((*ids.shape, self.vocabulary_size), np.float32)
         for row, tokens in enumerate(ids):
@@ -247,15 +240,7 @@ class LlamaCppModel:
         return scores
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after the ids given, one at a time, until the context is full.
-
-        Args:
-            ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position.
-
-        Returns:
-            Token ids, one at a time; without ``reserve``, as many as fit the room there is.
-        """
+        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
         self.reserve(len(ids))
         room = min(self.context_length, int(self._c.llama_n_ctx(self._context)))
         self._forget()

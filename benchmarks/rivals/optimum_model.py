@@ -100,27 +100,12 @@ class OptimumModel:
             raise FolderError(f"optimum cannot open {folder}: {reason}") from error
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Scores of every next token at every position.
-
-        Args:
-            ids: Shape (B, T), without padding.
-
-        Returns:
-            Shape (B, T, V); position t scores the token at t + 1.
-        """
+        """Scores of every next token at every position; see ``LanguageModel.logits``."""
         output = self._read(self._torch.from_numpy(np.ascontiguousarray(ids)), None, 0)
         return np.asarray(output.logits.numpy(), np.float32)
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after the ids given, one at a time, until the context is full.
-
-        Args:
-            ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position.
-
-        Returns:
-            Token ids, one at a time.
-        """
+        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
         return self._write(list(ids), choose)
 
     def _write(self, unread: list[int], choose: Choose) -> Iterator[int]:

@@ -36,27 +36,10 @@ class GreedyEngine(ABC):
 
     @abstractmethod
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Scores of every next token at every position.
-
-        Args:
-            ids: Shape (B, T), without padding.
-
-        Returns:
-            Shape (B, T, V); position t scores the token at t + 1.
-        """
+        """Scores of every next token at every position; see ``LanguageModel.logits``."""
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after the ids given, one at a time, until there is no room.
-
-        Args:
-            ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position. Greedy decoding is done
-                by the engine; for anything else the whole text is read again for every token,
-                since the engine returns no logits while it writes.
-
-        Returns:
-            Token ids, one at a time.
-        """
+        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
         prompt = list(ids)
         room = self._room if self._room > len(prompt) else len(prompt) + _UNBOUNDED
         count = max(0, min(room, self.context_length) - len(prompt))

@@ -59,14 +59,7 @@ class PlainWeight:
         return self.values.shape
 
     def slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The whole matrix at once.
-
-        Args:
-            dtype: Of the yielded tensor.
-
-        Yields:
-            All rows.
-        """
+        """The whole matrix at once; see ``HeadWeight.slices``."""
         yield slice(0, len(self.values)), self.values.to(dtype)
 
 
@@ -90,14 +83,7 @@ class FourBitWeight:
         return torch.Size(self.state.shape)
 
     def slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Dequantize some rows, then the next.
-
-        Args:
-            dtype: Of the yielded tensors.
-
-        Yields:
-            Which rows, and their values.
-        """
+        """Dequantize some rows, then the next; see ``HeadWeight.slices``."""
         from bitsandbytes import functional
         from bitsandbytes.functional import QuantState
 

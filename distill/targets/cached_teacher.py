@@ -109,19 +109,7 @@ class CachedTeacher:
         self._ready: OrderedDict[bytes, Future[_Arrays]] = OrderedDict()
 
     def targets(self, blocks: TokenBlocks, batch: Batch) -> SampledTargets | TopKTargets:
-        """What the teacher said about some blocks.
-
-        Args:
-            blocks: The blocks.
-            batch: The same blocks, on the device.
-
-        Returns:
-            Its answer at the kept positions, in row-major order, on the batch's device.
-
-        Raises:
-            TextError: If a piece of the blocks is not in the folder.
-            FolderError: If what is read is damaged.
-        """
+        """What the teacher said about some blocks; see ``Teacher.targets``."""
         name = _name(blocks)
         ready = self._ready.pop(name, None)
         if ready is None:
@@ -137,14 +125,7 @@ class CachedTeacher:
         return SampledTargets(ids, values, entropy, self._vocabulary_size, self.temperature)
 
     def expect(self, blocks: TokenBlocks) -> None:
-        """Begin to read what will be asked for next, in another thread.
-
-        Any number of batches may be announced, in the order in which they will be asked for; a
-        few of them are read ahead.
-
-        Args:
-            blocks: The blocks.
-        """
+        """Begin to read what will be asked for next, in another thread; see ``Teacher.expect``."""
         name = _name(blocks)
         if name not in self._ready:
             self._waiting.setdefault(name, blocks)

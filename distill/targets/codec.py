@@ -165,14 +165,7 @@ class PlainDraws:
     draws: int
 
     def encode(self, targets: StoredTargets) -> bytes:
-        """Write targets: see ``Codec``.
-
-        Args:
-            targets: Of n positions.
-
-        Returns:
-            Their bytes.
-        """
+        """Write targets: see ``Codec``."""
         opens = np.zeros(len(targets) * self.draws, np.uint8)
         opens[np.cumsum(targets.values) - targets.values] = 1
         widths = np.full(len(targets.ids), id_bits(self.vocabulary_size))
@@ -185,15 +178,7 @@ class PlainDraws:
         )
 
     def decode(self, data: bytes, positions: int) -> StoredTargets:
-        """Read targets: see ``Codec``.
-
-        Args:
-            data: What was written.
-            positions: n.
-
-        Returns:
-            The targets.
-        """
+        """Read targets: see ``Codec``."""
         code = np.frombuffer(data, np.uint8)
         bits = positions * self.draws
         opened = np.unpackbits(code, count=bits, bitorder="little")
@@ -227,14 +212,7 @@ class CodedDraws:
     draws: int
 
     def encode(self, targets: StoredTargets) -> bytes:
-        """Write targets: see ``Codec``.
-
-        Args:
-            targets: Of n positions.
-
-        Returns:
-            Their bytes.
-        """
+        """Write targets: see ``Codec``."""
         gaps = targets.ids.copy()
         gaps[1:] -= targets.ids[:-1] + 1
         first = np.cumsum(targets.sizes) - targets.sizes
@@ -257,15 +235,7 @@ class CodedDraws:
         return b"".join(parts)
 
     def decode(self, data: bytes, positions: int) -> StoredTargets:
-        """Read targets: see ``Codec``.
-
-        Args:
-            data: What was written.
-            positions: n.
-
-        Returns:
-            The targets.
-        """
+        """Read targets: see ``Codec``."""
         huffman = zlib.decompressobj(-15)
         symbols = np.frombuffer(huffman.decompress(data), np.uint8).astype(np.int64)
         rest = np.frombuffer(huffman.unused_data, np.uint8)
@@ -304,27 +274,12 @@ class TopKCode:
     top_k: int
 
     def encode(self, targets: StoredTargets) -> bytes:
-        """Write targets: see ``Codec``.
-
-        Args:
-            targets: Of n positions.
-
-        Returns:
-            Their bytes.
-        """
+        """Write targets: see ``Codec``."""
         widths = np.full(len(targets.ids), id_bits(self.vocabulary_size))
         return targets.values.astype("<f2").tobytes() + write_bits(targets.ids, widths)
 
     def decode(self, data: bytes, positions: int) -> StoredTargets:
-        """Read targets: see ``Codec``.
-
-        Args:
-            data: What was written.
-            positions: n.
-
-        Returns:
-            The targets.
-        """
+        """Read targets: see ``Codec``."""
         stored = positions * self.top_k
         widths = np.full(stored, id_bits(self.vocabulary_size))
         return StoredTargets(

@@ -87,39 +87,19 @@ class PromptLookup:
         self._positions: dict[tuple[int, ...], int] = {}
 
     def begin(self, ids: Sequence[int]) -> None:
-        """Index another text.
-
-        Args:
-            ids: The tokens of the text.
-        """
+        """Index another text; see ``Draft.begin``."""
         self._positions = {}
         self._indexed = 0
         self._index(ids)
 
     def seconds_behind(self, ids: Sequence[int]) -> float:
-        """Time to catch up with a text, which is 0 for a lookup.
-
-        Args:
-            ids: The tokens of the text.
-
-        Returns:
-            0.
-        """
+        """Time to catch up with a text, which is 0 for a lookup; see ``Draft.seconds_behind``."""
         return 0.0
 
     def propose(
         self, ids: Sequence[int], count: int, sampling: SamplingSettings | None
     ) -> list[DraftToken]:
-        """Look up what followed the last tokens.
-
-        Args:
-            ids: The tokens of the text.
-            count: The most draft tokens.
-            sampling: Ignored, because no draft token is drawn.
-
-        Returns:
-            Draft tokens; none if the last tokens did not occur before.
-        """
+        """Look up what followed the last tokens; see ``Draft.propose``."""
         self._index(ids)
         for length in self._lengths:
             position = self._positions.get(tuple(ids[-length:])) if len(ids) >= length else None
@@ -198,38 +178,18 @@ class DraftModel:
         return cls(draft)
 
     def begin(self, ids: Sequence[int]) -> None:
-        """Start with another text.
-
-        Args:
-            ids: The tokens of the text.
-        """
+        """Start with another text; see ``Draft.begin``."""
         self._start = max(0, len(ids) - self._window)
         self._known = self._start
 
     def seconds_behind(self, ids: Sequence[int]) -> float:
-        """Time to read the tokens that were written since the last proposal.
-
-        Args:
-            ids: The tokens of the text.
-
-        Returns:
-            Seconds, by the speed that was measured when it was opened.
-        """
+        """Time to read what was written since; see ``Draft.seconds_behind``."""
         return self._seconds_per_token * min(self._window, max(0, len(ids) - self._known - LONGEST))
 
     def propose(
         self, ids: Sequence[int], count: int, sampling: SamplingSettings | None
     ) -> list[DraftToken]:
-        """Write the next tokens with the draft model.
-
-        Args:
-            ids: The tokens of the text.
-            count: The number of draft tokens.
-            sampling: How to sample them; None decodes greedily.
-
-        Returns:
-            ``count`` draft tokens.
-        """
+        """Write the next tokens with the draft model; see ``Draft.propose``."""
         room = self._model.context_length - count
         if len(ids) - self._known > self._window or len(ids) - self._start > room:
             self._start = max(0, len(ids) - self._window)

@@ -63,4 +63,8 @@ class LanguageModel(Protocol):
 
         Returns:
             Token ids, one at a time.
+
+        Raises:
+            ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
+            ContextError: If it does not fit into the context.
         """

@@ -125,18 +125,7 @@ class OnnxModel:
         self._every_position = np.array([0], np.int64)
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Scores of every next token at every position.
-
-        Args:
-            ids: Shape (B, T), without padding.
-
-        Returns:
-            Shape (B, T, V); position t scores the token at t + 1.
-
-        Raises:
-            ValueError: If the ids have another shape, or one is not in the vocabulary.
-            ContextError: If T exceeds the context.
-        """
+        """Scores of every next token at every position; see ``LanguageModel.logits``."""
         if ids.ndim != 2:
             raise ValueError(f"ids must have the shape (B, T), not {ids.shape}")
         rows = [self.checked(row.tolist()) for row in ids]
@@ -151,22 +140,7 @@ class OnnxModel:
         return scores
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after the ids given, one at a time, until the context is full.
-
-        The prefix that the prompt shares with the last text is in the KV cache and not read again.
-
-        Args:
-            ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position, which the next step
-                overwrites.
-
-        Returns:
-            An iterator over token ids, which ends when the prompt and they fill the context.
-
-        Raises:
-            ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
-            ContextError: If it exceeds the context.
-        """
+        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
         return self._write(self.checked(ids), choose)
 
     def read(self, ids: Sequence[int], positions: int = 1) -> NDArray[np.float32]:

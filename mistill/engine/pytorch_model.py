@@ -60,18 +60,7 @@ class PytorchModel:
         return self._context_length
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Scores of every next token at every position.
-
-        Args:
-            ids: Shape (B, T), without padding.
-
-        Returns:
-            Shape (B, T, V); position t scores the token at t + 1.
-
-        Raises:
-            ValueError: If the ids have another shape, or are not in the vocabulary.
-            ContextError: If T exceeds the context.
-        """
+        """Scores of every next token at every position; see ``LanguageModel.logits``."""
         if ids.ndim != 2:
             raise ValueError(f"ids must have the shape (B, T), got {ids.shape}")
         self._check(ids)
@@ -86,21 +75,7 @@ class PytorchModel:
         return scores
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after the ids given, one at a time, until the context is full.
-
-        The caller stops when it has seen enough; the end-of-turn token is yielded like any other.
-
-        Args:
-            ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position.
-
-        Returns:
-            Token ids; the prompt and they fill at most the context.
-
-        Raises:
-            ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
-            ContextError: If it exceeds the context.
-        """
+        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
         prompt = np.asarray(ids, dtype=np.int64)[None]
         if prompt.size == 0:
             raise ValueError("the prompt is empty; give at least one token")

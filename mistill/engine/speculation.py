@@ -85,30 +85,11 @@ class SpeculativeModel:
         return self.model.context_length
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Scores of every next token at every position.
-
-        Args:
-            ids: Shape (B, T), without padding.
-
-        Returns:
-            Shape (B, T, V).
-        """
+        """Scores of every next token at every position; see ``LanguageModel.logits``."""
         return self.model.logits(ids)
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after the ids given, one at a time, until the context is full.
-
-        Args:
-            ids: The prompt, at least one token.
-            choose: Picks a token from the logits (V,) of the last position.
-
-        Returns:
-            An iterator over token ids.
-
-        Raises:
-            ValueError: If the prompt is empty or holds an id that is not in the vocabulary.
-            ContextError: If it exceeds the context.
-        """
+        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
         if not self.speculates:
             return self.model.stream(ids, choose)
         return self._write(self.model.checked(ids), choose)

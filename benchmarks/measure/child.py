@@ -43,7 +43,7 @@ from benchmarks.figures.latency import (
 )
 from benchmarks.figures.passages import Passage
 from benchmarks.figures.perplexity import token_losses
-from benchmarks.rivals.engines import describe, open_rival, read_note
+from benchmarks.rivals.engines import Note, describe, open_rival
 from mistill.engine.language_model import LanguageModel
 from mistill.engine.opening import open_model
 from mistill.folders.folder import open_folder
@@ -68,19 +68,23 @@ class Worker:
     Attributes:
         folder: The folder.
         threads: Threads that its engine computes with.
+        note: What runs a rival's files; None for a folder of ours.
     """
 
     folder: Path
     threads: int
+    note: Note | None
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, note: Note | None = None) -> None:
         """Name a folder; nothing is loaded yet.
 
         Args:
             folder: The folder.
             threads: Threads that its engine computes with.
+            note: What runs a rival's files; None for a folder of ours.
         """
         self.folder = folder
+        self.note = note
         self.threads = threads
         self._model: LanguageModel | None = None
         self._meter = EnergyMeter()
@@ -97,7 +101,7 @@ class Worker:
         Returns:
             The form of the folder; of a rival, its description too.
         """
-        note = read_note(self.folder)
+        note = self.note
         if note is not None:
             return {"form": note.engine, **describe(note.engine, note.library)}
         form = open_folder(self.folder).form
@@ -113,12 +117,11 @@ class Worker:
         Returns:
             How long it took, and the number of logits.
         """
-        note = read_note(self.folder)
         start = time.perf_counter()
-        if note is None:
+        if self.note is None:
             self._model = open_model(self.folder, threads=self.threads)
         else:
-            self._model = open_rival(self.folder, note, self.threads)
+            self._model = open_rival(self.note, self.threads)
         seconds = time.perf_counter() - start
         return {"load_seconds": seconds, "vocabulary_size": self.model.vocabulary_size}
 
@@ -278,11 +281,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure.child")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--rival", type=Note.from_json)
     arguments = parser.parse_args()
     # Libraries print; the answers get a channel of their own, and everything else goes to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
-        serve(Worker(arguments.folder, arguments.threads), sys.stdin, answers)
+        serve(Worker(arguments.folder, arguments.threads, arguments.rival), sys.stdin, answers)
 
 
 if __name__ == "__main__":

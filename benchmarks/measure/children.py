@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import mistill.errors
-from benchmarks.rivals.engines import Note, read_note
+from benchmarks.rivals.engines import Note
 from benchmarks.rivals.environment import child_command
 from mistill.errors import MistillError
 
@@ -37,25 +37,24 @@ class Child:
 
     folder: Path
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, opened: Path | Note, threads: int) -> None:
         """Start the process; it opens the folder on the request ``open``.
 
         Args:
-            folder: The folder that it opens.
+            opened: The folder that it opens, or a rival's files with what runs them.
             threads: Threads that its engine computes with.
         """
-        self.folder = folder
+        note = opened if isinstance(opened, Note) else None
+        self.folder = opened if isinstance(opened, Path) else Path(opened.folder)
         self._complaints = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        note = read_note(folder)
         # -P keeps the current folder out of the module path: a folder of the user's named
         # "benchmarks" or "mistill" there must not be taken for ours.
         ours = [sys.executable, "-P", "-m", "benchmarks.measure.child"]
         self._process = subprocess.Popen(
             [
                 *(ours if note is None else child_command(note.python)),
-                str(folder),
-                "--threads",
-                str(threads),
+                *(str(self.folder), "--threads", str(threads)),
+                *(() if note is None else ("--rival", note.to_json())),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -140,20 +139,20 @@ class Child:
 
 
 @contextlib.contextmanager
-def start_children(folders: Sequence[Path], threads: int) -> Iterator[list[Child]]:
+def start_children(opened: Sequence[Path | Note], threads: int) -> Iterator[list[Child]]:
     """Start one process for each folder, all at once; end them all when the body ends.
 
     Their libraries are imported by the time the body begins, but no model is open.
 
     Args:
-        folders: The folders.
+        opened: Folders, and rivals' files with what runs them.
         threads: Threads that every engine computes with.
 
     Yields:
         The processes, in the order of the folders.
     """
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(Child(folder, threads)) for folder in folders]
+        started = [stack.enter_context(Child(one, threads)) for one in opened]
         for child in started:
             child.send("prepare")
         for child in started:

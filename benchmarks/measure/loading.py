@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.figures.footprint import Load
 from benchmarks.measure.children import start_children
+from benchmarks.rivals.engines import Note
 
 NOT_DROPPED = "the files could not be dropped from the page cache, so cold loading was not timed"
 
@@ -22,11 +23,13 @@ _STILL_THERE = 0.05
 _CHUNK = 1 << 24
 
 
-def time_load(folder: Path, *, cold: bool, prompt: Sequence[int], threads: int) -> Load | None:
+def time_load(
+    opened: Path | Note, *, cold: bool, prompt: Sequence[int], threads: int
+) -> Load | None:
     """Load a model once, in a new process.
 
     Args:
-        folder: The folder.
+        opened: The folder, or a rival's files with what runs them.
         cold: Whether its files are dropped from the page cache first; else they are read into it.
         prompt: The prompt that the model reads right after.
         threads: Threads that its engine computes with.
@@ -34,18 +37,19 @@ def time_load(folder: Path, *, cold: bool, prompt: Sequence[int], threads: int) 
     Returns:
         The times; None if the files could not be dropped.
     """
-    with start_children([folder], threads) as (child,):
+    with start_children([opened], threads) as (child,):
+        folder = child.folder
         if cold:
             drop_from_page_cache(folder)
             if resident_share(folder) > _STILL_THERE:
                 return None
         else:
             read_into_page_cache(folder)
-        opened = child.ask("open")
+        answer = child.ask("open")
         turn = child.ask("turn", prompt=list(prompt), new_tokens=2, seconds=0.0)
     return Load(
         cold=cold,
-        seconds=opened["load_seconds"],
+        seconds=answer["load_seconds"],
         first_token_seconds=turn["first_token_seconds"],
     )
 

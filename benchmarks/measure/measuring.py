@@ -209,12 +209,12 @@ def _measure(
     threads: int,
 ) -> None:
     _time_loads(subjects, passages, settings, threads)
-    folders = [subject.folder for subject in subjects]
+    opened = [subject.opened for subject in subjects]
     measured_models = sum(subject.is_listed for subject in subjects)
     steps = len(subjects) * (1 + len(passages)) + measured_models * (1 + settings.rounds)
     questions = read_questions() if settings.tasks else []
     steps += measured_models * (sum(len(text.windows) for text in quoted) + len(questions))
-    with track("comparing", steps, "step") as tracker, start_children(folders, threads) as children:
+    with track("comparing", steps, "step") as tracker, start_children(opened, threads) as children:
         pairs = list(zip(subjects, children, strict=True))
         for subject, child in pairs:
             subject.answers["open"] = child.ask("open")
@@ -243,7 +243,7 @@ def _time_loads(
             for subject in subjects:
                 if not subject.is_listed or (cold and NOT_DROPPED in subject.left_out):
                     continue
-                load = time_load(subject.folder, cold=cold, prompt=prompt, threads=threads)
+                load = time_load(subject.opened, cold=cold, prompt=prompt, threads=threads)
                 if load is None:
                     subject.left_out.append(NOT_DROPPED)
                 else:

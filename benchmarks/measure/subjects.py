@@ -14,6 +14,7 @@ from benchmarks.figures.footprint import Load
 from benchmarks.figures.latency import Turn
 from benchmarks.measure.quoting import check_quotable
 from benchmarks.rivals.contest import InstalledRival, RivalFiles, check_source, make_files
+from benchmarks.rivals.engines import Note
 from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
 from mistill.folders.folder import FolderInfo, open_folder
@@ -89,7 +90,12 @@ class Subject:
     @property
     def folder(self) -> Path:
         """The folder that a child process opens."""
-        return self.info.path if self.entry is None else self.entry.folder
+        return self.info.path if self.entry is None else Path(self.entry.note.folder)
+
+    @property
+    def opened(self) -> Path | Note:
+        """What a child process opens: the folder, or a rival's files with what runs them."""
+        return self.info.path if self.entry is None else self.entry.note
 
     @property
     def runs_pytorch(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.figures.rival import Rival
-from benchmarks.rivals.engines import NOTE_FILE, Choice, choices, read_note
+from benchmarks.rivals.engines import Choice, Note, choices
 from benchmarks.rivals.environment import Environment, find_environment
 from benchmarks.rivals.making import make_rival
 from mistill.errors import SettingsError
@@ -35,13 +35,13 @@ class RivalFiles:
     """A rival with its files.
 
     Attributes:
-        folder: The folder that a child process opens.
+        note: The files, and what runs them.
         rival: The rival as the report records it.
         weight_bytes: Bytes of the files that hold weights.
         folder_bytes: Bytes of all files.
     """
 
-    folder: Path
+    note: Note
     rival: Rival
     weight_bytes: int
     folder_bytes: int
@@ -103,12 +103,10 @@ def make_files(rival: InstalledRival, source: FolderInfo, name: str, scratch: Pa
     Returns:
         The rival with its files.
     """
-    folder = make_rival(rival.choice, rival.environment, source, name, scratch)
-    note = read_note(folder)
-    assert note is not None, "make_rival leaves a note"
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != NOTE_FILE]
+    note = make_rival(rival.choice, rival.environment, source, name, scratch)
+    files = [file for file in Path(note.folder).rglob("*") if file.is_file()]
     return RivalFiles(
-        folder=folder,
+        note=note,
         rival=Rival(
             engine=note.engine,
             variant=note.variant,

@@ -1,7 +1,8 @@
 """The rivals that exist, their names on the command line, and their adapters.
 
-A rival's files lie in a folder of their own with a note, ``rival.json``, which names the engine.
-The child process opens the folder with that engine's adapter.
+A rival's files lie in a folder of their own. A note says which engine and which Python run them; it
+goes to the child process as an argument, and is never read from a folder: no file of a folder that
+is compared decides what runs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from typing import Any
 
 from mistill.engine.language_model import LanguageModel
 from mistill.errors import MissingExtraError, SettingsError
-
-NOTE_FILE = "rival.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +107,10 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """The note beside a rival's file.
+    """A rival's files, and what runs them.
 
     Attributes:
+        folder: The folder of the files.
         engine: Name of the engine.
         variant: Its weight format.
         python: The Python that runs it.
@@ -122,6 +122,7 @@ class Note:
         settings: Settings of the engine by name.
     """
 
+    folder: str
     engine: str
     variant: str
     python: str
@@ -132,26 +133,25 @@ class Note:
     vocabulary_size: int
     settings: dict[str, str] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Write the note into a folder.
+    def to_json(self) -> str:
+        """The note as the argument of a child process.
+
+        Returns:
+            A JSON object.
+        """
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Note:
+        """Read what ``to_json`` wrote.
 
         Args:
-            folder: The folder of the rival's file.
+            text: A JSON object.
+
+        Returns:
+            The note.
         """
-        (folder / NOTE_FILE).write_text(json.dumps(asdict(self)), "utf-8")
-
-
-def read_note(folder: Path) -> Note | None:
-    """The note in a folder.
-
-    Args:
-        folder: Any folder.
-
-    Returns:
-        The note; None where there is none, and the folder is one of ours.
-    """
-    file = folder / NOTE_FILE
-    return Note(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
+        return cls(**json.loads(text))
 
 
 def choices(requests: Iterable[str]) -> tuple[Choice, ...]:
@@ -230,18 +230,17 @@ def describe(engine: str, library: str) -> dict[str, str]:
     return described
 
 
-def open_rival(folder: Path, note: Note, threads: int) -> LanguageModel:
-    """Open a rival's file, in the rival's own environment.
+def open_rival(note: Note, threads: int) -> LanguageModel:
+    """Open a rival's files, in the rival's own environment.
 
     Args:
-        folder: The folder of the file.
-        note: The note beside it.
+        note: The files, and what runs them.
         threads: Threads to compute with.
 
     Returns:
         The running model.
     """
     opened: LanguageModel = importlib.import_module(ENGINES[note.engine].adapter).open_rival(
-        folder, note, threads
+        Path(note.folder), note, threads
     )
     return opened

@@ -50,7 +50,7 @@ class Order:
 
 def make_rival(
     choice: Choice, environment: Environment, source: FolderInfo, name: str, scratch: Path
-) -> Path:
+) -> Note:
     """Make the folder that a child process opens as a rival.
 
     Args:
@@ -61,7 +61,7 @@ def make_rival(
         scratch: Folder to make it in, and for files that several variants share.
 
     Returns:
-        The folder.
+        The folder, and what runs it.
 
     Raises:
         MistillError: If the rival's own tools fail.
@@ -76,7 +76,8 @@ def make_rival(
         folder=folder,
     )
     settings, how_made = maker(choice.engine).make(order)
-    Note(
+    return Note(
+        folder=str(folder),
         engine=choice.engine.name,
         variant=choice.variant,
         python=str(environment.python),
@@ -86,8 +87,7 @@ def make_rival(
         context_length=source.context_length,
         vocabulary_size=source.vocabulary_size,
         settings=settings,
-    ).write(folder)
-    return folder
+    )
 
 
 def run_mistill(*arguments: str) -> None:

@@ -26,7 +26,7 @@ from benchmarks.figures.passages import Passage, cut_prompts
 from benchmarks.measure.children import Child, start_children
 from benchmarks.measure.measuring import read_passages
 from benchmarks.rivals.contest import InstalledRival, find_rivals, make_files
-from benchmarks.rivals.engines import read_note
+from benchmarks.rivals.engines import Note
 from benchmarks.rivals.llama_cpp_files import MODEL_FILE
 from benchmarks.rivals.making import run_offline, run_program
 from benchmarks.rivals.openvino_model import EXACT
@@ -97,7 +97,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
                 "version": entry.rival.version,
                 "system": entry.rival.system,
                 "made": entry.rival.made,
-                **take_turns(entry.folder, own, passages, given),
+                **take_turns(entry.note, own, passages, given),
             }
     return {
         "rounds": given.rounds,
@@ -108,16 +108,16 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-Own = Callable[[Path], dict[str, float]]
+Own = Callable[[Note], dict[str, float]]
 
 
 def take_turns(
-    folder: Path, own: Own, passages: Sequence[Passage], given: argparse.Namespace
+    note: Note, own: Own, passages: Sequence[Passage], given: argparse.Namespace
 ) -> dict[str, Any]:
     """Let our child and the rival's own program run one file in turn.
 
     Args:
-        folder: The rival's folder.
+        note: The rival's files, and what runs them.
         own: Runs the rival's own program on it.
         passages: Where our prompts come from.
         given: The command line.
@@ -127,12 +127,12 @@ def take_turns(
     """
     ours, theirs = [], []
     prompts = cut_prompts(passages, length=given.prompt, count=1 + given.rounds)
-    with start_children([folder], given.threads) as (child,):
+    with start_children([note], given.threads) as (child,):
         child.ask("open")
         our_turn(child, prompts[0], given)
         for prompt in prompts[1:]:
             ours.append(our_turn(child, prompt, given))
-            theirs.append(own(folder))
+            theirs.append(own(note))
     report: dict[str, Any] = {}
     for name in (_PROMPT, _DECODE):
         ratio = paired_ratio(ours, theirs, name)
@@ -176,19 +176,19 @@ def own_benchmark(contestant: InstalledRival, given: argparse.Namespace) -> Own 
         given: The command line.
 
     Returns:
-        A function of the rival's folder; None if its own benchmark is not known.
+        A function of the rival's files; None if its own benchmark is not known.
     """
     environment = contestant.environment
     if contestant.choice.engine.name == "llama.cpp":
         program = environment.programs and environment.programs / "llama-bench"
         if not program or not os.access(program, os.X_OK):
             return None
-        return lambda folder: run_llama_bench(program, folder, given)
+        return lambda note: run_llama_bench(program, Path(note.folder), given)
     if contestant.choice.engine.name == "openvino":
-        return lambda folder: run_llm_pipeline(environment.python, folder, given)
+        return lambda note: run_llm_pipeline(environment.python, note, given)
     if contestant.choice.engine.name != "genai" or given.genai_benchmark is None:
         return None
-    return lambda folder: run_genai(environment.python, folder, given)
+    return lambda note: run_genai(environment.python, Path(note.folder), given)
 
 
 def run_llama_bench(program: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:
@@ -256,22 +256,20 @@ def with_threads(folder: Path, target: Path, threads: int) -> Path:
     return target
 
 
-def run_llm_pipeline(python: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:
+def run_llm_pipeline(python: Path, note: Note, given: argparse.Namespace) -> dict[str, float]:
     """Run OpenVINO GenAI's own pipeline, and take what it says after three turns of warming up.
 
     Args:
         python: The Python of its environment.
-        folder: The rival's folder.
+        note: The rival's files, and what runs them.
         given: The command line.
 
     Returns:
         Tokens per second of reading and of writing.
     """
-    note = read_note(folder)
-    assert note is not None, "make_rival leaves a note"
     told = {name: value for name, value in note.settings.items() if name in EXACT}
     numbers = map(str, (given.prompt, given.new_tokens, given.threads, note.vocabulary_size))
-    command = [str(python), "-P", "-c", _LLM_PIPELINE, str(folder), *numbers, json.dumps(told)]
+    command = [str(python), "-P", "-c", _LLM_PIPELINE, note.folder, *numbers, json.dumps(told)]
     first, each = json.loads(run_offline(command).splitlines()[-1])
     return {_PROMPT: 1e3 * given.prompt / first, _DECODE: 1e3 / each}
 

@@ -22,7 +22,7 @@ from benchmarks.measure.children import start_children
 from benchmarks.measure.measuring import compare
 from benchmarks.report.report import Report
 from benchmarks.rivals.contest import find_rivals
-from benchmarks.rivals.engines import ENGINES, choices
+from benchmarks.rivals.engines import ENGINES, Note, choices
 from benchmarks.rivals.environment import Environment, find_environment
 from benchmarks.rivals.making import Order, float_folder, make_rival, older_config
 from benchmarks.rivals.openvino_files import exporter
@@ -65,8 +65,8 @@ def compared(model: Path, chats: Path, fake: Path) -> Report:
     )
 
 
-def made(word: str, place: Path, source: Path, scratch: Path) -> Path:
-    """The folder of a rival."""
+def made(word: str, place: Path, source: Path, scratch: Path) -> Note:
+    """A rival's files, and what runs them."""
     (contestant,) = find_rivals([word], {"openvino": place})
     return make_rival(
         contestant.choice, contestant.environment, open_folder(source), "model", scratch / "s"
@@ -108,9 +108,9 @@ def test_openvino_predicts_what_its_graph_says(compared: Report, model: Path):
 def test_a_text_that_is_broken_off_is_ended_before_the_next(
     fake: Path, model: Path, tmp_path: Path
 ):
-    folder = made("openvino", fake, model, tmp_path)
+    note = made("openvino", fake, model, tmp_path)
 
-    with start_children([folder], threads=1) as (child,):
+    with start_children([note], threads=1) as (child,):
         child.ask("open")
         # The clock runs out after eight tokens; the pipeline that stands in refuses a second text
         # as long as the first goes on.
@@ -124,25 +124,23 @@ def test_a_text_that_is_broken_off_is_ended_before_the_next(
 def test_a_graph_for_openvino_has_the_options_that_follow_its_variant(
     fake: Path, model: Path, tmp_path: Path
 ):
-    folder = made("openvino:int4+group-size=32+sym", fake, model, tmp_path)
+    note = made("openvino:int4+group-size=32+sym", fake, model, tmp_path)
 
-    words, config = json.loads((folder / "words.json").read_text())
+    words, config = json.loads((Path(note.folder) / "words.json").read_text())
     assert words[words.index("--weight-format") :][:5] == [
         *("--weight-format", "int4", "--group-size", "32", "--sym")
     ]
     assert config["rope_theta"] == 10000.0
-    note = json.loads((folder / "rival.json").read_text())
-    assert note["settings"] == {"weight-format": "int4", "group-size": "32", "sym": ""}
+    assert note.settings == {"weight-format": "int4", "group-size": "32", "sym": ""}
 
 
 def test_openvino_reads_a_gguf_file_without_any_exporter(model: Path, tmp_path: Path):
     place = install(tmp_path / "bare", exporter=False)
-    folder = made("openvino:gguf-q4_0", place, model, tmp_path)
+    note = made("openvino:gguf-q4_0", place, model, tmp_path)
 
-    names = sorted(file.name for file in folder.iterdir())
-    assert names == ["openvino_model.bin", "openvino_model.xml", "rival.json"]
-    note = json.loads((folder / "rival.json").read_text())
-    assert note["made"] == "mistill gguf --dtype q4_0; read by OpenVINO GenAI"
+    names = sorted(file.name for file in Path(note.folder).iterdir())
+    assert names == ["openvino_model.bin", "openvino_model.xml"]
+    assert note.made == "mistill gguf --dtype q4_0; read by OpenVINO GenAI"
 
 
 def test_positions_that_its_reader_of_gguf_files_takes_otherwise_are_refused(

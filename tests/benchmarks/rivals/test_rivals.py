@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from benchmarks.measure.subjects import add_rivals, open_subjects, rival_source_
 from benchmarks.report.report import Report
 from benchmarks.rivals import llama_cpp_files
 from benchmarks.rivals.contest import check_source, find_rivals
-from benchmarks.rivals.engines import ENGINES, choices
+from benchmarks.rivals.engines import ENGINES, Note, choices
 from benchmarks.rivals.environment import (
     Environment,
     child_command,
@@ -174,11 +175,10 @@ def test_quantized_weights_are_dequantized_for_a_rival(model: Path, tmp_path: Pa
 
     made = make_rival(contestant.choice, contestant.environment, codes, "codes", tmp_path / "s")
 
-    words = json.loads((made / "genai_config.json").read_text())["model"]["words"]
+    words = json.loads((Path(made.folder) / "genai_config.json").read_text())["model"]["words"]
     given = Path(words[words.index("-i") + 1])
     assert open_folder(given).form == "model"
-    note = json.loads((made / "rival.json").read_text())
-    assert note["made"].startswith("its gptq weights dequantized (mistill quantize dequantize)")
+    assert made.made.startswith("its gptq weights dequantized (mistill quantize dequantize)")
 
 
 def test_a_builder_that_fails_says_why(model: Path, tmp_path: Path, fake: Path):
@@ -330,7 +330,7 @@ _COARSE = (
 )
 
 
-def _made(word: str, variable: str, model: Path, scratch: Path) -> Path:
+def _made(word: str, variable: str, model: Path, scratch: Path) -> Note:
     named = {word.partition(":")[0]: _named(variable)}
     for engine in ENGINES.values():
         if f"{engine.variable}_PROGRAMS" in _PLACES:
@@ -345,10 +345,10 @@ def _made(word: str, variable: str, model: Path, scratch: Path) -> Path:
 def test_a_real_rival_says_what_the_model_says(
     word: str, variable: str, tmp_path: Path, model: Path
 ):
-    folder = _made(word, variable, model, tmp_path / "s")
+    note = _made(word, variable, model, tmp_path / "s")
     ids = [5, 9, 7, 12, 6, 8, 11, 5, 30, 31]
     passage = {"ids": ids, "kept": [True] * (len(ids) - 1)}
-    with start_children([model, folder], threads=1) as (ours, theirs):
+    with start_children([model, note], threads=1) as (ours, theirs):
         for child in (ours, theirs):
             child.ask("open")
         reference = str(tmp_path / "logits.npy")
@@ -370,23 +370,59 @@ def test_a_real_rival_says_what_the_model_says(
 def test_a_real_rival_writes_what_its_logits_say(
     word: str, variable: str, tmp_path: Path, model: Path
 ):
-    folder = _made(word, variable, model, tmp_path / "s")
+    note = _made(word, variable, model, tmp_path / "s")
     script = (
         "import json; from pathlib import Path; import numpy as np; from itertools import islice; "
-        "from benchmarks.rivals.engines import open_rival, read_note; "
-        f"folder = Path({str(folder)!r}); model = open_rival(folder, read_note(folder), 1); "
+        "from benchmarks.rivals.engines import Note, open_rival; "
+        f"model = open_rival(Note.from_json({note.to_json()!r}), 1); "
         "prompt = [5, 9, 7, 12]; getattr(model, 'reserve', int)(40); "
         "own = list(islice(model.stream(prompt), 30)); text = prompt + own; "
         "logits = model.logits(np.array([text[:-1]])); "
         "ours = list(islice(model.stream(prompt, lambda s: int(s.argmax())), 30)); "
         "print(json.dumps([own, ours, logits[0, 3:].argmax(-1).tolist()]))"
     )
-    python = json.loads((folder / "rival.json").read_text())["python"]
-    begin = child_command(python)[-1].partition("from benchmarks.measure.child")[0]
+    begin = child_command(note.python)[-1].partition("from benchmarks.measure.child")[0]
     ran = subprocess.run(
-        [python, "-P", "-c", begin + script], capture_output=True, text=True, check=True
+        [note.python, "-P", "-c", begin + script], capture_output=True, text=True, check=True
     )
     own, ours, said = json.loads(ran.stdout.splitlines()[-1])
 
     assert len(own) == 30
     assert own == ours == said
+
+
+# --- a folder of a stranger's ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"python": "model/start"},
+        {"python": "python3", "library": "model/libx.so"},
+        {"evil": 1},
+        [],
+    ],
+)
+def test_no_file_of_a_folder_decides_what_runs(
+    words: Any, model: Path, tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    start = folder / "start"
+    start.write_text("#!/bin/sh\ntouch RAN\n")
+    start.chmod(0o755)
+    note = {
+        "engine": "llama.cpp",
+        "variant": "q4_0",
+        "made": "x",
+        "source": "x",
+        "context_length": 64,
+        "vocabulary_size": 384,
+        "library": "",
+        "python": "python3",
+    }
+    content = {**note, **words} if isinstance(words, dict) else words
+    (folder / "rival.json").write_text(json.dumps(content))
+    report = compare([folder], texts=chats, **QUICK)
+    assert [result.rival for result in report.models] == [None]
+    assert not (tmp_path / "RAN").exists()

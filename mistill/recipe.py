@@ -42,6 +42,7 @@ from mistill.errors import MistillError, RecipeError, TargetExistsError
 from mistill.folders.lineage import fingerprint
 from mistill.folders.publishing import remove_leftovers, write_atomically
 from mistill.settings import settings_dict, typed_options
+from mistill.shown import visible
 from mistill.step_kind import StepKind
 
 # Packages whose module recipe_steps says what steps they make.
@@ -420,4 +421,4 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _print(console: Console | None, words: str) -> None:
     if console is not None:
-        console.print(words)
+        console.print(visible(words))

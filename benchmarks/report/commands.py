@@ -33,6 +33,8 @@ _WORDS = {
 #: Commands that need text.
 _NEED_TEXTS = ("student", "distill", "gptq", "tune")
 _INPUTS = ("teacher", "targets", "texts", "held_out")
+#: Words that stand for what a lineage does not say.
+_PLACEHOLDERS = ("ADAPTER", "SOURCE", "TEXTS")
 
 
 def commands(model: ModelResult, step_defaults: StepDefaults | None = None) -> list[str]:
@@ -90,7 +92,7 @@ def _command(
     if step != "teacher":
         command += _inputs(step, entry)
     command += _options({name: value for name, value in settings.items() if name in changed})
-    return " ".join(word if word.isupper() else shlex.quote(word) for word in command)
+    return " ".join(map(_quoted, command))
 
 
 def _inputs(step: str, entry: Mapping[str, Any]) -> list[str]:
@@ -131,6 +133,23 @@ def _options(settings: Mapping[str, Any]) -> list[str]:
     return options
 
 
+def _quoted(word: str) -> str:
+    """A word as bash reads it back, on one line, whatever is in it.
+
+    Lineages come from anybody: no word of theirs may end a quotation, a line or a block of
+    Markdown.
+    """
+    if word in _PLACEHOLDERS:
+        return word
+    if word.isprintable() and "`" not in word:
+        return shlex.quote(word)
+    letters = (
+        letter if letter.isprintable() and letter not in "'\\`" else f"\\U{ord(letter):08x}"
+        for letter in word
+    )
+    return f"$'{''.join(letters)}'"
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -139,4 +158,5 @@ def _name(value: Any) -> str:
     """The last part of a path; a Hub id or a name as it is."""
     text = str(value)
     path = PurePath(text)
-    return path.name if path.is_absolute() or text.startswith((".", "~")) else text
+    name = path.name if path.is_absolute() or text.startswith((".", "~")) else text
+    return f"./{name}" if name.startswith("-") else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from benchmarks.figures.column import Column
@@ -9,6 +10,7 @@ from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.frontier import dominators
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.report.columns import columns_of
+from mistill.shown import plain, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -80,7 +82,7 @@ class _Tables:
         for model in self.comparison.models:
             star = "*" if beaten[model.name] else ""
             name = Text(f"{model.name}{star}", style="dim" if star else "bold")
-            table.add_row(name, *(_cell(column, model) for column in columns))
+            table.add_row(plain(name), *(_cell(column, model) for column in columns))
         return table
 
 
@@ -240,4 +242,5 @@ def escaped(text: str) -> str:
     Returns:
         One line of Markdown.
     """
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    line = " ".join(visible(text).replace("&", "&amp;").replace("<", "&lt;").split())
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", line)

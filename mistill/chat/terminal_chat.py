@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 
 from mistill.chat.bot import ChatBot, ChatSettings, Speed
-from mistill.errors import FolderError, MistillError, SettingsError
+from mistill.errors import FolderError, MistillError, SettingsError, TextError
 from mistill.folders.publishing import refuse_existing, write_atomically
+from mistill.shown import visible
 
 HELP = """\
 /reset      forget the conversation and begin anew
@@ -23,7 +26,8 @@ HELP = """\
 Ctrl-C stops a reply; what was written of it stays in the conversation.
 A message that begins with a slash is written with two."""
 
-_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+# Marks that turn the direction of what follows; joiners, which emoji need, are none of them.
+_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _CUT_SHORT = {
     "max_new_tokens": "cut short at max_new_tokens",
     "context": "the context is full",
@@ -43,7 +47,7 @@ def run_terminal_chat(
     """Talk to a model until the input ends.
 
     In a terminal, replies are followed by a line about their speed. From a pipe, each line is a
-    message, and only replies are written.
+    message, even one that begins with a slash, and only replies are written.
 
     Args:
         folder: An ONNX folder, or a model folder where PyTorch is installed.
@@ -63,7 +67,12 @@ def run_terminal_chat(
     if sys.stdin.isatty() and sys.stdout.isatty():
         _TerminalChat(bot, Path(folder).name, Console(highlight=False)).run()
     else:
-        _answer_lines(bot, sys.stdin, sys.stdout)
+        try:
+            _answer_lines(bot, sys.stdin, sys.stdout)
+        finally:
+            if session is not None:
+                bot.save(session)
+        return
     if session is not None:
         bot.save(session)
 
@@ -147,7 +156,7 @@ class _TerminalChat:
             except KeyboardInterrupt:
                 self._console.print()
             except MistillError as error:
-                self._console.print(str(error), style="red", markup=False)
+                self._console.print(visible(str(error)), style="red", markup=False)
             except (EOFError, _EndOfChat):
                 self._console.print()
                 return
@@ -162,7 +171,7 @@ class _TerminalChat:
         reply = self._bot.reply(message)
         try:
             for text in reply:
-                self._console.out(text.translate(_CONTROLS), end="", highlight=False)
+                self._console.out(_without_controls(text), end="", highlight=False)
         except KeyboardInterrupt:
             reply.close()
         self._console.print()
@@ -170,30 +179,63 @@ class _TerminalChat:
         self._note(speed_line(self._bot.last_speed, self._bot.last_ending))
 
     def _note(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False)
+        self._console.print(visible(text), style="dim", markup=False)
 
 
 def _answer_lines(bot: ChatBot, lines: TextIO, out: TextIO) -> None:
-    """Answer each line of a pipe; commands work as in a terminal."""
-    commands = _Commands(bot)
+    """Answer each line of a pipe.
+
+    A line is a message whatever it begins with: commands, which may write files, are for people
+    at a terminal. One that cannot be answered is named, and the lines after it are answered.
+
+    Raises:
+        TextError: At the end, if a line could not be answered.
+    """
+    show = _without_controls if out.isatty() else str
+    refused = 0
     try:
-        for line in lines:
-            message = line.strip()
-            if not message:
+        for number, line in enumerate(_readable(lines), 1):
+            if not line.strip():
                 continue
-            if message.startswith("/") and not message.startswith("//"):
-                commands.run(message)
+            try:
+                for text in bot.reply(_checked(line.strip())):
+                    out.write(show(text))
+                    out.flush()
+            except MistillError as error:
+                refused += 1
+                sys.stderr.write(f"mistill: line {number}: {visible(str(error))}\n")
                 continue
-            for text in bot.reply(_message(message)):
-                out.write(text)
-                out.flush()
             out.write("\n")
             out.flush()
-    except _EndOfChat:
-        return
     except BrokenPipeError:
         # The reader has closed the pipe; Python would raise again when it closes its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    if refused:
+        raise TextError(f"{refused} line{'s' if refused > 1 else ''} could not be answered")
+
+
+def _readable(lines: TextIO) -> TextIO:
+    """The same lines, with lone surrogates for bytes that are not UTF-8, instead of an error."""
+    if isinstance(lines, io.TextIOWrapper):
+        lines.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return lines
+
+
+def _checked(message: str) -> str:
+    try:
+        message.encode()
+    except UnicodeEncodeError as error:
+        raise TextError("it is not UTF-8 text") from error
+    return message
+
+
+def _without_controls(text: str) -> str:
+    """Part of a reply for a terminal, which would obey the control characters in it."""
+    return "".join(letter for letter in text if letter in "\n\t" or not _is_control(letter))
+
+
+def _is_control(letter: str) -> bool:
+    return unicodedata.category(letter) in ("Cc", "Cs") or letter in _DIRECTIONS
 
 
 def _message(line: str) -> str:

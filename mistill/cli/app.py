@@ -33,6 +33,7 @@ from mistill.cli.options import Flat, Texts
 from mistill.engine.language_model import Provider
 from mistill.errors import MissingExtraError, MistillError
 from mistill.settings import require
+from mistill.shown import visible
 
 app = App(
     name="mistill",
@@ -522,6 +523,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a finding, 2 for bad input, 130 for an interruption.
     """
     logging.basicConfig(level=logging.WARNING, format="mistill: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_make_visible)
     # bitsandbytes warns of each faster kernel that this processor does not support.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -554,8 +557,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    print(f"mistill: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"mistill: {visible(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
+
+
+def _make_visible(record: logging.LogRecord) -> bool:
+    """Let a warning that quotes a stranger's text reach the terminal without its controls."""
+    record.msg, record.args = visible(record.getMessage()), None
+    return True
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from mistill.folders.folder import open_folder
+from mistill.shown import visible
 
 
 def print_folder(path: Path, json: bool, **more: Any) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def print_result(facts: dict[str, Any], words: str, path: Path | str, json: bool
     """
     if not is_main_process():
         return facts
-    print(f"{path}: {words}")
+    print(visible(f"{path}: {words}"))
     if json:
         print(json_library.dumps(facts))
     return facts

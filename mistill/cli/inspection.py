@@ -29,6 +29,7 @@ from mistill.folders.targets_folder import (
     is_targets,
     targets_problems,
 )
+from mistill.shown import facts_table, plain
 from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
 
@@ -121,7 +122,6 @@ class Inspection:
         """
         from rich.console import Group
         from rich.table import Table
-        from rich.text import Text
 
         parts: list[RenderableType] = []
         if self.info is not None:
@@ -141,17 +141,17 @@ class Inspection:
             table = Table("step", "from", "settings and results", "date", title="how it was made")
             for entry in self.lineage:
                 table.add_row(
-                    str(entry.get("step")),
-                    Path(str(entry.get("source") or "")).name,
-                    Text(_words(entry)),
-                    str(entry.get("date", ""))[:16].replace("T", " "),
+                    plain(entry.get("step")),
+                    plain(Path(str(entry.get("source") or "")).name),
+                    plain(_words(entry)),
+                    plain(str(entry.get("date", ""))[:16].replace("T", " ")),
                 )
             parts.append(table)
-        parts.extend(Text(f"! {problem}", style="bold red") for problem in self.problems)
+        parts.extend(plain(f"! {problem}", "bold red") for problem in self.problems)
         slow = [str(finding) for lint in self.graphs.values() for finding in lint.findings]
-        parts.extend(Text(f"- {note}", style="yellow") for note in (*self.notes, *slow))
+        parts.extend(plain(f"- {note}", "yellow") for note in (*self.notes, *slow))
         if not self.problems:
-            parts.append(Text("no problem was found", style="green"))
+            parts.append(plain("no problem was found", "green"))
         return Group(*parts)
 
 
@@ -276,9 +276,6 @@ def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> list[str]:
 
 
 def _facts(info: FolderInfo, name: str) -> RenderableType:
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
     quantization = info.quantization or {}
     rows = {
         "form": f"{_FORMS[info.form]}, {info.architecture}, {info.layers} layers of width "
@@ -294,16 +291,11 @@ def _facts(info: FolderInfo, name: str) -> RenderableType:
         shown = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
         words = [f"{key} {quantization[key]}" for key in shown if key in quantization]
         rows["quantized as"] = ", ".join([str(quantization.get("quant_method")), *words])
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/bold]", value)
-    return table
+    return facts_table(rows)
 
 
 def _gptq_facts(diagnosis: Diagnosis) -> RenderableType:
     """The format of the codes, as they show it themselves."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
     widths = ", ".join(f"{bits} bits in {count} matrices" for bits, count in diagnosis.bits.items())
     kind = "symmetric" if diagnosis.symmetric else "asymmetric"
     order = {"plain": "in the order of the columns", "mixed": "in activation order (act-order)"}[
@@ -317,15 +309,10 @@ def _gptq_facts(diagnosis: Diagnosis) -> RenderableType:
         "groups": f"{order}{index}",
         "scales": ", ".join(f"{kind} in {count}" for kind, count in diagnosis.scale_types.items()),
     }
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/bold]", value)
-    return table
+    return facts_table(rows)
 
 
 def _targets_facts(info: TargetsInfo, name: str) -> RenderableType:
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
     settings, teacher = info.settings, info.teacher
     method = settings["method"]
     stored = f"the {settings['top_k']} most probable tokens"
@@ -344,9 +331,7 @@ def _targets_facts(info: TargetsInfo, name: str) -> RenderableType:
         "vocabulary": f"{info.vocabulary_size:,} tokens",
         "fingerprint": name[:16],
     }
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/bold]", value)
-    return table
+    return facts_table(rows)
 
 
 def _fidelity(card: Mapping[str, Any]) -> RenderableType:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mistill.cost_model.onnx_lint import Lint
+from mistill.shown import facts_table, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,10 +22,6 @@ def graph_facts(name: str, lint: Lint) -> RenderableType:
     Returns:
         A table.
     """
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
     counts = sorted(lint.operators.items(), key=lambda entry: -entry[1])
     cost, slow = lint.cost, len(lint.findings)
     rows = {
@@ -34,9 +31,7 @@ def graph_facts(name: str, lint: Lint) -> RenderableType:
         f"{cost.cache_bytes_per_position / 1e3:,.1f} kB of KV cache for each earlier token",
         "slow kernels": "none known" if not slow else f"{slow}, listed below",
     }
-    for key, value in rows.items():
-        table.add_row(Text(key, style="bold"), Text(value))
-    return table
+    return facts_table(rows)
 
 
 def manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
@@ -48,9 +43,6 @@ def manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
     Returns:
         A table.
     """
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
     rows = {}
     if manifest.get("ceiling_tokens_per_second"):
         rows["upper bound"] = (
@@ -82,9 +74,7 @@ def manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
         rows["tuned for"] = (
             f"{tuning['machine']}, {tuning['threads']} threads: {chosen or 'no kernel was chosen'}"
         )
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/bold]", value)
-    return table
+    return facts_table(rows)
 
 
 def tuning_table(tuning: Mapping[str, Any]) -> RenderableType:
@@ -99,7 +89,9 @@ def tuning_table(tuning: Mapping[str, Any]) -> RenderableType:
     from rich.table import Table
 
     table = Table(
-        title=f"matrix products of all layers on {tuning['machine']}, {tuning['threads']} threads",
+        title=plain(
+            f"matrix products of all layers on {tuning['machine']}, {tuning['threads']} threads"
+        ),
         caption="* is the chosen kernel: the fastest for a prompt of 512 tokens and a reply of "
         "128 among those that change no weight. Kernels in brackets would change weights.",
     )
@@ -112,8 +104,8 @@ def tuning_table(tuning: Mapping[str, Any]) -> RenderableType:
         matrices = f"{row['kind']}, {row['bits']} bits"
         kernel = row["kernel"] if row["allowed"] else f"({row['kernel']})"
         table.add_row(
-            "" if matrices == last else matrices,
-            f"{kernel} *" if row["chosen"] else kernel,
+            plain("" if matrices == last else matrices),
+            plain(f"{kernel} *" if row["chosen"] else kernel),
             f"{row['token_ms']:.3f}",
             f"{row['prompt_ms']:.1f}" if row["prompt_ms"] else "",
         )

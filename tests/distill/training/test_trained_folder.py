@@ -600,7 +600,7 @@ class TestRefusals:
         self, teacher: Path, model: Path, chats: Path, role: str
     ) -> None:
         target = {"student": model, "teacher": teacher}[role]
-        with pytest.raises(FolderError, match=f"is the {role} itself"):
+        with pytest.raises(FolderError, match="is its own source"):
             distill.train(model, target, teacher=teacher, texts=chats, overwrite=True)
 
     def test_a_teacher_that_is_the_student(
@@ -745,7 +745,7 @@ class TestRefusals:
 )
 def test_settings_out_of_range_are_refused_by_name(options: dict[str, Any]) -> None:
     name = list(options)[-1]
-    with pytest.raises(SettingsError, match=f"^{name} should"):
+    with pytest.raises(SettingsError, match=f"^{name} (should|must)"):
         TrainSettings(**options)
 
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import export
 from mistill.chat.bot import ChatBot, ChatSettings, Speed
-from mistill.chat.terminal_chat import _TerminalChat, run_terminal_chat, speed_line
-from mistill.errors import FolderError, SettingsError
+from mistill.chat.terminal_chat import _Commands, _TerminalChat, run_terminal_chat, speed_line
+from mistill.errors import FolderError, SettingsError, TextError
 from tests.tiny import tiny_model
 
 SETTINGS = ChatSettings(temperature=0, max_new_tokens=12)
@@ -59,54 +59,91 @@ def test_each_line_of_a_pipe_is_answered_and_only_the_answers_are_written(
     assert piped("Hello\n\n  And now?", chatbot, monkeypatch, "Be brief.") == expected
 
 
-def test_commands_work_from_a_pipe(
+def test_a_line_of_a_pipe_is_a_message_whatever_it_begins_with(
     chatbot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lines = [f"/save {tmp_path}/written", "/reset", "/quit", "//etc is a folder"]
+    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
+    expected = "".join(f"{''.join(bot.reply(line))}\n" for line in lines)
+    assert piped("\n".join(lines), chatbot, monkeypatch) == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [(b"\xff\xfe", "it is not UTF-8 text"), (b"word " * 60_000, "positions|tokens|context")],
+)
+def test_a_line_that_cannot_be_answered_is_named_and_the_others_are_answered(
+    line: bytes,
+    words: str,
+    chatbot: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
+    expected = "".join(f"{''.join(bot.reply(text))}\n" for text in ("Hello", "And now?"))
+    out = io.StringIO()
+    stream = io.BytesIO(b"Hello\n" + line + b"\nAnd now?\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream, "utf-8"))
+    monkeypatch.setattr(sys, "stdout", out)
+    session = tmp_path / "session"
+    with pytest.raises(TextError, match="1 line could not be answered"):
+        run_terminal_chat(chatbot, threads=1, settings=SETTINGS, session=session)
+    assert out.getvalue() == expected
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("mistill: line 2: ")
+    assert re.search(words, complaint)
+    assert complaint.count("\n") == 1
+    restored = ChatBot(chatbot, settings=SETTINGS, threads=1)
+    restored.restore(session)
+    assert [message["content"] for message in restored.history[::2]] == ["Hello", "And now?"]
+
+
+def commands_of(chatbot: Path, *messages: str) -> _Commands:
+    """The commands of a chat in which something was said."""
+    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
+    for message in messages:
+        "".join(bot.reply(message))
+    return _Commands(bot)
+
+
+def test_a_conversation_is_saved_as_often_as_is_asked(chatbot: Path, tmp_path: Path) -> None:
     file = tmp_path / "saved chat.jsonl"
-    lines = f"Forget this\n/reset\nHello\n/save {file}\nMore\n/save {file}\n/quit\nNever read\n"
-    written = piped(lines, chatbot, monkeypatch)
+    commands = commands_of(chatbot, "Forget this")
+    commands.run("/reset")
+    for message in ("Hello", "More"):
+        "".join(commands.bot.reply(message))
+        commands.run(f"/save {file}")
     messages = json.loads(file.read_text("utf-8"))["messages"]
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2
     assert [m["content"] for m in messages[::2]] == ["Hello", "More"]
-    assert written.endswith(f"{messages[1]['content']}\n{messages[3]['content']}\n")
     assert file.read_text("utf-8").count("\n") == 1
 
 
-def test_a_saved_conversation_can_be_trained_on(
-    chatbot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saved_conversation_can_be_trained_on(chatbot: Path, tmp_path: Path) -> None:
     from mistill.text.documents import read_documents
     from mistill.text.vocabulary import load_vocabulary
 
     file = tmp_path / "chat.jsonl"
-    piped(f"Hello\n/save {file}\n", chatbot, monkeypatch)
+    commands_of(chatbot, "Hello").run(f"/save {file}")
     documents = list(read_documents(file, load_vocabulary(chatbot)))
     assert len(documents) == 1
     assert documents[0].mask.any()
 
 
-def test_a_file_of_someone_else_is_not_overwritten(
-    chatbot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_someone_else_is_not_overwritten(chatbot: Path, tmp_path: Path) -> None:
     file = tmp_path / "precious"
     file.write_text("mine")
     with pytest.raises(FolderError, match="exists already"):
-        piped(f"Hello\n/save {file}\n", chatbot, monkeypatch)
+        commands_of(chatbot, "Hello").run(f"/save {file}")
     assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["/sing", "/save", "/save  "])
-def test_a_command_that_cannot_be_obeyed_is_refused(
-    command: str, chatbot: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_that_cannot_be_obeyed_is_refused(command: str, chatbot: Path) -> None:
     with pytest.raises(SettingsError, match=command.split()[0]):
-        piped(f"{command}\n", chatbot, monkeypatch)
-
-
-def test_a_message_may_begin_with_a_slash(chatbot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
-    expected = "".join(bot.reply("/etc is a folder")) + "\n"
-    assert piped("//etc is a folder\n", chatbot, monkeypatch) == expected
+        commands_of(chatbot).run(command)
 
 
 def test_a_reader_that_leaves_ends_the_chat_without_a_complaint(chatbot: Path) -> None:

@@ -141,10 +141,10 @@ def _quoted(word: str) -> str:
     """
     if word in _PLACEHOLDERS:
         return word
-    if word.isprintable() and "`" not in word:
+    if word.isprintable() and not set(word) & set("`<&"):
         return shlex.quote(word)
     letters = (
-        letter if letter.isprintable() and letter not in "'\\`" else f"\\U{ord(letter):08x}"
+        letter if letter.isprintable() and letter not in "'\\`<&" else f"\\U{ord(letter):08x}"
         for letter in word
     )
     return f"$'{''.join(letters)}'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -403,3 +404,51 @@ def test_every_command_of_the_docs_is_one_that_the_command_line_knows():
     assert len(lines) == 5
     for line in lines:
         app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
+
+
+HOSTILE = [
+    "X;$'\\164\\157\\165\\143\\150'${IFS}COPIED",
+    "TEXTS;touch COPIED",
+    "a\n```\n<script>alert(1)</script>\n",
+    "$(touch COPIED)",
+    "`touch COPIED`",
+    "it's",
+    "\x1b]0;OWNED\x07\u202e",
+    "-rf",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_line_to_copy_does_nothing_but_what_it_says(
+    comparison: Report, text: str, tmp_path: Path
+) -> None:
+    lines = made_by(
+        comparison["student"],
+        {"step": "teacher", "settings": {"source": text}, "source": text},
+        {"step": "distill", "settings": {text: text}, "source": text, "texts": [text]},
+    )
+    for line in lines:
+        assert line.isprintable()
+        assert not set(line) & set("`<&")
+        script = line.replace("mistill", "printf '%s\\0'", 1)
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, check=True)
+        words = done.stdout.decode().split("\0")
+        assert text in words or f"./{text}" in words
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_of_a_folder_ends_a_line_or_a_block_of_markdown(
+    comparison: Report, text: str
+) -> None:
+    student = comparison["student"]
+    entry = {"step": "teacher", "settings": {"source": text}, "source": text}
+    models = tuple(
+        replace(model, lineage=(entry,)) if model.name == student.name else model
+        for model in comparison.models
+    )
+    page = replace(comparison, models=models).to_markdown()
+    assert "<script>" not in page
+    assert page.count("```") == 2
+    assert "\x1b" not in page
+    assert "\u202e" not in page

@@ -188,6 +188,11 @@ def _answer_lines(bot: ChatBot, lines: TextIO, out: TextIO) -> None:
     A line is a message whatever it begins with: commands, which may write files, are for people
     at a terminal. One that cannot be answered is named, and the lines after it are answered.
 
+    Args:
+        bot: Answers.
+        lines: The messages; lines without text are passed over.
+        out: Where the replies go, a line each.
+
     Raises:
         TextError: At the end, if a line could not be answered.
     """

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mistill.engine.language_model import Choose
 from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
+from mistill.folders.json_text import parse_json
 from mistill.text.vocabulary import Vocabulary
 
 # White space as json.dumps writes it; a schema may set it under x-guidance. Arbitrary white space
@@ -55,10 +56,7 @@ def json_schema(schema: Mapping[str, Any] | str | Path) -> Constraint:
     if isinstance(schema, Path):
         schema = _text(schema)
     if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except json.JSONDecodeError as error:
-            raise SettingsError(f"the JSON schema is not JSON: {error}") from error
+        schema = parse_json(schema, "the JSON schema", SettingsError)
     if not isinstance(schema, Mapping):
         raise SettingsError(f"a JSON schema must be a JSON object, not {json.dumps(schema)[:40]}")
     matcher = _library().LLMatcher

@@ -39,7 +39,7 @@ from mistill.folders.folder import MANIFEST_FILE, FolderInfo, open_folder
 from mistill.folders.lineage import LINEAGE_FILE, fingerprint, lineage_after
 from mistill.folders.location import Location, location_of
 from mistill.folders.publishing import is_full_disk, refuse_existing
-from mistill.folders.targets_folder import PLAN_FILE, is_targets
+from mistill.folders.targets_folder import PLAN_FILE, is_targets, read_document
 from mistill.progress import track
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
@@ -206,7 +206,7 @@ def _begin(location: Location, plan: Plan, overwrite: bool) -> bool:
     names = location.names()
     finished = MANIFEST_FILE in names
     if finished or PLAN_FILE in names:
-        there = json.loads(location.read(MANIFEST_FILE if finished else PLAN_FILE))
+        there = read_document(location, MANIFEST_FILE if finished else PLAN_FILE)
         same = _comparable(there) == _comparable(plan.facts)
         if same and not (finished and overwrite):
             return not finished

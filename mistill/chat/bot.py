@@ -21,6 +21,7 @@ from mistill.engine.log_probabilities import Scored, TokenScore
 from mistill.engine.opening import open_model
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, FolderError, VocabularyError
+from mistill.folders.json_text import parse_json
 from mistill.settings import require, require_choice, require_range, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import load_vocabulary
@@ -351,12 +352,12 @@ class ChatBot:
 def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
     """The history and the number of messages left out, as ``save`` wrote them."""
     try:
-        state = json.loads(text)
+        state = parse_json(text, str(file))
         history = [_message(one["role"], one["content"]) for one in state["history"]]
         words = [word for message in history for word in message.values()]
         forgotten = state["forgotten"]
         sound = all(isinstance(word, str) for word in words) and type(forgotten) is int
-    except (ValueError, KeyError, TypeError):
+    except (FolderError, KeyError, TypeError):
         sound = False
     if not sound or not 0 <= forgotten <= len(history):
         raise FolderError(f"the conversation in {file} is damaged; give another file")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from mistill.folders.folder import (
     problems,
     read_json,
 )
+from mistill.folders.json_text import parse_json
 from mistill.folders.lineage import LINEAGE_FILE, fingerprint, read_lineage
 from mistill.folders.location import Location, is_remote, location_of
 from mistill.folders.targets_folder import (
@@ -204,12 +204,14 @@ def inspect_folder(path: str | Path) -> Inspection:
     if info is not None and info.form == "onnx":
         manifest = read_json(folder / MANIFEST_FILE)
         manifest.pop("files", None)
+    notes, unreadable = ([], []) if info is None else _notes(folder, lineage)
+    faults += unreadable
     return Inspection(
         path=folder,
         info=info,
         problems=tuple(faults),
         notes=(
-            *(() if info is None else _notes(folder, lineage)),
+            *notes,
             *(() if gptq is None else gptq.notes),
             *remarks,
         ),
@@ -245,9 +247,9 @@ def _inspect_targets(location: Location) -> Inspection:
     lineage: tuple[dict[str, Any], ...] = ()
     if location.exists(LINEAGE_FILE):
         try:
-            lineage = tuple(json.loads(location.read(LINEAGE_FILE)))
-        except ValueError as error:
-            faults.append(f"{LINEAGE_FILE} is not valid JSON: {error}")
+            lineage = tuple(parse_json(location.read(LINEAGE_FILE), LINEAGE_FILE))
+        except (FolderError, TypeError) as error:
+            faults.append(str(error))
     manifest = location.read(MANIFEST_FILE) if location.exists(MANIFEST_FILE) else b""
     return Inspection(
         path=location.path,
@@ -260,19 +262,20 @@ def _inspect_targets(location: Location) -> Inspection:
     )
 
 
-def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> list[str]:
-    notes = []
+def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> tuple[list[str], list[str]]:
+    """What is worth knowing of a model folder's text, and what of it cannot be read."""
     try:
         vocabulary = load_vocabulary(folder)
     except MistillError as error:
-        return [str(error)]
+        return [], [str(error)]
+    notes = []
     if not vocabulary.end_ids:
         notes.append("the tokenizer has no end-of-turn token, so that a chatbot would never stop")
     if vocabulary.chat_template is None:
         notes.append("it has no chat template, so that it can continue text but not chat")
     if not lineage:
         notes.append("it has no lineage, because mistill did not make it")
-    return notes
+    return notes, []
 
 
 def _facts(info: FolderInfo, name: str) -> RenderableType:

@@ -5,7 +5,6 @@ A folder is described from its small files and the headers of its weights, witho
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from mistill.errors import FolderError
 from mistill.folders.gptq_format import read_quantization
+from mistill.folders.json_text import parse_json
 from mistill.folders.safetensors_file import StoredTensor, read_header
 
 Form = Literal["model", "gptq", "nf4", "onnx"]
@@ -276,11 +276,9 @@ def read_json(file: Path) -> dict[str, Any]:
         FolderError: If the file is missing or is not a JSON object.
     """
     try:
-        value = json.loads(file.read_text("utf-8"))
+        value = parse_json(file.read_bytes(), str(file))
     except FileNotFoundError as error:
         raise FolderError(f"{file} is missing") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FolderError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FolderError(f"{file} should hold a JSON object, not a {type(value).__name__}")
     return value

@@ -18,6 +18,7 @@ from typing import Any
 
 from mistill.errors import FolderError
 from mistill.folders.folder import MANIFEST_FILE, QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
+from mistill.folders.json_text import parse_json
 from mistill.folders.publishing import write_atomically
 from mistill.settings import changed_settings, settings_dict
 
@@ -52,12 +53,9 @@ def read_lineage(folder: str | Path) -> list[dict[str, Any]]:
     file = Path(folder) / LINEAGE_FILE
     if not file.is_file():
         return []
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FolderError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, list):
-        raise FolderError(f"{file} should hold a list of steps")
+    value = parse_json(file.read_bytes(), str(file))
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise FolderError(f"{file} should hold a list of steps, each a JSON object")
     return value
 
 

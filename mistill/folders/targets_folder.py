@@ -8,13 +8,13 @@ describes what it will hold.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mistill.errors import FolderError
 from mistill.folders.folder import MANIFEST_FILE
+from mistill.folders.json_text import parse_json
 from mistill.folders.lineage import LINEAGE_FILE
 from mistill.folders.location import Location
 from mistill.progress import track
@@ -93,7 +93,7 @@ def is_targets(location: Location) -> bool:
     for name in (MANIFEST_FILE, PLAN_FILE):
         if name in names:
             try:
-                stated = str(_document(location, name).get("format"))
+                stated = str(read_document(location, name).get("format"))
             except FolderError:
                 return any(other.startswith("shard-") for other in names)
             return stated.startswith(_ANY_FORMAT)
@@ -124,7 +124,7 @@ def read_manifest(location: Location) -> dict[str, Any]:
                 "distill.cache_targets again in the same way to resume"
             )
         raise FolderError(f"{location} is not a folder of targets: it has no {MANIFEST_FILE}")
-    manifest = _document(location, MANIFEST_FILE)
+    manifest = read_document(location, MANIFEST_FILE)
     if manifest.get("format") != FORMAT:
         raise FolderError(
             f"{location} is not a folder of targets that this version reads: its format is "
@@ -198,11 +198,9 @@ def _file_problem(location: Location, name: str, entry: Mapping[str, Any]) -> st
     return None
 
 
-def _document(location: Location, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(location.read(name))
-    except ValueError as error:
-        raise FolderError(f"{name} of {location} is not valid JSON: {error}") from error
+def read_document(location: Location, name: str) -> dict[str, Any]:
+    """A JSON object of a folder of targets, such as its plan; a FolderError says what is wrong."""
+    value = parse_json(location.read(name), f"{name} of {location}")
     if not isinstance(value, dict):
         raise FolderError(f"{name} of {location} should hold a JSON object")
     return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mistill.errors import TextError, missing_extra
+from mistill.folders.json_text import parse_json
 
 Texts = str | Path | Sequence[str | Path]
 
@@ -155,10 +155,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _parse(text: str, origin: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise TextError(f"{origin} is not valid JSON: {error}") from error
+    return parse_json(text, origin, TextError)
 
 
 def _object(value: Any, origin: str) -> Mapping[str, Any]:

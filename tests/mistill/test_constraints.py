@@ -228,7 +228,7 @@ def test_speculative_and_constrained_decoding_go_together(chatbot: Path) -> None
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: json_schema("{"), "the JSON schema is not JSON"),
+        (lambda: json_schema("{"), "the JSON schema is not valid JSON"),
         (lambda: json_schema("[1]"), "a JSON schema must be a JSON object"),
         (lambda: json_schema({"type": "nope"}), "JSON schema cannot be used .* Invalid type: nope"),
         (

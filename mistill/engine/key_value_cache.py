@@ -129,6 +129,33 @@ class KeyValueCache:
         rows = self._rows(len(self.ids))
         return {name: self._array(name)[:, :, :rows] for name in self.values}
 
+    def fits(self, ids: Sequence[int], values: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether keys and values of a file are those of some tokens in this graph.
+
+        Args:
+            ids: The tokens.
+            values: Arrays by name.
+
+        Returns:
+            True if there is an array for each buffer, with its heads, width and type, and rows
+            for the tokens.
+        """
+        if not ids:
+            return not values
+        if values.keys() != self.shapes.keys():
+            return False
+        rows = {array.shape[2] if array.ndim == 4 else 0 for array in values.values()}
+        most = len(ids) if self.window is None else min(len(ids), self._room(len(ids)))
+        least = len(ids) if self.window is None else 1
+        return (
+            len(rows) == 1
+            and least <= min(rows) <= most
+            and all(
+                values[name].shape == (1, heads, min(rows), width) and values[name].dtype == dtype
+                for name, (heads, width, dtype) in self.shapes.items()
+            )
+        )
+
     def restore(self, ids: Sequence[int], values: Mapping[str, NDArray[Any]]) -> None:
         """Replace the content by keys and values of a text that was read before.
 

@@ -276,6 +276,11 @@ class OnnxModel:
                 f"{file} holds {len(saved.ids)} tokens and the context only {self.context_length}; "
                 "open the model with a longer context"
             )
+        sound = all(0 <= token < self.vocabulary_size for token in saved.ids)
+        if not (sound and self._cache.fits(saved.ids, saved.values)):
+            raise FolderError(
+                f"{file} is damaged: its tokens, keys and values do not fit this model's graph"
+            )
         with self._lock:
             self._reader = None
             self._cache.restore(saved.ids, saved.values)

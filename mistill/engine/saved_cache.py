@@ -6,6 +6,7 @@ would give wrong logits without an error.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from mistill.folders.safetensors_file import (
 _TYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int64": "I64"}
 _FORMAT = "mistill key/value cache 1"
 _NOTE = "note."
+_CHECKSUM = "sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +79,11 @@ def write_cache(
         "fingerprint": fingerprint,
         **{_NOTE + name: text for name, text in notes.items()},
     }
+    arrays = {"ids": np.array(ids, np.int64), **values}
+    metadata[_CHECKSUM] = _checksum(arrays, notes)
     tensors = {
         name: NewTensor(_TYPES[array.dtype.name], array.shape, array.nbytes, _bytes_of(array))
-        for name, array in {"ids": np.array(ids, np.int64), **values}.items()
+        for name, array in arrays.items()
     }
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
@@ -109,7 +113,10 @@ def read_cache(file: Path, *, model: str, fingerprint: str) -> SavedCache:
     file = file.expanduser()
     if not file.is_file():
         raise FolderError(f"{file}: there is no such file")
-    header = read_header(file)
+    try:
+        header = read_header(file)
+    except FolderError as error:
+        raise FolderError(f"{file} is damaged: {error}") from error
     metadata = header.metadata
     if (
         metadata.get("format") != _FORMAT
@@ -124,11 +131,27 @@ def read_cache(file: Path, *, model: str, fingerprint: str) -> SavedCache:
             "that model, or give another file"
         )
     arrays = {name: map_tensor(file, stored) for name, stored in header.tensors.items()}
-    ids: list[int] = arrays.pop("ids").tolist()
     notes = {
         name.removeprefix(_NOTE): text for name, text in metadata.items() if name.startswith(_NOTE)
     }
-    return SavedCache(ids=ids, values=arrays, notes=notes)
+    # Files of versions before there was a checksum have none.
+    if metadata.get(_CHECKSUM, "") not in ("", _checksum(arrays, notes)):
+        raise FolderError(f"{file} is damaged: its checksum is not that of its content")
+    ids = arrays.pop("ids")
+    if ids.ndim != 1 or ids.dtype != np.int64:
+        raise FolderError(f"{file} is damaged: its tokens are not a list of whole numbers")
+    return SavedCache(ids=ids.tolist(), values=arrays, notes=notes)
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, str]) -> str:
+    """SHA-256 of all that a file holds: names, types, sizes and bytes of arrays, and notes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    for name, text in sorted(notes.items()):
+        digest.update(f"{name} {len(text)}\n{text}".encode())
+    return digest.hexdigest()
 
 
 def _bytes_of(array: NDArray[Any]) -> Iterator[memoryview]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -707,3 +707,71 @@ def test_the_common_prefix_ends_where_two_texts_part() -> None:
 def test_this_is_the_runtime_that_the_engine_was_written_for() -> None:
     """In-place caches and optional inputs are behaviour that versions may change."""
     assert tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 31)
+
+
+# --- a cache in a file that somebody changed ------------------------------------------------------
+
+
+def _changed(file: Path, target: Path, edit: Callable[[dict[str, Any], bytearray], None]) -> Path:
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, body = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
+    edit(header, body)
+    text = json.dumps(header).encode()
+    target.write_bytes(len(text).to_bytes(8, "little") + text + bytes(body))
+    return target
+
+
+def _flip(header: dict[str, Any], body: bytearray) -> None:
+    body[header["0.key"]["data_offsets"][0]] ^= 0x7F
+
+
+def _fewer_rows(header: dict[str, Any], body: bytearray) -> None:
+    for name, entry in header.items():
+        if name.endswith((".key", ".value")):
+            heads, rows, width = entry["shape"][1:]
+            entry["shape"] = [1, heads * rows, 1, width]
+
+
+TAMPERING: dict[str, Callable[[dict[str, Any], bytearray], Any]] = {
+    "keys changed": _flip,
+    "one value for all": lambda header, _: header["0.key"].update(shape=[1, 1, 1, 1]),
+    "fewer rows": _fewer_rows,
+    "another type": lambda header, _: header["0.key"].update(dtype="I8"),
+    "tokens as floats": lambda header, _: header["ids"].update(dtype="F64"),
+    "a token beyond": lambda header, body: body.__setitem__(
+        slice(header["ids"]["data_offsets"][0], header["ids"]["data_offsets"][0] + 8),
+        (2**40).to_bytes(8, "little"),
+    ),
+    "offsets below 0": lambda header, _: header["0.key"].update(data_offsets=[-8, 8]),
+    "a key that is gone": lambda header, _: header.pop("0.key"),
+    "another rank": lambda header, _: header["0.key"].update(shape=[4, 4]),
+    "a huge shape": lambda header, _: header["0.key"].update(shape=[1, 2**40, 3, 4]),
+    "an unknown type": lambda header, _: header["0.key"].update(dtype="BF16"),
+    "a number for a text": lambda header, _: header["__metadata__"].update(fingerprint=3),
+}
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+@pytest.mark.parametrize("name", TAMPERING)
+def test_a_cache_that_was_changed_is_refused_and_changes_nothing(
+    chatbot: Path, tmp_path: Path, name: str, checksum: bool
+) -> None:
+    model = OnnxModel(chatbot, threads=1)
+    model.read([5, 9, 7, 12])
+    sound = model.save_cache(tmp_path / "sound")
+
+    def edit(header: dict[str, Any], body: bytearray) -> None:
+        if not checksum:  # as files of earlier versions are
+            del header["__metadata__"]["sha256"]
+        TAMPERING[name](header, body)
+
+    changed = _changed(sound, tmp_path / "changed", edit)
+    if name == "keys changed" and not checksum:
+        return  # nothing tells these keys from others
+    before = changed.read_bytes()
+    with pytest.raises(FolderError) as raised:
+        model.restore_cache(changed)
+    assert "\n" not in str(raised.value)
+    assert changed.read_bytes() == before
+    assert model.restore_cache(sound) == {}

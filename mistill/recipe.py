@@ -165,13 +165,18 @@ def read_recipe(file: str | Path, out: str | Path | None = None) -> Recipe:
         document = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"{file} is missing; give a TOML file with a table per step") from error
-    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError as error:
+        raise RecipeError(f"{file} is not a TOML file: it is nested too deeply") from error
+    except (IsADirectoryError, ValueError) as error:
         raise RecipeError(f"{file} is not a TOML file: {error}") from error
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
     for key in document:
         if key not in tables and key != "out":
             raise RecipeError(f"{file}: {key} is not known here; only out may stand above tables")
-    folder = Path(out if out is not None else document.get("out", path.stem)).absolute()
+    own_out = document.get("out", path.stem)
+    if not isinstance(own_out, str) or not own_out.isprintable():
+        raise RecipeError(f"{file}: out should be the path of a folder, got {own_out!r:.80}")
+    folder = Path(out if out is not None else own_out).absolute()
     if not tables:
         raise RecipeError(f"{file} has no steps; add a table, such as [teacher]")
     kinds = step_kinds()
@@ -280,6 +285,8 @@ def _read_step(
 ) -> Step:
     _check_name(name)
     kind_name = table.get("step", name)
+    if not isinstance(kind_name, str):
+        raise RecipeError(f"step should be a name, got {kind_name!r:.80}")
     if kind_name not in kinds:
         raise RecipeError(f"step {kind_name!r} is not known; known are {', '.join(kinds)}")
     kind = kinds[kind_name]
@@ -340,9 +347,12 @@ def _read_model(key: str, value: Any, earlier: Sequence[str]) -> Any:
 def _read_text(value: Any, earlier: Sequence[str], beside: Path) -> Any:
     """Texts as strings; a relative file is looked up beside the recipe when it is not here."""
     if isinstance(value, list):
+        for item in value:
+            if not isinstance(item, str):
+                raise RecipeError(f"text should be a name or a file, got a {type(item).__name__}")
         return [_read_text(item, earlier, beside) for item in value]
     if not isinstance(value, str):
-        raise RecipeError(f"text should be a name or a file, got {value!r}")
+        raise RecipeError(f"text should be a name or a file, got {value!r:.80}")
     if value in earlier or value.startswith("@") or Path(value).exists():
         return value
     return str(beside / value) if (beside / value).exists() else value

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mistill.errors import FolderError
+from mistill.folders.json_text import parse_json
 
 # Names of types in a file, and the numpy types that their bytes are read as: the wide ones first,
 # which is the order in which the library writes tensors.
@@ -171,7 +172,7 @@ def _parse(file: Path) -> tuple[int, dict[str, Any]]:
     """The position of the first tensor, and the header without its metadata."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-        header = json.loads(opened.read(length))
+        header = parse_json(opened.read(length), str(file))
     header.pop("__metadata__", None)
     return _LENGTH_BYTES + length, header
 
@@ -186,7 +187,7 @@ def _problem(file: Path, error: SafetensorError) -> str:
     try:
         start, entries = _parse(file)
         expected = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (FolderError, LookupError, TypeError, AttributeError):
         return f"{file} is not a safetensors file, or its start is damaged"
     if size < expected:
         return f"{file} is cut short: {size} of {expected} bytes"

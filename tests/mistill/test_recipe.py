@@ -268,3 +268,22 @@ def test_names_with_markup_are_printed_as_they_are(tmp_path, teacher):
     written = io.StringIO()
     run_recipe(read_recipe(recipe, out=tmp_path / "road"), Console(file=written, width=200))
     assert "[red]base[bold]" in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("out = 3\n[teacher]\nsource = 'x/y'", "out should be the path of a folder, got 3"),
+        ('out = "a\\u0000b"\n[teacher]\nsource = "x/y"', "out should be the path of a folder"),
+        ("[a]\nstep = ['x']", r"step should be a name, got \['x'\]"),
+        ("[a]\nstep = {x = 1}", "step should be a name, got {'x': 1}"),
+        ("[a]\nstep = 'teacher'\nsource = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("[a]\nstep = 'gptq'\nsource = 'x/y'\ntexts = [['x']]", "got a list"),
+    ],
+)
+def test_a_recipe_of_other_types_is_refused_in_one_line(tmp_path, text, words):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(text)
+    with pytest.raises(RecipeError, match=words) as raised:
+        read_recipe(recipe)
+    assert "\n" not in str(raised.value)

@@ -752,8 +752,12 @@ TAMPERING: dict[str, Callable[[dict[str, Any], bytearray], Any]] = {
 }
 
 
-@pytest.mark.parametrize("checksum", [True, False])
-@pytest.mark.parametrize("name", TAMPERING)
+# Without a checksum, as in files of earlier versions, nothing tells other keys from the right ones.
+@pytest.mark.parametrize(
+    ("name", "checksum"),
+    [(name, True) for name in TAMPERING]
+    + [(name, False) for name in TAMPERING if name != "keys changed"],
+)
 def test_a_cache_that_was_changed_is_refused_and_changes_nothing(
     chatbot: Path, tmp_path: Path, name: str, checksum: bool
 ) -> None:
@@ -767,8 +771,6 @@ def test_a_cache_that_was_changed_is_refused_and_changes_nothing(
         TAMPERING[name](header, body)
 
     changed = _changed(sound, tmp_path / "changed", edit)
-    if name == "keys changed" and not checksum:
-        return  # nothing tells these keys from others
     before = changed.read_bytes()
     with pytest.raises(FolderError) as raised:
         model.restore_cache(changed)

@@ -19,6 +19,7 @@ from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.progress import Tracker, track
 from mistill.pytorch.layers import Batch, LayeredModel
 from mistill.pytorch.loading import read_tensors
+from mistill.pytorch.stages import kept_rows
 from mistill.settings import settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
@@ -38,7 +39,6 @@ from quantize.folders.plan import (
 )
 from quantize.folders.report import report_of, write_report
 from quantize.folders.resuming import Part, PartStore
-from quantize.gptq.calibration import kept_rows
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_head, quantize_layer
 from quantize.measuring.fidelity import FidelityCheck, open_check, report_entry

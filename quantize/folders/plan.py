@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mistill.errors import SettingsError
 from mistill.pytorch.loading import read_tensors
+from mistill.pytorch.stages import MATRICES
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, GptqFormat, ModuleFormat, QuantizedWeight
 from quantize.folders.float_model import FloatModel, require_fit
-from quantize.gptq.calibration import MATRICES
 from quantize.gptq.rounding import round_weight
 from quantize.overrides import require_matches
 from quantize.settings import GptqSettings, GridSettings, RoundingSettings

@@ -13,6 +13,7 @@ from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing
 from mistill.progress import Tracker, track
 from mistill.pytorch.loading import read_tensors
+from mistill.pytorch.stages import MATRICES
 from mistill.settings import settings_dict, settings_from
 from mistill.text.rows import Texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
@@ -20,7 +21,6 @@ from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.float_model import FloatModel, open_float, tensor_patterns, write_config
 from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, round_table
 from quantize.folders.report import ModuleReport, report_of, write_report
-from quantize.gptq.calibration import MATRICES
 from quantize.gptq.rounding import round_weight
 from quantize.measuring.fidelity import open_check, report_entry
 from quantize.settings import RoundingSettings

@@ -36,9 +36,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mistill.pytorch.factor import damped_factor, rearranged
 from mistill.weights.gptq_layout import QuantizedWeight
 from mistill.weights.grid import Grid, GridKind, best_grid
-from quantize.gptq.factor import damped_factor, rearranged
 from quantize.settings import GptqSettings
 
 # Columns whose errors are held back and handed to the rest in one matrix product.

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from mistill.errors import FolderError
 from mistill.pytorch.layers import Batch
-from mistill.training.memory import give_back
-from mistill.weights.gptq_layout import HEAD, QuantizedWeight
-from quantize.gptq.calibration import (
+from mistill.pytorch.stages import (
     STAGES,
     kept_rows,
     layer_stages,
@@ -26,6 +24,8 @@ from quantize.gptq.calibration import (
     mean_drift,
     mean_outer_product,
 )
+from mistill.training.memory import give_back
+from mistill.weights.gptq_layout import HEAD, QuantizedWeight
 from quantize.gptq.gptq import ROWS_AT_ONCE, GptqResult, Walk, make_walk, walk_weight
 from quantize.settings import GptqSettings
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from mistill.measures.kl import Predictions, compare
 from mistill.progress import Tracker, track
 from mistill.pytorch.layers import Batch, LayeredModel
+from mistill.pytorch.stages import MATRICES, matrices
 from mistill.text.blocks import TokenBlocks
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat
 from quantize.folders.float_model import FloatModel
 from quantize.folders.plan import read_table, round_table
-from quantize.gptq.calibration import MATRICES, matrices
 from quantize.gptq.rounding import round_weight
 from quantize.settings import GptqSettings
 

@@ -272,7 +272,7 @@ MUTATIONS = (
     ),
     Mutation(
         "damping does not grow with the Hessian",
-        "quantize/gptq/factor.py",
+        "mistill/pytorch/factor.py",
         "diagonal + damping * diagonal.mean()",
         "diagonal + damping",
         _GPTQ,

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from mistill.pytorch.layers import Batch, LayeredModel
 from mistill.pytorch.loading import load_pytorch
-from mistill.text.blocks import Document, TokenBlocks, pack
-from mistill.text.documents import read_documents
-from mistill.text.vocabulary import load_vocabulary
-from quantize.gptq.calibration import (
+from mistill.pytorch.stages import (
     STAGES,
     kept_rows,
     layer_stages,
     mean_drift,
     mean_outer_product,
 )
+from mistill.text.blocks import Document, TokenBlocks, pack
+from mistill.text.documents import read_documents
+from mistill.text.vocabulary import load_vocabulary
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_layer
 from quantize.settings import GptqSettings

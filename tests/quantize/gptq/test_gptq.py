@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mistill.pytorch.factor import damped_factor, mirror_lower, rearranged
 from quantize.gptq import gptq
-from quantize.gptq.factor import damped_factor, mirror_lower, rearranged
 from quantize.gptq.gptq import column_order, quantize_weight, reversed_blocks
 from quantize.gptq.rounding import round_weight
 from quantize.settings import GptqSettings, Order, RoundingSettings

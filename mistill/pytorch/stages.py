@@ -1,10 +1,10 @@
 """The inputs of every matrix of a layer on calibration text, and their means.
 
-GPTQ needs, for every matrix, the mean of x x^T over its inputs x. A layer of Llama or Mistral has
-four different inputs: of q, k and v; of o; of gate and up; of down. ``layer_stages`` computes a
-layer in these four stages and stops before each. Quantizing the matrices of a stage in place
-before going on is GPTQ's "true sequential" order, and costs no second forward pass: every stage
-computes with the quantized matrices of the stages before it.
+GPTQ, and healing in closed form, need for a matrix the mean of x x^T over its inputs x. A layer of
+Llama or Mistral has four different inputs: of q, k and v; of o; of gate and up; of down.
+``layer_stages`` computes a layer in these four stages and stops before each. Changing the matrices
+of a stage in place before going on is GPTQ's "true sequential" order, and costs no second forward
+pass: every stage computes with the changed matrices of the stages before it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mistill.pytorch.factor import mirror_lower
 from mistill.pytorch.layers import Batch
-from quantize.gptq.factor import mirror_lower
 
 # Matrices that share their inputs, in the order in which a layer uses them.
 STAGES = (

@@ -1,4 +1,4 @@
-"""The factor of a Hessian that GPTQ walks along, made in the memory of one such matrix.
+"""The Cholesky factor of a damped Hessian, made in the memory of one such matrix.
 
 A Hessian of 14,336 inputs, as Mistral 7B has them, fills 0.8 GB; four copies of it would be more
 than the layer itself. So the Cholesky factor grows in place, in the lower triangle, while the upper

@@ -1,6 +1,7 @@
 """Teach a small model to predict what a large one predicts.
 
-``new_student`` cuts a student out of its teacher, ``train`` distils, ``generate_conversations``
+``new_student`` cuts a student out of its teacher, ``heal`` mends the cut in closed form, ``train``
+distils, ``generate_conversations``
 lets a teacher write the text to learn from, and ``cache_targets`` keeps what it says, so that it
 need not be there again.
 """
@@ -13,8 +14,10 @@ from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from distill.conversations import generate_conversations as generate_conversations
+    from distill.healing.healed_folder import heal as heal
     from distill.loss.losses import forward_kl as forward_kl
     from distill.settings import GenerateSettings as GenerateSettings
+    from distill.settings import HealSettings as HealSettings
     from distill.settings import StudentSettings as StudentSettings
     from distill.settings import TargetSettings as TargetSettings
     from distill.settings import TrainSettings as TrainSettings
@@ -25,12 +28,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "GenerateSettings": "distill.settings",
+    "HealSettings": "distill.settings",
     "StudentSettings": "distill.settings",
     "TargetSettings": "distill.settings",
     "TrainSettings": "distill.settings",
     "cache_targets": "distill.targets.targets_folder",
     "forward_kl": "distill.loss.losses",
     "generate_conversations": "distill.conversations",
+    "heal": "distill.healing.healed_folder",
     "new_student": "distill.student.student_folder",
     "open_targets": "distill.targets.cached_teacher",
     "train": "distill.training.trained_folder",
@@ -38,12 +43,14 @@ _HOMES = {
 
 __all__ = [
     "GenerateSettings",
+    "HealSettings",
     "StudentSettings",
     "TargetSettings",
     "TrainSettings",
     "cache_targets",
     "forward_kl",
     "generate_conversations",
+    "heal",
     "new_student",
     "open_targets",
     "train",

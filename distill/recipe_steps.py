@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from distill.settings import GenerateSettings, StudentSettings, TargetSettings, TrainSettings
+from distill.settings import (
+    GenerateSettings,
+    HealSettings,
+    StudentSettings,
+    TargetSettings,
+    TrainSettings,
+)
 from mistill.folders.folder import MANIFEST_FILE
 from mistill.step_kind import StepKind, calling
 
@@ -22,6 +28,13 @@ KINDS = (
         texts=("texts",),
         optional=("texts",),
         run=calling("distill.new_student", "teacher"),
+    ),
+    StepKind(
+        name="heal",
+        settings=HealSettings,
+        models=("student", "teacher"),
+        texts=("texts",),
+        run=calling("distill.heal", "student"),
     ),
     StepKind(
         name="targets",

@@ -7,6 +7,7 @@ imports no PyTorch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -187,6 +188,10 @@ _WALK_TOKENS = 8192
 _GREEDY_TOKENS = 1024
 
 
+# Tokens of each text that a student is healed on.
+HEALING_TOKENS = 16_384
+
+
 _WIDTHS = ("hidden_size", "intermediate_size", "key_value_heads")
 
 
@@ -222,6 +227,10 @@ class StudentSettings:
         calibration_tokens: Most tokens of text to measure the teacher on; if not given 8,192, or
             1,024 for greedy_kl.
         block_length: Tokens of one block of that text.
+        heal: Refit the output matrices of every layer in closed form after pruning, so that the
+            hidden states are the teacher's again as far as they can be; if not given, wherever
+            there is text. Text of several kinds keeps the student from losing on other kinds.
+        heal_tokens: Most tokens of each text to fit them to.
     """
 
     layers: int | None = None
@@ -237,6 +246,8 @@ class StudentSettings:
     seed: int = 0
     calibration_tokens: int | None = None
     block_length: int = 512
+    heal: bool | None = None
+    heal_tokens: int = HEALING_TOKENS
 
     @property
     def walk_tokens(self) -> int:
@@ -250,7 +261,8 @@ class StudentSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
-        for name in (*_WIDTHS, "attention_heads", "layers", "parameters", "calibration_tokens"):
+        counts = ("attention_heads", "layers", "parameters", "calibration_tokens", "heal_tokens")
+        for name in (*_WIDTHS, *counts):
             require_range(name, getattr(self, name), 1)
         require_range("megabytes_at_4_bits", self.megabytes_at_4_bits, 0, exclusive=True)
         require_range("block_length", self.block_length, 2)
@@ -274,14 +286,7 @@ class StudentSettings:
             named or not self.keep,
             f"keep names layers and choose asks for {self.choose!r} ones; set choose to 'named'",
         )
-        require(
-            all(earlier < later for earlier, later in zip(self.keep, self.keep[1:], strict=False)),
-            f"keep must be in ascending order and name no layer twice, not {_listed(self.keep)}",
-        )
-        require(
-            not self.keep or self.keep[0] >= 0,
-            f"keep counts layers from 0, so none is below it; got {_listed(self.keep)}",
-        )
+        _check_ascending("keep", self.keep)
         require(
             not self.keep or self.layers in (None, len(self.keep)),
             f"keep names {len(self.keep)} layers and layers asks for {self.layers}; leave layers "
@@ -296,6 +301,10 @@ class StudentSettings:
 
     def _check_fresh(self) -> None:
         require(
+            not (self.fresh and self.heal),
+            "a fresh student has nothing of its teacher that could be healed; leave out heal",
+        )
+        require(
             self.fresh or self.attention_heads is None,
             "attention_heads can be chosen for a fresh student only, since other students keep "
             "whole groups of them; give key_value_heads, and they follow",
@@ -304,6 +313,17 @@ class StudentSettings:
             not self.fresh or self.choose == "influence",
             f"a fresh student keeps no layer of its teacher; leave out choose {self.choose!r}",
         )
+
+
+def _check_ascending(name: str, layers: tuple[int, ...]) -> None:
+    require(
+        all(earlier < later for earlier, later in pairwise(layers)),
+        f"{name} must be in ascending order and name no layer twice, not {_listed(layers)}",
+    )
+    require(
+        not layers or layers[0] >= 0,
+        f"{name} counts layers from 0, so none is below it; got {_listed(layers)}",
+    )
 
 
 def _listed(layers: tuple[int, ...]) -> str:
@@ -316,6 +336,34 @@ _MOST_SHARD_TOKENS = 2**22
 
 # A count of draws is stored in a byte.
 _MOST_DRAWS = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealSettings:
+    """How a pruned student is healed in closed form.
+
+    Attributes:
+        tokens: Most tokens of each text to fit to.
+        block_length: Tokens of one block of that text.
+        ridge: Ridge of every fit, as a share of the mean square of its inputs; if not given, the
+            best of several for each matrix, judged on an eighth of the text that is left out of
+            the fit.
+        kept_layers: The layers of the teacher that the student has, ascending from 0, where its
+            lineage does not say.
+    """
+
+    tokens: int = HEALING_TOKENS
+    block_length: int = 512
+    ridge: float | None = None
+    kept_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be healed with."""
+        object.__setattr__(self, "kept_layers", tuple(self.kept_layers))
+        require_range("tokens", self.tokens, 1)
+        require_range("block_length", self.block_length, 2)
+        require_range("ridge", self.ridge, 0, exclusive=True)
+        _check_ascending("kept_layers", self.kept_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

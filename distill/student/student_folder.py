@@ -8,28 +8,23 @@ is a plain Llama or Mistral model, so that every other tool reads it.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from distill.healing.healed_folder import calibration_blocks, write_healed
+from distill.healing.walk import Origin
 from distill.settings import MEASURED, StudentSettings
 from distill.student.angular import least_turning_block
 from distill.student.fresh import fresh_config, write_fresh
-from distill.student.greedy import Drop, greedy_drops
-from distill.student.importance import (
-    TeacherScores,
-    evenly_spaced,
-    measure_scores,
-    most_influential,
-)
+from distill.student.importance import TeacherScores, evenly_spaced, most_influential
 from distill.student.pruning import FLOATS, copy_layers
-from distill.student.score_cache import keep_scores, read_scores, score_file
+from distill.student.scores import cheapest_drops, teacher_scores
 from distill.student.sizing import Sizes, fitting_layers
-from distill.student.width import KeptWidth, WidthScores, keep_strongest
-from mistill.errors import FolderError, TextError
+from distill.student.width import KeptWidth, keep_strongest
+from mistill.errors import FolderError
 from mistill.folders.folder import (
     FolderInfo,
     copy_companions,
@@ -37,14 +32,14 @@ from mistill.folders.folder import (
     read_json,
     tensor_headers,
 )
-from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing
+from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
+from mistill.folders.publishing import creating, publish, refuse_existing, working
 from mistill.pytorch.loading import check_weights, require_readable
-from mistill.settings import require, settings_from
+from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
-from mistill.text.rows import Texts
+from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -88,7 +83,7 @@ def new_student(
         TargetExistsError: If the target exists.
     """
     settings = settings_from(StudentSettings, settings, options)
-    refuse_existing(target, overwrite, [teacher])
+    path = refuse_existing(target, overwrite, [teacher])
     info = open_folder(resolve_model(teacher))
     require_readable(info)
     config = read_json(info.path / "config.json")
@@ -100,11 +95,68 @@ def new_student(
     else:
         plan = _plan(info, config, settings, texts)
         keep, width, facts = _choose(info, config, settings, plan, texts or ())
-        with creating(target, overwrite) as folder:
-            copy_layers(info.path, folder, keep, width)
-            facts = _finish(folder, info, settings, facts)
+        if plan.heals:
+            assert texts is not None
+            cut = _Cut(info, keep, width, settings)
+            facts = _make_healed(cut, path, texts, facts, overwrite)
+        else:
+            with creating(target, overwrite) as folder:
+                copy_layers(info.path, folder, keep, width)
+                facts = _finish(folder, info, settings, facts)
     logger.info("made the student %s from %s: %s", target, info.path, facts)
     return Path(target)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What a student is made of.
+
+    Attributes:
+        teacher: The teacher.
+        keep: Its layers that are kept.
+        width: What is kept of each; None for all.
+        settings: How the student is made.
+    """
+
+    teacher: FolderInfo
+    keep: tuple[int, ...]
+    width: KeptWidth | None
+    settings: StudentSettings
+
+    @property
+    def origin(self) -> Origin:
+        """The teacher's layers and channels that the student has."""
+        return Origin(self.keep, None if self.width is None else self.width.channels)
+
+
+def _make_healed(
+    cut: _Cut, target: Path, texts: Texts, facts: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    """Cut a student and heal it, or finish what an interrupted run left of that."""
+    settings = cut.settings
+    blocks = calibration_blocks(cut.teacher, texts, settings.heal_tokens, settings.block_length)
+    key = {
+        "step": "student",
+        "teacher": fingerprint(cut.teacher.path),
+        "settings": settings_dict(settings),
+        "kept_layers": list(cut.keep),
+        "kept_width": None if cut.width is None else cut.width.digest,
+        "texts": blocks.digest,
+        "versions": installed_versions(),
+    }
+    with working(target, key, anew=overwrite) as work:
+        pruned, result = work / "pruned", work / "result"
+        for folder in (pruned, result):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        copy_layers(cut.teacher.path, pruned, cut.keep, cut.width)
+        shutil.copyfile(pruned / "config.json", result / "config.json")
+        healing = write_healed(pruned, result, work, cut.teacher.path, cut.origin, blocks)
+        shutil.rmtree(pruned)
+        healing["texts"] = sources_of(texts)
+        all_facts = _finish(result, cut.teacher, settings, {**facts, **healing})
+        publish(work, target, overwrite)
+    return all_facts
 
 
 _SIZES = (
@@ -144,11 +196,13 @@ class _Plan:
         layers: How many layers.
         fewer_layers: Whether those are not all.
         narrower: Whether less than their whole width is kept.
+        heals: Whether what is kept is healed.
     """
 
     layers: int
     fewer_layers: bool
     narrower: bool
+    heals: bool
 
 
 def _plan(
@@ -165,7 +219,8 @@ def _plan(
     student = _narrowed(teacher, config, settings)
     narrower = student != teacher
     layers = _layer_count(info, teacher, student, settings)
-    plan = _Plan(layers, layers < info.layers, narrower)
+    heals = texts is not None if settings.heal is None else settings.heal
+    plan = _Plan(layers, layers < info.layers, narrower, heals)
     _check_text(info, settings, plan, texts)
     check_weights(info.path)
     if narrower:
@@ -242,7 +297,12 @@ def _check_text(
         "@demo-train",
     )
     require(
-        not (by_text or plan.narrower) or settings.block_length <= info.context_length,
+        not plan.heals or texts is not None,
+        "a student is healed on text: give texts, such as @demo-train, or leave out heal",
+    )
+    require(
+        not (by_text or plan.narrower or plan.heals)
+        or settings.block_length <= info.context_length,
         f"block_length must not exceed the teacher's context of {info.context_length}, got "
         f"{settings.block_length}",
     )
@@ -291,7 +351,9 @@ def _choose(
             hidden_size=settings.hidden_size,
         )
     if "calibration_tokens" in facts:
-        facts["texts"] = [str(text) for text in _as_list(texts)]
+        facts["texts"] = sources_of(texts)
+    if width is not None and width.channels is not None:
+        facts["kept_channels"] = width.channels.tolist()
     return keep, width, {"kept_layers": list(keep), **facts}
 
 
@@ -341,77 +403,3 @@ def _calibration_blocks(
     if blocks.tokens < tokens:
         logger.warning("scores are measured on %d tokens: the text holds no more", blocks.tokens)
     return blocks
-
-
-def _as_list(texts: Texts) -> list[str | Path]:
-    return [texts] if isinstance(texts, str | Path) else list(texts)
-
-
-# --- scores, measured or remembered -------------------------------------------------------------
-
-
-def teacher_scores(teacher: Path, blocks: TokenBlocks) -> tuple[TeacherScores, bool]:
-    """What a walk through a teacher tells on some text, from the user's cache if it is there.
-
-    Args:
-        teacher: A float folder of a readable architecture.
-        blocks: The text.
-
-    Returns:
-        The scores, and whether they were measured before.
-
-    Raises:
-        FolderError: If the teacher computes something that is not a number.
-    """
-    file = score_file("walk", teacher, blocks)
-    stored = read_scores(file)
-    if stored is not None:
-        width = WidthScores(*(stored[name] for name in ("neurons", "groups", "channels")))
-        return TeacherScores(tuple(stored["influence"].tolist()), stored["angular"], width), True
-    scores = measure_scores(teacher, blocks)
-    tensors = {
-        "influence": torch.tensor(scores.influence, dtype=torch.float64),
-        "angular": scores.angular,
-        **vars(scores.width),
-    }
-    keep_scores(file, tensors)
-    return scores, False
-
-
-def cheapest_drops(teacher: Path, blocks: TokenBlocks, count: int) -> tuple[list[Drop], bool]:
-    """Layers to drop by greedy KL, as far as they are in the user's cache from there.
-
-    A search that went further holds the answer; one that went less far is gone on with.
-
-    Args:
-        teacher: A float folder of a readable architecture.
-        blocks: The text.
-        count: How many to drop.
-
-    Returns:
-        The drops in order, and whether nothing had to be tried.
-
-    Raises:
-        TextError: If nothing in the text is to be predicted.
-        FolderError: If the teacher computes something that is not a number.
-    """
-    if not blocks.kept.any():
-        raise TextError(
-            "greedy KL needs tokens to be predicted, and the text begins with none; give more "
-            "calibration_tokens"
-        )
-    file = score_file("greedy", teacher, blocks)
-    scores = read_scores(file)
-    known: list[Drop] = []
-    if scores is not None:
-        pairs = zip(scores["layers"].tolist(), scores["kl"].tolist(), strict=True)
-        known = [Drop(layer, kl) for layer, kl in pairs]
-    if len(known) >= count:
-        return known[:count], True
-    drops = greedy_drops(teacher, blocks, count, known)
-    tensors = {
-        "layers": torch.tensor([drop.layer for drop in drops]),
-        "kl": torch.tensor([drop.kl for drop in drops], dtype=torch.float64),
-    }
-    keep_scores(file, tensors)
-    return drops, False

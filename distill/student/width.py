@@ -19,6 +19,7 @@ N is blocks, T positions, L layers, F neurons, G groups, D channels.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -181,6 +182,14 @@ class KeptWidth:
     head_dim: int
     queries_per_group: int
     hidden_size: int
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is kept, in hexadecimal."""
+        digest = hashlib.sha256()
+        for places in (self.neurons, self.groups, self.channels):
+            digest.update(b"all;" if places is None else places.cpu().numpy().tobytes() + b";")
+        return digest.hexdigest()
 
 
 def strongest(scores: Tensor, count: int) -> Tensor:

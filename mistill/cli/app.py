@@ -22,7 +22,13 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
-from distill import GenerateSettings, StudentSettings, TargetSettings, TrainSettings
+from distill import (
+    GenerateSettings,
+    HealSettings,
+    StudentSettings,
+    TargetSettings,
+    TrainSettings,
+)
 from export import GgufSettings, OnnxSettings
 from mistill import __version__
 from mistill.chat.bot import ChatSettings
@@ -119,6 +125,7 @@ def generate(
                 *("hidden_size", "intermediate_size", "key_value_heads"),
             ),
             "What is pruned": ("texts", "choose", "keep", "calibration_tokens", "block_length"),
+            "Healing in closed form": ("heal", "heal_tokens"),
             "Student with random weights": ("fresh", "attention_heads", "seed"),
         }
     )
@@ -139,7 +146,8 @@ def student(
         teacher: The model to prune: a model folder, a Hub id, a GGUF file, or @smollm2.
         target: The model folder of the student to write.
         texts: Calibration data, on which the importance of layers, heads and channels is
-            measured. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or @demo-train.
+            measured and the student is healed; best of several kinds. A .txt, .jsonl, .json or
+            .parquet file, a Hub dataset, or @demo-train.
         settings: How much of the teacher the student keeps.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -151,6 +159,51 @@ def student(
 
     folder = new_student(
         teacher, target, texts=texts or None, settings=settings, overwrite=overwrite
+    )
+    return print_folder(folder, json)
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Models and text": ("teacher", "texts", "tokens", "block_length"),
+            "Fit": ("ridge", "kept_layers"),
+        }
+    )
+)
+def heal(
+    student: Path,
+    target: Path,
+    /,
+    *,
+    teacher: str,
+    texts: Texts,
+    settings: Annotated[HealSettings, Flat] = HealSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Refit a pruned student's output matrices in closed form to what its teacher computes.
+
+    No gradient is computed. The same command resumes an interrupted run.
+
+    Args:
+        student: The model folder of the student to heal, as mistill student makes it.
+        target: The model folder of the healed student to write.
+        teacher: The model that the student was pruned from: a model folder, a Hub id, a GGUF
+            file, or @smollm2.
+        texts: Calibration data, best of several kinds: as many tokens of each are read. A .txt,
+            .jsonl, .json or .parquet file, a Hub dataset, or @demo-train.
+        settings: How the matrices are fitted.
+        overwrite: Replace the target if it exists.
+        json: Print the result as one line of JSON at the end.
+
+    Returns:
+        The facts that were printed.
+    """
+    from distill import heal as heal_student
+
+    folder = heal_student(
+        student, target, teacher=teacher, texts=texts, settings=settings, overwrite=overwrite
     )
     return print_folder(folder, json)
 

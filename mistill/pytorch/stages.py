@@ -10,6 +10,7 @@ pass: every stage computes with the changed matrices of the stages before it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,40 @@ def layer_stages(layer: nn.Module, batches: Sequence[Batch]) -> Iterator[list[Te
     del normed
     yield gated
     yield [x + mlp.down_proj(y) for x, y in zip(hidden, gated, strict=True)]
+
+
+@torch.no_grad()
+def attended_inputs(layer: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
+    """What attention hands to its output matrix.
+
+    Args:
+        layer: A decoder layer in float32.
+        batch: Masks and positions of the text.
+        hidden: The hidden states before the layer, shape (B, T, D).
+
+    Returns:
+        The input of ``o_proj``, shape (B, T, heads x head width).
+    """
+    stages = layer_stages(layer, [replace(batch, hidden=hidden)])
+    next(stages)
+    return next(stages)[0]
+
+
+@torch.no_grad()
+def gated_inputs(layer: nn.Module, middle: Tensor) -> Tensor:
+    """What the feed-forward part hands to its output matrix.
+
+    Args:
+        layer: A decoder layer in float32.
+        middle: The hidden states between attention and the feed-forward part, shape (..., D).
+
+    Returns:
+        The input of ``down_proj``, shape (..., I).
+    """
+    parts = cast(Any, layer)
+    x = parts.post_attention_layernorm(middle)
+    gated: Tensor = parts.mlp.act_fn(parts.mlp.gate_proj(x)).mul_(parts.mlp.up_proj(x))
+    return gated
 
 
 def kept_rows(inputs: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:

@@ -100,6 +100,29 @@ class TokenBlocks:
         return int((self.documents >= 0).sum())
 
 
+def joined(parts: Sequence[TokenBlocks]) -> TokenBlocks:
+    """Blocks of several texts as one set, in turn: the first of each, the second of each, ...
+
+    Args:
+        parts: Blocks of one length; at least one set.
+
+    Returns:
+        All blocks, so spread that any run of them holds every text in proportion. Documents are
+        numbered anew.
+    """
+    documents, first = [], 0
+    for part in parts:
+        documents.append(np.where(part.documents < 0, -1, part.documents + first).astype(np.int32))
+        first += int(part.documents.max()) + 1
+    place = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])
+    order = np.argsort(place, kind="stable")
+    return TokenBlocks(
+        ids=np.concatenate([part.ids for part in parts])[order],
+        mask=np.concatenate([part.mask for part in parts])[order],
+        documents=np.concatenate(documents)[order],
+    )
+
+
 def pack(documents: Iterable[Document], block_length: int) -> TokenBlocks:
     """Pack documents into blocks of one length.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill import new_student
-from distill.student import student_folder as student
+from distill.student import scores as student
 from distill.student.score_cache import keep_scores, read_scores, score_folder
 from mistill.folders.lineage import read_lineage
 from tests.tiny import tiny_model

@@ -553,7 +553,9 @@ def test_what_does_not_fit_the_teacher_is_refused_before_its_weights_are_read(
     def never(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    for name in ("measure_scores", "greedy_drops", "copy_layers", "write_fresh"):
+    for name in ("scores.measure_scores", "scores.greedy_drops"):
+        monkeypatch.setattr(f"distill.student.{name}", never)
+    for name in ("copy_layers", "write_healed", "write_fresh"):
         monkeypatch.setattr(f"distill.student.student_folder.{name}", never)
 
     with pytest.raises(error, match=message) as caught:

@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
 }
 IDS = np.random.default_rng(0).integers(0, 384, (2, 17))
-MEASURE: dict[str, Any] = {"calibration_tokens": 160, "block_length": 32}
+MEASURE: dict[str, Any] = {"calibration_tokens": 160, "block_length": 32, "heal": False}
 
 
 def change(folder: Path, edit: Any) -> Path:

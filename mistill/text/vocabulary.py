@@ -52,11 +52,13 @@ class TokenSpans(NamedTuple):
     starts: NDArray[np.int64]
 
 
-def load_vocabulary(folder: str | Path) -> Vocabulary:
+def load_vocabulary(folder: str | Path, *, today: date | None = None) -> Vocabulary:
     """Read the tokenizer and the chat template of a folder.
 
     Args:
         folder: A model folder of any form.
+        today: The day that a template which writes the date is told; None tells it the time at
+            which it renders.
 
     Returns:
         The vocabulary.
@@ -84,7 +86,9 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
         raise VocabularyError(f"{file} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return Vocabulary(path, tokenizer, definition, processor)
+    vocabulary = Vocabulary(path, tokenizer, definition, processor)
+    vocabulary.today = today
+    return vocabulary
 
 
 class Vocabulary:
@@ -143,6 +147,15 @@ class Vocabulary:
     def folder(self) -> Path:
         """The folder that it was read from."""
         return self._folder
+
+    @property
+    def date_key(self) -> dict[str, str]:
+        """What the text of a conversation depends on besides its words: the day, if it is written.
+
+        A part of the key of work that resumes.
+        """
+        writes = any("strftime_now" in template for template in self._templates.values())
+        return {"date": self.today.isoformat()} if self.today is not None and writes else {}
 
     # --- text to tokens and back ----------------------------------------------------------------
 

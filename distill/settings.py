@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from mistill.settings import require, require_choice, require_range
+from mistill.settings import TextSettings, require, require_choice, require_range
 from mistill.training.processes import OptimizerName, Precision
 
 # Those of distill.loss.divergences, which imports PyTorch.
@@ -21,7 +21,7 @@ Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(TextSettings):
     """How a student is trained on its teacher's predictions.
 
     Attributes:
@@ -194,7 +194,7 @@ _TARGETS = ("layers", "parameters", "megabytes_at_4_bits")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentSettings:
+class StudentSettings(TextSettings):
     """How a student is pruned from its teacher, or the sizes of one with random weights.
 
     Attributes:
@@ -319,7 +319,7 @@ _MOST_DRAWS = 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetSettings:
+class TargetSettings(TextSettings):
     """How teacher logits are sampled and stored.
 
     Attributes:
@@ -385,7 +385,7 @@ class TargetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings:
+class GenerateSettings(TextSettings):
     """How a teacher writes conversations.
 
     Attributes:

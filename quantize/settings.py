@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any, Literal, Self, get_args
 
 from mistill.errors import SettingsError
-from mistill.settings import require, require_range
+from mistill.settings import TextSettings, require, require_range
 from mistill.weights.gptq_layout import ModuleFormat, ScaleType
 from quantize.overrides import Override, format_of, parse_override, parse_overrides, require_grid
 
@@ -142,7 +142,7 @@ class SolverSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationSettings:
+class CalibrationSettings(TextSettings):
     """How much calibration text is read.
 
     Attributes:
@@ -165,7 +165,7 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundingSettings(GridSettings):
+class RoundingSettings(TextSettings, GridSettings):
     """How weights are rounded to the nearest code, without calibration text."""
 
 
@@ -193,7 +193,7 @@ class GptqSettings(CalibrationSettings, SolverSettings, GridSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nf4Settings:
+class Nf4Settings(TextSettings):
     """How weights are stored as 4-bit NormalFloat by bitsandbytes.
 
     Attributes:
@@ -302,7 +302,7 @@ class RotationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningSettings:
+class TuningSettings(TextSettings):
     """How scales and norms of a quantized model are tuned.
 
     Attributes:

@@ -273,7 +273,7 @@ def _choose(
     walked = plan.fewer_layers and settings.choose in ("influence", "angular")
     scores = None
     if plan.narrower or walked:
-        blocks = _calibration_blocks(info, settings.walk_tokens, settings.block_length, texts)
+        blocks = _calibration_blocks(info, settings.walk_tokens, settings, texts)
         scores, reused = teacher_scores(info.path, blocks)
         facts |= {"calibration_tokens": blocks.tokens, "scores_reused": reused}
     keep = tuple(range(info.layers))
@@ -309,7 +309,7 @@ def _choose_layers(
     if settings.choose == "even":
         return evenly_spaced(info.layers, count), {}
     if settings.choose == "greedy_kl":
-        blocks = _calibration_blocks(info, settings.greedy_tokens, settings.block_length, texts)
+        blocks = _calibration_blocks(info, settings.greedy_tokens, settings, texts)
         drops, reused = cheapest_drops(info.path, blocks, dropped)
         gone = {drop.layer for drop in drops}
         return tuple(layer for layer in everything if layer not in gone), {
@@ -333,11 +333,18 @@ def _choose_layers(
 
 
 def _calibration_blocks(
-    info: FolderInfo, tokens: int, block_length: int, texts: Texts
+    info: FolderInfo, tokens: int, settings: StudentSettings, texts: Texts
 ) -> TokenBlocks:
     """The first tokens of the text, as blocks."""
     vocabulary = load_vocabulary(info.path)
-    blocks = pack(read_documents(texts, vocabulary, limit=tokens), block_length)
+    documents = read_documents(
+        texts,
+        vocabulary,
+        limit=tokens,
+        skip_bad_rows=settings.skip_bad_rows,
+        block_length=settings.block_length,
+    )
+    blocks = pack(documents, settings.block_length)
     if blocks.tokens < tokens:
         logger.warning("scores are measured on %d tokens: the text holds no more", blocks.tokens)
     return blocks

@@ -304,5 +304,6 @@ def read_prompt_conversations(prompts: Texts, *, skip_bad_rows: bool = False) ->
     if not conversations:
         reasons = f"; passed over: {counts.reasons()}" if counts.passed_over else ""
         raise TextError(f"there are no prompts in {', '.join(sources_of(prompts))}{reasons}")
-    counts.tell("")
+    if counts.passed_over or counts.unread:
+        counts.tell("")
     return conversations

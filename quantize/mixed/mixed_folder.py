@@ -89,8 +89,8 @@ def to_mixed(
     target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     require_context(model, settings.block_length)
-    check_texts(texts)
-    check = open_check(model.folder, held_out, teacher)
+    check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
+    check = open_check(model.folder, held_out, teacher, skip_bad_rows=settings.skip_bad_rows)
     chosen, budget = choose(model, texts, settings)
 
     def summarize(folder: Path) -> None:

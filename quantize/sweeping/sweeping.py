@@ -142,8 +142,8 @@ def sweep(
     """
     settings = settings_from(SweepSettings, settings, options)
     model = open_float(source)
-    check_texts(texts)
-    check_texts(held_out)
+    for each in (texts, held_out):
+        check_texts(each, skip_bad_rows=settings.skip_bad_rows)
     drawing = GptqSettings(
         samples=settings.held_out_samples, block_length=settings.block_length, seed=settings.seed
     )

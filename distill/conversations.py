@@ -32,7 +32,7 @@ from mistill.folders.publishing import begun_on, refuse_existing, working, write
 from mistill.progress import track
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
-from mistill.text.answers import refuse_unwritten, thoughts_opening
+from mistill.text.answers import prompt_ids, refuse_unwritten, thoughts_opening
 from mistill.text.conversation import SYSTEMS, Conversation
 from mistill.text.documents import read_prompt_conversations
 from mistill.text.rows import Texts
@@ -140,7 +140,7 @@ def _with_system(talk: Conversation, system: str) -> Conversation:
 def _prompt_ids(number: int, talk: Conversation, vocabulary: Vocabulary) -> list[int]:
     try:
         refuse_unwritten(talk, vocabulary)
-        return vocabulary.encode(talk.render(vocabulary, add_generation_prompt=True))
+        return prompt_ids(talk, vocabulary)
     except TextError as error:
         raise TextError(f"prompt {number}: {error}") from error
 

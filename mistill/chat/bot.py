@@ -25,7 +25,7 @@ from mistill.errors import ContextError, FolderError, VocabularyError
 from mistill.folders.json_text import parse_json
 from mistill.settings import require, require_choice, require_range, settings_from
 from mistill.sources.source import resolve_model
-from mistill.text.answers import unwritten_turn
+from mistill.text.answers import prompt_ids, unwritten_turn
 from mistill.text.conversation import Conversation
 from mistill.text.vocabulary import load_vocabulary
 
@@ -364,9 +364,7 @@ class ChatBot:
     def _tokens(self, forgotten: int, question: Message) -> list[int]:
         first = self._first_turn()
         messages = [*self.history[:first], *self.history[first + forgotten :], question]
-        return self._vocabulary.encode(
-            self._vocabulary.render(messages, add_generation_prompt=True)
-        )
+        return prompt_ids(Conversation(tuple(messages)), self._vocabulary)
 
     def _first_turn(self) -> int:
         """Index of the first message after the system prompt."""

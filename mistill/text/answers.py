@@ -18,6 +18,7 @@ from mistill.errors import TextError
 from mistill.text.blocks import Document
 from mistill.text.chat_template import THOUGHTS
 from mistill.text.conversation import Conversation, calls_of, content_of, thoughts_of
+from mistill.text.typed_marks import encode_conversation, with_typed_marks_hidden
 from mistill.text.vocabulary import Message, Vocabulary
 
 # Number of last characters of a prompt that locate the reply in a rendered turn.
@@ -58,7 +59,9 @@ def conversation_documents(
         VocabularyError: If there is no chat template.
     """
     talk = messages if isinstance(messages, Conversation) else Conversation(tuple(messages))
-    talk = in_template_form(talk, vocabulary)
+    typed = in_template_form(talk, vocabulary)
+    talk = with_typed_marks_hidden(typed, vocabulary)
+    hidden = talk is not typed
     whole = talk.render(vocabulary)
     turns = [
         _prompt_and_answer(talk.until(number + 1), vocabulary)
@@ -68,9 +71,9 @@ def conversation_documents(
     refuse_unwritten(talk, vocabulary)
     if all(whole.startswith(prompt + answer) for prompt, answer in turns):
         spans = [(len(prompt), len(prompt) + len(answer)) for prompt, answer in turns]
-        return [_masked(whole, spans, vocabulary)] if spans else []
+        return [_masked(whole, spans, vocabulary, hidden)] if spans else []
     return [
-        _masked(prompt + answer, [(len(prompt), len(prompt) + len(answer))], vocabulary)
+        _masked(prompt + answer, [(len(prompt), len(prompt) + len(answer))], vocabulary, hidden)
         for prompt, answer in turns
     ]
 
@@ -105,6 +108,28 @@ def in_template_form(talk: Conversation, vocabulary: Vocabulary) -> Conversation
         return talk.joined()
     as_parts = "{'type'" not in written and all(probe in written for probe in probes)
     return talk if as_parts else talk.joined()
+
+
+def prompt_ids(talk: Conversation, vocabulary: Vocabulary) -> list[int]:
+    """Tokens of a conversation up to where the assistant's next turn begins.
+
+    Special tokens that are typed in it are text.
+
+    Args:
+        talk: Turns up to the answer.
+        vocabulary: With a chat template.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        TextError: If the template refuses the conversation, or it holds half of a character.
+        VocabularyError: If there is no chat template.
+    """
+    hidden = with_typed_marks_hidden(talk, vocabulary)
+    text = hidden.render(vocabulary, add_generation_prompt=True)
+    ids: list[int] = encode_conversation(text, vocabulary, hidden=hidden is not talk).ids.tolist()
+    return ids
 
 
 # --- what a template leaves out -----------------------------------------------------------------
@@ -348,13 +373,15 @@ def thoughts_opening(talk: Conversation, vocabulary: Vocabulary) -> str:
 # --- masks --------------------------------------------------------------------------------------
 
 
-def _masked(text: str, spans: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> Document:
+def _masked(
+    text: str, spans: Sequence[tuple[int, int]], vocabulary: Vocabulary, hidden: bool
+) -> Document:
     """A document whose mask marks the tokens that begin inside one of the spans.
 
     A token that begins before a span and reaches into it does not count, because the prompt ends
     where the span begins, so that the model never writes it.
     """
-    ids, starts = vocabulary.encode_spans(text)
+    ids, starts = encode_conversation(text, vocabulary, hidden=hidden)
     mask = np.zeros(len(ids), bool)
     for begin, end in spans:
         mask |= (starts >= begin) & (starts < end)

@@ -27,6 +27,7 @@ from mistill.text.conversation import Conversation, check_turns
 from mistill.text.row_content import check_characters, content_of_row, prompt_of_row
 from mistill.text.row_counts import RowCounts
 from mistill.text.rows import Row, Texts, find_file, first_row, read_lines, sources_of
+from mistill.text.typed_marks import encode_conversation, with_typed_marks_hidden
 from mistill.text.vocabulary import Message, Vocabulary
 
 
@@ -96,14 +97,18 @@ def read_stream(
         VocabularyError: If there are conversations and no chat template.
     """
     source_texts = []
+    hidden = False
     counts = RowCounts(sources_of(texts))
     for source in sources_of(texts):
         path = find_file(source)
         joint = "" if path is not None and path.suffix.lower() == ".txt" else "\n\n"
         rows = _read_rows(first_row(source), counts, skip_bad_rows)
-        source_texts.append(joint.join(_rendered(row, vocabulary, counts) for row in rows))
+        rendered = [_rendered(row, vocabulary, counts) for row in rows]
+        hidden = hidden or any(typed for _, typed in rendered)
+        source_texts.append(joint.join(text for text, _ in rendered))
     counts.tell("")
-    ids = vocabulary.encode("\n\n".join(source_texts))
+    text = "\n\n".join(source_texts)
+    ids = encode_conversation(text, vocabulary, hidden=hidden).ids.tolist()
     return np.array(_begun_and_ended(ids, vocabulary, ends=True), np.int64)
 
 
@@ -223,20 +228,21 @@ def _begun_and_ended(ids: list[int], vocabulary: Vocabulary, ends: bool) -> list
     return ids
 
 
-def _rendered(row: Row, vocabulary: Vocabulary, counts: RowCounts) -> str:
-    """The text of a row, as one text of perplexity is made of."""
+def _rendered(row: Row, vocabulary: Vocabulary, counts: RowCounts) -> tuple[str, bool]:
+    """The text of a row, as one text of perplexity is made of, and whether marks in it hide."""
     content = content_of_row(row)
     counts.unread.update(content.unread)
     if isinstance(content.says, str):
-        return content.says
-    talk = in_template_form(content.says, vocabulary)
+        return content.says, False
+    typed = in_template_form(content.says, vocabulary)
     try:
+        talk = with_typed_marks_hidden(typed, vocabulary)
         text = talk.render(vocabulary)
         refuse_unwritten(talk, vocabulary)
     except TextError as error:
         raise TextError(f"{row.origin}: {error}") from error
     counts.unwritten.update(_unwritten_columns(talk, vocabulary))
-    return text
+    return text, talk is not typed
 
 
 # --- prompts ------------------------------------------------------------------------------------

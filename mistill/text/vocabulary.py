@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from mistill.errors import TextError, VocabularyError
 from mistill.folders.folder import read_json
@@ -38,6 +38,10 @@ from mistill.text.tokenizer_settings import (
 
 # A turn: role, content, and what else the turn says, such as tool_calls or reasoning_content.
 Message = Mapping[str, Any]
+
+
+# A token that no vocabulary has, of the last plane of private use.
+_BEFORE = "\U0010fffd"
 
 
 class TokenSpans(NamedTuple):
@@ -197,6 +201,45 @@ class Vocabulary:
         self._check(ids)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         return TokenSpans(ids, offsets[:, 0])
+
+    def encode_as_text(self, text: str, *, at_start: bool = False) -> TokenSpans:
+        """Turn text into tokens where special tokens that are written out in it are text too.
+
+        Args:
+            text: A part of a rendered conversation.
+            at_start: Whether it is the beginning, before which some tokenizers put a space.
+
+        Returns:
+            Ids and the character at which each begins.
+
+        Raises:
+            VocabularyError: If the text holds a token for which the model has no row.
+        """
+        # Behind a token of another kind the text is cut as behind a mark of the template.
+        before = "" if at_start else _BEFORE
+        encoding = self._splitting.encode(before + text, add_special_tokens=False)
+        skipped = len(before)
+        ids = np.array(encoding.ids[skipped:], np.int64)
+        self._check(ids)
+        offsets = np.array(encoding.offsets[skipped:], np.int64).reshape(-1, 2)
+        return TokenSpans(ids, offsets[:, 0] - skipped)
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """What the special tokens spell."""
+        return tuple(
+            entry["content"]
+            for entry in self._added
+            if entry.get("special") and entry["id"] < self.size
+        )
+
+    @cached_property
+    def _splitting(self) -> Tokenizer:
+        """The same tokenizer, to which special tokens are text."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_tokens([AddedToken(_BEFORE, normalized=False)])
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _encoding(self, text: str) -> Encoding:
         try:

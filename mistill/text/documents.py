@@ -25,7 +25,7 @@ from mistill.text.answers import conversation_documents, in_template_form, refus
 from mistill.text.blocks import Document
 from mistill.text.conversation import Conversation, check_turns
 from mistill.text.row_content import check_characters, content_of_row, prompt_of_row
-from mistill.text.row_counts import RowCounts
+from mistill.text.row_counts import NO_TEXT, RowCounts
 from mistill.text.rows import Row, Texts, find_file, first_row, read_lines, sources_of
 from mistill.text.typed_marks import encode_conversation, with_typed_marks_hidden
 from mistill.text.vocabulary import Message, Vocabulary
@@ -171,7 +171,7 @@ def _documents_of_row(row: Row, vocabulary: Vocabulary, counts: RowCounts) -> li
         counts.unread.update(content.unread)
         if talk.strip():
             return [_plain(talk, vocabulary, row.ends)]
-        counts.pass_over(row, "the row holds no text")
+        counts.pass_over(row, NO_TEXT)
         return []
     check_turns(talk, row.origin)
     try:

@@ -11,6 +11,9 @@ from mistill.text.rows import Row
 
 _log = logging.getLogger(__name__)
 
+# The reason for which a row is passed over without being asked to.
+NO_TEXT = "the row holds no text"
+
 # Lines that are named for one reason; more are counted.
 _NAMED = 5
 
@@ -43,12 +46,13 @@ class RowCounts:
         self.rows = self.cut = self.answers = self.endings = 0
         self.unread, self.unwritten = Counter(), Counter()
         self._name = ", ".join(sources)
-        self._passed_over: dict[str, list[str]] = {}
+        self._passed_over: Counter[str] = Counter()
+        self._places: dict[str, list[str]] = {}
 
     @property
     def passed_over(self) -> int:
         """Rows that were passed over."""
-        return sum(map(len, self._passed_over.values()))
+        return self._passed_over.total()
 
     def pass_over(self, row: Row, reason: TextError | str) -> None:
         """Count a row that was passed over.
@@ -58,12 +62,17 @@ class RowCounts:
             reason: What was wrong with it.
         """
         words = str(reason).replace(f"{row.origin}: ", "").replace(row.origin, "the row")
-        place = row.origin.rpartition(", ")[2]
-        self._passed_over.setdefault(words, []).append(place)
+        self._passed_over[words] += 1
+        places = self._places.setdefault(words, [])
+        if len(places) < _NAMED:
+            places.append(row.origin.rpartition(", ")[2])
 
     def reasons(self) -> str:
         """Why rows were passed over, with the first lines of each reason."""
-        return "; ".join(f"{words} ({_few(places)})" for words, places in self._passed_over.items())
+        return "; ".join(
+            f"{words} ({_few(self._places[words], count)})"
+            for words, count in self._passed_over.items()
+        )
 
     def tell(self, end: str) -> None:
         """Log the summary of a reading, and warn of what was left out.
@@ -73,10 +82,10 @@ class RowCounts:
         """
         rows = f"{self.rows} row{'' if self.rows == 1 else 's'}"
         summary = f"{self._name}: {rows} read, {self.cut} cut, {self.passed_over} passed over"
-        if self.passed_over:
+        if self._passed_over.keys() - {NO_TEXT}:
             _log.warning("%s: %s", summary, self.reasons())
         else:
-            _log.info("%s", summary)
+            _log.info("%s%s", summary, f": {self.reasons()}" if self.passed_over else "")
         for column, count in self.unread.items():
             _log.warning(
                 "%s: the column %s is left out, in %d of %s", self._name, column, count, rows
@@ -93,7 +102,6 @@ class RowCounts:
             _log.warning("%s: %s", self._name, end)
 
 
-def _few(places: Sequence[str]) -> str:
-    named = ", ".join(places[:_NAMED])
-    more = len(places) - _NAMED
-    return f"{named} and {more} more" if more > 0 else named
+def _few(places: Sequence[str], count: int) -> str:
+    more = count - len(places)
+    return ", ".join(places) + (f" and {more} more" if more else "")

@@ -9,6 +9,20 @@ from typing import Any
 from mistill.errors import VocabularyError
 from mistill.folders.folder import read_json
 
+# What some classes of transformers name where a folder does not.
+_END_OF_TEXT = "<|endoftext|>"
+_CLASS_TOKENS = {
+    "CodeLlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GemmaTokenizer": {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    },
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT),
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END_OF_TEXT),
+}
 # Where a folder keeps templates beside chat_template.jinja, each named like its file.
 _TEMPLATES = "additional_chat_templates"
 
@@ -76,14 +90,21 @@ def read_special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
     Returns:
         Names, such as bos_token, and what the tokens spell.
     """
-    values: dict[str, Any] = {}
-    for stated in (optional_json(folder / "special_tokens_map.json"), settings):
+    values: dict[str, Any] = dict(_CLASS_TOKENS.get(_tokenizer_class(settings), {}))
+    # The older file counts more, unless the newer one lists all added tokens.
+    older = optional_json(folder / "special_tokens_map.json")
+    files = (settings,) if "added_tokens_decoder" in settings else (settings, older)
+    for stated in files:
         values |= {name: value for name, value in stated.items() if name.endswith("_token")}
         for group in ("extra_special_tokens", "model_specific_special_tokens"):
             named = stated.get(group)
             values |= named if isinstance(named, Mapping) else {}
     spelled = {name: _spelled(value) for name, value in values.items()}
     return {name: text for name, text in spelled.items() if text is not None}
+
+
+def _tokenizer_class(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("tokenizer_class")).removesuffix("Fast")
 
 
 def _spelled(value: Any) -> str | None:

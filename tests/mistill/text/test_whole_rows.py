@@ -17,6 +17,7 @@ from mistill.text.documents import (
     read_stream,
 )
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from tests.mistill import made
 from tests.mistill.text import templates
 from tests.mistill.text.templates import learned, refusal, texts_of, theirs, vocabulary_of
 from tests.mistill.text.test_text import lines
@@ -156,6 +157,32 @@ def test_special_tokens_are_handed_over_by_every_name(tmp_path: Path):
     text = load_vocabulary(folder).render(PLAIN)
     assert text == theirs(folder, PLAIN)
     assert text.startswith("<|im_start|><|im_end|><unk><s></s><|im_start|>user")
+
+
+ADDED = {"1": {"content": "<s>", "special": True}}
+
+
+@pytest.mark.parametrize(
+    ("stated", "older"),
+    [
+        ({"tokenizer_class": "Qwen2Tokenizer"}, None),
+        ({"tokenizer_class": "GPT2TokenizerFast", "unk_token": None}, None),
+        ({"bos_token": "</s>"}, {"bos_token": "<s>"}),
+        ({"bos_token": None}, {"bos_token": "<s>", "eos_token": {"content": "</s>"}}),
+        ({"eos_token": "</s>", "added_tokens_decoder": ADDED}, {"bos_token": "<s>"}),
+    ],
+)
+def test_special_tokens_are_named_by_the_file_that_transformers_believes(
+    stated: dict[str, Any], older: dict[str, Any] | None, tmp_path: Path
+):
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+    template = "|".join("{{ %s }}" % name for name in names)  # noqa: UP031
+    folder = made.put_template(tiny_tokenizer(tmp_path / "v"), template)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **stated}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if older is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    assert load_vocabulary(folder).render(PLAIN) == theirs(folder, PLAIN)
 
 
 def test_a_template_for_tools_renders_the_rows_that_have_some(tmp_path: Path):

@@ -142,7 +142,7 @@ class SolverSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationSettings(TextSettings):
+class CalibrationSettings:
     """How much calibration text is read.
 
     Attributes:
@@ -170,7 +170,7 @@ class RoundingSettings(TextSettings, GridSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptqSettings(CalibrationSettings, SolverSettings, GridSettings):
+class GptqSettings(TextSettings, CalibrationSettings, SolverSettings, GridSettings):
     """How weights are quantized by GPTQ.
 
     Attributes:
@@ -264,7 +264,7 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedSettings(CalibrationSettings, SolverSettings, BudgetSettings):
+class MixedSettings(TextSettings, CalibrationSettings, SolverSettings, BudgetSettings):
     """Which bits and group size each matrix gets so that KL is lowest within a size."""
 
     def __post_init__(self) -> None:
@@ -400,7 +400,7 @@ class ComparedSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings(CalibrationSettings, ComparedSettings):
+class SweepSettings(TextSettings, CalibrationSettings, ComparedSettings):
     """What a sweep tries, and how much text it reads."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mistill.settings import require, require_range
+from mistill.settings import TextSettings, require, require_range
 
 if TYPE_CHECKING:
     Length = int
@@ -19,7 +19,7 @@ QUOTED = ("gptq", "llama.cpp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSettings:
+class BenchSettings(TextSettings):
     """How much is measured, and with how many threads.
 
     Attributes:

@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -27,11 +28,13 @@ from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, TextError
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import fingerprint
-from mistill.folders.publishing import refuse_existing, working, write_atomically
+from mistill.folders.publishing import begun_on, refuse_existing, working, write_atomically
 from mistill.progress import track
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
-from mistill.text.documents import read_prompts
+from mistill.text.answers import prompt_ids, refuse_unwritten, thoughts_opening
+from mistill.text.conversation import SYSTEMS, Conversation
+from mistill.text.documents import read_prompt_conversations
 from mistill.text.rows import Texts
 from mistill.text.vocabulary import Message, Vocabulary, load_vocabulary
 
@@ -86,17 +89,13 @@ def generate_conversations(
     target = _refuse(target, overwrite)
     held_out = None if settings.held_out is None else _refuse(settings.held_out, overwrite)
     require(held_out != target, f"held_out and the target are the same file, {target}")
-    prompt_messages = read_prompts(prompts)
+    talks = read_prompt_conversations(prompts, skip_bad_rows=settings.skip_bad_rows)
     if settings.system is not None:
-        system = {"role": "system", "content": settings.system}
-        prompt_messages = [
-            [system, *(message for message in messages if message["role"] != "system")]
-            for messages in prompt_messages
-        ]
+        talks = [_with_system(talk, settings.system) for talk in talks]
     folder = resolve_model(teacher)
     info = open_folder(folder)
-    vocabulary = load_vocabulary(folder)
-    ids = [_prompt_ids(messages, vocabulary) for messages in prompt_messages]
+    vocabulary = load_vocabulary(folder, today=begun_on(target))
+    ids = [_prompt_ids(number, talk, vocabulary) for number, talk in enumerate(talks, 1)]
     _check_room(ids, settings.max_new_tokens, info.context_length)
 
     key = {
@@ -104,17 +103,18 @@ def generate_conversations(
         "settings": {
             name: value
             for name, value in settings_dict(settings).items()
-            if name not in ("batch_size", "held_out", "held_out_share")
+            if name not in ("batch_size", "held_out", "held_out_share", "skip_bad_rows")
         },
         "teacher": fingerprint(folder),
-        "prompts": hashlib.sha256(json.dumps(prompt_messages).encode()).hexdigest(),
+        "prompts": _digest(talks),
+        **vocabulary.date_key,
     }
     with working(target, key, anew=overwrite) as work:
         replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
         texts = [(vocabulary.decode(reply.ids).strip(), reply.finished) for reply in replies]
         conversations = [
-            [*messages, {"role": "assistant", "content": reply}]
-            for messages, (reply, finished) in zip(prompt_messages, texts, strict=True)
+            _beside_the_reply(talk, thoughts_opening(talk, vocabulary) + reply)
+            for talk, (reply, finished) in zip(talks, texts, strict=True)
             if reply and (finished or settings.keep_unfinished)
         ]
         _report(texts, len(conversations), settings)
@@ -131,8 +131,36 @@ def _refuse(target: str | Path, overwrite: bool) -> Path:
     return refuse_existing(path)
 
 
-def _prompt_ids(messages: Sequence[Message], vocabulary: Vocabulary) -> list[int]:
-    return vocabulary.encode(vocabulary.render(messages, add_generation_prompt=True))
+def _with_system(talk: Conversation, system: str) -> Conversation:
+    turn = {"role": "system", "content": system}
+    others = (message for message in talk.messages if message["role"] not in SYSTEMS)
+    return replace(talk, messages=(turn, *others))
+
+
+def _prompt_ids(number: int, talk: Conversation, vocabulary: Vocabulary) -> list[int]:
+    try:
+        refuse_unwritten(talk, vocabulary)
+        return prompt_ids(talk, vocabulary)
+    except TextError as error:
+        raise TextError(f"prompt {number}: {error}") from error
+
+
+def _digest(talks: Sequence[Conversation]) -> str:
+    rows = [_beside_the_reply(talk, None) for talk in talks]
+    said = [row if len(row) > 1 else row["messages"] for row in rows]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _beside_the_reply(talk: Conversation, reply: str | None) -> dict[str, Any]:
+    """A row of a file: the turns, the reply, and what stands beside them."""
+    last = [] if reply is None else [{"role": "assistant", "content": reply}]
+    row: dict[str, Any] = {"messages": [*talk.messages, *last]}
+    beside = {
+        "tools": talk.tools,
+        "documents": talk.documents,
+        "chat_template_kwargs": talk.variables,
+    }
+    return row | {name: value for name, value in beside.items() if value}
 
 
 def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
@@ -168,7 +196,7 @@ def _report(
 
 
 def _publish(
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Mapping[str, Any]],
     target: Path,
     held_out: Path | None,
     held_out_share: float,
@@ -176,15 +204,16 @@ def _publish(
     """Write the files, each whole or not at all."""
     rest = list(conversations)
     if held_out is not None:
-        share = [talk for talk in rest if prompt_share(talk) < held_out_share]
-        rest = [talk for talk in rest if prompt_share(talk) >= held_out_share]
+        shares = [prompt_share(row["messages"]) for row in rest]
+        share = [row for row, place in zip(rest, shares, strict=True) if place < held_out_share]
+        rest = [row for row, place in zip(rest, shares, strict=True) if place >= held_out_share]
         held_out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(held_out, _json_lines(share))
     write_atomically(target, _json_lines(rest))
 
 
-def _json_lines(conversations: Sequence[Sequence[Message]]) -> str:
-    lines = (json.dumps({"messages": talk}, ensure_ascii=False) for talk in conversations)
+def _json_lines(conversations: Sequence[Mapping[str, Any]]) -> str:
+    lines = (json.dumps(row, ensure_ascii=False) for row in conversations)
     return "".join(line + "\n" for line in lines)
 
 
@@ -197,7 +226,9 @@ def prompt_share(conversation: Sequence[Message]) -> float:
     Returns:
         The first 32 bits of the SHA-256 of the user's first turn, divided by 2 to the 32.
     """
-    first_turn = next(message["content"] for message in conversation if message["role"] == "user")
+    first_turn = str(
+        next(message["content"] for message in conversation if message["role"] == "user")
+    )
     return int.from_bytes(hashlib.sha256(first_turn.encode()).digest()[:4], "big") / 2**32
 
 

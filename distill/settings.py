@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
-from mistill.settings import require, require_choice, require_range
+from mistill.settings import TextSettings, require, require_choice, require_range
 from mistill.training.processes import OptimizerName, Precision
 
 # Those of distill.loss.divergences, which imports PyTorch.
@@ -22,7 +22,7 @@ Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(TextSettings):
     """How a student is trained on its teacher's predictions.
 
     Attributes:
@@ -199,7 +199,7 @@ _TARGETS = ("layers", "parameters", "megabytes_at_4_bits")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentSettings:
+class StudentSettings(TextSettings):
     """How a student is pruned from its teacher, or the sizes of one with random weights.
 
     Attributes:
@@ -339,7 +339,7 @@ _MOST_DRAWS = 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealSettings:
+class HealSettings(TextSettings):
     """How a pruned student is healed in closed form.
 
     Attributes:
@@ -367,7 +367,7 @@ class HealSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetSettings:
+class TargetSettings(TextSettings):
     """How teacher logits are sampled and stored.
 
     Attributes:
@@ -433,7 +433,7 @@ class TargetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings:
+class GenerateSettings(TextSettings):
     """How a teacher writes conversations.
 
     Attributes:

@@ -342,7 +342,9 @@ def _calibration_ids(
     if vocabulary.chat_template is None:
         vocabulary = copy(vocabulary)
         vocabulary.chat_template = _PARAGRAPHS
-    documents = read_documents(settings.cache_texts, vocabulary, limit=tokens)
+    documents = read_documents(
+        settings.cache_texts, vocabulary, limit=tokens, skip_bad_rows=settings.skip_bad_rows
+    )
     return np.concatenate([np.array(one.ids, np.int64) for one in documents])[:tokens]
 
 

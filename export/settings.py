@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mistill.settings import require, require_choice, require_range
+from mistill.settings import TextSettings, require, require_choice, require_range
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -23,7 +23,7 @@ FAST_2_BIT_BLOCK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxSettings:
+class OnnxSettings(TextSettings):
     """Settings of the ONNX export.
 
     Attributes:

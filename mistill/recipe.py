@@ -41,7 +41,7 @@ from rich.markup import escape
 from mistill.errors import MistillError, RecipeError, TargetExistsError
 from mistill.folders.lineage import fingerprint
 from mistill.folders.publishing import remove_leftovers, write_atomically
-from mistill.settings import settings_dict, typed_options
+from mistill.settings import environment_number, settings_dict, typed_options
 from mistill.shown import visible
 from mistill.step_kind import StepKind
 
@@ -206,7 +206,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path
     Raises:
         TargetExistsError: If an output exists that no run of this recipe has made.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    launched = environment_number("WORLD_SIZE", 1, 1) > 1
     if launched and os.environ.get("RANK", "0") != "0":
         return _join_shared_steps(recipe)
     state = _State.read(recipe.out)

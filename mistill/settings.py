@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from mistill.errors import SettingsError
 
 SettingsT = TypeVar("SettingsT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How the rows of a text are read, in every step that reads one.
+
+    Attributes:
+        skip_bad_rows: Pass over rows that cannot be read, instead of stopping at the first; they
+            are counted, and their lines and what is wrong with them are named.
+    """
+
+    skip_bad_rows: bool = False
 
 
 def require(condition: bool, message: str) -> None:
@@ -78,6 +91,29 @@ def require_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     """
     *others, last = (str(choice) for choice in known)
     require(value in known, f"{name} must be {', '.join(others)} or {last}, not {value!r}")
+
+
+def environment_number(name: str, default: int, least: int = 0) -> int:
+    """A number that a launcher such as torchrun sets in the environment.
+
+    Args:
+        name: Such as RANK.
+        default: Where the variable is not set.
+        least: Smallest number that is allowed.
+
+    Returns:
+        The number.
+
+    Raises:
+        SettingsError: If the variable holds something else.
+    """
+    value = os.environ.get(name, str(default))
+    require(
+        value.isascii() and value.isdecimal() and int(value) >= least,
+        f"the environment variable {name} should be a whole number of at least {least}, not "
+        f"{value!r:.80}; a launcher such as torchrun sets it: unset it to work alone",
+    )
+    return int(value)
 
 
 def settings_from(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,16 @@ _log = logging.getLogger(__name__)
 _POOL = 8
 
 
-def draw_blocks(texts: Texts, folder: Path, settings: GptqSettings) -> TokenBlocks:
+def draw_blocks(
+    texts: Texts, folder: Path, settings: GptqSettings, *, today: date | None = None
+) -> TokenBlocks:
     """Draw the blocks to calibrate on from the beginning of some text.
 
     Args:
         texts: What ``mistill.text.documents.read_documents`` reads.
         folder: The model, for its vocabulary.
         settings: How many blocks, of which length, and the seed.
+        today: The day that a chat template writes; None takes the time of reading.
 
     Returns:
         As many blocks as asked for, in the order of the text, or all if there are fewer.
@@ -34,14 +38,29 @@ def draw_blocks(texts: Texts, folder: Path, settings: GptqSettings) -> TokenBloc
         TextError: If there is no text.
     """
     samples = settings.samples
-    blocks = draw_up_to(samples, settings.block_length, texts, folder, settings.seed)
+    blocks = draw_up_to(
+        samples,
+        settings.block_length,
+        texts,
+        folder,
+        settings.seed,
+        skip_bad_rows=settings.skip_bad_rows,
+        today=today,
+    )
     if len(blocks) < samples:
         _log.warning("the text fills only %d of the %d blocks in samples", len(blocks), samples)
     return blocks
 
 
 def draw_up_to(
-    samples: int, block_length: int, texts: Texts, folder: Path, seed: int = 0
+    samples: int,
+    block_length: int,
+    texts: Texts,
+    folder: Path,
+    seed: int = 0,
+    *,
+    skip_bad_rows: bool = False,
+    today: date | None = None,
 ) -> TokenBlocks:
     """Draw some blocks from the beginning of some text, or take all of a short one.
 
@@ -51,6 +70,8 @@ def draw_up_to(
         texts: What ``mistill.text.documents.read_documents`` reads.
         folder: The model, for its vocabulary.
         seed: Which blocks of a long text are drawn.
+        skip_bad_rows: Whether rows that cannot be read are passed over and counted.
+        today: The day that a chat template writes; None takes the time of reading.
 
     Returns:
         Blocks in the order of the text.
@@ -58,7 +79,13 @@ def draw_up_to(
     Raises:
         TextError: If there is no text.
     """
-    documents = read_documents(texts, load_vocabulary(folder), limit=_POOL * samples * block_length)
+    documents = read_documents(
+        texts,
+        load_vocabulary(folder, today=today),
+        limit=_POOL * samples * block_length,
+        skip_bad_rows=skip_bad_rows,
+        block_length=block_length,
+    )
     blocks = pack(documents, block_length)
     if len(blocks) <= samples:
         return blocks

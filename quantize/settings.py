@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any, Literal, Self, get_args
 
 from mistill.errors import SettingsError
-from mistill.settings import require, require_range
+from mistill.settings import TextSettings, require, require_range
 from mistill.weights.gptq_layout import ModuleFormat, ScaleType
 from quantize.overrides import Override, format_of, parse_override, parse_overrides, require_grid
 
@@ -165,12 +165,12 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundingSettings(GridSettings):
+class RoundingSettings(TextSettings, GridSettings):
     """How weights are rounded to the nearest code, without calibration text."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptqSettings(CalibrationSettings, SolverSettings, GridSettings):
+class GptqSettings(TextSettings, CalibrationSettings, SolverSettings, GridSettings):
     """How weights are quantized by GPTQ.
 
     Attributes:
@@ -193,7 +193,7 @@ class GptqSettings(CalibrationSettings, SolverSettings, GridSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nf4Settings:
+class Nf4Settings(TextSettings):
     """How weights are stored as 4-bit NormalFloat by bitsandbytes.
 
     Attributes:
@@ -264,7 +264,7 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedSettings(CalibrationSettings, SolverSettings, BudgetSettings):
+class MixedSettings(TextSettings, CalibrationSettings, SolverSettings, BudgetSettings):
     """Which bits and group size each matrix gets so that KL is lowest within a size."""
 
     def __post_init__(self) -> None:
@@ -302,7 +302,7 @@ class RotationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningSettings:
+class TuningSettings(TextSettings):
     """How scales and norms of a quantized model are tuned.
 
     Attributes:
@@ -400,7 +400,7 @@ class ComparedSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings(CalibrationSettings, ComparedSettings):
+class SweepSettings(TextSettings, CalibrationSettings, ComparedSettings):
     """What a sweep tries, and how much text it reads."""
 
     def __post_init__(self) -> None:

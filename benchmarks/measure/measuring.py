@@ -110,7 +110,13 @@ def compare(
     chat_folders = models_to_ask(subjects, settings)
     passages = read_passages(texts, reference_subject.info.path, settings, subjects)
     vocabulary = load_vocabulary(reference_subject.info.path)
-    quoted = cut_texts(as_list(texts), vocabulary, settings.perplexity, settings.perplexity_tokens)
+    quoted = cut_texts(
+        as_list(texts),
+        vocabulary,
+        settings.perplexity,
+        settings.perplexity_tokens,
+        skip_bad_rows=settings.skip_bad_rows,
+    )
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
     with tempfile.TemporaryDirectory(prefix="mistill-") as scratch:
@@ -164,9 +170,15 @@ def read_passages(
     from mistill.text.documents import read_documents
 
     contexts = [subject.info.context_length for subject in subjects]
+    context_length = min([settings.context_length, *contexts])
     return cut_passages(
-        read_documents(texts, load_vocabulary(folder)),
-        context_length=min([settings.context_length, *contexts]),
+        read_documents(
+            texts,
+            load_vocabulary(folder),
+            skip_bad_rows=settings.skip_bad_rows,
+            block_length=context_length,
+        ),
+        context_length=context_length,
         scored_tokens=settings.scored_tokens,
     )
 

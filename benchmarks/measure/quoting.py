@@ -64,7 +64,12 @@ def check_quotable(conventions: Sequence[str], name: str, context_length: int) -
 
 
 def cut_texts(
-    texts: Texts, vocabulary: Vocabulary, conventions: Sequence[str], most_tokens: int | None
+    texts: Texts,
+    vocabulary: Vocabulary,
+    conventions: Sequence[str],
+    most_tokens: int | None,
+    *,
+    skip_bad_rows: bool = False,
 ) -> list[QuotedText]:
     """Read a text in the windows of each convention.
 
@@ -73,6 +78,7 @@ def cut_texts(
         vocabulary: Turns the text into tokens.
         conventions: Their names.
         most_tokens: Read no more than so many tokens; None reads all.
+        skip_bad_rows: Whether rows that cannot be read are passed over and counted.
 
     Returns:
         The text in the windows of each convention.
@@ -82,7 +88,7 @@ def cut_texts(
     """
     if not conventions:
         return []
-    ids = read_stream(texts, vocabulary)[:most_tokens]
+    ids = read_stream(texts, vocabulary, skip_bad_rows=skip_bad_rows)[:most_tokens]
     bos_id = vocabulary.bos_id if vocabulary.adds_bos else None
     texts_in_windows = []
     for name in conventions:

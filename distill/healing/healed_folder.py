@@ -31,7 +31,7 @@ from mistill.folders.folder import (
     tensor_headers,
 )
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions, read_lineage
-from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.progress import track
 from mistill.pytorch.layers import LayeredModel, accelerator_or_cpu
 from mistill.pytorch.loading import check_weights, require_readable, stored_tensors
@@ -40,7 +40,7 @@ from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, joined, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, sources_of
-from mistill.text.vocabulary import load_vocabulary, same_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 from mistill.weights.tensor_writer import TensorWriter
 
 logger = logging.getLogger(__name__)
@@ -94,14 +94,27 @@ def heal(
     large = _float_folder(resolve_model(teacher))
     _require_shared(info, large)
     origin = _origin(info, large, settings)
-    blocks = calibration_blocks(large, texts, settings.tokens, settings.block_length)
+    _require_context(large, settings.block_length)
+    vocabulary = load_vocabulary(large.path, today=begun_on(path))
+    blocks = calibration_blocks(
+        texts,
+        vocabulary,
+        settings.tokens,
+        settings.block_length,
+        skip_bad_rows=settings.skip_bad_rows,
+    )
     key = {
         "step": "heal",
         "student": fingerprint(info.path),
         "teacher": fingerprint(large.path),
-        "settings": settings_dict(settings),
+        "settings": {
+            name: value
+            for name, value in settings_dict(settings).items()
+            if name != "skip_bad_rows"
+        },
         "texts": blocks.digest,
         "versions": installed_versions(),
+        **vocabulary.date_key,
     }
     with working(path, key, anew=overwrite) as work:
         result = work / "result"
@@ -117,32 +130,32 @@ def heal(
 
 
 def calibration_blocks(
-    teacher: FolderInfo, texts: Texts, tokens: int, block_length: int
+    texts: Texts,
+    vocabulary: Vocabulary,
+    tokens: int,
+    block_length: int,
+    *,
+    skip_bad_rows: bool = False,
 ) -> TokenBlocks:
     """The first tokens of every text, as blocks.
 
     Args:
-        teacher: The model that reads them.
         texts: One text or several.
-        tokens: Most tokens of each.
+        vocabulary: Of the models.
+        tokens: Most tokens of each text.
         block_length: Positions of a block.
+        skip_bad_rows: Whether rows that cannot be read are passed over.
 
     Returns:
         The blocks of all texts, in turn, so that any share of them holds every kind.
 
     Raises:
-        SettingsError: If a block is longer than the teacher's context.
         TextError: If there is no text.
     """
-    require(
-        block_length <= teacher.context_length,
-        f"block_length must not exceed the teacher's context of {teacher.context_length}, got "
-        f"{block_length}",
-    )
-    vocabulary = load_vocabulary(teacher.path)
     parts = []
     for source in sources_of(texts):
-        part = pack(read_documents(source, vocabulary, limit=tokens), block_length)
+        documents = read_documents(source, vocabulary, limit=tokens, skip_bad_rows=skip_bad_rows)
+        part = pack(documents, block_length)
         if part.tokens < tokens:
             logger.info("%s holds %d of the %d calibration tokens", source, part.tokens, tokens)
         parts.append(part)
@@ -232,6 +245,14 @@ def _float_folder(model: str | Path) -> FolderInfo:
     require_readable(info)
     check_weights(info.path)
     return info
+
+
+def _require_context(teacher: FolderInfo, block_length: int) -> None:
+    require(
+        block_length <= teacher.context_length,
+        f"block_length must not exceed the teacher's context of {teacher.context_length}, got "
+        f"{block_length}",
+    )
 
 
 def _require_shared(student: FolderInfo, teacher: FolderInfo) -> None:

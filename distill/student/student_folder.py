@@ -33,7 +33,13 @@ from mistill.folders.folder import (
     tensor_headers,
 )
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
-from mistill.folders.publishing import creating, publish, refuse_existing, working
+from mistill.folders.publishing import (
+    begun_on,
+    creating,
+    publish,
+    refuse_existing,
+    working,
+)
 from mistill.pytorch.loading import check_weights, require_readable
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
@@ -134,15 +140,27 @@ def _make_healed(
 ) -> dict[str, Any]:
     """Cut a student and heal it, or finish what an interrupted run left of that."""
     settings = cut.settings
-    blocks = calibration_blocks(cut.teacher, texts, settings.heal_tokens, settings.block_length)
+    vocabulary = load_vocabulary(cut.teacher.path, today=begun_on(target))
+    blocks = calibration_blocks(
+        texts,
+        vocabulary,
+        settings.heal_tokens,
+        settings.block_length,
+        skip_bad_rows=settings.skip_bad_rows,
+    )
     key = {
         "step": "student",
         "teacher": fingerprint(cut.teacher.path),
-        "settings": settings_dict(settings),
+        "settings": {
+            name: value
+            for name, value in settings_dict(settings).items()
+            if name != "skip_bad_rows"
+        },
         "kept_layers": list(cut.keep),
         "kept_width": None if cut.width is None else cut.width.digest,
         "texts": blocks.digest,
         "versions": installed_versions(),
+        **vocabulary.date_key,
     }
     with working(target, key, anew=overwrite) as work:
         pruned, result = work / "pruned", work / "result"
@@ -333,7 +351,7 @@ def _choose(
     walked = plan.fewer_layers and settings.choose in ("influence", "angular")
     scores = None
     if plan.narrower or walked:
-        blocks = _calibration_blocks(info, settings.walk_tokens, settings.block_length, texts)
+        blocks = _calibration_blocks(info, settings.walk_tokens, settings, texts)
         scores, reused = teacher_scores(info.path, blocks)
         facts |= {"calibration_tokens": blocks.tokens, "scores_reused": reused}
     keep = tuple(range(info.layers))
@@ -371,7 +389,7 @@ def _choose_layers(
     if settings.choose == "even":
         return evenly_spaced(info.layers, count), {}
     if settings.choose == "greedy_kl":
-        blocks = _calibration_blocks(info, settings.greedy_tokens, settings.block_length, texts)
+        blocks = _calibration_blocks(info, settings.greedy_tokens, settings, texts)
         drops, reused = cheapest_drops(info.path, blocks, dropped)
         gone = {drop.layer for drop in drops}
         return tuple(layer for layer in everything if layer not in gone), {
@@ -395,11 +413,18 @@ def _choose_layers(
 
 
 def _calibration_blocks(
-    info: FolderInfo, tokens: int, block_length: int, texts: Texts
+    info: FolderInfo, tokens: int, settings: StudentSettings, texts: Texts
 ) -> TokenBlocks:
     """The first tokens of the text, as blocks."""
     vocabulary = load_vocabulary(info.path)
-    blocks = pack(read_documents(texts, vocabulary, limit=tokens), block_length)
+    documents = read_documents(
+        texts,
+        vocabulary,
+        limit=tokens,
+        skip_bad_rows=settings.skip_bad_rows,
+        block_length=settings.block_length,
+    )
+    blocks = pack(documents, settings.block_length)
     if blocks.tokens < tokens:
         logger.warning("scores are measured on %d tokens: the text holds no more", blocks.tokens)
     return blocks

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,10 @@ from mistill.errors import FolderError, SettingsError, TargetExistsError, TextEr
 from mistill.folders.folder import MANIFEST_FILE, FolderInfo, open_folder
 from mistill.folders.lineage import LINEAGE_FILE, fingerprint, lineage_after
 from mistill.folders.location import Location, location_of
-from mistill.folders.publishing import is_full_disk, refuse_existing
+from mistill.folders.publishing import day_of, is_full_disk, refuse_existing
 from mistill.folders.targets_folder import PLAN_FILE, is_targets, read_document
 from mistill.progress import track
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import environment_number, require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 _LOOK_AGAIN_SECONDS = 0.5
 # What says who works, and not what comes of it.
-_WORKERS = ("rank", "ranks")
+_WORKERS = ("rank", "ranks", "skip_bad_rows")
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def cache_targets(
     location = location_of(target)
     if location.remote is None:
         refuse_existing(target, overwrite=True)
-    check_texts(texts)
+    check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
     workers = _workers(settings)
     _check_target(location, workers, overwrite)
     info = open_folder(resolve_model(teacher))
@@ -114,8 +115,14 @@ def cache_targets(
         f"a block_length of {settings.block_length} does not fit the teacher's context of "
         f"{info.context_length}; lower it",
     )
-    vocabulary = load_vocabulary(info.path)
-    blocks = pack(read_documents(texts, vocabulary), settings.block_length)
+    vocabulary = load_vocabulary(info.path, today=_begun_on(location, overwrite))
+    documents = read_documents(
+        texts,
+        vocabulary,
+        skip_bad_rows=settings.skip_bad_rows,
+        block_length=settings.block_length,
+    )
+    blocks = pack(documents, settings.block_length)
     if not blocks.kept.any():
         raise TextError(
             "the texts hold nothing to be predicted; give text, or conversations with replies"
@@ -157,7 +164,8 @@ def _workers(settings: TargetSettings) -> _Workers:
     stated = settings.ranks is not None
     rank, ranks = (settings.rank, settings.ranks) if stated else (None, None)
     if not stated and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, ranks = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1, 1)
+        require(rank < ranks, f"RANK is {rank} and WORLD_SIZE {ranks}; ranks begin at 0")
     return _Workers(rank or 0, ranks or 1, launched=not stated and ranks is not None)
 
 
@@ -198,7 +206,18 @@ def _facts(info: FolderInfo, vocabulary: Vocabulary, settings: TargetSettings) -
         "vocabulary": {"size": info.vocabulary_size, "fingerprint": vocabulary.fingerprint()},
         "template": template_digest(vocabulary),
         "settings": chosen,
+        **vocabulary.date_key,
     }
+
+
+def _begun_on(location: Location, overwrite: bool) -> date:
+    """The day on which unfinished targets were begun, or today."""
+    names = location.names()
+    if PLAN_FILE in names:
+        return day_of(read_document(location, PLAN_FILE).get("date"))
+    if MANIFEST_FILE in names and not overwrite:
+        return day_of(read_document(location, MANIFEST_FILE).get("date"))
+    return day_of(None)
 
 
 def _begin(location: Location, plan: Plan, overwrite: bool) -> bool:
@@ -312,7 +331,7 @@ def _load_teacher(info: FolderInfo, plan: Plan) -> LiveTeacher:
     model: Any = load_pytorch(info.path, dtype=dtype).requires_grad_(False)
     device = torch.device("cpu")
     if _device_type() == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", environment_number("LOCAL_RANK", 0))
     return LiveTeacher(model if model.device == device else model.to(device))
 
 

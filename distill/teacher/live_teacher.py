@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from mistill.pytorch.loading import (
     quiet_transformers,
     read_tensors,
 )
+from mistill.settings import environment_number
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -86,7 +86,7 @@ def divide(model: PreTrainedModel, device: torch.device) -> DividedTeacher:
     from torch.distributed.fsdp import fully_shard
 
     processes = get_world_size()
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    together = environment_number("LOCAL_WORLD_SIZE", processes, 1)
     machines = init_device_mesh(
         device.type, (processes // together, together), mesh_dim_names=("machine", "process")
     )

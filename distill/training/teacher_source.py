@@ -9,12 +9,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistill.folders.folder import FolderInfo
 from mistill.folders.lineage import fingerprint
-from mistill.folders.publishing import write_atomically
+from mistill.folders.location import location_of
+from mistill.folders.publishing import begun_on, day_of, write_atomically
+from mistill.folders.targets_folder import read_manifest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -174,3 +177,21 @@ def open_cached(
         texts.insert(0, ("texts", training))
     opened = open_targets(path, vocabulary, temperature=settings.temperature, texts=texts)
     return CachedSource(str(path), opened)
+
+
+def day_of_the_text(target: Path, targets: str | Path | None) -> date:
+    """The day that a chat template writes: that of the targets, or of the run's first start.
+
+    Args:
+        target: The folder that is made.
+        targets: The folder of targets; None where the teacher itself answers.
+
+    Returns:
+        The day.
+
+    Raises:
+        FolderError: If the targets are broken.
+    """
+    if targets is None:
+        return begun_on(target)
+    return day_of(read_manifest(location_of(targets)).get("date"))

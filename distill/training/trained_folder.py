@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.settings import TrainSettings
-from distill.training.teacher_source import CachedSource, LiveSource, open_cached
+from distill.training.teacher_source import (
+    CachedSource,
+    LiveSource,
+    day_of_the_text,
+    open_cached,
+)
 from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TrainingError, VocabularyError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
@@ -45,6 +50,7 @@ _SAME_RESULT = (
     "gradient_checkpointing",
     "loss_memory_mib",
     "micro_batch_size",
+    "skip_bad_rows",
     "teacher_device_map",
     "trackers",
     "twin",
@@ -108,9 +114,9 @@ def train(
     _require_libraries(settings)
     for given in (texts, held_out):
         if given is not None:
-            check_texts(given)
+            check_texts(given, skip_bad_rows=settings.skip_bad_rows)
     student_info = _student_folder(student)
-    vocabulary = load_vocabulary(student_info.path)
+    vocabulary = load_vocabulary(student_info.path, today=day_of_the_text(target, targets))
     longest = student_info.context_length
     teacher_info = None
     if teacher is not None:
@@ -145,6 +151,7 @@ def train(
         "texts": training.digest,
         "held_out": judged.digest,
         "processes": state.num_processes,
+        **vocabulary.date_key,
     }
     with _working_together(target, key, state, overwrite) as work, source.closing():
         with _keeping_the_best(work, student_info, state):

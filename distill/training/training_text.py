@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,13 +40,17 @@ def read_blocks(
     Raises:
         TextError: If one of the two would be empty.
     """
-    documents = list(read_documents(texts, vocabulary))
+    reading: dict[str, Any] = {
+        "skip_bad_rows": settings.skip_bad_rows,
+        "block_length": settings.block_length,
+    }
+    documents = list(read_documents(texts, vocabulary, **reading))
     if held_out is None:
         documents, judged = split_documents(
             documents, settings.held_out_share, settings.seed, settings.block_length
         )
     else:
-        judged = list(read_documents(held_out, vocabulary))
+        judged = list(read_documents(held_out, vocabulary, **reading))
     training_blocks = _kept_blocks(documents, settings.block_length, "texts")
     judged_blocks = _kept_blocks(judged, settings.block_length, "held_out")
     wanted = max(1, settings.held_out_tokens // settings.block_length)

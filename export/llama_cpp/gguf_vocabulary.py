@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from mistill.errors import VocabularyError
@@ -32,6 +33,13 @@ _CUTS = {
     "qwen2": False,
     "tekken": True,
 }
+# What a flag of an added token makes a tokenizer do, beyond finding the token.
+_MARKS = {
+    "rstrip": "take the white space after them",
+    "lstrip": "take the white space before them",
+    "single_word": "are found as whole words only",
+}
+_NAMED_MARKS = 8
 _PROBE = (
     "I'm sure we'LL see THEY'VE don't 'S x'd  two   spaces\tand\ttabs \n\nlines \r\n  \n"
     "1 12 123 1234 12345 3.14 v2.0b x86_64 \u0663\u0664\u0665 \u00bd\u2167 \u0967\u0968"
@@ -80,6 +88,7 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
         raise VocabularyError(
             f"{file} holds a {model.get('type')} vocabulary; export to GGUF needs a BPE vocabulary"
         )
+    _warn_of_marks(definition, Tokenizer.from_file(str(file)).normalizer)
     merges = [_pair(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
         scores = _scores(str(file), model["vocab"], definition, merges)
@@ -94,6 +103,30 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
     pieces = _pieces(definition, vocabulary, None, {})
     cut = _cut(file, definition)
     return GgufVocabulary("gpt2", cut, pieces, tuple(" ".join(pair) for pair in merges))
+
+
+def _warn_of_marks(definition: Mapping[str, Any], normalizer: Normalizer | None) -> None:
+    """Name the added tokens that llama.cpp finds in a text where the tokenizer does not."""
+    named: dict[str, list[str]] = {}
+    for entry in definition.get("added_tokens") or []:
+        content = entry["content"]
+        for flag, words in _MARKS.items():
+            if entry.get(flag):
+                named.setdefault(words, []).append(content)
+        normal = content if normalizer is None else normalizer.normalize_str(content)
+        if entry.get("normalized") and normal.strip("\u2581 ") != content.strip("\u2581 "):
+            named.setdefault("are looked for in normalized text", []).append(content)
+    for words, contents in named.items():
+        shown = ", ".join(contents[:_NAMED_MARKS])
+        more = len(contents) - _NAMED_MARKS
+        _log.warning(
+            "%d tokens %s, which llama.cpp does not do, so that conversations may be other tokens "
+            "there: %s%s",
+            len(contents),
+            words,
+            shown,
+            f" and {more} more" if more > 0 else "",
+        )
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:

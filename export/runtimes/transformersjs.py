@@ -1,7 +1,7 @@
 """The folder convention of transformers.js, which runs models in browsers and in Node.
 
     config.json             names the type of the weights and the number of data files
-    generation_config.json
+    generation_config.json  names every token at which a reply ends; nothing else ends one there
     tokenizer.json
     tokenizer_config.json   with the chat template inside
     onnx/model_q4.onnx      the graph; the name says the type: model.onnx float32, model_q4.onnx
@@ -55,6 +55,11 @@ def arrange_for_transformersjs(
         "kv_cache_dtype": "float32",
     }
     _write_json(folder / "config.json", plain)
+    if vocabulary.end_ids:
+        file = folder / "generation_config.json"
+        stated = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        ends = list(vocabulary.end_ids)
+        _write_json(file, {**stated, "eos_token_id": ends if len(ends) > 1 else ends[0]})
     if vocabulary.chat_template is not None:
         file = folder / "tokenizer_config.json"
         settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}

@@ -6,6 +6,7 @@ It works with model folders of every form. An ONNX folder needs neither PyTorch 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -24,10 +25,14 @@ from mistill.errors import ContextError, FolderError, VocabularyError
 from mistill.folders.json_text import parse_json
 from mistill.settings import require, require_choice, require_range, settings_from
 from mistill.sources.source import resolve_model
+from mistill.text.answers import prompt_ids, unwritten_turn
+from mistill.text.conversation import Conversation
 from mistill.text.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
     from mistill.engine.onnx_model import OnnxModel
+
+_log = logging.getLogger(__name__)
 
 Overflow = Literal["refuse", "slide"]
 Ending = Literal["end of turn", "stop string", "max_new_tokens", "context", "interrupted"]
@@ -133,6 +138,8 @@ class ChatBot:
             MissingExtraError: If the folder needs a library that is not installed.
             VocabularyError: If the folder has no chat template, or the draft model has another
                 vocabulary.
+            ContextError: If the system prompt leaves no room for a message.
+            TextError: If the system prompt is no UTF-8 text, or the template refuses it.
         """
         self.settings = settings_from(ChatSettings, settings, options)
         folder = resolve_model(folder)
@@ -159,6 +166,7 @@ class ChatBot:
         self.last_ending = None
         self.last_scores = []
         self.reset()
+        self._check_system(folder)
 
     def reset(self) -> None:
         """Remove the conversation from the history; the system prompt stays."""
@@ -230,6 +238,9 @@ class ChatBot:
     def restore(self, file: str | Path) -> None:
         """Continue a conversation that ``save`` wrote; nothing of it is read again.
 
+        A system prompt that this chatbot was given takes the place of the saved one; the
+        conversation is then read anew.
+
         Args:
             file: Path of the file.
 
@@ -241,7 +252,11 @@ class ChatBot:
         notes = self._engine().restore_cache(file)
         if "conversation" not in notes:
             raise FolderError(f"{file} holds no conversation; make one with ChatBot.save")
-        self.history, self._forgotten = _conversation(notes["conversation"], file)
+        history, self._forgotten = _conversation(notes["conversation"], file)
+        if self._system is not None:
+            others = (message for message in history if message["role"] != "system")
+            history = [_message("system", self._system), *others]
+        self.history = history
 
     def _engine(self) -> OnnxModel:
         from mistill.engine.onnx_model import OnnxModel
@@ -318,6 +333,9 @@ class ChatBot:
                 forgotten = turn
                 prompt = self._tokens(forgotten, question)
         if len(prompt) >= context:
+            alone = self._tokens(len(self.history) - self._first_turn(), _message("user", "?"))
+            if len(alone) >= context:
+                raise ContextError(self._too_long_a_system(len(alone)))
             raise ContextError(
                 f"the conversation has {len(prompt)} tokens and the model's context holds "
                 f"{context}, the reply included; {self._advice(forgotten)}"
@@ -325,12 +343,28 @@ class ChatBot:
         self._forgotten = forgotten
         return prompt
 
+    def _check_system(self, folder: Path) -> None:
+        """Refuse a system prompt that fills the context, and warn of one that is not written."""
+        if not self.history:
+            return
+        asked = Conversation((*self.history, _message("user", "?")))
+        if unwritten_turn(asked, self._vocabulary) == 0:
+            _log.warning("the chat template of %s does not write the system prompt", folder)
+        tokens = len(self._tokens(0, _message("user", "?")))
+        if tokens >= self._model.context_length:
+            raise ContextError(self._too_long_a_system(tokens))
+
+    def _too_long_a_system(self, tokens: int) -> str:
+        return (
+            f"the system prompt takes {tokens} tokens and the model's context holds "
+            f"{self._model.context_length}, the message and the reply included; shorten the "
+            "system prompt"
+        )
+
     def _tokens(self, forgotten: int, question: Message) -> list[int]:
         first = self._first_turn()
         messages = [*self.history[:first], *self.history[first + forgotten :], question]
-        return self._vocabulary.encode(
-            self._vocabulary.render(messages, add_generation_prompt=True)
-        )
+        return prompt_ids(Conversation(tuple(messages)), self._vocabulary)
 
     def _first_turn(self) -> int:
         """Index of the first message after the system prompt."""

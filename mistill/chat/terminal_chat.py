@@ -58,6 +58,8 @@ def run_terminal_chat(
             the end.
         **options: More of what ``ChatBot`` takes.
     """
+    if sys.stdin is None or sys.stdin.closed:
+        raise SettingsError("the standard input is closed; give it a file, a pipe or a terminal")
     bot = ChatBot(folder, system=system, settings=settings, threads=threads, **options)
     if session is not None:
         # An error in saving must show before the conversation, not after it.

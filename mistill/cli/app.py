@@ -10,13 +10,16 @@ looks for a command without a group of its own finds it here.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json as json_library
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
@@ -37,7 +40,7 @@ from mistill.cli.command_output import is_main_process, print_folder, print_resu
 from mistill.cli.help_pages import SAMPLING, HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.engine.language_model import Provider
-from mistill.errors import MissingExtraError, MistillError
+from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.settings import require
 from mistill.shown import visible
 
@@ -575,12 +578,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a finding, 2 for bad input, 130 for an interruption.
     """
+    if sys.stdout is None:
+        return _refuse(SettingsError("the standard output is closed; open it, or use /dev/null"))
+    _speak_utf8()
     logging.basicConfig(level=logging.WARNING, format="mistill: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_make_visible)
+    if is_main_process():
+        # How many rows were read, cut and passed over, and what became of the replies.
+        for name in ("mistill.text.row_counts", "distill.conversations"):
+            logging.getLogger(name).setLevel(logging.INFO)
     # bitsandbytes warns of each faster kernel that this processor does not support.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except OSError as error:
+        if not _is_lost(sys.stdout):
+            raise
+        if error.errno == errno.EPIPE:  # whoever read it needs no more
+            return 0
+        return _refuse(SettingsError(f"the standard output cannot be written: {error.strerror}"))
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         result = app(
             arguments,
@@ -609,8 +632,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _speak_utf8() -> None:
+    """Write UTF-8 to files and pipes whatever the locale, and replace what cannot be shown."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def _is_lost(stream: TextIO) -> bool:
+    """Whether a stream takes no more; what is left for it is dropped then."""
+    try:
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        # Python would try again, and complain, when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
+        return True
+    return False
+
+
 def _refuse(error: Exception) -> int:
-    print(f"mistill: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full or closed stream takes no message
+        print(f"mistill: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
     return 2
 
 

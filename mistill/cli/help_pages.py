@@ -16,6 +16,7 @@ Groups = Mapping[str, Sequence[str]]
 """Titles of groups, and the options of each without their dashes."""
 
 OUTPUT: Groups = {"Output": ("out", "markdown", "fail_on_regression", "overwrite", "json")}
+ROWS: Groups = {"Rows of a text": ("skip_bad_rows",)}
 SAMPLING: Groups = {
     "Sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 }
@@ -41,7 +42,7 @@ class HelpPage(DefaultFormatter):
                 follow under the title that cyclopts gives them, and those of the output come last.
         """
         super().__init__()
-        self.groups = {**(groups or {}), **OUTPUT}
+        self.groups = {**(groups or {}), **ROWS, **OUTPUT}
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
         """Print a panel of the help, divided into its groups.

@@ -12,6 +12,9 @@ from mistill.engine.language_model import Provider
 from mistill.errors import FolderError, MissingExtraError
 from mistill.folders.folder import MANIFEST_FILE, read_json
 
+# A program may have imported ONNX Runtime before mistill could tell it to report nothing.
+onnxruntime.disable_telemetry_events()
+
 # ONNX Runtime's names; an operator that one provider does not support runs on the next.
 _PROVIDERS: dict[str, list[str]] = {
     "cpu": ["CPUExecutionProvider"],

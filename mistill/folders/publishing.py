@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,39 @@ def working(target: str | Path, key: Mapping[str, Any], *, anew: bool = False) -
         _claim(work, target, key, anew)
         with _naming_a_full_disk(target, "; it will resume"):
             yield work
+
+
+def begun_on(target: str | Path) -> date:
+    """The day on which interrupted work for a target was begun, or today.
+
+    A chat template may write the date. Work that resumes on another day renders its text with the
+    day on which it was begun, which its key names, so that the text is the same.
+
+    Args:
+        target: Path of the result.
+
+    Returns:
+        The day.
+    """
+    path = Path(target).expanduser().absolute()
+    recorded = path.parent / f".{path.name}.working" / "key.json"
+    key = _read_key(recorded) if recorded.is_file() else {}
+    return day_of(key.get("date"))
+
+
+def day_of(recorded: Any) -> date:
+    """A day that was written down as ISO 8601 has it, or today.
+
+    Args:
+        recorded: Such as "2026-01-31"; anything else stands for today.
+
+    Returns:
+        The day.
+    """
+    try:
+        return date.fromisoformat(recorded)
+    except (TypeError, ValueError):
+        return date.today()
 
 
 def _claim(work: Path, target: str | Path, key: Mapping[str, Any], anew: bool) -> None:

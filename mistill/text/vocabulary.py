@@ -4,6 +4,8 @@ A laptop that chats has no transformers: the library ``tokenizers`` reads ``toke
 jinja2 renders the chat template as transformers does. Two vocabularies are equal if every id spells
 the same bytes in both, not if their sizes are equal: the 32,000 tokens of Llama 2 are not the
 32,000 tokens of Mistral v0.1.
+
+It is one file because a vocabulary is one class, and all of its methods need what its ids spell.
 """
 
 from __future__ import annotations
@@ -11,23 +13,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from mistill.errors import TextError, VocabularyError
 from mistill.folders.folder import read_json
-from mistill.text.chat_template import compile_template
+from mistill.text.chat_template import compile_template, render_template, template_turn
 from mistill.text.spelling import speller_of
+from mistill.text.tokenizer_settings import (
+    adds_bos,
+    adds_eos,
+    optional_json,
+    read_special_tokens,
+    read_templates,
+)
 
-Message = Mapping[str, str]
+# A turn: role, content, and what else the turn says, such as tool_calls or reasoning_content.
+Message = Mapping[str, Any]
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+# A token that no vocabulary has, of the last plane of private use.
+_BEFORE = "\U0010fffd"
 
 
 class TokenSpans(NamedTuple):
@@ -42,11 +56,13 @@ class TokenSpans(NamedTuple):
     starts: NDArray[np.int64]
 
 
-def load_vocabulary(folder: str | Path) -> Vocabulary:
+def load_vocabulary(folder: str | Path, *, today: date | None = None) -> Vocabulary:
     """Read the tokenizer and the chat template of a folder.
 
     Args:
         folder: A model folder of any form.
+        today: The day that a template which writes the date is told; None tells it the time at
+            which it renders.
 
     Returns:
         The vocabulary.
@@ -74,7 +90,9 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
         raise VocabularyError(f"{file} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return Vocabulary(path, tokenizer, definition, processor)
+    vocabulary = Vocabulary(path, tokenizer, definition, processor)
+    vocabulary.today = today
+    return vocabulary
 
 
 class Vocabulary:
@@ -83,7 +101,8 @@ class Vocabulary:
     ``load_vocabulary`` is the way to get one. ``size`` counts the rows of the model's embedding,
     V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
     token ``bos_id``; a template writes its own. ``special_tokens`` holds bos_token, eos_token and
-    the like by name, and ``chat_template`` the template as it is written in the folder.
+    the like by name, and ``chat_template`` the template as it is written in the folder. A template
+    that writes the date is told ``today``; None tells it the time at which it renders.
 
     Args:
         folder: The folder of the configuration files.
@@ -103,23 +122,44 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._added = list(definition.get("added_tokens") or [])
         self._spell = speller_of(definition)
-        settings = _optional_json(folder / "tokenizer_config.json")
-        config = _optional_json(folder / "config.json")
+        settings = optional_json(folder / "tokenizer_config.json")
+        config = optional_json(folder / "config.json")
         tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.size = int(config.get("vocab_size", tokens))
-        self.chat_template = _read_template(folder, settings)
-        self.special_tokens = _special_tokens(folder, settings)
-        generation = _optional_json(folder / "generation_config.json")
+        self.today: date | None = None
+        self._templates = read_templates(folder, settings)
+        self.chat_template = self._templates.get("default")
+        self.special_tokens = read_special_tokens(folder, settings)
+        generation = optional_json(folder / "generation_config.json")
         self.bos_id = self._first_id(
             self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
         )
-        self.adds_bos = self.bos_id is not None and _adds_bos(
+        self.adds_bos = self.bos_id is not None and adds_bos(
             settings, processor, str(tokenizer.id_to_token(self.bos_id))
+        )
+        eos_token = self.special_tokens.get("eos_token")
+        self.eos_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
+        self.adds_eos = self.eos_id is not None and adds_eos(
+            settings, processor, str(tokenizer.id_to_token(self.eos_id))
         )
         self._configured_ends = (*_ids_of(generation), *_ids_of(config))
 
     def __repr__(self) -> str:
         return f"Vocabulary({str(self._folder)!r}, size={self.size})"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it was read from."""
+        return self._folder
+
+    @property
+    def date_key(self) -> dict[str, str]:
+        """What the text of a conversation depends on besides its words: the day, if it is written.
+
+        A part of the key of work that resumes.
+        """
+        writes = any("strftime_now" in template for template in self._templates.values())
+        return {"date": self.today.isoformat()} if self.today is not None and writes else {}
 
     # --- text to tokens and back ----------------------------------------------------------------
 
@@ -136,9 +176,10 @@ class Vocabulary:
             Token ids.
 
         Raises:
+            TextError: If the text holds half of a character.
             VocabularyError: If the text holds a token for which the model has no row.
         """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encoding(text).ids
         self._check(ids)
         return ids
 
@@ -152,13 +193,63 @@ class Vocabulary:
             Ids and the character at which each begins; tokens that share a character share it.
 
         Raises:
+            TextError: If the text holds half of a character.
             VocabularyError: If the text holds a token for which the model has no row.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         ids = np.array(encoding.ids, np.int64)
         self._check(ids)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         return TokenSpans(ids, offsets[:, 0])
+
+    def encode_as_text(self, text: str, *, at_start: bool = False) -> TokenSpans:
+        """Turn text into tokens where special tokens that are written out in it are text too.
+
+        Args:
+            text: A part of a rendered conversation.
+            at_start: Whether it is the beginning, before which some tokenizers put a space.
+
+        Returns:
+            Ids and the character at which each begins.
+
+        Raises:
+            VocabularyError: If the text holds a token for which the model has no row.
+        """
+        # Behind a token of another kind the text is cut as behind a mark of the template.
+        before = "" if at_start else _BEFORE
+        encoding = self._splitting.encode(before + text, add_special_tokens=False)
+        skipped = len(before)
+        ids = np.array(encoding.ids[skipped:], np.int64)
+        self._check(ids)
+        offsets = np.array(encoding.offsets[skipped:], np.int64).reshape(-1, 2)
+        return TokenSpans(ids, offsets[:, 0] - skipped)
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """What the special tokens spell."""
+        return tuple(
+            entry["content"]
+            for entry in self._added
+            if entry.get("special") and entry["id"] < self.size
+        )
+
+    @cached_property
+    def _splitting(self) -> Tokenizer:
+        """The same tokenizer, to which special tokens are text."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_tokens([AddedToken(_BEFORE, normalized=False)])
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def _encoding(self, text: str) -> Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X}"
+            raise TextError(
+                f"the text is not UTF-8: it holds half of a character, {half}"
+            ) from None
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn token ids into text, special tokens included.
@@ -224,15 +315,27 @@ class Vocabulary:
 
     # --- conversations --------------------------------------------------------------------------
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """Render a conversation with the chat template.
 
         The same text as transformers' ``apply_chat_template``. It holds its own
         beginning-of-sequence token where the model wants one.
 
         Args:
-            messages: Turns with ``role`` and ``content``.
+            messages: Turns with ``role`` and ``content``, and whatever else the template writes,
+                such as ``tool_calls`` and ``reasoning_content``.
             add_generation_prompt: Whether to end where the assistant's next turn begins.
+            tools: Tools that the assistant may call, as JSON schemas.
+            documents: Documents that the assistant may quote.
+            variables: More of what the template asks for, such as ``enable_thinking``.
 
         Returns:
             The text, to be given to ``encode``.
@@ -241,28 +344,33 @@ class Vocabulary:
             VocabularyError: If the folder has no chat template, or one with a mistake in it.
             TextError: If the template refuses the conversation.
         """
-        if self.chat_template is None:
+        source = self.chat_template
+        if tools is not None:
+            source = self._templates.get("tool_use", source)
+        if source is None:
             raise VocabularyError(
                 f"{self._folder} has no chat template; use a chat model, or put one into "
                 "chat_template.jinja"
             )
         try:
-            template = compile_template(self.chat_template)
+            template = compile_template(source)
         except TemplateSyntaxError as error:
             raise VocabularyError(
                 f"the chat template of {self._folder} has a mistake in line {error.lineno}: "
                 f"{error.message}"
             ) from error
-        try:
-            return template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+        return render_template(
+            template,
+            [template_turn(message) for message in messages],
+            {
                 **self.special_tokens,
-            )
-        except Exception as error:  # an expression in it may raise anything
-            raise TextError(f"the chat template refuses this conversation: {error}") from error
+                **variables,
+                "tools": tools,
+                "documents": documents,
+                "add_generation_prompt": add_generation_prompt,
+            },
+            today=self.today,
+        )
 
     # --- identity -------------------------------------------------------------------------------
 
@@ -395,52 +503,7 @@ def _shown(vocabulary: Vocabulary, token: int) -> str:
 # --- reading the folder -------------------------------------------------------------------------
 
 
-def _optional_json(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
-
-
 def _ids_of(config: Mapping[str, Any]) -> list[int]:
     value = config.get("eos_token_id")
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int)]
-
-
-def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    older = _optional_json(folder / "special_tokens_map.json")
-    specials = {}
-    for name in _SPECIAL_NAMES:
-        value = settings.get(name, older.get(name))
-        if isinstance(value, Mapping):  # an AddedToken
-            value = value.get("content")
-        if isinstance(value, str):
-            specials[name] = value
-    return specials
-
-
-def _adds_bos(
-    settings: Mapping[str, Any], processor: Mapping[str, Any] | None, bos_token: str
-) -> bool:
-    """Whether the tokenizer puts its first token before plain text."""
-    stated = settings.get("add_bos_token")
-    if isinstance(stated, bool):
-        return stated
-    if processor is None:
-        return False
-    if processor["type"] == "Sequence":
-        return any(_adds_bos({}, part, bos_token) for part in processor["processors"])
-    if processor["type"] != "TemplateProcessing" or not processor["single"]:
-        return False
-    first = processor["single"][0].get("SpecialToken", {}).get("id")
-    tokens = processor.get("special_tokens", {}).get(first, {}).get("tokens", [])
-    return bos_token in tokens

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mistill.errors import SettingsError
+from mistill.settings import environment_number
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -61,11 +62,16 @@ def this_process(patience: timedelta | None = None) -> PartialState:
 
     Returns:
         accelerate's state; the processes have found one another when it is there.
+
+    Raises:
+        SettingsError: If the environment holds what no launcher writes.
     """
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        environment_number(name, least, least)  # accelerate reads them without asking
     # Without this word processes that torchrun starts on CPUs would not look for one another.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     options = {} if patience is None else {"timeout": patience}

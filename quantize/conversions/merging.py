@@ -121,8 +121,8 @@ def merge_lora(
             merged = _merge(plain, Path(adapter), folders / "merged")
             _publish(merged, target, overwrite, info.path, Path(adapter), {})
             return target
-        check_texts(texts)
         settings = settings or _settings_of(info.path)
+        check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
         original = info.path if info.form == "model" else _original(info.path, float_base)
         reference = _merge(original, Path(adapter), folders / "merged")
         quantized = info.path
@@ -133,7 +133,7 @@ def merge_lora(
             name: to_gptq(source, folders / name, texts=texts, settings=settings)
             for name, source in zip(ORDERS, (reference, after), strict=True)
         }
-        fidelity = _measure(reference, quantized_folders, held_out or texts)
+        fidelity = _measure(reference, quantized_folders, held_out or texts, settings.skip_bad_rows)
         best = min(ORDERS, key=lambda name: fidelity[name].kl)
         facts = {
             "orders": {name: asdict(figures) for name, figures in fidelity.items()},
@@ -261,17 +261,25 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
     return target
 
 
-def _measure(reference: Path, models: Mapping[str, Path], texts: Texts) -> dict[str, Fidelity]:
-    blocks = _blocks(reference, texts)
+def _measure(
+    reference: Path, models: Mapping[str, Path], texts: Texts, skip_bad_rows: bool
+) -> dict[str, Fidelity]:
+    blocks = _blocks(reference, texts, skip_bad_rows)
     references = {"merged": predict(load_pytorch(reference), blocks)}
     predictions = {name: predict(load_pytorch(folder), blocks) for name, folder in models.items()}
     fidelity = compare(references, predictions, blocks)
     return {name: by_reference["merged"] for name, by_reference in fidelity.items()}
 
 
-def _blocks(folder: Path, texts: Texts) -> TokenBlocks:
+def _blocks(folder: Path, texts: Texts, skip_bad_rows: bool) -> TokenBlocks:
     length = min(_LENGTH, context_length(folder, read_json(folder / "config.json")))
-    documents = read_documents(texts, load_vocabulary(folder), limit=_BLOCKS * length)
+    documents = read_documents(
+        texts,
+        load_vocabulary(folder),
+        limit=_BLOCKS * length,
+        skip_bad_rows=skip_bad_rows,
+        block_length=length,
+    )
     return pack(documents, length)[:_BLOCKS]
 
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from mistill.errors import SettingsError
 from mistill.folders.folder import context_length, copy_companions
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
-from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.progress import Tracker, track
 from mistill.pytorch.layers import Batch, LayeredModel
 from mistill.pytorch.loading import read_tensors
@@ -23,6 +24,7 @@ from mistill.pytorch.stages import kept_rows
 from mistill.settings import settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
+from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import EMBEDDING
 from mistill.weights.tensor_writer import TensorWriter, packed_tensors
 from quantize.calibration_text import draw_blocks, names_of
@@ -57,6 +59,7 @@ class _Job:
         settings: How to quantize.
         texts: Names of the calibration text.
         blocks: The calibration text.
+        dated: The day that the text was rendered with, if the chat template writes it.
     """
 
     model: FloatModel
@@ -64,6 +67,7 @@ class _Job:
     settings: GptqSettings
     texts: list[str]
     blocks: TokenBlocks
+    dated: dict[str, str]
 
 
 def to_gptq(
@@ -114,8 +118,8 @@ def to_gptq(
     require_backend(backend, settings)
     target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
-    job = _open_job(model, texts, settings)
-    check = open_check(model.folder, held_out, teacher)
+    job = _open_job(model, texts, settings, begun_on(target))
+    check = open_check(model.folder, held_out, teacher, skip_bad_rows=settings.skip_bad_rows)
     if backend == "gptqmodel":
         return by_gptqmodel(
             model,
@@ -153,7 +157,9 @@ def make_gptq(
     Returns:
         The target.
     """
-    return _run(_open_job(model, texts, settings), target, check, overwrite, finish)
+    return _run(
+        _open_job(model, texts, settings, begun_on(target)), target, check, overwrite, finish
+    )
 
 
 def require_context(model: FloatModel, block_length: int) -> None:
@@ -171,12 +177,13 @@ def require_context(model: FloatModel, block_length: int) -> None:
         raise SettingsError(f"block_length {block_length} exceeds the model's {longest} positions")
 
 
-def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings) -> _Job:
+def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings, today: date) -> _Job:
     plan = make_plan(model, settings)
     require_context(model, settings.block_length)
-    check_texts(texts)
-    blocks = draw_blocks(texts, model.folder, settings)
-    return _Job(model, plan, settings, names_of(texts), blocks)
+    check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
+    blocks = draw_blocks(texts, model.folder, settings, today=today)
+    dated = load_vocabulary(model.folder, today=today).date_key
+    return _Job(model, plan, settings, names_of(texts), blocks, dated)
 
 
 def _run(
@@ -190,9 +197,14 @@ def _run(
     key = {
         "step": "gptq",
         "source": fingerprint(job.model.folder),
-        "settings": settings_dict(job.settings),
+        "settings": {
+            name: value
+            for name, value in settings_dict(job.settings).items()
+            if name != "skip_bad_rows"
+        },
         "texts": job.blocks.digest,
         "versions": installed_versions(),
+        **job.dated,
     }
     with working(target, key, anew=overwrite) as work, torch.inference_mode():
         started = time.perf_counter()

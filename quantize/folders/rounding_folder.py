@@ -64,7 +64,7 @@ def to_rounding(
     target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     plan = make_plan(model, settings)
-    check = open_check(model.folder, held_out, teacher)
+    check = open_check(model.folder, held_out, teacher, skip_bad_rows=settings.skip_bad_rows)
 
     started = time.perf_counter()
     with creating(target, overwrite) as partial:

@@ -129,7 +129,11 @@ class FidelityCheck:
 
 
 def open_check(
-    source: Path, held_out: Texts | None, teacher: str | Path | None = None
+    source: Path,
+    held_out: Texts | None,
+    teacher: str | Path | None = None,
+    *,
+    skip_bad_rows: bool = False,
 ) -> FidelityCheck | None:
     """Read the held-out text, and refuse what cannot be measured before any work is done.
 
@@ -139,6 +143,7 @@ def open_check(
         source: The float folder that is quantized.
         held_out: Text to measure on; None if nothing is to be measured.
         teacher: The model that the source learnt from; None for comparing with the source alone.
+        skip_bad_rows: Whether rows of the text that cannot be read are passed over and counted.
 
     Returns:
         The text and the models; None if there is no text.
@@ -155,11 +160,13 @@ def open_check(
                 "a teacher is compared with on held-out text; give held_out, or leave out teacher"
             )
         return None
-    check_texts(held_out)
+    check_texts(held_out, skip_bad_rows=skip_bad_rows)
     teacher_folder = None if teacher is None else open_teacher(teacher, source).path
     sweep = SweepSettings()
     length = min(sweep.block_length, context_length(source, read_config(source)))
-    blocks = draw_up_to(sweep.held_out_samples, length, held_out, source, sweep.seed)
+    blocks = draw_up_to(
+        sweep.held_out_samples, length, held_out, source, sweep.seed, skip_bad_rows=skip_bad_rows
+    )
     if not blocks.kept.any():
         raise TextError("held_out holds no token to predict; give more text")
     return FidelityCheck(source, teacher_folder, blocks, names_of(held_out))

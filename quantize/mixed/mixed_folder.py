@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 
 from mistill.errors import SettingsError
 from mistill.folders.folder import describe, tensor_headers, weight_files
-from mistill.folders.publishing import refuse_existing, write_atomically
+from mistill.folders.publishing import begun_on, refuse_existing, write_atomically
 from mistill.settings import require, settings_from
 from mistill.text.rows import Texts, check_texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per_unit
@@ -89,9 +90,9 @@ def to_mixed(
     target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     require_context(model, settings.block_length)
-    check_texts(texts)
-    check = open_check(model.folder, held_out, teacher)
-    chosen, budget = choose(model, texts, settings)
+    check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
+    check = open_check(model.folder, held_out, teacher, skip_bad_rows=settings.skip_bad_rows)
+    chosen, budget = choose(model, texts, settings, today=begun_on(target))
 
     def summarize(folder: Path) -> None:
         summary = {
@@ -120,7 +121,7 @@ def to_mixed(
 
 
 def choose(
-    model: FloatModel, texts: Texts, settings: MixedSettings
+    model: FloatModel, texts: Texts, settings: MixedSettings, *, today: date | None = None
 ) -> tuple[dict[str, Choice], int]:
     """Choose how every matrix and table is stored.
 
@@ -128,6 +129,7 @@ def choose(
         model: The float model.
         texts: Text to estimate on.
         settings: The size and the choices.
+        today: The day that a chat template writes; None takes the time of reading.
 
     Returns:
         A choice for each, by name, and the bytes that all files may have.
@@ -147,7 +149,7 @@ def choose(
             f"{budget / 1e6:.1f} MB; raise the size or give smaller formats"
         )
     drawn = replace(settings.gptq(), samples=settings.sensitivity_samples)
-    blocks = draw_blocks(texts, model.folder, drawn)
+    blocks = draw_blocks(texts, model.folder, drawn, today=today)
     generator = torch.Generator().manual_seed(settings.seed)
     forms = {name: [f for f in by_form if f is not None] for name, by_form in sizes.items()}
     costs = estimate_costs(model, blocks, forms, settings.gptq(), generator)

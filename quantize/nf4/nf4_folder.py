@@ -67,7 +67,7 @@ def to_nf4(
     target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     _require_whole_blocks(model)
-    check = open_check(model.folder, held_out, teacher)
+    check = open_check(model.folder, held_out, teacher, skip_bad_rows=settings.skip_bad_rows)
 
     started = time.perf_counter()
     reports: list[ModuleReport] = []

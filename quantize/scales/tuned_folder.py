@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from mistill.errors import FolderError, TextError, TrainingError
 from mistill.folders.folder import copy_companions, open_folder, read_config
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
-from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
 from mistill.progress import track
 from mistill.pytorch.loading import load_pytorch, stored_tensors
@@ -31,7 +31,7 @@ from mistill.settings import require, settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, check_texts
-from mistill.text.vocabulary import load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.training.schedule import blocks_of_step, learning_rate_at
 from mistill.weights.gptq_layout import HEAD, read_quantization
 from mistill.weights.scaled_linear import ScaledLinear
@@ -89,9 +89,9 @@ def tune(
     """
     settings = settings_from(TuningSettings, settings, options)
     target = refuse_existing(target, overwrite, [source, teacher])
-    check_texts(texts)
+    check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
     if held_out is not None:
-        check_texts(held_out)
+        check_texts(held_out, skip_bad_rows=settings.skip_bad_rows)
     info = open_folder(source)
     if info.form != "gptq":
         raise FolderError(f"{source} is a {info.form} folder; give a GPTQ folder to tune")
@@ -102,15 +102,21 @@ def tune(
         f"a block_length of {settings.block_length} does not fit the models' context of {longest} "
         "tokens; lower it",
     )
-    training, judging = _read_blocks(info.path, texts, held_out, settings)
+    vocabulary = load_vocabulary(info.path, today=begun_on(target))
+    training, judging = _read_blocks(vocabulary, texts, held_out, settings)
     key = {
         "step": "tune",
         "source": fingerprint(info.path),
         "teacher": fingerprint(teacher_info.path),
-        "settings": settings_dict(settings),
+        "settings": {
+            name: value
+            for name, value in settings_dict(settings).items()
+            if name != "skip_bad_rows"
+        },
         "versions": installed_versions(),
         "texts": training.digest,
         "held_out": judging.digest,
+        **vocabulary.date_key,
     }
     with working(target, key, anew=overwrite) as work:
         tuner = _Tuner(info.path, teacher_info.path, settings)
@@ -141,13 +147,18 @@ def tune(
 
 
 def _read_blocks(
-    folder: Path, texts: Texts, held_out: Texts | None, settings: TuningSettings
+    vocabulary: Vocabulary, texts: Texts, held_out: Texts | None, settings: TuningSettings
 ) -> tuple[TokenBlocks, TokenBlocks]:
     """Blocks to train on and blocks to measure on, all with something to predict."""
-    vocabulary = load_vocabulary(folder)
 
     def read_blocks(some_texts: Texts, count: int) -> TokenBlocks:
-        documents = read_documents(some_texts, vocabulary, limit=count * settings.block_length)
+        documents = read_documents(
+            some_texts,
+            vocabulary,
+            limit=count * settings.block_length,
+            skip_bad_rows=settings.skip_bad_rows,
+            block_length=settings.block_length,
+        )
         blocks = pack(documents, settings.block_length)
         return blocks[np.flatnonzero(blocks.kept.any(axis=1))]
 

@@ -13,18 +13,20 @@ import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistill.errors import ArchitectureError, SettingsError, TargetExistsError
 from mistill.folders.folder import describe, read_json
 from mistill.folders.lineage import fingerprint, installed_versions
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import day_of, write_atomically
 from mistill.measures.kl import Predictions
 from mistill.progress import track
 from mistill.settings import settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
+from mistill.text.vocabulary import load_vocabulary
 from quantize.calibration_text import draw_blocks, names_of
 from quantize.folders.float_model import open_float
 from quantize.folders.gptq_folder import to_gptq
@@ -142,22 +144,33 @@ def sweep(
     """
     settings = settings_from(SweepSettings, settings, options)
     model = open_float(source)
-    check_texts(texts)
-    check_texts(held_out)
+    for each in (texts, held_out):
+        check_texts(each, skip_bad_rows=settings.skip_bad_rows)
+    folder = Path(target).expanduser().absolute()
     drawing = GptqSettings(
-        samples=settings.held_out_samples, block_length=settings.block_length, seed=settings.seed
+        samples=settings.held_out_samples,
+        block_length=settings.block_length,
+        seed=settings.seed,
+        skip_bad_rows=settings.skip_bad_rows,
     )
-    blocks = draw_blocks(held_out, model.folder, drawing)
-    calibration = draw_blocks(texts, model.folder, replace(drawing, samples=settings.samples))
+    today = _begun_on(folder)
+    blocks = draw_blocks(held_out, model.folder, drawing, today=today)
+    calibration = draw_blocks(
+        texts, model.folder, replace(drawing, samples=settings.samples), today=today
+    )
     teacher_folder = None if teacher is None else open_teacher(teacher, model.folder).path
     key = {
         "source": fingerprint(model.folder),
         "teacher": None if teacher_folder is None else fingerprint(teacher_folder),
         "texts": [calibration.digest, blocks.digest],
-        "settings": settings_dict(replace(settings, variants=())),
+        "settings": {
+            name: value
+            for name, value in settings_dict(replace(settings, variants=())).items()
+            if name != "skip_bad_rows"
+        },
         "versions": installed_versions(),
+        **load_vocabulary(model.folder, today=today).date_key,
     }
-    folder = Path(target).expanduser().absolute()
     state = _begin(folder, key, overwrite)
     references = {"source": predictions(model.folder, blocks)}
     if teacher_folder is not None:
@@ -214,6 +227,13 @@ def mark_dominated(rows: Sequence[SweepRow]) -> list[SweepRow]:
     return marked
 
 
+def _begun_on(folder: Path) -> date:
+    """The day on which a sweep was begun, or today."""
+    file = folder / SWEEP_FILE
+    key = read_json(file).get("key") if file.is_file() else None
+    return day_of(key.get("date") if isinstance(key, dict) else None)
+
+
 def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """Start a sweep, or resume one that was interrupted."""
     file = folder / SWEEP_FILE
@@ -259,6 +279,7 @@ def _make(
     if calibrated:
         drawn = {"samples", "block_length", "seed"}
         options |= {k: v for k, v in settings_dict(settings).items() if k in drawn}
+        options |= {"skip_bad_rows": True} if settings.skip_bad_rows else {}
     target = folder / variant.name
     if not target.exists():
         steps: dict[str, Callable[..., Path]] = {

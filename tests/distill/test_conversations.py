@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from mistill.errors import (
 )
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
+from tests.mistill.text import templates
 from tests.tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 PROMPTS = [f"{sentence} {number}" for number in range(4) for sentence in SENTENCES]
@@ -436,3 +438,23 @@ def test_settings_may_be_given_as_an_object(talker: Path, prompts: Path, tmp_pat
     one = generate_conversations(talker, prompts, tmp_path / "a.jsonl", settings=settings)
     two = generate_conversations(talker, prompts, tmp_path / "b.jsonl", max_new_tokens=20)
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_what_a_teacher_thinks_and_says_can_be_learned(tmp_path: Path, talker: Path):
+    """Where the prompt opens the thoughts, the reply is written with their opening."""
+    folder = tmp_path / "thinker"
+    shutil.copytree(talker, folder)
+    (folder / "chat_template.jinja").write_text(templates.OPENS_THOUGHTS)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"What follows {number}?\n" for number in range(6)))
+    file = generate_conversations(
+        folder, prompts, tmp_path / "own.jsonl", max_new_tokens=12, keep_unfinished=True
+    )
+    vocabulary = load_vocabulary(folder)
+    for talk, document in zip(written(file), read_documents(file, vocabulary), strict=True):
+        prompt = vocabulary.render(talk[:1], add_generation_prompt=True)
+        assert prompt.endswith("<think>\n")
+        reply = talk[-1]["content"]
+        assert reply.startswith("<think>\n")
+        text = vocabulary.decode(document.ids.tolist())
+        assert text == f"{prompt}{reply.removeprefix('<think>').lstrip()}<|im_end|>"

@@ -27,7 +27,8 @@ def test_options_stand_in_the_order_of_their_use() -> None:
     assert [field.name for field in fields(GptqSettings)] == [
         *("bits", "group_size", "symmetric", "scale_type", "overrides"),
         *("head_bits", "embedding_bits", "method", "order", "scale_search", "damp_percent"),
-        *("true_sequential", "samples", "block_length", "seed", "model_file_base_name"),
+        *("true_sequential", "samples", "block_length", "seed", "skip_bad_rows"),
+        "model_file_base_name",
     ]
     assert [field.name for field in fields(SweepSettings)][:2] == ["variants", "held_out_samples"]
     assert [field.name for field in fields(MixedSettings)][:2] == ["size_mb", "bits_per_weight"]

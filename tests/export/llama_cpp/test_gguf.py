@@ -395,6 +395,20 @@ def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(
     assert list(tmp_path.glob("*.gguf*")) == list(tmp_path.glob(".*gguf*")) == []
 
 
+@pytest.mark.parametrize("flag", ["rstrip", "lstrip", "single_word", None])
+def test_tokens_that_a_tokenizer_finds_in_another_way_are_named(
+    flag: str | None, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    added = read_json(model / "tokenizer.json")["added_tokens"]
+    if flag is not None:
+        added = [{**entry, flag: entry["content"].startswith("<|")} for entry in added]
+    to_gguf(change_tokenizer(model, tmp_path / "m", added_tokens=added), tmp_path / "tiny.gguf")
+    named = "which llama.cpp does not do" in caplog.text
+    assert named == (flag is not None)
+    assert ("<|im_start|>, <|im_end|>" in caplog.text) == named
+    assert "<unk>" not in caplog.text
+
+
 def test_merges_that_no_scores_give_are_refused(tmp_path: Path):
     source = sentencepiece_model(tmp_path / "model")
     definition = read_json(source / "tokenizer.json")

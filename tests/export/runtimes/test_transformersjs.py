@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def test_files_are_where_transformers_js_looks_for_them(model: Path, tmp_path: P
     assert manifest["parity"]["same_top"] > 0.8
     assert {"onnx/model_q4.onnx", "onnx/model_q4.onnx_data"} <= manifest["files"].keys()
     assert read_lineage(exported)[-1]["settings"]["layout"] == "transformersjs"
+
+
+@pytest.mark.parametrize("stated", [{"eos_token_id": 2, "top_k": 7}, None])
+def test_every_token_that_ends_a_reply_is_named(
+    stated: dict[str, Any] | None, model: Path, tmp_path: Path
+):
+    """The template alone may show the end of a turn, and the browser reads no template for it."""
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    for name, changed in (("config.json", 2), ("tokenizer_config.json", "</s>")):
+        file = source / name
+        key = "eos_token" if isinstance(changed, str) else "eos_token_id"
+        file.write_text(json.dumps(read_json(file) | {key: changed}))
+    (source / "generation_config.json").unlink()
+    if stated is not None:
+        (source / "generation_config.json").write_text(json.dumps(stated))
+    exported = to_onnx(source, tmp_path / "made", precision="int4", layout="transformersjs")
+    generation = read_json(exported / "generation_config.json")
+    assert generation == {**(stated or {}), "eos_token_id": [2, 4]}
 
 
 @pytest.mark.parametrize(

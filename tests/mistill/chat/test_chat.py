@@ -617,3 +617,57 @@ def test_settings_come_as_an_object_or_as_options_but_not_both(folder: Path) -> 
     assert scripted(folder, [], settings=settings)[0].settings is settings
     with pytest.raises(SettingsError, match="not both"):
         ChatBot(folder, settings=settings, max_new_tokens=4)
+
+
+# --- the system prompt ----------------------------------------------------------------------------
+
+
+def test_a_system_prompt_that_fills_the_context_is_refused_by_its_name(folder: Path) -> None:
+    for overflow in ("refuse", "slide"):
+        with pytest.raises(ContextError, match=r"system prompt takes \d+ tokens .* shorten the s"):
+            scripted(folder, [], system="word " * 100, context_length=64, overflow=overflow)
+    bot, _ = scripted(folder, ["Hello."], context_length=64)
+    bot.history = [{"role": "system", "content": "word " * 100}]
+    with pytest.raises(ContextError, match="shorten the system prompt"):
+        bot.reply("Hi")
+    bot, _ = scripted(folder, ["Hello."], system="Be brief.", context_length=64)
+    with pytest.raises(ContextError, match="shorten the message"):
+        bot.reply("word " * 100)
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted(folder, [], system="Be brief.")
+    assert not caplog.records
+    file = folder / "chat_template.jinja"
+    file.write_text("{% set messages = messages[1:] %}" + file.read_text())
+    scripted(folder, [], system="Be brief.")
+    assert "does not write the system prompt" in caplog.text
+
+
+def test_half_of_a_character_is_refused(folder: Path) -> None:
+    with pytest.raises(TextError, match=r"half of a character, U\+D83D"):
+        scripted(folder, [], system="\ud83d")
+    bot, _ = scripted(folder, ["Hello."])
+    with pytest.raises(TextError, match=r"half of a character, U\+D83D"):
+        bot.reply("\ud83d?")
+    assert "".join(bot.reply("\U0001f600?")) == "Hello."
+
+
+def test_a_system_prompt_given_now_takes_the_place_of_the_saved_one(
+    chatbot: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4, "threads": 1}
+    first = ChatBot(chatbot, system="Be a pirate.", **options)
+    "".join(first.reply("Hello"))
+    first.save(tmp_path / "kept")
+    second = ChatBot(chatbot, system="Be a poet.", **options)
+    second.restore(tmp_path / "kept")
+    assert second.history == [{"role": "system", "content": "Be a poet."}, *first.history[1:]]
+    anew = ChatBot(chatbot, **options)
+    anew.history = list(second.history)
+    assert "".join(second.reply("Hello")) == "".join(anew.reply("Hello"))
+    third = ChatBot(chatbot, **options)
+    third.restore(tmp_path / "kept")
+    assert third.history == first.history

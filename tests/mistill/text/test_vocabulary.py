@@ -15,6 +15,7 @@ from mistill.errors import TextError, VocabularyError
 from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 from tests.mistill import made
+from tests.mistill.text.templates import theirs
 from tests.tiny import CHATML, SENTENCES, tiny_tokenizer
 
 STRINGS = (
@@ -287,8 +288,12 @@ def test_special_tokens_may_be_objects_or_stand_in_the_older_file(
 ):
     folder = made.put_template(copied(bytes_folder, tmp_path / "v"), "{{bos_token}}|{{eos_token}}")
     write_config(folder, "tokenizer_config.json", bos_token={"content": "<s>", "lstrip": False})
-    write_config(folder, "special_tokens_map.json", bos_token="no", eos_token={"content": "</s>"})
+    write_config(folder, "special_tokens_map.json", eos_token={"content": "</s>"})
     assert load_vocabulary(folder).render([]) == "<s>|</s>"
+    # Where both name one, transformers believes the older file.
+    write_config(folder, "special_tokens_map.json", bos_token="<unk>", eos_token="</s>")
+    turns = [{"role": "user", "content": "?"}]
+    assert load_vocabulary(folder).render(turns) == theirs(folder, turns) == "<unk>|</s>"
 
 
 def test_a_folder_without_a_template_says_so(bytes_folder: Path, tmp_path: Path):

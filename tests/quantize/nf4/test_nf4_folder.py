@@ -141,7 +141,7 @@ def test_the_folder_says_what_it_is_and_what_stayed(made: tuple[bool, Path], mod
     assert info.parameters == describe(model).parameters
     step = read_lineage(target)[-1]
     assert step["step"] == "nf4"
-    assert step["settings"] == {"double_quantization": double}
+    assert step["settings"] == {"skip_bad_rows": False, "double_quantization": double}
     assert "lm_head.weight" in step["kept_float"]
     report = read_json(target / QUANTIZE_REPORT_FILE)
     assert len(report["modules"]) == 14

@@ -102,9 +102,10 @@ def test_a_tuned_model_is_closer_and_has_the_same_codes(
 def measured(model: Path, made: Path, texts: Path) -> float:
     from mistill.measures.kl import compare, predict
     from mistill.pytorch.loading import load_pytorch
+    from mistill.text.vocabulary import load_vocabulary
     from quantize.settings import TuningSettings
 
-    _, judged = tuning._read_blocks(made, texts, None, TuningSettings(**OPTIONS))
+    _, judged = tuning._read_blocks(load_vocabulary(made), texts, None, TuningSettings(**OPTIONS))
     asked, found = (predict(load_pytorch(folder), judged) for folder in (model, made))
     return compare({"teacher": asked}, {"": found}, judged)[""]["teacher"].kl
 

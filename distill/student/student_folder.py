@@ -34,6 +34,7 @@ from mistill.folders.folder import (
     FolderInfo,
     copy_companions,
     open_folder,
+    read_config,
     read_json,
     tensor_headers,
 )
@@ -91,7 +92,7 @@ def new_student(
     refuse_existing(target, overwrite, [teacher])
     info = open_folder(resolve_model(teacher))
     require_readable(info)
-    config = read_json(info.path / "config.json")
+    config = read_config(info.path)
     if settings.fresh:
         config = fresh_config(config, settings)
         with creating(target, overwrite) as folder:

@@ -11,7 +11,7 @@ from export.llama_cpp.gguf_vocabulary import GgufVocabulary, read_gguf_vocabular
 from export.settings import GgufSettings, OnnxSettings
 from export.weights.architecture import Architecture, read_architecture
 from mistill.errors import ArchitectureError, FolderError, missing_extra
-from mistill.folders.folder import open_folder, read_json
+from mistill.folders.folder import open_folder, read_config
 from mistill.folders.lineage import lineage_after
 from mistill.folders.publishing import creating_file
 from mistill.progress import track
@@ -82,7 +82,7 @@ def to_gguf(
             raise FolderError(
                 f"{source} is an ONNX folder; give the model folder that it was exported from"
             )
-        config = read_json(info.path / "config.json")
+        config = read_config(info.path)
         architecture = read_architecture(config)
         _require_known(architecture)
         vocabulary = load_vocabulary(info.path)

@@ -23,6 +23,7 @@ from mistill.folders.folder import (
 from mistill.folders.json_text import parse_json
 from mistill.folders.lineage import LINEAGE_FILE, fingerprint, read_lineage
 from mistill.folders.location import Location, is_remote, location_of
+from mistill.folders.settled_config import contradictions
 from mistill.folders.targets_folder import (
     TargetsInfo,
     describe_targets,
@@ -268,7 +269,7 @@ def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> tuple[list[str]
         vocabulary = load_vocabulary(folder)
     except MistillError as error:
         return [], [str(error)]
-    notes = []
+    notes = contradictions(folder, read_json(folder / "config.json"))
     if not vocabulary.end_ids:
         notes.append("the tokenizer has no end-of-turn token, so that a chatbot would never stop")
     if vocabulary.chat_template is None:

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from mistill.errors import (
 from mistill.folders.folder import (
     FolderInfo,
     open_folder,
-    read_json,
+    read_config,
     tensor_headers,
     weight_files,
 )
@@ -81,7 +82,7 @@ def plain_config(folder: Path) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig, MistralConfig
 
-    values = read_json(folder / "config.json")
+    values = read_config(folder)
     for name in ("quantization_config", "auto_map"):
         values.pop(name, None)
     kinds: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "mistral": MistralConfig}
@@ -221,7 +222,7 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
 def _load(info: FolderInfo, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     if info.form == "nf4":
         try:
-            return _load_nf4(info.path, dtype)
+            return _load_nf4(info.path, config, dtype)
         except MissingExtraError as error:
             _log.warning(
                 "%s; until then the NF4 weights are decoded and take the memory of float weights",
@@ -337,21 +338,16 @@ def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
         yield list(homes), read
 
 
-def _load_nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _load_nf4(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         from bitsandbytes.nn.modules import Linear4bit
     except ModuleNotFoundError as error:
         raise missing_extra("bitsandbytes", "compress") from error
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
+    config = copy(config)
+    config.quantization_config = read_config(folder)["quantization_config"]
+    model: PreTrainedModel = _model_class(config).from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
     )
     # transformers leaves everything in the types of the file.
     for module in model.modules():

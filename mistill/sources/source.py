@@ -33,6 +33,7 @@ from mistill.errors import (
 from mistill.folders.folder import copy_companions, open_folder, read_json, weight_files
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing
+from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
 from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
 DEFAULT_TEACHER = "@smollm2"
@@ -102,8 +103,8 @@ def save_model(source: str | Path, target: str | Path, overwrite: bool = False) 
     with creating(target, overwrite) as partial:
         shutil.copyfile(folder / "config.json", partial / "config.json")
         copy_companions(folder, partial)
-        index = folder / "model.safetensors.index.json"
-        for file in weight_files(folder) + ([index] if index.is_file() else []):
+        others = [weight_index(folder), folder / AUTO_GPTQ_CONFIG]
+        for file in weight_files(folder) + [file for file in others if file and file.is_file()]:
             shutil.copyfile(file, partial / file.name)
         add_lineage(partial, step="teacher", settings={"source": str(source)}, source=folder)
     return target

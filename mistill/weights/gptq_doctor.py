@@ -36,6 +36,7 @@ from mistill.folders.gptq_format import (
     ModuleFormat,
     read_quantization,
 )
+from mistill.folders.settled_config import says_tied
 from mistill.weights.code_words import codes_per_unit, plus_one, unpack_rows
 from mistill.weights.gptq_layout import quantized_modules
 from mistill.weights.tensor_files import TensorFiles
@@ -136,7 +137,7 @@ def examine(folder: Path) -> Diagnosis:
     sampled = set(modules[:: max(1, len(modules) // _SAMPLED)])
     for module in modules:
         findings.check(files, module, module in sampled)
-    findings.wrong += _missing_tables(layout, modules, bool(config.get("tie_word_embeddings")))
+    findings.wrong += _missing_tables(layout, modules, says_tied(config))
     findings.wrong += _two_configs(folder, config)
     return findings.diagnosis(len(modules))
 

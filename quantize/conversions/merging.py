@@ -253,7 +253,8 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
             for name, parameter in merged.named_parameters():
                 if name in names:
                     writer.add(name, parameter.detach().to(types.get(name, torch.float32)))
-        shutil.copyfile(base / "config.json", partial / "config.json")
+        config = json.dumps(read_config(base), indent=2) + "\n"
+        write_atomically(partial / "config.json", config)
         copy_companions(base, partial)
         # A chat template or tokens that were tuned with the adapter go with it.
         copy_companions(adapter, partial)
@@ -270,7 +271,7 @@ def _measure(reference: Path, models: Mapping[str, Path], texts: Texts) -> dict[
 
 
 def _blocks(folder: Path, texts: Texts) -> TokenBlocks:
-    length = min(_LENGTH, context_length(folder, read_json(folder / "config.json")))
+    length = min(_LENGTH, context_length(folder, read_config(folder)))
     documents = read_documents(texts, load_vocabulary(folder), limit=_BLOCKS * length)
     return pack(documents, length)[:_BLOCKS]
 

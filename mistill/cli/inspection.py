@@ -33,6 +33,7 @@ from mistill.folders.targets_folder import (
 from mistill.shown import facts_table, plain
 from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
+from mistill.weights.nf4_doctor import nf4_problems
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -194,12 +195,8 @@ def inspect_folder(path: str | Path) -> Inspection:
     gptq = None
     if not faults:
         info = describe(folder)
-        if info.form == "gptq":
-            try:
-                gptq = examine(folder)
-                faults += gptq.contradictions
-            except FolderError as error:
-                faults.append(str(error))
+        gptq, wrong_codes = _examine_codes(folder, info.form)
+        faults += wrong_codes
     graphs, remarks = _lint_graphs(folder)
     manifest = None
     if info is not None and info.form == "onnx":
@@ -224,6 +221,19 @@ def inspect_folder(path: str | Path) -> Inspection:
         graphs=graphs,
         manifest=manifest,
     )
+
+
+def _examine_codes(folder: Path, form: str) -> tuple[Diagnosis | None, list[str]]:
+    """What the codes of a folder show of themselves, and what is wrong with them."""
+    if form == "nf4":
+        return None, nf4_problems(folder)
+    if form != "gptq":
+        return None, []
+    try:
+        diagnosis = examine(folder)
+    except FolderError as error:
+        return None, [str(error)]
+    return diagnosis, list(diagnosis.contradictions)
 
 
 def _lint_graphs(folder: Path) -> tuple[dict[str, Lint], list[str]]:

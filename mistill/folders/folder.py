@@ -327,15 +327,11 @@ def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
             continue  # a second copy of the embedding
         if name.endswith(".qweight"):
             module = name.removesuffix(".qweight")
-            if f"{module}.g_idx" in tensors:
-                inputs = tensors[f"{module}.g_idx"].shape[0]
-            else:
-                gptq_format = gptq_format or read_quantization(config)
-                module_format = None if gptq_format is None else gptq_format.format_of(module)
-                inputs = stored.shape[0] * 32 // (module_format.bits if module_format else 32)
-            total += inputs * stored.shape[1]
+            gptq_format = gptq_format or read_quantization(config)
+            module_format = None if gptq_format is None else gptq_format.format_of(module)
+            total += count * 32 // (module_format.bits if module_format else 32)
         elif f"{name}.quant_state.bitsandbytes__nf4" in tensors:
-            total += count * 2
+            total += stored.size * 2
         elif name.endswith((".weight", ".bias")):
             total += count
     return total

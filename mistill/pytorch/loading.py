@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
@@ -32,9 +32,10 @@ from mistill.folders.folder import (
     tensor_headers,
     weight_files,
 )
-from mistill.folders.safetensors_file import read_header
+from mistill.folders.safetensors_file import FLOAT_TYPES, StoredTensor, read_header
 from mistill.weights.gptq_doctor import require_sound
-from mistill.weights.gptq_layout import TENSOR_NAMES
+from mistill.weights.gptq_layout import TENSOR_NAMES, read_quantization
+from mistill.weights.nf4_doctor import nf4_states
 from mistill.weights.plain_weights import PlainWeights
 
 if TYPE_CHECKING:
@@ -127,40 +128,61 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def check_weights(folder: Path, config: PreTrainedConfig | None = None) -> None:
     """Refuse a folder whose tensors are not those that its config asks for.
 
-    Reads the headers of the files, never the weights. Of GPTQ and NF4 weights the names are
-    compared, of float ones the shapes too.
+    Reads the headers of the files, and of NF4 folders what is stored about each weight; never the
+    weights.
 
     Args:
         folder: A float, GPTQ or NF4 folder of a readable architecture.
         config: Its plain config, if it is at hand.
 
     Raises:
-        FolderError: If a tensor is missing, left over, or of another shape.
+        FolderError: If a tensor is missing, left over, or of another shape or type.
     """
     config = config or plain_config(folder)
     present = tensor_headers(folder)
+    coded_shapes = _coded_shapes(folder, present)
     expected = {
         name: tuple(tensor.shape) for name, tensor in empty_model(config).named_parameters()
     }
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    owners, other_shapes = set(), []
+    owners, other_shapes, other_types = set(), [], []
     for name, stored in present.items():
         owner = _weight_of(name, present, expected)
         if owner is None:
             continue
+        if owner in owners:
+            continue
         owners.add(owner)
-        is_plain = name == owner and f"{name}.absmax" not in present
-        if is_plain and owner in expected and stored.shape != expected[owner]:
-            other_shapes.append(f"{owner} {stored.shape} instead of {expected[owner]}")
+        is_plain = name == owner and owner not in coded_shapes
+        shape = stored.shape if is_plain else coded_shapes.get(owner)
+        if owner in expected and shape not in (None, expected[owner]):
+            other_shapes.append(f"{owner} {shape} instead of {expected[owner]}")
+        if owner in expected and is_plain and stored.dtype not in FLOAT_TYPES:
+            other_types.append(f"{owner} as {stored.dtype}, which is no type of floats")
     problems = [
         *_listed("it lacks", sorted(expected.keys() - owners - optional)),
         *_listed("it also holds", sorted(owners - expected.keys() - optional)),
         *_listed("it holds", other_shapes),
+        *_listed("it holds", other_types),
     ]
     if problems:
         raise FolderError(
             f"the weights in {folder} are not those of its config.json: {'; '.join(problems)}"
         )
+
+
+def _coded_shapes(folder: Path, present: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that are stored as codes, by the names of the weights."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{module}.weight": state.shape for module, state in nf4_states(folder).items()
+    }
+    layout = read_quantization(read_config(folder))
+    for name, stored in present.items():
+        module, _, last = name.rpartition(".")
+        form = None if layout is None or last != "qweight" else layout.format_of(module)
+        if form is not None and len(stored.shape) == 2:
+            shapes[f"{module}.weight"] = (stored.shape[1], stored.shape[0] * 32 // form.bits)
+    return shapes
 
 
 def _weight_of(name: str, present: Container[str], expected: Container[str]) -> str | None:
@@ -340,7 +362,7 @@ def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
 
 def _load_nf4(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        from bitsandbytes.nn.modules import Linear4bit
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
     except ModuleNotFoundError as error:
         raise missing_extra("bitsandbytes", "compress") from error
 
@@ -358,9 +380,7 @@ def _load_nf4(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Pre
                 # bitsandbytes' kernel for AVX-512 computes in bfloat16 whatever the dtype.
                 module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        # Codes may be stored as floats, of which only the bits count.
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.to(dtype)
     return model
-
-
-# --- running ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ are rounded; GPTQ codes and NF4 levels become blocks of ONNX Runtime.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -259,6 +259,11 @@ class FolderWeights:
         return weight if bits == 32 else self._round(module, weight, bits)
 
     def _check(self, folder: Path, architecture: Architecture) -> None:
+        if architecture.layers > len(self._home):
+            raise FolderError(
+                f"config.json of {folder} describes {architecture.layers} layers, and its files "
+                f"hold {len(self._home)} tensors in all"
+            )
         faults = []
         for module, shape in architecture.shapes().items():
             name, expected = f"{module}.weight", shape
@@ -273,15 +278,29 @@ class FolderWeights:
                 faults.append(f"{name} is missing")
             elif shape_in_file != expected:
                 faults.append(f"{name} has the shape {shape_in_file}, not {expected}")
-        for layer in range(architecture.layers):
-            biases = (f"model.layers.{layer}.{part}.bias" for part in architecture.biased)
-            faults += [f"{name} is missing" for name in biases if not self.has(name)]
+        faults += self._wrong_biases(architecture)
         if faults:
             more = f" and {len(faults) - 3} more" if faults[3:] else ""
             raise FolderError(
                 f"{folder} does not hold the model of its config.json: "
                 f"{', '.join(faults[:3])}{more}"
             )
+
+    def _wrong_biases(self, architecture: Architecture) -> Iterator[str]:
+        """Biases that are missing, and those that the architecture does not have."""
+        for module in architecture.shapes():
+            has_bias = module.split(".", 3)[-1] in architecture.biased
+            if has_bias and not self.has(f"{module}.bias"):
+                yield f"{module}.bias is missing"
+            if not has_bias and self._has_bias(module):
+                yield f"{module}.bias is a bias that its architecture does not have"
+
+    def _has_bias(self, module: str) -> bool:
+        """Whether a module has a bias other than the zeros that some quantizers write."""
+        name = f"{module}.bias"
+        if not self.has(name):
+            return False
+        return not self.has(f"{module}.qweight") or bool(self._codes.floats(name).any())
 
     def _stored(self, module: str) -> Weight:
         if self.has(f"{module}.qweight"):

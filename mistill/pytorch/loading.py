@@ -99,6 +99,25 @@ def plain_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def completed_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder with the sizes that it leaves to the classes of transformers.
+
+    Args:
+        folder: A folder of a readable architecture.
+
+    Returns:
+        The config as ``read_config`` reads it, and the number of heads and the width of the
+        feed-forward layer, which differ among the classes.
+
+    Raises:
+        FolderError: If the values in config.json contradict one another.
+    """
+    config, plain = read_config(folder), plain_config(folder)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        config[name] = getattr(plain, name)
+    return config
+
+
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The modules of a model, without memory for their weights.
 

@@ -280,6 +280,12 @@ def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> tuple[list[str]
     except MistillError as error:
         return [], [str(error)]
     notes = contradictions(folder, read_json(folder / "config.json"))
+    if not vocabulary.files_agree_on_bos:
+        does = "begins" if vocabulary.adds_bos else "does not begin"
+        notes.append(
+            f"tokenizer_config.json and tokenizer.json contradict each other: text {does} with the "
+            "beginning-of-sequence token here, as tokenizer_config.json says"
+        )
     if not vocabulary.end_ids:
         notes.append("the tokenizer has no end-of-turn token, so that a chatbot would never stop")
     if vocabulary.chat_template is None:

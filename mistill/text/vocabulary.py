@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from mistill.errors import TextError, VocabularyError
 from mistill.folders.folder import read_json
+from mistill.text.added_tokens import add_missing_tokens
 from mistill.text.chat_template import compile_template
 from mistill.text.spelling import speller_of
 
@@ -72,6 +73,7 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
         tokenizer = Tokenizer.from_str(json.dumps({**definition, "post_processor": None}))
     except Exception as error:  # tokenizers raises nothing more precise
         raise VocabularyError(f"{file} is not a tokenizer: {error}") from error
+    add_missing_tokens(path, definition, tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return Vocabulary(path, tokenizer, definition, processor)
@@ -82,8 +84,10 @@ class Vocabulary:
 
     ``load_vocabulary`` is the way to get one. ``size`` counts the rows of the model's embedding,
     V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
-    token ``bos_id``; a template writes its own. ``special_tokens`` holds bos_token, eos_token and
-    the like by name, and ``chat_template`` the template as it is written in the folder.
+    token ``bos_id``, and ``files_agree_on_bos`` whether tokenizer.json says the same as
+    tokenizer_config.json, which decides; a template writes its own. ``added_tokens`` holds the
+    entries of tokenizer.json and of the files that add to it, ``special_tokens`` bos_token,
+    eos_token and the like by name, and ``chat_template`` the template as the folder has it.
 
     Args:
         folder: The folder of the configuration files.
@@ -101,7 +105,7 @@ class Vocabulary:
     ) -> None:
         self._folder = folder
         self._tokenizer = tokenizer
-        self._added = list(definition.get("added_tokens") or [])
+        self.added_tokens: list[dict[str, Any]] = definition["added_tokens"]
         self._spell = speller_of(definition)
         settings = _optional_json(folder / "tokenizer_config.json")
         config = _optional_json(folder / "config.json")
@@ -113,9 +117,9 @@ class Vocabulary:
         self.bos_id = self._first_id(
             self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
         )
-        self.adds_bos = self.bos_id is not None and _adds_bos(
-            settings, processor, str(tokenizer.id_to_token(self.bos_id))
-        )
+        first = None if self.bos_id is None else str(tokenizer.id_to_token(self.bos_id))
+        self.adds_bos = first is not None and _adds_bos(settings, processor, first)
+        self.files_agree_on_bos = first is None or self.adds_bos == _adds_bos({}, processor, first)
         self._configured_ends = (*_ids_of(generation), *_ids_of(config))
 
     def __repr__(self) -> str:
@@ -296,7 +300,7 @@ class Vocabulary:
     def _bytes(self) -> list[bytes]:
         """What each id spells; an id in a gap spells nothing, and trailing padding is absent."""
         spell = self._spell
-        added = {entry["id"]: entry["content"] for entry in self._added}
+        added = {entry["id"]: entry["content"] for entry in self.added_tokens}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
         spelled = {token: spell(text) for text, token in vocabulary.items() if token not in added}
         spelled |= {token: text.encode() for token, text in added.items()}
@@ -310,7 +314,7 @@ class Vocabulary:
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        return frozenset(entry["id"] for entry in self._added if entry.get("special"))
+        return frozenset(entry["id"] for entry in self.added_tokens if entry.get("special"))
 
     def _kind(self, token: int) -> str:
         if token in self._unassigned:
@@ -330,7 +334,7 @@ class Vocabulary:
             return None
         _, occurs, after = text.rpartition(reply)
         after = after.lstrip()
-        marks = [entry for entry in self._added if entry.get("special")]
+        marks = [entry for entry in self.added_tokens if entry.get("special")]
         matching = [entry for entry in marks if occurs and after.startswith(entry["content"])]
         longest = max(matching, key=lambda entry: len(entry["content"]), default=None)
         return None if longest is None else int(longest["id"])

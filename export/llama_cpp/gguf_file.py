@@ -16,7 +16,8 @@ from mistill.folders.lineage import lineage_after
 from mistill.folders.publishing import creating_file
 from mistill.progress import track
 from mistill.settings import settings_from
-from mistill.sources.gguf_model import CONTEXT_KEY, ROPE_KEY
+from mistill.sources.gguf_model import CONTEXT_KEY
+from mistill.sources.gguf_rope import ROPE_KEY
 from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 

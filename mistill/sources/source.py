@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +45,7 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Some repositories hold a second copy of the weights, or other models in folders.
 _UNWANTED = ["consolidated*", "*/*"]
 # Version of the conversion, part of the names of cached folders.
-_CONVERSION = 1
+_CONVERSION = 2
 
 
 def resolve_model(source: str | Path) -> Path:
@@ -188,6 +188,10 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
             raise
 
 
+def _joined(digests: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(digests).encode()).hexdigest()
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -273,12 +277,13 @@ def _embedded(name: str) -> Path:
 
 def _convert_once(file: Path) -> Path:
     """The folder made of a GGUF file, kept in the user's cache under the file's checksum."""
-    for library in ("gguf", "safetensors"):
-        if find_spec(library) is None:
-            raise missing_extra(library, "compress")
+    if find_spec("gguf") is None:
+        raise missing_extra("gguf", "compress")
+    from mistill.sources.gguf_fields import pieces_of
     from mistill.sources.gguf_model import convert_gguf
 
-    digest = _digest(file)
+    digests = [_digest(piece) for piece in pieces_of(file)]
+    digest = digests[0] if len(digests) == 1 else _joined(digests)
     folder = _cache() / "gguf" / f"{file.stem}-{digest[:16]}-{_CONVERSION}"
     with _made_once(folder) as partial:
         if partial is not None:

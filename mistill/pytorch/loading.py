@@ -240,7 +240,8 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
         A LlamaForCausalLM or MistralForCausalLM.
 
     Raises:
-        FolderError: If the folder is broken or holds an ONNX graph.
+        FolderError: If the folder is broken, holds an ONNX graph, or a weight that is not a finite
+            number.
         ArchitectureError: If it is neither Llama nor Mistral.
     """
     info = open_folder(folder)
@@ -253,6 +254,9 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
     check_weights(info.path, config)
     with quiet_transformers():
         model = _load(info, config, dtype)
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "quant_state"):  # else codes of bitsandbytes, of whatever type
+            require_finite(name, parameter.detach())
     # padding_idx would stop gradients at the padding token's row, and that token may be the end of
     # turn.
     embedding: Any = model.get_input_embeddings()
@@ -316,8 +320,8 @@ def decoded(info: FolderInfo, config: PreTrainedConfig) -> Iterator[tuple[str, T
         stored.
 
     Raises:
-        FolderError: If the codes contradict config.json, or a matrix has a bias that the
-            architecture does not have.
+        FolderError: If the codes contradict config.json, a matrix has a bias that the
+            architecture does not have, or a weight is not a finite number.
     """
     if info.form == "gptq":
         require_sound(info.path)
@@ -325,11 +329,47 @@ def decoded(info: FolderInfo, config: PreTrainedConfig) -> Iterator[tuple[str, T
     weights = PlainWeights(info.path)
     for name in weights:
         if name in expected:
-            yield name, torch.from_numpy(weights.read(name))
+            weight = torch.from_numpy(weights.read(name))
+            require_finite(name, weight)
+            yield name, weight
         elif name.endswith(".bias") and weights.read(name).any():
             raise FolderError(
                 f"{info.path} holds {name}, a bias that its architecture does not have"
             )
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight that is not a finite number: one spoils whatever is computed with it.
+
+    Args:
+        name: Name of the tensor, for the message.
+        tensor: Any tensor; whole numbers pass.
+
+    Raises:
+        FolderError: If it holds an infinity or something that is not a number.
+    """
+    # The extremes are finite if all values are, and take no memory for a mask.
+    if tensor.is_floating_point() and tensor.numel():
+        least, greatest = torch.aminmax(tensor)
+        if not (torch.isfinite(least) and torch.isfinite(greatest)):
+            raise FolderError(
+                f"{name} holds a value that is infinite or not a number; its training failed"
+            )
+
+
+def require_finite_weights(folder: Path) -> None:
+    """Refuse a folder with a weight that is not a finite number, before anything is begun.
+
+    Reads every weight, one at a time.
+
+    Args:
+        folder: A float, GPTQ or NF4 folder.
+
+    Raises:
+        FolderError: If there is such a weight; the message names its tensor.
+    """
+    for _name, _tensor in stored_tensors(folder):
+        pass  # each was looked at when it was read
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -341,6 +381,9 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
 
     Returns:
         Tensors by the rest of their names.
+
+    Raises:
+        FolderError: If one holds a value that is not a finite number.
     """
     with _reading(folder) as (names, read):
         return {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
@@ -354,6 +397,9 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     Yields:
         Names and tensors.
+
+    Raises:
+        FolderError: If one holds a value that is not a finite number.
     """
     with _reading(folder) as (names, read):
         for name in names:
@@ -374,6 +420,8 @@ def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
 
         def read(name: str) -> Tensor:
             tensor: Tensor = opened[homes[name]].get_tensor(name)
+            if f"{name}.absmax" not in homes:  # else codes, of whatever type
+                require_finite(name, tensor)
             return tensor
 
         yield list(homes), read

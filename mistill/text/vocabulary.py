@@ -28,6 +28,7 @@ from mistill.text.spelling import speller_of
 
 Message = Mapping[str, str]
 
+TEMPLATE_FILE = "chat_template.jinja"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -84,9 +85,8 @@ class Vocabulary:
 
     ``load_vocabulary`` is the way to get one. ``size`` counts the rows of the model's embedding,
     V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
-    token ``bos_id``, and ``files_agree_on_bos`` whether tokenizer.json says the same as
-    tokenizer_config.json, which decides; a template writes its own. ``added_tokens`` holds the
-    entries of tokenizer.json and of the files that add to it, ``special_tokens`` bos_token,
+    token ``bos_id``, and ``files_agree_on_bos`` whether tokenizer.json says so too; a template
+    writes its own. ``added_tokens`` holds the entries of all files, ``special_tokens`` bos_token,
     eos_token and the like by name, and ``chat_template`` the template as the folder has it.
 
     Args:
@@ -111,7 +111,7 @@ class Vocabulary:
         config = _optional_json(folder / "config.json")
         tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.size = int(config.get("vocab_size", tokens))
-        self.chat_template = _read_template(folder, settings)
+        self.chat_template = read_template(folder)
         self.special_tokens = _special_tokens(folder, settings)
         generation = _optional_json(folder / "generation_config.json")
         self.bos_id = self._first_id(
@@ -409,11 +409,11 @@ def _ids_of(config: Mapping[str, Any]) -> list[int]:
     return [item for item in values if isinstance(item, int)]
 
 
-def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    template = settings.get("chat_template")
+def read_template(folder: Path) -> str | None:
+    """The chat template of a folder: in a file of its own, or in tokenizer_config.json."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text("utf-8")
+    template = _optional_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         by_name = {entry["name"]: entry["template"] for entry in template}
         template = by_name.get("default")

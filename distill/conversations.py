@@ -93,7 +93,7 @@ def generate_conversations(
             [system, *(message for message in messages if message["role"] != "system")]
             for messages in prompt_messages
         ]
-    from mistill.pytorch.loading import require_finite_weights
+    from mistill.pytorch.reading import require_finite_weights
 
     folder = resolve_model(teacher)
     info = open_folder(folder)

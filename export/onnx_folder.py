@@ -112,9 +112,8 @@ def to_onnx(
     )
     vocabulary = load_vocabulary(info.path)
     resolved = replace(resolved, float_columns=_float_columns(resolved, architecture, info))
-    for library in ("onnx_ir", "safetensors"):
-        if find_spec(library) is None:
-            raise missing_extra(library.replace("_", "-"), "compress")
+    if find_spec("onnx_ir") is None:
+        raise missing_extra("onnx-ir", "compress")
     with creating(path, overwrite) as folder:
         facts = _write(folder, info, architecture, vocabulary, resolved, graph)
         copy_companions(info.path, folder)

@@ -96,9 +96,8 @@ def to_gguf(
         _require_known(architecture)
         vocabulary = load_vocabulary(info.path)
         described = read_gguf_vocabulary(info.path, vocabulary)
-        for library in ("gguf", "safetensors"):
-            if find_spec(library) is None:
-                raise missing_extra(library, "compress")
+        if find_spec("gguf") is None:
+            raise missing_extra("gguf", "compress")
         from gguf import GGUFWriter
 
         name, _ = _ARCHITECTURES[architecture.model_type]

@@ -354,9 +354,10 @@ class FolderWeights:
 
 
 def _open_safetensors(file: Path) -> Any:
+    from safetensors import safe_open
+
     try:
         import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
-        from safetensors import safe_open
     except ModuleNotFoundError as error:
-        raise missing_extra("safetensors", "compress") from error
+        raise missing_extra("ml-dtypes", "compress") from error
     return safe_open(file, framework="numpy")

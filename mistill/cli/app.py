@@ -539,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MistillError, CycloptsError) as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers", "datasets", "safetensors", "onnx_ir"):
+        if error.name not in ("torch", "transformers", "datasets", "onnx_ir"):
             raise
         return _refuse(
             MissingExtraError(

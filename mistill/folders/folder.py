@@ -25,6 +25,7 @@ from mistill.folders.weight_files import weight_files as weight_files
 Form = Literal["model", "gptq", "nf4", "onnx"]
 
 MANIFEST_FILE = "manifest.json"
+TEKKEN_FILE = "tekken.json"
 FIDELITY_FILE = "fidelity.json"
 QUANTIZE_REPORT_FILE = "quantize_report.json"
 QUANTIZE_TABLE_FILE = "quantize_report.csv"
@@ -111,10 +112,19 @@ def problems(path: str | Path) -> list[str]:
         return ["it is a file, not a folder"]
     faults = _config_problems(folder)
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
-        faults.append("tokenizer.json is missing")
+        faults.append(_missing_tokenizer(folder))
     if (folder / "model.onnx").is_file():
         return faults + _onnx_problems(folder)
     return faults + _weight_problems(folder)
+
+
+def _missing_tokenizer(folder: Path) -> str:
+    if not (folder / TEKKEN_FILE).is_file():
+        return "tokenizer.json is missing"
+    return (
+        f"its only tokenizer is {TEKKEN_FILE}, which mistill does not read; put the tokenizer.json "
+        "of the model's transformers version beside it"
+    )
 
 
 def describe(path: str | Path) -> FolderInfo:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from mistill.pytorch.loading import empty_model, plain_config, require_finite
+from mistill.pytorch.loading import empty_model, plain_config
+from mistill.pytorch.reading import require_finite
 from mistill.weights.gptq_layout import EMBEDDING, HEAD
 from mistill.weights.plain_weights import PlainWeights
 

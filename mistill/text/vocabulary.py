@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mistill.errors import TextError, VocabularyError
-from mistill.folders.folder import read_json
+from mistill.folders.folder import TEKKEN_FILE, read_json
 from mistill.text.added_tokens import add_missing_tokens
 from mistill.text.chat_template import compile_template
 from mistill.text.spelling import speller_of
@@ -61,11 +61,11 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
     if not path.is_dir():
         raise VocabularyError(f"{folder}: there is no such folder")
     if not file.is_file():
-        content = (
-            "only tokenizer.model; mistill.save_model makes a folder with tokenizer.json of it"
-            if (path / "tokenizer.model").is_file()
-            else "no tokenizer.json"
-        )
+        content = "no tokenizer.json"
+        if (path / "tokenizer.model").is_file():
+            content = "only tokenizer.model; mistill.save_model makes a folder with tokenizer.json"
+        elif (path / TEKKEN_FILE).is_file():
+            content = "only tekken.json; put the tokenizer.json of its transformers version there"
         raise VocabularyError(f"{folder} holds {content}")
     definition = read_json(file)
     processor = definition.pop("post_processor", None)

@@ -86,6 +86,13 @@ def test_a_way_of_quantizing_that_is_not_known_is_named(model, tmp_path):
         open_folder(folder)
 
 
+def test_a_folder_with_tekken_alone_is_told_what_to_do(model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "copy"))
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
+    with pytest.raises(FolderError, match=r"only tokenizer is tekken.json, .* put the tokenizer"):
+        open_folder(folder)
+
+
 def test_companions_are_copied_and_weights_are_not(model, tmp_path):
     copy_companions(model, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [

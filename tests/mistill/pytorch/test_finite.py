@@ -16,7 +16,8 @@ import quantize
 from mistill.engine.language_model import greedy
 from mistill.engine.sampling import SamplingSettings, candidates
 from mistill.errors import FolderError
-from mistill.pytorch.loading import load_pytorch, require_finite
+from mistill.pytorch.loading import load_pytorch
+from mistill.pytorch.reading import require_finite
 from quantize import dequantize, to_rounding
 from quantize.settings import RoundingSettings
 from tests.tiny import changed_tensors

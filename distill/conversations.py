@@ -92,6 +92,8 @@ def generate_conversations(
     talks = read_prompt_conversations(prompts, skip_bad_rows=settings.skip_bad_rows)
     if settings.system is not None:
         talks = [_with_system(talk, settings.system) for talk in talks]
+    from mistill.pytorch.reading import require_finite_weights
+
     folder = resolve_model(teacher)
     info = open_folder(folder)
     vocabulary = load_vocabulary(folder, today=begun_on(target))
@@ -109,6 +111,7 @@ def generate_conversations(
         "prompts": _digest(talks),
         **vocabulary.date_key,
     }
+    require_finite_weights(folder)
     with working(target, key, anew=overwrite) as work:
         replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
         texts = [(vocabulary.decode(reply.ids).strip(), reply.finished) for reply in replies]

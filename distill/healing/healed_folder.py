@@ -27,14 +27,18 @@ from mistill.folders.folder import (
     FolderInfo,
     copy_companions,
     open_folder,
-    read_json,
     tensor_headers,
 )
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions, read_lineage
 from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.progress import track
 from mistill.pytorch.layers import LayeredModel, accelerator_or_cpu
-from mistill.pytorch.loading import check_weights, require_readable, stored_tensors
+from mistill.pytorch.loading import (
+    check_weights,
+    completed_config,
+    require_readable,
+    stored_tensors,
+)
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, joined, pack
@@ -281,8 +285,8 @@ def _origin(student: FolderInfo, teacher: FolderInfo, settings: HealSettings) ->
         f"kept_layers must name one of the teacher's {teacher.layers} layers for each of the "
         f"student's {student.layers}, got {', '.join(map(str, origin.layers))}",
     )
-    width = read_json(student.path / "config.json")["hidden_size"]
-    whole = read_json(teacher.path / "config.json")["hidden_size"]
+    width = completed_config(student.path)["hidden_size"]
+    whole = completed_config(teacher.path)["hidden_size"]
     channels = whole if origin.channels is None else len(origin.channels)
     require(
         width == channels,

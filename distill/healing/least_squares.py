@@ -61,7 +61,7 @@ class Equations:
         self._H = torch.zeros(inputs, inputs)
         self._C = torch.zeros(outputs, inputs)
         self._missed = 0.0
-        self._weight = 0.0
+        self._numbers = 0
         self._left_out: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, r: Tensor, weights: Tensor, *, left_out: bool = False) -> None:
@@ -76,7 +76,7 @@ class Equations:
         root = weights.sqrt()[:, None]
         x, r = x * root, r * root
         self._missed += r.square().sum(dtype=torch.float64).item()
-        self._weight += weights.sum(dtype=torch.float64).item() * r.shape[1]
+        self._numbers += r.numel()
         if left_out:
             self._left_out.append((x, r))
         else:
@@ -109,7 +109,7 @@ class Equations:
         # sum w |x dW^T - r|^2 = sum w |r|^2 - 2 <dW, C> + <dW H, dW>
         squares = (change @ self._H).mul_(change).sub_(2 * change * self._C)
         after = self._missed + squares.sum(dtype=torch.float64).item()
-        return Fit(change, ridge, self._missed / self._weight, max(0.0, after) / self._weight)
+        return Fit(change, ridge, self._missed / self._numbers, max(0.0, after) / self._numbers)
 
     def _sum(self, x: Tensor, r: Tensor) -> None:
         K = len(self._H)

@@ -40,7 +40,7 @@ from mistill.folders.publishing import (
     refuse_existing,
     working,
 )
-from mistill.pytorch.loading import check_weights, require_readable
+from mistill.pytorch.loading import check_weights, completed_config, require_readable
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
@@ -92,7 +92,7 @@ def new_student(
     path = refuse_existing(target, overwrite, [teacher])
     info = open_folder(resolve_model(teacher))
     require_readable(info)
-    config = read_json(info.path / "config.json")
+    config = completed_config(info.path)
     if settings.fresh:
         config = fresh_config(config, settings)
         with creating(target, overwrite) as folder:

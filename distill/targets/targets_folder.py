@@ -115,6 +115,9 @@ def cache_targets(
         f"a block_length of {settings.block_length} does not fit the teacher's context of "
         f"{info.context_length}; lower it",
     )
+    from mistill.pytorch.reading import require_finite_weights
+
+    require_finite_weights(info.path)
     vocabulary = load_vocabulary(info.path, today=_begun_on(location, overwrite))
     documents = read_documents(
         texts,

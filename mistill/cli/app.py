@@ -615,7 +615,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (MistillError, CycloptsError) as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers", "datasets", "safetensors", "onnx_ir"):
+        if error.name not in ("torch", "transformers", "datasets", "onnx_ir"):
             raise
         return _refuse(
             MissingExtraError(

@@ -14,17 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistill.errors import FolderError
-from mistill.folders.gptq_format import read_quantization
-from mistill.folders.json_text import parse_json
+from mistill.folders.gptq_format import HEAD, read_quantization
+from mistill.folders.json_text import read_json as read_json
 from mistill.folders.safetensors_file import StoredTensor, read_header
+from mistill.folders.settled_config import says_tied, settled_config
+from mistill.folders.weight_files import AUTO_GPTQ_CONFIG as AUTO_GPTQ_CONFIG
+from mistill.folders.weight_files import tensor_homes
+from mistill.folders.weight_files import weight_files as weight_files
 
 Form = Literal["model", "gptq", "nf4", "onnx"]
 
 MANIFEST_FILE = "manifest.json"
+TEKKEN_FILE = "tekken.json"
 FIDELITY_FILE = "fidelity.json"
 QUANTIZE_REPORT_FILE = "quantize_report.json"
 QUANTIZE_TABLE_FILE = "quantize_report.csv"
-AUTO_GPTQ_CONFIG = "quantize_config.json"
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -108,10 +112,19 @@ def problems(path: str | Path) -> list[str]:
         return ["it is a file, not a folder"]
     faults = _config_problems(folder)
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
-        faults.append("tokenizer.json is missing")
+        faults.append(_missing_tokenizer(folder))
     if (folder / "model.onnx").is_file():
         return faults + _onnx_problems(folder)
     return faults + _weight_problems(folder)
+
+
+def _missing_tokenizer(folder: Path) -> str:
+    if not (folder / TEKKEN_FILE).is_file():
+        return "tokenizer.json is missing"
+    return (
+        f"its only tokenizer is {TEKKEN_FILE}, which mistill does not read; put the tokenizer.json "
+        "of the model's transformers version beside it"
+    )
 
 
 def describe(path: str | Path) -> FolderInfo:
@@ -196,7 +209,10 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, and AutoGPTQ's quantize_config.json beside it if there is one.
+    """Read config.json as the rest of the folder bears it out.
+
+    AutoGPTQ's quantize_config.json beside it is read too, and what the weights contradict is
+    settled as transformers settles it: ``mistill.folders.settled_config``.
 
     Args:
         folder: A folder of any form.
@@ -211,27 +227,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "quantization_config" not in config and (folder / AUTO_GPTQ_CONFIG).is_file():
         quantize_config = read_json(folder / AUTO_GPTQ_CONFIG)
         config["quantization_config"] = {"quant_method": "gptq", **quantize_config}
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in order.
-
-    Args:
-        folder: A model folder.
-
-    Returns:
-        One file, or the shards that the index names; of a folder by AutoGPTQ those under the name
-        that it gives them, such as ``gptq_model-4bit-128g.safetensors``.
-    """
-    for base in ("model", *_auto_gptq_names(folder)):
-        index = folder / f"{base}.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            return [folder / name for name in names]
-        if (folder / f"{base}.safetensors").is_file():
-            return [folder / f"{base}.safetensors"]
-    return [folder / "model.safetensors"]
+    return settled_config(folder, config)
 
 
 def tensor_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -246,42 +242,7 @@ def tensor_headers(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         FolderError: If a file is damaged.
     """
-    return {
-        name: stored
-        for file in weight_files(folder)
-        for name, stored in read_header(file).tensors.items()
-    }
-
-
-def _auto_gptq_names(folder: Path) -> list[str]:
-    """The names that AutoGPTQ may have given to the weights of a folder, without their ending."""
-    if not (folder / AUTO_GPTQ_CONFIG).is_file():
-        return []
-    quantize_config = read_json(folder / AUTO_GPTQ_CONFIG)
-    default = f"gptq_model-{quantize_config.get('bits')}bit-{quantize_config.get('group_size')}g"
-    names = [quantize_config.get("model_file_base_name"), default]
-    return [name for name in names if isinstance(name, str) and Path(name).name == name]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        file: Path of the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        FolderError: If the file is missing or is not a JSON object.
-    """
-    try:
-        value = parse_json(file.read_bytes(), str(file))
-    except FileNotFoundError as error:
-        raise FolderError(f"{file} is missing") from error
-    if not isinstance(value, dict):
-        raise FolderError(f"{file} should hold a JSON object, not a {type(value).__name__}")
-    return value
+    return {name: stored for name, (_, stored) in tensor_homes(folder).items()}
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -348,8 +309,8 @@ def _onnx_problems(folder: Path) -> list[str]:
 def _weight_problems(folder: Path) -> list[str]:
     try:
         files = weight_files(folder)
-    except (FolderError, KeyError):
-        return ["model.safetensors.index.json is damaged"]
+    except FolderError as error:
+        return [str(error).replace(f"{folder}{os.sep}", "")]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         pickled = sorted(file.name for file in folder.glob("*.bin"))
@@ -372,17 +333,15 @@ def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
     total = 0
     for name, stored in tensors.items():
         count = math.prod(stored.shape)
+        if name.startswith(f"{HEAD}.") and says_tied(config):
+            continue  # a second copy of the embedding
         if name.endswith(".qweight"):
             module = name.removesuffix(".qweight")
-            if f"{module}.g_idx" in tensors:
-                inputs = tensors[f"{module}.g_idx"].shape[0]
-            else:
-                gptq_format = gptq_format or read_quantization(config)
-                module_format = None if gptq_format is None else gptq_format.format_of(module)
-                inputs = stored.shape[0] * 32 // (module_format.bits if module_format else 32)
-            total += inputs * stored.shape[1]
+            gptq_format = gptq_format or read_quantization(config)
+            module_format = None if gptq_format is None else gptq_format.format_of(module)
+            total += count * 32 // (module_format.bits if module_format else 32)
         elif f"{name}.quant_state.bitsandbytes__nf4" in tensors:
-            total += count * 2
+            total += stored.size * 2
         elif name.endswith((".weight", ".bias")):
             total += count
     return total

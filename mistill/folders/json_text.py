@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from mistill.errors import FolderError, MistillError
@@ -30,3 +31,24 @@ def parse_json(text: str | bytes, origin: str, error: type[MistillError] = Folde
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:200]
         raise error(f"{origin} is not valid JSON: {reason}") from problem
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        file: Path of the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        FolderError: If the file is missing or is not a JSON object.
+    """
+    try:
+        value = parse_json(file.read_bytes(), str(file))
+    except FileNotFoundError as error:
+        raise FolderError(f"{file} is missing") from error
+    if not isinstance(value, dict):
+        raise FolderError(f"{file} should hold a JSON object, not a {type(value).__name__}")
+    return value

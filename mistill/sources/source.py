@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,7 @@ from mistill.errors import (
 from mistill.folders.folder import copy_companions, open_folder, read_json, weight_files
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing
+from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
 from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
 DEFAULT_TEACHER = "@smollm2"
@@ -44,7 +45,7 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Some repositories hold a second copy of the weights, or other models in folders.
 _UNWANTED = ["consolidated*", "*/*"]
 # Version of the conversion, part of the names of cached folders.
-_CONVERSION = 1
+_CONVERSION = 2
 
 
 def resolve_model(source: str | Path) -> Path:
@@ -102,8 +103,8 @@ def save_model(source: str | Path, target: str | Path, overwrite: bool = False) 
     with creating(target, overwrite) as partial:
         shutil.copyfile(folder / "config.json", partial / "config.json")
         copy_companions(folder, partial)
-        index = folder / "model.safetensors.index.json"
-        for file in weight_files(folder) + ([index] if index.is_file() else []):
+        others = [weight_index(folder), folder / AUTO_GPTQ_CONFIG]
+        for file in weight_files(folder) + [file for file in others if file and file.is_file()]:
             shutil.copyfile(file, partial / file.name)
         add_lineage(partial, step="teacher", settings={"source": str(source)}, source=folder)
     return target
@@ -185,6 +186,10 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
     except TargetExistsError:
         if not folder.is_dir():
             raise
+
+
+def _joined(digests: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(digests).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:
@@ -272,12 +277,13 @@ def _embedded(name: str) -> Path:
 
 def _convert_once(file: Path) -> Path:
     """The folder made of a GGUF file, kept in the user's cache under the file's checksum."""
-    for library in ("gguf", "safetensors"):
-        if find_spec(library) is None:
-            raise missing_extra(library, "compress")
+    if find_spec("gguf") is None:
+        raise missing_extra("gguf", "compress")
+    from mistill.sources.gguf_fields import pieces_of
     from mistill.sources.gguf_model import convert_gguf
 
-    digest = _digest(file)
+    digests = [_digest(piece) for piece in pieces_of(file)]
+    digest = digests[0] if len(digests) == 1 else _joined(digests)
     folder = _cache() / "gguf" / f"{file.stem}-{digest[:16]}-{_CONVERSION}"
     with _made_once(folder) as partial:
         if partial is not None:

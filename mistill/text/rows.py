@@ -100,7 +100,25 @@ def read_rows(source: str) -> Iterator[Row]:
         ".json": _json_rows,
         ".parquet": _parquet_rows,
     }
-    return readers[path.suffix.lower()](path)
+    return readers[_kind_of(path)](path)
+
+
+def _kind_of(path: Path) -> str:
+    """The ending that a file should have: some call JSON lines .json, or a list .jsonl."""
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".jsonl"):
+        return suffix
+    lines = (line for line in read_lines(path) if line.strip())
+    first, second = next(lines, "").strip(), next(lines, None)
+    if suffix == ".jsonl" and first.startswith("["):
+        raise TextError(f"{path} holds one JSON list and not an object on each line; name it .json")
+    if suffix == ".json" and second is not None and first.startswith("{"):
+        try:
+            parse_json(first, str(path), TextError)
+        except TextError:
+            return suffix  # an object over several lines
+        return ".jsonl"
+    return suffix
 
 
 def find_file(source: str) -> Path | None:
@@ -131,7 +149,7 @@ def read_lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8-sig") as opened:  # a mark of the byte order is no text
             yield from opened
     except UnicodeDecodeError as error:
-        problem = f"{error.reason} at byte {error.start}"
+        problem = f"{error.reason} at byte {error.start}; save it as UTF-8"
         raise TextError(f"{path} is not UTF-8 text: {problem}") from error
     except OSError as error:
         raise TextError(f"{path} cannot be read: {error.strerror}") from error
@@ -183,6 +201,9 @@ def json_type(value: Any) -> str:
     names = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list"}
     if value is None:
         return "null"
+    if isinstance(value, Mapping):
+        keys = ", ".join(str(key) for key in itertools.islice(value, 5))
+        return f"an object with the keys {keys:.80}" if keys else "an empty object"
     return names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -23,6 +23,7 @@ _CLASS_TOKENS = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT),
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END_OF_TEXT),
 }
+TEMPLATE_FILE = "chat_template.jinja"
 # Where a folder keeps templates beside chat_template.jinja, each named like its file.
 _TEMPLATES = "additional_chat_templates"
 
@@ -49,8 +50,8 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         VocabularyError: If a template is not text.
     """
     files = {file.stem: file for file in sorted((folder / _TEMPLATES).glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        files["default"] = folder / "chat_template.jinja"
+    if (folder / TEMPLATE_FILE).is_file():
+        files["default"] = folder / TEMPLATE_FILE
     if files:
         return {name: _read_template(file) for name, file in files.items()}
     stated = settings.get("chat_template")

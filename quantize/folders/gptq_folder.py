@@ -19,7 +19,7 @@ from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
 from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.progress import Tracker, track
 from mistill.pytorch.layers import Batch, LayeredModel
-from mistill.pytorch.loading import read_tensors
+from mistill.pytorch.loading import read_tensors, require_finite_weights
 from mistill.pytorch.stages import kept_rows
 from mistill.settings import settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
@@ -181,6 +181,7 @@ def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings, today: da
     plan = make_plan(model, settings)
     require_context(model, settings.block_length)
     check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
+    require_finite_weights(model.folder)
     blocks = draw_blocks(texts, model.folder, settings, today=today)
     dated = load_vocabulary(model.folder, today=today).date_key
     return _Job(model, plan, settings, names_of(texts), blocks, dated)

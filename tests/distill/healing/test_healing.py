@@ -294,7 +294,7 @@ def refusals(tmp_path: Path, teacher: Path, student: Path) -> dict[str, tuple[An
             SettingsError,
             "3 layers",
         ),
-        "weights that are not numbers": (student, broken, {}, FolderError, "not numbers"),
+        "weights that are not numbers": (student, broken, {}, FolderError, "not a number"),
         "other words": (student, words, {}, VocabularyError, "different vocabularies"),
         "blocks that are too long": (
             student,

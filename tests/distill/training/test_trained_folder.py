@@ -460,10 +460,12 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 def test_a_teacher_without_numbers_is_named_and_the_best_student_is_kept(
-    tmp_path: Path, teacher: Path, model: Path, chats: Path
+    tmp_path: Path, teacher: Path, model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
+    # A weight like this is refused when it is read; here it stands for one that overflows later.
+    monkeypatch.setattr("mistill.pytorch.loading.require_finite", lambda name, tensor: None)
     broken = shutil.copytree(teacher, tmp_path / "teacher")
     vocabulary = load_vocabulary(broken)
     rare = vocabulary.encode("\u00a5")[-1]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,11 @@ def test_everything_that_is_missing_is_listed_at_once(tmp_path):
         open_folder(tmp_path)
 
 
+def _only_index(folder: Path, index: dict[str, Any]) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -55,13 +61,11 @@ def test_everything_that_is_missing_is_listed_at_once(tmp_path):
             "safetensors only",
         ),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"a": "model-00001.safetensors"}})
-            ),
+            lambda folder: _only_index(folder, {"weight_map": {"a": "model-00001.safetensors"}}),
             "model-00001.safetensors is missing",
         ),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            lambda folder: _only_index(folder, {}),
             "index.json is damaged",
         ),
     ],
@@ -79,6 +83,13 @@ def test_a_way_of_quantizing_that_is_not_known_is_named(model, tmp_path):
     config["quantization_config"] = {"quant_method": "awq"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FolderError, match="'awq'; mistill reads float, GPTQ and NF4"):
+        open_folder(folder)
+
+
+def test_a_folder_with_tekken_alone_is_told_what_to_do(model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "copy"))
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
+    with pytest.raises(FolderError, match=r"only tokenizer is tekken.json, .* put the tokenizer"):
         open_folder(folder)
 
 

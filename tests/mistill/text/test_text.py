@@ -489,7 +489,7 @@ def write_bytes(name: str, content: bytes) -> Any:
         ("a.txt", write_bytes("a.txt", b"ab\xff\xfe"), r"not UTF-8 text: invalid start byte at by"),
         ("a.jsonl", write_bytes("a.jsonl", b"\n\n"), r"a\.jsonl holds no text"),
         ("a.jsonl", write_bytes("a.jsonl", b'{"text": ""}'), r"there is no text in a\.jsonl"),
-        ("a.json", write_bytes("a.json", b"{}"), r"should hold a list of objects, not a dict"),
+        ("a.json", write_bytes("a.json", b"{}"), r"a list of objects, not an empty object"),
         ("a.json", write_bytes("a.json", b"[]"), r"a\.json holds no text"),
         ("a.json", write_bytes("a.json", b"[1]"), r"a\.json, item 1 should hold a JSON object"),
         ("a.parquet", write_bytes("a.parquet", b"no"), r"a\.parquet cannot be read: Parquet"),

@@ -403,6 +403,7 @@ def broken(content: str) -> Any:
     [
         (lambda folder: None, r"holds no tokenizer\.json"),
         (lambda folder: (folder / "tokenizer.model").touch(), r"mistill\.save_model makes"),
+        (lambda folder: (folder / "tekken.json").touch(), r"only tekken\.json; put the tokenizer"),
         (broken("{}"), r"is not a tokenizer"),
         (broken('{"model": {"type": "Nothing"}}'), r"is not a tokenizer"),
     ],

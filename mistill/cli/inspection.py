@@ -21,7 +21,7 @@ from mistill.folders.folder import (
     read_json,
 )
 from mistill.folders.json_text import parse_json
-from mistill.folders.lineage import LINEAGE_FILE, fingerprint, read_lineage
+from mistill.folders.lineage import LINEAGE_FILE, checked_lineage, fingerprint, read_lineage
 from mistill.folders.location import Location, is_remote, location_of
 from mistill.folders.targets_folder import (
     TargetsInfo,
@@ -247,8 +247,9 @@ def _inspect_targets(location: Location) -> Inspection:
     lineage: tuple[dict[str, Any], ...] = ()
     if location.exists(LINEAGE_FILE):
         try:
-            lineage = tuple(parse_json(location.read(LINEAGE_FILE), LINEAGE_FILE))
-        except (FolderError, TypeError) as error:
+            entries = parse_json(location.read(LINEAGE_FILE), LINEAGE_FILE)
+            lineage = tuple(checked_lineage(entries, LINEAGE_FILE))
+        except FolderError as error:
             faults.append(str(error))
     manifest = location.read(MANIFEST_FILE) if location.exists(MANIFEST_FILE) else b""
     return Inspection(

@@ -27,6 +27,7 @@ from mistill.engine.onnx_session import (
     check_provider,
     graph_fingerprint,
     open_session,
+    run_bound,
 )
 from mistill.engine.saved_cache import read_cache, write_cache
 from mistill.errors import ContextError, FolderError
@@ -104,7 +105,7 @@ class OnnxModel:
         self.context_length = context or info.context_length
         self.threads = threads or usable_threads()
         self._session = open_session(info.path, self.threads, provider, alone)
-        check_graph(self._session, info.path, info.layers)
+        check_graph(self._session, info.path, info.layers, info.vocabulary_size)
         self._cache = KeyValueCache(
             self._session,
             self.context_length,
@@ -350,7 +351,7 @@ class OnnxModel:
         self._bind_tokens(inputs, scores)
         self._binding.bind_cpu_input("attention_mask", self._ones[:, :end])
         inputs[0] = tokens
-        self._session.run_with_iobinding(self._binding)
+        run_bound(self._session, self._binding)
         if scores is not self._next_logits:
             scores[:] = self._binding.get_outputs()[-1].numpy()
         self._cache.ids += tokens

@@ -27,8 +27,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "smollm3": {"tie_word_embeddings": True, "rope_theta": 2_000_000.0},
 }
 
-_REQUIRED = ("num_attention_heads", "intermediate_size")
-
 
 @dataclass(frozen=True)
 class Rotary:
@@ -136,9 +134,6 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             f"this one is {model_type!r}"
         )
     config = {**_DEFAULTS.get(model_type, {}), **config}
-    missing = [name for name in _REQUIRED if config.get(name) is None]
-    if missing:
-        raise ArchitectureError(f"config.json lacks {', '.join(missing)}")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ArchitectureError(

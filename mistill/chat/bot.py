@@ -328,9 +328,10 @@ class ChatBot:
     def _tokens(self, forgotten: int, question: Message) -> list[int]:
         first = self._first_turn()
         messages = [*self.history[:first], *self.history[first + forgotten :], question]
-        return self._vocabulary.encode(
-            self._vocabulary.render(messages, add_generation_prompt=True)
-        )
+        ids = self._vocabulary.encode(self._vocabulary.render(messages, add_generation_prompt=True))
+        if not ids:
+            raise VocabularyError(f"the chat template of {self._vocabulary!r} writes nothing")
+        return ids
 
     def _first_turn(self) -> int:
         """Index of the first message after the system prompt."""

@@ -31,7 +31,8 @@ from mistill.cli.command_output import is_main_process, print_folder, print_resu
 from mistill.cli.help_pages import SAMPLING, HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.engine.language_model import Provider
-from mistill.errors import MissingExtraError, MistillError
+from mistill.errors import FolderError, MissingExtraError, MistillError
+from mistill.folders.publishing import is_full_disk
 from mistill.settings import require
 from mistill.shown import visible
 
@@ -547,6 +548,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "pip install 'mistill[compress]'"
             )
         )
+    except (OSError, MemoryError, RuntimeError) as error:
+        outside = _from_outside(error)
+        if outside is None:
+            raise
+        return _refuse(outside)
     except KeyboardInterrupt:
         print(
             "mistill: interrupted; the same command resumes the work or starts it again",
@@ -554,6 +560,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _from_outside(error: BaseException) -> MistillError | None:
+    """What the system refused, in words; None for an error that may be a bug of ours."""
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return MistillError("there is not enough memory for this; close other programs")
+    if is_full_disk(error):
+        return FolderError(f"there is no room to write {_name_of(error)}; free some space")
+    if isinstance(error, OSError) and error.errno is not None:
+        return FolderError(f"{_name_of(error)}: {os.strerror(error.errno)}")
+    return None
+
+
+def _name_of(error: BaseException) -> str:
+    names = (getattr(error, "filename", None), getattr(error, "filename2", None))
+    return " and ".join(str(name)[:200] for name in names if name) or "a file"
 
 
 def _refuse(error: Exception) -> int:

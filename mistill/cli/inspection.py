@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mistill.cli.fidelity import fidelity_table, read_fidelity
 from mistill.cli.onnx_report import graph_facts, manifest_facts
 from mistill.cost_model.onnx_lint import Lint, lint_file
-from mistill.errors import FolderError, MissingExtraError, MistillError
+from mistill.errors import FolderError, MissingExtraError, MistillError, TextError
 from mistill.folders.folder import (
     FIDELITY_FILE,
     MANIFEST_FILE,
@@ -30,7 +30,7 @@ from mistill.folders.targets_folder import (
     targets_problems,
 )
 from mistill.shown import facts_table, plain
-from mistill.text.vocabulary import load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
 
 if TYPE_CHECKING:
@@ -267,16 +267,28 @@ def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> tuple[list[str]
     """What is worth knowing of a model folder's text, and what of it cannot be read."""
     try:
         vocabulary = load_vocabulary(folder)
+        ends = vocabulary.end_ids
+        faults = _template_problems(vocabulary)
     except MistillError as error:
         return [], [str(error)]
     notes = []
-    if not vocabulary.end_ids:
+    if not ends:
         notes.append("the tokenizer has no end-of-turn token, so that a chatbot would never stop")
     if vocabulary.chat_template is None:
         notes.append("it has no chat template, so that it can continue text but not chat")
     if not lineage:
         notes.append("it has no lineage, because mistill did not make it")
-    return notes, []
+    return notes, faults
+
+
+def _template_problems(vocabulary: Vocabulary) -> list[str]:
+    if vocabulary.chat_template is None:
+        return []
+    try:
+        text = vocabulary.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+    except TextError:  # it may want other conversations
+        return []
+    return [] if text else ["its chat template writes nothing"]
 
 
 def _facts(info: FolderInfo, name: str) -> RenderableType:

@@ -17,7 +17,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mistill.cost_model.processors import usable_threads
+from mistill.cost_model.processors import MOST_THREADS, usable_threads
 from mistill.engine import key_value_cache
 from mistill.engine.batch import write_side_by_side
 from mistill.engine.key_value_cache import KeyValueCache, common_prefix
@@ -32,7 +32,7 @@ from mistill.engine.onnx_session import (
 from mistill.engine.saved_cache import read_cache, write_cache
 from mistill.errors import ContextError, FolderError
 from mistill.folders.folder import open_folder
-from mistill.settings import require
+from mistill.settings import require, require_range
 
 CHUNK = 128
 """Positions of a prompt that are read at once; more are not faster and delay interrupts."""
@@ -88,7 +88,7 @@ class OnnxModel:
                 f"{folder} is a {info.form} folder, not an ONNX folder; export it with: mistill "
                 "export"
             )
-        require(threads is None or threads >= 1, f"threads must be 1 or more, not {threads}")
+        require_range("threads", threads, 1, MOST_THREADS)
         require(
             context is None or 1 <= context <= info.context_length,
             f"context must be between 1 and the model's {info.context_length}, not {context}",

@@ -1,17 +1,25 @@
-"""Chat templates as transformers renders them."""
+"""Chat templates as transformers renders them.
+
+A template is a program that came with a model. It runs in a sandbox, in a process with bounds of
+time and memory: one that never ends or fills the memory is refused, and named.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mistill.bounded import OutOfBoundsError, call_bounded
+from mistill.errors import TextError, VocabularyError
 
 
 class _Generation(Extension):
@@ -70,3 +78,56 @@ def compile_template(template: str) -> Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(template)
+
+
+def render_template(template: str, values: Mapping[str, Any], origin: str) -> str:
+    """Render a chat template in a process with bounds of time and memory.
+
+    Args:
+        template: The template.
+        values: What it may use, by name: messages and special tokens.
+        origin: Where the template comes from, for messages.
+
+    Returns:
+        The text.
+
+    Raises:
+        VocabularyError: If the template has a mistake in it, or exceeds the bounds.
+        TextError: If it refuses the conversation.
+    """
+    try:
+        kind, text = call_bounded("mistill.text.chat_template:rendered", template, dict(values))
+    except OutOfBoundsError as error:
+        raise VocabularyError(f"the chat template of {origin} {error}") from error
+    if kind == "mistake":
+        raise VocabularyError(f"the chat template of {origin} has a mistake in {text}")
+    if kind == "refused":
+        raise TextError(f"the chat template refuses this conversation: {text}")
+    return str(text)
+
+
+def rendered(template: str, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Render a chat template in this process; for the worker.
+
+    Args:
+        template: The template.
+        values: What it may use.
+
+    Returns:
+        ``text`` and the text, ``mistake`` and where it is, or ``refused`` and why.
+
+    Raises:
+        MemoryError: If the text does not fit.
+    """
+    try:
+        compiled = compile_template(template)
+    except TemplateSyntaxError as error:
+        return "mistake", f"line {error.lineno}: {error.message}"
+    except RecursionError:
+        return "mistake", "its nesting, which is too deep"
+    try:
+        return "text", compiled.render(**values)
+    except MemoryError:
+        raise
+    except Exception as error:  # an expression in it may raise anything
+        return "refused", str(error)[:2000]

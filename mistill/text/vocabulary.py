@@ -9,21 +9,20 @@ the same bytes in both, not if their sizes are equal: the 32,000 tokens of Llama
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from mistill.errors import TextError, VocabularyError
 from mistill.folders.folder import read_json
-from mistill.text.chat_template import compile_template
+from mistill.folders.json_text import small_file
+from mistill.text.chat_template import render_template
 from mistill.text.spelling import speller_of
+from mistill.text.tokenizer_file import Processor, TokenizerFile, read_tokenizer
 
 Message = Mapping[str, str]
 
@@ -65,16 +64,7 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
             else "no tokenizer.json"
         )
         raise VocabularyError(f"{folder} holds {content}")
-    definition = read_json(file)
-    processor = definition.pop("post_processor", None)
-    try:
-        # Without its post-processor a tokenizer adds no special tokens and leaves offsets alone.
-        tokenizer = Tokenizer.from_str(json.dumps({**definition, "post_processor": None}))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise VocabularyError(f"{file} is not a tokenizer: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return Vocabulary(path, tokenizer, definition, processor)
+    return Vocabulary(path, read_tokenizer(file))
 
 
 class Vocabulary:
@@ -87,19 +77,13 @@ class Vocabulary:
 
     Args:
         folder: The folder of the configuration files.
-        tokenizer: Without a post-processor.
-        definition: Content of tokenizer.json.
-        processor: The post-processor that was taken out of it.
+        file: Its tokenizer.json.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        tokenizer: Tokenizer,
-        definition: Mapping[str, Any],
-        processor: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, folder: Path, file: TokenizerFile) -> None:
+        tokenizer, definition = file.tokenizer, file.definition
         self._folder = folder
+        self._file = file
         self._tokenizer = tokenizer
         self._added = list(definition.get("added_tokens") or [])
         self._spell = speller_of(definition)
@@ -114,7 +98,7 @@ class Vocabulary:
             self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
         )
         self.adds_bos = self.bos_id is not None and _adds_bos(
-            settings, processor, str(tokenizer.id_to_token(self.bos_id))
+            settings, file.processor, str(tokenizer.id_to_token(self.bos_id))
         )
         self._configured_ends = (*_ids_of(generation), *_ids_of(config))
 
@@ -138,7 +122,7 @@ class Vocabulary:
         Raises:
             VocabularyError: If the text holds a token for which the model has no row.
         """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._file.encode(text).ids
         self._check(ids)
         return ids
 
@@ -154,7 +138,7 @@ class Vocabulary:
         Raises:
             VocabularyError: If the text holds a token for which the model has no row.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._file.encode(text)
         ids = np.array(encoding.ids, np.int64)
         self._check(ids)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -238,7 +222,8 @@ class Vocabulary:
             The text, to be given to ``encode``.
 
         Raises:
-            VocabularyError: If the folder has no chat template, or one with a mistake in it.
+            VocabularyError: If the folder has no chat template, or one with a mistake in it, or
+                one that takes too long or too much memory.
             TextError: If the template refuses the conversation.
         """
         if self.chat_template is None:
@@ -246,23 +231,14 @@ class Vocabulary:
                 f"{self._folder} has no chat template; use a chat model, or put one into "
                 "chat_template.jinja"
             )
-        try:
-            template = compile_template(self.chat_template)
-        except TemplateSyntaxError as error:
-            raise VocabularyError(
-                f"the chat template of {self._folder} has a mistake in line {error.lineno}: "
-                f"{error.message}"
-            ) from error
-        try:
-            return template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except Exception as error:  # an expression in it may raise anything
-            raise TextError(f"the chat template refuses this conversation: {error}") from error
+        values = {
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+        }
+        return render_template(self.chat_template, values, str(self._folder))
 
     # --- identity -------------------------------------------------------------------------------
 
@@ -326,7 +302,7 @@ class Vocabulary:
             text = self.render(
                 [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
             )
-        except (TextError, VocabularyError):
+        except TextError:
             return None
         _, occurs, after = text.rpartition(reply)
         after = after.lstrip()
@@ -408,7 +384,10 @@ def _ids_of(config: Mapping[str, Any]) -> list[int]:
 def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        try:
+            return small_file(file).decode()
+        except UnicodeDecodeError as error:
+            raise VocabularyError(f"{file} is not UTF-8 text") from error
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         by_name = {entry["name"]: entry["template"] for entry in template}
@@ -428,19 +407,9 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
     return specials
 
 
-def _adds_bos(
-    settings: Mapping[str, Any], processor: Mapping[str, Any] | None, bos_token: str
-) -> bool:
+def _adds_bos(settings: Mapping[str, Any], processor: Processor | None, bos_token: str) -> bool:
     """Whether the tokenizer puts its first token before plain text."""
     stated = settings.get("add_bos_token")
     if isinstance(stated, bool):
         return stated
-    if processor is None:
-        return False
-    if processor["type"] == "Sequence":
-        return any(_adds_bos({}, part, bos_token) for part in processor["processors"])
-    if processor["type"] != "TemplateProcessing" or not processor["single"]:
-        return False
-    first = processor["single"][0].get("SpecialToken", {}).get("id")
-    tokens = processor.get("special_tokens", {}).get(first, {}).get("tokens", [])
-    return bos_token in tokens
+    return processor is not None and processor.begins_with(bos_token)

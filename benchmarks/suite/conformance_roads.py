@@ -181,7 +181,7 @@ class MistillRoad:
 
     def labelled(self, folder: Path, messages: Messages) -> tuple[list[int], list[int]]:
         """As the trainer reads conversations."""
-        from mistill.text.documents import conversation_documents
+        from mistill.text.answers import conversation_documents
         from mistill.text.vocabulary import load_vocabulary
 
         [document] = conversation_documents(messages, load_vocabulary(folder))
@@ -196,8 +196,8 @@ class MistillRoad:
         from distill.teacher.teacher import LiveTeacher
         from distill.training.step import DistillationStep, accumulate_gradients
         from mistill.pytorch.loading import load_pytorch
+        from mistill.text.answers import conversation_documents
         from mistill.text.blocks import TokenBlocks, pack
-        from mistill.text.documents import conversation_documents
         from mistill.text.vocabulary import load_vocabulary
         from mistill.training.processes import accelerating
 

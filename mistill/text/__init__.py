@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from mistill.text.answers import conversation_documents as conversation_documents
     from mistill.text.blocks import Document as Document
     from mistill.text.blocks import TokenBlocks as TokenBlocks
     from mistill.text.blocks import pack as pack
-    from mistill.text.documents import conversation_documents as conversation_documents
     from mistill.text.documents import read_documents as read_documents
     from mistill.text.documents import read_prompts as read_prompts
     from mistill.text.documents import read_stream as read_stream
@@ -22,7 +22,7 @@ _HOMES = {
     "Texts": "mistill.text.rows",
     "TokenBlocks": "mistill.text.blocks",
     "check_texts": "mistill.text.rows",
-    "conversation_documents": "mistill.text.documents",
+    "conversation_documents": "mistill.text.answers",
     "pack": "mistill.text.blocks",
     "read_documents": "mistill.text.documents",
     "read_prompts": "mistill.text.documents",

@@ -7,8 +7,8 @@ time and memory: one that never ends or fills the memory is refused, and named.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, time
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mistill.bounded import OutOfBoundsError, call_bounded
 from mistill.errors import TextError, VocabularyError
+
+# Names under which a turn holds what the assistant thought before it answered.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class _Generation(Extension):
@@ -80,13 +83,50 @@ def compile_template(template: str) -> Template:
     return environment.from_string(template)
 
 
-def render_template(template: str, values: Mapping[str, Any], origin: str) -> str:
-    """Render a chat template in a process with bounds of time and memory.
+def template_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn as transformers hands it to a chat template.
+
+    What is null is left out, and thoughts stand under the names that templates ask for.
+
+    Args:
+        turn: Role, content and whatever else the turn says.
+
+    Returns:
+        A copy of plain values.
+    """
+    plain = {name: _plain(value) for name, value in turn.items() if value is not None}
+    thoughts = next((plain[name] for name in THOUGHTS if name in plain), None)
+    if thoughts is not None:
+        plain = {"thinking": thoughts, **plain, "reasoning_content": thoughts}
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """The same value of the types that JSON has; anything else becomes the name of its type."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__name__}>"
+
+
+def render_template(
+    template: str,
+    turns: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    today: date | None,
+    origin: str,
+) -> str:
+    """Render a conversation in a process with bounds of time and memory.
 
     Args:
         template: The template.
-        values: What it may use, by name: messages and special tokens.
-        origin: Where the template comes from, for messages.
+        turns: From ``template_turn``.
+        variables: What else the template sees.
+        today: The day that a template which writes a date is told; None tells it the time.
+        origin: The folder that the template comes from, for messages.
 
     Returns:
         The text.
@@ -95,8 +135,9 @@ def render_template(template: str, values: Mapping[str, Any], origin: str) -> st
         VocabularyError: If the template has a mistake in it, or exceeds the bounds.
         TextError: If it refuses the conversation.
     """
+    values = {**variables, "messages": list(turns)}
     try:
-        kind, text = call_bounded("mistill.text.chat_template:rendered", template, dict(values))
+        kind, text = call_bounded("mistill.text.chat_template:rendered", template, values, today)
     except OutOfBoundsError as error:
         raise VocabularyError(f"the chat template of {origin} {error}") from error
     if kind == "mistake":
@@ -106,12 +147,13 @@ def render_template(template: str, values: Mapping[str, Any], origin: str) -> st
     return str(text)
 
 
-def rendered(template: str, values: Mapping[str, Any]) -> tuple[str, str]:
+def rendered(template: str, values: Mapping[str, Any], today: date | None) -> tuple[str, str]:
     """Render a chat template in this process; for the worker.
 
     Args:
         template: The template.
         values: What it may use.
+        today: The day that it is told; None tells it the time.
 
     Returns:
         ``text`` and the text, ``mistake`` and where it is, or ``refused`` and why.
@@ -125,8 +167,9 @@ def rendered(template: str, values: Mapping[str, Any]) -> tuple[str, str]:
         return "mistake", f"line {error.lineno}: {error.message}"
     except RecursionError:
         return "mistake", "its nesting, which is too deep"
+    fixed = {} if today is None else {"strftime_now": datetime.combine(today, time()).strftime}
     try:
-        return "text", compiled.render(**values)
+        return "text", compiled.render(**{**fixed, **values})
     except MemoryError:
         raise
     except Exception as error:  # an expression in it may raise anything

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mistill.errors import TextError, missing_extra
@@ -37,26 +35,41 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 # Size at which a long .txt file is split into documents.
 DOCUMENT_CHARACTERS = 2_000_000
 
+# Rows of a Parquet file that are in memory at once.
+_BATCH_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Row:
-    """One record of a source, and its origin (file and line) for messages."""
+    """One record of a source.
+
+    Attributes:
+        value: Its columns.
+        origin: File and line, for messages.
+        problem: Why it is no record; None if it is one.
+        ends: Whether its text ends here; False where a long file goes on in the next row.
+    """
 
     value: Mapping[str, Any]
     origin: str
+    problem: TextError | None = None
+    ends: bool = True
 
 
-def check_texts(texts: Texts) -> None:
+def check_texts(texts: Texts, *, skip_bad_rows: bool = False) -> None:
     """Refuse texts that are missing, empty or of an unknown kind, reading their first row only.
 
     Args:
         texts: Texts as ``read_documents`` takes them.
+        skip_bad_rows: Whether a row that is no record is passed over.
 
     Raises:
         TextError: If one of them cannot be read.
     """
     for source in sources_of(texts):
-        first_row(source)
+        row = next(first_row(source))
+        if row.problem is not None and not skip_bad_rows:
+            raise row.problem
 
 
 def sources_of(texts: Texts) -> list[str]:
@@ -115,7 +128,7 @@ def find_file(source: str) -> Path | None:
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a file; a file that is not UTF-8 text is refused."""
     try:
-        with path.open(encoding="utf-8") as opened:
+        with path.open(encoding="utf-8-sig") as opened:  # a mark of the byte order is no text
             yield from opened
     except UnicodeDecodeError as error:
         problem = f"{error.reason} at byte {error.start}"
@@ -129,11 +142,11 @@ def _txt_rows(path: Path) -> Iterator[Row]:
     lines: list[str] = []
     size = 0
     for line in read_lines(path):
+        if size >= DOCUMENT_CHARACTERS:
+            yield Row({"text": "".join(lines)}, str(path), ends=False)
+            lines, size = [], 0
         lines.append(line)
         size += len(line)
-        if size >= DOCUMENT_CHARACTERS:
-            yield Row({"text": "".join(lines)}, str(path))
-            lines, size = [], 0
     if lines:
         yield Row({"text": "".join(lines)}, str(path))
 
@@ -142,26 +155,27 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             origin = f"{path}, line {number}"
-            yield Row(_object(_parse(line, origin), origin), origin)
+            try:
+                value = parse_json(line, origin, TextError)
+            except TextError as error:
+                yield Row({}, origin, error)
+            else:
+                yield _record(value, origin)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    value = _parse("".join(read_lines(path)) or "[]", str(path))
+    value = parse_json("".join(read_lines(path)) or "[]", str(path), TextError)
     if not isinstance(value, list):
         raise TextError(f"{path} should hold a list of objects, not {json_type(value)}")
     for number, item in enumerate(value, 1):
-        origin = f"{path}, item {number}"
-        yield Row(_object(item, origin), origin)
+        yield _record(item, f"{path}, item {number}")
 
 
-def _parse(text: str, origin: str) -> Any:
-    return parse_json(text, origin, TextError)
-
-
-def _object(value: Any, origin: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TextError(f"{origin} should hold a JSON object, not {json_type(value)}")
-    return value
+def _record(value: Any, origin: str) -> Row:
+    if isinstance(value, Mapping):
+        return Row(value, origin)
+    problem = TextError(f"{origin} should hold a JSON object, not {json_type(value)}")
+    return Row({}, origin, problem)
 
 
 def json_type(value: Any) -> str:
@@ -173,12 +187,33 @@ def json_type(value: Any) -> str:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    # Brackets and stars in a file name are not a pattern.
-    file = glob.escape(str(path))
-    with TemporaryDirectory() as cache:  # for a lock that datasets leaves behind
-        yield from _dataset_rows(
-            str(path), "parquet", data_files=file, split="train", cache_dir=cache
-        )
+    # By pyarrow itself: datasets counts each use of its readers at a server.
+    if find_spec("pyarrow") is None:
+        raise missing_extra("pyarrow", "compress")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=_BATCH_ROWS)
+            values = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, value in enumerate(values, 1):
+                yield Row(_of_table(value), f"{path}, row {number}")
+    except (ArrowException, OSError, ValueError) as error:
+        raise TextError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+def _of_table(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table, whose nested records have a null for every key that only others use."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _hub_rows(source: str) -> Iterator[Row]:
@@ -196,7 +231,7 @@ def _dataset_rows(source: str, *arguments: str | None, **options: str) -> Iterat
     try:
         rows = load_dataset(*arguments, **options, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield Row(row, f"{source}, row {number}")
+            yield Row(_of_table(row), f"{source}, row {number}")
     except TextError:
         raise
     except DatasetNotFoundError as error:

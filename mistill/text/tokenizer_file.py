@@ -52,21 +52,22 @@ class Processor(Struct, kw_only=True):
     single: list[dict[str, dict[str, Any]]] = []
     special_tokens: dict[str, _Tokens] = {}
 
-    def begins_with(self, token: str) -> bool:
-        """Whether it puts a token before every text.
+    def puts(self, token: str, *, first: bool) -> bool:
+        """Whether it puts a token before or after every text.
 
         Args:
             token: The token.
+            first: Whether before; else after.
 
         Returns:
-            True if the first thing of a single text is that token.
+            True if the first or the last thing of a single text is that token.
         """
         if self.type == "Sequence":
-            return any(part.begins_with(token) for part in self.processors)
+            return any(part.puts(token, first=first) for part in self.processors)
         if self.type != "TemplateProcessing" or not self.single:
             return False
-        first = self.special_tokens.get(str(self.single[0].get("SpecialToken", {}).get("id")))
-        return first is not None and token in first.tokens
+        edge = self.single[0 if first else -1].get("SpecialToken", {}).get("id")
+        return edge in self.special_tokens and token in self.special_tokens[edge].tokens
 
 
 class _Definition(Struct, kw_only=True):
@@ -109,12 +110,15 @@ class TokenizerFile:
             VocabularyError: If the tokenizer fails at the text.
         """
         try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X}"
+            raise TextError(
+                f"the text is not UTF-8: it holds half of a character, {half}"
+            ) from None
+        try:
             with _without_panics(self._may_panic):
                 return self.tokenizer.encode(text, add_special_tokens=False)
-        except TypeError as error:
-            if text.isprintable() or text == text.encode(errors="replace").decode():
-                raise
-            raise TextError("the text holds half of a surrogate pair, which is no text") from error
         except BaseException as error:
             if not is_panic(error):
                 raise

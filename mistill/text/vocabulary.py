@@ -4,29 +4,37 @@ A laptop that chats has no transformers: the library ``tokenizers`` reads ``toke
 jinja2 renders the chat template as transformers does. Two vocabularies are equal if every id spells
 the same bytes in both, not if their sizes are equal: the 32,000 tokens of Llama 2 are not the
 32,000 tokens of Mistral v0.1.
+
+It is one file because a vocabulary is one class, and all of its methods need what its ids spell.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mistill.errors import TextError, VocabularyError
-from mistill.folders.folder import read_json
-from mistill.folders.json_text import small_file
-from mistill.text.chat_template import render_template
+from mistill.text.chat_template import render_template, template_turn
 from mistill.text.spelling import speller_of
-from mistill.text.tokenizer_file import Processor, TokenizerFile, read_tokenizer
+from mistill.text.tokenizer_file import TokenizerFile, read_tokenizer
+from mistill.text.tokenizer_settings import (
+    adds_bos,
+    adds_eos,
+    optional_json,
+    read_special_tokens,
+    read_templates,
+)
 
-Message = Mapping[str, str]
-
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+# A turn: role, content, and what else the turn says, such as tool_calls or reasoning_content.
+Message = Mapping[str, Any]
 
 
 class TokenSpans(NamedTuple):
@@ -73,7 +81,8 @@ class Vocabulary:
     ``load_vocabulary`` is the way to get one. ``size`` counts the rows of the model's embedding,
     V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
     token ``bos_id``; a template writes its own. ``special_tokens`` holds bos_token, eos_token and
-    the like by name, and ``chat_template`` the template as it is written in the folder.
+    the like by name, and ``chat_template`` the template as it is written in the folder. A template
+    that writes the date is told ``today``; None tells it the time at which it renders.
 
     Args:
         folder: The folder of the configuration files.
@@ -87,23 +96,35 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._added = list(definition.get("added_tokens") or [])
         self._spell = speller_of(definition)
-        settings = _optional_json(folder / "tokenizer_config.json")
-        config = _optional_json(folder / "config.json")
+        settings = optional_json(folder / "tokenizer_config.json")
+        config = optional_json(folder / "config.json")
         tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.size = int(config.get("vocab_size", tokens))
-        self.chat_template = _read_template(folder, settings)
-        self.special_tokens = _special_tokens(folder, settings)
-        generation = _optional_json(folder / "generation_config.json")
+        self.today: date | None = None
+        self._templates = read_templates(folder, settings)
+        self.chat_template = self._templates.get("default")
+        self.special_tokens = read_special_tokens(folder, settings)
+        generation = optional_json(folder / "generation_config.json")
         self.bos_id = self._first_id(
             self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
         )
-        self.adds_bos = self.bos_id is not None and _adds_bos(
+        self.adds_bos = self.bos_id is not None and adds_bos(
             settings, file.processor, str(tokenizer.id_to_token(self.bos_id))
+        )
+        eos_token = self.special_tokens.get("eos_token")
+        self.eos_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
+        self.adds_eos = self.eos_id is not None and adds_eos(
+            settings, file.processor, str(tokenizer.id_to_token(self.eos_id))
         )
         self._configured_ends = (*_ids_of(generation), *_ids_of(config))
 
     def __repr__(self) -> str:
         return f"Vocabulary({str(self._folder)!r}, size={self.size})"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it was read from."""
+        return self._folder
 
     # --- text to tokens and back ----------------------------------------------------------------
 
@@ -120,6 +141,7 @@ class Vocabulary:
             Token ids.
 
         Raises:
+            TextError: If the text holds half of a character.
             VocabularyError: If the text holds a token for which the model has no row.
         """
         ids: list[int] = self._file.encode(text).ids
@@ -136,6 +158,7 @@ class Vocabulary:
             Ids and the character at which each begins; tokens that share a character share it.
 
         Raises:
+            TextError: If the text holds half of a character.
             VocabularyError: If the text holds a token for which the model has no row.
         """
         encoding = self._file.encode(text)
@@ -208,15 +231,27 @@ class Vocabulary:
 
     # --- conversations --------------------------------------------------------------------------
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """Render a conversation with the chat template.
 
         The same text as transformers' ``apply_chat_template``. It holds its own
         beginning-of-sequence token where the model wants one.
 
         Args:
-            messages: Turns with ``role`` and ``content``.
+            messages: Turns with ``role`` and ``content``, and whatever else the template writes,
+                such as ``tool_calls`` and ``reasoning_content``.
             add_generation_prompt: Whether to end where the assistant's next turn begins.
+            tools: Tools that the assistant may call, as JSON schemas.
+            documents: Documents that the assistant may quote.
+            variables: More of what the template asks for, such as ``enable_thinking``.
 
         Returns:
             The text, to be given to ``encode``.
@@ -226,19 +261,27 @@ class Vocabulary:
                 one that takes too long or too much memory.
             TextError: If the template refuses the conversation.
         """
-        if self.chat_template is None:
+        source = self.chat_template
+        if tools is not None:
+            source = self._templates.get("tool_use", source)
+        if source is None:
             raise VocabularyError(
                 f"{self._folder} has no chat template; use a chat model, or put one into "
                 "chat_template.jinja"
             )
-        values = {
-            "messages": [dict(message) for message in messages],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **self.special_tokens,
-        }
-        return render_template(self.chat_template, values, str(self._folder))
+        return render_template(
+            source,
+            [template_turn(message) for message in messages],
+            {
+                **self.special_tokens,
+                **variables,
+                "tools": tools,
+                "documents": documents,
+                "add_generation_prompt": add_generation_prompt,
+            },
+            today=self.today,
+            origin=str(self._folder),
+        )
 
     # --- identity -------------------------------------------------------------------------------
 
@@ -371,45 +414,7 @@ def _shown(vocabulary: Vocabulary, token: int) -> str:
 # --- reading the folder -------------------------------------------------------------------------
 
 
-def _optional_json(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
-
-
 def _ids_of(config: Mapping[str, Any]) -> list[int]:
     value = config.get("eos_token_id")
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int)]
-
-
-def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return small_file(file).decode()
-        except UnicodeDecodeError as error:
-            raise VocabularyError(f"{file} is not UTF-8 text") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    older = _optional_json(folder / "special_tokens_map.json")
-    specials = {}
-    for name in _SPECIAL_NAMES:
-        value = settings.get(name, older.get(name))
-        if isinstance(value, Mapping):  # an AddedToken
-            value = value.get("content")
-        if isinstance(value, str):
-            specials[name] = value
-    return specials
-
-
-def _adds_bos(settings: Mapping[str, Any], processor: Processor | None, bos_token: str) -> bool:
-    """Whether the tokenizer puts its first token before plain text."""
-    stated = settings.get("add_bos_token")
-    if isinstance(stated, bool):
-        return stated
-    return processor is not None and processor.begins_with(bos_token)

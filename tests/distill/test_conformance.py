@@ -32,8 +32,9 @@ from distill.settings import TrainSettings
 from distill.teacher.live_teacher import load_teacher
 from distill.teacher.teacher import LiveTeacher
 from mistill.folders.folder import open_folder
+from mistill.text.answers import conversation_documents
 from mistill.text.blocks import pack
-from mistill.text.documents import conversation_documents, read_documents
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.processes import accelerating
 from tests.distill.training.test_step import make_blocks

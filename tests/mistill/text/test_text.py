@@ -14,8 +14,9 @@ import pytest
 
 from mistill.errors import MissingExtraError, SettingsError, TextError, VocabularyError
 from mistill.sources.source import resolve_model
+from mistill.text.answers import conversation_documents
 from mistill.text.blocks import Document, TokenBlocks, pack
-from mistill.text.documents import conversation_documents, read_documents, read_prompts
+from mistill.text.documents import read_documents, read_prompts
 from mistill.text.rows import check_texts
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.mistill import made

@@ -1,0 +1,110 @@
+"""What the files beside a tokenizer say: chat templates, special tokens, what begins a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mistill.errors import VocabularyError
+from mistill.folders.folder import read_json
+from mistill.folders.json_text import small_file
+from mistill.text.tokenizer_file import Processor
+
+# Where a folder keeps templates beside chat_template.jinja, each named like its file.
+_TEMPLATES = "additional_chat_templates"
+
+
+def optional_json(file: Path) -> dict[str, Any]:
+    """A JSON document, or an empty one where there is no such file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a folder by name, as transformers finds them.
+
+    Files take the place of what tokenizer_config.json holds. The usual template is ``default``;
+    where there is one called ``tool_use``, it renders the conversations that have tools.
+
+    Args:
+        folder: The folder.
+        settings: Content of its tokenizer_config.json.
+
+    Returns:
+        Names and templates; empty where the folder has none.
+
+    Raises:
+        VocabularyError: If a template is not text.
+    """
+    files = {file.stem: file for file in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: _read_template(file) for name, file in files.items()}
+    stated = settings.get("chat_template")
+    if isinstance(stated, str):
+        return {"default": stated}
+    if isinstance(stated, list):
+        pairs = [
+            (entry.get("name"), entry.get("template"))
+            for entry in stated
+            if isinstance(entry, Mapping)
+        ]
+        return {
+            name: template
+            for name, template in pairs
+            if isinstance(name, str) and isinstance(template, str)
+        }
+    return {}
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return small_file(file).decode()
+    except UnicodeDecodeError as error:
+        raise VocabularyError(f"{file} is not UTF-8 text: {error.reason}") from error
+
+
+def read_special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that have a name, as transformers hands them to a chat template.
+
+    Besides the usual names these are all that end in ``_token`` in tokenizer_config.json, and
+    those that ``extra_special_tokens`` or ``model_specific_special_tokens`` names.
+
+    Args:
+        folder: The folder.
+        settings: Content of its tokenizer_config.json.
+
+    Returns:
+        Names, such as bos_token, and what the tokens spell.
+    """
+    values: dict[str, Any] = {}
+    for stated in (optional_json(folder / "special_tokens_map.json"), settings):
+        values |= {name: value for name, value in stated.items() if name.endswith("_token")}
+        for group in ("extra_special_tokens", "model_specific_special_tokens"):
+            named = stated.get(group)
+            values |= named if isinstance(named, Mapping) else {}
+    spelled = {name: _spelled(value) for name, value in values.items()}
+    return {name: text for name, text in spelled.items() if text is not None}
+
+
+def _spelled(value: Any) -> str | None:
+    if isinstance(value, Mapping):  # an AddedToken
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def adds_bos(settings: Mapping[str, Any], processor: Processor | None, bos_token: str) -> bool:
+    """Whether the tokenizer puts its first token before plain text."""
+    return _adds(settings.get("add_bos_token"), processor, bos_token, first=True)
+
+
+def adds_eos(settings: Mapping[str, Any], processor: Processor | None, eos_token: str) -> bool:
+    """Whether the tokenizer puts its last token after plain text."""
+    return _adds(settings.get("add_eos_token"), processor, eos_token, first=False)
+
+
+def _adds(stated: Any, processor: Processor | None, token: str, *, first: bool) -> bool:
+    if isinstance(stated, bool):
+        return stated
+    return processor is not None and processor.puts(token, first=first)

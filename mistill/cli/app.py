@@ -13,8 +13,11 @@ from __future__ import annotations
 import json as json_library
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -451,7 +454,7 @@ def chat(
         regex: A regular expression; every reply matches it from start to end.
         grammar: A file with a grammar in Lark's notation; every reply follows it.
         session: A file that holds the conversation and its KV cache. If it exists, the
-            conversation continues; it is saved there at the end.
+            conversation continues; it is saved there after each reply.
         settings: How the replies are sampled, and when they end.
     """
     from mistill import constraints
@@ -530,13 +533,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        result = app(
-            arguments,
-            exit_on_error=False,
-            print_error=False,
-            help_on_error=False,
-            result_action="return_value",
-        )
+        with _ending_on_signals():
+            result = app(
+                arguments,
+                exit_on_error=False,
+                print_error=False,
+                help_on_error=False,
+                result_action="return_value",
+            )
     except (MistillError, CycloptsError) as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
@@ -559,7 +563,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except _SignalledError as error:
+        print(
+            f"mistill: ended by {error.name}; the same command resumes the work or starts it again",
+            file=sys.stderr,
+        )
+        return 128 + error.number
     return result if isinstance(result, int) else 0
+
+
+class _SignalledError(BaseException):
+    """The system or a user ends this process; what it has begun is cleared up, as at an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Clear up at SIGTERM and SIGHUP as at an error, in a process of our own."""
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise _SignalledError(number)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # one that is ignored, as under nohup, stays so
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _from_outside(error: BaseException) -> MistillError | None:

@@ -31,8 +31,9 @@ from mistill.errors import (
     missing_extra,
 )
 from mistill.folders.folder import copy_companions, open_folder, read_json, weight_files
+from mistill.folders.json_text import parse_json
 from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing
+from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
 DEFAULT_TEACHER = "@smollm2"
@@ -176,15 +177,36 @@ def _cache() -> Path:
 @contextmanager
 def _made_once(folder: Path) -> Iterator[Path | None]:
     """Yield a folder to fill, or None if it exists already or another process made it."""
+    sums = folder.with_name(f"{folder.name}.sha256.json")
     if folder.is_dir():
-        yield None
-        return
+        if _is_whole(folder, sums):
+            yield None
+            return
+        _log.warning("the cached folder %s is not whole, so it is made again", folder)
+        shutil.rmtree(folder)
     try:
         with creating(folder) as partial:
             yield partial
+            write_atomically(sums, json.dumps(_checksums(partial)))
     except TargetExistsError:
         if not folder.is_dir():
             raise
+
+
+def _is_whole(folder: Path, sums: Path) -> bool:
+    """Whether a cached folder holds what it held when it was made, to the byte."""
+    try:
+        return bool(parse_json(sums.read_bytes(), str(sums)) == _checksums(folder))
+    except (OSError, FolderError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file; of links to the files of another folder their names alone."""
+    return {
+        item.name: str(item.readlink()) if item.is_symlink() else _digest(item)
+        for item in sorted(folder.iterdir())
+    }
 
 
 def _digest(file: Path) -> str:

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -31,7 +30,7 @@ from mistill.folders.folder import (
     read_json,
 )
 from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
-from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.publishing import creating, refuse_existing, scratch_beside, write_atomically
 from mistill.folders.safetensors_file import read_header
 from mistill.measures.kl import Fidelity, compare, predict
 from mistill.pytorch.loading import (
@@ -113,9 +112,7 @@ def merge_lora(
         "settings and held_out are for quantizing the merged model, which needs calibration text: "
         "give texts",
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".merge-", dir=target.parent) as temporary:
-        folders = Path(temporary)
+    with scratch_beside(target) as folders:
         if texts is None:
             plain = info.path if info.form == "model" else dequantize(info.path, folders / "plain")
             merged = _merge(plain, Path(adapter), folders / "merged")

@@ -29,6 +29,7 @@ from mistill.folders.targets_folder import (
     is_targets,
     targets_problems,
 )
+from mistill.progress import track
 from mistill.shown import facts_table, plain
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
@@ -42,6 +43,20 @@ _FORMS = {
     "nf4": "NF4 folder",
     "onnx": "ONNX folder",
 }
+
+
+_EVERY_BYTE = "every byte was compared with the checksums of manifest.json"
+_LOOKED_AT = {
+    "onnx": _EVERY_BYTE,
+    "targets": _EVERY_BYTE,
+    "gptq": "looked at: the small files, names, types and sizes of all tensors, scales, zero "
+    "points and some codes; not looked at: the other codes, of which this form has no checksums",
+    "model": "looked at: the small files, names, types and sizes of all tensors; not looked at: "
+    "the weights, of which this form has no checksums",
+    "nf4": "looked at: the small files, names, types and sizes of all tensors; not looked at: "
+    "the weights, of which this form has no checksums",
+}
+_NOTHING = "because of the problems, not everything was looked at"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +78,7 @@ class Inspection:
             it was not measured.
         graphs: Operators, cost and slow kernels of each ONNX graph, by its file.
         manifest: The manifest of an ONNX folder without its checksums; None for others.
+        looked_at: What was read and compared, and what was not looked at.
     """
 
     path: Path | str
@@ -77,6 +93,7 @@ class Inspection:
     measured: dict[str, Any] | None = None
     graphs: Mapping[str, Lint] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
+    looked_at: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON values.
@@ -110,6 +127,7 @@ class Inspection:
             "manifest": self.manifest,
             "problems": list(self.problems),
             "notes": list(self.notes),
+            "looked_at": self.looked_at,
             "lineage": list(self.lineage),
             "fingerprint": self.fingerprint,
         }
@@ -150,8 +168,9 @@ class Inspection:
         parts.extend(plain(f"! {problem}", "bold red") for problem in self.problems)
         slow = [str(finding) for lint in self.graphs.values() for finding in lint.findings]
         parts.extend(plain(f"- {note}", "yellow") for note in (*self.notes, *slow))
+        parts.append(plain(self.looked_at, "dim"))
         if not self.problems:
-            parts.append(plain("no problem was found", "green"))
+            parts.append(plain("no problem was found in what was looked at", "green"))
         return Group(*parts)
 
 
@@ -160,7 +179,7 @@ def inspect_folder(path: str | Path) -> Inspection:
 
     Graphs of an ONNX folder, whoever made it, are checked for operators that are slow on a CPU.
     Zero points, scales and some codes of a GPTQ folder are read, because they show their format.
-    Every byte of a folder of targets is compared with the checksums of its manifest.
+    Every byte of an ONNX folder and of targets is compared with the checksums of the manifest.
 
     Args:
         path: A model folder, an ONNX folder, or targets.
@@ -203,7 +222,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     manifest = None
     if info is not None and info.form == "onnx":
         manifest = read_json(folder / MANIFEST_FILE)
-        manifest.pop("files", None)
+        faults += _checksum_problems(folder, manifest.pop("files"))
     notes, unreadable = ([], []) if info is None else _notes(folder, lineage)
     faults += unreadable
     return Inspection(
@@ -222,7 +241,25 @@ def inspect_folder(path: str | Path) -> Inspection:
         measured=measured,
         graphs=graphs,
         manifest=manifest,
+        looked_at=_NOTHING if info is None else _LOOKED_AT[info.form],
     )
+
+
+def _checksum_problems(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """Where the bytes of an ONNX folder are not those of its manifest."""
+    faults = [
+        f"{MANIFEST_FILE} has no checksum of {file.name}"
+        for file in sorted(folder.glob("model.onnx*"))
+        if file.name not in files
+    ]
+    with track("checking", total=sum(entry["bytes"] for entry in files.values()), unit="B") as bar:
+        for name, entry in files.items():
+            with (folder / name).open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            if digest != entry["sha256"]:
+                faults.append(f"{name} is damaged: its checksum is not that of the manifest")
+            bar.advance(entry["bytes"])
+    return faults
 
 
 def _lint_graphs(folder: Path) -> tuple[dict[str, Lint], list[str]]:
@@ -260,6 +297,7 @@ def _inspect_targets(location: Location) -> Inspection:
         lineage=lineage,
         fingerprint=hashlib.sha256(manifest).hexdigest(),
         targets=None if faults else describe_targets(location),
+        looked_at=_NOTHING if faults else _LOOKED_AT["targets"],
     )
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -71,6 +72,11 @@ def _run(words: Sequence[str], cwd: Path, files: Sequence[IO[str]]) -> None:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(cwd)
         from mistill.cli.app import main
+
+        # Warnings are shown as outside of the tests, where they are no errors.
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning):
+            warnings.simplefilter("ignore", category)
 
         code = main(list(words))
     except SystemExit as error:

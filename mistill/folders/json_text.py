@@ -110,6 +110,11 @@ def check(
         raise error(_complaint(value, str(problem), origin)) from problem
     except RecursionError as problem:
         raise error(f"{origin} is nested too deeply") from problem
+    except UnicodeEncodeError as problem:
+        half = f"U+{ord(problem.object[problem.start]):04X}"
+        raise error(
+            f"{origin} holds half of a character, {half}, in a name or a value"
+        ) from problem
 
 
 def _complaint(value: Any, problem: str, origin: str | Path) -> str:

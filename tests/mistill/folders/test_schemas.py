@@ -47,6 +47,7 @@ def chatbot(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
         ({"dtype": "float12"}, "dtype in .*float12"),
         ({"eos_token_id": [1, "x"]}, r"eos_token_id\[1\] in .* should be a whole number, not 'x'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
+        ({"dtype": "\ud800"}, "half of a character, U[+]D800"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings in .* should be true or false"),
     ],
 )

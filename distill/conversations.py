@@ -93,6 +93,8 @@ def generate_conversations(
             [system, *(message for message in messages if message["role"] != "system")]
             for messages in prompt_messages
         ]
+    from mistill.pytorch.loading import require_finite_weights
+
     folder = resolve_model(teacher)
     info = open_folder(folder)
     vocabulary = load_vocabulary(folder)
@@ -109,6 +111,7 @@ def generate_conversations(
         "teacher": fingerprint(folder),
         "prompts": hashlib.sha256(json.dumps(prompt_messages).encode()).hexdigest(),
     }
+    require_finite_weights(folder)
     with working(target, key, anew=overwrite) as work:
         replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
         texts = [(vocabulary.decode(reply.ids).strip(), reply.finished) for reply in replies]

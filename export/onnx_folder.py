@@ -34,10 +34,10 @@ from mistill.folders.folder import (
     copy_companions,
     open_folder,
     read_config,
-    read_json,
 )
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.settled_config import says_tied
 from mistill.settings import require, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.documents import read_documents
@@ -98,7 +98,7 @@ def to_onnx(
     info = open_folder(resolve_model(source))
     if info.form == "onnx":
         raise FolderError(f"{source} is an ONNX folder already; give a model folder")
-    config = read_json(info.path / "config.json")
+    config = read_config(info.path)
     architecture = read_architecture(config)
     if not chosen.portable:
         require_graph(architecture)
@@ -222,7 +222,7 @@ def _table_bits(name: str, requested: int | None, info: FolderInfo, floats: bool
     """Bits of the head or the embedding: as requested, as stored, or a default."""
     config = read_config(info.path)
     gptq_format = read_quantization(config)
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = says_tied(config)
     module = HEAD if name == "head_bits" and not tied else EMBEDDING
     module_format = None if gptq_format is None else gptq_format.format_of(module)
     if module_format is None or floats:

@@ -8,6 +8,8 @@ a mistake in a graph or a mask shows.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,24 @@ def tiny_model(
     model.generation_config.eos_token_id = [4, 2]
     model.save_pretrained(folder)
     return folder
+
+
+def changed_config(folder: Path, target: Path, *removed: str, **changes: Any) -> Path:
+    """A copy of a folder whose config.json lacks some entries and has others changed."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    config = {name: value for name, value in config.items() if name not in removed} | changes
+    (target / "config.json").write_text(json.dumps(config), "utf-8")
+    return target
+
+
+def changed_tensors(folder: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a folder whose tensors, by name were changed in place."""
+    from safetensors.torch import load_file, save_file
+
+    if folder != target:
+        shutil.copytree(folder, target)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target

@@ -27,7 +27,7 @@ from export.weights.architecture import read_architecture
 from export.weights.folder_weights import FolderWeights
 from mistill.engine.onnx_model import OnnxModel
 from mistill.errors import FolderError
-from mistill.folders.folder import MANIFEST_FILE, open_folder, read_json
+from mistill.folders.folder import MANIFEST_FILE, open_folder, read_config, read_json
 from mistill.folders.lineage import read_lineage
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
@@ -82,7 +82,7 @@ def measure(
     if settings.tune_for is not None:
         raise FolderError(f"{chatbot} was tuned; export it without --tune-for to compare it")
     info = open_folder(source)
-    architecture = read_architecture(read_json(info.path / "config.json"))
+    architecture = read_architecture(read_config(info.path))
     resolved, options = resolve(settings, info)
     vocabulary = load_vocabulary(source)
     documents = read_documents(texts, vocabulary, limit=positions)

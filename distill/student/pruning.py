@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from distill.student.width import Cut, KeptWidth, apply_cut, cut_of, narrowed_config
-from mistill.folders.folder import read_json, weight_files
+from mistill.folders.folder import read_config, weight_files
 from mistill.folders.safetensors_file import (
     Header,
     NewTensor,
@@ -28,6 +28,7 @@ from mistill.folders.safetensors_file import (
     write_safetensors,
 )
 from mistill.progress import Tracker, track
+from mistill.pytorch.loading import completed_config
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _COPIED_AT_ONCE = 1 << 24
@@ -104,7 +105,8 @@ def copy_layers(
         keep: The layers to keep, in ascending order.
         width: What to keep of each; None for all.
     """
-    config = pruned_config(read_json(source / "config.json"), keep, width)
+    config = read_config(source) if width is None else completed_config(source)
+    config = pruned_config(config, keep, width)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     kept = {file: _kept_tensors(read_header(file), keep, width) for file in weight_files(source)}
     kept = {file: tensors for file, tensors in kept.items() if tensors}

@@ -39,7 +39,7 @@ from mistill.folders.folder import (
 )
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing
-from mistill.pytorch.loading import check_weights, require_readable
+from mistill.pytorch.loading import check_weights, completed_config, require_readable
 from mistill.settings import require, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
@@ -91,7 +91,7 @@ def new_student(
     refuse_existing(target, overwrite, [teacher])
     info = open_folder(resolve_model(teacher))
     require_readable(info)
-    config = read_json(info.path / "config.json")
+    config = completed_config(info.path)
     if settings.fresh:
         config = fresh_config(config, settings)
         with creating(target, overwrite) as folder:

@@ -13,6 +13,7 @@ from distill.targets.shards import (
     find_pieces,
     piece_document,
 )
+from mistill.errors import FolderError
 from mistill.text.blocks import TokenBlocks, pack
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ def keep(dense: DenseTargets, pieces: Sequence[Piece], settings: TargetSettings)
 
     Returns:
         Tokens of all N positions.
+
+    Raises:
+        FolderError: If the teacher computes something that is not a number.
     """
     import torch
 
@@ -76,6 +80,11 @@ def keep(dense: DenseTargets, pieces: Sequence[Piece], settings: TargetSettings)
         uniform_numbers,
     )
 
+    if not dense.finite().all():
+        raise FolderError(
+            "the teacher computes hidden states that are infinite or not numbers, so that nothing "
+            "can be learnt from it; its weights are damaged, or too large for its type"
+        )
     device = dense.hidden.device
     wide = torch.float64 if dense.hidden.dtype == torch.float64 else torch.float32
     V = dense.vocabulary_size

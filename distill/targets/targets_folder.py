@@ -114,6 +114,9 @@ def cache_targets(
         f"a block_length of {settings.block_length} does not fit the teacher's context of "
         f"{info.context_length}; lower it",
     )
+    from mistill.pytorch.loading import require_finite_weights
+
+    require_finite_weights(info.path)
     vocabulary = load_vocabulary(info.path)
     blocks = pack(read_documents(texts, vocabulary), settings.block_length)
     if not blocks.kept.any():

@@ -21,6 +21,7 @@ from mistill.pytorch.loading import (
     plain_config,
     quiet_transformers,
     read_tensors,
+    require_finite_weights,
 )
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ def load_teacher(
 
     config = plain_config(info.path)
     check_weights(info.path, config)
+    require_finite_weights(info.path)
     options: dict[str, Any] = {} if info.form == "nf4" else {"config": config}
     if to_nf4:
         options["quantization_config"] = BitsAndBytesConfig(

@@ -23,6 +23,7 @@ from export.weights.blocks import BlockWeight
 from export.weights.folder_weights import FolderWeights, Weight
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import ExportError
+from mistill.folders.folder import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -307,9 +308,9 @@ def _load_exact(source: Path, weights: FolderWeights) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    entries = read_config(source)
+    entries.pop("quantization_config", None)
+    config = AutoConfig.for_model(**entries)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ from export.kernels.kernels import KERNELS, Timer, Timing
 from mistill.cost_model.processors import MOST_THREADS
 from mistill.cost_model.products import Kernel
 from mistill.errors import FolderError, SettingsError
-from mistill.folders.folder import open_folder, read_json
+from mistill.folders.folder import open_folder, read_config, read_json
 from mistill.folders.publishing import refuse_existing, write_atomically
 from mistill.settings import require_range
 
@@ -194,7 +194,7 @@ def probe_cpu(
     file = refuse_existing(target, overwrite)
     shapes: Iterable[tuple[int, int]] = USUAL_SHAPES
     if model is not None:
-        architecture = read_architecture(read_json(open_folder(model).path / "config.json"))
+        architecture = read_architecture(read_config(open_folder(model).path))
         shapes = [(rows, columns) for rows, columns, _ in product_shapes(architecture).values()]
     return probe_here(shapes, threads=threads).save(file)
 

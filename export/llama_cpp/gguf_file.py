@@ -11,12 +11,13 @@ from export.llama_cpp.gguf_vocabulary import GgufVocabulary, read_gguf_vocabular
 from export.settings import GgufSettings, OnnxSettings
 from export.weights.architecture import Architecture, read_architecture
 from mistill.errors import ArchitectureError, FolderError, missing_extra
-from mistill.folders.folder import open_folder, read_json
+from mistill.folders.folder import open_folder, read_config
 from mistill.folders.lineage import lineage_after
 from mistill.folders.publishing import creating_file
 from mistill.progress import track
 from mistill.settings import settings_from
-from mistill.sources.gguf_model import CONTEXT_KEY, ROPE_KEY
+from mistill.sources.gguf_model import CONTEXT_KEY
+from mistill.sources.gguf_rope import ROPE_KEY
 from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
@@ -33,6 +34,14 @@ _ARCHITECTURES = {
     "qwen3": ("qwen3", False),
     "smollm3": ("smollm3", True),
 }
+# The biases that llama.cpp's graph of an architecture has; that of llama has all.
+_ATTENTION_BIASES = tuple(f"self_attn.{part}_proj" for part in ("q", "k", "v"))
+_ALL_BIASES = (
+    *_ATTENTION_BIASES,
+    "self_attn.o_proj",
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+)
+_BIASES = dict.fromkeys(("qwen2", "qwen3", "smollm3"), _ATTENTION_BIASES)
 # Every how many layers llama.cpp leaves one of a SmolLM3 without rotary embedding.
 _SMOLLM3_STEP = 4
 _FILE_TYPES = {
@@ -82,7 +91,7 @@ def to_gguf(
             raise FolderError(
                 f"{source} is an ONNX folder; give the model folder that it was exported from"
             )
-        config = read_json(info.path / "config.json")
+        config = read_config(info.path)
         architecture = read_architecture(config)
         _require_known(architecture)
         vocabulary = load_vocabulary(info.path)
@@ -112,6 +121,18 @@ def _require_known(architecture: Architecture) -> None:
         raise ArchitectureError(
             f"llama.cpp does not support llama3 scaling of the rotary embedding in a {model_type} "
             "model"
+        )
+    name = _ARCHITECTURES[model_type][0]
+    foreign = [part for part in architecture.biased if part not in _BIASES.get(name, _ALL_BIASES)]
+    if foreign:
+        raise ArchitectureError(
+            f"llama.cpp's {name} models have no bias in {', '.join(foreign)}, and this model has"
+        )
+    width = architecture.heads * architecture.head_dim
+    if name == "qwen2" and width != architecture.hidden_size:
+        raise ArchitectureError(
+            f"llama.cpp's qwen2 models have heads that are {architecture.hidden_size} wide "
+            f"together, and those of this model are {width}"
         )
     without = {layer for layer in layers if (layer + 1) % _SMOLLM3_STEP == 0}
     if model_type == "smollm3" and architecture.unrotated_layers != without:

@@ -74,7 +74,7 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
         VocabularyError: If llama.cpp would cut or merge text in another way.
     """
     file = folder / "tokenizer.json"
-    definition = read_json(file)
+    definition = {**read_json(file), "added_tokens": vocabulary.added_tokens}
     model = definition.get("model") or {}
     if model.get("type") != "BPE":
         raise VocabularyError(

@@ -24,7 +24,6 @@ from mistill.weights.gptq_layout import QuantizedWeight
 
 # With this many steps up to the largest level, the 16 levels of NF4 are closest to whole steps.
 NF4_STEPS = 124.11
-NF4_BLOCK = 64
 _ROWS_AT_ONCE = 4096
 
 
@@ -260,6 +259,7 @@ def blocks_of_nf4(
     levels: NDArray[np.float32],
     block_maxima: NDArray[np.float32],
     shape: tuple[int, int],
+    nf4_block: int,
     largest_block: int,
 ) -> BlockWeight:
     """Put NF4 on an 8-bit grid: its 16 levels become 16 of the 256 codes.
@@ -271,27 +271,34 @@ def blocks_of_nf4(
     Args:
         codes: Shape (N * K / 2,), two 4-bit codes to a byte with the first in the high half.
         levels: Shape (16,), from -1 to 1.
-        block_maxima: The largest magnitude in each run of 64 weights.
+        block_maxima: The largest magnitude in each run of ``nf4_block`` weights.
         shape: Shape of the matrix, (N, K).
+        nf4_block: Weights that share a scale, 64 as bitsandbytes writes it nearly everywhere.
         largest_block: Most columns per block.
 
     Returns:
         The weight in 8-bit blocks.
 
     Raises:
-        ExportError: If a run of 64 weights reaches into the next row.
+        ExportError: If a run of weights reaches into the next row, or cannot be cut into blocks.
     """
     rows, columns = shape
-    if columns % NF4_BLOCK:
+    if columns % nf4_block:
         raise ExportError(
-            f"NF4 weights with {columns} columns have blocks of {NF4_BLOCK} that reach into the "
+            f"NF4 weights with {columns} columns have blocks of {nf4_block} that reach into the "
             "next row, which bitsandbytes itself misreads on a CPU; quantize the float model by "
             "GPTQ instead"
         )
-    block_size = min(largest_block, NF4_BLOCK)
+    fitting = [block for block in LEGAL_BLOCKS if nf4_block % block == 0 and block <= largest_block]
+    if not fitting:
+        raise ExportError(
+            f"NF4 weights in blocks of {nf4_block} cannot be split into blocks of "
+            f"{', '.join(map(str, LEGAL_BLOCKS))} columns, as ONNX Runtime needs"
+        )
+    block_size = max(fitting)
     grid = (np.rint(levels * NF4_STEPS) + 128).astype(np.uint8)
     both = np.stack([codes >> 4, codes & 15], axis=-1)
-    scales = block_maxima.repeat(NF4_BLOCK // block_size)
+    scales = block_maxima.repeat(nf4_block // block_size)
     return BlockWeight(
         codes=grid[both].reshape(rows, -1, block_size),
         scales=(scales / np.float32(NF4_STEPS)).reshape(rows, -1),

@@ -6,8 +6,7 @@ are rounded; GPTQ codes and NF4 levels become blocks of ONNX Runtime.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 from export.settings import FAST_2_BIT_BLOCK, LEGAL_BLOCKS, OnnxSettings
 from export.weights.architecture import EMBEDDING, HEAD, Architecture
 from export.weights.blocks import (
-    NF4_BLOCK,
     BlockWeight,
     blocks_of_codes,
     blocks_of_nf4,
@@ -34,8 +32,9 @@ from mistill.folders.folder import read_config, weight_files
 from mistill.folders.safetensors_file import read_header
 from mistill.weights.gptq_doctor import require_sound
 from mistill.weights.gptq_layout import QuantizedWeight, read_quantization
-from mistill.weights.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
-from mistill.weights.tensor_files import TensorFiles, read_quantized
+from mistill.weights.nf4_doctor import nf4_states
+from mistill.weights.nf4_layout import NF4_STATE
+from mistill.weights.tensor_files import TensorFiles, read_nf4_weight, read_quantized
 
 FloatWeight = NDArray[np.float32]
 Weight = FloatWeight | BlockWeight
@@ -81,6 +80,7 @@ class FolderWeights:
         if self._gptq is not None:
             require_sound(folder)
         self._codes = TensorFiles(folder)
+        self._nf4_states = nf4_states(folder)
         self._home: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in weight_files(folder):
@@ -132,7 +132,8 @@ class FolderWeights:
             group = columns if width == 1 else module_format.group_size
             return StoredFormat(module_format.bits, group, largest, widens=module_format.bits < 8)
         if self.has(f"{module}.weight.{NF4_STATE}"):
-            return StoredFormat(8, min(NF4_BLOCK, largest), largest, widens=False)
+            group = self._nf4_states[module].blocksize
+            return StoredFormat(8, min(group, largest), largest, widens=False)
         return None if bits == 32 else StoredFormat(bits, max(LEGAL_BLOCKS), largest, widens=False)
 
     def has(self, name: str) -> bool:
@@ -219,7 +220,7 @@ class FolderWeights:
         if codes is not None:
             return codes.dequantize()
         if self.has(f"{module}.weight.{NF4_STATE}"):
-            return read_nf4(self._codes.parts(module, NF4_NAMES), module).dequantize()
+            return read_nf4_weight(self._codes, module).dequantize()
         return self.floats(f"{module}.weight")
 
     def codes(self, module: str) -> QuantizedWeight | None:
@@ -258,6 +259,11 @@ class FolderWeights:
         return weight if bits == 32 else self._round(module, weight, bits)
 
     def _check(self, folder: Path, architecture: Architecture) -> None:
+        if architecture.layers > len(self._home):
+            raise FolderError(
+                f"config.json of {folder} describes {architecture.layers} layers, and its files "
+                f"hold {len(self._home)} tensors in all"
+            )
         faults = []
         for module, shape in architecture.shapes().items():
             name, expected = f"{module}.weight", shape
@@ -265,22 +271,36 @@ class FolderWeights:
                 module_format = None if self._gptq is None else self._gptq.format_of(module)
                 bits = 32 if module_format is None else module_format.bits
                 name, expected = f"{module}.qweight", (shape[1] * bits // 32, shape[0])
-            elif self.has(f"{name}.{NF4_STATE}"):
-                expected = (math.prod(shape) // 2, 1)
             shape_in_file = self._shapes.get(name)
+            if module in self._nf4_states:
+                shape_in_file = self._nf4_states[module].shape
             if shape_in_file is None:
                 faults.append(f"{name} is missing")
             elif shape_in_file != expected:
                 faults.append(f"{name} has the shape {shape_in_file}, not {expected}")
-        for layer in range(architecture.layers):
-            biases = (f"model.layers.{layer}.{part}.bias" for part in architecture.biased)
-            faults += [f"{name} is missing" for name in biases if not self.has(name)]
+        faults += self._wrong_biases(architecture)
         if faults:
             more = f" and {len(faults) - 3} more" if faults[3:] else ""
             raise FolderError(
                 f"{folder} does not hold the model of its config.json: "
                 f"{', '.join(faults[:3])}{more}"
             )
+
+    def _wrong_biases(self, architecture: Architecture) -> Iterator[str]:
+        """Biases that are missing, and those that the architecture does not have."""
+        for module in architecture.shapes():
+            has_bias = module.split(".", 3)[-1] in architecture.biased
+            if has_bias and not self.has(f"{module}.bias"):
+                yield f"{module}.bias is missing"
+            if not has_bias and self._has_bias(module):
+                yield f"{module}.bias is a bias that its architecture does not have"
+
+    def _has_bias(self, module: str) -> bool:
+        """Whether a module has a bias other than the zeros that some quantizers write."""
+        name = f"{module}.bias"
+        if not self.has(name):
+            return False
+        return not self.has(f"{module}.qweight") or bool(self._codes.floats(name).any())
 
     def _stored(self, module: str) -> Weight:
         if self.has(f"{module}.qweight"):
@@ -325,11 +345,12 @@ class FolderWeights:
 
     def _nf4_blocks(self, module: str) -> BlockWeight:
         """Blocks of what bitsandbytes saved, whose scales may be quantized themselves."""
-        present = (name for name in NF4_NAMES if self.has(f"{module}.{name}"))
-        weight = read_nf4({name: self.tensor(f"{module}.{name}") for name in present}, module)
+        weight = read_nf4_weight(self._codes, module)
         # Smaller blocks would round activations less, which is little beside the error of NF4.
-        block = self._block(module, 8, usual=NF4_BLOCK)
-        return blocks_of_nf4(weight.codes, weight.levels, weight.scales, weight.shape, block)
+        block = self._block(module, 8, usual=max(weight.block_size, min(LEGAL_BLOCKS)))
+        return blocks_of_nf4(
+            weight.codes, weight.levels, weight.scales, weight.shape, weight.block_size, block
+        )
 
 
 def _open_safetensors(file: Path) -> Any:

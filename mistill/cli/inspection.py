@@ -1,4 +1,7 @@
-"""What a folder holds, how it was made, and what is wrong with it."""
+"""What a folder holds, how it was made, and what is wrong with it.
+
+It is one file because each form of folder adds a few lines to what is read and to what is shown.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from mistill.folders.folder import (
 from mistill.folders.json_text import parse_json
 from mistill.folders.lineage import LINEAGE_FILE, checked_lineage, fingerprint, read_lineage
 from mistill.folders.location import Location, is_remote, location_of
+from mistill.folders.settled_config import contradictions
 from mistill.folders.targets_folder import (
     TargetsInfo,
     describe_targets,
@@ -33,6 +37,7 @@ from mistill.progress import track
 from mistill.shown import facts_table, plain
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
+from mistill.weights.nf4_doctor import nf4_problems
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -212,12 +217,8 @@ def inspect_folder(path: str | Path) -> Inspection:
     gptq = None
     if not faults:
         info = describe(folder)
-        if info.form == "gptq":
-            try:
-                gptq = examine(folder)
-                faults += gptq.contradictions
-            except FolderError as error:
-                faults.append(str(error))
+        gptq, wrong_codes = _examine_codes(folder, info.form)
+        faults += wrong_codes
     graphs, remarks = _lint_graphs(folder)
     manifest = None
     if info is not None and info.form == "onnx":
@@ -260,6 +261,19 @@ def _checksum_problems(folder: Path, files: Mapping[str, Any]) -> list[str]:
                 faults.append(f"{name} is damaged: its checksum is not that of the manifest")
             bar.advance(entry["bytes"])
     return faults
+
+
+def _examine_codes(folder: Path, form: str) -> tuple[Diagnosis | None, list[str]]:
+    """What the codes of a folder show of themselves, and what is wrong with them."""
+    if form == "nf4":
+        return None, nf4_problems(folder)
+    if form != "gptq":
+        return None, []
+    try:
+        diagnosis = examine(folder)
+    except FolderError as error:
+        return None, [str(error)]
+    return diagnosis, list(diagnosis.contradictions)
 
 
 def _lint_graphs(folder: Path) -> tuple[dict[str, Lint], list[str]]:
@@ -309,7 +323,13 @@ def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> tuple[list[str]
         faults = _template_problems(vocabulary)
     except MistillError as error:
         return [], [str(error)]
-    notes = []
+    notes = contradictions(folder, read_json(folder / "config.json"))
+    if not vocabulary.files_agree_on_bos:
+        does = "begins" if vocabulary.adds_bos else "does not begin"
+        notes.append(
+            f"tokenizer_config.json and tokenizer.json contradict each other: text {does} with the "
+            "beginning-of-sequence token here, as tokenizer_config.json says"
+        )
     if not ends:
         notes.append("the tokenizer has no end-of-turn token, so that a chatbot would never stop")
     if vocabulary.chat_template is None:

@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mistill.errors import FolderError
+
 Provider = Literal["cpu", "cuda", "tensorrt"]
 Choose = Callable[[NDArray[np.float32]], int]
 
@@ -27,8 +29,26 @@ def greedy(logits: NDArray[np.float32]) -> int:
 
     Returns:
         Its id; the lowest of those that tie.
+
+    Raises:
+        FolderError: If the logits are not numbers.
     """
-    return int(logits.argmax())
+    token = int(logits.argmax())
+    if not np.isfinite(logits[token]):
+        raise not_numbers()
+    return token
+
+
+def not_numbers() -> FolderError:
+    """The error for a model whose logits are not numbers.
+
+    Returns:
+        The error to raise.
+    """
+    return FolderError(
+        "the model computes logits that are infinite or not numbers, so that no token can be "
+        "chosen; its weights are damaged, or too large for its type"
+    )
 
 
 class LanguageModel(Protocol):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mistill.engine.language_model import greedy
+from mistill.engine.language_model import greedy, not_numbers
 from mistill.settings import require, require_range
 
 Logits = NDArray[np.float32]
@@ -155,13 +155,19 @@ def candidates(logits: Logits, settings: SamplingSettings) -> Candidates:
 
     Returns:
         The tokens that may be drawn, with their probabilities.
+
+    Raises:
+        FolderError: If the logits are not numbers.
     """
     if settings.temperature == 0:
         return Candidates(np.array([greedy(logits)]), np.ones(1))
+    largest = logits.max()
+    if not np.isfinite(largest):
+        raise not_numbers()
     ids = above_top_k(logits, settings.top_k) if settings.top_k else np.arange(logits.size)
     selected = logits[ids] if settings.top_k else logits
     # The largest is subtracted first, so that no temperature overflows.
-    odds = np.exp((selected - selected.max()) / np.float32(settings.temperature))
+    odds = np.exp((selected - largest) / np.float32(settings.temperature))
     if settings.top_p < 1:
         most = above_top_p(odds, settings.top_p)
         ids, odds = ids[most], odds[most]

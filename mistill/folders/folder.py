@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistill.errors import FolderError
-from mistill.folders.gptq_format import read_quantization
-from mistill.folders.json_text import read_json_file
+from mistill.folders.gptq_format import HEAD, read_quantization
 from mistill.folders.safetensors_file import StoredTensor, read_header
-from mistill.folders.schemas import check_document, is_plain_name
+from mistill.folders.schemas import read_json as read_json
+from mistill.folders.settled_config import says_tied, settled_config
+from mistill.folders.weight_files import AUTO_GPTQ_CONFIG as AUTO_GPTQ_CONFIG
+from mistill.folders.weight_files import tensor_homes
+from mistill.folders.weight_files import weight_files as weight_files
 
 Form = Literal["model", "gptq", "nf4", "onnx"]
 
@@ -26,7 +29,6 @@ GENAI_FILE = "genai_config.json"
 FIDELITY_FILE = "fidelity.json"
 QUANTIZE_REPORT_FILE = "quantize_report.json"
 QUANTIZE_TABLE_FILE = "quantize_report.csv"
-AUTO_GPTQ_CONFIG = "quantize_config.json"
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -201,7 +203,10 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, and AutoGPTQ's quantize_config.json beside it if there is one.
+    """Read config.json as the rest of the folder bears it out.
+
+    AutoGPTQ's quantize_config.json beside it is read too, and what the weights contradict is
+    settled as transformers settles it: ``mistill.folders.settled_config``.
 
     Args:
         folder: A folder of any form.
@@ -216,27 +221,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "quantization_config" not in config and (folder / AUTO_GPTQ_CONFIG).is_file():
         quantize_config = read_json(folder / AUTO_GPTQ_CONFIG)
         config["quantization_config"] = {"quant_method": "gptq", **quantize_config}
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in order.
-
-    Args:
-        folder: A model folder.
-
-    Returns:
-        One file, or the shards that the index names; of a folder by AutoGPTQ those under the name
-        that it gives them, such as ``gptq_model-4bit-128g.safetensors``.
-    """
-    for base in ("model", *_auto_gptq_names(folder)):
-        index = folder / f"{base}.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            return [folder / name for name in names]
-        if (folder / f"{base}.safetensors").is_file():
-            return [folder / f"{base}.safetensors"]
-    return [folder / "model.safetensors"]
+    return settled_config(folder, config)
 
 
 def tensor_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -251,41 +236,7 @@ def tensor_headers(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         FolderError: If a file is damaged.
     """
-    return {
-        name: stored
-        for file in weight_files(folder)
-        for name, stored in read_header(file).tensors.items()
-    }
-
-
-def _auto_gptq_names(folder: Path) -> list[str]:
-    """The names that AutoGPTQ may have given to the weights of a folder, without their ending."""
-    if not (folder / AUTO_GPTQ_CONFIG).is_file():
-        return []
-    quantize_config = read_json(folder / AUTO_GPTQ_CONFIG)
-    default = f"gptq_model-{quantize_config.get('bits')}bit-{quantize_config.get('group_size')}g"
-    names = [quantize_config.get("model_file_base_name"), default]
-    return [name for name in names if isinstance(name, str) and is_plain_name(name)]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; what its name has a schema for is held against it.
-
-    Args:
-        file: Path of the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        FolderError: If the file is missing or is not a JSON object, or if a value is of another
-            type or out of bounds.
-    """
-    value = read_json_file(file)
-    if not isinstance(value, dict):
-        raise FolderError(f"{file} should hold a JSON object, not a {type(value).__name__}")
-    check_document(value, file)
-    return value
+    return {name: stored for name, (_, stored) in tensor_homes(folder).items()}
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -400,18 +351,15 @@ def _dense_parameters(folder: Path, config: Mapping[str, Any]) -> int:
     total = 0
     for name, stored in tensors.items():
         count = math.prod(stored.shape)
-        if name.endswith(".qweight") and len(stored.shape) == 2:
+        if name.startswith(f"{HEAD}.") and says_tied(config):
+            continue  # a second copy of the embedding
+        if name.endswith(".qweight"):
             module = name.removesuffix(".qweight")
-            index = tensors.get(f"{module}.g_idx")
-            if index is not None and len(index.shape) == 1:
-                inputs = index.shape[0]
-            else:
-                gptq_format = gptq_format or read_quantization(config)
-                module_format = None if gptq_format is None else gptq_format.format_of(module)
-                inputs = stored.shape[0] * 32 // (module_format.bits if module_format else 32)
-            total += inputs * stored.shape[1]
+            gptq_format = gptq_format or read_quantization(config)
+            module_format = None if gptq_format is None else gptq_format.format_of(module)
+            total += count * 32 // (module_format.bits if module_format else 32)
         elif f"{name}.quant_state.bitsandbytes__nf4" in tensors:
-            total += count * 2
+            total += stored.size * 2
         elif name.endswith((".weight", ".bias")):
             total += count
     return total

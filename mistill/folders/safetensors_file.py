@@ -37,6 +37,7 @@ NUMPY_TYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
+FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
 _LENGTH_BYTES = 8
 # The longest header that the library reads.
 _MOST_HEADER_BYTES = 100_000_000

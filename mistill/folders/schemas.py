@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from mistill.folders.json_text import check
+from mistill.errors import FolderError
+from mistill.folders.json_text import check, read_json_file
 
 _Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -117,7 +118,7 @@ class SpecialToken(Struct, kw_only=True):
     content: str
 
 
-class AddedToken(Struct, kw_only=True):
+class ListedToken(Struct, kw_only=True):
     """An entry of ``added_tokens_decoder``."""
 
     content: str
@@ -146,19 +147,9 @@ class TokenizerConfig(SpecialTokens, kw_only=True):
     """tokenizer_config.json."""
 
     chat_template: str | list[NamedTemplate] | dict[str, str] | None = None
-    added_tokens_decoder: dict[str, AddedToken] = {}
-
-
-class WeightIndex(Struct, kw_only=True):
-    """model.safetensors.index.json."""
-
-    weight_map: dict[str, str]
-
-    def __post_init__(self) -> None:
-        """Refuse names that lead out of the folder."""
-        for name in self.weight_map.values():
-            if not is_plain_name(name):
-                raise ValueError(f"weight_map names {name!r:.80}, which is no file of the folder")
+    added_tokens_decoder: _Fields = {}
+    additional_special_tokens: list[Any] | None = None
+    extra_special_tokens: list[Any] | _Fields | None = None
 
 
 class StoredFile(Struct, kw_only=True):
@@ -393,10 +384,28 @@ def check_document(value: Mapping[str, Any], file: Path) -> None:
         FolderError: If a value is of another type or out of bounds; the message names the key,
             what was expected and what it holds.
     """
-    if file.name.endswith(".safetensors.index.json"):
-        check(value, WeightIndex, file)
-    elif file.name in _BY_NAME:
+    if file.name in _BY_NAME:
         check(value, _BY_NAME[file.name], file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; what its name has a schema for is held against it.
+
+    Args:
+        file: Path of the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        FolderError: If the file is missing or is not a JSON object, or if a value is of another
+            type or out of bounds.
+    """
+    value = read_json_file(file)
+    if not isinstance(value, dict):
+        raise FolderError(f"{file} should hold a JSON object, not a {type(value).__name__}")
+    check_document(value, file)
+    return value
 
 
 def is_plain_name(name: str) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from mistill.pytorch.loading import empty_model, plain_config
+from mistill.pytorch.loading import empty_model, plain_config, require_finite
 from mistill.weights.gptq_layout import EMBEDDING, HEAD
 from mistill.weights.plain_weights import PlainWeights
 
@@ -177,7 +177,9 @@ class LayeredModel:
 
     def _read(self, name: str, rows: Tensor | None = None) -> Tensor:
         weight = self._weights.read(name, None if rows is None else rows.numpy())
-        return torch.from_numpy(weight).to(self.device, torch.float32)
+        tensor = torch.from_numpy(weight)
+        require_finite(name, tensor)
+        return tensor.to(self.device, torch.float32)
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Read the weights of a module that has none yet."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,14 @@ from mistill.errors import (
 from mistill.folders.folder import (
     FolderInfo,
     open_folder,
-    read_json,
+    read_config,
     tensor_headers,
     weight_files,
 )
-from mistill.folders.safetensors_file import read_header
+from mistill.folders.safetensors_file import FLOAT_TYPES, StoredTensor, read_header
 from mistill.weights.gptq_doctor import require_sound
-from mistill.weights.gptq_layout import TENSOR_NAMES
+from mistill.weights.gptq_layout import TENSOR_NAMES, read_quantization
+from mistill.weights.nf4_doctor import nf4_states
 from mistill.weights.plain_weights import PlainWeights
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def plain_config(folder: Path) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig, MistralConfig
 
-    values = read_json(folder / "config.json")
+    values = read_config(folder)
     for name in ("quantization_config", "auto_map"):
         values.pop(name, None)
     kinds: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "mistral": MistralConfig}
@@ -94,6 +96,25 @@ def plain_config(folder: Path) -> PreTrainedConfig:
         if isinstance(error, KeyError):
             reason = f"{reason} is not a value that transformers knows"
         raise FolderError(f"config.json of {folder} does not describe a model: {reason}") from error
+    return config
+
+
+def completed_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder with the sizes that it leaves to the classes of transformers.
+
+    Args:
+        folder: A folder of a readable architecture.
+
+    Returns:
+        The config as ``read_config`` reads it, and the number of heads and the width of the
+        feed-forward layer, which differ among the classes.
+
+    Raises:
+        FolderError: If the values in config.json contradict one another.
+    """
+    config, plain = read_config(folder), plain_config(folder)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        config[name] = getattr(plain, name)
     return config
 
 
@@ -126,40 +147,61 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def check_weights(folder: Path, config: PreTrainedConfig | None = None) -> None:
     """Refuse a folder whose tensors are not those that its config asks for.
 
-    Reads the headers of the files, never the weights. Of GPTQ and NF4 weights the names are
-    compared, of float ones the shapes too.
+    Reads the headers of the files, and of NF4 folders what is stored about each weight; never the
+    weights.
 
     Args:
         folder: A float, GPTQ or NF4 folder of a readable architecture.
         config: Its plain config, if it is at hand.
 
     Raises:
-        FolderError: If a tensor is missing, left over, or of another shape.
+        FolderError: If a tensor is missing, left over, or of another shape or type.
     """
     config = config or plain_config(folder)
     present = tensor_headers(folder)
+    coded_shapes = _coded_shapes(folder, present)
     expected = {
         name: tuple(tensor.shape) for name, tensor in empty_model(config).named_parameters()
     }
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    owners, other_shapes = set(), []
+    owners, other_shapes, other_types = set(), [], []
     for name, stored in present.items():
         owner = _weight_of(name, present, expected)
         if owner is None:
             continue
+        if owner in owners:
+            continue
         owners.add(owner)
-        is_plain = name == owner and f"{name}.absmax" not in present
-        if is_plain and owner in expected and stored.shape != expected[owner]:
-            other_shapes.append(f"{owner} {stored.shape} instead of {expected[owner]}")
+        is_plain = name == owner and owner not in coded_shapes
+        shape = stored.shape if is_plain else coded_shapes.get(owner)
+        if owner in expected and shape not in (None, expected[owner]):
+            other_shapes.append(f"{owner} {shape} instead of {expected[owner]}")
+        if owner in expected and is_plain and stored.dtype not in FLOAT_TYPES:
+            other_types.append(f"{owner} as {stored.dtype}, which is no type of floats")
     problems = [
         *_listed("it lacks", sorted(expected.keys() - owners - optional)),
         *_listed("it also holds", sorted(owners - expected.keys() - optional)),
         *_listed("it holds", other_shapes),
+        *_listed("it holds", other_types),
     ]
     if problems:
         raise FolderError(
             f"the weights in {folder} are not those of its config.json: {'; '.join(problems)}"
         )
+
+
+def _coded_shapes(folder: Path, present: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that are stored as codes, by the names of the weights."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{module}.weight": state.shape for module, state in nf4_states(folder).items()
+    }
+    layout = read_quantization(read_config(folder))
+    for name, stored in present.items():
+        module, _, last = name.rpartition(".")
+        form = None if layout is None or last != "qweight" else layout.format_of(module)
+        if form is not None and len(stored.shape) == 2:
+            shapes[f"{module}.weight"] = (stored.shape[1], stored.shape[0] * 32 // form.bits)
+    return shapes
 
 
 def _weight_of(name: str, present: Container[str], expected: Container[str]) -> str | None:
@@ -198,7 +240,8 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
         A LlamaForCausalLM or MistralForCausalLM.
 
     Raises:
-        FolderError: If the folder is broken or holds an ONNX graph.
+        FolderError: If the folder is broken, holds an ONNX graph, or a weight that is not a finite
+            number.
         ArchitectureError: If it is neither Llama nor Mistral.
     """
     info = open_folder(folder)
@@ -211,6 +254,9 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
     check_weights(info.path, config)
     with quiet_transformers():
         model = _load(info, config, dtype)
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "quant_state"):  # else codes of bitsandbytes, of whatever type
+            require_finite(name, parameter.detach())
     # padding_idx would stop gradients at the padding token's row, and that token may be the end of
     # turn.
     embedding: Any = model.get_input_embeddings()
@@ -221,7 +267,7 @@ def load_pytorch(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
 def _load(info: FolderInfo, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     if info.form == "nf4":
         try:
-            return _load_nf4(info.path, dtype)
+            return _load_nf4(info.path, config, dtype)
         except MissingExtraError as error:
             _log.warning(
                 "%s; until then the NF4 weights are decoded and take the memory of float weights",
@@ -274,8 +320,8 @@ def decoded(info: FolderInfo, config: PreTrainedConfig) -> Iterator[tuple[str, T
         stored.
 
     Raises:
-        FolderError: If the codes contradict config.json, or a matrix has a bias that the
-            architecture does not have.
+        FolderError: If the codes contradict config.json, a matrix has a bias that the
+            architecture does not have, or a weight is not a finite number.
     """
     if info.form == "gptq":
         require_sound(info.path)
@@ -283,11 +329,47 @@ def decoded(info: FolderInfo, config: PreTrainedConfig) -> Iterator[tuple[str, T
     weights = PlainWeights(info.path)
     for name in weights:
         if name in expected:
-            yield name, torch.from_numpy(weights.read(name))
+            weight = torch.from_numpy(weights.read(name))
+            require_finite(name, weight)
+            yield name, weight
         elif name.endswith(".bias") and weights.read(name).any():
             raise FolderError(
                 f"{info.path} holds {name}, a bias that its architecture does not have"
             )
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight that is not a finite number: one spoils whatever is computed with it.
+
+    Args:
+        name: Name of the tensor, for the message.
+        tensor: Any tensor; whole numbers pass.
+
+    Raises:
+        FolderError: If it holds an infinity or something that is not a number.
+    """
+    # The extremes are finite if all values are, and take no memory for a mask.
+    if tensor.is_floating_point() and tensor.numel():
+        least, greatest = torch.aminmax(tensor)
+        if not (torch.isfinite(least) and torch.isfinite(greatest)):
+            raise FolderError(
+                f"{name} holds a value that is infinite or not a number; its training failed"
+            )
+
+
+def require_finite_weights(folder: Path) -> None:
+    """Refuse a folder with a weight that is not a finite number, before anything is begun.
+
+    Reads every weight, one at a time.
+
+    Args:
+        folder: A float, GPTQ or NF4 folder.
+
+    Raises:
+        FolderError: If there is such a weight; the message names its tensor.
+    """
+    for _name, _tensor in stored_tensors(folder):
+        pass  # each was looked at when it was read
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -299,6 +381,9 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
 
     Returns:
         Tensors by the rest of their names.
+
+    Raises:
+        FolderError: If one holds a value that is not a finite number.
     """
     with _reading(folder) as (names, read):
         return {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
@@ -312,6 +397,9 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     Yields:
         Names and tensors.
+
+    Raises:
+        FolderError: If one holds a value that is not a finite number.
     """
     with _reading(folder) as (names, read):
         for name in names:
@@ -332,26 +420,23 @@ def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
 
         def read(name: str) -> Tensor:
             tensor: Tensor = opened[homes[name]].get_tensor(name)
+            if f"{name}.absmax" not in homes:  # else codes, of whatever type
+                require_finite(name, tensor)
             return tensor
 
         yield list(homes), read
 
 
-def _load_nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _load_nf4(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        from bitsandbytes.nn.modules import Linear4bit
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
     except ModuleNotFoundError as error:
         raise missing_extra("bitsandbytes", "compress") from error
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
+    config = copy(config)
+    config.quantization_config = read_config(folder)["quantization_config"]
+    model: PreTrainedModel = _model_class(config).from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
     )
     # transformers leaves everything in the types of the file.
     for module in model.modules():
@@ -362,9 +447,7 @@ def _load_nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 # bitsandbytes' kernel for AVX-512 computes in bfloat16 whatever the dtype.
                 module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        # Codes may be stored as floats, of which only the bits count.
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.to(dtype)
     return model
-
-
-# --- running ------------------------------------------------------------------------------------

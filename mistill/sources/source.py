@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,9 +31,11 @@ from mistill.errors import (
     missing_extra,
 )
 from mistill.folders.folder import copy_companions, open_folder, read_json, weight_files
-from mistill.folders.json_text import parse_json
+from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.schemas import ListedToken
+from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
 from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
 DEFAULT_TEACHER = "@smollm2"
@@ -45,7 +47,7 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Some repositories hold a second copy of the weights, or other models in folders.
 _UNWANTED = ["consolidated*", "*/*"]
 # Version of the conversion, part of the names of cached folders.
-_CONVERSION = 1
+_CONVERSION = 2
 
 
 def resolve_model(source: str | Path) -> Path:
@@ -103,8 +105,8 @@ def save_model(source: str | Path, target: str | Path, overwrite: bool = False) 
     with creating(target, overwrite) as partial:
         shutil.copyfile(folder / "config.json", partial / "config.json")
         copy_companions(folder, partial)
-        index = folder / "model.safetensors.index.json"
-        for file in weight_files(folder) + ([index] if index.is_file() else []):
+        others = [weight_index(folder), folder / AUTO_GPTQ_CONFIG]
+        for file in weight_files(folder) + [file for file in others if file and file.is_file()]:
             shutil.copyfile(file, partial / file.name)
         add_lineage(partial, step="teacher", settings={"source": str(source)}, source=folder)
     return target
@@ -209,6 +211,10 @@ def _checksums(folder: Path) -> dict[str, str]:
     }
 
 
+def _joined(digests: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(digests).encode()).hexdigest()
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -245,9 +251,12 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
     tokenizer = sentencepiece_tokenizer(
         pieces, str(folder / "tokenizer.model"), legacy=settings.get("legacy") is not False
     )
-    added = settings.get("added_tokens_decoder", {})
+    stated = settings.get("added_tokens_decoder", {})
+    added: dict[str, ListedToken] = check(stated, dict[str, ListedToken], file)
+    if not all(token.isdecimal() and len(token) < 10 for token in added):
+        raise VocabularyError(f"added_tokens_decoder in {file} should name tokens by their ids")
     for token, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        known = AddedToken(entry["content"], normalized=False, special=bool(entry.get("special")))
+        known = AddedToken(entry.content, normalized=False, special=entry.special)
         add = tokenizer.add_special_tokens if known.special else tokenizer.add_tokens
         add([known])
         if tokenizer.token_to_id(known.content) != int(token):
@@ -294,12 +303,13 @@ def _embedded(name: str) -> Path:
 
 def _convert_once(file: Path) -> Path:
     """The folder made of a GGUF file, kept in the user's cache under the file's checksum."""
-    for library in ("gguf", "safetensors"):
-        if find_spec(library) is None:
-            raise missing_extra(library, "compress")
+    if find_spec("gguf") is None:
+        raise missing_extra("gguf", "compress")
+    from mistill.sources.gguf_fields import pieces_of
     from mistill.sources.gguf_model import convert_gguf
 
-    digest = _digest(file)
+    digests = [_digest(piece) for piece in pieces_of(file)]
+    digest = digests[0] if len(digests) == 1 else _joined(digests)
     folder = _cache() / "gguf" / f"{file.stem}-{digest[:16]}-{_CONVERSION}"
     with _made_once(folder) as partial:
         if partial is not None:

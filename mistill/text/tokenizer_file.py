@@ -19,8 +19,9 @@ from msgspec import Meta, Struct
 from tokenizers import Encoding, Tokenizer
 
 from mistill.errors import TextError, VocabularyError
-from mistill.folders.folder import read_json
 from mistill.folders.json_text import check
+from mistill.folders.schemas import read_json
+from mistill.text.added_tokens import add_missing_tokens
 
 # Bytes that may become of one byte of text; a space becomes the three bytes of a mark in many.
 _MOST_GROWTH = 64
@@ -164,6 +165,7 @@ def read_tokenizer(file: Path) -> TokenizerFile:
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise VocabularyError(f"{file} is not a tokenizer: {error}") from error
+    add_missing_tokens(file.parent, definition, tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # Every token takes some bytes of the file, and no vocabulary has more gaps than tokens.

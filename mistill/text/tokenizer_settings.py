@@ -13,6 +13,7 @@ from mistill.text.tokenizer_file import Processor
 
 # Where a folder keeps templates beside chat_template.jinja, each named like its file.
 _TEMPLATES = "additional_chat_templates"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def optional_json(file: Path) -> dict[str, Any]:
@@ -37,8 +38,8 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         VocabularyError: If a template is not text.
     """
     files = {file.stem: file for file in sorted((folder / _TEMPLATES).glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        files["default"] = folder / "chat_template.jinja"
+    if (folder / TEMPLATE_FILE).is_file():
+        files["default"] = folder / TEMPLATE_FILE
     if files:
         return {name: _read_template(file) for name, file in files.items()}
     stated = settings.get("chat_template")
@@ -56,6 +57,12 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(name, str) and isinstance(template, str)
         }
     return {}
+
+
+def read_template(folder: Path) -> str | None:
+    """The usual chat template of a folder; None where it has none."""
+    settings = optional_json(folder / "tokenizer_config.json")
+    return read_templates(folder, settings).get("default")
 
 
 def _read_template(file: Path) -> str:

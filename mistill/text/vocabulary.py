@@ -80,9 +80,10 @@ class Vocabulary:
 
     ``load_vocabulary`` is the way to get one. ``size`` counts the rows of the model's embedding,
     V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
-    token ``bos_id``; a template writes its own. ``special_tokens`` holds bos_token, eos_token and
-    the like by name, and ``chat_template`` the template as it is written in the folder. A template
-    that writes the date is told ``today``; None tells it the time at which it renders.
+    token ``bos_id``, and ``files_agree_on_bos`` whether tokenizer.json says so too; a template
+    writes its own. ``added_tokens`` holds the entries of all files, ``special_tokens`` bos_token,
+    eos_token and the like by name, and ``chat_template`` the template as the folder has it.
+    A template that writes the date is told ``today``; None tells it the time at which it renders.
 
     Args:
         folder: The folder of the configuration files.
@@ -94,7 +95,7 @@ class Vocabulary:
         self._folder = folder
         self._file = file
         self._tokenizer = tokenizer
-        self._added = list(definition.get("added_tokens") or [])
+        self.added_tokens: list[dict[str, Any]] = definition["added_tokens"]
         self._spell = speller_of(definition)
         settings = optional_json(folder / "tokenizer_config.json")
         config = optional_json(folder / "config.json")
@@ -108,8 +109,10 @@ class Vocabulary:
         self.bos_id = self._first_id(
             self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
         )
-        self.adds_bos = self.bos_id is not None and adds_bos(
-            settings, file.processor, str(tokenizer.id_to_token(self.bos_id))
+        first = None if self.bos_id is None else str(tokenizer.id_to_token(self.bos_id))
+        self.adds_bos = first is not None and adds_bos(settings, file.processor, first)
+        self.files_agree_on_bos = first is None or self.adds_bos == adds_bos(
+            {}, file.processor, first
         )
         eos_token = self.special_tokens.get("eos_token")
         self.eos_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
@@ -315,7 +318,7 @@ class Vocabulary:
     def _bytes(self) -> list[bytes]:
         """What each id spells; an id in a gap spells nothing, and trailing padding is absent."""
         spell = self._spell
-        added = {entry["id"]: entry["content"] for entry in self._added}
+        added = {entry["id"]: entry["content"] for entry in self.added_tokens}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
         spelled = {token: spell(text) for text, token in vocabulary.items() if token not in added}
         spelled |= {token: text.encode() for token, text in added.items()}
@@ -329,7 +332,7 @@ class Vocabulary:
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        return frozenset(entry["id"] for entry in self._added if entry.get("special"))
+        return frozenset(entry["id"] for entry in self.added_tokens if entry.get("special"))
 
     def _kind(self, token: int) -> str:
         if token in self._unassigned:
@@ -349,7 +352,7 @@ class Vocabulary:
             return None
         _, occurs, after = text.rpartition(reply)
         after = after.lstrip()
-        marks = [entry for entry in self._added if entry.get("special")]
+        marks = [entry for entry in self.added_tokens if entry.get("special")]
         matching = [entry for entry in marks if occurs and after.startswith(entry["content"])]
         longest = max(matching, key=lambda entry: len(entry["content"]), default=None)
         return None if longest is None else int(longest["id"])

@@ -30,14 +30,15 @@ from mistill.folders.folder import AUTO_GPTQ_CONFIG, read_config, read_json
 from mistill.folders.gptq_format import (
     EMBEDDING,
     HEAD,
-    SUPPORTED_BITS,
     CheckpointFormat,
     GptqFormat,
     ModuleFormat,
     read_quantization,
 )
+from mistill.folders.settled_config import says_tied
 from mistill.weights.code_words import codes_per_unit, plus_one, unpack_rows
 from mistill.weights.gptq_layout import quantized_modules
+from mistill.weights.gptq_shapes import columns_of, wrong_shapes
 from mistill.weights.tensor_files import TensorFiles
 
 ColumnOrder = Literal["plain", "mixed"]
@@ -136,7 +137,7 @@ def examine(folder: Path) -> Diagnosis:
     sampled = set(modules[:: max(1, len(modules) // _SAMPLED)])
     for module in modules:
         findings.check(files, module, module in sampled)
-    findings.wrong += _missing_tables(layout, modules, bool(config.get("tie_word_embeddings")))
+    findings.wrong += _missing_tables(layout, modules, says_tied(config))
     findings.wrong += _two_configs(folder, config)
     return findings.diagnosis(len(modules))
 
@@ -156,6 +157,8 @@ class _Findings:
     varying_but_symmetric: list[str] = field(default_factory=list)
     votes: Counter[str] = field(default_factory=Counter)
     mixed: list[str] = field(default_factory=list)
+    # Matrices whose index leaves groups without a column.
+    unfilled: list[str] = field(default_factory=list)
     index: bool = False
     zeros_of_0: int = 0
     borrowing: int = 0
@@ -168,7 +171,7 @@ class _Findings:
         if form is None:
             self.wrong.append(f"config.json leaves {module} float, but it is stored as codes")
             return
-        problem = _wrong_shapes(files, module, form)
+        problem = wrong_shapes(files, module, form)
         if problem:
             self.wrong.append(problem)
             return
@@ -199,7 +202,7 @@ class _Findings:
     def _check_order(
         self, files: TensorFiles, module: str, form: ModuleFormat
     ) -> NDArray[np.int32]:
-        columns = _columns(files, module, form.bits)
+        columns = columns_of(files, module, form.bits)
         size = columns if form.group_size == -1 else form.group_size
         plain = np.arange(columns, dtype=np.int32) // np.int32(size)
         if f"{module}.g_idx" not in files:
@@ -209,6 +212,9 @@ class _Findings:
         count = files.shape(f"{module}.scales")[0]
         if not 0 <= int(groups.min()) <= int(groups.max()) < count:
             self.wrong.append(f"{module}.g_idx names groups beyond the {count} that have scales")
+            return plain
+        if len(np.unique(groups)) < count:
+            self.unfilled.append(module)
             return plain
         if not np.array_equal(groups, plain):
             self.mixed.append(module)
@@ -247,6 +253,12 @@ class _Findings:
             self.wrong.append(
                 "config.json says sym, but the zero points vary in "
                 + _some(self.varying_but_symmetric)
+            )
+        if self.unfilled:
+            self.wrong.append(
+                f"g_idx leaves groups without a column in {_some(self.unfilled)}: it was not "
+                "filled in, and the groups are probably in order; remove the g_idx tensors, or "
+                "quantize the float model again"
             )
         if self.mixed and not layout.activation_order:
             self.wrong.append(
@@ -356,38 +368,6 @@ def detect_format(
     if min(lopsided) + noise > 0.5 * max(lopsided):
         return None
     return "gptq_v2" if as_stored < less_one else "gptq"
-
-
-def _wrong_shapes(files: TensorFiles, module: str, form: ModuleFormat) -> str | None:
-    lacking = [name for name in ("qzeros", "scales") if f"{module}.{name}" not in files]
-    if lacking:
-        return f"{module}.{lacking[0]} is missing"
-    rows, outputs = files.shape(f"{module}.qweight")
-    if f"{module}.g_idx" in files:
-        (columns,) = files.shape(f"{module}.g_idx")
-        bits = rows * 32 / columns
-        if bits != form.bits:
-            shown = f"{bits:g}" if bits in SUPPORTED_BITS else f"{bits:.2f}"
-            return f"config.json says {form.bits} bits, but {module} has codes of {shown}"
-    columns = _columns(files, module, form.bits)
-    groups = 1 if form.group_size == -1 else -(-columns // form.group_size)
-    stored = files.shape(f"{module}.scales")
-    if stored != (groups, outputs):
-        return (
-            f"config.json says group_size {form.group_size}, which gives {module} scales of shape "
-            f"{(groups, outputs)}, but they have the shape {stored}"
-        )
-    words = outputs * form.bits // 32
-    if outputs % codes_per_unit(form.bits):
-        words = -(-outputs // codes_per_unit(form.bits)) * (3 if form.bits == 3 else 1)
-    if files.shape(f"{module}.qzeros") != (groups, words):
-        stored = files.shape(f"{module}.qzeros")
-        return f"{module}.qzeros should have the shape {(groups, words)}, but has {stored}"
-    return None
-
-
-def _columns(files: TensorFiles, module: str, bits: int) -> int:
-    return files.shape(f"{module}.qweight")[0] * 32 // bits
 
 
 def _finite(files: TensorFiles, name: str) -> bool:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mistill.folders.folder import read_config
 from mistill.weights.gptq_layout import TENSOR_NAMES, read_quantization
-from mistill.weights.nf4_layout import NF4_NAMES, NF4_STATE, read_nf4
-from mistill.weights.tensor_files import TensorFiles, read_quantized
+from mistill.weights.nf4_layout import NF4_STATE
+from mistill.weights.tensor_files import TensorFiles, read_nf4_weight, read_quantized
 
 
 class PlainWeights:
@@ -56,7 +56,7 @@ class PlainWeights:
         if is_weight and self._layout is not None and f"{module}.qweight" in self._files:
             weight = read_quantized(self._files, module, self._layout).dequantize()
         elif f"{name}.{NF4_STATE}" in self._files:
-            weight = read_nf4(self._files.parts(module, NF4_NAMES), module).dequantize()
+            weight = read_nf4_weight(self._files, module).dequantize()
         else:
             return self._files.floats(name, rows)
         return weight if rows is None else weight[rows]

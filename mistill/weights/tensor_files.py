@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mistill.errors import FolderError
-from mistill.folders.folder import weight_files
-from mistill.folders.safetensors_file import map_tensor, read_header
+from mistill.folders.safetensors_file import map_tensor
+from mistill.folders.weight_files import tensor_homes
 from mistill.weights.gptq_layout import TENSOR_NAMES, GptqFormat, QuantizedWeight, ScaleType, unpack
+from mistill.weights.nf4_layout import NF4_NAMES, Nf4Weight, read_nf4
 
 _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -27,11 +29,7 @@ class TensorFiles:
             folder: A float, GPTQ or NF4 folder.
         """
         self.folder = folder
-        self._homes = {
-            name: (file, stored)
-            for file in weight_files(folder)
-            for name, stored in read_header(file).tensors.items()
-        }
+        self._homes = tensor_homes(folder)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._homes)
@@ -49,6 +47,28 @@ class TensorFiles:
             Its sizes.
         """
         return self._homes[name][1].shape
+
+    def count(self, name: str) -> int:
+        """Numbers in a tensor.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The product of its sizes.
+        """
+        return math.prod(self.shape(name))
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The bytes.
+        """
+        return self._homes[name][1].size
 
     def dtype(self, name: str) -> str:
         """Type of a tensor.
@@ -134,3 +154,23 @@ def read_quantized(files: TensorFiles, module: str, layout: GptqFormat) -> Quant
         layout.checkpoint_format,
         cast(ScaleType, files.dtype(f"{module}.scales")),
     )
+
+
+def read_nf4_weight(files: TensorFiles, module: str) -> Nf4Weight:
+    """Read a matrix that is stored in NF4.
+
+    Args:
+        files: The files of its folder.
+        module: Its name.
+
+    Returns:
+        The weight.
+
+    Raises:
+        FolderError: If one of its tensors is missing, or they do not belong together.
+    """
+    tensors = files.parts(module, NF4_NAMES)
+    # Codes may be stored as bfloat16, of which only the bits count.
+    if f"{module}.weight" in files:
+        tensors["weight"] = files.raw(f"{module}.weight")
+    return read_nf4(tensors, module)

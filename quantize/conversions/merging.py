@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +45,7 @@ from mistill.settings import require, settings_dict
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, check_texts
+from mistill.text.tokenizer_settings import TEMPLATE_FILE, read_template
 from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, read_quantization
 from mistill.weights.tensor_writer import TensorWriter
@@ -152,14 +153,16 @@ def _check_adapter(adapter: Path, base: Path) -> None:
                 f"{adapter} is not a peft adapter: it has no {name}; give the folder that "
                 "save_pretrained wrote"
             )
-    peft_type = read_json(adapter / "adapter_config.json").get("peft_type")
+    adapter_config = read_json(adapter / "adapter_config.json")
+    peft_type = adapter_config.get("peft_type")
     if peft_type != "LORA":
         raise FolderError(
             f"{adapter} is an adapter of type {peft_type}; mistill merges type LORA only"
         )
+    _check_options(adapter, adapter_config)
     config = plain_config(base)
     modules = {name for name, _ in empty_model(config).named_modules()}
-    last = re.compile(r"\.lora_.*|\.base_layer\..*|\.(?:weight|bias)$")
+    last = re.compile(r"\.lora_.*|\.base_layer\..*|\.token_adapter\..*|\.(?:weight|bias)$")
     changed = {
         last.sub("", name.removeprefix("base_model.model."))
         for name in read_header(adapter / "adapter_model.safetensors").tensors
@@ -174,6 +177,26 @@ def _check_adapter(adapter: Path, base: Path) -> None:
         raise FolderError(
             f"{adapter} changes the head or the embedding of {base}, which are one table, so that "
             "merging into one would change the other; train an adapter without them"
+        )
+
+
+def _check_options(adapter: Path, adapter_config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that uses what this version of peft does not know, and would leave out."""
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        raise missing_extra("peft", "tune") from error
+    known = {field.name for field in fields(LoraConfig)}
+    used = {name for name, value in adapter_config.items() if value}
+    unknown = sorted(used - known)
+    if unknown:
+        raise FolderError(
+            f"{adapter} was made by a newer version of peft: the one that is installed does not "
+            f"know {unknown[0]} in its adapter_config.json; install that version of peft"
+        )
+    if adapter_config.get("layer_replication"):
+        raise FolderError(
+            f"{adapter} repeats layers of its base (layer_replication), which cannot be merged"
         )
 
 
@@ -238,24 +261,56 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
     names = {name for name, _ in model.named_parameters()}
     try:
         with warnings.catch_warnings():
-            # Of a name that peft asks transformers for, which concerns training.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            # They concern training; what is left out of the adapter is refused below.
+            warnings.simplefilter("ignore")
             adapted = cast(Any, PeftModel.from_pretrained(model, str(adapter)))
-    except (RuntimeError, ValueError, KeyError) as error:
+            _check_used(adapter, adapted)
+            merged = adapted.merge_and_unload(safe_merge=True)
+    except FolderError:
+        raise
+    except Exception as error:  # an option of a stranger's adapter may lead anywhere in peft
         reason = " ".join(str(error).split())[:300]
-        raise FolderError(f"{adapter} does not fit {base}: {reason}") from error
-    merged = adapted.merge_and_unload(safe_merge=True)
+        raise FolderError(
+            f"{adapter} cannot be merged, or does not fit {base}: {reason}"
+        ) from error
     with creating(target) as partial:
         with TensorWriter(partial) as writer:
             for name, parameter in merged.named_parameters():
                 if name in names:
                     writer.add(name, parameter.detach().to(types.get(name, torch.float32)))
-        shutil.copyfile(base / "config.json", partial / "config.json")
-        copy_companions(base, partial)
-        # A chat template or tokens that were tuned with the adapter go with it.
-        copy_companions(adapter, partial)
+        config = json.dumps(read_config(base), indent=2) + "\n"
+        write_atomically(partial / "config.json", config)
+        _copy_companions(base, adapter, partial)
     check_weights(target, plain_config(target))
     return target
+
+
+def _check_used(adapter: Path, adapted: Any) -> None:
+    """Refuse an adapter with tensors that peft left out, or without some that it expected."""
+    from peft import get_peft_model_state_dict
+
+    stored = set(read_header(adapter / "adapter_model.safetensors").tensors)
+    used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    for names, words in ((stored - used, "also holds"), (used - stored, "lacks")):
+        if names:
+            raise FolderError(
+                f"{adapter} {words} {min(names)}, which contradicts its adapter_config.json"
+            )
+
+
+def _copy_companions(base: Path, adapter: Path, target: Path) -> None:
+    """Give a merged model the tokenizer, and the template, that its adapter was tuned with.
+
+    An older trainer leaves the template in tokenizer_config.json, where the base's file of its own
+    would hide it.
+    """
+    copy_companions(base, target)
+    copy_companions(adapter, target)
+    template = read_template(adapter)
+    if template is None:
+        template = read_template(base)
+    if template is not None:
+        (target / TEMPLATE_FILE).write_text(template, "utf-8")
 
 
 def _measure(reference: Path, models: Mapping[str, Path], texts: Texts) -> dict[str, Fidelity]:
@@ -267,7 +322,7 @@ def _measure(reference: Path, models: Mapping[str, Path], texts: Texts) -> dict[
 
 
 def _blocks(folder: Path, texts: Texts) -> TokenBlocks:
-    length = min(_LENGTH, context_length(folder, read_json(folder / "config.json")))
+    length = min(_LENGTH, context_length(folder, read_config(folder)))
     documents = read_documents(texts, load_vocabulary(folder), limit=_BLOCKS * length)
     return pack(documents, length)[:_BLOCKS]
 

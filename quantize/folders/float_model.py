@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mistill.errors import FolderError, SettingsError
-from mistill.folders.folder import open_folder, read_json
+from mistill.folders.folder import open_folder, read_config
 from mistill.folders.lineage import read_lineage
 from mistill.folders.publishing import write_atomically
 from mistill.pytorch.loading import check_weights, empty_model, plain_config, require_readable
@@ -117,7 +117,7 @@ def write_config(source: Path, target: Path, layout: GptqFormat, **facts: Any) -
     """
     from mistill import __version__
 
-    config = read_json(source / "config.json")
+    config = read_config(source)
     facts["meta"] = {"quantizer": [f"mistill:{__version__}"]}
     config["quantization_config"] = layout.to_config(**facts)
     write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")

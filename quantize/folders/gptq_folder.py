@@ -18,7 +18,7 @@ from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
 from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.progress import Tracker, track
 from mistill.pytorch.layers import Batch, LayeredModel
-from mistill.pytorch.loading import read_tensors
+from mistill.pytorch.loading import read_tensors, require_finite_weights
 from mistill.settings import settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
@@ -175,6 +175,7 @@ def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings) -> _Job:
     plan = make_plan(model, settings)
     require_context(model, settings.block_length)
     check_texts(texts)
+    require_finite_weights(model.folder)
     blocks = draw_blocks(texts, model.folder, settings)
     return _Job(model, plan, settings, names_of(texts), blocks)
 

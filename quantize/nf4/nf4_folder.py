@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mistill.errors import ArchitectureError, FolderError
-from mistill.folders.folder import copy_companions, read_json, tensor_headers
+from mistill.folders.folder import copy_companions, read_config, tensor_headers
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.progress import track
@@ -129,7 +129,7 @@ def _names(model: FloatModel) -> Iterator[str]:
 
 def _write_config(source: Path, target: Path, settings: Nf4Settings) -> None:
     """The parent's config, and how to read the weights, as transformers writes both."""
-    config = read_json(source / "config.json")
+    config = read_config(source)
     config["quantization_config"] = {
         "_load_in_4bit": True,
         "_load_in_8bit": False,

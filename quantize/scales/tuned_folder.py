@@ -26,7 +26,7 @@ from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
 from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
 from mistill.progress import track
-from mistill.pytorch.loading import load_pytorch, stored_tensors
+from mistill.pytorch.loading import load_pytorch, require_finite_weights, stored_tensors
 from mistill.settings import require, settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
@@ -102,6 +102,8 @@ def tune(
         f"a block_length of {settings.block_length} does not fit the models' context of {longest} "
         "tokens; lower it",
     )
+    for folder in (info.path, teacher_info.path):
+        require_finite_weights(folder)
     training, judging = _read_blocks(info.path, texts, held_out, settings)
     key = {
         "step": "tune",

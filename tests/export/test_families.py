@@ -22,7 +22,7 @@ from mistill.folders.folder import read_json
 from tests.export.sources import gptq_folder, nf4_folder
 from tests.reference.llama_cpp import log_probabilities
 from tests.reference.onnx_runner import OnnxRunner
-from tests.tiny import SENTENCES, tiny_model
+from tests.tiny import SENTENCES, changed_config, changed_tensors, tiny_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -164,6 +164,39 @@ def test_other_families_are_refused_by_name(kind: str, model: Path, tmp_path: Pa
             make(source, tmp_path / "made")
 
 
+def test_a_bias_that_the_architecture_does_not_have_is_refused(model: Path, tmp_path: Path):
+    def add(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(64)
+
+    folder = changed_tensors(model, tmp_path / "biased", add)
+    for make in (to_onnx, to_gguf):
+        with pytest.raises(FolderError, match=r"q_proj.bias is a bias that its architecture does"):
+            make(folder, tmp_path / "made")
+
+
+def test_more_layers_than_the_files_hold_tensors_are_refused_at_once(model: Path, tmp_path: Path):
+    folder = changed_config(model, tmp_path / "deep", num_hidden_layers=9999)
+    for make in (to_onnx, to_gguf):
+        with pytest.raises(FolderError, match=r"describes 9999 layers, and its files hold 21"):
+            make(folder, tmp_path / "made")
+
+
+def test_a_window_that_the_config_leaves_out_holds_past_its_end(tmp_path: Path):
+    source = tiny_model(
+        tmp_path / "model", num_hidden_layers=1, sliding_window=4096, max_position_embeddings=8192
+    )
+    silent = changed_config(source, tmp_path / "silent", "sliding_window")
+    graph = to_onnx(silent, tmp_path / "onnx", context_length=8192, parity_positions=0)
+    ids = np.random.default_rng(0).integers(5, 380, (1, 4200))
+    expected = expected_logits(silent, ids)[:, -50:]
+    np.testing.assert_allclose(OnnxRunner(graph).logits(ids)[:, -50:], expected, atol=1e-4)
+    from gguf import GGUFReader
+
+    fields = GGUFReader(to_gguf(silent, tmp_path / "m.gguf")).fields
+    assert fields["llama.context_length"].contents() == 4096
+    assert fields["llama.attention.sliding_window"].contents() == 4096
+
+
 # --- llama.cpp ----------------------------------------------------------------------------------
 
 
@@ -211,3 +244,35 @@ def test_llama_cpp_predicts_what_transformers_does(family: str, tmp_path: Path):
     ours -= np.logaddexp.reduce(ours, axis=-1, keepdims=True)
     near = ours > ours.max(-1, keepdims=True) - 14
     assert np.abs(ours - theirs[0])[near].max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("qwen3", {"attention_bias": True}, "qwen3 models have no bias in self_attn.o_proj"),
+        (
+            "smollm3",
+            {"attention_bias": True, "num_hidden_layers": 4},
+            "smollm3 models have no bias in self_attn.o_proj",
+        ),
+        (
+            "smollm3",
+            {"mlp_bias": True, "num_hidden_layers": 4},
+            "no bias in mlp.gate_proj, mlp.up_proj, mlp.down_proj",
+        ),
+        ("qwen2", {"head_dim": 32}, "64 wide together, and those of this model are 128"),
+    ],
+)
+def test_what_llama_cpps_graph_of_a_kind_cannot_hold_is_refused(
+    kind: str, options: dict[str, Any], words: str, tmp_path: Path
+):
+    source = tiny_model(tmp_path / "model", model_type=kind, **options)
+    with pytest.raises(ArchitectureError, match=words):
+        to_gguf(source, tmp_path / "tiny.gguf")
+    assert not (tmp_path / "tiny.gguf").exists()
+
+
+def test_llama_cpps_llama_has_every_bias(tmp_path: Path):
+    options = {"attention_bias": True, "mlp_bias": True, "head_dim": 32}
+    source = tiny_model(tmp_path / "model", model_type="llama", **options)
+    to_gguf(source, tmp_path / "tiny.gguf")

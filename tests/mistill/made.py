@@ -140,6 +140,7 @@ def write_gguf(
     kind: Mapping[str, int] | None = None,
     metadata: Mapping[str, Any] | None = None,
     without: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a tiny Llama folder as llama.cpp's converter would: its names, its order of rows."""
     from gguf import GGMLQuantizationType, GGUFWriter, TokenType
@@ -189,6 +190,8 @@ def write_gguf(
             writer.add_tensor(theirs, quantize(weight, chosen), raw_dtype=chosen)
         else:
             writer.add_tensor(theirs, weight)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -198,7 +201,12 @@ def write_gguf(
 
 def _replace(writer: Any, name: str, value: Any) -> None:
     writer.kv_data[0].pop(name, None)
-    add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+    add = {
+        str: writer.add_string,
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+    }
     if value is not None:
         add.get(type(value), writer.add_array)(name, value)
 

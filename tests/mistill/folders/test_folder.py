@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,11 @@ def test_everything_that_is_missing_is_listed_at_once(tmp_path):
         open_folder(tmp_path)
 
 
+def _only_index(folder: Path, index: dict[str, Any]) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -55,13 +61,11 @@ def test_everything_that_is_missing_is_listed_at_once(tmp_path):
             "safetensors only",
         ),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"a": "model-00001.safetensors"}})
-            ),
+            lambda folder: _only_index(folder, {"weight_map": {"a": "model-00001.safetensors"}}),
             "model-00001.safetensors is missing",
         ),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            lambda folder: _only_index(folder, {}),
             "index.json is damaged",
         ),
     ],

@@ -162,6 +162,22 @@ def test_mixed_groups_are_told_from_a_trivial_index(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("group", [0, 1])
+def test_an_index_that_was_not_filled_in_is_named(
+    group: int, ordered: bool, tmp_path: Path
+) -> None:
+    folder, _ = simple_folder(tmp_path / "m", PLAIN, "gptq")
+    claim(folder, desc_act=not ordered)
+    groups = torch.full((64,), group, dtype=torch.int32)
+    edit(folder, "model.layers.0.mlp.up_proj", g_idx=groups)
+    words = "g_idx leaves groups without a column in .*up_proj: it was not filled in"
+    with pytest.raises(FolderError, match=words):
+        require_sound(folder)
+    edit(folder, "model.layers.0.mlp.up_proj", g_idx=None)
+    require_sound(folder)
+
+
 @pytest.mark.parametrize(
     ("way", "change", "said"),
     [
@@ -198,6 +214,13 @@ def test_what_config_json_says_of_other_codes_is_refused(
         ({"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "beyond the 2 that have scales"),
         ({"qzeros": torch.zeros((2, 15), dtype=torch.int32)}, r"qzeros should have the shape"),
         ({"qzeros": None}, "qzeros is missing"),
+        ({"qweight": torch.zeros(8 * 128, dtype=torch.int32)}, "qweight should be a matrix"),
+        ({"qweight": torch.zeros((8, 128), dtype=torch.int64)}, "qweight should be of type I32"),
+        ({"scales": torch.zeros(2 * 128)}, "scales should be a matrix"),
+        ({"scales": torch.zeros((2, 128), dtype=torch.int32)}, "should be of type float16"),
+        ({"g_idx": torch.zeros((64, 2), dtype=torch.int32)}, "g_idx should be a vector"),
+        ({"g_idx": torch.zeros(0, dtype=torch.int32)}, "g_idx should be a vector"),
+        ({"g_idx": torch.zeros(64)}, "g_idx should be of type I32"),
     ],
 )
 def test_damaged_tensors_are_named(

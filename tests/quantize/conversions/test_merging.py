@@ -15,6 +15,7 @@ from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
+from mistill.text.vocabulary import load_vocabulary
 from quantize import GptqSettings, dequantize, merge_lora, to_gptq, to_nf4
 from tests.tiny import tiny_model
 
@@ -161,6 +162,119 @@ def test_a_gptq_base_is_quantized_again_as_it_was_and_finds_its_original(
         merge_lora(base, adapter, tmp_path / "other", texts=chats)
     again = merge_lora(base, adapter, tmp_path / "other", texts=chats, float_base=model)
     assert json.loads((again / "merge_report.json").read_text())["float_base"] == str(model)
+
+
+def adapted(base: Path, target: Path, **options: Any) -> tuple[Path, Any]:
+    """An adapter of any kind whose every trained number was moved, and what both compute."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, **{"target_modules": ["q_proj"], **options})
+    model: Any = get_peft_model(plain, config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn(weight.shape) * 0.1)
+    model.save_pretrained(target, save_embedding_layers=False)
+    with torch.inference_mode():
+        return target, model.eval()(torch.from_numpy(IDS)).logits.numpy()
+
+
+IDS = np.arange(5, 29)[None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainable_token_indices": [10, 11]},
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head", "up_proj"]},
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_any_kind_that_peft_merges_is_the_sum(
+    options: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    folder, expected = adapted(model, tmp_path / "a", **options)
+    merged = merge_lora(model, folder, tmp_path / "merged")
+    np.testing.assert_allclose(PytorchModel(merged).logits(IDS), expected, atol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_cannot_merge_or_would_leave_out_is_refused(model: Path, tmp_path: Path) -> None:
+    def config(folder: Path, **changes: Any) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    target = tmp_path / "out" / "merged"
+    biased, _ = adapted(model, tmp_path / "biased", lora_bias=True)
+    with pytest.raises(FolderError, match=r"cannot be merged.*the base layer has no bias"):
+        merge_lora(model, biased, target)
+    rows, _ = adapted(model, tmp_path / "rows", trainable_token_indices=[10])
+    tied = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(FolderError, match="which are one table"):
+        merge_lora(tied, rows, target)
+    config(rows, trainable_token_indices=None)
+    with pytest.raises(FolderError, match=r"also holds .*token_adapter"):
+        merge_lora(model, rows, target)
+    dora, _ = adapted(model, tmp_path / "dora", use_dora=True)
+    config(dora, use_dora=False)
+    with pytest.raises(FolderError, match=r"also holds .*magnitude"):
+        merge_lora(model, dora, target)
+    plain, _ = adapted(model, tmp_path / "plain")
+    config(plain, use_dora=True)
+    with pytest.raises(FolderError, match=r"lacks .*magnitude"):
+        merge_lora(model, plain, target)
+    config(plain, use_dora=False, from_the_future={"rank": 3})
+    with pytest.raises(FolderError, match=r"newer version of peft.* does not know from_the_future"):
+        merge_lora(model, plain, target)
+    config(plain, from_the_future=None, layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(FolderError, match="repeats layers of its base"):
+        merge_lora(model, plain, target)
+    config(plain, layer_replication=None)
+    merge_lora(model, plain, target)
+    assert [path.name for path in target.parent.iterdir()] == ["merged"]
+
+
+OWN_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}[assistant] "
+
+
+@pytest.mark.parametrize("place", ["inline", "inline by name", "file", "nowhere"])
+@pytest.mark.parametrize("base_place", ["file", "inline"])
+def test_a_merged_model_has_the_template_of_its_adapter(
+    base_place: str, place: str, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    own = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    bases = (base / "chat_template.jinja").read_text()
+    if base_place == "inline":
+        (base / "chat_template.jinja").unlink()
+        inline = {**settings, "chat_template": bases}
+        (base / "tokenizer_config.json").write_text(json.dumps(inline))
+    templates: dict[str, Any] = {
+        "inline": {"chat_template": OWN_TEMPLATE},
+        "inline by name": {
+            "chat_template": [
+                {"name": "tool_use", "template": "tools"},
+                {"name": "default", "template": OWN_TEMPLATE},
+            ]
+        },
+    }
+    config = {**settings, "eos_token": "</s>", **templates.get(place, {})}
+    (own / "tokenizer_config.json").write_text(json.dumps(config))
+    if place == "file":
+        (own / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    merged = load_vocabulary(merge_lora(base, own, tmp_path / "merged"))
+    assert merged.chat_template == (bases if place == "nowhere" else OWN_TEMPLATE)
+    assert merged.special_tokens["eos_token"] == "</s>"
 
 
 def test_what_cannot_be_merged_is_refused(

@@ -264,5 +264,5 @@ def fuzz(commands: int, inputs: int) -> Callable[..., None]:
     return test
 
 
-test_changed_files_end_commands_with_one_line = fuzz(commands=2, inputs=150)
+test_changed_files_end_commands_with_one_line = fuzz(commands=2, inputs=200)
 test_every_command_ends_with_one_line = pytest.mark.slow(fuzz(commands=99, inputs=1800))

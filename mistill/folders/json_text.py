@@ -23,6 +23,8 @@ _TYPES = {
     "object": "an object",
     "str": "text",
 }
+# Of two such escapes one character is made; one alone is half of it.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LIMITS = {">=": "of at least", "<=": "of at most", ">": "above", "<": "below"}
 
 
@@ -60,9 +62,22 @@ def read_json_file(file: Path) -> Any:
         The value.
 
     Raises:
-        FolderError: If it is missing, not a regular file, too large, or not JSON.
+        FolderError: If it is missing, not a regular file, too large, or not JSON, or if a text in
+            it holds half of a character.
     """
-    return parse_json(small_file(file), str(file))
+    content = small_file(file)
+    value = parse_json(content, str(file))
+    if _SURROGATE.search(content):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            raise FolderError(_half_character(file, problem)) from problem
+    return value
+
+
+def _half_character(origin: str | Path, problem: UnicodeEncodeError) -> str:
+    half = f"U+{ord(problem.object[problem.start]):04X}"
+    return f"{origin} holds half of a character, {half}, in a name or a value"
 
 
 def small_file(file: Path) -> bytes:
@@ -111,10 +126,7 @@ def check(
     except RecursionError as problem:
         raise error(f"{origin} is nested too deeply") from problem
     except UnicodeEncodeError as problem:
-        half = f"U+{ord(problem.object[problem.start]):04X}"
-        raise error(
-            f"{origin} holds half of a character, {half}, in a name or a value"
-        ) from problem
+        raise error(_half_character(origin, problem)) from problem
 
 
 def _complaint(value: Any, problem: str, origin: str | Path) -> str:

@@ -148,3 +148,12 @@ def test_more_layers_than_the_weights_have_tensors_are_refused_before_any_is_mad
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FolderError, match="num_hidden_layers is 99999, more than the 21 tensors"):
         open_folder(folder)
+
+
+def test_half_a_character_in_a_document_is_refused_and_a_whole_one_is_read(tmp_path):
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text('{"mine": "\\ud83d\\ude00"}')
+    assert read_json(file) == {"mine": "\U0001f600"}
+    file.write_text('{"mine": ["\\ud83d"]}')
+    with pytest.raises(FolderError, match=r"half of a character, U\+D83D"):
+        read_json(file)

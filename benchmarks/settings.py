@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mistill.cost_model.processors import MOST_THREADS
 from mistill.settings import TextSettings, require, require_range
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class BenchSettings(TextSettings):
             *("perplexity_tokens", "sample_tokens"),
         ):
             require_range(name, getattr(self, name), 1)
+        require_range("threads", self.threads, 1, MOST_THREADS)
         require(
             self.new_tokens >= 2,
             f"new_tokens must be at least 2, not {self.new_tokens}: speed is measured after the "
@@ -232,6 +234,7 @@ class EvalSettings:
         require(bool(self.tasks), f"tasks must name at least one, such as {SMOKE}")
         for name, least in (("limit", 1), ("few_shot", 0), ("threads", 1), ("seed", 0)):
             require_range(name, getattr(self, name), least)
+        require_range("threads", self.threads, 1, MOST_THREADS)
         if set(self.tasks) == {SMOKE}:
             for name in ("include_path", "few_shot", "chat_template", "seed"):
                 require(

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from mistill.errors import ContextError, TextError
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import fingerprint
 from mistill.folders.publishing import begun_on, refuse_existing, working, write_atomically
+from mistill.folders.renaming import FINISHED, remove_finished_work, remove_work
 from mistill.progress import track
 from mistill.settings import require, settings_dict, settings_from
 from mistill.sources.source import resolve_model
@@ -121,8 +121,9 @@ def generate_conversations(
             if reply and (finished or settings.keep_unfinished)
         ]
         _report(texts, len(conversations), settings)
+        (work / FINISHED).touch()
         _publish(conversations, target, held_out, settings.held_out_share)
-        shutil.rmtree(work)
+        remove_work(work)
     return target
 
 
@@ -130,6 +131,7 @@ def _refuse(target: str | Path, overwrite: bool) -> Path:
     path = Path(target).expanduser().absolute()
     require(path.suffix.lower() == ".jsonl", f"the target must end in .jsonl, not {target}")
     if overwrite and path.is_file():
+        remove_finished_work(path)
         return path
     return refuse_existing(path)
 

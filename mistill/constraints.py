@@ -8,6 +8,7 @@ the sampler picks among the rest. A reply can end only when it fits the constrai
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mistill.bounded import OutOfBoundsError, call_bounded
 from mistill.engine.language_model import Choose
 from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
 from mistill.folders.json_text import parse_json
@@ -26,6 +28,7 @@ from mistill.text.vocabulary import Vocabulary
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 _MARK = "\x02"
+_STACK_BYTES = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ def json_schema(schema: Mapping[str, Any] | str | Path) -> Constraint:
         schema = parse_json(schema, "the JSON schema", SettingsError)
     if not isinstance(schema, Mapping):
         raise SettingsError(f"a JSON schema must be a JSON object, not {json.dumps(schema)[:40]}")
-    matcher = _library().LLMatcher
-    grammar = matcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_STYLE)
-    return _checked("JSON schema", grammar)
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SettingsError(f"the JSON schema is not JSON: {error}") from error
+    return _compiled("JSON schema", text)
 
 
 def regex(pattern: str) -> Constraint:
@@ -76,7 +81,7 @@ def regex(pattern: str) -> Constraint:
     Raises:
         SettingsError: If it is not such an expression.
     """
-    return _checked("regular expression", _library().LLMatcher.grammar_from_regex(pattern))
+    return _compiled("regular expression", pattern)
 
 
 def lark(grammar: str | Path) -> Constraint:
@@ -93,7 +98,7 @@ def lark(grammar: str | Path) -> Constraint:
         SettingsError: If it is not such a grammar.
     """
     text = _text(grammar) if isinstance(grammar, Path) else grammar
-    return _checked("grammar", _library().LLMatcher.grammar_from_lark(text))
+    return _compiled("grammar", text)
 
 
 class ConstraintTokens:
@@ -220,13 +225,55 @@ class _Spellings:
         return ids
 
 
-def _checked(kind: str, grammar: str) -> Constraint:
-    complaint = _library().LLMatcher.validate_grammar(grammar)
-    if complaint and not complaint.startswith("WARNING"):
+def _compiled(kind: str, text: str) -> Constraint:
+    """Compile a constraint in a process that it may crash, before it is compiled in this one."""
+    _library()
+    try:
+        grammar, complaint = call_bounded("mistill.constraints:grammar_of", kind, text)
+    except OutOfBoundsError as error:
+        raise SettingsError(
+            f"this {kind} cannot be used for constrained decoding: it {error}"
+        ) from error
+    if complaint:
         raise SettingsError(
             f"this {kind} cannot be used for constrained decoding: {_one_line(complaint)}"
         )
     return Constraint(kind, grammar)
+
+
+def grammar_of(kind: str, text: str) -> tuple[str, str]:
+    """A constraint as llguidance reads it, and what it says against it; for the worker process.
+
+    Args:
+        kind: ``JSON schema``, ``regular expression`` or ``grammar``.
+        text: The schema in JSON, the expression, or the grammar.
+
+    Returns:
+        The grammar, and a complaint, which is empty for a sound one.
+    """
+    matcher = _library().LLMatcher
+    results: list[tuple[str, str]] = []
+
+    def compile_it() -> None:
+        try:
+            if kind == "JSON schema":
+                grammar = matcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
+            elif kind == "regular expression":
+                grammar = matcher.grammar_from_regex(text)
+            else:
+                grammar = matcher.grammar_from_lark(text)
+            complaint = matcher.validate_grammar(grammar)
+            warns = complaint.startswith("WARNING")
+            results.append((grammar, "" if warns else complaint))
+        except BaseException as error:  # a panic of Rust too
+            results.append(("", str(error) or type(error).__name__))
+
+    # The stack is smaller than that of any thread that will compile it again.
+    threading.stack_size(_STACK_BYTES)
+    thread = threading.Thread(target=compile_it)
+    thread.start()
+    thread.join()
+    return results[0]
 
 
 def _one_line(complaint: str) -> str:

@@ -40,7 +40,8 @@ from rich.markup import escape
 
 from mistill.errors import MistillError, RecipeError, TargetExistsError
 from mistill.folders.lineage import fingerprint
-from mistill.folders.publishing import remove_leftovers, write_atomically
+from mistill.folders.publishing import write_atomically
+from mistill.folders.renaming import remove_leftovers
 from mistill.settings import environment_number, settings_dict, typed_options
 from mistill.shown import visible
 from mistill.step_kind import StepKind

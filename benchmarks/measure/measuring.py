@@ -10,7 +10,6 @@ however long the text is.
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -49,6 +48,7 @@ from mistill.chat.bot import ChatBot
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import VocabularyError
 from mistill.folders.lineage import fingerprint
+from mistill.folders.locking import temporary_folder
 from mistill.measures.significance import students_t
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from
@@ -119,8 +119,8 @@ def compare(
     )
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
-    with tempfile.TemporaryDirectory(prefix="mistill-") as scratch:
-        subjects += add_rivals(installed_rivals, source, subjects, Path(scratch))
+    with temporary_folder() as scratch:
+        subjects += add_rivals(installed_rivals, source, subjects, scratch)
         _measure(subjects, passages, quoted, settings, threads)
     samples = collect_samples(
         chat_folders, settings.sample_prompts, settings.sample_tokens, threads
@@ -353,9 +353,9 @@ def _score(
     references = {subject.name for subject, _ in pairs if subject.is_reference}
     parents = {subject.parent.name for subject, _ in pairs if subject.parent is not None}
     ordered = sorted(pairs, key=lambda pair: _rank(pair[0].name, references, parents))
-    with tempfile.TemporaryDirectory(prefix="mistill-") as folder:
+    with temporary_folder() as folder:
         logits_files = {
-            name: str(Path(folder) / f"{number}.npy")
+            name: str(folder / f"{number}.npy")
             for number, name in enumerate(sorted(references | parents))
         }
         for number, passage in enumerate(passages):

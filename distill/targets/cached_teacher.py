@@ -37,6 +37,7 @@ from mistill.errors import SettingsError, TextError, VocabularyError
 from mistill.folders.lineage import LINEAGE_FILE
 from mistill.folders.location import Location, location_of
 from mistill.folders.targets_folder import read_manifest
+from mistill.settings import typed_options
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 
 if TYPE_CHECKING:
@@ -83,9 +84,8 @@ class CachedTeacher:
             shards: Where the pieces are.
         """
         known = {field.name for field in fields(TargetSettings)}
-        settings = TargetSettings(
-            **{name: value for name, value in manifest["settings"].items() if name in known}
-        )
+        stated = {name: value for name, value in manifest["settings"].items() if name in known}
+        settings = TargetSettings(**typed_options(TargetSettings, stated))
         text = "".join(entry["sha256"] for entry in manifest["files"].values())
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.teacher = dict(manifest["teacher"])

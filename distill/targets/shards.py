@@ -298,7 +298,9 @@ def read_index(location: Location, file: str, content: bytes | None = None) -> S
         arrays = {name: _array(head, header[name]) for name in _INDEX}
         if facts.pop("index") != _index_digest(arrays, facts):
             raise ValueError("its index is")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ArithmeticError, LookupError, MemoryError, RecursionError) as error:
+        raise damaged(location, file) from error
+    except (ValueError, TypeError, AttributeError) as error:
         raise damaged(location, file) from error
     ends = begin + codes[0] + arrays["ends"].astype(np.int64)
     return ShardIndex(

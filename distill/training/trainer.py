@@ -26,7 +26,7 @@ from distill.training.on_policy import is_on_policy
 from distill.training.progress import TrainingProgress
 from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.errors import TrainingError
-from mistill.folders.publishing import rename_synced
+from mistill.folders.renaming import rename_synced
 from mistill.progress import track
 from mistill.pytorch.loading import quiet_transformers
 from mistill.settings import settings_dict

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from export.kernels.kernels import KERNELS, Timer, Timing
+from mistill.cost_model.processors import MOST_THREADS
 from mistill.cost_model.products import Kernel
 from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import open_folder, read_config, read_json
 from mistill.folders.publishing import refuse_existing, write_atomically
-from mistill.settings import require
+from mistill.settings import require_range
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def probe_cpu(
     from export.weights.architecture import read_architecture
     from export.weights.shapes import product_shapes
 
-    require(threads is None or threads >= 1, f"threads must be at least 1, got {threads!r}")
+    require_range("threads", threads, 1, MOST_THREADS)
     file = refuse_existing(target, overwrite)
     shapes: Iterable[tuple[int, int]] = USUAL_SHAPES
     if model is not None:

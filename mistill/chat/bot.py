@@ -5,9 +5,12 @@ It works with model folders of every form. An ONNX folder needs neither PyTorch 
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import threading
 import time
+import weakref
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +164,10 @@ class ChatBot:
             self._model = with_draft(self._model, draft, exact=exact)
         self._end_ids = frozenset(self._vocabulary.end_ids)
         self._system = system
-        self._reply: Generator[str, None, None] | None = None
+        # Weak, so that a reply that nobody reads any more ends by itself.
+        self._reply: weakref.ref[Generator[str, None, None]] | None = None
+        self._reader: threading.Thread | None = None
+        self._turns = threading.RLock()
         self.last_speed = None
         self.last_ending = None
         self.last_scores = []
@@ -170,7 +176,7 @@ class ChatBot:
 
     def reset(self) -> None:
         """Remove the conversation from the history; the system prompt stays."""
-        self._end_reply()
+        self.end_reply()
         self.history = [] if self._system is None else [_message("system", self._system)]
         self._forgotten = 0
         self._generator = np.random.default_rng(self.settings.seed)
@@ -198,26 +204,47 @@ class ChatBot:
 
         Raises:
             ContextError: If the conversation has become longer than the model's context.
+            SettingsError: If another thread is reading a reply.
         """
-        self._end_reply()
-        started = time.perf_counter()
-        require(
-            log_probabilities is None or log_probabilities >= 0,
-            f"log_probabilities must be 0 or more, not {log_probabilities}",
-        )
-        question = _message("user", text)
-        prompt = self._prompt(question)
-        choose: Choose = Sampler(self.settings, self._generator, seen=prompt)
-        form = constraint or self._constraint
-        if form is not None:
-            choose = ConstrainedChoice(form, self._tokens_of_forms(), choose)
-        self.last_scores = []
-        if log_probabilities is not None:
-            choose = Scored(choose, log_probabilities)
-            self.last_scores = choose.scores
-        stream = TextStream(self._vocabulary, self.settings.stop, every_byte=form is not None)
-        self._reply = self._answer(question, prompt, choose, stream, time.perf_counter() - started)
-        return self._reply
+        with self._turns:
+            self.end_reply()
+            started = time.perf_counter()
+            require(
+                log_probabilities is None or log_probabilities >= 0,
+                f"log_probabilities must be 0 or more, not {log_probabilities}",
+            )
+            question = _message("user", text)
+            prompt = self._prompt(question)
+            choose: Choose = Sampler(self.settings, self._generator, seen=prompt)
+            form = constraint or self._constraint
+            if form is not None:
+                choose = ConstrainedChoice(form, self._tokens_of_forms(), choose)
+            self.last_scores = []
+            if log_probabilities is not None:
+                choose = Scored(choose, log_probabilities)
+                self.last_scores = choose.scores
+            stream = TextStream(self._vocabulary, self.settings.stop, every_byte=form is not None)
+            reply = self._answer(question, prompt, choose, stream, time.perf_counter() - started)
+            self._reply, self._reader = weakref.ref(reply), threading.current_thread()
+            return reply
+
+    def end_reply(self) -> None:
+        """End the reply that is being read, if there is one, as closing it does.
+
+        Raises:
+            SettingsError: If another thread is reading it.
+        """
+        with self._turns:
+            reply = None if self._reply is None else self._reply()
+            if reply is not None and inspect.getgeneratorstate(reply) != inspect.GEN_CLOSED:
+                reader = self._reader
+                require(
+                    reader is None or reader is threading.current_thread() or not reader.is_alive(),
+                    "another thread is reading a reply of this chatbot; wait for its end, or open "
+                    "a ChatBot for each thread",
+                )
+                reply.close()
+            self._reply = None
 
     def save(self, file: str | Path) -> Path:
         """Save the conversation and its KV cache.
@@ -231,7 +258,7 @@ class ChatBot:
         Raises:
             SettingsError: If the model does not run in ONNX Runtime.
         """
-        self._end_reply()
+        self.end_reply()
         state = {"history": self.history, "forgotten": self._forgotten}
         return self._engine().save_cache(file, conversation=json.dumps(state, ensure_ascii=False))
 
@@ -248,7 +275,7 @@ class ChatBot:
             FolderError: If it is damaged, was written by another model or holds no conversation.
             SettingsError: If the model does not run in ONNX Runtime.
         """
-        self._end_reply()
+        self.end_reply()
         notes = self._engine().restore_cache(file)
         if "conversation" not in notes:
             raise FolderError(f"{file} holds no conversation; make one with ChatBot.save")
@@ -313,11 +340,6 @@ class ChatBot:
             if ending is not None or any(pieces):
                 self.history += [question, _message("assistant", "".join(pieces))]
 
-    def _end_reply(self) -> None:
-        if self._reply is not None:
-            self._reply.close()
-            self._reply = None
-
     def _prompt(self, question: Message) -> list[int]:
         """The tokens of the conversation, with the oldest turns left out if necessary."""
         context = self._model.context_length
@@ -364,7 +386,10 @@ class ChatBot:
     def _tokens(self, forgotten: int, question: Message) -> list[int]:
         first = self._first_turn()
         messages = [*self.history[:first], *self.history[first + forgotten :], question]
-        return prompt_ids(Conversation(tuple(messages)), self._vocabulary)
+        ids = prompt_ids(Conversation(tuple(messages)), self._vocabulary)
+        if not ids:
+            raise VocabularyError(f"the chat template of {self._vocabulary!r} writes nothing")
+        return ids
 
     def _first_turn(self) -> int:
         """Index of the first message after the system prompt."""

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from mistill.chat.bot import ChatBot, ChatSettings, Speed
 from mistill.errors import FolderError, MistillError, SettingsError, TextError
+from mistill.folders.locking import held_alone
 from mistill.folders.publishing import refuse_existing, write_atomically
 from mistill.shown import visible
 
@@ -54,29 +56,58 @@ def run_terminal_chat(
         system: The system prompt of the conversation.
         threads: Number of threads; None takes one for each processor that may be used.
         settings: How replies are sampled, and when they end.
-        session: A file from which the conversation continues if it exists; it is saved there at
-            the end.
+        session: A file from which the conversation continues if it exists; it is saved there
+            after each reply.
         **options: More of what ``ChatBot`` takes.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise SettingsError("the standard input is closed; give it a file, a pipe or a terminal")
     bot = ChatBot(folder, system=system, settings=settings, threads=threads, **options)
-    if session is not None:
-        # An error in saving must show before the conversation, not after it.
-        if session.exists():
-            bot.restore(session)
-        bot.save(session)
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        _TerminalChat(bot, Path(folder).name, Console(highlight=False)).run()
-    else:
-        try:
-            _answer_lines(bot, sys.stdin, sys.stdout)
-        finally:
-            if session is not None:
-                bot.save(session)
+    with _kept(bot, session) as save:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _TerminalChat(bot, Path(folder).name, Console(highlight=False), save).run()
+        else:
+            _answer_lines(bot, sys.stdin, sys.stdout, save)
+
+
+@contextlib.contextmanager
+def _kept(bot: ChatBot, session: Path | None) -> Iterator[Callable[[], object]]:
+    """Continue a conversation that a file keeps.
+
+    Args:
+        bot: Talks.
+        session: The file; None keeps nothing.
+
+    Yields:
+        A function that saves the conversation; whatever ends the body, it is saved then too.
+
+    Raises:
+        FolderError: If another chat keeps its conversation there, or the file cannot be written:
+            before the conversation, not after it.
+    """
+    if session is None:
+        yield lambda: None
         return
-    if session is not None:
-        bot.save(session)
+    file = session.expanduser().absolute()
+    if not file.parent.is_dir():
+        raise FolderError(f"{session} cannot be written: there is no folder {file.parent}")
+    with held_alone(file):
+        if file.exists():
+            bot.restore(file)
+        bot.save(file)
+        saved = len(bot.history)
+
+        def save() -> None:
+            nonlocal saved
+            bot.save(file)
+            saved = len(bot.history)
+
+        try:
+            yield save
+        finally:
+            bot.end_reply()
+            if len(bot.history) != saved:
+                save()
 
 
 def speed_line(speed: Speed, ending: str | None = None) -> str:
@@ -140,8 +171,15 @@ class _Commands:
 class _TerminalChat:
     """A chat in a terminal."""
 
-    def __init__(self, bot: ChatBot, name: str, console: Console) -> None:
+    def __init__(
+        self,
+        bot: ChatBot,
+        name: str,
+        console: Console,
+        save: Callable[[], object] = lambda: None,
+    ) -> None:
         self._bot = bot
+        self._save = save
         self._commands = _Commands(bot)
         self._console = console
         self._name = name
@@ -177,6 +215,7 @@ class _TerminalChat:
         except KeyboardInterrupt:
             reply.close()
         self._console.print()
+        self._save()
         assert self._bot.last_speed is not None
         self._note(speed_line(self._bot.last_speed, self._bot.last_ending))
 
@@ -184,7 +223,9 @@ class _TerminalChat:
         self._console.print(visible(text), style="dim", markup=False)
 
 
-def _answer_lines(bot: ChatBot, lines: TextIO, out: TextIO) -> None:
+def _answer_lines(
+    bot: ChatBot, lines: TextIO, out: TextIO, save: Callable[[], object] = lambda: None
+) -> None:
     """Answer each line of a pipe.
 
     A line is a message whatever it begins with: commands, which may write files, are for people
@@ -194,6 +235,7 @@ def _answer_lines(bot: ChatBot, lines: TextIO, out: TextIO) -> None:
         bot: Answers.
         lines: The messages; lines without text are passed over.
         out: Where the replies go, a line each.
+        save: Keeps the conversation, after each reply.
 
     Raises:
         TextError: At the end, if a line could not be answered.
@@ -212,6 +254,7 @@ def _answer_lines(bot: ChatBot, lines: TextIO, out: TextIO) -> None:
                 refused += 1
                 sys.stderr.write(f"mistill: line {number}: {visible(str(error))}\n")
                 continue
+            save()
             out.write("\n")
             out.flush()
     except BrokenPipeError:

@@ -16,8 +16,11 @@ import io
 import json as json_library
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
@@ -40,7 +43,8 @@ from mistill.cli.command_output import is_main_process, print_folder, print_resu
 from mistill.cli.help_pages import SAMPLING, HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.engine.language_model import Provider
-from mistill.errors import MissingExtraError, MistillError, SettingsError
+from mistill.errors import FolderError, MissingExtraError, MistillError, SettingsError
+from mistill.folders.publishing import is_full_disk
 from mistill.settings import require
 from mistill.shown import visible
 
@@ -506,7 +510,7 @@ def chat(
         regex: A regular expression; every reply matches it from start to end.
         grammar: A file with a grammar in Lark's notation; every reply follows it.
         session: A file that holds the conversation and its KV cache. If it exists, the
-            conversation continues; it is saved there at the end.
+            conversation continues; it is saved there after each reply.
         settings: How the replies are sampled, and when they end.
     """
     from mistill import constraints
@@ -597,21 +601,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not _is_lost(sys.stdout):
             raise
-        if error.errno == errno.EPIPE:  # whoever read it needs no more
-            return 0
-        return _refuse(SettingsError(f"the standard output cannot be written: {error.strerror}"))
+        return _without_output(error)
     return code
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        result = app(
-            arguments,
-            exit_on_error=False,
-            print_error=False,
-            help_on_error=False,
-            result_action="return_value",
-        )
+        with _ending_on_signals():
+            result = app(
+                arguments,
+                exit_on_error=False,
+                print_error=False,
+                help_on_error=False,
+                result_action="return_value",
+            )
     except (MistillError, CycloptsError) as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
@@ -623,12 +626,25 @@ def _run(arguments: Sequence[str] | None) -> int:
                 "pip install 'mistill[compress]'"
             )
         )
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is None and _is_lost(sys.stdout):
+            return _without_output(error)
+        outside = _from_outside(error)
+        if outside is None:
+            raise
+        return _refuse(outside)
     except KeyboardInterrupt:
         print(
             "mistill: interrupted; the same command resumes the work or starts it again",
             file=sys.stderr,
         )
         return 130
+    except _SignalledError as error:
+        print(
+            f"mistill: ended by {error.name}; the same command resumes the work or starts it again",
+            file=sys.stderr,
+        )
+        return 128 + error.number
     return result if isinstance(result, int) else 0
 
 
@@ -638,6 +654,13 @@ def _speak_utf8() -> None:
         if isinstance(stream, io.TextIOWrapper):
             encoding = stream.encoding if stream.isatty() else "utf-8"
             stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def _without_output(error: OSError) -> int:
+    """End a command whose standard output takes no more."""
+    if error.errno == errno.EPIPE:  # whoever read it needs no more
+        return 0
+    return _refuse(SettingsError(f"the standard output cannot be written: {error.strerror}"))
 
 
 def _is_lost(stream: TextIO) -> bool:
@@ -653,6 +676,54 @@ def _is_lost(stream: TextIO) -> bool:
             os.close(nothing)
         return True
     return False
+
+
+class _SignalledError(BaseException):
+    """The system or a user ends this process; what it has begun is cleared up, as at an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Clear up at SIGTERM and SIGHUP as at an error, in a process of our own."""
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise _SignalledError(number)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # one that is ignored, as under nohup, stays so
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _from_outside(error: BaseException) -> MistillError | None:
+    """What the system refused, in words; None for an error that may be a bug of ours."""
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return MistillError("there is not enough memory for this; close other programs")
+    if is_full_disk(error):
+        return FolderError(f"there is no room to write {_name_of(error)}; free some space")
+    if isinstance(error, OSError) and error.errno is not None:
+        return FolderError(f"{_name_of(error)}: {os.strerror(error.errno)}")
+    return None
+
+
+def _name_of(error: BaseException) -> str:
+    names = (getattr(error, "filename", None), getattr(error, "filename2", None))
+    return " and ".join(str(name)[:200] for name in names if name) or "a file"
 
 
 def _refuse(error: Exception) -> int:

@@ -1,4 +1,7 @@
-"""What a folder holds, how it was made, and what is wrong with it."""
+"""What a folder holds, how it was made, and what is wrong with it.
+
+It is one file because each form of folder adds a few lines to what is read and to what is shown.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mistill.cli.fidelity import fidelity_table, read_fidelity
 from mistill.cli.onnx_report import graph_facts, manifest_facts
 from mistill.cost_model.onnx_lint import Lint, lint_file
-from mistill.errors import FolderError, MissingExtraError, MistillError
+from mistill.errors import FolderError, MissingExtraError, MistillError, TextError
 from mistill.folders.folder import (
     FIDELITY_FILE,
     MANIFEST_FILE,
@@ -21,7 +24,7 @@ from mistill.folders.folder import (
     read_json,
 )
 from mistill.folders.json_text import parse_json
-from mistill.folders.lineage import LINEAGE_FILE, fingerprint, read_lineage
+from mistill.folders.lineage import LINEAGE_FILE, checked_lineage, fingerprint, read_lineage
 from mistill.folders.location import Location, is_remote, location_of
 from mistill.folders.settled_config import contradictions
 from mistill.folders.targets_folder import (
@@ -30,8 +33,9 @@ from mistill.folders.targets_folder import (
     is_targets,
     targets_problems,
 )
+from mistill.progress import track
 from mistill.shown import facts_table, plain
-from mistill.text.vocabulary import load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
 from mistill.weights.nf4_doctor import nf4_problems
 
@@ -44,6 +48,20 @@ _FORMS = {
     "nf4": "NF4 folder",
     "onnx": "ONNX folder",
 }
+
+
+_EVERY_BYTE = "every byte was compared with the checksums of manifest.json"
+_LOOKED_AT = {
+    "onnx": _EVERY_BYTE,
+    "targets": _EVERY_BYTE,
+    "gptq": "looked at: the small files, names, types and sizes of all tensors, scales, zero "
+    "points and some codes; not looked at: the other codes, of which this form has no checksums",
+    "model": "looked at: the small files, names, types and sizes of all tensors; not looked at: "
+    "the weights, of which this form has no checksums",
+    "nf4": "looked at: the small files, names, types and sizes of all tensors; not looked at: "
+    "the weights, of which this form has no checksums",
+}
+_NOTHING = "because of the problems, not everything was looked at"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +83,7 @@ class Inspection:
             it was not measured.
         graphs: Operators, cost and slow kernels of each ONNX graph, by its file.
         manifest: The manifest of an ONNX folder without its checksums; None for others.
+        looked_at: What was read and compared, and what was not looked at.
     """
 
     path: Path | str
@@ -79,6 +98,7 @@ class Inspection:
     measured: dict[str, Any] | None = None
     graphs: Mapping[str, Lint] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
+    looked_at: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON values.
@@ -112,6 +132,7 @@ class Inspection:
             "manifest": self.manifest,
             "problems": list(self.problems),
             "notes": list(self.notes),
+            "looked_at": self.looked_at,
             "lineage": list(self.lineage),
             "fingerprint": self.fingerprint,
         }
@@ -152,8 +173,9 @@ class Inspection:
         parts.extend(plain(f"! {problem}", "bold red") for problem in self.problems)
         slow = [str(finding) for lint in self.graphs.values() for finding in lint.findings]
         parts.extend(plain(f"- {note}", "yellow") for note in (*self.notes, *slow))
+        parts.append(plain(self.looked_at, "dim"))
         if not self.problems:
-            parts.append(plain("no problem was found", "green"))
+            parts.append(plain("no problem was found in what was looked at", "green"))
         return Group(*parts)
 
 
@@ -162,7 +184,7 @@ def inspect_folder(path: str | Path) -> Inspection:
 
     Graphs of an ONNX folder, whoever made it, are checked for operators that are slow on a CPU.
     Zero points, scales and some codes of a GPTQ folder are read, because they show their format.
-    Every byte of a folder of targets is compared with the checksums of its manifest.
+    Every byte of an ONNX folder and of targets is compared with the checksums of the manifest.
 
     Args:
         path: A model folder, an ONNX folder, or targets.
@@ -201,7 +223,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     manifest = None
     if info is not None and info.form == "onnx":
         manifest = read_json(folder / MANIFEST_FILE)
-        manifest.pop("files", None)
+        faults += _checksum_problems(folder, manifest.pop("files"))
     notes, unreadable = ([], []) if info is None else _notes(folder, lineage)
     faults += unreadable
     return Inspection(
@@ -220,7 +242,25 @@ def inspect_folder(path: str | Path) -> Inspection:
         measured=measured,
         graphs=graphs,
         manifest=manifest,
+        looked_at=_NOTHING if info is None else _LOOKED_AT[info.form],
     )
+
+
+def _checksum_problems(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """Where the bytes of an ONNX folder are not those of its manifest."""
+    faults = [
+        f"{MANIFEST_FILE} has no checksum of {file.name}"
+        for file in sorted(folder.glob("model.onnx*"))
+        if file.name not in files
+    ]
+    with track("checking", total=sum(entry["bytes"] for entry in files.values()), unit="B") as bar:
+        for name, entry in files.items():
+            with (folder / name).open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            if digest != entry["sha256"]:
+                faults.append(f"{name} is damaged: its checksum is not that of the manifest")
+            bar.advance(entry["bytes"])
+    return faults
 
 
 def _examine_codes(folder: Path, form: str) -> tuple[Diagnosis | None, list[str]]:
@@ -258,8 +298,9 @@ def _inspect_targets(location: Location) -> Inspection:
     lineage: tuple[dict[str, Any], ...] = ()
     if location.exists(LINEAGE_FILE):
         try:
-            lineage = tuple(parse_json(location.read(LINEAGE_FILE), LINEAGE_FILE))
-        except (FolderError, TypeError) as error:
+            entries = parse_json(location.read(LINEAGE_FILE), LINEAGE_FILE)
+            lineage = tuple(checked_lineage(entries, LINEAGE_FILE))
+        except FolderError as error:
             faults.append(str(error))
     manifest = location.read(MANIFEST_FILE) if location.exists(MANIFEST_FILE) else b""
     return Inspection(
@@ -270,6 +311,7 @@ def _inspect_targets(location: Location) -> Inspection:
         lineage=lineage,
         fingerprint=hashlib.sha256(manifest).hexdigest(),
         targets=None if faults else describe_targets(location),
+        looked_at=_NOTHING if faults else _LOOKED_AT["targets"],
     )
 
 
@@ -277,6 +319,8 @@ def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> tuple[list[str]
     """What is worth knowing of a model folder's text, and what of it cannot be read."""
     try:
         vocabulary = load_vocabulary(folder)
+        ends = vocabulary.end_ids
+        faults = _template_problems(vocabulary)
     except MistillError as error:
         return [], [str(error)]
     notes = contradictions(folder, read_json(folder / "config.json"))
@@ -286,13 +330,23 @@ def _notes(folder: Path, lineage: tuple[dict[str, Any], ...]) -> tuple[list[str]
             f"tokenizer_config.json and tokenizer.json contradict each other: text {does} with the "
             "beginning-of-sequence token here, as tokenizer_config.json says"
         )
-    if not vocabulary.end_ids:
+    if not ends:
         notes.append("the tokenizer has no end-of-turn token, so that a chatbot would never stop")
     if vocabulary.chat_template is None:
         notes.append("it has no chat template, so that it can continue text but not chat")
     if not lineage:
         notes.append("it has no lineage, because mistill did not make it")
-    return notes, []
+    return notes, faults
+
+
+def _template_problems(vocabulary: Vocabulary) -> list[str]:
+    if vocabulary.chat_template is None:
+        return []
+    try:
+        text = vocabulary.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+    except TextError:  # it may want other conversations
+        return []
+    return [] if text else ["its chat template writes nothing"]
 
 
 def _facts(info: FolderInfo, name: str) -> RenderableType:

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MOST_THREADS = 1024
+"""Threads that may be asked for: far more than pay, and few enough to be started."""
+
 
 def usable_threads(root: Path = Path("/")) -> int:
     """Threads that can run at once in this process.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mistill.engine.key_value_cache import as_value, cache_shapes, common_prefix, window_of
 from mistill.engine.language_model import Choose
+from mistill.engine.onnx_session import run_bound
 
 
 def write_side_by_side(
@@ -135,6 +136,6 @@ class _BatchCache:
     def _run_graph(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         self._binding.bind_ortvalue_input("input_ids", as_value(ids))
         self._binding.bind_ortvalue_input("attention_mask", as_value(mask))
-        self._session.run_with_iobinding(self._binding)
+        run_bound(self._session, self._binding)
         logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()
         return logits[:, -1]

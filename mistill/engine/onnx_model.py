@@ -17,7 +17,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mistill.cost_model.processors import usable_threads
+from mistill.cost_model.processors import MOST_THREADS, usable_threads
 from mistill.engine import key_value_cache
 from mistill.engine.batch import write_side_by_side
 from mistill.engine.key_value_cache import KeyValueCache, common_prefix
@@ -27,11 +27,12 @@ from mistill.engine.onnx_session import (
     check_provider,
     graph_fingerprint,
     open_session,
+    run_bound,
 )
 from mistill.engine.saved_cache import read_cache, write_cache
 from mistill.errors import ContextError, FolderError
 from mistill.folders.folder import open_folder
-from mistill.settings import require
+from mistill.settings import require, require_range
 
 CHUNK = 128
 """Positions of a prompt that are read at once; more are not faster and delay interrupts."""
@@ -87,7 +88,7 @@ class OnnxModel:
                 f"{folder} is a {info.form} folder, not an ONNX folder; export it with: mistill "
                 "export"
             )
-        require(threads is None or threads >= 1, f"threads must be 1 or more, not {threads}")
+        require_range("threads", threads, 1, MOST_THREADS)
         require(
             context is None or 1 <= context <= info.context_length,
             f"context must be between 1 and the model's {info.context_length}, not {context}",
@@ -104,7 +105,7 @@ class OnnxModel:
         self.context_length = context or info.context_length
         self.threads = threads or usable_threads()
         self._session = open_session(info.path, self.threads, provider, alone)
-        check_graph(self._session, info.path, info.layers)
+        check_graph(self._session, info.path, info.layers, info.vocabulary_size)
         self._cache = KeyValueCache(
             self._session,
             self.context_length,
@@ -350,7 +351,7 @@ class OnnxModel:
         self._bind_tokens(inputs, scores)
         self._binding.bind_cpu_input("attention_mask", self._ones[:, :end])
         inputs[0] = tokens
-        self._session.run_with_iobinding(self._binding)
+        run_bound(self._session, self._binding)
         if scores is not self._next_logits:
             scores[:] = self._binding.get_outputs()[-1].numpy()
         self._cache.ids += tokens

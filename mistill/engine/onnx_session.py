@@ -88,13 +88,16 @@ def open_session(
     return session
 
 
-def check_graph(session: onnxruntime.InferenceSession, folder: Path, layers: int) -> None:
+def check_graph(
+    session: onnxruntime.InferenceSession, folder: Path, layers: int, vocabulary_size: int
+) -> None:
     """Refuse a graph whose inputs and outputs are not those that the engine binds.
 
     Args:
         session: Session of the graph.
         folder: The folder of the graph, for messages.
         layers: Expected number of layers.
+        vocabulary_size: Expected number of logits for each position, V.
 
     Raises:
         FolderError: If something is missing or not known; the message names it.
@@ -102,7 +105,8 @@ def check_graph(session: onnxruntime.InferenceSession, folder: Path, layers: int
     parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
     inputs = {entry.name: entry.type for entry in session.get_inputs()}
     optional = {entry.name for entry in session.get_overridable_initializers()}
-    outputs = {entry.name for entry in session.get_outputs()}
+    shapes = {entry.name: entry.shape for entry in session.get_outputs()}
+    outputs = shapes.keys()
     wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
     faults = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
     faults += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
@@ -115,12 +119,36 @@ def check_graph(session: onnxruntime.InferenceSession, folder: Path, layers: int
         faults.append("the optional input first_logit is missing")
     wanted = {"logits", *(f"present.{part}" for part in parts)}
     faults += [f"the output {name} is missing" for name in sorted(wanted - outputs)]
+    rows = (shapes.get("logits") or [None])[-1]
+    if isinstance(rows, int) and rows != vocabulary_size:
+        faults.append(f"it has {rows} logits where config.json has a vocab_size {vocabulary_size}")
     if faults:
         more = f" and {len(faults) - 4} more" if faults[4:] else ""
         raise FolderError(
             f"{folder / 'model.onnx'} is not a graph that this engine runs: "
             f"{', '.join(faults[:4])}{more}; make it with: mistill export"
         )
+
+
+def run_bound(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:
+    """Run a graph on what is bound to it.
+
+    Args:
+        session: Session of the graph.
+        binding: Its inputs and outputs.
+
+    Raises:
+        FolderError: If ONNX Runtime fails, as it does at a graph whose parts do not fit together.
+    """
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime."):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise FolderError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run the graph: {reason}"
+        ) from error
 
 
 def graph_fingerprint(folder: Path) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mistill.cost_model.processors import MOST_THREADS
 from mistill.engine.language_model import LanguageModel, Provider
 from mistill.errors import MissingExtraError
 from mistill.folders.folder import open_folder
-from mistill.settings import require
+from mistill.settings import require, require_range
 
 
 def open_model(
@@ -33,6 +34,7 @@ def open_model(
         SettingsError: If a provider is named for another form of folder.
         MissingExtraError: If the folder needs PyTorch and it is not installed.
     """
+    require_range("threads", threads, 1, MOST_THREADS)
     info = open_folder(folder)
     if info.form == "onnx":
         from mistill.engine.onnx_model import OnnxModel

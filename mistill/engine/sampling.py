@@ -21,6 +21,8 @@ Logits = NDArray[np.float32]
 
 # Number of logits of which the largest is taken first in a search for the top k.
 _GROUP = 64
+LEAST_TEMPERATURE = 1e-30
+"""Lowest temperature above 0: logits divided by it stay finite in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,10 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         """Refuse settings out of their ranges."""
         require_range("temperature", self.temperature, 0)
+        require(
+            self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE,
+            f"temperature must be 0 or at least {LEAST_TEMPERATURE}, not {self.temperature}",
+        )
         require_range("top_k", self.top_k, 0)
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         require_range("min_p", self.min_p, 0, 1)

@@ -7,7 +7,6 @@ would give wrong logits without an error.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mistill.errors import FolderError
+from mistill.folders.publishing import replacing
 from mistill.folders.safetensors_file import (
     NewTensor,
     map_tensor,
@@ -68,7 +68,7 @@ def write_cache(
         The file.
 
     Raises:
-        FolderError: If the parent folder does not exist.
+        FolderError: If the parent folder does not exist, or the disk is full.
     """
     file = file.expanduser().absolute()
     if not file.parent.is_dir():
@@ -85,14 +85,8 @@ def write_cache(
         name: NewTensor(_TYPES[array.dtype.name], array.shape, array.nbytes, _bytes_of(array))
         for name, array in arrays.items()
     }
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
+    with replacing(file) as partial:
         write_safetensors(partial, tensors, metadata)
-        with partial.open("rb") as opened:
-            os.fsync(opened.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
     return file
 
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from mistill.errors import FolderError
 from mistill.folders.gptq_format import HEAD, read_quantization
-from mistill.folders.json_text import read_json as read_json
 from mistill.folders.safetensors_file import StoredTensor, read_header
+from mistill.folders.schemas import read_json as read_json
 from mistill.folders.settled_config import says_tied, settled_config
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG as AUTO_GPTQ_CONFIG
 from mistill.folders.weight_files import tensor_homes
@@ -26,6 +26,7 @@ Form = Literal["model", "gptq", "nf4", "onnx"]
 
 MANIFEST_FILE = "manifest.json"
 TEKKEN_FILE = "tekken.json"
+GENAI_FILE = "genai_config.json"
 FIDELITY_FILE = "fidelity.json"
 QUANTIZE_REPORT_FILE = "quantize_report.json"
 QUANTIZE_TABLE_FILE = "quantize_report.csv"
@@ -111,11 +112,14 @@ def problems(path: str | Path) -> list[str]:
     if not folder.is_dir():
         return ["it is a file, not a folder"]
     faults = _config_problems(folder)
+    sound_config = not faults
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         faults.append(_missing_tokenizer(folder))
-    if (folder / "model.onnx").is_file():
-        return faults + _onnx_problems(folder)
-    return faults + _weight_problems(folder)
+    is_onnx = (folder / "model.onnx").is_file()
+    weight_faults = _onnx_problems(folder) if is_onnx else _weight_problems(folder)
+    if sound_config and not weight_faults:
+        weight_faults = _size_problems(folder, is_onnx)
+    return faults + weight_faults
 
 
 def _missing_tokenizer(folder: Path) -> str:
@@ -202,7 +206,7 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int:
     Returns:
         Positions.
     """
-    genai = folder / "genai_config.json"
+    genai = folder / GENAI_FILE
     if (folder / "model.onnx").is_file() and genai.is_file():
         return int(read_json(genai)["model"]["context_length"])
     return int(config["max_position_embeddings"])
@@ -261,7 +265,7 @@ def _config_problems(folder: Path) -> list[str]:
     try:
         config = read_config(folder)
     except FolderError as error:
-        return [str(error).replace(f"{folder}{os.sep}", "")]
+        return [_inside(folder, error)]
     wanted = (
         "model_type",
         "vocab_size",
@@ -272,9 +276,9 @@ def _config_problems(folder: Path) -> list[str]:
     missing = [name for name in wanted if name not in config]
     faults = [f"config.json lacks {', '.join(missing)}"] if missing else []
     faults += [
-        f"{name} in config.json should be a whole number, not {config[name]!r}"
+        f"{name} in config.json should be a whole number, not None"
         for name in wanted[1:]
-        if name in config and type(config[name]) is not int
+        if name in config and config[name] is None
     ]
     try:
         form_of(folder, config)
@@ -284,33 +288,57 @@ def _config_problems(folder: Path) -> list[str]:
 
 
 def _onnx_problems(folder: Path) -> list[str]:
-    faults = [
-        f"{name} is missing"
-        for name in ("genai_config.json", MANIFEST_FILE)
-        if not (folder / name).is_file()
-    ]
-    if (folder / MANIFEST_FILE).is_file():
+    faults = []
+    files: dict[str, Any] = {}
+    for name in (GENAI_FILE, MANIFEST_FILE):
         try:
-            files = read_json(folder / MANIFEST_FILE).get("files", {})
+            files = read_json(folder / name).get("files", files)
         except FolderError as error:
-            return [*faults, str(error)]
-        for name, entry in files.items():
-            file = folder / name
-            if not file.is_file():
-                faults.append(f"{name} is missing")
-            elif file.stat().st_size != entry["bytes"]:
-                faults.append(
-                    f"{name} has {file.stat().st_size} bytes, not the {entry['bytes']} of the "
-                    "manifest"
-                )
+            faults.append(_inside(folder, error))
+    for name, entry in files.items():
+        file = folder / name
+        if not file.is_file():
+            faults.append(f"{name} is missing")
+        elif file.stat().st_size != entry["bytes"]:
+            faults.append(
+                f"{name} has {file.stat().st_size} bytes, not the {entry['bytes']} of the manifest"
+            )
     return faults
+
+
+def _size_problems(folder: Path, is_onnx: bool) -> list[str]:
+    """Counts in the small files that the weights cannot hold, before any loop runs over them."""
+    config = read_config(folder)
+    counts = {"vocab_size": config["vocab_size"], "hidden_size": config["hidden_size"]}
+    if is_onnx:
+        room = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+        counts["context_length"] = context_length(folder, config)
+        most_layers, unit = room, f"{room} bytes"
+    else:
+        tensors = tensor_headers(folder)
+        if not any(math.prod(stored.shape) for stored in tensors.values()):
+            return ["its weights hold no number"]
+        room = 8 * sum(stored.size for stored in tensors.values())
+        most_layers, unit = len(tensors), f"{len(tensors)} tensors"
+    counts["num_hidden_layers"] = config["num_hidden_layers"]
+    limits = dict.fromkeys(counts, room) | {"num_hidden_layers": most_layers}
+    return [
+        f"{name} is {count}, more than the {unit} of its weights can hold"
+        for name, count in counts.items()
+        if count > limits[name]
+    ]
+
+
+def _inside(folder: Path, error: FolderError) -> str:
+    """A message about a file of a folder, without the path of the folder."""
+    return str(error).replace(f"{folder}{os.sep}", "")
 
 
 def _weight_problems(folder: Path) -> list[str]:
     try:
         files = weight_files(folder)
     except FolderError as error:
-        return [str(error).replace(f"{folder}{os.sep}", "")]
+        return [f"model.safetensors.index.json is damaged: {_inside(folder, error)}"]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         pickled = sorted(file.name for file in folder.glob("*.bin"))
@@ -322,7 +350,7 @@ def _weight_problems(folder: Path) -> list[str]:
         try:
             read_header(file)
         except FolderError as error:
-            faults.append(str(error).replace(f"{folder}{os.sep}", ""))
+            faults.append(_inside(folder, error))
     return faults
 
 

@@ -8,10 +8,12 @@ that are left float, and the first that matches from the start of a module's nam
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast, get_args
 
+from mistill.bounded import OutOfBoundsError, call_bounded
 from mistill.errors import FolderError
 
 CheckpointFormat = Literal["gptq", "gptq_v2"]
@@ -73,9 +75,9 @@ class GptqFormat:
         """
         if (module == HEAD and not self.head) or (module == EMBEDDING and not self.embedding):
             return None
-        for pattern, form in self.modules:
-            if re.match(pattern, module):
-                return form
+        number = _matching(tuple(pattern for pattern, _ in self.modules), module)
+        if number is not None:
+            return self.modules[number][1]
         return ModuleFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
 
     def to_config(self, **facts: Any) -> dict[str, Any]:
@@ -102,6 +104,35 @@ class GptqFormat:
         if self.modules:
             config["dynamic"] = dict(_to_dynamic(*entry) for entry in self.modules)
         return {**config, **facts}
+
+
+@cache
+def _matching(patterns: tuple[str, ...], module: str) -> int | None:
+    """The first expression that matches from the start, in a process with a bound of time."""
+    if not patterns:
+        return None
+    try:
+        number: int | None = call_bounded(
+            "mistill.folders.gptq_format:first_match", list(patterns), module
+        )
+    except OutOfBoundsError as error:
+        raise FolderError(
+            f"an expression under dynamic in quantization_config {error} on the name {module}"
+        ) from error
+    return number
+
+
+def first_match(patterns: Sequence[str], module: str) -> int | None:
+    """Which expression matches the name of a module; for the worker process.
+
+    Args:
+        patterns: Regular expressions.
+        module: The name, which they match from its start.
+
+    Returns:
+        Number of the first that does; None if none does.
+    """
+    return next((n for n, pattern in enumerate(patterns) if re.match(pattern, module)), None)
 
 
 def _to_dynamic(pattern: str, form: ModuleFormat | None) -> tuple[str, dict[str, Any]]:
@@ -183,7 +214,7 @@ def _read_dynamic(dynamic: Any, base: ModuleFormat) -> tuple[tuple[str, ModuleFo
         pattern = key[2:] if key.startswith(("+:", "-:")) else key
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise FolderError(
                 f"{key!r} under dynamic in quantization_config is not a regular expression: {error}"
             ) from error

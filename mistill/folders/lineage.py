@@ -18,8 +18,9 @@ from typing import Any
 
 from mistill.errors import FolderError
 from mistill.folders.folder import MANIFEST_FILE, QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
-from mistill.folders.json_text import parse_json
+from mistill.folders.json_text import check, read_json_file
 from mistill.folders.publishing import write_atomically
+from mistill.folders.schemas import LineageStep
 from mistill.settings import changed_settings, settings_dict
 
 LINEAGE_FILE = "lineage.json"
@@ -53,9 +54,25 @@ def read_lineage(folder: str | Path) -> list[dict[str, Any]]:
     file = Path(folder) / LINEAGE_FILE
     if not file.is_file():
         return []
-    value = parse_json(file.read_bytes(), str(file))
+    return checked_lineage(read_json_file(file), str(file))
+
+
+def checked_lineage(value: Any, origin: str) -> list[dict[str, Any]]:
+    """A parsed lineage, if it is one.
+
+    Args:
+        value: The parsed document.
+        origin: Where it comes from, for the message.
+
+    Returns:
+        The same.
+
+    Raises:
+        FolderError: If it is not a list of steps.
+    """
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise FolderError(f"{file} should hold a list of steps, each a JSON object")
+        raise FolderError(f"{origin} should hold a list of steps, each a JSON object")
+    check(value, list[LineageStep], origin)
     return value
 
 

@@ -10,8 +10,8 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -19,11 +19,26 @@ from pathlib import Path
 from typing import Any
 
 from mistill.errors import FolderError, SettingsError, TargetExistsError
+from mistill.folders.locking import locked
 from mistill.folders.ownership import why_not_ours
+from mistill.folders.renaming import (
+    FINISHED,
+    move_into_place,
+    remove,
+    remove_finished_work,
+    remove_leftovers,
+    remove_work,
+    sync_folder,
+)
 
 _log = logging.getLogger(__name__)
 
-_FULL_DISK = ("No space left", "File too large", "Disk quota exceeded")
+# What libraries say when the system takes fewer bytes than they wrote: the system's own words,
+# numpy's, and torch's.
+_FULL_DISK = re.compile(
+    "No space left|File too large|Disk quota exceeded|[0-9]+ requested and [0-9]+ written"
+    "|unexpected pos [0-9]+ vs [0-9]+|basic_ios::clear: iostream error|PytorchStreamWriter failed"
+)
 
 
 def refuse_existing(
@@ -48,6 +63,8 @@ def refuse_existing(
     """
     path = Path(target).expanduser().absolute()
     _refuse_link(path, target)
+    remove_leftovers(path)
+    remove_finished_work(path)
     if path.exists() and not overwrite:
         raise TargetExistsError(f"{target} exists already; choose another name, or overwrite it")
     if overwrite and path.is_file():
@@ -111,7 +128,7 @@ def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         with _naming_a_full_disk(target):
             yield partial
-            _move_into_place(partial, path, overwrite)
+            move_into_place(partial, path, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -156,6 +173,27 @@ def creating_file(
 
 
 @contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A hidden folder beside a target for what is made on the way to it.
+
+    Args:
+        target: The target, an absolute path.
+
+    Yields:
+        The empty folder, which goes at the end; one that a killed process left goes with the next
+        step on the same target.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    scratch = target.parent / f".{target.name}.{os.getpid()}.scratch"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
 def _naming_a_full_disk(target: str | Path, then: str = "") -> Iterator[None]:
     try:
         yield
@@ -179,7 +217,7 @@ def is_full_disk(error: BaseException) -> bool:
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return True
-    return any(phrase in str(error) for phrase in _FULL_DISK)
+    return _FULL_DISK.search(str(error)) is not None
 
 
 @contextmanager
@@ -207,6 +245,11 @@ def working(target: str | Path, key: Mapping[str, Any], *, anew: bool = False) -
     work = path.parent / f".{path.name}.working"
     work.mkdir(exist_ok=True)
     with _only_one(work, target):
+        if path.exists() and not anew:
+            # Another process made it after this one had looked.
+            if not (work / "key.json").exists():
+                shutil.rmtree(work)
+            raise TargetExistsError(f"{target} was made by another process in the meantime")
         _claim(work, target, key, anew)
         with _naming_a_full_disk(target, "; it will resume"):
             yield work
@@ -261,7 +304,7 @@ def _claim(work: Path, target: str | Path, key: Mapping[str, Any], anew: bool) -
         _log.warning("%s begins anew: %s", target, changes)
     for item in work.iterdir():
         if item.name != "lock":
-            _remove(item)
+            remove(item)
     write_atomically(recorded, text)
 
 
@@ -309,8 +352,9 @@ def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:
         The target.
     """
     path = refuse_existing(target, overwrite)
-    _move_into_place(work / "result", path, overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+    (work / FINISHED).touch()
+    move_into_place(work / "result", path, overwrite)
+    remove_work(work)
     return path
 
 
@@ -320,125 +364,44 @@ def write_atomically(path: Path, text: str) -> None:
     Args:
         path: The file; replaced if it exists.
         text: Content of the file.
+
+    Raises:
+        FolderError: If the disk is full.
     """
+    with replacing(path) as partial:
+        partial.write_text(text, "utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file that appears whole or not at all, in the place of one that may be there.
+
+    Args:
+        path: The file; replaced if it exists.
+
+    Yields:
+        The hidden file beside it to write; it is removed if the body fails, and one that a killed
+        process left is removed too.
+
+    Raises:
+        FolderError: If the disk is full.
+    """
+    remove_leftovers(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove partial outputs of killed processes beside a target; restore what one had replaced.
-
-    Args:
-        path: The target, a file or a folder.
-    """
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        owner, _, suffix = leftover.name.removeprefix(f".{path.name}.").partition(".")
-        if suffix not in ("partial", "replaced") or not owner.isdigit() or _alive(int(owner)):
-            continue
-        if suffix == "replaced" and not path.exists():
-            leftover.rename(path)
-        else:
-            _remove(leftover)
-
-
-def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
-    sync_tree(partial)
-    aside = path.parent / f".{path.name}.{os.getpid()}.replaced"
-    if overwrite and path.exists():
-        path.rename(aside)
     try:
-        partial.rename(path)
-    except OSError as error:
-        if aside.exists():
-            aside.rename(path)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise TargetExistsError(
-                f"{path} was made by another process in the meantime; choose another name"
-            ) from error
-        raise
-    sync_folder(path.parent)
-    if aside.exists():
-        _remove(aside)
-
-
-def rename_synced(partial: Path, path: Path) -> None:
-    """Rename a finished folder, so that a power cut leaves it whole or not at all.
-
-    Args:
-        partial: The folder, with all its files.
-        path: Its name from now on, in the same folder; nothing is there.
-    """
-    sync_tree(partial)
-    partial.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_tree(folder: Path) -> None:
-    """Wait until the files of a folder, and their names, are on the disk.
-
-    Args:
-        folder: The folder; those below it too.
-    """
-    for item in (folder, *folder.rglob("*")):
-        if item.is_dir():
-            sync_folder(item)
-        elif item.is_file():
-            with item.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can say so.
-
-    Args:
-        folder: The folder; files in it are synced by themselves.
-    """
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
+        with _naming_a_full_disk(path):
+            yield partial
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
     finally:
-        os.close(descriptor)
-
-
-def _remove(item: Path) -> None:
-    if item.is_dir() and not item.is_symlink():
-        shutil.rmtree(item)
-    else:
-        item.unlink()
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def _only_one(work: Path, target: str | Path) -> Iterator[None]:
-    """Hold a lock that the system drops when this process ends, however it ends."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FolderError(
-                f"another process is making {target}; wait for it or choose another target"
-            ) from error
+    with locked(
+        work / "lock", f"another process is making {target}; wait for it or choose another target"
+    ):
         yield

@@ -39,6 +39,8 @@ NUMPY_TYPES = {
 }
 FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
 _LENGTH_BYTES = 8
+# The longest header that the library reads.
+_MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ def read_header(file: Path) -> Header:
         FolderError: If the file is cut short, is not a safetensors file, or its header contradicts
             itself.
     """
+    if not file.is_file():
+        raise FolderError(f"{file} is missing, or is no regular file")
+    if _header_bytes(file) > min(_MOST_HEADER_BYTES, file.stat().st_size):
+        raise FolderError(f"{file} is not a safetensors file, or its start is damaged")
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
@@ -178,12 +184,16 @@ def _parse(file: Path) -> tuple[int, dict[str, Any]]:
     return _LENGTH_BYTES + length, header
 
 
+def _header_bytes(file: Path) -> int:
+    """The length of the header that a file states."""
+    with file.open("rb") as opened:
+        return int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+
+
 def _problem(file: Path, error: SafetensorError) -> str:
     """What is wrong with a file that the library refuses."""
     size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-    if size < _LENGTH_BYTES + length:
+    if size < _LENGTH_BYTES + _header_bytes(file):
         return f"{file} is not a safetensors file, or its start is damaged"
     try:
         start, entries = _parse(file)

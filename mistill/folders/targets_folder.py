@@ -14,9 +14,10 @@ from typing import Any
 
 from mistill.errors import FolderError
 from mistill.folders.folder import MANIFEST_FILE
-from mistill.folders.json_text import parse_json
+from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import LINEAGE_FILE
 from mistill.folders.location import Location
+from mistill.folders.schemas import TargetsManifest
 from mistill.progress import track
 
 _ANY_FORMAT = "mistill targets"
@@ -130,6 +131,7 @@ def read_manifest(location: Location) -> dict[str, Any]:
             f"{location} is not a folder of targets that this version reads: its format is "
             f"{manifest.get('format')!r}, not {FORMAT!r}"
         )
+    check(manifest, TargetsManifest, f"{MANIFEST_FILE} of {location}")
     return manifest
 
 

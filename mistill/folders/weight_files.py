@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mistill.errors import FolderError
-from mistill.folders.json_text import read_json
 from mistill.folders.safetensors_file import StoredTensor, read_header
+from mistill.folders.schemas import is_plain_name, read_json
 
 AUTO_GPTQ_CONFIG = "quantize_config.json"
 
@@ -94,19 +94,15 @@ def _base_names(folder: Path) -> list[str]:
     quantize_config = read_json(folder / AUTO_GPTQ_CONFIG)
     default = f"gptq_model-{quantize_config.get('bits')}bit-{quantize_config.get('group_size')}g"
     names = ["model", quantize_config.get("model_file_base_name"), default]
-    return [name for name in names if isinstance(name, str) and _is_plain_name(name)]
+    return [name for name in names if isinstance(name, str) and is_plain_name(name)]
 
 
 def _indexed_names(index: Path) -> list[str]:
     """The files that an index names."""
     weight_map = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, Mapping) else []
-    if not names or not all(isinstance(name, str) and _is_plain_name(name) for name in names):
+    if not names or not all(isinstance(name, str) and is_plain_name(name) for name in names):
         raise FolderError(
             f"{index} is damaged: its weight_map should name a file of the folder for every tensor"
         )
     return sorted(set(names))
-
-
-def _is_plain_name(name: str) -> bool:
-    return Path(name).name == name

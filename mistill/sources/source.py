@@ -31,8 +31,10 @@ from mistill.errors import (
     missing_extra,
 )
 from mistill.folders.folder import copy_companions, open_folder, read_json, weight_files
+from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing
+from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.schemas import ListedToken
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
 from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
@@ -177,15 +179,36 @@ def _cache() -> Path:
 @contextmanager
 def _made_once(folder: Path) -> Iterator[Path | None]:
     """Yield a folder to fill, or None if it exists already or another process made it."""
+    sums = folder.with_name(f"{folder.name}.sha256.json")
     if folder.is_dir():
-        yield None
-        return
+        if _is_whole(folder, sums):
+            yield None
+            return
+        _log.warning("the cached folder %s is not whole, so it is made again", folder)
+        shutil.rmtree(folder)
     try:
         with creating(folder) as partial:
             yield partial
+            write_atomically(sums, json.dumps(_checksums(partial)))
     except TargetExistsError:
         if not folder.is_dir():
             raise
+
+
+def _is_whole(folder: Path, sums: Path) -> bool:
+    """Whether a cached folder holds what it held when it was made, to the byte."""
+    try:
+        return bool(parse_json(sums.read_bytes(), str(sums)) == _checksums(folder))
+    except (OSError, FolderError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file; of links to the files of another folder their names alone."""
+    return {
+        item.name: str(item.readlink()) if item.is_symlink() else _digest(item)
+        for item in sorted(folder.iterdir())
+    }
 
 
 def _joined(digests: Sequence[str]) -> str:
@@ -228,9 +251,12 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
     tokenizer = sentencepiece_tokenizer(
         pieces, str(folder / "tokenizer.model"), legacy=settings.get("legacy") is not False
     )
-    added = settings.get("added_tokens_decoder", {})
+    stated = settings.get("added_tokens_decoder", {})
+    added: dict[str, ListedToken] = check(stated, dict[str, ListedToken], file)
+    if not all(token.isdecimal() and len(token) < 10 for token in added):
+        raise VocabularyError(f"added_tokens_decoder in {file} should name tokens by their ids")
     for token, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        known = AddedToken(entry["content"], normalized=False, special=bool(entry.get("special")))
+        known = AddedToken(entry.content, normalized=False, special=entry.special)
         add = tokenizer.add_special_tokens if known.special else tokenizer.add_tokens
         add([known])
         if tokenizer.token_to_id(known.content) != int(token):

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from mistill.errors import VocabularyError
-from mistill.text.tokenizer_settings import optional_json
+from mistill.folders.schemas import optional_json
 
 _CONFIG = "tokenizer_config.json"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -1,4 +1,8 @@
-"""Chat templates as transformers renders them."""
+"""Chat templates as transformers renders them.
+
+A template is a program that came with a model. It runs in a sandbox, in a process with bounds of
+time and memory: one that never ends or fills the memory is refused, and named.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ from datetime import date, datetime, time
 from functools import cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mistill.errors import TextError
+from mistill.bounded import OutOfBoundsError, call_bounded
+from mistill.errors import TextError, VocabularyError
 
 # Names under which a turn holds what the assistant thought before it answered.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
@@ -108,27 +113,64 @@ def _plain(value: Any) -> Any:
 
 
 def render_template(
-    template: Template,
+    template: str,
     turns: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any],
     today: date | None,
+    origin: str,
 ) -> str:
-    """Render a conversation.
+    """Render a conversation in a process with bounds of time and memory.
 
     Args:
-        template: From ``compile_template``.
+        template: The template.
         turns: From ``template_turn``.
         variables: What else the template sees.
         today: The day that a template which writes a date is told; None tells it the time.
+        origin: The folder that the template comes from, for messages.
 
     Returns:
         The text.
 
     Raises:
-        TextError: If the template refuses the conversation.
+        VocabularyError: If the template has a mistake in it, or exceeds the bounds.
+        TextError: If it refuses the conversation.
     """
+    values = {**variables, "messages": list(turns)}
+    try:
+        kind, text = call_bounded("mistill.text.chat_template:rendered", template, values, today)
+    except OutOfBoundsError as error:
+        raise VocabularyError(f"the chat template of {origin} {error}") from error
+    if kind == "mistake":
+        raise VocabularyError(f"the chat template of {origin} has a mistake in {text}")
+    if kind == "refused":
+        raise TextError(f"the chat template refuses this conversation: {text}")
+    return str(text)
+
+
+def rendered(template: str, values: Mapping[str, Any], today: date | None) -> tuple[str, str]:
+    """Render a chat template in this process; for the worker.
+
+    Args:
+        template: The template.
+        values: What it may use.
+        today: The day that it is told; None tells it the time.
+
+    Returns:
+        ``text`` and the text, ``mistake`` and where it is, or ``refused`` and why.
+
+    Raises:
+        MemoryError: If the text does not fit.
+    """
+    try:
+        compiled = compile_template(template)
+    except TemplateSyntaxError as error:
+        return "mistake", f"line {error.lineno}: {error.message}"
+    except RecursionError:
+        return "mistake", "its nesting, which is too deep"
     fixed = {} if today is None else {"strftime_now": datetime.combine(today, time()).strftime}
     try:
-        return template.render(**{**fixed, **variables, "messages": list(turns)})
+        return "text", compiled.render(**{**fixed, **values})
+    except MemoryError:
+        raise
     except Exception as error:  # an expression in it may raise anything
-        raise TextError(f"the chat template refuses this conversation: {error}") from error
+        return "refused", str(error)[:2000]

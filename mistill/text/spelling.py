@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from mistill.errors import VocabularyError
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class _ByteLevelSpeller:
@@ -28,7 +31,7 @@ class _SentencePieceSpeller:
         self._space = space
 
     def __call__(self, token: str) -> bytes:
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if _BYTE.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         return token.replace(self._space, " ").encode()
 
@@ -58,8 +61,9 @@ def speller_of(definition: Mapping[str, Any]) -> _ByteLevelSpeller | _SentencePi
         return _ByteLevelSpeller()
     if "Metaspace" in decoders:
         return _SentencePieceSpeller(decoders["Metaspace"].get("replacement", "\u2581"))
-    if "Replace" in decoders and decoders["Replace"].get("content") == " ":
-        return _SentencePieceSpeller(decoders["Replace"]["pattern"]["String"])
+    replace = decoders.get("Replace", {})
+    if replace.get("content") == " " and "String" in replace.get("pattern", {}):
+        return _SentencePieceSpeller(replace["pattern"]["String"])
     raise VocabularyError(
         "mistill reads byte-level BPE and SentencePiece vocabularies; this tokenizer decodes "
         f"with {' and '.join(sorted(map(str, decoders)))}"

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mistill.errors import VocabularyError
-from mistill.folders.folder import read_json
+from mistill.folders.json_text import small_file
+from mistill.folders.schemas import optional_json
+from mistill.text.tokenizer_file import Processor
 
 # What some classes of transformers name where a folder does not.
 _END_OF_TEXT = "<|endoftext|>"
@@ -23,14 +25,9 @@ _CLASS_TOKENS = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT),
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END_OF_TEXT),
 }
-TEMPLATE_FILE = "chat_template.jinja"
 # Where a folder keeps templates beside chat_template.jinja, each named like its file.
 _TEMPLATES = "additional_chat_templates"
-
-
-def optional_json(file: Path) -> dict[str, Any]:
-    """A JSON document, or an empty one where there is no such file."""
-    return read_json(file) if file.is_file() else {}
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -71,9 +68,15 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return {}
 
 
+def read_template(folder: Path) -> str | None:
+    """The usual chat template of a folder; None where it has none."""
+    settings = optional_json(folder / "tokenizer_config.json")
+    return read_templates(folder, settings).get("default")
+
+
 def _read_template(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        return small_file(file).decode()
     except UnicodeDecodeError as error:
         raise VocabularyError(f"{file} is not UTF-8 text: {error.reason}") from error
 
@@ -114,31 +117,17 @@ def _spelled(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def adds_bos(
-    settings: Mapping[str, Any], processor: Mapping[str, Any] | None, bos_token: str
-) -> bool:
+def adds_bos(settings: Mapping[str, Any], processor: Processor | None, bos_token: str) -> bool:
     """Whether the tokenizer puts its first token before plain text."""
     return _adds(settings.get("add_bos_token"), processor, bos_token, first=True)
 
 
-def adds_eos(
-    settings: Mapping[str, Any], processor: Mapping[str, Any] | None, eos_token: str
-) -> bool:
+def adds_eos(settings: Mapping[str, Any], processor: Processor | None, eos_token: str) -> bool:
     """Whether the tokenizer puts its last token after plain text."""
     return _adds(settings.get("add_eos_token"), processor, eos_token, first=False)
 
 
-def _adds(stated: Any, processor: Mapping[str, Any] | None, token: str, *, first: bool) -> bool:
+def _adds(stated: Any, processor: Processor | None, token: str, *, first: bool) -> bool:
     if isinstance(stated, bool):
         return stated
-    if processor is None:
-        return False
-    if processor.get("type") == "Sequence":
-        parts = processor.get("processors") or []
-        return any(_adds(None, part, token, first=first) for part in parts)
-    single = processor.get("single")
-    if processor.get("type") != "TemplateProcessing" or not single:
-        return False
-    name = single[0 if first else -1].get("SpecialToken", {}).get("id")
-    tokens = processor.get("special_tokens", {}).get(name, {}).get("tokens", [])
-    return token in tokens
+    return processor is not None and processor.puts(token, first=first)

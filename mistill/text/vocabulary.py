@@ -11,7 +11,6 @@ It is one file because a vocabulary is one class, and all of its methods need wh
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
@@ -20,19 +19,18 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from mistill.errors import TextError, VocabularyError
-from mistill.folders.folder import TEKKEN_FILE, read_json
-from mistill.text.added_tokens import add_missing_tokens
-from mistill.text.chat_template import compile_template, render_template, template_turn
+from mistill.folders.folder import TEKKEN_FILE
+from mistill.folders.schemas import optional_json
+from mistill.text.chat_template import render_template, template_turn
 from mistill.text.spelling import speller_of
+from mistill.text.tokenizer_file import TokenizerFile, read_tokenizer
 from mistill.text.tokenizer_settings import (
     adds_bos,
     adds_eos,
-    optional_json,
     read_special_tokens,
     read_templates,
 )
@@ -82,17 +80,7 @@ def load_vocabulary(folder: str | Path, *, today: date | None = None) -> Vocabul
         elif (path / TEKKEN_FILE).is_file():
             content = "only tekken.json; put the tokenizer.json of its transformers version there"
         raise VocabularyError(f"{folder} holds {content}")
-    definition = read_json(file)
-    processor = definition.pop("post_processor", None)
-    try:
-        # Without its post-processor a tokenizer adds no special tokens and leaves offsets alone.
-        tokenizer = Tokenizer.from_str(json.dumps({**definition, "post_processor": None}))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise VocabularyError(f"{file} is not a tokenizer: {error}") from error
-    add_missing_tokens(path, definition, tokenizer)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    vocabulary = Vocabulary(path, tokenizer, definition, processor)
+    vocabulary = Vocabulary(path, read_tokenizer(file))
     vocabulary.today = today
     return vocabulary
 
@@ -104,25 +92,18 @@ class Vocabulary:
     V, some of which may stand for no token. ``adds_bos`` says whether plain text begins with the
     token ``bos_id``, and ``files_agree_on_bos`` whether tokenizer.json says so too; a template
     writes its own. ``added_tokens`` holds the entries of all files, ``special_tokens`` bos_token,
-    eos_token and the like by name, and ``chat_template`` the template as it is written in the
-    folder. A template that writes the date is told ``today``; None tells it the time at which it
-    renders.
+    eos_token and the like by name, and ``chat_template`` the template as the folder has it.
+    A template that writes the date is told ``today``; None tells it the time at which it renders.
 
     Args:
         folder: The folder of the configuration files.
-        tokenizer: Without a post-processor.
-        definition: Content of tokenizer.json.
-        processor: The post-processor that was taken out of it.
+        file: Its tokenizer.json.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        tokenizer: Tokenizer,
-        definition: Mapping[str, Any],
-        processor: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, folder: Path, file: TokenizerFile) -> None:
+        tokenizer, definition = file.tokenizer, file.definition
         self._folder = folder
+        self._file = file
         self._tokenizer = tokenizer
         self.added_tokens: list[dict[str, Any]] = definition["added_tokens"]
         self._spell = speller_of(definition)
@@ -139,12 +120,14 @@ class Vocabulary:
             self.special_tokens.get("bos_token"), generation, config, "bos_token_id"
         )
         first = None if self.bos_id is None else str(tokenizer.id_to_token(self.bos_id))
-        self.adds_bos = first is not None and adds_bos(settings, processor, first)
-        self.files_agree_on_bos = first is None or self.adds_bos == adds_bos({}, processor, first)
+        self.adds_bos = first is not None and adds_bos(settings, file.processor, first)
+        self.files_agree_on_bos = first is None or self.adds_bos == adds_bos(
+            {}, file.processor, first
+        )
         eos_token = self.special_tokens.get("eos_token")
         self.eos_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
         self.adds_eos = self.eos_id is not None and adds_eos(
-            settings, processor, str(tokenizer.id_to_token(self.eos_id))
+            settings, file.processor, str(tokenizer.id_to_token(self.eos_id))
         )
         self._configured_ends = (*_ids_of(generation), *_ids_of(config))
 
@@ -183,7 +166,7 @@ class Vocabulary:
             TextError: If the text holds half of a character.
             VocabularyError: If the text holds a token for which the model has no row.
         """
-        ids: list[int] = self._encoding(text).ids
+        ids: list[int] = self._file.encode(text).ids
         self._check(ids)
         return ids
 
@@ -200,7 +183,7 @@ class Vocabulary:
             TextError: If the text holds half of a character.
             VocabularyError: If the text holds a token for which the model has no row.
         """
-        encoding = self._encoding(text)
+        encoding = self._file.encode(text)
         ids = np.array(encoding.ids, np.int64)
         self._check(ids)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -244,16 +227,6 @@ class Vocabulary:
         tokenizer.add_tokens([AddedToken(_BEFORE, normalized=False)])
         tokenizer.encode_special_tokens = True
         return tokenizer
-
-    def _encoding(self, text: str) -> Encoding:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = f"U+{ord(text[error.start]):04X}"
-            raise TextError(
-                f"the text is not UTF-8: it holds half of a character, {half}"
-            ) from None
-        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn token ids into text, special tokens included.
@@ -345,7 +318,8 @@ class Vocabulary:
             The text, to be given to ``encode``.
 
         Raises:
-            VocabularyError: If the folder has no chat template, or one with a mistake in it.
+            VocabularyError: If the folder has no chat template, or one with a mistake in it, or
+                one that takes too long or too much memory.
             TextError: If the template refuses the conversation.
         """
         source = self.chat_template
@@ -356,15 +330,8 @@ class Vocabulary:
                 f"{self._folder} has no chat template; use a chat model, or put one into "
                 "chat_template.jinja"
             )
-        try:
-            template = compile_template(source)
-        except TemplateSyntaxError as error:
-            raise VocabularyError(
-                f"the chat template of {self._folder} has a mistake in line {error.lineno}: "
-                f"{error.message}"
-            ) from error
         return render_template(
-            template,
+            source,
             [template_turn(message) for message in messages],
             {
                 **self.special_tokens,
@@ -374,6 +341,7 @@ class Vocabulary:
                 "add_generation_prompt": add_generation_prompt,
             },
             today=self.today,
+            origin=str(self._folder),
         )
 
     # --- identity -------------------------------------------------------------------------------
@@ -438,7 +406,7 @@ class Vocabulary:
             text = self.render(
                 [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
             )
-        except (TextError, VocabularyError):
+        except TextError:
             return None
         _, occurs, after = text.rpartition(reply)
         after = after.lstrip()

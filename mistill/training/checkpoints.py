@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mistill.folders.publishing import rename_synced, write_atomically
+from mistill.folders.publishing import write_atomically
+from mistill.folders.renaming import rename_synced
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -31,7 +30,7 @@ from mistill.folders.folder import (
     read_json,
 )
 from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
-from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.publishing import creating, refuse_existing, scratch_beside, write_atomically
 from mistill.folders.safetensors_file import read_header
 from mistill.measures.kl import Fidelity, compare, predict
 from mistill.pytorch.loading import (
@@ -46,7 +45,7 @@ from mistill.settings import require, settings_dict
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, check_texts
-from mistill.text.tokenizer_settings import TEMPLATE_FILE, optional_json, read_templates
+from mistill.text.tokenizer_settings import TEMPLATE_FILE, read_template
 from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, read_quantization
 from mistill.weights.tensor_writer import TensorWriter
@@ -114,9 +113,7 @@ def merge_lora(
         "settings and held_out are for quantizing the merged model, which needs calibration text: "
         "give texts",
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".merge-", dir=target.parent) as temporary:
-        folders = Path(temporary)
+    with scratch_beside(target) as folders:
         if texts is None:
             plain = info.path if info.form == "model" else dequantize(info.path, folders / "plain")
             merged = _merge(plain, Path(adapter), folders / "merged")
@@ -264,12 +261,14 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
     names = {name for name, _ in model.named_parameters()}
     try:
         with warnings.catch_warnings():
-            # Of a name that peft asks transformers for, which concerns training.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            # They concern training; what is left out of the adapter is refused below.
+            warnings.simplefilter("ignore")
             adapted = cast(Any, PeftModel.from_pretrained(model, str(adapter)))
             _check_used(adapter, adapted)
             merged = adapted.merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except FolderError:
+        raise
+    except Exception as error:  # an option of a stranger's adapter may lead anywhere in peft
         reason = " ".join(str(error).split())[:300]
         raise FolderError(
             f"{adapter} cannot be merged, or does not fit {base}: {reason}"
@@ -308,8 +307,7 @@ def _copy_companions(base: Path, adapter: Path, target: Path) -> None:
     copy_companions(base, target)
     copy_companions(adapter, target)
     for folder in (adapter, base):
-        settings = optional_json(folder / "tokenizer_config.json")
-        template = read_templates(folder, settings).get("default")
+        template = read_template(folder)
         if template is not None:
             (target / TEMPLATE_FILE).write_text(template, "utf-8")
             return

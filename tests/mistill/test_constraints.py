@@ -277,3 +277,21 @@ def test_tiny_models_of_other_sizes_need_no_more(tmp_path: Path) -> None:
     made = export.to_onnx(source, tmp_path / "onnx", parity_positions=0)
     bot = ChatBot(made, constraint=regex(DATE), temperature=0, threads=1)
     assert is_date("".join(bot.reply("When?")))
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "words"),
+    [
+        (
+            lark,
+            "start: a0\n" + "".join(f"a{n}: a{n + 1}\n" for n in range(50_000)),
+            "cannot be used",
+        ),
+        (json_schema, '{"maximum": NaN}', "is not JSON"),
+        (json_schema, '{"maximum": 1e999}', "is not JSON"),
+    ],
+)
+def test_a_constraint_that_ends_its_library_is_refused_and_this_process_goes_on(make, text, words):
+    with pytest.raises(SettingsError, match=words):
+        make(text)
+    assert regex("[0-9]+").grammar

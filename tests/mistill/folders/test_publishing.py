@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -12,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from mistill.errors import FolderError, SettingsError, TargetExistsError
-from mistill.folders import publishing
+from mistill.folders import publishing, renaming
+from mistill.folders.locking import held_alone, temporary_folder
 from mistill.folders.publishing import (
     creating,
     creating_file,
     publish,
+    refuse_existing,
+    replacing,
+    scratch_beside,
     working,
     write_atomically,
 )
@@ -120,8 +125,8 @@ def test_a_folder_set_aside_by_a_killed_process_is_put_back(tmp_path):
     aside = tmp_path / f".target.{process.pid}.replaced"
     aside.mkdir()
     (aside / "old.txt").write_text("old")
-    with pytest.raises(RuntimeError), creating(tmp_path / "target"):
-        raise RuntimeError
+    with pytest.raises(TargetExistsError), creating(tmp_path / "target"):
+        pytest.fail("the target exists again")
     assert (tmp_path / "target" / "old.txt").read_text() == "old"
 
 
@@ -187,9 +192,10 @@ def test_a_damaged_note_of_a_working_folder_is_other_work(tmp_path):
 def test_the_folder_that_holds_a_new_name_is_synced_after_the_renaming(tmp_path, monkeypatch):
     events = []
     rename, replace = Path.rename, Path.replace
-    monkeypatch.setattr(
-        publishing, "sync_folder", lambda folder: events.append(("sync", Path(folder)))
-    )
+    for module in (publishing, renaming):
+        monkeypatch.setattr(
+            module, "sync_folder", lambda folder: events.append(("sync", Path(folder)))
+        )
     for name, move in (("rename", rename), ("replace", replace)):
 
         def noted(self, to, move=move):
@@ -217,3 +223,95 @@ def test_two_processes_do_not_work_on_one_target(tmp_path):
         working(tmp_path / "target", {}),
     ):
         pytest.fail("both got in")
+
+
+def _dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "24576 requested and 15376 written",
+        "[enforce fail at inline_container.cc:672] . unexpected pos 4416 vs 4310",
+        "basic_ios::clear: iostream error",
+        "No space left on device",
+    ],
+)
+def test_a_full_disk_in_the_words_of_a_library_is_a_full_disk(tmp_path, message):
+    with pytest.raises(FolderError, match="no room to write"), replacing(tmp_path / "file"):
+        raise RuntimeError(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_writing(tmp_path):
+    left = tmp_path / f".a [1].json.{_dead_process()}.partial"
+    left.write_text("half")
+    write_atomically(tmp_path / "a [1].json", "whole")
+    assert [item.name for item in tmp_path.iterdir()] == ["a [1].json"]
+
+
+def test_a_scratch_folder_goes_at_the_end_and_with_the_next_step(tmp_path):
+    (tmp_path / f".target.{_dead_process()}.scratch").mkdir()
+    with scratch_beside(tmp_path / "target") as scratch:
+        with creating(tmp_path / "target") as partial:
+            (partial / "file").touch()
+        assert scratch.is_dir()
+    assert [item.name for item in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_working_folder_whose_result_has_its_name_goes_with_the_next_step(tmp_path):
+    with working(tmp_path / "target", {}) as work:
+        (work / "result").mkdir()
+        (work / "finished").touch()
+        (work / "result").rename(tmp_path / "target")  # and killed before it removes the folder
+    with pytest.raises(TargetExistsError):
+        refuse_existing(tmp_path / "target")
+    assert [item.name for item in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_target_that_another_process_made_meanwhile_is_refused_before_the_work(tmp_path):
+    (tmp_path / "target").mkdir()
+    with pytest.raises(TargetExistsError, match="meantime"), working(tmp_path / "target", {}):
+        pytest.fail("the work would be for nothing")
+    assert [item.name for item in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are exchanged on Linux")
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path, monkeypatch):
+    with creating(tmp_path / "target") as partial:
+        (partial / "lineage.json").write_text("[]")
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("between two renames it is gone"))
+    with creating(tmp_path / "target", overwrite=True) as partial:
+        (partial / "lineage.json").write_text("[{}]")
+    assert (tmp_path / "target" / "lineage.json").read_text() == "[{}]"
+    assert [item.name for item in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_file_is_held_by_one_process_alone(tmp_path):
+    with (
+        held_alone(tmp_path / "file"),
+        pytest.raises(FolderError, match="another process has"),
+        held_alone(tmp_path / "file"),
+    ):
+        pytest.fail("both hold it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temporary_folders_of_killed_processes_go_and_those_in_use_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "mistill-left"
+    left.mkdir()
+    (left / "lock").touch()
+    foreign = tmp_path / "mistill-foreign"
+    foreign.mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (foreign / "lock").symlink_to(tmp_path / "precious")
+    with temporary_folder() as first, temporary_folder() as second:
+        assert first.is_dir()
+        assert second.is_dir()
+        assert not left.exists()
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["mistill-foreign", "precious"]

@@ -359,7 +359,7 @@ def test_a_head_is_not_missed_where_the_embedding_is_the_head(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_attention_heads": "many"}, "expected int, got str"),
+        ({"num_attention_heads": "many"}, "should be a whole number, not 'many'"),
         ({"hidden_act": "swoosh"}, "'swoosh' is not a value that transformers knows"),
     ],
 )

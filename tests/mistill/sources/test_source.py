@@ -147,6 +147,25 @@ def test_a_gguf_file_is_converted_once(gguf: Path, monkeypatch: pytest.MonkeyPat
     assert step["file"] == "tiny.gguf"
 
 
+@pytest.mark.parametrize("damage", ["empty", "one byte", "checksums gone"])
+def test_a_damaged_entry_of_the_cache_is_made_again(gguf: Path, caplog, damage: str):
+    folder = resolve_model(gguf)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "one byte":
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        folder.with_name(f"{folder.name}.sha256.json").unlink()
+    assert resolve_model(gguf) == folder
+    assert weights.read_bytes() == whole
+    assert "is not whole, so it is made again" in caplog.text
+    caplog.clear()
+    resolve_model(gguf)
+    assert caplog.text == ""
+
+
 def test_large_gguf_files_are_written_in_shards(
     gguf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ):

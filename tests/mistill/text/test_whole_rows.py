@@ -102,6 +102,12 @@ def test_thoughts_reach_the_template_by_each_of_their_names(
     assert qwen.decode(document.ids.tolist()) == theirs(qwen.folder, messages)
 
 
+@pytest.fixture(autouse=True)
+def _warnings_alone() -> None:
+    """A command that another test ran in this process shows how many rows were read, too."""
+    logging.getLogger("mistill.text.row_counts").setLevel(logging.NOTSET)
+
+
 def test_calls_are_learned_and_what_a_tool_answers_is_not(qwen: Vocabulary, tmp_path: Path):
     call, answer = read_documents(
         lines(tmp_path / "a.jsonl", {"messages": CALLING, "tools": TOOLS}), qwen

@@ -1,0 +1,114 @@
+"""What the system refuses is one line that names the file, in every command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mistill.cli import app as command_line
+from mistill.cli.app import main
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            PermissionError(errno.EACCES, "x", "folder/config.json"),
+            "folder/config.json: Permission",
+        ),
+        (OSError(errno.ENAMETOOLONG, "x", "a" * 5000), "aaa: File name too long"),
+        (IsADirectoryError(errno.EISDIR, "x", "folder"), "folder: Is a directory"),
+        (OSError(errno.ENOSPC, "x", "out"), "no room to write out"),
+        (OSError(errno.EIO, "x"), "a file: Input/output error"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), "not enough memory"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(monkeypatch, capsys, error, words):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command_line, "app", fail)
+    assert main(["inspect", "x"]) == 2
+    line = capsys.readouterr().err
+    assert words in line
+    assert len(line.splitlines()) == 1
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(command_line, "app", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main([])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_named(model, tmp_path, capsys, name):
+    folder = Path(shutil.copytree(model, tmp_path / "folder"))
+    (folder / name).chmod(0)
+    assert main(["inspect", str(folder)]) in (1, 2)
+    out, err = capsys.readouterr()
+    assert name in out + err
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "lineage.json"])
+def test_a_folder_in_the_place_of_a_file_is_named(model, tmp_path, capsys, name):
+    folder = Path(shutil.copytree(model, tmp_path / "folder"))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    assert main(["inspect", str(folder)]) in (0, 1)
+    assert main(["export", str(folder), str(tmp_path / "out")]) in (0, 2)
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes")
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(model, tmp_path, capsys, name):
+    folder = Path(shutil.copytree(model, tmp_path / "folder"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    main(["inspect", str(folder)])
+    assert main(
+        ["quantize", "rounding", str(folder), str(tmp_path / "out"), "--group-size", "32"]
+    ) in (0, 2)
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
+def test_what_a_command_has_begun_is_cleared_up_when_it_is_ended(model, tmp_path):
+    program = (
+        "import sys, time\n"
+        "from mistill.cli import app\n"
+        "from mistill.folders.publishing import creating\n"
+        "def slow(*_, **__):\n"
+        f"    with creating({str(tmp_path / 'target')!r}) as partial:\n"
+        "        (partial / 'half').touch()\n"
+        "        time.sleep(60)\n"
+        "app.app = slow\n"
+        "sys.exit(app.main([]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if list(tmp_path.glob(".target.*/half")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(errors.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

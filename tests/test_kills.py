@@ -1,0 +1,101 @@
+"""Long steps killed at random moments and run again: the same bits, and nothing left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.forked import run_forked
+from tests.tiny import tiny_model
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here"),
+    pytest.mark.slow,
+]
+
+RECORDS = (
+    *("lineage.json", "manifest.json", "metrics.jsonl", "fidelity.json"),
+    *("quantize_report.json", "quantize_report.csv"),
+)
+
+# Kills of each step, 20 in all, and its command.
+STEPS: dict[str, tuple[int, str]] = {
+    "distill": (
+        4,
+        "distill model out --teacher teacher --texts rows.jsonl --tokens 3000 --block-length 64 "
+        "--evaluate-every 4 --checkpoint-every 2 --learning-rate 1e-3 --held-out-tokens 200",
+    ),
+    "student": (2, "student teacher out --layers 2 --texts rows.jsonl --calibration-tokens 300"),
+    "gptq": (
+        4,
+        "quantize gptq model out --texts rows.jsonl --group-size 32 --block-length 64 --samples 4",
+    ),
+    "nf4": (2, "quantize nf4 model out"),
+    "tune": (2, "quantize tune gptq out --teacher teacher --texts rows.jsonl --block-length 64"),
+    "export": (2, "export model out"),
+    "gguf": (2, "gguf model out.gguf"),
+    "generate": (
+        2,
+        "generate model prompts.txt out.jsonl --max-new-tokens 6 --batch-size 2 --keep-unfinished",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Path:
+    """A folder to stand in; what a step makes in it is removed again."""
+    here = tmp_path_factory.mktemp("kills")
+    tiny_model(here / "model", seed=2)
+    tiny_model(here / "teacher", num_hidden_layers=4, seed=1)
+    shutil.copyfile(chats, here / "rows.jsonl")
+    (here / "prompts.txt").write_text("".join(f"Question {n}?\n" for n in range(12)))
+    ran = run_forked(["quantize", "rounding", "model", "gptq", "--group-size", "32"], cwd=here)
+    assert ran.code == 0
+    return here
+
+
+def content_of(target: Path) -> dict[str, str]:
+    """Checksums of all files but those that hold dates, durations and speeds."""
+    files = target.rglob("*") if target.is_dir() else [target]
+    # A GGUF file holds its lineage, with a date.
+    date = re.compile(rb'"date": "[^"]*"')
+    return {
+        file.name: hashlib.sha256(date.sub(b"", file.read_bytes())).hexdigest()
+        for file in files
+        if file.is_file() and file.name not in RECORDS
+    }
+
+
+def test_there_are_twenty_kills():
+    assert sum(kills for kills, _ in STEPS.values()) == 20
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_that_is_killed_and_run_again_gives_the_same_bits(place: Path, step: str):
+    kills, command = STEPS[step]
+    words = command.split()
+    target = place / next(word for word in words if word.startswith("out"))
+    inputs = {item.name for item in place.iterdir()}
+    started = time.monotonic()
+    ran = run_forked(words, cwd=place, seconds=600)
+    duration = time.monotonic() - started
+    assert ran.code == 0, ran.err
+    assert {item.name for item in place.iterdir()} == inputs | {target.name}
+    expected = content_of(target)
+    dice = random.Random(step)
+    for _ in range(kills):
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        run_forked(words, cwd=place, seconds=dice.uniform(0.02, duration))
+        if not target.exists():
+            ran = run_forked(words, cwd=place, seconds=600)
+            assert ran.code == 0, ran.err
+        assert content_of(target) == expected
+        assert {item.name for item in place.iterdir()} == inputs | {target.name}
+    shutil.rmtree(target) if target.is_dir() else target.unlink()

@@ -34,10 +34,12 @@ def dated(tmp_path: Path, teacher: Path, model: Path) -> tuple[Path, Path]:
 
 
 def set_day(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
-    class Day(dt.date):
-        @classmethod
-        def today(cls) -> Day:
-            return cls(2026, 1, day)
+    class Day:
+        fromisoformat = dt.date.fromisoformat
+
+        @staticmethod
+        def today() -> dt.date:
+            return dt.date(2026, 1, day)
 
     monkeypatch.setattr(publishing, "date", Day)
 

@@ -13,7 +13,8 @@ import sys
 import venv
 from pathlib import Path
 
-REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "optimum==2.3.0")
+# What gptqmodel runs beside, and what mistill itself imports there.
+REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "optimum==2.3.0", "msgspec>=0.19")
 # The newest gptqmodel that accepts torch 2.13. It is built with torch, setuptools and a C compiler.
 GPTQMODEL = "gptqmodel==7.6.0"
 BUILD = ("setuptools", "wheel", "ninja")

@@ -28,10 +28,12 @@ def test_quantization_resumes_on_the_next_day(
     (source / "chat_template.jinja").write_text(DATED)
 
     def set_day(day: int) -> None:
-        class Day(dt.date):
-            @classmethod
-            def today(cls) -> Day:
-                return cls(2026, 1, day)
+        class Day:
+            fromisoformat = dt.date.fromisoformat
+
+            @staticmethod
+            def today() -> dt.date:
+                return dt.date(2026, 1, day)
 
         monkeypatch.setattr(publishing, "date", Day)
 

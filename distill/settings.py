@@ -21,6 +21,10 @@ TeacherPrecision = Literal["auto", "float32", "bfloat16", "nf4"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
+# Learning rates of students as they were cut or trained, and as they were healed.
+LEARNING_RATE, HEALED_LEARNING_RATE = 3e-4, 1e-4
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(TextSettings):
     """How a student is trained on its teacher's predictions.
@@ -34,7 +38,8 @@ class TrainSettings(TextSettings):
         micro_batch_size: Blocks that one process computes at once; must divide batch_size. It
             changes memory and speed, not the result.
         learning_rate: Highest learning rate, reached at the end of the warm-up; it then falls
-            towards 0 along half a cosine.
+            towards 0 along half a cosine. If not given, 3e-4, or 1e-4 for a student that was
+            healed, whose good start the higher rate throws away.
         warmup: Share of the steps in which the learning rate rises, 0 to 1.
         weight_decay: Weight decay of AdamW, on matrices alone; norms, biases, embedding and head
             have none.
@@ -86,7 +91,7 @@ class TrainSettings(TextSettings):
     block_length: int = 512
     batch_size: int = 2
     micro_batch_size: int = 1
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
@@ -112,6 +117,11 @@ class TrainSettings(TextSettings):
     twin: bool = False
     trackers: tuple[Tracker, ...] = ()
     seed: int = 0
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate."""
+        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""

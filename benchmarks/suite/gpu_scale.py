@@ -164,7 +164,7 @@ def training(given: argparse.Namespace, kind: str) -> dict[str, Any]:
         make_optimizer(
             student,
             name=settings.optimizer,
-            learning_rate=settings.learning_rate,
+            learning_rate=settings.peak_learning_rate,
             weight_decay=settings.weight_decay,
         ),
     )

@@ -70,7 +70,7 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
         make_optimizer(
             student,
             name=settings.optimizer,
-            learning_rate=settings.learning_rate,
+            learning_rate=settings.peak_learning_rate,
             weight_decay=settings.weight_decay,
         ),
     )

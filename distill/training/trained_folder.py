@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.settings import TrainSettings
+from distill.training.starts import with_learning_rate
 from distill.training.teacher_source import (
     CachedSource,
     LiveSource,
@@ -116,6 +117,7 @@ def train(
         if given is not None:
             check_texts(given, skip_bad_rows=settings.skip_bad_rows)
     student_info = _student_folder(student)
+    settings = with_learning_rate(settings, student_info.path)
     vocabulary = load_vocabulary(student_info.path, today=day_of_the_text(target, targets))
     longest = student_info.context_length
     teacher_info = None
@@ -385,7 +387,7 @@ def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
     return (
         f"the student got no better: its held-out KL was {progress.before.kl:.4f} nats before "
         f"and {progress.last.kl:.4f} after {progress.tokens} tokens; lower learning_rate "
-        f"(now {settings.learning_rate:g}) or train on more tokens"
+        f"(now {settings.peak_learning_rate:g}) or train on more tokens"
     )
 
 

@@ -132,7 +132,7 @@ class _Run:
             make_optimizer(
                 student,
                 name=settings.optimizer,
-                learning_rate=settings.learning_rate,
+                learning_rate=settings.peak_learning_rate,
                 weight_decay=settings.weight_decay,
             ),
         )
@@ -200,7 +200,7 @@ class _Run:
         """One optimizer step."""
         began = time.perf_counter()
         rate = learning_rate_at(
-            step, self.steps, peak=self.settings.learning_rate, warmup=self.settings.warmup
+            step, self.steps, peak=self.settings.peak_learning_rate, warmup=self.settings.warmup
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -217,8 +217,9 @@ class _Run:
             self.refuse_teacher_without_numbers(step)
             raise TrainingError(
                 f"the loss became {sums.loss} with a gradient of length {norm} in step {step + 1} "
-                f"of {self.steps}; lower learning_rate (now {self.settings.learning_rate:g}) or "
-                f"raise warmup (now {self.settings.warmup:g})"
+                f"of {self.steps}; lower learning_rate (now "
+                f"{self.settings.peak_learning_rate:g}) or raise warmup "
+                f"(now {self.settings.warmup:g})"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -226,7 +226,7 @@ class OnnxManifest(Struct, kw_only=True):
 class GenaiModel(Struct, kw_only=True):
     """The entry ``model`` of genai_config.json."""
 
-    context_length: _Size
+    context_length: _Size | None = None
 
 
 class GenaiConfig(Struct, kw_only=True):

@@ -1,11 +1,17 @@
-"""A progress bar with rate and time left, shown only in a terminal."""
+"""How far long work is: a bar in a terminal, and a line every 20 seconds where there is none."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TextIO
+
+# Seconds between two lines.
+_BETWEEN_LINES = 20.0
 
 
 class Tracker(Protocol):
@@ -25,11 +31,103 @@ class _Silent:
         """Show nothing."""
 
 
+class LineTracker:
+    """Writes how far work is, a line at a time, for logs and pipes."""
+
+    def __init__(
+        self,
+        description: str,
+        total: float | None,
+        unit: str = "it",
+        done: float = 0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            description: Name of the work.
+            total: Amount of work in ``unit``; None if unknown.
+            unit: Name of what is counted.
+            done: Amount of work that was done before a resumption.
+            clock: Seconds that pass.
+        """
+        self._description, self._total, self._unit = description, total, unit
+        self._done, self._completed = done, done
+        self._note = ""
+        self._clock, self._started = clock, clock()
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        """Count finished work."""
+        self._completed += amount
+        if note is not None:
+            self._note = note
+
+    def line(self) -> str:
+        """How far the work is.
+
+        Returns:
+            Amount and share, rate, time left and the last note, as far as they are known.
+        """
+        elapsed = self._clock() - self._started
+        rate = (self._completed - self._done) / elapsed if elapsed > 0 else 0.0
+        amount = f"{self._completed:,.0f}"
+        parts = [f"{amount} {self._unit}"]
+        if self._total:
+            share = self._completed / self._total
+            parts = [f"{amount} of {self._total:,.0f} {self._unit} ({share:.0%})"]
+        if rate > 0:
+            parts.append(f"{rate:,.1f} {self._unit}/s")
+            if self._total:
+                parts.append(f"{_duration((self._total - self._completed) / rate)} left")
+        if self._note:
+            parts.append(self._note)
+        return f"{self._description}: {', '.join(parts)}"
+
+    @contextmanager
+    def writing(self, stream: TextIO, seconds: float = _BETWEEN_LINES) -> Iterator[None]:
+        """Write a line every so often while the body runs, whether or not the work advances.
+
+        Args:
+            stream: Where to.
+            seconds: Time between two lines.
+
+        Yields:
+            Nothing.
+        """
+        ended = threading.Event()
+
+        def write() -> None:
+            while not ended.wait(seconds):
+                try:
+                    print(self.line(), file=stream, flush=True)
+                except (OSError, ValueError):  # nobody reads it any more
+                    return
+
+        writer = threading.Thread(target=write, daemon=True, name="mistill-progress")
+        writer.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            writer.join()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
 @contextmanager
 def track(
     description: str, total: float | None, unit: str = "it", done: float = 0
 ) -> Iterator[Tracker]:
-    """Show a bar on stderr while the body runs; show nothing if stderr is not a terminal.
+    """Show on stderr how far the work is while the body runs.
+
+    In a terminal this is a bar. Elsewhere it is a line every 20 seconds, which the first of the
+    processes that a launcher has started writes.
 
     Args:
         description: Name of the work.
@@ -40,8 +138,13 @@ def track(
     Yields:
         A tracker to be advanced.
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or os.environ.get("RANK", "0") != "0":
         yield _Silent()
+        return
+    if not sys.stderr.isatty():
+        tracker = LineTracker(description, total, unit, done)
+        with tracker.writing(sys.stderr):
+            yield tracker
         return
 
     from rich.console import Console

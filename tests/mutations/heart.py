@@ -48,6 +48,8 @@ _SAMPLING = ("tests/mistill/engine/test_sampling.py",)
 _LAYERS = ("tests/mistill/pytorch/test_layers.py",)
 _STUDENT = ("tests/distill/student/test_importance.py", "tests/distill/student/test_width.py")
 
+_HEALING = ("tests/distill/healing/test_healing.py", "tests/distill/healing/test_least_squares.py")
+
 MUTATIONS = (
     # --- text and labels ------------------------------------------------------------------------
     Mutation(
@@ -404,5 +406,48 @@ MUTATIONS = (
         "expected - self.log_total + other.log_total.to(expected.device)",
         "expected - self.log_total + self.log_total.to(expected.device)",
         _KL,
+    ),
+    # --- healing --------------------------------------------------------------------------------
+    Mutation(
+        "a healed layer stands for itself alone, not for the gap behind it",
+        "distill/healing/walk.py",
+        "(layer - 1 for layer in origin.layers[1:])",
+        "(layer for layer in origin.layers[:-1])",
+        _HEALING,
+    ),
+    Mutation(
+        "tokens with massive activations decide a fit",
+        "distill/healing/walk.py",
+        "1 / target.square().mean(dim=-1)",
+        "1 + 0 * target.square().mean(dim=-1)",
+        _HEALING,
+    ),
+    Mutation(
+        "a healed layer's feed-forward part does not see its attention",
+        "distill/healing/walk.py",
+        "batch.hidden = batch.hidden + attention(x)",
+        "batch.hidden = batch.hidden + 0 * attention(x)",
+        _HEALING,
+    ),
+    Mutation(
+        "padding is fitted like text",
+        "distill/healing/walk.py",
+        "rows = batch.present & (judges",
+        "rows = (batch.documents >= -1) & (judges",
+        _HEALING,
+    ),
+    Mutation(
+        "the tokens that judged a ridge are not fitted afterwards",
+        "distill/healing/least_squares.py",
+        "        for x, r in self._left_out:\n            self._sum(x, r)\n",
+        "",
+        _HEALING,
+    ),
+    Mutation(
+        "the ridge grows with the size of the text",
+        "distill/healing/least_squares.py",
+        "damped_factor(self._H, ridge)",
+        "damped_factor(self._H, ridge * self._numbers / 1000)",
+        _HEALING,
     ),
 )

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.reply_filter import most_repeats, without_spelling
 from distill.settings import GenerateSettings
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, TextError
@@ -42,6 +44,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
+
+
+# What a reply that is kept is called, and settings that change no reply.
+_KEPT = "kept"
+_SAME_REPLIES = (
+    *("batch_size", "held_out", "held_out_share", "skip_bad_rows"),
+    *("keep_unfinished", "max_repeats", "drop_duplicates"),
+)
 
 
 class Reply(NamedTuple):
@@ -105,7 +115,7 @@ def generate_conversations(
         "settings": {
             name: value
             for name, value in settings_dict(settings).items()
-            if name not in ("batch_size", "held_out", "held_out_share", "skip_bad_rows")
+            if name not in _SAME_REPLIES
         },
         "teacher": fingerprint(folder),
         "prompts": _digest(talks),
@@ -114,13 +124,14 @@ def generate_conversations(
     require_finite_weights(folder)
     with working(target, key, anew=overwrite) as work:
         replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
-        texts = [(vocabulary.decode(reply.ids).strip(), reply.finished) for reply in replies]
+        texts = [vocabulary.decode(reply.ids).strip() for reply in replies]
+        fates = _fates(texts, [reply.finished for reply in replies], settings)
         conversations = [
-            _beside_the_reply(talk, thoughts_opening(talk, vocabulary) + reply)
-            for talk, (reply, finished) in zip(talks, texts, strict=True)
-            if reply and (finished or settings.keep_unfinished)
+            _beside_the_reply(talk, thoughts_opening(talk, vocabulary) + text)
+            for talk, text, fate in zip(talks, texts, fates, strict=True)
+            if fate == _KEPT
         ]
-        _report(texts, len(conversations), settings)
+        _report(fates, settings)
         (work / FINISHED).touch()
         _publish(conversations, target, held_out, settings.held_out_share)
         remove_work(work)
@@ -178,25 +189,36 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: 
         )
 
 
-def _report(
-    texts: Sequence[tuple[str, bool]], conversations: int, settings: GenerateSettings
-) -> None:
-    unfinished = sum(not finished for _, finished in texts)
-    empty = sum(not reply for reply, _ in texts)
-    fate = "kept" if settings.keep_unfinished else "dropped"
-    _log.info(
-        "%d prompts, %d conversations kept; %d replies cut off after %d tokens (%s), %d empty",
-        len(texts),
-        conversations,
-        unfinished,
-        settings.max_new_tokens,
-        fate,
-        empty,
-    )
-    if not conversations:
+def _fates(texts: Sequence[str], finished: Sequence[bool], settings: GenerateSettings) -> list[str]:
+    """What becomes of every reply: that it is kept, or why it is dropped."""
+    fates, before = [], set()
+    for text, ended in zip(texts, finished, strict=True):
+        words = without_spelling(text)
+        if not text:
+            fate = "empty"
+        elif not ended and not settings.keep_unfinished:
+            fate = f"cut off after {settings.max_new_tokens} tokens"
+        elif settings.max_repeats and most_repeats(text) > settings.max_repeats:
+            fate = "that repeat themselves"
+        elif settings.drop_duplicates and words in before:
+            fate = "given before"
+        else:
+            fate = _KEPT
+            before.add(words)
+        fates.append(fate)
+    return fates
+
+
+def _report(fates: Sequence[str], settings: GenerateSettings) -> None:
+    dropped = Counter(fate for fate in fates if fate != _KEPT)
+    kept = len(fates) - dropped.total()
+    reasons = ", ".join(f"{count} {fate}" for fate, count in dropped.items())
+    words = f"; dropped replies: {reasons}" if reasons else ""
+    _log.info("%d prompts, %d conversations kept%s", len(fates), kept, words)
+    if not kept:
         raise TextError(
-            f"the teacher ended none of its {len(texts)} replies within "
-            f"{settings.max_new_tokens} tokens; raise max_new_tokens, or keep_unfinished"
+            f"none of the {len(fates)} replies is kept: {reasons}; raise max_new_tokens "
+            f"(now {settings.max_new_tokens}), set keep_unfinished, or ask for less of the replies"
         )
 
 

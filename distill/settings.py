@@ -454,6 +454,9 @@ class GenerateSettings(TextSettings):
         system: System prompt of every conversation; the chat template's own if not given.
         keep_unfinished: Keep replies that were cut off. A student trained on them learns not to
             stop.
+        max_repeats: Drop replies in which a run of four words stands more often than this; 0 keeps
+            them.
+        drop_duplicates: Drop replies that were given before, but for case, punctuation and space.
         held_out: A second .jsonl file, for the conversations held out from training.
         held_out_share: Share of the prompts that are held out, chosen by a hash of the prompt, so
             that equal prompts stay together.
@@ -466,6 +469,8 @@ class GenerateSettings(TextSettings):
     top_p: float = 0.95
     system: str | None = None
     keep_unfinished: bool = False
+    max_repeats: int = 0
+    drop_duplicates: bool = False
     held_out: Path | None = None
     held_out_share: float = 0.125
     batch_size: int = 16
@@ -478,7 +483,8 @@ class GenerateSettings(TextSettings):
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         require_range("held_out_share", self.held_out_share, 0, 1, exclusive=True)
         require_range("batch_size", self.batch_size, 1)
-        require_range("seed", self.seed, 0)
+        for name in ("seed", "max_repeats"):
+            require_range(name, getattr(self, name), 0)
         require(
             self.held_out is None or Path(self.held_out).suffix.lower() == ".jsonl",
             f"held_out must be a .jsonl file, not {self.held_out}",

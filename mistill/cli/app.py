@@ -84,7 +84,8 @@ def teacher(
 @app.command(
     help_formatter=HelpPage(
         {
-            "Replies": ("max_new_tokens", "system", "keep_unfinished", "batch_size"),
+            "Replies": ("max_new_tokens", "system", "batch_size"),
+            "Replies that are kept": ("keep_unfinished", "max_repeats", "drop_duplicates"),
             **SAMPLING,
             "Held-out data": ("held_out", "held_out_share"),
         }

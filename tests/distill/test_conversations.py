@@ -20,6 +20,7 @@ import pytest
 from distill import GenerateSettings, generate_conversations
 from distill import conversations as module
 from distill.conversations import Reply, prompt_share, write_replies
+from distill.reply_filter import most_repeats
 from mistill.engine.language_model import greedy
 from mistill.errors import (
     ContextError,
@@ -178,13 +179,59 @@ def test_replies_that_never_ended_are_dropped_and_counted(
     assert 0 < len(few) < len(every) <= len(PROMPTS)
     assert [talk for talk in every if talk in few] == few
     dropped, kept = (record.getMessage() for record in caplog.records)
-    assert dropped.startswith(f"{len(PROMPTS)} prompts, {len(few)} conversations kept; ")
-    assert "cut off after 6 tokens (dropped)" in dropped
-    assert "cut off after 6 tokens (kept)" in kept
+    assert dropped.startswith(f"{len(PROMPTS)} prompts, {len(few)} conversations kept; dropped ")
+    assert "cut off after 6 tokens" in dropped
+    assert "cut off" not in kept
+
+
+def test_replies_in_loops_and_replies_given_before_are_dropped_on_demand(
+    talker: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    replies = [
+        "Apples, pears, plums.",
+        "I like it, I like it, I like it, I like it.",
+        "apples pears  plums",
+        "One two three four. One two three four.",
+        "Plums, pears, apples.",
+    ]
+    ids = [Reply(load_vocabulary(talker).encode(reply), True) for reply in replies]
+    monkeypatch.setattr(module, "_resumed_replies", lambda *_: ids)
+    (tmp_path / "prompts.txt").write_text("".join(f"Ask {n}.\n" for n in range(5)), "utf-8")
+
+    def kept(name: str, **options: Any) -> list[str]:
+        file = generate_conversations(
+            talker, tmp_path / "prompts.txt", tmp_path / name, max_new_tokens=16, **options
+        )
+        return [talk[-1]["content"] for talk in written(file)]
+
+    assert kept("all.jsonl") == replies
+    assert kept("loops.jsonl", max_repeats=2) == [*replies[:1], *replies[2:]]
+    with caplog.at_level(logging.INFO, "distill.conversations"):
+        both = kept("both.jsonl", max_repeats=1, drop_duplicates=True)
+    assert both == [replies[0], replies[4]]
+    assert "2 conversations kept; dropped replies: 2 that repeat themselves, 1 given before" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("", 0),
+        ("Only three words", 0),
+        ("Just four words here", 1),
+        ("a b c d a b c d", 2),
+        ("A, b C d; a, B c d", 2),
+        ("bananas, oranges, apples, bananas, oranges, apples, bananas, oranges, apples", 2),
+        ("no no no no no no", 3),
+    ],
+)
+def test_the_run_of_four_words_that_stands_most_often_is_counted(text: str, repeats: int):
+    assert most_repeats(text) == repeats
 
 
 def test_a_teacher_that_never_ends_its_turn_is_an_error(model: Path, prompts: Path, tmp_path: Path):
-    with pytest.raises(TextError, match=r"ended none of its 24 replies within 1 tokens; raise max"):
+    with pytest.raises(TextError, match=r"none of the 24 replies is kept: 24 cut off after 1"):
         generate_conversations(
             model, prompts, tmp_path / "a.jsonl", max_new_tokens=1, temperature=0
         )

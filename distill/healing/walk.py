@@ -44,6 +44,9 @@ from mistill.text.blocks import TokenBlocks
 # Of this many blocks one judges the ridge.
 _LEFT_OUT = 8
 
+# Inputs of down_proj that are held until it is refitted; what is beyond is computed twice.
+_HELD_BYTES = 1 << 28
+
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 ATTENTION = "self_attn.o_proj"
 MLP = "mlp.down_proj"
@@ -204,13 +207,19 @@ class _Walk:
             del attended, equations
             down = layer.mlp.down_proj
             equations = self._equations(down)
+            held: dict[int, Tensor] = {}
+            left = _HELD_BYTES
             for number, batch in enumerate(self._ours):
                 x = gated_inputs(layer, batch.hidden)
                 target = self._theirs[number].hidden
                 self._add(equations, number, x, batch.hidden + down(x), target)
+                left -= x.nbytes
+                if left >= 0:
+                    held[number] = x
             self._refit(healed, MLP, down, equations)
-            for batch in self._ours:
-                batch.hidden = batch.hidden + down(gated_inputs(layer, batch.hidden))
+            for number, batch in enumerate(self._ours):
+                x = held.pop(number) if number in held else gated_inputs(layer, batch.hidden)
+                batch.hidden = batch.hidden + down(x)
         return healed
 
     def _equations(self, matrix: nn.Linear) -> Equations:

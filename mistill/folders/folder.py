@@ -208,9 +208,7 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int:
     """
     genai = folder / GENAI_FILE
     if (folder / "model.onnx").is_file() and genai.is_file():
-        stated = read_json(genai)["model"].get("context_length")
-        if stated is not None:
-            return int(stated)
+        return int(read_json(genai)["model"]["context_length"])
     return int(config["max_position_embeddings"])
 
 

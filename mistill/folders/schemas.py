@@ -226,7 +226,7 @@ class OnnxManifest(Struct, kw_only=True):
 class GenaiModel(Struct, kw_only=True):
     """The entry ``model`` of genai_config.json."""
 
-    context_length: _Size | None = None
+    context_length: _Size
 
 
 class GenaiConfig(Struct, kw_only=True):

@@ -111,7 +111,8 @@ def test_steps_take_turns(source: Path, tmp_path: Path) -> None:
 def test_genai_is_told_of_threads_by_its_config(tmp_path: Path) -> None:
     folder = tmp_path / "genai"
     folder.mkdir()
-    config = {"model": {"decoder": {"session_options": {"log_id": "x"}}}}
+    decoder = {"session_options": {"log_id": "x"}}
+    config = {"model": {"context_length": 64, "decoder": decoder}}
     (folder / "genai_config.json").write_text(json.dumps(config))
     (folder / "model.onnx").write_text("graph")
     same = rival_tools.with_threads(folder, tmp_path / "same", 3)

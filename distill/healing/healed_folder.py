@@ -127,7 +127,11 @@ def heal(
         shutil.copyfile(info.path / "config.json", result / "config.json")
         facts = write_healed(info.path, result, work, large.path, origin, blocks, settings.ridge)
         copy_companions(info.path, result)
-        facts["texts"] = sources_of(texts)
+        facts |= {
+            "teacher": str(large.path),
+            "teacher_fingerprint": key["teacher"],
+            "texts": sources_of(texts),
+        }
         add_lineage(result, step="heal", settings=settings, source=info.path, **facts)
         publish(work, path, overwrite)
     return Path(target)

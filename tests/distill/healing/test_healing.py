@@ -18,7 +18,7 @@ from distill.healing.walk import HealedLayer, Origin, heal_layers, judging_block
 from distill.student.pruning import copy_layers
 from distill.student.width import KeptWidth
 from mistill.errors import FolderError, MistillError, SettingsError, VocabularyError
-from mistill.folders.lineage import read_lineage
+from mistill.folders.lineage import fingerprint, read_lineage
 from mistill.pytorch.layers import LayeredModel
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import Document, TokenBlocks, joined, pack
@@ -188,7 +188,10 @@ def test_healing_takes_off_most_of_what_a_cut_costs(tmp_path: Path, chats: Path)
     assert entry["step"] == "student"
     assert len(entry["healed"]) == 4
     assert entry["healed"][-1]["mlp.down_proj"]["missed_after"] > 0
-    assert read_lineage(later)[-1]["step"] == "heal"
+    entry = read_lineage(later)[-1]
+    assert entry["step"] == "heal"
+    assert entry["teacher_fingerprint"] == fingerprint(teacher)
+    assert entry["source_fingerprint"] == fingerprint(cut)
 
 
 def test_matrices_keep_the_type_they_are_stored_in(tmp_path: Path, chats: Path) -> None:

@@ -172,6 +172,8 @@ def typed_options(settings_class: type[Any], options: Mapping[str, Any]) -> dict
                 typed[name] = value  # the class says what there is to choose from
                 continue
             raise SettingsError(f"{name} {_in_words(str(error))}, got {value!r:.80}") from error
+        except UnicodeEncodeError as error:
+            raise SettingsError(f"{name} holds half of a character, in {value!a:.80}") from error
     return typed
 
 

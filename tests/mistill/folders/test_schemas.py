@@ -157,3 +157,12 @@ def test_half_a_character_in_a_document_is_refused_and_a_whole_one_is_read(tmp_p
     file.write_text('{"mine": ["\\ud83d"]}')
     with pytest.raises(FolderError, match=r"half of a character, U\+D83D"):
         read_json(file)
+
+
+def test_an_option_that_holds_half_of_a_character_is_refused_in_one_line():
+    from distill.settings import TargetSettings
+    from mistill.errors import SettingsError
+    from mistill.settings import typed_options
+
+    with pytest.raises(SettingsError, match="method holds half of a character, in"):
+        typed_options(TargetSettings, {"method": "\ud800"})

@@ -262,7 +262,7 @@ class FidelityCard(Struct, kw_only=True):
     twin_of_equal_time: Trained | None = None
 
 
-class Closeness(Struct, kw_only=True):
+class FidelityFigures(Struct, kw_only=True):
     """Figures between two models."""
 
     tokens: _Count
@@ -277,9 +277,9 @@ class Closeness(Struct, kw_only=True):
 class Measured(Struct, kw_only=True):
     """How close a quantized folder is to its source, and both to a teacher."""
 
-    source: Closeness | None = None
-    teacher: Closeness | None = None
-    source_to_teacher: Closeness | None = None
+    source: FidelityFigures | None = None
+    teacher: FidelityFigures | None = None
+    source_to_teacher: FidelityFigures | None = None
 
 
 class QuantizeReport(Struct, kw_only=True):

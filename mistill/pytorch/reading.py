@@ -33,7 +33,8 @@ def require_finite(name: str, tensor: Tensor) -> None:
         least, greatest = torch.aminmax(tensor)
         if not (torch.isfinite(least) and torch.isfinite(greatest)):
             raise FolderError(
-                f"{name} holds a value that is infinite or not a number; its training failed"
+                f"{name} holds a value that is infinite or not a number: its file is damaged, or "
+                "its training diverged; use another copy of the model"
             )
 
 

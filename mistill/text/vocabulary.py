@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -204,7 +205,7 @@ class Vocabulary:
         """
         # Behind a token of another kind the text is cut as behind a mark of the template.
         before = "" if at_start else _BEFORE
-        encoding = self._splitting.encode(before + text, add_special_tokens=False)
+        encoding = self._splitting.encode(before + text)
         skipped = len(before)
         ids = np.array(encoding.ids[skipped:], np.int64)
         self._check(ids)
@@ -221,12 +222,12 @@ class Vocabulary:
         )
 
     @cached_property
-    def _splitting(self) -> Tokenizer:
+    def _splitting(self) -> TokenizerFile:
         """The same tokenizer, to which special tokens are text."""
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.add_tokens([AddedToken(_BEFORE, normalized=False)])
         tokenizer.encode_special_tokens = True
-        return tokenizer
+        return replace(self._file, tokenizer=tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn token ids into text, special tokens included.

@@ -69,8 +69,10 @@ def test_an_expression_that_gives_up_is_named_and_writes_nothing_else(model, tmp
     level["trim_offsets"] = True
     parts = {"type": "Sequence", "pretokenizers": [BACKTRACKS, level]}
     folder = with_tokenizer(model, tmp_path / "folder", pre_tokenizer=parts)
-    with pytest.raises(VocabularyError, match=r"tokenizer\.json cannot split this text"):
-        load_vocabulary(folder).encode("a" * 40 + "b " + "word " * 40 + "!")
+    vocabulary = load_vocabulary(folder)
+    for encode in (vocabulary.encode, vocabulary.encode_spans, vocabulary.encode_as_text):
+        with pytest.raises(VocabularyError, match=r"tokenizer\.json cannot split this text"):
+            encode("a" * 40 + "b " + "word " * 40 + "!")
     assert capfd.readouterr().err == ""
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.figures.machine import Machine
-from benchmarks.figures.model_result import ModelResult, result_from, with_tuples
+from benchmarks.figures.model_result import ModelResult
 from benchmarks.settings import BenchSettings
 from mistill.errors import FolderError, SettingsError
+from mistill.folders.json_text import check, parse_json, read_json_file
 from mistill.settings import settings_dict
 
 SCHEMA = "mistill-comparison-1"
@@ -132,22 +133,15 @@ class Comparison:
         Raises:
             FolderError: If the text is not such a document.
         """
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FolderError(f"the report is not valid JSON: {error}") from error
+        return cls._from_document(parse_json(text, "the report"))
+
+    @classmethod
+    def _from_document(cls, document: Any) -> Self:
         schema = document.pop("schema", None) if isinstance(document, dict) else None
         if schema != SCHEMA:
-            raise FolderError(f"the report should have the schema {SCHEMA}, not {schema}")
-        return cls(
-            **{
-                **document,
-                "settings": BenchSettings(**with_tuples(document["settings"])),
-                "machine": Machine(**with_tuples(document["machine"])),
-                "text": ScoredText(**with_tuples(document["text"])),
-                "models": tuple(map(result_from, document["models"])),
-            }
-        )
+            raise FolderError(f"the report should have the schema {SCHEMA}, not {schema!r:.80}")
+        comparison: Self = check(document, cls, "the report")
+        return comparison
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -170,10 +164,8 @@ class Comparison:
                 "report.json in it"
             )
         try:
-            return cls.from_json(file.read_text("utf-8"))
-        except (FolderError, UnicodeDecodeError) as error:
-            raise FolderError(f"{path}: {error}") from error
-        except (KeyError, TypeError) as error:
+            return cls._from_document(read_json_file(file))
+        except FolderError as error:
             raise FolderError(
-                f"{path} is a report of another version of mistill ({error}); measure again"
+                f"{path}: {error}; if another version of mistill made it, measure again"
             ) from error

@@ -9,7 +9,7 @@ from benchmarks.figures.answers import Answers
 from benchmarks.figures.conventions import QuotedPerplexity
 from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.footprint import Footprint, Load, StepBytes
-from benchmarks.figures.latency import Latency, LatencyAt, Turn
+from benchmarks.figures.latency import Latency, LatencyAt
 from benchmarks.figures.perplexity import Perplexity
 from benchmarks.figures.rival import Rival
 
@@ -84,75 +84,3 @@ class ModelResult:
             "nf4": "PyTorch NF4",
             "onnx": "ONNX Runtime",
         }[self.form]
-
-
-def result_from(record: dict[str, Any]) -> ModelResult:
-    """Read the result of one model from a report.
-
-    Args:
-        record: As ``dataclasses.asdict`` made it, with lists for tuples; what older versions of
-            mistill did not keep may be missing, and the derived figures are left aside.
-
-    Returns:
-        The result.
-    """
-    fields = {name: value for name, value in record.items() if name != "summary"}
-    rival = fields["transformers_latency"]
-    return ModelResult(
-        **{
-            **fields,
-            "lineage": tuple(fields["lineage"]),
-            "footprint": Footprint(**fields["footprint"]),
-            "perplexity": Perplexity(**with_tuples(fields["perplexity"])),
-            "fidelity": _fidelity_from(fields["fidelity"]),
-            "parent_fidelity": _fidelity_from(fields["parent_fidelity"]),
-            "latency": _latency_from(fields["latency"]),
-            "transformers_latency": rival and _latency_from(rival),
-            **_optional_from(record),
-        }
-    )
-
-
-def _optional_from(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields that older reports lack."""
-    at_lengths: dict[str, Any] = {
-        name: tuple(
-            LatencyAt(tokens=entry["tokens"], latency=_latency_from(entry["latency"]))
-            for entry in record.get(name, ())
-        )
-        for name in ("prompts", "depths")
-    }
-    step_bytes, rival = record.get("step_bytes"), record.get("rival")
-    return {
-        **at_lengths,
-        "loads": tuple(Load(**load) for load in record.get("loads", ())),
-        "step_bytes": step_bytes and StepBytes(**step_bytes),
-        "rival": rival and Rival(**rival),
-        "left_out": tuple(record.get("left_out", ())),
-        "quoted": tuple(QuotedPerplexity(**with_tuples(one)) for one in record.get("quoted", ())),
-        "answers": record.get("answers") and Answers(**with_tuples(record["answers"])),
-    }
-
-
-def _fidelity_from(record: dict[str, Any] | None) -> Fidelity | None:
-    return None if record is None else Fidelity(**with_tuples(record))
-
-
-def _latency_from(record: dict[str, Any]) -> Latency:
-    return Latency(turns=tuple(Turn(**with_tuples(turn)) for turn in record["turns"]))
-
-
-def with_tuples(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a frozen record, whose lists were tuples.
-
-    Args:
-        record: The fields as JSON gives them.
-
-    Returns:
-        The same, with tuples for the lists and for those in them.
-    """
-
-    def frozen(value: Any) -> Any:
-        return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-    return {name: frozen(value) for name, value in record.items()}

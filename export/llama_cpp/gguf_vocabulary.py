@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from mistill.errors import VocabularyError
 from mistill.folders.folder import read_json
 from mistill.sources.tokenizer_parts import Pieces, TokenType, merges_of, word_cutter
+from mistill.text.tokenizer_file import read_tokenizer
 from mistill.text.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
         raise VocabularyError(
             f"{file} holds a {model.get('type')} vocabulary; export to GGUF needs a BPE vocabulary"
         )
-    _warn_of_marks(definition, Tokenizer.from_file(str(file)).normalizer)
+    _warn_of_marks(definition, read_tokenizer(file).tokenizer.normalizer)
     merges = [_pair(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
         scores = _scores(str(file), model["vocab"], definition, merges)
@@ -170,7 +170,7 @@ def _cut(file: Path, definition: Mapping[str, Any]) -> str:
         raise VocabularyError(
             f"{file} normalizes text ({normalizer.get('type')}), which llama.cpp does not support"
         )
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = read_tokenizer(file).tokenizer
     words_first = bool(definition["model"].get("ignore_merges"))
     if tokenizer.pre_tokenizer is not None:
         ours = _words(tokenizer.pre_tokenizer)

@@ -22,6 +22,7 @@ from typing import Any
 
 from export.settings import DATA_FILE, MODEL_FILE
 from mistill.folders.publishing import write_atomically
+from mistill.folders.schemas import optional_json
 from mistill.text.vocabulary import Vocabulary
 
 GRAPH_FOLDER = "onnx"
@@ -57,12 +58,12 @@ def arrange_for_transformersjs(
     _write_json(folder / "config.json", plain)
     if vocabulary.end_ids:
         file = folder / "generation_config.json"
-        stated = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        stated = optional_json(file)
         ends = list(vocabulary.end_ids)
         _write_json(file, {**stated, "eos_token_id": ends if len(ends) > 1 else ends[0]})
     if vocabulary.chat_template is not None:
         file = folder / "tokenizer_config.json"
-        settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        settings = optional_json(file)
         _write_json(file, {**settings, "chat_template": vocabulary.chat_template})
 
 

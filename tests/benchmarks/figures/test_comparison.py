@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,43 @@ def test_json_holds_derived_figures_for_scripts(comparison: Report):
 def test_what_is_not_a_report_is_refused(text: str):
     with pytest.raises(FolderError, match="the report"):
         Report.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("models",), {}, "models in the report should be a list"),
+        (("models", 0), None, r"models\[0\] in the report should be an object, not None"),
+        (("models", 0, "latency"), "fast", "latency in the report should be an object"),
+        (("models", 0, "latency", "turns", 0, "seconds"), None, "in the report lacks"),
+        (("models", 0, "name"), 7, "name in the report should be text"),
+        (("machine",), [], "machine in the report should be an object"),
+        (("text", "tokens_scored"), "many", "tokens_scored in the report should be a whole number"),
+        (("settings", "rounds"), -3, "rounds"),
+        (("date",), "\ud800", "half of a character"),
+    ],
+)
+def test_a_report_with_other_values_is_refused_in_one_line(
+    comparison: Report, tmp_path: Path, place: tuple[str | int, ...], value: Any, words: str
+):
+    document = json.loads(comparison.to_json())
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    if value is None and place[-1] == "seconds":
+        inner.clear()
+    else:
+        inner[place[-1]] = value
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    with pytest.raises((FolderError, SettingsError), match=words) as refused:
+        Report.from_file(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_report_that_is_nested_too_deeply_is_refused(tmp_path: Path):
+    (tmp_path / "report.json").write_text("[" * 100_000)
+    with pytest.raises(FolderError, match="nested too deeply"):
+        Report.from_file(tmp_path)
 
 
 def test_a_model_is_found_by_its_name(comparison: Report):

@@ -22,6 +22,7 @@ StepDefaults = Callable[[str], Mapping[str, Any] | None]
 _WORDS = {
     "teacher": ("teacher",),
     "student": ("student",),
+    "heal": ("heal",),
     "distill": ("distill",),
     **{
         step: ("quantize", step)
@@ -31,7 +32,7 @@ _WORDS = {
     "gguf": ("gguf",),
 }
 #: Commands that need text.
-_NEED_TEXTS = ("student", "distill", "gptq", "tune")
+_NEED_TEXTS = ("student", "heal", "distill", "gptq", "tune")
 _INPUTS = ("teacher", "targets", "texts", "held_out")
 #: Words that stand for what a lineage does not say.
 _PLACEHOLDERS = ("ADAPTER", "SOURCE", "TEXTS")

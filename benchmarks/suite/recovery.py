@@ -54,7 +54,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "checkpoint_every": 0,
     }
     student = distill.new_student(
-        given.teacher, folder / "student", texts=given.texts, layers=given.layers
+        given.teacher, folder / "student", texts=given.texts, layers=given.layers, heal=False
     )
     trained = distill.train(
         student,

@@ -75,6 +75,30 @@ def training_step(found: Found) -> list[str]:
 # --- quantization -------------------------------------------------------------------------------
 
 
+def healing(found: Found) -> list[str]:
+    """KL of a pruned student on every text, as it was cut and as it was healed."""
+    texts = list(found["scored_tokens"])
+    cut = found["students"][0]["held_out"]
+    rows = []
+    for student in found["students"]:
+        tokens = student["healing_tokens"]
+        row = [f"healed on {tokens:,} tokens" if tokens else "cut, not healed"]
+        for text in texts:
+            figures = student["held_out"][text]
+            share = f", {figures['kl'] / cut[text]['kl']:.2f} of it" if tokens else ""
+            row.append(with_error(figures["kl"], figures["kl_standard_error"]) + share)
+        rows.append([*row, number(student["seconds"])])
+    lines = table(["KL(teacher \\|\\| student)", *texts, "seconds to make"], rows)
+    scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
+    kept = len(found["students"][0]["kept_layers"])
+    return [
+        *lines,
+        "",
+        f"{kept} layers kept; healed on {', '.join(found['texts'])}, as many tokens of each; "
+        f"scored tokens: {scored}.",
+    ]
+
+
 def quantized_kl(found: Found) -> list[str]:
     """What every way of quantizing costs; time and memory where a rival's stand beside them."""
     timed = bool(found["over_gptqmodel"])

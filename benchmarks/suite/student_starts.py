@@ -76,7 +76,7 @@ def measure(
         # Scores that another student left behind would make the time untrue.
         os.environ["XDG_CACHE_HOME"] = folder
         target = Path(folder) / "student"
-        options = {"calibration_tokens": arguments.tokens, **options}
+        options = {"calibration_tokens": arguments.tokens, "heal": False, **options}
         started = time.perf_counter()
         distill.new_student(arguments.teacher, target, texts=arguments.texts, **options)
         seconds = time.perf_counter() - started

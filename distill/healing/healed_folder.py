@@ -128,7 +128,7 @@ def heal(
         facts = write_healed(info.path, result, work, large.path, origin, blocks, settings.ridge)
         copy_companions(info.path, result)
         facts |= {
-            "teacher": str(large.path),
+            "teacher": str(teacher),
             "teacher_fingerprint": key["teacher"],
             "texts": sources_of(texts),
         }

@@ -306,6 +306,34 @@ def test_commands_name_each_folder_as_the_next_step_does(comparison: Report):
     ]
 
 
+def test_healing_is_among_the_commands(comparison: Report):
+    found = made_by(
+        comparison["student"],
+        {"step": "student", "settings": {"layers": 22}, "source": "teacher", "texts": ["a.txt"]},
+        {
+            "step": "heal",
+            "settings": {"tokens": 9000, "ridge": None},
+            "changed_settings": ["tokens"],
+            "source": "pruned",
+            "teacher": "@smollm2",
+            "texts": ["a.txt", "b.txt"],
+        },
+    )
+
+    assert found[1] == (
+        "mistill heal pruned student --teacher @smollm2 --texts a.txt --texts b.txt --tokens 9000"
+    )
+
+
+def test_every_step_of_a_recipe_that_makes_a_model_has_a_command(comparison: Report):
+    from mistill.recipe import step_kinds
+
+    others = {"generate", "targets", "bench", "mixed"}  # mixed bits are recorded as gptq
+    for name in step_kinds().keys() - others:
+        entry = {"step": name, "settings": {}, "source": "a", "texts": ["t"]}
+        assert made_by(comparison["student"], entry), name
+
+
 def test_a_lineage_of_before_changed_settings_were_noted_gives_all_settings(comparison: Report):
     from quantize import RoundingSettings
 

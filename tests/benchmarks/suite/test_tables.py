@@ -30,6 +30,40 @@ CODEC = {
 }
 
 
+HEALING = {
+    "texts": ["@demo-train", "plain.txt"],
+    "scored_tokens": {"chats.jsonl": 900, "plain.txt": 1000},
+    "students": [
+        {
+            "healing_tokens": tokens,
+            "seconds": seconds,
+            "kept_layers": [0, 2, 3],
+            "held_out": {
+                "chats.jsonl": {"kl": chats, "kl_standard_error": 0.05, "agreement": 0.5},
+                "plain.txt": {"kl": plain, "kl_standard_error": 0.04, "agreement": 0.5},
+            },
+        }
+        for tokens, seconds, chats, plain in ((0, 1.25, 1.6, 1.2), (32_768, 70.0, 0.8, 0.9))
+    ],
+}
+
+
+def test_healing_is_shown_beside_what_was_cut_with_its_share_of_the_kl() -> None:
+    lines = step_tables.healing(HEALING)
+    cut, healed = rows_of(lines)
+    assert cut == ["cut, not healed", "1.60 ± 0.05", "1.20 ± 0.04", "1.25"]
+    assert healed == [
+        "healed on 32,768 tokens",
+        "0.800 ± 0.05, 0.50 of it",
+        "0.900 ± 0.04, 0.75 of it",
+        "70.0",
+    ]
+    assert lines[-1] == (
+        "3 layers kept; healed on @demo-train, plain.txt, as many tokens of each; scored tokens: "
+        "900 of chats.jsonl, 1,000 of plain.txt."
+    )
+
+
 def rows_of(lines: list[str]) -> list[list[str]]:
     """The cells of a table below its head."""
     cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]

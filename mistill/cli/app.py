@@ -10,19 +10,13 @@ looks for a command without a group of its own finds it here.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
 import json as json_library
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
@@ -42,11 +36,19 @@ from mistill.cli import bench_commands, eval_commands, quantize_commands
 from mistill.cli.command_output import is_main_process, print_folder, print_result
 from mistill.cli.help_pages import SAMPLING, HelpPage
 from mistill.cli.options import Flat, Texts
+from mistill.cli.outside import (
+    SignalledError,
+    ending_on_signals,
+    from_outside,
+    is_lost,
+    make_visible,
+    refuse,
+    speak_utf8,
+    without_output,
+)
 from mistill.engine.language_model import Provider
-from mistill.errors import FolderError, MissingExtraError, MistillError, SettingsError
-from mistill.folders.publishing import is_full_disk
+from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.settings import require
-from mistill.shown import visible
 
 app = App(
     name="mistill",
@@ -584,11 +586,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a finding, 2 for bad input, 130 for an interruption.
     """
     if sys.stdout is None:
-        return _refuse(SettingsError("the standard output is closed; open it, or use /dev/null"))
-    _speak_utf8()
+        return refuse(SettingsError("the standard output is closed; open it, or use /dev/null"))
+    speak_utf8()
     logging.basicConfig(level=logging.WARNING, format="mistill: %(message)s")
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_make_visible)
+        handler.addFilter(make_visible)
     if is_main_process():
         # How many rows were read, cut and passed over, and what became of the replies.
         for name in ("mistill.text.row_counts", "distill.conversations"):
@@ -600,15 +602,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
-        if not _is_lost(sys.stdout):
+        if not is_lost(sys.stdout):
             raise
-        return _without_output(error)
+        return without_output(error)
     return code
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        with _ending_on_signals():
+        with ending_on_signals():
             result = app(
                 arguments,
                 exit_on_error=False,
@@ -617,126 +619,36 @@ def _run(arguments: Sequence[str] | None) -> int:
                 result_action="return_value",
             )
     except (MistillError, CycloptsError) as error:
-        return _refuse(error)
+        return refuse(error)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "datasets", "onnx_ir"):
             raise
-        return _refuse(
+        return refuse(
             MissingExtraError(
                 f"{error.name} is not installed, and this command needs it; install it with: "
                 "pip install 'mistill[compress]'"
             )
         )
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.filename is None and _is_lost(sys.stdout):
-            return _without_output(error)
-        outside = _from_outside(error)
+        if isinstance(error, OSError) and error.filename is None and is_lost(sys.stdout):
+            return without_output(error)
+        outside = from_outside(error)
         if outside is None:
             raise
-        return _refuse(outside)
+        return refuse(outside)
     except KeyboardInterrupt:
         print(
             "mistill: interrupted; the same command resumes the work or starts it again",
             file=sys.stderr,
         )
         return 130
-    except _SignalledError as error:
+    except SignalledError as error:
         print(
             f"mistill: ended by {error.name}; the same command resumes the work or starts it again",
             file=sys.stderr,
         )
         return 128 + error.number
     return result if isinstance(result, int) else 0
-
-
-def _speak_utf8() -> None:
-    """Write UTF-8 to files and pipes whatever the locale, and replace what cannot be shown."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            encoding = stream.encoding if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="replace")
-
-
-def _without_output(error: OSError) -> int:
-    """End a command whose standard output takes no more."""
-    if error.errno == errno.EPIPE:  # whoever read it needs no more
-        return 0
-    return _refuse(SettingsError(f"the standard output cannot be written: {error.strerror}"))
-
-
-def _is_lost(stream: TextIO) -> bool:
-    """Whether a stream takes no more; what is left for it is dropped then."""
-    try:
-        stream.write("\n")
-        stream.flush()
-    except OSError:
-        # Python would try again, and complain, when it ends.
-        with contextlib.suppress(OSError, ValueError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, stream.fileno())
-            os.close(nothing)
-        return True
-    return False
-
-
-class _SignalledError(BaseException):
-    """The system or a user ends this process; what it has begun is cleared up, as at an error."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-        self.name = signal.Signals(number).name
-
-
-@contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """Clear up at SIGTERM and SIGHUP as at an error, in a process of our own."""
-    names = ("SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise _SignalledError(number)
-
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:  # one that is ignored, as under nohup, stays so
-            signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _from_outside(error: BaseException) -> MistillError | None:
-    """What the system refused, in words; None for an error that may be a bug of ours."""
-    if isinstance(error, MemoryError) or "not enough memory" in str(error):
-        return MistillError("there is not enough memory for this; close other programs")
-    if is_full_disk(error):
-        return FolderError(f"there is no room to write {_name_of(error)}; free some space")
-    if isinstance(error, OSError) and error.errno is not None:
-        return FolderError(f"{_name_of(error)}: {os.strerror(error.errno)}")
-    return None
-
-
-def _name_of(error: BaseException) -> str:
-    names = (getattr(error, "filename", None), getattr(error, "filename2", None))
-    return " and ".join(str(name)[:200] for name in names if name) or "a file"
-
-
-def _refuse(error: Exception) -> int:
-    with contextlib.suppress(OSError):  # a full or closed stream takes no message
-        print(f"mistill: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
-    return 2
-
-
-def _make_visible(record: logging.LogRecord) -> bool:
-    """Let a warning that quotes a stranger's text reach the terminal without its controls."""
-    record.msg, record.args = visible(record.getMessage()), None
-    return True
 
 
 if __name__ == "__main__":

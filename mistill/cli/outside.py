@@ -1,0 +1,154 @@
+"""What meets a command from outside: its streams, signals, and what the system refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from mistill.errors import FolderError, MistillError, SettingsError
+from mistill.folders.publishing import is_full_disk
+from mistill.shown import visible
+
+
+def speak_utf8() -> None:
+    """Write UTF-8 to files and pipes whatever the locale, and replace what cannot be shown."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def without_output(error: OSError) -> int:
+    """End a command whose standard output takes no more.
+
+    Args:
+        error: What writing to it raised.
+
+    Returns:
+        The exit code: 0 where whoever read it needs no more.
+    """
+    if error.errno == errno.EPIPE:  # whoever read it needs no more
+        return 0
+    return refuse(SettingsError(f"the standard output cannot be written: {error.strerror}"))
+
+
+def is_lost(stream: TextIO) -> bool:
+    """Whether a stream takes no more; what is left for it is dropped then.
+
+    Args:
+        stream: The standard output.
+
+    Returns:
+        True if it cannot be written.
+    """
+    try:
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        # Python would try again, and complain, when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
+        return True
+    return False
+
+
+class SignalledError(BaseException):
+    """The system or a user ends this process; what it has begun is cleared up, as at an error."""
+
+    def __init__(self, number: int) -> None:
+        """Note which signal it was.
+
+        Args:
+            number: Of the signal.
+        """
+        super().__init__(number)
+        self.number = number
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Clear up at SIGTERM and SIGHUP as at an error, in a process of our own.
+
+    Yields:
+        Nothing.
+    """
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SignalledError(number)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # one that is ignored, as under nohup, stays so
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def from_outside(error: BaseException) -> MistillError | None:
+    """What the system refused, in words.
+
+    Args:
+        error: What a command raised.
+
+    Returns:
+        The refusal; None for an error that may be a bug of ours.
+    """
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return MistillError("there is not enough memory for this; close other programs")
+    if is_full_disk(error):
+        return FolderError(f"there is no room to write {_name_of(error)}; free some space")
+    if isinstance(error, OSError) and error.errno is not None:
+        return FolderError(f"{_name_of(error)}: {os.strerror(error.errno)}")
+    return None
+
+
+def _name_of(error: BaseException) -> str:
+    names = (getattr(error, "filename", None), getattr(error, "filename2", None))
+    return " and ".join(str(name)[:200] for name in names if name) or "a file"
+
+
+def refuse(error: Exception) -> int:
+    """Print an error as one line.
+
+    Args:
+        error: Its message is for the user.
+
+    Returns:
+        The exit code.
+    """
+    with contextlib.suppress(OSError):  # a full or closed stream takes no message
+        print(f"mistill: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+    return 2
+
+
+def make_visible(record: logging.LogRecord) -> bool:
+    """Let a warning that quotes a stranger's text reach the terminal without its controls.
+
+    Args:
+        record: The warning; changed.
+
+    Returns:
+        True: it is shown.
+    """
+    record.msg, record.args = visible(record.getMessage()), None
+    return True

@@ -32,7 +32,7 @@ from mistill.folders.lineage import fingerprint
 from mistill.folders.publishing import begun_on, refuse_existing, working, write_atomically
 from mistill.folders.renaming import FINISHED, remove_finished_work, remove_work
 from mistill.progress import track
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.answers import prompt_ids, refuse_unwritten, thoughts_opening
 from mistill.text.conversation import SYSTEMS, Conversation
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 # What a reply that is kept is called, and settings that change no reply.
 _KEPT = "kept"
 _SAME_REPLIES = (
-    *("batch_size", "held_out", "held_out_share", "skip_bad_rows"),
+    *("batch_size", "held_out", "held_out_share"),
     *("keep_unfinished", "max_repeats", "drop_duplicates"),
 )
 
@@ -112,11 +112,7 @@ def generate_conversations(
 
     key = {
         "step": "generate",
-        "settings": {
-            name: value
-            for name, value in settings_dict(settings).items()
-            if name not in _SAME_REPLIES
-        },
+        "settings": result_settings(settings, *_SAME_REPLIES),
         "teacher": fingerprint(folder),
         "prompts": _digest(talks),
         **vocabulary.date_key,

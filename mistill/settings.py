@@ -217,6 +217,22 @@ def settings_dict(settings: Any) -> dict[str, Any]:
     return {name: _plain(value) for name, value in asdict(settings).items()}
 
 
+def result_settings(settings: Any, *others: str) -> dict[str, Any]:
+    """The settings on which the result of a step depends, for the key of work that resumes.
+
+    Whether bad rows are passed over decides nothing: the text that was read is in the key.
+
+    Args:
+        settings: An object of a settings dataclass.
+        *others: Fields that change memory, speed or what is watched, and not the result.
+
+    Returns:
+        The other fields as ``settings_dict`` gives them.
+    """
+    left_out = {"skip_bad_rows", *others}
+    return {name: value for name, value in settings_dict(settings).items() if name not in left_out}
+
+
 def changed_settings(settings: Any) -> list[str]:
     """Which fields differ from their defaults.
 

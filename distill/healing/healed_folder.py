@@ -39,7 +39,7 @@ from mistill.pytorch.loading import (
     require_readable,
     stored_tensors,
 )
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, joined, pack
 from mistill.text.documents import read_documents
@@ -111,11 +111,7 @@ def heal(
         "step": "heal",
         "student": fingerprint(info.path),
         "teacher": fingerprint(large.path),
-        "settings": {
-            name: value
-            for name, value in settings_dict(settings).items()
-            if name != "skip_bad_rows"
-        },
+        "settings": result_settings(settings),
         "texts": blocks.digest,
         "versions": installed_versions(),
         **vocabulary.date_key,

@@ -41,7 +41,7 @@ from mistill.folders.publishing import (
     working,
 )
 from mistill.pytorch.loading import check_weights, completed_config, require_readable
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
@@ -151,11 +151,7 @@ def _make_healed(
     key = {
         "step": "student",
         "teacher": fingerprint(cut.teacher.path),
-        "settings": {
-            name: value
-            for name, value in settings_dict(settings).items()
-            if name != "skip_bad_rows"
-        },
+        "settings": result_settings(settings),
         "kept_layers": list(cut.keep),
         "kept_width": None if cut.width is None else cut.width.digest,
         "texts": blocks.digest,

@@ -42,7 +42,7 @@ from mistill.folders.location import Location, location_of
 from mistill.folders.publishing import day_of, is_full_disk, refuse_existing
 from mistill.folders.targets_folder import PLAN_FILE, is_targets, read_document
 from mistill.progress import track
-from mistill.settings import environment_number, require, settings_dict, settings_from
+from mistill.settings import environment_number, require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 _LOOK_AGAIN_SECONDS = 0.5
 # What says who works, and not what comes of it.
-_WORKERS = ("rank", "ranks", "skip_bad_rows")
+_WORKERS = ("rank", "ranks")
 
 logger = logging.getLogger(__name__)
 
@@ -194,9 +194,7 @@ def _check_target(location: Location, workers: _Workers, overwrite: bool) -> Non
 
 def _facts(info: FolderInfo, vocabulary: Vocabulary, settings: TargetSettings) -> dict[str, Any]:
     """All that decides what the teacher says and how it is written, but for the text."""
-    chosen = {
-        name: value for name, value in settings_dict(settings).items() if name not in _WORKERS
-    }
+    chosen = result_settings(settings, *_WORKERS)
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if _device_type() == "cuda" else "float32"

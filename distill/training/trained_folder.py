@@ -29,7 +29,7 @@ from mistill.errors import FolderError, SettingsError, TrainingError, Vocabulary
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
 from mistill.folders.lineage import add_lineage, fingerprint
 from mistill.folders.publishing import publish, refuse_existing, working
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
@@ -51,7 +51,6 @@ _SAME_RESULT = (
     "gradient_checkpointing",
     "loss_memory_mib",
     "micro_batch_size",
-    "skip_bad_rows",
     "teacher_device_map",
     "trackers",
     "twin",
@@ -143,11 +142,7 @@ def train(
 
     state = this_process()
     key = {
-        "settings": {
-            name: value
-            for name, value in settings_dict(settings).items()
-            if name not in _SAME_RESULT
-        },
+        "settings": result_settings(settings, *_SAME_RESULT),
         "student": fingerprint(student_info.path),
         "teacher": source.fingerprint,
         "texts": training.digest,

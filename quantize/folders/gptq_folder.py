@@ -21,7 +21,7 @@ from mistill.progress import Tracker, track
 from mistill.pytorch.layers import Batch, LayeredModel
 from mistill.pytorch.loading import read_tensors, require_finite_weights
 from mistill.pytorch.stages import kept_rows
-from mistill.settings import settings_dict, settings_from
+from mistill.settings import result_settings, settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
@@ -198,11 +198,7 @@ def _run(
     key = {
         "step": "gptq",
         "source": fingerprint(job.model.folder),
-        "settings": {
-            name: value
-            for name, value in settings_dict(job.settings).items()
-            if name != "skip_bad_rows"
-        },
+        "settings": result_settings(job.settings),
         "texts": job.blocks.digest,
         "versions": installed_versions(),
         **job.dated,

@@ -27,7 +27,7 @@ from mistill.folders.publishing import begun_on, publish, refuse_existing, worki
 from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
 from mistill.progress import track
 from mistill.pytorch.loading import load_pytorch, require_finite_weights, stored_tensors
-from mistill.settings import require, settings_dict, settings_from
+from mistill.settings import require, result_settings, settings_from
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, check_texts
@@ -110,11 +110,7 @@ def tune(
         "step": "tune",
         "source": fingerprint(info.path),
         "teacher": fingerprint(teacher_info.path),
-        "settings": {
-            name: value
-            for name, value in settings_dict(settings).items()
-            if name != "skip_bad_rows"
-        },
+        "settings": result_settings(settings),
         "versions": installed_versions(),
         "texts": training.digest,
         "held_out": judging.digest,

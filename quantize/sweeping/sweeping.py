@@ -23,7 +23,7 @@ from mistill.folders.lineage import fingerprint, installed_versions
 from mistill.folders.publishing import day_of, write_atomically
 from mistill.measures.kl import Predictions
 from mistill.progress import track
-from mistill.settings import settings_dict, settings_from
+from mistill.settings import result_settings, settings_dict, settings_from
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
@@ -163,11 +163,7 @@ def sweep(
         "source": fingerprint(model.folder),
         "teacher": None if teacher_folder is None else fingerprint(teacher_folder),
         "texts": [calibration.digest, blocks.digest],
-        "settings": {
-            name: value
-            for name, value in settings_dict(replace(settings, variants=())).items()
-            if name != "skip_bad_rows"
-        },
+        "settings": result_settings(replace(settings, variants=())),
         "versions": installed_versions(),
         **load_vocabulary(model.folder, today=today).date_key,
     }

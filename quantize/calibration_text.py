@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-from mistill.text.blocks import TokenBlocks, pack
+from mistill.text.blocks import TokenBlocks, joined, pack
 from mistill.text.documents import read_documents
-from mistill.text.rows import Texts
+from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
 from quantize.settings import GptqSettings
 
@@ -62,35 +63,68 @@ def draw_up_to(
     skip_bad_rows: bool = False,
     today: date | None = None,
 ) -> TokenBlocks:
-    """Draw some blocks from the beginning of some text, or take all of a short one.
+    """Draw some blocks from the beginning of every text, or take all of a short one.
 
     Args:
         samples: Most blocks.
         block_length: Tokens in each.
-        texts: What ``mistill.text.documents.read_documents`` reads.
+        texts: What ``mistill.text.documents.read_documents`` reads; of several texts, as many
+            blocks of each as far as they go.
         folder: The model, for its vocabulary.
         seed: Which blocks of a long text are drawn.
         skip_bad_rows: Whether rows that cannot be read are passed over and counted.
         today: The day that a chat template writes; None takes the time of reading.
 
     Returns:
-        Blocks in the order of the text.
+        Blocks in the order of the text; those of several texts in turn.
 
     Raises:
         TextError: If there is no text.
     """
-    documents = read_documents(
-        texts,
-        load_vocabulary(folder, today=today),
-        limit=_POOL * samples * block_length,
-        skip_bad_rows=skip_bad_rows,
-        block_length=block_length,
-    )
-    blocks = pack(documents, block_length)
-    if len(blocks) <= samples:
-        return blocks
+    vocabulary = load_vocabulary(folder, today=today)
+    sources = sources_of(texts)
+    share = -(-samples // len(sources))
+    pools = [
+        pack(
+            read_documents(
+                source,
+                vocabulary,
+                limit=_POOL * share * block_length,
+                skip_bad_rows=skip_bad_rows,
+                block_length=block_length,
+            ),
+            block_length,
+        )
+        for source in sources
+    ]
     generator = np.random.default_rng(seed)
-    return blocks[np.sort(generator.choice(len(blocks), samples, replace=False))]
+    counts = equal_shares(samples, [len(pool) for pool in pools])
+    drawn = [_draw(pool, n, generator) for pool, n in zip(pools, counts, strict=True) if n]
+    return drawn[0] if len(drawn) == 1 else joined(drawn)
+
+
+def equal_shares(total: int, sizes: Sequence[int]) -> list[int]:
+    """How many to take of each of several supplies, as equal as their sizes allow.
+
+    Args:
+        total: How many to take together.
+        sizes: How many there are of each.
+
+    Returns:
+        One number for each; together the total, or everything where there is less.
+    """
+    shares = [0] * len(sizes)
+    # The smallest supply decides first; what it lacks is taken from the larger ones.
+    for done, index in enumerate(sorted(range(len(sizes)), key=lambda item: sizes[item])):
+        shares[index] = min(sizes[index], -(-(total - sum(shares)) // (len(sizes) - done)))
+    return shares
+
+
+def _draw(blocks: TokenBlocks, count: int, generator: np.random.Generator) -> TokenBlocks:
+    """Some blocks at random, in their order; all if there are no more."""
+    if len(blocks) <= count:
+        return blocks
+    return blocks[np.sort(generator.choice(len(blocks), count, replace=False))]
 
 
 def names_of(texts: Texts) -> list[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import QuantizedWeight, read_quantization, unpack
 from mistill.weights.tensor_writer import TensorWriter
 from quantize import GptqSettings, RoundingSettings, to_gptq, to_nf4, to_rounding
-from quantize.calibration_text import draw_blocks
+from quantize.calibration_text import draw_blocks, equal_shares
 from quantize.gptq.rounding import round_weight
 from tests.tiny import tiny_model
 
@@ -198,6 +199,39 @@ def test_less_text_than_asked_for_is_used_whole_and_said(
         blocks = draw_blocks(tmp_path / "short.txt", model, settings)
     assert 0 < len(blocks) < 50
     assert f"only {len(blocks)} of the 50 blocks" in caplog.text
+
+
+def test_several_texts_give_as_many_blocks_each_as_far_as_they_go(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    short.write_text("A cold wind blows from the north, and it is strong.")
+    long.write_text("The sea is wide and the hills are green. " * 200)
+    settings = GptqSettings(group_size=16, samples=20, block_length=16)
+    texts = [chats, short, long]
+    blocks = draw_blocks(texts, model, settings)
+    pools = [draw_blocks(text, model, replace(settings, samples=200)) for text in texts]
+    whole = [{row.tobytes() for row in pool.ids} for pool in pools]
+    counts = [sum(row.tobytes() in rows for row in blocks.ids) for rows in whole]
+    few = len(pools[1])
+    assert few < 6
+    assert counts == [(20 - few) // 2, few, 20 - few - (20 - few) // 2]
+
+
+@pytest.mark.parametrize(
+    ("total", "sizes", "shares"),
+    [
+        (6, [9, 9, 9], [2, 2, 2]),
+        (7, [9, 9], [4, 3]),
+        (10, [1, 20, 3], [1, 6, 3]),
+        (50, [4, 5], [4, 5]),
+        (1, [3, 3], [1, 0]),
+    ],
+)
+def test_shares_are_as_equal_as_the_supplies_allow(
+    total: int, sizes: list[int], shares: list[int]
+) -> None:
+    assert equal_shares(total, sizes) == shares
 
 
 def test_a_tied_head_is_stored_once(outliers: Path, chats: Path, tmp_path: Path) -> None:

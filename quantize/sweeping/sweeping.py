@@ -9,6 +9,7 @@ quantized layers before it; so Hessians are a variant's own and are not shared.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +18,17 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.errors import ArchitectureError, SettingsError, TargetExistsError
+import msgspec
+
+from mistill.errors import ArchitectureError, FolderError, SettingsError, TargetExistsError
 from mistill.folders.folder import describe, read_json
 from mistill.folders.lineage import fingerprint, installed_versions
-from mistill.folders.publishing import day_of, write_atomically
+from mistill.folders.publishing import day_of, refuse_existing, write_atomically
+from mistill.folders.renaming import remove_finished_work, remove_leftovers
 from mistill.measures.kl import Predictions
 from mistill.progress import track
 from mistill.settings import result_settings, settings_dict, settings_from
+from mistill.shown import visible
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
@@ -34,7 +39,7 @@ from quantize.folders.rounding_folder import to_rounding
 from quantize.measuring.fidelity import measure, open_teacher, predictions
 from quantize.mixed.mixed_folder import to_mixed, uniform_bytes
 from quantize.nf4.nf4_folder import to_nf4
-from quantize.settings import GptqSettings, SweepSettings, Variant
+from quantize.settings import NAMES, GptqSettings, SweepSettings, Variant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -167,7 +172,8 @@ def sweep(
         "versions": installed_versions(),
         **load_vocabulary(model.folder, today=today).date_key,
     }
-    state = _begin(folder, key, overwrite)
+    others = [] if teacher_folder is None else [teacher_folder]
+    state = _begin(folder, key, overwrite, [source, model.folder, *others])
     references = {"source": predictions(model.folder, blocks)}
     if teacher_folder is not None:
         references["teacher"] = predictions(teacher_folder, blocks)
@@ -230,11 +236,13 @@ def _begun_on(folder: Path) -> date:
     return day_of(key.get("date") if isinstance(key, dict) else None)
 
 
-def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+def _begin(
+    folder: Path, key: dict[str, Any], overwrite: bool, sources: Sequence[str | Path]
+) -> dict[str, Any]:
     """Start a sweep, or resume one that was interrupted."""
     file = folder / SWEEP_FILE
     if folder.exists():
-        state: dict[str, Any] = read_json(file) if file.is_file() else {}
+        state = _read_state(file) if file.is_file() else {}
         if state.get("key") == key:
             return state
         if not state:
@@ -247,10 +255,36 @@ def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> dict[str, Any]
                 f"{folder} exists already and holds another sweep; choose another name or "
                 "overwrite it"
             )
+        for name in NAMES:
+            remove_leftovers(folder / name)
+            remove_finished_work(folder / name)
+        refuse_existing(folder, overwrite, sources)
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     state = {"key": key, "rows": {}}
     _write(folder, state)
+    return state
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """What a sweep has measured so far; anybody may have changed the file."""
+    state = read_json(file)
+    if not isinstance(state.get("key"), dict) or not isinstance(state.get("rows"), dict):
+        raise FolderError(f"{file} is damaged: it should hold a key and rows; remove the folder")
+    for name, row in state["rows"].items():
+        try:
+            typed = msgspec.convert(row, SweepRow)
+        except msgspec.ValidationError as error:
+            raise FolderError(
+                f"{file} is damaged: the row {visible(name)} is no result of a sweep "
+                f"({visible(str(error))}); remove the folder"
+            ) from error
+        figures = [value for value in vars(typed).values() if isinstance(value, float)]
+        if typed.name != name or name not in NAMES or not all(map(math.isfinite, figures)):
+            raise FolderError(
+                f"{file} is damaged: the row {visible(name)} is no result of a sweep; remove the "
+                "folder"
+            )
     return state
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import quantize
 from mistill.cli.app import main
-from mistill.errors import SettingsError, TargetExistsError, VocabularyError
+from mistill.errors import FolderError, SettingsError, TargetExistsError, VocabularyError
 from mistill.measures.kl import compare, predict
 from mistill.pytorch.loading import load_pytorch
 from quantize.calibration_text import draw_blocks
@@ -201,6 +201,44 @@ def test_what_cannot_be_swept_is_refused(
             model, tmp_path / "mine", texts=chats, held_out=held_out, overwrite=True, **SMALL
         )
     assert (tmp_path / "mine" / "thesis.txt").read_text("utf-8") == "Of winds"
+
+
+def test_what_others_put_into_a_sweep_is_not_removed(
+    model: Path, chats: Path, held_out: Path, tmp_path: Path
+) -> None:
+    few = {**SMALL, "variants": ("rounding-64",)}
+    quantize.sweep(model, tmp_path / "sweep", texts=chats, held_out=held_out, **few)
+    (tmp_path / "sweep" / "rounding-64" / "thesis.txt").write_text("Of winds", "utf-8")
+    with pytest.raises(FolderError, match="holds rounding-64, which no step of mistill wrote"):
+        quantize.sweep(
+            model, tmp_path / "sweep", texts=held_out, held_out=chats, overwrite=True, **few
+        )
+    assert (tmp_path / "sweep" / "rounding-64" / "thesis.txt").is_file()
+    (tmp_path / "sweep" / "rounding-64" / "thesis.txt").unlink()
+    quantize.sweep(model, tmp_path / "sweep", texts=held_out, held_out=chats, overwrite=True, **few)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kl": "much"},
+        {"kl": None},
+        {"weight_bytes": 1.5},
+        {"name": "../elsewhere"},
+        {"kl": float("nan")},
+    ],
+)
+def test_results_that_someone_changed_are_refused(
+    change: dict[str, object], model: Path, chats: Path, held_out: Path, tmp_path: Path
+) -> None:
+    few = {**SMALL, "variants": ("rounding-64",)}
+    quantize.sweep(model, tmp_path / "sweep", texts=chats, held_out=held_out, **few)
+    file = tmp_path / "sweep" / "sweep.json"
+    state = json.loads(file.read_text())
+    state["rows"]["rounding-64"].update(change)
+    file.write_text(json.dumps(state))
+    with pytest.raises(FolderError, match=r"sweep.json"):
+        quantize.sweep(model, tmp_path / "sweep", texts=chats, held_out=held_out, **few)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])

@@ -210,7 +210,7 @@ class BudgetSettings:
 
     Attributes:
         size_mb: Largest size of weights, scales and tables together, in megabytes; give either
-            this or bits_per_weight.
+            this or bits_per_weight. If neither is given, what llama.cpp's Q4_K_M would take.
         bits_per_weight: Largest size in bits for each weight of the model, everything counted.
         formats: Formats to choose from, each "bits=4, group_size=64". A format that does not fit a
             matrix is not considered for it.

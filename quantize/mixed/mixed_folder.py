@@ -27,7 +27,7 @@ import torch
 from mistill.errors import SettingsError
 from mistill.folders.folder import describe, tensor_headers, weight_files
 from mistill.folders.publishing import begun_on, refuse_existing, write_atomically
-from mistill.settings import require, settings_from
+from mistill.settings import settings_from
 from mistill.text.rows import Texts, check_texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per_unit
 from quantize.calibration_text import draw_blocks
@@ -35,6 +35,7 @@ from quantize.folders.float_model import FloatModel, open_float
 from quantize.folders.gptq_folder import make_gptq, require_context
 from quantize.measuring.fidelity import open_check
 from quantize.mixed.budget import Choice, fill_budget
+from quantize.mixed.q4_k_m import q4_k_m_bytes
 from quantize.mixed.sensitivity import Costs, estimate_costs
 from quantize.settings import TABLE_BITS, GptqSettings, MixedSettings
 
@@ -83,10 +84,6 @@ def to_mixed(
         TextError: If there is no text.
     """
     settings = settings_from(MixedSettings, settings, options)
-    require(
-        settings.size_mb is not None or settings.bits_per_weight is not None,
-        "mixed precision needs a size to stay within; give either size_mb or bits_per_weight",
-    )
     target = refuse_existing(target, overwrite, [source])
     model = open_float(source)
     require_context(model, settings.block_length)
@@ -263,18 +260,31 @@ def _size(name: str, inputs: int, outputs: int, form: ModuleFormat, scale_bytes:
 def _budget(model: FloatModel, settings: MixedSettings) -> int:
     if settings.size_mb is not None:
         return math.floor(settings.size_mb * 1e6)
-    assert settings.bits_per_weight is not None
-    return math.floor(settings.bits_per_weight * describe(model.folder).parameters / 8)
+    if settings.bits_per_weight is not None:
+        return math.floor(settings.bits_per_weight * describe(model.folder).parameters / 8)
+    present = tensor_headers(model.folder)
+    tables = {name: present[f"{name}.weight"].shape for name in _table_names(model)}
+    return q4_k_m_bytes(
+        model.matrices,
+        {name: (width, rows) for name, (rows, width) in tables.items()},
+        sum(math.prod(present[name].shape) for name in _rest(model)),
+    )
 
 
 def _rest_bytes(model: FloatModel) -> int:
     """Bytes of norms and biases, which stay as they are."""
+    present = tensor_headers(model.folder)
+    return sum(present[name].size + len(name) + _HEADER_BYTES for name in _rest(model))
+
+
+def _rest(model: FloatModel) -> list[str]:
+    """Names of the tensors that are neither matrices nor tables."""
     chosen = {f"{name}.weight" for name in (*model.matrices, EMBEDDING, HEAD)}
-    return sum(
-        stored.size + len(name) + _HEADER_BYTES
-        for name, stored in tensor_headers(model.folder).items()
+    return [
+        name
+        for name in tensor_headers(model.folder)
         if name not in chosen and not name.endswith("rotary_emb.inv_freq")
-    )
+    ]
 
 
 def _choices(

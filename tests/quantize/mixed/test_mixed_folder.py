@@ -17,7 +17,9 @@ from mistill.measures.kl import compare, predict
 from mistill.pytorch.loading import load_pytorch
 from mistill.weights.gptq_layout import ModuleFormat
 from quantize.calibration_text import draw_blocks
+from quantize.folders.float_model import open_float
 from quantize.mixed.budget import Choice, fill_budget, lower_hull
+from quantize.mixed.q4_k_m import q4_k_m_bytes
 from quantize.settings import GptqSettings
 
 FORMATS = ("bits=4, group_size=64", "bits=4, group_size=32", "bits=8, group_size=64")
@@ -133,13 +135,23 @@ def test_mixing_beats_one_precision_of_the_same_bytes(
     assert found["mixed"]["model"].kl < found["uniform"]["model"].kl
 
 
+def test_where_no_size_is_asked_for_it_is_that_of_q4_k_m(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    mixed = quantize.to_mixed(model, tmp_path / "mixed", texts=chats, **SMALL)
+    summary = read_json(mixed / "mixed.json")
+    whole = open_float(model)
+    tables = {"embed_tokens": (64, 384), "lm_head": (64, 384)}
+    norms = 64 * (2 * whole.config.num_hidden_layers + 1)
+    assert summary["budget_bytes"] == q4_k_m_bytes(whole.matrices, tables, norms)
+    assert weight_bytes(mixed) <= summary["budget_bytes"]
+
+
 def test_what_cannot_be_that_small_is_refused_with_what_can(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=r"takes at least .*bits per weight.*raise the size"):
         quantize.to_mixed(model, tmp_path / "small", texts=chats, size_mb=0.05, **SMALL)
-    with pytest.raises(SettingsError, match="either size_mb or bits_per_weight"):
-        quantize.to_mixed(model, tmp_path / "small", texts=chats)
     with pytest.raises(SettingsError, match="either size_mb or bits_per_weight"):
         quantize.to_mixed(model, tmp_path / "small", texts=chats, size_mb=1, bits_per_weight=5)
     with pytest.raises(SettingsError, match="no format fits"):

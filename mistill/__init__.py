@@ -16,6 +16,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from mistill.chat.bot import ChatBot as ChatBot
+    from mistill.compressing import CompressSettings as CompressSettings
+    from mistill.compressing import compress as compress
     from mistill.engine.language_model import LanguageModel as LanguageModel
     from mistill.engine.opening import open_model as open_model
     from mistill.errors import MistillError as MistillError
@@ -27,9 +29,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ChatBot": "mistill.chat.bot",
+    "CompressSettings": "mistill.compressing",
     "FolderInfo": "mistill.folders.folder",
     "LanguageModel": "mistill.engine.language_model",
     "MistillError": "mistill.errors",
+    "compress": "mistill.compressing",
     "open_folder": "mistill.folders.folder",
     "open_model": "mistill.engine.opening",
     "save_model": "mistill.sources.source",
@@ -37,10 +41,12 @@ _HOMES = {
 
 __all__ = [
     "ChatBot",
+    "CompressSettings",
     "FolderInfo",
     "LanguageModel",
     "MistillError",
     "__version__",
+    "compress",
     "open_folder",
     "open_model",
     "save_model",

@@ -216,6 +216,8 @@ class BudgetSettings:
             matrix is not considered for it.
         tables: Whether the embedding and the head may be stored in 4 or 8 bits too. Only mistill
             reads such tables.
+        fused: Give matrices that an ONNX folder multiplies as one (query, key and value; gate and
+            up) the same format, without which it must multiply them one by one.
         sensitivity_samples: Number of blocks of text on which the KL of each choice is estimated.
         symmetric: Store codes around a fixed zero point.
         scale_type: The type that scales are stored in: float16, bfloat16 or float32.
@@ -231,6 +233,7 @@ class BudgetSettings:
         "bits=8, group_size=64",
     )
     tables: bool = True
+    fused: bool = False
     sensitivity_samples: int = 4
     symmetric: bool = True
     scale_type: ScaleType = "float16"

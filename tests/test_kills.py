@@ -44,6 +44,8 @@ STEPS = {
     "tune": "quantize tune gptq out --teacher teacher --texts rows.jsonl --block-length 64",
     "export": "export model out",
     "gguf": "gguf model out.gguf",
+    "compress": "compress model out --texts rows.jsonl --held-out rows.jsonl --samples 4 "
+    "--block-length 64 --tuning-steps 2 --bits-per-weight 14",
     "generate": "generate model prompts.txt out.jsonl --max-new-tokens 6 --batch-size 2 "
     "--keep-unfinished",
 }

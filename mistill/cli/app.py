@@ -46,6 +46,7 @@ from mistill.cli.outside import (
     speak_utf8,
     without_output,
 )
+from mistill.compressing import CompressSettings
 from mistill.engine.language_model import Provider
 from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.settings import require
@@ -386,6 +387,53 @@ def export(
     size = sum(file.stat().st_size for file in (folder / "onnx").iterdir())
     facts = {"path": str(folder), "form": settings.layout, "weight_bytes": size}
     return print_result(facts, f"transformers.js folder, {size / 1e6:.1f} MB", folder, json)
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Size": ("size_mb", "bits_per_weight"),
+            "Data": ("texts", "held_out", "samples", "block_length"),
+            "Work": ("tuning_steps", "seed"),
+            "Chatbot": ("context_length",),
+        }
+    )
+)
+def compress(
+    source: str,
+    target: Path,
+    /,
+    *,
+    texts: Texts = ("@demo-train",),
+    held_out: Texts = ("@demo-held-out",),
+    settings: Annotated[CompressSettings, Flat] = CompressSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Make a chatbot of a model in one step, in the best way known for its size.
+
+    Bits are chosen for every matrix, the codes are rounded by GPTAQ, scales are tuned, and an ONNX
+    folder is made of them. The same command resumes an interrupted run.
+
+    Args:
+        source: A float model folder, a Hub id, a GGUF file, or @smollm2.
+        target: The ONNX folder to write.
+        texts: Text to calibrate and to tune on, best of several kinds. A .txt, .jsonl, .json or
+            .parquet file, a Hub dataset, or @demo-train.
+        held_out: Other text, on which the chatbot is compared with its source.
+        settings: How small the chatbot is, and how much work goes into it.
+        overwrite: Replace the target if it exists.
+        json: Print the result as one line of JSON at the end.
+
+    Returns:
+        The facts that were printed.
+    """
+    from mistill.compressing import compress
+
+    folder = compress(
+        source, target, texts=texts, held_out=held_out, settings=settings, overwrite=overwrite
+    )
+    return print_folder(folder, json)
 
 
 @app.command(help_formatter=HelpPage({"Weights": ("dtype", "table_dtype")}))

@@ -204,7 +204,7 @@ def rounding(
     help_formatter=HelpPage(
         {
             "Data and size": ("texts", "size_mb", "bits_per_weight", "held_out", "teacher"),
-            "Formats to choose from": ("formats", "tables", "sensitivity_samples"),
+            "Formats to choose from": ("formats", "tables", "fused", "sensitivity_samples"),
             **GRID,
             **GPTQ,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mistill.weights.gptq_layout import ModuleFormat
@@ -56,6 +56,40 @@ def fill_budget(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[st
         chosen[name] += 1
         push(name)
     return {name: hulls[name][index] for name, index in chosen.items()}
+
+
+def fill_budget_alike(
+    choices: Mapping[str, Sequence[Choice]], group_of: Callable[[str], str], budget: int
+) -> dict[str, Choice]:
+    """Like ``fill_budget``, with one format for all matrices of a group.
+
+    Args:
+        choices: Ways to store each matrix, by name; a format that not all of a group have is not
+            considered.
+        group_of: The group that a matrix belongs to.
+        budget: Bytes for all of them; at least what the smallest common choices take.
+
+    Returns:
+        One choice for each matrix.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in choices:
+        groups.setdefault(group_of(name), []).append(name)
+    by_form = {name: {one.form: one for one in options} for name, options in choices.items()}
+    together = {
+        group: [
+            Choice(
+                form,
+                sum(by_form[name][form].size for name in names),
+                sum(by_form[name][form].cost for name in names),
+            )
+            for form in by_form[names[0]]
+            if all(form in by_form[name] for name in names)
+        ]
+        for group, names in groups.items()
+    }
+    chosen = fill_budget(together, budget)
+    return {name: by_form[name][chosen[group_of(name)].form] for name in choices}
 
 
 def lower_hull(options: Sequence[Choice]) -> list[Choice]:

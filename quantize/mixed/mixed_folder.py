@@ -34,14 +34,23 @@ from quantize.calibration_text import draw_blocks
 from quantize.folders.float_model import FloatModel, open_float
 from quantize.folders.gptq_folder import make_gptq, require_context
 from quantize.measuring.fidelity import open_check
-from quantize.mixed.budget import Choice, fill_budget
+from quantize.mixed.budget import Choice, fill_budget, fill_budget_alike
 from quantize.mixed.q4_k_m import q4_k_m_bytes
 from quantize.mixed.sensitivity import Costs, estimate_costs
-from quantize.settings import TABLE_BITS, GptqSettings, MixedSettings
+from quantize.settings import TABLE_BITS, BudgetSettings, GptqSettings, MixedSettings
 
 _log = logging.getLogger(__name__)
 
 CHOICE_FILE = "mixed.json"
+
+# Matrices of one input, which an ONNX folder multiplies as one.
+_PRODUCTS = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+}
 
 # What the header of a file says of a tensor, besides its name, takes fewer bytes than this.
 _HEADER_BYTES = 90
@@ -135,7 +144,7 @@ def choose(
         SettingsError: If even the smallest choices do not fit.
     """
     sizes = _possible_sizes(model, settings)
-    budget = _budget(model, settings)
+    budget = size_limit(model, settings)
     rest = _rest_bytes(model)
     least = sum(min(by_form.values()) for by_form in sizes.values()) + rest
     if least > budget:
@@ -150,7 +159,10 @@ def choose(
     generator = torch.Generator().manual_seed(settings.seed)
     forms = {name: [f for f in by_form if f is not None] for name, by_form in sizes.items()}
     costs = estimate_costs(model, blocks, forms, settings.gptq(), generator)
-    return fill_budget(_choices(sizes, costs), budget - rest), budget
+    choices = _choices(sizes, costs)
+    if settings.fused:
+        return fill_budget_alike(choices, _fused_with, budget - rest), budget
+    return fill_budget(choices, budget - rest), budget
 
 
 def uniform_bytes(model: FloatModel, group_size: int) -> int:
@@ -232,12 +244,22 @@ def _possible_sizes(
         sizes[module] = {None: table.size + len(module) + _HEADER_BYTES}
         if not settings.tables:
             continue
-        group = next((g for g in (128, 64, 32, 16) if width % g == 0), -1)
+        group = _table_group(width, settings)
         for bits in TABLE_BITS:
             form = ModuleFormat(bits=bits, group_size=group, symmetric=settings.symmetric)
             if _fits(width, rows, form):
                 sizes[module][form] = _size(module, width, rows, form, scale_bytes)
     return sizes
+
+
+def _table_group(width: int, settings: MixedSettings) -> int:
+    """Columns per group of the tables, which have one: the most that all formats' bits have."""
+    largest = []
+    for bits in TABLE_BITS:
+        groups = [form.group_size for form in settings.choices() if form.bits == bits]
+        groups = [group for group in groups if group > 0] or [128]
+        largest.append(max(groups))
+    return next((g for g in (128, 64, 32, 16) if width % g == 0 and g <= min(largest)), -1)
 
 
 def _table_names(model: FloatModel) -> tuple[str, ...]:
@@ -257,7 +279,16 @@ def _size(name: str, inputs: int, outputs: int, form: ModuleFormat, scale_bytes:
     return codes + grids + 4 * inputs + 4 * (len(name) + _HEADER_BYTES)
 
 
-def _budget(model: FloatModel, settings: MixedSettings) -> int:
+def size_limit(model: FloatModel, settings: BudgetSettings) -> int:
+    """The size that a mix of a model may have.
+
+    Args:
+        model: The float model.
+        settings: The size as it is asked for.
+
+    Returns:
+        Bytes of weights, scales and tables together.
+    """
     if settings.size_mb is not None:
         return math.floor(settings.size_mb * 1e6)
     if settings.bits_per_weight is not None:
@@ -285,6 +316,12 @@ def _rest(model: FloatModel) -> list[str]:
         for name in tensor_headers(model.folder)
         if name not in chosen and not name.endswith("rotary_emb.inv_freq")
     ]
+
+
+def _fused_with(name: str) -> str:
+    """The product that a matrix belongs to where a runtime multiplies several as one."""
+    layer, _, matrix = name.rpartition(".")
+    return f"{layer}.{_PRODUCTS.get(matrix, matrix)}"
 
 
 def _choices(

@@ -18,7 +18,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.weights.gptq_layout import ModuleFormat
 from quantize.calibration_text import draw_blocks
 from quantize.folders.float_model import open_float
-from quantize.mixed.budget import Choice, fill_budget, lower_hull
+from quantize.mixed.budget import Choice, fill_budget, fill_budget_alike, lower_hull
 from quantize.mixed.q4_k_m import q4_k_m_bytes
 from quantize.settings import GptqSettings
 
@@ -82,6 +82,38 @@ def test_bytes_go_where_each_of_them_brings_most() -> None:
     assert [found[name].size for name in ("large", "small")] == [10, 20]
     found = fill_budget(choices, 130)
     assert [found[name].size for name in ("large", "small")] == [110, 20]
+
+
+def test_a_group_gets_the_format_that_is_worth_most_to_it_as_a_whole() -> None:
+    """By hand: what helps one matrix much is not worth the bytes of all three."""
+    few, many = (ModuleFormat(bits=bits, group_size=64) for bits in (4, 8))
+    choices = {
+        "0.q": [Choice(few, 10, 1.0), Choice(many, 20, 0.0)],
+        "0.k": [Choice(few, 10, 0.1), Choice(many, 20, 0.0)],
+        "0.v": [Choice(few, 10, 0.1), Choice(many, 20, 0.0), Choice(None, 5, 2.0)],
+        "1.q": [Choice(few, 10, 0.5), Choice(many, 20, 0.0)],
+    }
+    apart = fill_budget_alike(choices, lambda name: name, 60)
+    assert {name for name, choice in apart.items() if choice.form == many} == {"0.q", "1.q"}
+    together = fill_budget_alike(choices, lambda name: name[0], 60)
+    assert [choice.form for choice in together.values()] == [few, few, few, many]
+    together = fill_budget_alike(choices, lambda name: name[0], 80)
+    assert [choice.form for choice in together.values()] == [many, many, many, many]
+
+
+def test_matrices_that_are_multiplied_as_one_have_one_format(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    mixed = quantize.to_mixed(
+        model, tmp_path / "mixed", texts=chats, bits_per_weight=7, fused=True, **SMALL
+    )
+    forms = read_json(mixed / "mixed.json")["modules"]
+    for layer in range(2):
+        name = f"model.layers.{layer}"
+        attention = [forms[f"{name}.self_attn.{matrix}_proj"] for matrix in "qkv"]
+        assert attention[0] == attention[1] == attention[2]
+        assert forms[f"{name}.mlp.gate_proj"] == forms[f"{name}.mlp.up_proj"]
+    assert len({str(form) for form in forms.values()}) > 1
 
 
 def test_a_choice_that_two_others_beat_is_skipped() -> None:

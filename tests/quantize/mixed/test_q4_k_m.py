@@ -35,7 +35,7 @@ def test_smollm2_takes_the_bytes_that_llama_quantize_wrote():
 
 
 def test_mistral_7b_takes_what_its_published_file_has():
-    # mistral-7b-instruct-v0.2.Q4_K_M.gguf has 4,368,439,584 bytes, 0.7 MB of them for its vocabulary.
+    # mistral-7b-instruct-v0.2.Q4_K_M.gguf has 4,368,439,584 bytes; 0.7 MB are its vocabulary.
     matrices = matrices_of(layers=32, hidden=4096, intermediate=14336, key_values=1024)
     tables = {"embed_tokens": (4096, 32000), "lm_head": (4096, 32000)}
     tensors = q4_k_m_bytes(matrices, tables, other_values=65 * 4096)

@@ -1,0 +1,190 @@
+"""One call from a model to a chatbot for a CPU, in the best way known for its size.
+
+The way is three steps that exist on their own: bits and groups chosen for every matrix within the
+size, rounded by GPTAQ; scales and norms tuned to the float model; an ONNX folder made of the codes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistill.errors import TrainingError
+from mistill.folders.folder import describe, read_config
+from mistill.folders.lineage import fingerprint
+from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.recipe import step_kinds
+from mistill.settings import (
+    TextSettings,
+    require,
+    require_range,
+    result_settings,
+    settings_from,
+)
+from mistill.sources.source import resolve_model
+from mistill.text.rows import Texts, check_texts, sources_of
+
+_log = logging.getLogger(__name__)
+
+# Blocks that the export neither splits nor pads, with scales as it stores them, so that the size of
+# the codes is that of the chatbot.
+_FORMATS = ("bits=4, group_size=64", "bits=4, group_size=32", "bits=8, group_size=32")
+
+# What the graph itself takes for each layer, and the context that the export gives by default.
+_GRAPH_BYTES = 6_000
+_USUAL_CONTEXT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings(TextSettings):
+    """How small a chatbot is, and how much work goes into it.
+
+    Attributes:
+        size_mb: Largest size of weights, scales and tables together, in megabytes; give either
+            this or bits_per_weight. If neither is given, what llama.cpp's Q4_K_M would take.
+        bits_per_weight: Largest size in bits for each weight of the model, everything counted.
+        samples: Number of blocks of calibration text, as many of each text as it has.
+        tuning_steps: Steps in which scales and norms are tuned to the source; 0 leaves them.
+        block_length: Tokens of a block of text.
+        context_length: The most tokens of prompt and reply together. By default that of the model,
+            but at most 4,096.
+        seed: Seed of every random choice.
+    """
+
+    size_mb: float | None = None
+    bits_per_weight: float | None = None
+    samples: int = 48
+    tuning_steps: int = 50
+    block_length: int = 512
+    context_length: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of their ranges."""
+        require(
+            self.size_mb is None or self.bits_per_weight is None,
+            "give either size_mb or bits_per_weight, not both",
+        )
+        for name in ("size_mb", "bits_per_weight"):
+            if getattr(self, name) is not None:
+                require_range(name, getattr(self, name), 0, exclusive=True)
+        require_range("samples", self.samples, 1)
+        require_range("tuning_steps", self.tuning_steps, 0)
+        require_range("block_length", self.block_length, 2)
+        require_range("context_length", self.context_length, 1)
+        require_range("seed", self.seed, 0)
+
+
+def compress(
+    source: str | Path,
+    target: str | Path,
+    *,
+    texts: Texts = "@demo-train",
+    held_out: Texts = "@demo-held-out",
+    settings: CompressSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Make a chatbot for a CPU of a model.
+
+    The same call resumes after an interruption.
+
+    Args:
+        source: A float model folder, a Hub id, or whatever else names a model.
+        target: The ONNX folder to make.
+        texts: Text to calibrate and to tune on, best of several kinds.
+        held_out: Other text, on which the chatbot is compared with its source.
+        settings: How small it is; or give the fields as options.
+        overwrite: Whether an existing target is replaced.
+        **options: Fields of ``CompressSettings``.
+
+    Returns:
+        The target.
+
+    Raises:
+        SettingsError: If a setting is out of range, or the model cannot be as small as asked for.
+        FolderError: If the source is broken or quantized already.
+        TextError: If there is no text.
+        VocabularyError: If there are conversations and the model has no chat template.
+    """
+    settings = settings_from(CompressSettings, settings, options)
+    path = refuse_existing(target, overwrite, [source])
+    for each in (texts, held_out):
+        check_texts(each, skip_bad_rows=settings.skip_bad_rows)
+    folder = resolve_model(source)
+    size_mb = _megabytes_of_codes(folder, settings)
+    key = {
+        "step": "compress",
+        "source": fingerprint(folder),
+        "settings": result_settings(settings),
+        "texts": [sources_of(texts), sources_of(held_out)],
+    }
+    with working(path, key, anew=overwrite) as work:
+        inputs = {"source": folder, "texts": texts, "held_out": held_out}
+        shared = {
+            "skip_bad_rows": settings.skip_bad_rows,
+            "block_length": settings.block_length,
+            "seed": settings.seed,
+        }
+        quantized = _step(
+            "mixed",
+            work / "quantized",
+            inputs,
+            size_mb=size_mb,
+            samples=settings.samples,
+            method="gptaq",
+            formats=_FORMATS,
+            fused=True,
+            scale_type="float32",
+            **shared,
+        )
+        if settings.tuning_steps:
+            try:
+                quantized = _step(
+                    "tune",
+                    work / "tuned",
+                    {**inputs, "source": quantized, "teacher": folder},
+                    steps=settings.tuning_steps,
+                    **shared,
+                )
+            except TrainingError as error:
+                _log.warning("the chatbot is made without tuning: %s", error)
+        _step(
+            "export",
+            work / "result",
+            {"source": quantized},
+            context_length=settings.context_length,
+        )
+        publish(work, path, overwrite)
+    return path
+
+
+def _megabytes_of_codes(folder: Path, settings: CompressSettings) -> float:
+    """What a quantized folder may have, so that the chatbot made of it has the size asked for."""
+    from quantize import MixedSettings
+    from quantize.folders.float_model import open_float
+    from quantize.mixed.mixed_folder import size_limit
+
+    model = open_float(folder)
+    size = MixedSettings(size_mb=settings.size_mb, bits_per_weight=settings.bits_per_weight)
+    info = describe(folder)
+    context = settings.context_length or min(info.context_length, _USUAL_CONTEXT)
+    head_dim = read_config(folder).get("head_dim") or (
+        model.config.hidden_size // model.config.num_attention_heads
+    )
+    # A float32 cosine and sine for every position and half of the dimensions of a head.
+    rotary = 2 * context * int(head_dim) // 2 * 4
+    left = size_limit(model, size) - rotary - _GRAPH_BYTES * (info.layers + 1)
+    return max(left, 1) / 1e6
+
+
+def _step(kind: str, target: Path, inputs: Mapping[str, Any], **options: Any) -> Path:
+    """Make a step's folder, unless it is there; each appears whole or not at all."""
+    if not target.exists():
+        step = step_kinds()[kind]
+        assert step.settings is not None
+        step.run(inputs, step.settings(**options), target, False)
+    return target

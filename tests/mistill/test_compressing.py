@@ -1,0 +1,86 @@
+"""One call makes a chatbot that is closer to its source than plain GPTQ of the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import export
+import mistill
+import quantize
+from mistill.errors import FolderError, SettingsError, TargetExistsError, TextError
+from mistill.folders.folder import describe
+from mistill.folders.lineage import read_lineage
+from tests.tiny import tiny_model
+
+SMALL: dict[str, Any] = {"samples": 12, "block_length": 64, "tuning_steps": 4, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of widths that groups of 32, 64 and 128 divide."""
+    return tiny_model(tmp_path_factory.mktemp("wide") / "model", hidden_size=128, seed=3)
+
+
+def kl_to(source: Path, chatbot: Path) -> float:
+    """Mean KL(source || chatbot) over some tokens, each from the model as it runs."""
+    ids = np.random.default_rng(0).integers(3, 380, (8, 48))
+    scores = [
+        torch.from_numpy(mistill.open_model(folder).logits(ids)).log_softmax(-1)
+        for folder in (source, chatbot)
+    ]
+    return float((scores[0].exp() * (scores[0] - scores[1])).sum(-1).mean())
+
+
+def test_the_chatbot_is_closer_to_its_source_than_plain_gptq_of_the_same_bytes(
+    wide: Path, chats: Path, tmp_path: Path
+) -> None:
+    plain = quantize.to_gptq(
+        wide, tmp_path / "plain", texts=chats, group_size=32, samples=12, block_length=64,
+        head_bits=8, embedding_bits=8,
+    )  # fmt: skip
+    plain_chatbot = export.to_onnx(plain, tmp_path / "plain-chatbot")
+    size_mb = describe(plain_chatbot).weight_bytes / 1e6
+    chatbot = mistill.compress(
+        wide, tmp_path / "chatbot", texts=chats, held_out=chats, size_mb=size_mb, **SMALL
+    )
+    assert describe(chatbot).weight_bytes <= describe(plain_chatbot).weight_bytes
+    assert kl_to(wide, chatbot) < kl_to(wide, plain_chatbot)
+    steps = [entry["step"] for entry in read_lineage(chatbot)]
+    assert steps in (["gptq", "tune", "export"], ["gptq", "export"])
+    assert "".join(mistill.ChatBot(chatbot, max_new_tokens=4, seed=0).reply("Hello"))
+    assert {item.name for item in tmp_path.iterdir()} == {"plain", "plain-chatbot", "chatbot"}
+
+
+def test_without_tuning_the_scales_are_those_of_gptaq(
+    wide: Path, chats: Path, tmp_path: Path
+) -> None:
+    options = {**SMALL, "tuning_steps": 0, "bits_per_weight": 12}
+    chatbot = mistill.compress(wide, tmp_path / "chatbot", texts=chats, held_out=chats, **options)
+    steps = read_lineage(chatbot)
+    assert [entry["step"] for entry in steps] == ["gptq", "export"]
+    assert steps[0]["settings"]["method"] == "gptaq"
+    assert describe(chatbot).context_length == describe(wide).context_length
+
+
+def test_what_cannot_be_compressed_is_refused_before_anything_is_made(
+    wide: Path, chats: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "chatbot"
+    with pytest.raises(SettingsError, match="not both"):
+        mistill.compress(wide, target, texts=chats, size_mb=1, bits_per_weight=4)
+    with pytest.raises(SettingsError, match="tuning_steps must be at least 0"):
+        mistill.compress(wide, target, texts=chats, tuning_steps=-1)
+    with pytest.raises(TextError, match=r"nowhere\.jsonl"):
+        mistill.compress(wide, target, texts="nowhere.jsonl")
+    with pytest.raises(FolderError, match="nowhere"):
+        mistill.compress(tmp_path / "nowhere", target, texts=chats)
+    with pytest.raises(SettingsError, match="takes at least"):
+        mistill.compress(wide, target, texts=chats, held_out=chats, size_mb=0.01, **SMALL)
+    target.mkdir()
+    with pytest.raises(TargetExistsError, match="exists already"):
+        mistill.compress(wide, target, texts=chats, held_out=chats, **SMALL)

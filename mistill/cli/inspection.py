@@ -224,6 +224,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     if info is not None and info.form == "onnx":
         manifest = read_json(folder / MANIFEST_FILE)
         faults += _checksum_problems(folder, manifest.pop("files"))
+        faults += _graph_problems(folder, info)
     notes, unreadable = ([], []) if info is None else _notes(folder, lineage)
     faults += unreadable
     return Inspection(
@@ -261,6 +262,33 @@ def _checksum_problems(folder: Path, files: Mapping[str, Any]) -> list[str]:
                 faults.append(f"{name} is damaged: its checksum is not that of the manifest")
             bar.advance(entry["bytes"])
     return faults
+
+
+def _graph_problems(folder: Path, info: FolderInfo) -> list[str]:
+    """Where the inputs and outputs of a graph are not those that its folder promises."""
+    from mistill.engine.onnx_session import graph_faults
+
+    try:
+        import onnx_ir
+
+        graph = onnx_ir.load(folder / "model.onnx").graph
+    except ModuleNotFoundError:
+        return []
+    except Exception as error:  # a file of another tool may be anything
+        return [f"model.onnx is damaged: {' '.join(str(error).split())[:120]}"]
+    if not any(node.op_type == "GroupQueryAttention" for node in graph):
+        return []  # a portable graph, which this engine does not run
+    types = {str(value.name): f"tensor({str(value.dtype).lower()})" for value in graph.inputs}
+    optional = set(graph.initializers) & types.keys()
+    outputs = {str(value.name): _sizes(value.shape) for value in graph.outputs}
+    required = {name: kind for name, kind in types.items() if name not in optional}
+    faults = graph_faults(required, optional, outputs, info.layers, info.vocabulary_size)
+    return [f"model.onnx is not a graph of this folder: {fault}" for fault in faults[:4]]
+
+
+def _sizes(shape: Any) -> list[int | None]:
+    """The sizes of a shape, None for those that vary."""
+    return [] if shape is None else [size if isinstance(size, int) else None for size in shape]
 
 
 def _examine_codes(folder: Path, form: str) -> tuple[Diagnosis | None, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime
@@ -102,11 +103,41 @@ def check_graph(
     Raises:
         FolderError: If something is missing or not known; the message names it.
     """
+    faults = graph_faults(
+        {entry.name: entry.type for entry in session.get_inputs()},
+        {entry.name for entry in session.get_overridable_initializers()},
+        {entry.name: entry.shape for entry in session.get_outputs()},
+        layers,
+        vocabulary_size,
+    )
+    if faults:
+        more = f" and {len(faults) - 4} more" if faults[4:] else ""
+        raise FolderError(
+            f"{folder / 'model.onnx'} is not a graph that this engine runs: "
+            f"{', '.join(faults[:4])}{more}; make it with: mistill export"
+        )
+
+
+def graph_faults(
+    inputs: Mapping[str, str],
+    optional: Collection[str],
+    outputs: Mapping[str, Sequence[int | str | None]],
+    layers: int,
+    vocabulary_size: int,
+) -> list[str]:
+    """What keeps this engine from running a graph.
+
+    Args:
+        inputs: The type of each input, such as ``tensor(int64)``.
+        optional: Names of inputs that have a default.
+        outputs: The shape of each output.
+        layers: Expected number of layers.
+        vocabulary_size: Expected number of logits for each position, V.
+
+    Returns:
+        A phrase for each fault.
+    """
     parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    inputs = {entry.name: entry.type for entry in session.get_inputs()}
-    optional = {entry.name for entry in session.get_overridable_initializers()}
-    shapes = {entry.name: entry.shape for entry in session.get_outputs()}
-    outputs = shapes.keys()
     wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
     faults = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
     faults += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
@@ -118,16 +149,11 @@ def check_graph(
     if "first_logit" not in optional:
         faults.append("the optional input first_logit is missing")
     wanted = {"logits", *(f"present.{part}" for part in parts)}
-    faults += [f"the output {name} is missing" for name in sorted(wanted - outputs)]
-    rows = (shapes.get("logits") or [None])[-1]
+    faults += [f"the output {name} is missing" for name in sorted(wanted - outputs.keys())]
+    rows = (outputs.get("logits") or [None])[-1]
     if isinstance(rows, int) and rows != vocabulary_size:
         faults.append(f"it has {rows} logits where config.json has a vocab_size {vocabulary_size}")
-    if faults:
-        more = f" and {len(faults) - 4} more" if faults[4:] else ""
-        raise FolderError(
-            f"{folder / 'model.onnx'} is not a graph that this engine runs: "
-            f"{', '.join(faults[:4])}{more}; make it with: mistill export"
-        )
+    return faults
 
 
 def run_bound(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:

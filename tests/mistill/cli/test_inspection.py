@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -30,6 +31,24 @@ def test_every_byte_of_a_chatbot_is_compared(chatbot, tmp_path):
         assert main(["inspect", str(bot)]) == 1
         if name != "tokenizer.json":
             assert f"{name} is damaged: its checksum" in str(inspect_folder(bot).problems)
+
+
+def test_a_graph_that_the_engine_would_refuse_is_a_problem(chatbot, tmp_path):
+    bot = Path(shutil.copytree(chatbot, tmp_path / "bot"))
+    config = json.loads((bot / "config.json").read_text())
+    manifest = json.loads((bot / "manifest.json").read_text())
+    for changes, problem in (
+        ({"vocab_size": 500}, "logits where config.json has a vocab_size 500"),
+        ({"num_hidden_layers": 3}, "the input past_key_values.2.key is missing"),
+    ):
+        content = json.dumps({**config, **changes}).encode()
+        (bot / "config.json").write_bytes(content)
+        manifest["files"]["config.json"] = {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        (bot / "manifest.json").write_text(json.dumps(manifest))
+        assert problem in str(inspect_folder(bot).problems)
 
 
 def test_a_graph_of_which_the_manifest_has_no_checksum_is_a_problem(chatbot, tmp_path):

@@ -615,8 +615,8 @@ def demo(*, size: Literal["quick", "normal", "full"] = "normal", out: Path | Non
     The same command resumes an interrupted demo.
 
     Args:
-        size: How long to train. On two processors quick takes under 4 minutes, normal under 12 and
-            full about an hour.
+        size: How long it may take: about 4 minutes with quick, 12 with normal and 60 with full. How
+            long the first steps take decides how much the student learns.
         out: The folder for all outputs. By default demo, demo-quick or demo-full.
     """
     from mistill.demo import run_demo

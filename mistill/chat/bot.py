@@ -174,9 +174,15 @@ class ChatBot:
         self.reset()
         self._check_system(folder)
 
-    def reset(self) -> None:
-        """Remove the conversation from the history; the system prompt stays."""
+    def reset(self, *, system: str | None = None) -> None:
+        """Remove the conversation from the history.
+
+        Args:
+            system: Another system prompt; None keeps the present one.
+        """
         self.end_reply()
+        if system is not None:
+            self._system = system
         self.history = [] if self._system is None else [_message("system", self._system)]
         self._forgotten = 0
         self._generator = np.random.default_rng(self.settings.seed)

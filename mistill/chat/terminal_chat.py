@@ -1,32 +1,49 @@
-"""``mistill chat``: a conversation in a terminal, or replies to each line of a pipe."""
+"""``mistill chat``: a conversation in a terminal, one reply to a prompt, or one to each line."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import json
 import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
+from msgspec import Struct
+from rich.cells import cell_len
 from rich.console import Console
 
 from mistill.chat.bot import ChatBot, ChatSettings, Speed
 from mistill.errors import FolderError, MistillError, SettingsError, TextError
+from mistill.folders.json_text import check, parse_json
 from mistill.folders.locking import held_alone
 from mistill.folders.publishing import refuse_existing, write_atomically
+from mistill.settings import require
 from mistill.shown import visible
 
 HELP = """\
-/reset      forget the conversation and begin anew
-/save FILE  save the conversation as a line of JSON, as training reads it
-/quit       leave, as Ctrl-D does
-/help       show this
+/reset        forget the conversation and begin anew; /clear does the same
+/system TEXT  begin anew with this system prompt; without TEXT, show it
+/undo         forget the last message and its reply
+/retry        write another reply to the last message
+/file FILE    send the text of a file as a message
+/save FILE    save the conversation as a line of JSON, as training reads it
+/load FILE    continue a conversation that /save wrote
+/quit         leave, as Ctrl-D and /bye do
+/help         show this
+\"\"\" begins a message of several lines, and ends it.
 Ctrl-C stops a reply; what was written of it stays in the conversation.
 A message that begins with a slash is written with two."""
+
+_QUOTES = '"' * 3
+
+# The longest message that is read from a file or a pipe; no context holds more.
+_MOST_BYTES = 1 << 24
 
 # Marks that turn the direction of what follows; joiners, which emoji need, are none of them.
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -44,12 +61,15 @@ def run_terminal_chat(
     threads: int | None = None,
     settings: ChatSettings | None = None,
     session: Path | None = None,
+    prompt: str | None = None,
+    lines: bool = False,
     **options: Any,
 ) -> None:
-    """Talk to a model until the input ends.
+    """Talk to a model until the input ends, or answer one prompt.
 
-    In a terminal, replies are followed by a line about their speed. From a pipe, each line is a
-    message, even one that begins with a slash, and only replies are written.
+    In a terminal, replies are followed by a line about their speed. What comes from a pipe is one
+    prompt, and only its reply is written; with ``lines`` each line is a message. Nothing from a
+    pipe is a command, whatever it begins with.
 
     Args:
         folder: An ONNX folder, or a model folder where PyTorch is installed.
@@ -58,16 +78,29 @@ def run_terminal_chat(
         settings: How replies are sampled, and when they end.
         session: A file from which the conversation continues if it exists; it is saved there
             after each reply.
+        prompt: A message to answer instead of the input.
+        lines: Whether each line of a pipe is a message of its own.
         **options: More of what ``ChatBot`` takes.
+
+    Raises:
+        SettingsError: If there is nothing to read, or both a prompt and lines are asked for.
+        TextError: If the prompt is no UTF-8 text, or is empty.
     """
-    if sys.stdin is None or sys.stdin.closed:
+    require(prompt is None or not lines, "give either a prompt or --lines, not both")
+    if prompt is None and (sys.stdin is None or sys.stdin.closed):
         raise SettingsError("the standard input is closed; give it a file, a pipe or a terminal")
+    if prompt is not None:
+        prompt = _whole(prompt)
     bot = ChatBot(folder, system=system, settings=settings, threads=threads, **options)
     with _kept(bot, session) as save:
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if prompt is not None:
+            _answer_once(bot, prompt, sys.stdout, save)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
             _TerminalChat(bot, Path(folder).name, Console(highlight=False), save).run()
-        else:
+        elif lines or sys.stdin.isatty():
             _answer_lines(bot, sys.stdin, sys.stdout, save)
+        else:
+            _answer_once(bot, _read_whole(sys.stdin), sys.stdout, save)
 
 
 @contextlib.contextmanager
@@ -133,6 +166,32 @@ class _EndOfChat(Exception):
     """The user ends the chat."""
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What a command leads to.
+
+    Attributes:
+        note: What to tell the user.
+        message: A message to answer.
+    """
+
+    note: str = ""
+    message: str = ""
+
+
+class _SavedTurn(Struct):
+    """A message in a file of ``/save``."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _SavedTalk(Struct):
+    """What ``/save`` writes."""
+
+    messages: list[_SavedTurn]
+
+
 class _Commands:
     """The commands of the chat, lines that begin with a slash."""
 
@@ -140,23 +199,98 @@ class _Commands:
         self.bot = bot
         self._saved: set[Path] = set()
 
-    def run(self, line: str) -> str:
-        """Run a command and return a message about it."""
-        name, _, argument = line[1:].strip().partition(" ")
-        if name == "help":
-            return HELP
-        if name == "reset":
-            self.bot.reset()
-            return "The conversation is forgotten."
-        if name == "save":
-            return self._save(argument.strip())
-        if name in ("quit", "exit"):
-            raise _EndOfChat
-        raise SettingsError(f"there is no command /{name}; /help lists them")
+    def run(self, line: str) -> _Said:
+        """Run a command.
 
-    def _save(self, name: str) -> str:
-        if not name:
-            raise SettingsError("/save needs the name of a file")
+        Args:
+            line: The line, which begins with a slash.
+
+        Returns:
+            What to tell the user, and a message to answer, if there is one.
+
+        Raises:
+            MistillError: If there is no such command, or it cannot be obeyed.
+        """
+        name, _, argument = line[1:].strip().partition(" ")
+        argument = argument.strip()
+        runs: dict[str, Callable[[str], _Said]] = {
+            "help": lambda _: _Said(HELP),
+            "reset": self._reset,
+            "clear": self._reset,
+            "system": self._system,
+            "undo": self._undo,
+            "retry": self._retry,
+            "file": self._file,
+            "save": self._save,
+            "load": self._load,
+            "quit": self._quit,
+            "exit": self._quit,
+            "bye": self._quit,
+        }
+        if name not in runs:
+            close = difflib.get_close_matches(name, runs, n=1)
+            hint = f"; did you mean /{close[0]}?" if close else "; /help lists them"
+            raise SettingsError(f"there is no command /{name}{hint}")
+        if name in ("file", "save", "load"):
+            require(bool(argument), f"/{name} needs the name of a file")
+        elif name != "system":
+            require(not argument, f"/{name} takes nothing behind it, not {argument!r}")
+        return runs[name](argument)
+
+    def _quit(self, _: str) -> _Said:
+        raise _EndOfChat
+
+    def _reset(self, _: str) -> _Said:
+        self.bot.reset()
+        return _Said("The conversation is forgotten.")
+
+    def _system(self, text: str) -> _Said:
+        if not text:
+            first = self.bot.history[:1]
+            prompt = first[0]["content"] if first and first[0]["role"] == "system" else None
+            return _Said("There is no system prompt." if prompt is None else prompt)
+        self.bot.reset(system=_checked(text))
+        return _Said("The conversation begins anew with this system prompt.")
+
+    def _undo(self, _: str) -> _Said:
+        message = self._take_back()
+        return _Said(f"Forgotten: {_shortened(message)}")
+
+    def _retry(self, _: str) -> _Said:
+        return _Said(message=self._take_back())
+
+    def _take_back(self) -> str:
+        """Remove the last message and its reply from the history; the message."""
+        self.bot.end_reply()
+        history = self.bot.history
+        places = [place for place, one in enumerate(history) if one["role"] == "user"]
+        require(bool(places), "nothing was said yet")
+        message = history[places[-1]]["content"]
+        del history[places[-1] :]
+        return message
+
+    def _file(self, name: str) -> _Said:
+        try:
+            with Path(name).expanduser().open("rb") as file:
+                content = file.read(_MOST_BYTES + 1)
+        except OSError as error:
+            raise FolderError(f"{name} cannot be read: {error.strerror}") from error
+        return _Said(message=_whole(_decoded(content, name), name))
+
+    def _load(self, name: str) -> _Said:
+        file = Path(name).expanduser()
+        try:
+            with file.open("rb") as opened:
+                content = opened.read(_MOST_BYTES + 1)
+        except OSError as error:
+            raise FolderError(f"{name} cannot be read: {error.strerror}") from error
+        talk = parse_json(_decoded(content, name), name)
+        turns = check(talk, _SavedTalk, name).messages
+        self.bot.reset()
+        self.bot.history = [{"role": turn.role, "content": turn.content} for turn in turns]
+        return _Said(f"Loaded {len(turns)} messages from {name}.")
+
+    def _save(self, name: str) -> _Said:
         file = Path(name).expanduser().absolute()
         if file not in self._saved:
             refuse_existing(file)
@@ -165,7 +299,7 @@ class _Commands:
         messages = json.dumps({"messages": self.bot.history}, ensure_ascii=False)
         write_atomically(file, messages + "\n")
         self._saved.add(file)
-        return f"Saved to {name}."
+        return _Said(f"Saved to {name}.")
 
 
 class _TerminalChat:
@@ -190,7 +324,7 @@ class _TerminalChat:
         self._note(f"{self._name}: /help for help, Ctrl-C stops a reply, Ctrl-D leaves")
         while True:
             try:
-                line = self._console.input("[bold]> [/bold]").strip()
+                line = self._read()
                 if line:
                     self._handle(line)
             except KeyboardInterrupt:
@@ -201,17 +335,35 @@ class _TerminalChat:
                 self._console.print()
                 return
 
+    def _read(self) -> str:
+        """A message or a command; three quotation marks begin one of several lines."""
+        line = input("> ").strip()
+        if not line.startswith(_QUOTES):
+            return line
+        parts = [line.removeprefix(_QUOTES)]
+        while not parts[-1].rstrip().endswith(_QUOTES):
+            parts.append(input("... "))
+        parts[-1] = parts[-1].rstrip().removesuffix(_QUOTES)
+        text = "\n".join(parts).strip("\n")
+        return f"/{text}" if text.startswith("/") else text
+
     def _handle(self, line: str) -> None:
         if line.startswith("/") and not line.startswith("//"):
-            self._note(self._commands.run(line))
+            said = self._commands.run(line)
+            if said.note:
+                self._note(said.note)
+            if said.message:
+                self._answer(said.message)
         else:
-            self._answer(_message(line))
+            self._answer(_checked(_message(line)))
 
     def _answer(self, message: str) -> None:
         reply = self._bot.reply(message)
+        wrap = WholeWords(self._console.width)
         try:
             for text in reply:
-                self._console.out(_without_controls(text), end="", highlight=False)
+                self._console.out(wrap.add(_without_controls(text)), end="", highlight=False)
+            self._console.out(wrap.finish(), end="", highlight=False)
         except KeyboardInterrupt:
             reply.close()
         self._console.print()
@@ -221,6 +373,121 @@ class _TerminalChat:
 
     def _note(self, text: str) -> None:
         self._console.print(visible(text), style="dim", markup=False)
+
+
+class WholeWords:
+    """Breaks the lines of a text between words, while the text is being written."""
+
+    def __init__(self, width: int) -> None:
+        """Begin at the start of a line.
+
+        Args:
+            width: Columns of the terminal.
+        """
+        self._width = width
+        self._column = 0
+        self._word = ""
+
+    def add(self, text: str) -> str:
+        """Take more text.
+
+        Args:
+            text: The next part.
+
+        Returns:
+            What can be written of it: all but the word that may go on, which is held back unless
+            it is as long as a line.
+        """
+        written = []
+        for letter in text:
+            if letter in " \n\t":
+                written.append(self._placed() + self._space(letter))
+            else:
+                self._word += letter
+                if cell_len(self._word) >= self._width:
+                    written.append(self._placed())
+        return "".join(written)
+
+    def finish(self) -> str:
+        """End the text.
+
+        Returns:
+            What was held back.
+        """
+        return self._placed()
+
+    def _placed(self) -> str:
+        word, self._word = self._word, ""
+        length = cell_len(word)
+        begin = ""
+        if self._column and self._column + length > self._width:
+            begin, self._column = "\n", 0
+        self._column = (
+            (self._column + length) % self._width
+            if length >= self._width
+            else (self._column + length)
+        )
+        return begin + word
+
+    def _space(self, letter: str) -> str:
+        if letter == "\n":
+            self._column = 0
+        elif self._column < self._width:
+            self._column += 1
+        else:
+            return ""
+        return letter
+
+
+def _answer_once(
+    bot: ChatBot, prompt: str, out: TextIO, save: Callable[[], object] = lambda: None
+) -> None:
+    """Answer one prompt.
+
+    Args:
+        bot: Answers.
+        prompt: The message.
+        out: Where the reply goes, with a line feed behind it.
+        save: Keeps the conversation.
+    """
+    show = _without_controls if out.isatty() else str
+    try:
+        for text in bot.reply(prompt):
+            out.write(show(text))
+            out.flush()
+        save()
+        out.write("\n")
+        out.flush()
+    except BrokenPipeError:
+        # The reader has closed the pipe; Python would raise again when it closes its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+def _read_whole(stream: TextIO) -> str:
+    """What comes from a pipe, as one prompt."""
+    return _whole(_readable(stream).read(_MOST_BYTES + 1), "the standard input")
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{name} is not UTF-8 text") from error
+
+
+def _whole(text: str, name: str = "the prompt") -> str:
+    """A text that can be a message."""
+    if len(text) > _MOST_BYTES:
+        raise TextError(f"{name} has more than {_MOST_BYTES:,} characters; give a shorter one")
+    message = _checked(text, name).strip()
+    if not message:
+        raise TextError(f"{name} holds no text; give a message to answer")
+    return message
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def _answer_lines(
@@ -271,11 +538,11 @@ def _readable(lines: TextIO) -> TextIO:
     return lines
 
 
-def _checked(message: str) -> str:
+def _checked(message: str, name: str = "it") -> str:
     try:
         message.encode()
     except UnicodeEncodeError as error:
-        raise TextError("it is not UTF-8 text") from error
+        raise TextError(f"{name} is not UTF-8 text") from error
     return message
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
@@ -522,7 +522,15 @@ def inspect(folder: str, /, *, json: bool = False) -> int:
 @app.command(
     help_formatter=HelpPage(
         {
-            "Conversation": ("system", "session", "max_new_tokens", "stop", "overflow"),
+            "Conversation": (
+                "prompt",
+                "lines",
+                "system",
+                "session",
+                "max_new_tokens",
+                "stop",
+                "overflow",
+            ),
             **SAMPLING,
             "Speed": ("threads", "provider", "draft", "exact"),
             "Constrained decoding": ("json_schema", "regex", "grammar"),
@@ -531,8 +539,11 @@ def inspect(folder: str, /, *, json: bool = False) -> int:
 )
 def chat(
     folder: Path,
+    words: str | None = None,
     /,
     *,
+    prompt: Annotated[str | None, Parameter(alias="-p")] = None,
+    lines: bool = False,
     system: str | None = None,
     threads: int | None = None,
     provider: Provider = "cpu",
@@ -544,10 +555,14 @@ def chat(
     session: Path | None = None,
     settings: Annotated[ChatSettings, Flat] = ChatSettings(),
 ) -> None:
-    """Chat with a model in the terminal, or answer each line of standard input.
+    """Chat with a model in the terminal, or answer one prompt.
 
     Args:
         folder: The model: an ONNX folder, which is faster and needs no PyTorch, or a model folder.
+        words: A prompt to answer. Without one, a terminal is chatted with, and what comes from a
+            pipe is the prompt.
+        prompt: The same as an option.
+        lines: Answer each line of standard input, as a conversation, instead of the whole.
         system: The system prompt that begins the conversation.
         threads: Number of threads. By default one for each processor that this process may use.
         provider: The execution provider of ONNX Runtime; cuda and tensorrt need onnxruntime-gpu.
@@ -567,6 +582,9 @@ def chat(
     from mistill import constraints
     from mistill.chat.terminal_chat import run_terminal_chat
 
+    require(
+        words is None or prompt is None, "give the prompt once, behind the folder or with --prompt"
+    )
     constraint_options = [json_schema, regex, grammar]
     require(
         sum(option is not None for option in constraint_options) <= 1,
@@ -589,6 +607,8 @@ def chat(
         draft=draft,
         exact=exact,
         constraint=constraint,
+        prompt=prompt if words is None else words,
+        lines=lines,
     )
 
 

@@ -15,15 +15,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import export
 from mistill.chat.bot import ChatBot, ChatSettings, Speed
-from mistill.chat.terminal_chat import _Commands, _TerminalChat, run_terminal_chat, speed_line
-from mistill.errors import FolderError, SettingsError, TextError
+from mistill.chat.terminal_chat import (
+    WholeWords,
+    _Commands,
+    _TerminalChat,
+    run_terminal_chat,
+    speed_line,
+)
+from mistill.errors import FolderError, MistillError, SettingsError, TextError
 from tests.tiny import tiny_model
 
 SETTINGS = ChatSettings(temperature=0, max_new_tokens=12)
@@ -47,7 +55,7 @@ def piped(
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     monkeypatch.setattr(sys, "stdout", out)
-    run_terminal_chat(folder, system=system, threads=1, settings=SETTINGS)
+    run_terminal_chat(folder, system=system, threads=1, settings=SETTINGS, lines=True)
     return out.getvalue()
 
 
@@ -89,7 +97,7 @@ def test_a_line_that_cannot_be_answered_is_named_and_the_others_are_answered(
     monkeypatch.setattr(sys, "stdout", out)
     session = tmp_path / "session"
     with pytest.raises(TextError, match="1 line could not be answered"):
-        run_terminal_chat(chatbot, threads=1, settings=SETTINGS, session=session)
+        run_terminal_chat(chatbot, threads=1, settings=SETTINGS, session=session, lines=True)
     assert out.getvalue() == expected
     complaint = capsys.readouterr().err
     assert complaint.startswith("mistill: line 2: ")
@@ -140,7 +148,125 @@ def test_a_file_of_someone_else_is_not_overwritten(chatbot: Path, tmp_path: Path
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["/sing", "/save", "/save  "])
+def test_the_last_message_is_taken_back_or_asked_again(chatbot: Path) -> None:
+    commands = commands_of(chatbot, "Hello", "And now?")
+    assert commands.run("/retry").message == "And now?"
+    assert [turn["content"] for turn in commands.bot.history if turn["role"] == "user"] == ["Hello"]
+    again = "".join(commands.bot.reply("And now?"))
+    fresh = commands_of(chatbot, "Hello")
+    assert again == "".join(fresh.bot.reply("And now?"))
+    assert commands.run("/undo").note == "Forgotten: And now?"
+    assert commands.run("/undo").note == "Forgotten: Hello"
+    assert commands.bot.history == []
+    with pytest.raises(SettingsError, match="nothing was said yet"):
+        commands.run("/undo")
+
+
+def test_another_system_prompt_begins_anew(chatbot: Path) -> None:
+    commands = commands_of(chatbot, "Hello")
+    assert commands.run("/system").note == "There is no system prompt."
+    commands.run("/system Be brief.")
+    assert commands.bot.history == [{"role": "system", "content": "Be brief."}]
+    assert commands.run("/system").note == "Be brief."
+    commands.run("/clear")
+    assert commands.bot.history == [{"role": "system", "content": "Be brief."}]
+
+
+def test_what_was_saved_is_loaded_and_goes_on(chatbot: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    first = commands_of(chatbot, "Hello")
+    first.run(f"/save {file}")
+    second = commands_of(chatbot, "Something else")
+    assert second.run(f"/load {file}").note == f"Loaded 2 messages from {file}."
+    assert "".join(second.bot.reply("More")) == "".join(first.bot.reply("More"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"\xff", "is not UTF-8"),
+        (b'{"messages": [{"role": "wizard", "content": "x"}]}', "role"),
+        (b'{"messages": [{"role": "user"}]}', "content"),
+        (b"[1]", "object"),
+    ],
+)
+def test_what_is_no_saved_conversation_changes_nothing(
+    content: bytes, words: str, chatbot: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jsonl"
+    file.write_bytes(content)
+    commands = commands_of(chatbot, "Hello")
+    before = list(commands.bot.history)
+    with pytest.raises(MistillError, match=words):
+        commands.run(f"/load {file}")
+    assert commands.bot.history == before
+
+
+def test_a_file_is_a_message(chatbot: Path, tmp_path: Path) -> None:
+    file = tmp_path / "some letter.txt"
+    file.write_text("\ufeffDear all,\n\nhello.\n", "utf-8")
+    commands = commands_of(chatbot)
+    assert commands.run(f"/file {file}").message == "Dear all,\n\nhello."
+    file.write_bytes(b"\xff")
+    with pytest.raises(TextError, match="is not UTF-8 text"):
+        commands.run(f"/file {file}")
+    file.write_text("  \n")
+    with pytest.raises(TextError, match="holds no text"):
+        commands.run(f"/file {file}")
+    with pytest.raises(FolderError, match="cannot be read: No such file"):
+        commands.run("/file nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [("", {"prompt": "Hello\nthere"}), ("  Hello\nthere\n", {})],
+    ids=["prompt", "pipe"],
+)
+def test_one_prompt_gets_one_reply(
+    source: str, options: dict[str, Any], chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
+    expected = "".join(bot.reply("Hello\nthere")) + "\n"
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(source))
+    monkeypatch.setattr(sys, "stdout", out)
+    run_terminal_chat(chatbot, threads=1, settings=SETTINGS, **options)
+    assert out.getvalue() == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", "caf\udce9"])
+def test_a_prompt_that_says_nothing_is_refused_before_the_model_is_opened(prompt: str) -> None:
+    with pytest.raises(TextError, match="the prompt"):
+        run_terminal_chat("no folder", prompt=prompt)
+
+
+@pytest.mark.parametrize("width", [7, 12, 30])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A cold wind blows from the north.\nIt is strong, and unforgettably-long-lived it is.",
+        "\ubc14\ub78c\uc774 \ubd84\ub2e4. \uc624\ub298\uc740 \ub0a0\uc528\uac00 \ub9d1\ub2e4.",
+        "  two  spaces\tand a tab\n\n- a list",
+    ],
+)
+def test_lines_break_between_words_and_no_letter_is_lost(text: str, width: int) -> None:
+    wrap = WholeWords(width)
+    pieces = [wrap.add(letter) for letter in text]
+    written = "".join(pieces) + wrap.finish()
+    assert re.sub(r"\s", "", written) == re.sub(r"\s", "", text)
+    lines = written.split("\n")
+    for word in text.split():
+        if cell_len(word) < width:
+            assert any(word in line for line in lines)
+    for line in lines:  # the terminal itself breaks a word that is longer than a line
+        if all(cell_len(word) < width for word in line.split()):
+            assert cell_len(line.replace("\t", " ")) <= width
+    whole = WholeWords(width)
+    assert whole.add(text) + whole.finish() == written
+
+
+@pytest.mark.parametrize("command", ["/sing", "/save", "/save  ", "/reset all", "/bye now"])
 def test_a_command_that_cannot_be_obeyed_is_refused(command: str, chatbot: Path) -> None:
     with pytest.raises(SettingsError, match=command.split()[0]):
         commands_of(chatbot).run(command)
@@ -149,7 +275,7 @@ def test_a_command_that_cannot_be_obeyed_is_refused(command: str, chatbot: Path)
 def test_a_reader_that_leaves_ends_the_chat_without_a_complaint(chatbot: Path) -> None:
     code = (
         "import sys; from mistill.chat.terminal_chat import run_terminal_chat; "
-        "run_terminal_chat(sys.argv[1])"
+        "run_terminal_chat(sys.argv[1], lines=True)"
     )
     command = f"yes | {sys.executable} -c '{code}' {chatbot} | head -c 5"
     done = subprocess.run(
@@ -184,7 +310,7 @@ def test_an_interrupt_while_a_piece_is_printed_ends_the_reply(
     def interrupt(*pieces: str, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(console, "input", lambda prompt: next(typed))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     monkeypatch.setattr(console, "out", interrupt)
     _TerminalChat(bot, "chatbot", console).run()
     assert bot.last_ending == "interrupted"
@@ -208,7 +334,7 @@ def test_control_characters_of_a_reply_do_not_reach_the_terminal(
     typed, printed = iter(["Hello", "/quit"]), io.StringIO()
     console = Console(file=printed, width=200, highlight=False)
     monkeypatch.setattr(bot, "reply", reply)
-    monkeypatch.setattr(console, "input", lambda prompt: next(typed))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     _TerminalChat(bot, "chatbot", console).run()
     assert "]0;titleab2Jc\n\u00e9\U0001f600\n" in printed.getvalue()
     assert "\x1b" not in printed.getvalue()
@@ -304,6 +430,17 @@ def test_a_person_chats_interrupts_saves_and_leaves(terminal: Terminal, tmp_path
     messages = json.loads((tmp_path / "chat.jsonl").read_text("utf-8"))["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[1]["content"]
+    terminal.type('"""\n')
+    terminal.wait_for(r"\.\.\. ")
+    terminal.type("First line\n")
+    terminal.wait_for(r"\.\.\. ")
+    terminal.type('second line"""\n')
+    terminal.wait_for(r"(?s)second line.{100}")
+    terminal.interrupt(r"(?s)\d+ tokens, .*> ")
+    terminal.type("/save two.jsonl\n")
+    terminal.wait_for("Saved to two.jsonl")
+    messages = json.loads((tmp_path / "two.jsonl").read_text("utf-8"))["messages"]
+    assert messages[2]["content"] == "First line\nsecond line"
     terminal.type("/reset\n")
     terminal.wait_for("forgotten")
     terminal.type("/help\n")

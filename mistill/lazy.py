@@ -7,6 +7,7 @@ lists where its public names live, and Python asks ``__getattr__`` for them (PEP
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,4 +28,6 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(homes[name]), name)
 
+    # What a user sees who completes a name: the public ones, imported yet or not.
+    vars(sys.modules[package])["__dir__"] = lambda: sorted(homes)
     return __getattr__

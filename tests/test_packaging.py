@@ -99,6 +99,12 @@ def test_the_public_names_are_these():
     assert {"ChatBot", "open_folder", "open_model", "save_model"} <= set(names["mistill"])
 
 
+@pytest.mark.parametrize("name", PACKAGES)
+def test_completing_a_name_offers_the_public_ones(name):
+    package = importlib.import_module(name)
+    assert set(dir(package)) == set(package.__all__) - {"__version__"}
+
+
 def test_no_function_hides_a_module_of_its_package():
     for name in PACKAGES:
         package = importlib.import_module(name)

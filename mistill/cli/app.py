@@ -43,7 +43,9 @@ from mistill.cli.outside import (
     is_lost,
     make_visible,
     refuse,
+    require_known_method,
     speak_utf8,
+    with_counts,
     without_output,
 )
 from mistill.compressing import CompressSettings
@@ -55,8 +57,11 @@ app = App(
     name="mistill",
     version=__version__,
     help="Make a large language model small enough to chat on a laptop.",
+    version_flags=("--version", "-V"),
     help_format="plaintext",
     help_formatter=HelpPage(),
+    # An interruption is told what becomes of the work, below.
+    suppress_keyboard_interrupt=False,
 )
 app.command(quantize_commands.app)
 app.command(bench_commands.app)
@@ -248,8 +253,8 @@ def targets(
         teacher: The model that predicts: a model folder, a Hub id, a GGUF file, or @smollm2.
         target: The folder of targets to write, on this machine or at an address such as
             s3://bucket/targets.
-        texts: The training text that the teacher reads. A .txt, .jsonl, .json or .parquet file,
-            a Hub dataset, or @demo-train.
+        texts: The training text that the teacher reads. A .txt, .jsonl, .json, .csv or .parquet
+            file, a Hub dataset, or @demo-train.
         settings: What is stored of the teacher's distribution at each position.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -321,7 +326,7 @@ def distill(
         teacher: The teacher: a model folder, a Hub id, a GGUF file, or @smollm2. Give either
             this or --targets.
         targets: A folder of teacher logits, as mistill targets makes it, for the same texts.
-        texts: Training text. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or
+        texts: Training text. A .txt, .jsonl, .json, .csv or .parquet file, a Hub dataset, or
             @demo-train.
         held_out: Text on which the student is evaluated and not trained. If it is not given,
             some documents of the texts are held out.
@@ -679,8 +684,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         with ending_on_signals():
+            words = with_counts(sys.argv[1:] if arguments is None else arguments)
+            require_known_method(words, "quantize", quantize_commands.METHODS)
             result = app(
-                arguments,
+                words,
                 exit_on_error=False,
                 print_error=False,
                 help_on_error=False,

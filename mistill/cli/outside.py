@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
 from typing import TextIO
 
 from mistill.errors import FolderError, MistillError, SettingsError
 from mistill.folders.publishing import is_full_disk
 from mistill.shown import visible
+
+_TOKENS = re.compile(r"--(?:[a-z]+-)*tokens")
+_COUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?(?:e\d{1,2})?)([kKmMgGbB]?)")
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
 def speak_utf8() -> None:
@@ -102,6 +110,54 @@ def ending_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def with_counts(words: Sequence[str]) -> list[str]:
+    """The words of a command, with counts of tokens such as ``20M`` and ``1e6`` spelt out.
+
+    Args:
+        words: The command line.
+
+    Returns:
+        The same, with plain whole numbers behind the options whose name ends in tokens.
+    """
+    spelt = list(words)
+    for place, word in enumerate(spelt):
+        name, equals, value = word.partition("=")
+        if not _TOKENS.fullmatch(name):
+            continue
+        if equals:
+            spelt[place] = f"{name}={_count(value)}"
+        elif place + 1 < len(spelt):
+            spelt[place + 1] = _count(spelt[place + 1])
+    return spelt
+
+
+def _count(text: str) -> str:
+    """A count as digits; what is none, or no whole number, stays as it is."""
+    match = _COUNT.fullmatch(text)
+    if match is None:
+        return text
+    number = Decimal(match[1]) * _UNITS.get(match[2].lower(), 1)
+    return str(int(number)) if number == int(number) else text
+
+
+def require_known_method(words: Sequence[str], command: str, methods: Sequence[str]) -> None:
+    """Refuse a misspelt method, which would be taken for the name of a model.
+
+    Args:
+        words: The command line.
+        command: The command that has methods.
+        methods: Their names.
+
+    Raises:
+        SettingsError: If the word behind the command is nearly one of them, and no file.
+    """
+    if len(words) < 2 or words[0] != command or words[1] in methods:
+        return
+    close = difflib.get_close_matches(words[1], methods, n=1, cutoff=0.7)
+    if close and not Path(words[1]).exists():
+        raise SettingsError(f"there is no method {words[1]}; did you mean {close[0]}?")
 
 
 def from_outside(error: BaseException) -> MistillError | None:

@@ -27,6 +27,11 @@ from quantize import (
     TuningSettings,
 )
 
+METHODS = (
+    *("gptq", "rounding", "mixed", "nf4", "rotate", "tune"),
+    *("convert", "dequantize", "merge"),
+)
+
 app = App(
     name="quantize",
     help="Quantize the weights of a model folder.",
@@ -60,7 +65,7 @@ def quantize_model(
         source: The model folder to quantize, with float weights.
         target: The quantized folder to write. With --sweep, a folder that holds one quantized
             folder for each format; the same command resumes an interrupted sweep.
-        texts: Calibration data. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or
+        texts: Calibration data. A .txt, .jsonl, .json, .csv or .parquet file, a Hub dataset, or
             @demo-train.
         sweep: Quantize in several formats, measure each one, and print a table to choose from.
         held_out: Text on which the KL divergence from the source and the perplexity are measured.
@@ -143,7 +148,7 @@ def gptq(
     Args:
         source: The model folder to quantize, with float weights.
         target: The quantized folder to write.
-        texts: Calibration data. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or
+        texts: Calibration data. A .txt, .jsonl, .json, .csv or .parquet file, a Hub dataset, or
             @demo-train.
         settings: The grid of the codes and the algorithm.
         quantize_config: A quantize_config.json of AutoGPTQ, or a folder that holds one. It sets
@@ -322,7 +327,7 @@ def tune(
         target: The GPTQ folder to write.
         teacher: The model to imitate: the float model that was quantized, or the teacher of that
             model.
-        texts: Training text. A .txt, .jsonl, .json or .parquet file, a Hub dataset, or
+        texts: Training text. A .txt, .jsonl, .json, .csv or .parquet file, a Hub dataset, or
             @demo-train.
         held_out: Text on which the KL divergence from the teacher is measured. By default the
             last blocks of the texts.

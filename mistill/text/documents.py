@@ -26,7 +26,15 @@ from mistill.text.blocks import Document
 from mistill.text.conversation import Conversation, check_turns
 from mistill.text.row_content import check_characters, content_of_row, prompt_of_row
 from mistill.text.row_counts import NO_TEXT, RowCounts
-from mistill.text.rows import Row, Texts, find_file, first_row, read_lines, sources_of
+from mistill.text.rows import (
+    Row,
+    Texts,
+    find_file,
+    first_row,
+    read_lines,
+    sources_of,
+    suffix_of,
+)
 from mistill.text.typed_marks import encode_conversation, with_typed_marks_hidden
 from mistill.text.vocabulary import Message, Vocabulary
 
@@ -48,7 +56,7 @@ def read_documents(
     the end one line is logged: how many rows were read, cut and passed over, and why.
 
     Args:
-        texts: A .txt, .jsonl, .json or .parquet file, a Hub dataset (``owner/name``, or
+        texts: A .txt, .jsonl, .json, .csv or .parquet file, a Hub dataset (``owner/name``, or
             ``owner/name:config:split``), a shipped text such as ``@demo-train``, or several.
         vocabulary: Vocabulary that turns the text into tokens.
         limit: Stop after this many tokens, cutting the last document there; None reads all.
@@ -101,7 +109,7 @@ def read_stream(
     counts = RowCounts(sources_of(texts))
     for source in sources_of(texts):
         path = find_file(source)
-        joint = "" if path is not None and path.suffix.lower() == ".txt" else "\n\n"
+        joint = "" if path is not None and suffix_of(path) == ".txt" else "\n\n"
         rows = _read_rows(first_row(source), counts, skip_bad_rows)
         rendered = [_rendered(row, vocabulary, counts) for row in rows]
         hidden = hidden or any(typed for _, typed in rendered)
@@ -290,7 +298,7 @@ def read_prompt_conversations(prompts: Texts, *, skip_bad_rows: bool = False) ->
     conversations: list[Conversation] = []
     for source in sources_of(prompts):
         path = find_file(source)
-        if path is not None and path.suffix.lower() == ".txt":
+        if path is not None and suffix_of(path) == ".txt":
             lines = [line.strip() for line in read_lines(path)]
             texts = [line for line in lines if line]
             counts.rows += len(texts)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import itertools
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mistill.errors import TextError, missing_extra
 from mistill.folders.json_text import parse_json
@@ -26,7 +30,10 @@ SHIPPED = {
 _DATA = Path(__file__).parent.parent / "data"
 
 
-_FILES = (".txt", ".jsonl", ".json", ".parquet")
+_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+
+# What any of them but Parquet, which compresses by itself, may be packed with.
+_PACKED = (".gz", ".zst")
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
@@ -34,6 +41,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 
 # Size at which a long .txt file is split into documents.
 DOCUMENT_CHARACTERS = 2_000_000
+
+# Characters of one line.
+_LONGEST_LINE = 1 << 28
 
 # Rows of a Parquet file that are in memory at once.
 _BATCH_ROWS = 256
@@ -98,14 +108,29 @@ def read_rows(source: str) -> Iterator[Row]:
         ".txt": _txt_rows,
         ".jsonl": _jsonl_rows,
         ".json": _json_rows,
+        ".csv": _csv_rows,
         ".parquet": _parquet_rows,
     }
     return readers[_kind_of(path)](path)
 
 
+def suffix_of(path: Path) -> str:
+    """The ending that says what a file holds, without that of its compression.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Such as ``.jsonl``, in small letters.
+    """
+    unpacked = path.with_suffix("") if path.suffix.lower() in _PACKED else path
+    suffix = unpacked.suffix.lower()
+    return path.suffix.lower() if suffix == ".parquet" else suffix
+
+
 def _kind_of(path: Path) -> str:
     """The ending that a file should have: some call JSON lines .json, or a list .jsonl."""
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix not in (".json", ".jsonl"):
         return suffix
     lines = (line for line in read_lines(path) if line.strip())
@@ -132,10 +157,13 @@ def find_file(source: str) -> Path | None:
     if path.is_dir():
         raise TextError(f"{source} is a folder; name the {known} files in it")
     if path.is_file():
-        if path.suffix.lower() not in _FILES:
-            raise TextError(f"{source} ends in {path.suffix or 'nothing'}; mistill reads {known}")
+        if suffix_of(path) not in _FILES:
+            raise TextError(
+                f"{source} ends in {path.suffix or 'nothing'}; mistill reads {known}, and all but "
+                "the last packed as .gz or .zst too"
+            )
         return path
-    if path.suffix.lower() in _FILES or not _HUB_ID.fullmatch(source):
+    if path.suffix.lower() in (*_FILES, *_PACKED) or not _HUB_ID.fullmatch(source):
         raise TextError(
             f"there is no file {source}; give a {known.replace(' and ', ' or ')} file, a Hub "
             f"dataset such as owner/name:config:split, or one of {', '.join(SHIPPED)}"
@@ -144,15 +172,58 @@ def find_file(source: str) -> Path | None:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a file; a file that is not UTF-8 text is refused."""
+    """The lines of a file, unpacked if need be; a file that is not UTF-8 text is refused."""
     try:
-        with path.open(encoding="utf-8-sig") as opened:  # a mark of the byte order is no text
-            yield from opened
+        with _opened(path) as opened:
+            # An unpacked line has no bound: a few bytes may stand for gigabytes.
+            while line := opened.readline(_LONGEST_LINE):
+                if len(line) == _LONGEST_LINE:
+                    raise TextError(f"{path} has a line of {_LONGEST_LINE:,} characters or more")
+                yield line
     except UnicodeDecodeError as error:
         problem = f"{error.reason} at byte {error.start}; save it as UTF-8"
         raise TextError(f"{path} is not UTF-8 text: {problem}") from error
+    except (EOFError, zlib.error) as error:
+        raise TextError(f"{path} is damaged: {_one_line(error)}") from error
     except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}") from error
+        raise TextError(f"{path} cannot be read: {error.strerror or _one_line(error)}") from error
+
+
+def _opened(path: Path) -> io.TextIOWrapper:
+    # utf-8-sig, because a mark of the byte order is no text.
+    packed = path.suffix.lower()
+    if packed == ".gz":
+        return io.TextIOWrapper(cast(Any, gzip.open(path)), encoding="utf-8-sig")
+    if packed == ".zst":
+        if find_spec("pyarrow") is None:
+            raise missing_extra("pyarrow", "compress")
+        from pyarrow import input_stream
+
+        return io.TextIOWrapper(input_stream(str(path), compression="zstd"), encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """A header that names the columns, then a record a row."""
+    csv.field_size_limit(_LONGEST_LINE)
+    reader = csv.reader(read_lines(path), strict=True)
+    try:
+        names = next(reader, [])
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise TextError(f"{path} has the column {twice[0]!r:.80} twice")
+        for values in reader:
+            if not values:
+                continue
+            origin = f"{path}, line {reader.line_num}"
+            problem = None
+            if len(values) != len(names):
+                problem = TextError(
+                    f"{origin} has {len(values)} fields and the first line {len(names)}"
+                )
+            yield Row(dict(zip(names, values, strict=False)), origin, problem)
+    except csv.Error as error:
+        raise TextError(f"{path}, line {reader.line_num}, is no CSV: {error}") from error
 
 
 def _txt_rows(path: Path) -> Iterator[Row]:
@@ -182,11 +253,22 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    value = parse_json("".join(read_lines(path)) or "[]", str(path), TextError)
+    value = parse_json(_all_of(path) or "[]", str(path), TextError)
     if not isinstance(value, list):
         raise TextError(f"{path} should hold a list of objects, not {json_type(value)}")
     for number, item in enumerate(value, 1):
         yield _record(item, f"{path}, item {number}")
+
+
+def _all_of(path: Path) -> str:
+    """A whole file, if it holds no more characters than one line may."""
+    parts, size = [], 0
+    for line in read_lines(path):
+        size += len(line)
+        if size >= _LONGEST_LINE:
+            raise TextError(f"{path} has more than {_LONGEST_LINE:,} characters; give JSON lines")
+        parts.append(line)
+    return "".join(parts)
 
 
 def _record(value: Any, origin: str) -> Row:

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import mistill
 from mistill.cli import app as command_line
+from mistill.cli import quantize_commands
 from mistill.cli.app import main
+from mistill.cli.outside import with_counts
 
 
 @pytest.mark.parametrize(
@@ -112,3 +115,47 @@ def test_what_a_command_has_begun_is_cleared_up_when_it_is_ended(model, tmp_path
     assert process.returncode == 128 + signal.SIGTERM
     assert len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("20M", "20000000"), ("1e6", "1000000"), ("1.5k", "1500"), ("2B", "2000000000"), ("7", "7")],
+)
+def test_counts_of_tokens_may_have_units(text, number):
+    assert with_counts(["distill", "--tokens", text, "x"]) == ["distill", "--tokens", number, "x"]
+    assert with_counts([f"--held-out-tokens={text}"]) == [f"--held-out-tokens={number}"]
+
+
+@pytest.mark.parametrize("text", ["1.5", "20T", "M", "-3k", "0x10", "1e400", "1.0000001k", ""])
+def test_what_is_no_count_stays_for_its_option_to_refuse(text):
+    assert with_counts(["--tokens", text]) == ["--tokens", text]
+    assert with_counts(["--texts", "20M", "--tokens"]) == ["--texts", "20M", "--tokens"]
+
+
+def test_a_misspelt_method_is_named_and_not_taken_for_a_model(tmp_path, monkeypatch, capsys):
+    assert main(["quantize", "gtpq", "model", "out"]) == 2
+    assert capsys.readouterr().err == "mistill: there is no method gtpq; did you mean gptq?\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gtpq").mkdir()
+    assert main(["quantize", "gtpq", "out", "--texts", "@demo-train"]) == 2
+    assert "no method" not in capsys.readouterr().err
+
+
+def test_the_methods_are_those_that_there_are():
+    assert set(quantize_commands.METHODS) == {
+        name for name in quantize_commands.app if not name.startswith("-")
+    }
+
+
+def test_the_version_has_a_short_option(capsys):
+    assert main(["-V"]) == 0
+    assert capsys.readouterr().out.strip() == mistill.__version__
+
+
+def test_an_interrupted_command_says_that_its_work_resumes(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mistill.cli.inspection.inspect_folder", interrupt)
+    assert main(["inspect", "somewhere"]) == 130
+    assert "interrupted; the same command resumes the work" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def parse_json(text: str | bytes, origin: str, error: type[MistillError] = Folde
         raise error(f"{origin} is not valid JSON: it is nested too deeply") from problem
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:200]
+        if "integer string conversion" in reason:
+            reason = f"a number has more than {sys.get_int_max_str_digits():,} digits"
         raise error(f"{origin} is not valid JSON: {reason}") from problem
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from mistill.cost_model.processors import MOST_THREADS, usable_threads
@@ -48,6 +49,7 @@ class OnnxModel:
         threads: Threads that it computes with.
         provider: Execution provider.
         alone: Whether it was opened to compute with no other model in turn.
+        session: ONNX Runtime's session of the graph.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class OnnxModel:
     threads: int
     provider: Provider
     alone: bool
+    session: onnxruntime.InferenceSession
 
     def __init__(
         self,
@@ -104,17 +107,17 @@ class OnnxModel:
         self.vocabulary_size = info.vocabulary_size
         self.context_length = context or info.context_length
         self.threads = threads or usable_threads()
-        self._session = open_session(info.path, self.threads, provider, alone)
-        check_graph(self._session, info.path, info.layers, info.vocabulary_size)
+        self.session = open_session(info.path, self.threads, provider, alone)
+        check_graph(self.session, info.path, info.layers, info.vocabulary_size)
         self._cache = KeyValueCache(
-            self._session,
+            self.session,
             self.context_length,
             "cpu" if provider == "cpu" else "cuda",
             self._unbind,
         )
         self._reader: object = None
         self._lock = threading.Lock()
-        self._binding = self._session.io_binding()
+        self._binding = self.session.io_binding()
         # The bound cache and tokens; False or None while a binding changes, so that an interrupt
         # between two bindings cannot leave the graph writing to freed memory.
         self._bound_cache = False
@@ -227,7 +230,7 @@ class OnnxModel:
         texts = [self.checked(prompt) for prompt in prompts]
         if texts:
             write_side_by_side(
-                self._session,
+                self.session,
                 texts,
                 [min(len(text) + max_new_tokens, self.context_length) for text in texts],
                 [greedy] * len(texts) if choose is None else choose,
@@ -351,7 +354,7 @@ class OnnxModel:
         self._bind_tokens(inputs, scores)
         self._binding.bind_cpu_input("attention_mask", self._ones[:, :end])
         inputs[0] = tokens
-        run_bound(self._session, self._binding)
+        run_bound(self.session, self._binding)
         if scores is not self._next_logits:
             scores[:] = self._binding.get_outputs()[-1].numpy()
         self._cache.ids += tokens

@@ -141,6 +141,11 @@ class Vocabulary:
         return self._folder
 
     @property
+    def tool_template(self) -> str | None:
+        """The template of conversations in which tools may be called, as the folder has it."""
+        return self._templates.get("tool_use", self.chat_template)
+
+    @property
     def date_key(self) -> dict[str, str]:
         """What the text of a conversation depends on besides its words: the day, if it is written.
 
@@ -323,9 +328,7 @@ class Vocabulary:
                 one that takes too long or too much memory.
             TextError: If the template refuses the conversation.
         """
-        source = self.chat_template
-        if tools is not None:
-            source = self._templates.get("tool_use", source)
+        source = self.chat_template if tools is None else self.tool_template
         if source is None:
             raise VocabularyError(
                 f"{self._folder} has no chat template; use a chat model, or put one into "

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from mistill.errors import MistillError
 from mistill.serve import model_routes
 from mistill.serve.chat import chat
+from mistill.serve.completions import complete
 from mistill.serve.generation import Served
 from mistill.serve.http.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from mistill.serve.http.guard import Guard
@@ -47,6 +48,10 @@ class App:
         self._page: dict[str, PageFile] = page_files() if served.settings.page else {}
         self.routes = {
             ("POST", "/v1/chat/completions"): chat,
+            ("POST", "/v1/completions"): complete,
+            ("POST", "/tokenize"): model_routes.tokenize,
+            ("POST", "/detokenize"): model_routes.detokenize,
+            ("GET", "/tokenizer_info"): model_routes.tokenizer_info,
             ("GET", "/v1/models"): model_routes.models,
             ("GET", "/v1/models/"): model_routes.model,
             ("GET", "/health"): model_routes.health,

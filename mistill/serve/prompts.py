@@ -104,14 +104,15 @@ class Prompts:
                 f"messages[{systems[1]}].role",
             )
         size = sum(len(turn["content"].encode()) for turn in turns)
-        self.refuse_long([turn["content"] for turn in turns], size)
+        self.refuse_long([turn["content"] for turn in turns], size, "messages")
         return Conversation(turns, tools=tools)
 
-    def rendered(self, talk: Conversation) -> list[int]:
-        """The tokens of a conversation up to where the assistant's next turn begins.
+    def rendered(self, talk: Conversation, *, reply_begins: bool = True) -> list[int]:
+        """The tokens of a conversation.
 
         Args:
             talk: The conversation.
+            reply_begins: Whether they end where the assistant's next turn begins.
 
         Returns:
             Token ids.
@@ -120,7 +121,7 @@ class Prompts:
             RefusalError: If the template refuses the conversation.
         """
         try:
-            ids = prompt_ids(talk, self._vocabulary)
+            ids = prompt_ids(talk, self._vocabulary, reply_begins=reply_begins)
         except TextError as error:
             raise bad_request(str(error), "messages") from None
         except VocabularyError:
@@ -184,19 +185,20 @@ class Prompts:
             return [self._vocabulary.bos_id, *ids]
         return ids
 
-    def refuse_long(self, texts: Sequence[str], size: int) -> None:
+    def refuse_long(self, texts: Sequence[str], size: int, param: str) -> None:
         """Refuse texts that cannot fit into the context, without tokenizing all of them.
 
         Args:
             texts: The texts.
             size: Their bytes together.
+            param: The field that holds them.
 
         Raises:
             RefusalError: If they are longer than the context for certain.
         """
         least = -(-size // self._longest)
         if least >= self.context_length:
-            raise self._too_long(least, "at least ")
+            raise self.too_long(least, param, "at least ")
         if size <= _PIECE * 4:
             return
         tokens = 0
@@ -206,26 +208,36 @@ class Prompts:
                 piece = text[start : start + _PIECE]
                 tokens += len(self._vocabulary.encode(piece)) - 16
                 if tokens > self.context_length:
-                    raise self._too_long(tokens, "more than ")
+                    raise self.too_long(tokens, param, "more than ")
 
     def _fitting(self, ids: list[int]) -> list[int]:
         if len(ids) >= self.context_length:
-            raise self._too_long(len(ids))
+            raise self.too_long(len(ids), "messages")
         return ids
 
-    def _too_long(self, tokens: int, about: str = "") -> RefusalError:
+    def too_long(self, tokens: int, param: str, about: str = "") -> RefusalError:
+        """A prompt that leaves no room for a reply.
+
+        Args:
+            tokens: Its tokens.
+            param: The field that holds it.
+            about: ``at least `` or ``more than `` where it was not counted to the end.
+
+        Returns:
+            The refusal to raise.
+        """
         return RefusalError(
             400,
             f"the prompt has {about}{tokens} tokens and the context holds {self.context_length}, "
             "the reply included; shorten it or leave out the oldest turns",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
             details={"n_prompt_tokens": tokens, "n_ctx": self.context_length},
         )
 
     def _prompt(self, prompt: Any, place: str, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
-            self.refuse_long([prompt], len(prompt.encode()))
+            self.refuse_long([prompt], len(prompt.encode()), place)
             ids = self.text_ids(prompt, add_special_tokens=add_special_tokens)
         elif isinstance(prompt, list) and all(map(_is_id, prompt)):
             ids = prompt
@@ -239,7 +251,7 @@ class Prompts:
         if not ids:
             raise bad_request(f"{place} is empty; give at least one token", place)
         if len(ids) > self.context_length:
-            raise self._too_long(len(ids))
+            raise self.too_long(len(ids), place)
         return ids
 
     def _check_ending(self, request: ChatRequest) -> None:

@@ -12,7 +12,9 @@ B is batch, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from mistill.engine.key_value_cache import as_value, cache_shapes, pages, window_of
 from mistill.engine.onnx_session import run_bound
+from mistill.engine.prefix_store import StoredText
 
 MOST_BINDINGS = 16
 """Groups of rows whose bindings are kept; to bind a group takes about half a millisecond."""
@@ -66,12 +69,17 @@ class TextRows:
         self.position_bytes = bytes_per_position(session)
         self._session = session
         self._vocabulary_size = vocabulary_size
+        shapes = cache_shapes(session)
         # In buffers longer than the text, a graph with a sliding window drops nothing.
         capacity = max(context_length, window_of(session) or 0)
         self._arrays = {
-            name: pages((rows, heads, capacity, width), dtype)
-            for name, (heads, width, dtype) in cache_shapes(session).items()
+            name: pages((rows, heads, _whole_pages(capacity, width, dtype), width), dtype)
+            for name, (heads, width, dtype) in shapes.items()
         }
+        self._memory = {name: _mapped(array) for name, array in self._arrays.items()}
+        for memory in self._memory.values():
+            # A huge page would take two megabytes where a short text needs four kilobytes.
+            _advise(memory, "MADV_NOHUGEPAGE", 0, len(memory))
         self._ones = np.ones((1, capacity), np.int64)
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 
@@ -150,6 +158,41 @@ class TextRows:
             array[target, :, :positions] = array[source, :, :positions]
         self.texts[target] = self.texts[source][:positions]
         self.read_together[target] = min(self.read_together[source], positions)
+
+    def values(self, row: int) -> dict[str, NDArray[Any]]:
+        """The keys and values of a row.
+
+        Args:
+            row: The row.
+
+        Returns:
+            Views of the buffers by name, shape (heads, T, width).
+        """
+        used = len(self.texts[row])
+        return {name: array[row, :, :used] for name, array in self._arrays.items()}
+
+    def load(self, row: int, text: StoredText, positions: int) -> None:
+        """Copy the first positions of a stored text into a row.
+
+        Args:
+            row: The row to overwrite.
+            text: The text.
+            positions: Number of positions.
+        """
+        for name, array in self._arrays.items():
+            array[row, :, :positions] = text.values[name][:, :positions]
+        self.texts[row] = text.ids[:positions]
+        self.read_together[row] = min(text.read_together, positions)
+
+    def release(self, row: int) -> None:
+        """Forget a row, and give its memory back to the system where that can be done.
+
+        Args:
+            row: The row.
+        """
+        self.rewind(row, 0)
+        for name, array in self._arrays.items():
+            _advise(self._memory[name], "MADV_DONTNEED", row * array[row].nbytes, array[row].nbytes)
 
     def exchange(self, first: int, second: int) -> None:
         """Let two rows change places.
@@ -239,6 +282,29 @@ class _Binding:
         else:
             self.graph.bind_ortvalue_output("logits", as_value(logits))
         self._bound = ids, logits
+
+
+def _whole_pages(capacity: int, width: int, dtype: type[np.generic]) -> int:
+    """Positions, at least so many, so that each head of a row takes whole pages."""
+    step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, width * np.dtype(dtype).itemsize)
+    return -(-capacity // step) * step
+
+
+def _mapped(array: NDArray[Any]) -> mmap.mmap:
+    """The memory that ``pages`` mapped for an array."""
+    base: Any = array
+    while not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    memory: mmap.mmap = base
+    return memory
+
+
+def _advise(memory: mmap.mmap, advice: str, start: int, size: int) -> None:
+    """Tell the system how memory is used, where it can be told so."""
+    if hasattr(mmap, advice):
+        # A kernel without huge pages knows no advice about them.
+        with contextlib.suppress(OSError):
+            memory.madvise(getattr(mmap, advice), start, size)
 
 
 def bytes_per_position(session: onnxruntime.InferenceSession) -> int:

@@ -139,6 +139,15 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(
         np.testing.assert_allclose(next_logits(chunked, ids), last, atol=SAME)
 
 
+def test_what_a_text_predicts_does_not_depend_on_what_follows(chatbot: Path) -> None:
+    """To the last bit, so that answers of one token are scored as those of two are."""
+    model = OnnxModel(chatbot, threads=1)
+    ids = some_ids(engine.CHUNK + 2)
+    whole = model.logits(np.array([ids]))
+    for length in (1, 2, engine.CHUNK, engine.CHUNK + 1):
+        np.testing.assert_array_equal(model.logits(np.array([ids[:length]])), whole[:, :length])
+
+
 def test_growing_the_cache_changes_nothing(chatbot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = some_ids(9)
     large = OnnxModel(chatbot, threads=1)

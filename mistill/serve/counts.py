@@ -15,6 +15,14 @@ from mistill.serve.replies import Reply
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_REASONS = {
+    "end of turn": "stop",
+    "stopped": "stop",
+    "max_new_tokens": "length",
+    "context": "length",
+    "cancelled": "abort",
+    "failed": "error",
+}
 
 
 class Histogram:
@@ -74,8 +82,6 @@ class Counts:
         """
         self._scheduler = scheduler
         self._began = time.monotonic()
-        self._totals: Counter[str] = Counter()
-        self._endings: Counter[str] = Counter()
         self._statuses: Counter[int] = Counter()
         self._reply_seconds = 2.0
         self._first = Histogram(
@@ -121,21 +127,9 @@ class Counts:
         read = sum(len(job.prompt) for job in jobs if job.started is not None)
         cached = sum(job.cached_tokens for job in jobs)
         written = sum(job.new_tokens for job in jobs)
-        self._totals["prompt_tokens"] += read
-        self._totals["prefix_cache_queries"] += read
-        self._totals["prefix_cache_hits"] += cached
-        self._totals["generation_tokens"] += written
         exchange.facts |= {"prompt": read, "cached": cached, "written": written}
         for job in jobs:
             self._count_times(job)
-
-    def finished(self, reason: str) -> None:
-        """Count a reply that came to its end.
-
-        Args:
-            reason: Why it ended.
-        """
-        self._endings[reason] += 1
 
     def _count_times(self, job: Job) -> None:
         if job.started is None or job.first_token is None or job.ended is None:
@@ -161,19 +155,28 @@ class Counts:
                 "uptime_seconds", "counter", "Since the start.", time.monotonic() - self._began
             ),
         ]
-        for name, meaning in (
-            ("prompt_tokens", "Tokens of prompts."),
-            ("generation_tokens", "Tokens written."),
-            ("prefix_cache_queries", "Tokens of prompts that were looked for."),
-            ("prefix_cache_hits", "Tokens of prompts that were not read again."),
-        ):
-            lines += _metric(f"{name}_total", "counter", meaning, self._totals[name])
+        done = self._scheduler.statistics()
+        lines += [
+            *_metric("prompt_tokens_total", "counter", "Tokens of prompts.", done.prompt_tokens),
+            *_metric("generation_tokens_total", "counter", "Tokens written.", done.new_tokens),
+            *_metric(
+                "prefix_cache_queries_total", "counter", "Tokens looked for.", done.prompt_tokens
+            ),
+            *_metric(
+                "prefix_cache_hits_total", "counter", "Tokens not read again.", done.cached_tokens
+            ),
+            *_metric("kv_cache_bytes", "gauge", "Keys and values in use.", done.text_bytes),
+            *_metric("prefix_cache_bytes", "gauge", "Those of texts before.", done.store_bytes),
+        ]
+        endings: Counter[str] = Counter()
+        for ending, count in done.endings.items():
+            endings[_REASONS.get(ending, ending)] += count
         lines += [
             "# HELP mistill_request_success_total Replies by the reason of their end.",
             "# TYPE mistill_request_success_total counter",
             *(
                 f'mistill_request_success_total{{finished_reason="{reason}"}} {count}'
-                for reason, count in sorted(self._endings.items())
+                for reason, count in sorted(endings.items())
             ),
             "# HELP mistill_http_requests_total Answers by their status.",
             "# TYPE mistill_http_requests_total counter",

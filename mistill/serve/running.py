@@ -107,7 +107,12 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
         f"the folder's name {name!r:.80} cannot be the name of the model; give --model-name",
     )
     model = OnnxModel(info.path, threads=settings.threads, context=settings.context)
-    scheduler = Scheduler(model, slots=settings.slots, queue=settings.queue)
+    scheduler = Scheduler(
+        model,
+        slots=settings.slots,
+        queue=settings.queue,
+        prefix_bytes=None if settings.prefix_mib is None else settings.prefix_mib << 20,
+    )
     return Served(name, vocabulary, scheduler, settings, limits)
 
 

@@ -80,6 +80,7 @@ class Exchange:
         """
         self.method = scope["method"]
         self.path = scope["path"]
+        self.version = scope["http_version"]
         self.target_bytes = len(scope.get("raw_path") or b"") + len(scope["query_string"])
         self.headers: dict[bytes, list[bytes]] = {}
         self.header_count = len(scope["headers"])

@@ -103,7 +103,7 @@ class Guard:
             raise RefusalError(
                 400, "give either content-length or transfer-encoding", headers=closing
             )
-        if b"upgrade" in exchange.headers:
+        if b"upgrade" in exchange.headers or exchange.version not in ("1.0", "1.1"):
             raise RefusalError(400, "the server speaks HTTP/1.1 and nothing else", headers=closing)
         if b"content-encoding" in exchange.headers:
             raise RefusalError(400, "the body should not be compressed", headers=closing)

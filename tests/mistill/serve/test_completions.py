@@ -73,7 +73,7 @@ def test_a_greedy_completion_is_what_the_model_streams(
 ) -> None:
     ids = vocabulary.encode(SENTENCES[0])
     stream = model.stream(ids)
-    expected = []
+    expected: list[int] = []
     while len(expected) < 12 and (token := next(stream)) not in vocabulary.end_ids:
         expected.append(token)
     stream_text = TextStream(vocabulary, every_byte=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
 import subprocess
@@ -14,7 +15,6 @@ import pytest
 import mistill
 from mistill.cli import main
 from mistill.errors import FolderError, SettingsError
-from mistill.serve.http import keys as keys_module
 from mistill.serve.http.guard import OPEN_FOLDER, OPEN_PATHS
 from mistill.serve.http.keys import VARIABLE, Keys, read_keys
 from mistill.serve.settings import ServeSettings
@@ -91,7 +91,7 @@ def test_every_key_fits_in_either_header(locked: RunningServer, key: str, header
 def test_every_route_but_an_exact_list_needs_a_key(locked: RunningServer) -> None:
     assert len(locked.app.routes) >= 9
     for method, path in locked.app.routes:
-        body = {"messages": []} if method == "POST" else None
+        body: object = {"messages": []} if method == "POST" else None
         answer = locked.ask(path, body, method=method)
         is_open = path in OPEN_PATHS or path == OPEN_FOLDER
         assert (answer.status == 401) != is_open, path
@@ -129,7 +129,7 @@ def test_keys_are_compared_as_digests_in_constant_time(monkeypatch: pytest.Monke
         compared.append((ours, theirs))
         return ours == theirs
 
-    monkeypatch.setattr(keys_module.hmac, "compare_digest", compare)
+    monkeypatch.setattr(hmac, "compare_digest", compare)
     keys = Keys([KEY, OTHER])
     assert keys.owner([KEY.encode()])
     assert keys.owner([b"\xff"]) is None

@@ -28,11 +28,9 @@ def vocabulary(chatbot: Path) -> Vocabulary:
 def log_softmax(model: OnnxModel, ids: list[int]) -> np.ndarray[Any, Any]:
     """The definition, in float64: shape (T, V)."""
     logits = model.logits(np.array([ids]))[0].astype(np.float64)
-    return (
-        logits
-        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
-        - (logits.max(1, keepdims=True))
-    )
+    shifted = logits - logits.max(1, keepdims=True)
+    scores: np.ndarray[Any, Any] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return scores
 
 
 def complete(server: RunningServer, prompt: Any, **fields: Any) -> Any:

@@ -220,7 +220,7 @@ class Vocabulary:
 
     @property
     def mark_texts(self) -> tuple[str, ...]:
-        """What the special tokens spell, and the other marks with which the template builds turns."""
+        """What the special tokens spell, and the other marks with which a template builds turns."""
         return tuple(
             entry["content"]
             for entry in self.added_tokens

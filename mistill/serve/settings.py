@@ -76,7 +76,7 @@ class ServeSettings(SamplingSettings):
         require_range("queue_seconds", self.queue_seconds, 0, exclusive=True)
         require_range("prefix_mib", self.prefix_mib, 0)
         require(
-            self.host.isascii() and self.host.isprintable() and bool(self.host.strip()),
+            HOST_NAME.fullmatch(self.host.lower()) is not None or _is_address(self.host),
             f"host must be an address such as 127.0.0.1, not {self.host!r:.80}",
         )
         for name in self.allow_host:
@@ -106,6 +106,14 @@ class ServeSettings(SamplingSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

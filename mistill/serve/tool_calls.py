@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from mistill.chat.stream_text import StopStrings
+from mistill.constraints import JSON_STYLE
 from mistill.errors import SettingsError
 from mistill.folders.json_text import parse_json
 from mistill.text.vocabulary import Vocabulary
@@ -107,13 +108,18 @@ def grammar_of_calls(
     if form == "mistral":
         most = {} if several else {"maxItems": 1}
         array = {"type": "array", "items": call, "minItems": 1, **most}
-        return f"start: {mark(_OPEN[form])} list\nlist: %json {json.dumps(array)}\n"
+        return f"start: {mark(_OPEN[form])} list\nlist: %json {_styled(array)}\n"
     more = ' ("\\n" call)*' if several else ""
     return (
         f"start: call{more}\n"
         f"call: {mark(_OPEN[form], after=chr(10))} body {mark(_CLOSE, before=chr(10))}\n"
-        f"body: %json {json.dumps(call)}\n"
+        f"body: %json {_styled(call)}\n"
     )
+
+
+def _styled(schema: Mapping[str, Any]) -> str:
+    """A schema with white space as in every other constraint."""
+    return json.dumps({"x-guidance": JSON_STYLE, **schema})
 
 
 class CallReader:
@@ -151,7 +157,7 @@ class CallReader:
                 shown += self._before.add(text)
                 if not self._before.found:
                     return shown
-                self._body, text = "", self._before.rest()
+                self._body, text = "", self._before.rest().removeprefix(_OPEN[self._form])
                 continue
             self._body, text = self._body + text, ""
             if self._form == "hermes" and _CLOSE in self._body:

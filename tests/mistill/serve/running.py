@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -149,6 +150,16 @@ def until(condition: Callable[[], object], seconds: float = LONG) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.005)
+
+
+def with_template(chatbot: Path, folder: Path, template: str) -> Path:
+    """A copy of a chatbot with another chat template."""
+    shutil.copytree(chatbot, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    del manifest["files"]["chat_template.jinja"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @contextmanager

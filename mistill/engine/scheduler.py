@@ -30,17 +30,17 @@ from mistill.engine.key_value_cache import common_prefix
 from mistill.engine.language_model import Choose, greedy
 from mistill.engine.onnx_model import CHUNK, OnnxModel, chunk_size
 from mistill.engine.prefix_store import PrefixStore, StoredText
-from mistill.engine.text_rows import TextRows, bytes_per_position
+from mistill.engine.text_rows import Scored, TextRows, bytes_per_position
 from mistill.errors import EngineStoppedError, QueueFullError
 from mistill.settings import require, require_range
 
 Ending = Literal["end of turn", "stopped", "max_new_tokens", "context", "cancelled"]
 State = Literal["running", "stopping", "stopped", "crashed"]
 
-LEAST_CHUNK = 8
+LEAST_CHUNK = 4
 """Fewest positions of a prompt that are read between two tokens of the others."""
 
-READING_SHARE = 1.5
+READING_SHARE = 1.25
 """Time for reading prompts between two tokens of the others, as a multiple of that of a step."""
 
 SHORT_PROMPT = 128
@@ -280,9 +280,9 @@ class Scheduler:
         self._beat = time.monotonic()
         self._idle = False
         self._turn = 0
-        # Moving averages, in seconds.
+        # A moving average of the time of a step, and the positions that are read beside it.
         self._step_seconds = 0.0
-        self._position_seconds = 0.0
+        self._chunk = float(LEAST_CHUNK)
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="mistill engine", daemon=True)
         self._thread.start()
@@ -430,9 +430,7 @@ class Scheduler:
 
     def _step(self) -> None:
         self._let_leave()
-        left = self._positions_to_read()
-        while left >= LEAST_CHUNK and (row := self._next_to_read()) is not None:
-            left -= self._read_chunk(row, left)
+        self._read_prompts(CHUNK if not self._of_jobs(reading=False) else int(self._chunk))
         self._write_tokens()
 
     def _let_leave(self) -> None:
@@ -447,14 +445,19 @@ class Scheduler:
 
     # --- prompts ----------------------------------------------------------------------------------
 
-    def _positions_to_read(self) -> int:
-        """How many positions of prompts are read in this step."""
-        if not self._of_jobs(reading=False):
-            return CHUNK
-        if not self._position_seconds:
-            return LEAST_CHUNK
-        wanted = int(READING_SHARE * self._step_seconds / self._position_seconds)
-        return min(max(wanted, LEAST_CHUNK), CHUNK)
+    def _read_prompts(self, most: int) -> None:
+        """Read some positions of prompts, and learn how many may be read beside a step.
+
+        Args:
+            most: Positions to read, at least ``LEAST_CHUNK``.
+        """
+        before, left = time.monotonic(), most
+        while left >= LEAST_CHUNK and (row := self._next_to_read()) is not None:
+            left -= self._read_chunk(row, left)
+        if most < CHUNK and most - left >= LEAST_CHUNK:
+            seconds = time.monotonic() - before
+            wanted = (most - left) * READING_SHARE * self._step_seconds / seconds
+            self._chunk = min(max(_moved(self._chunk, wanted), LEAST_CHUNK), CHUNK - 1.0)
 
     def _next_to_read(self) -> int | None:
         """The row of the prompt to read on, which may be that of a job that begins now.
@@ -588,11 +591,11 @@ class Scheduler:
         done = len(self._texts.texts[row])
         scored = job.prompt_scores is not None
         size = chunk_size(len(job.prompt) - done, CHUNK if scored else most)
-        before = time.monotonic()
-        logits = self._texts.read(row, job.prompt[done : done + size], every_position=scored)
-        if size >= LEAST_CHUNK:
-            each = (time.monotonic() - before) / size
-            self._position_seconds = _moved(self._position_seconds, each)
+        if scored:
+            of: Scored = "every"
+        else:
+            of = "last" if done + size == len(job.prompt) else "none"
+        logits = self._texts.read(row, job.prompt[done : done + size], of)
         self._touch(row)
         if job.prompt_scores is not None:
             try:
@@ -841,7 +844,7 @@ class _Reply:
 
 def _moved(average: float, value: float) -> float:
     """A moving average after one more value; the first is the average."""
-    return value if not average else average + (value - average) / 8
+    return value if not average else average + (value - average) / 4
 
 
 def _stopped(state: State) -> str:

@@ -46,7 +46,10 @@ READING_SHARE = 1.25
 SHORT_PROMPT = 128
 """A prompt with so many unread positions does not wait for the end of a longer one."""
 
-MOST_SLOTS = 16
+MOST_SLOTS = 256
+USUAL_SLOTS = 16
+"""Slots where the memory holds more: a step over more rows takes as long as two steps."""
+
 DEFAULT_QUEUE = 32
 USUAL_TEXT = 2048
 """Positions of a text for which slots are chosen, in a model with a longer context."""
@@ -250,7 +253,7 @@ class Scheduler:
             SettingsError: If a number is out of range, or the model runs elsewhere than on the
                 processor.
         """
-        require_range("slots", slots, 1, 256)
+        require_range("slots", slots, 1, MOST_SLOTS)
         require_range("prefix_bytes", prefix_bytes, 0)
         require_range("queue", queue, 0)
         require(
@@ -758,11 +761,11 @@ def usual_slots(room: int, context: int) -> int:
         context: Positions of the longest text.
 
     Returns:
-        From 1 to ``MOST_SLOTS``.
+        From 1 to ``USUAL_SLOTS``.
     """
     # Windows counts memory that is reserved as taken, even if nothing was written to it.
     usual = context if sys.platform == "win32" else min(context, USUAL_TEXT)
-    return min(max(room // usual, 1), MOST_SLOTS)
+    return min(max(room // usual, 1), USUAL_SLOTS)
 
 
 def write_all(
@@ -773,6 +776,7 @@ def write_all(
     choose: Sequence[Choose] | None = None,
     end_ids: Collection[int] = (),
     slots: int | None = None,
+    finished: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Write replies to several prompts at once, which takes much less time than one by one.
 
@@ -785,6 +789,7 @@ def write_all(
         choose: One for each prompt, because a sampler remembers; all greedy if not given.
         end_ids: Tokens that end a reply and are its last.
         slots: Replies that are written at once; see ``Scheduler``.
+        finished: Called once for each reply, in the order of the prompts.
 
     Returns:
         The replies in the order of the prompts; one that fills the context ends there.
@@ -801,7 +806,8 @@ def write_all(
     texts = [model.checked(prompt) for prompt in prompts]
     if not texts:
         return []
-    replies = [_Reply() for _ in texts]
+    replies = [Reply() for _ in texts]
+    written = []
     with Scheduler(model, slots=slots, queue=len(texts)) as scheduler:
         for number, (text, reply) in enumerate(zip(texts, replies, strict=True)):
             scheduler.submit(
@@ -811,35 +817,62 @@ def write_all(
                     choose=greedy if choose is None else choose[number],
                     end_ids=end_ids,
                     sink=reply,
+                    repeatable=True,
                 )
             )
-        return [reply.tokens_at_the_end() for reply in replies]
+        for reply in replies:
+            written.append(reply.wait())
+            finished()
+    return written
 
 
-class _Reply:
-    """A sink that gathers the tokens of a job."""
+class Reply:
+    """A sink that gathers the tokens of a job.
 
-    def __init__(self) -> None:
-        self._tokens: list[int] = []
+    Attributes:
+        tokens: Those that were written so far.
+    """
+
+    tokens: list[int]
+
+    def __init__(self, goes_on: Callable[[list[int]], bool] = lambda tokens: True) -> None:
+        """Make a sink.
+
+        Args:
+            goes_on: Whether to go on after the tokens so far; called in the engine's thread.
+        """
+        self.tokens = []
+        self._goes_on = goes_on
         self._error: Exception | None = None
         self._over = threading.Event()
 
     def token(self, token: int) -> bool:
-        self._tokens.append(token)
-        return True
+        """Take a token; see ``Sink.token``."""
+        self.tokens.append(token)
+        return self._goes_on(self.tokens)
 
     def end(self, ending: Ending) -> None:
+        """Take the end; see ``Sink.end``."""
         self._over.set()
 
     def fail(self, error: Exception) -> None:
+        """Take what went wrong; see ``Sink.fail``."""
         self._error = error
         self._over.set()
 
-    def tokens_at_the_end(self) -> list[int]:
+    def wait(self) -> list[int]:
+        """Wait for the end of the job.
+
+        Returns:
+            The tokens.
+
+        Raises:
+            Exception: What the job failed with.
+        """
         self._over.wait()
         if self._error is not None:
             raise self._error
-        return self._tokens
+        return self.tokens
 
 
 def _moved(average: float, value: float) -> float:

@@ -48,6 +48,7 @@ from mistill.cli.outside import (
 )
 from mistill.engine.language_model import Provider
 from mistill.errors import MissingExtraError, MistillError, SettingsError
+from mistill.serve.settings import ServeSettings
 from mistill.settings import require
 
 app = App(
@@ -542,6 +543,34 @@ def chat(
         exact=exact,
         constraint=constraint,
     )
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Address": ("host", "port", "allow_host", "allow_origin"),
+            "Keys": ("api_key_file", "no_key"),
+            "Model": ("model_name", "any_model", "threads", "context"),
+            "Load": ("slots", "queue", "queue_seconds", "prefix_mib"),
+            "Replies that do not say how": ("max_new_tokens", *SAMPLING["Sampling"]),
+            "Other pages": ("metrics", "page"),
+        }
+    )
+)
+def serve(folder: Path, /, *, settings: Annotated[ServeSettings, Flat] = ServeSettings()) -> int:
+    """Serve a chatbot to OpenAI's clients and to a page in the browser.
+
+    Args:
+        folder: The ONNX folder of a chatbot, as mistill export writes it.
+        settings: Where and to whom it is served.
+
+    Returns:
+        0 after it was told to stop, 1 if the engine crashed.
+    """
+    from mistill.cli.serving import print_address
+    from mistill.serve.running import serve as serve_folder
+
+    return serve_folder(folder, settings=settings, started=print_address)
 
 
 @app.command

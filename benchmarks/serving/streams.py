@@ -26,6 +26,7 @@ class StreamTimes:
     """A reply as it came.
 
     Attributes:
+        began: When it was asked for, as ``time.perf_counter`` tells.
         first_token_seconds: From the request to the first piece of text.
         gap_seconds: Times between one piece and the next; most servers send a piece for each token.
         seconds: From the request to the end.
@@ -35,6 +36,7 @@ class StreamTimes:
         text: The reply.
     """
 
+    began: float
     first_token_seconds: float
     gap_seconds: tuple[float, ...]
     seconds: float
@@ -119,6 +121,28 @@ class Server:
             connection.close()
         return _times(started, lines, self.url)
 
+    def leave(self, messages: list[dict[str, str]], *, pieces: int, **options: Any) -> None:
+        """Ask for a reply, and leave before its end.
+
+        Args:
+            messages: The conversation.
+            pieces: Events to wait for before.
+            **options: More fields of the request.
+
+        Raises:
+            ServerError: If the server does not begin to answer.
+        """
+        body = {"model": self.model, "messages": messages, "stream": True, **options}
+        connection = self._connection()
+        try:
+            response = self._ask(connection, "POST", "/chat/completions", body)
+            while pieces and (line := response.readline()):
+                pieces -= line.startswith(b"data:")
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"{self.url} broke off: {error}") from error
+        finally:
+            connection.close()
+
     def _first_model(self) -> str:
         connection = self._connection()
         try:
@@ -175,6 +199,7 @@ def _times(started: float, lines: list[tuple[float, bytes]], url: str) -> Stream
         raise ServerError(f"a stream of {url} held no text")
     details = usage.get("prompt_tokens_details") or {}
     return StreamTimes(
+        began=started,
         first_token_seconds=moments[0] - started,
         gap_seconds=tuple(b - a for a, b in pairwise(moments)),
         seconds=lines[-1][0] - started,

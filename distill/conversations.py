@@ -381,7 +381,12 @@ def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) ->
         ]
 
     if open_folder(folder).form == "onnx":
-        return _onnx_writer(folder, vocabulary, settings.max_new_tokens, samplers)
+        from distill.onnx_teacher import onnx_writer
+
+        answer = onnx_writer(folder, vocabulary.end_ids, settings.max_new_tokens)
+        return lambda prompts, numbers, finished: [
+            Reply(*reply) for reply in answer(prompts, samplers(numbers), finished)
+        ]
     import torch
 
     from mistill.pytorch.loading import load_pytorch
@@ -397,40 +402,6 @@ def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) ->
         return write_replies(
             model, prompts, samplers(numbers), vocabulary.end_ids, settings.max_new_tokens, finished
         )
-
-    return write
-
-
-def _onnx_writer(
-    folder: Path,
-    vocabulary: Vocabulary,
-    max_new_tokens: int,
-    samplers: Callable[[Sequence[int]], list[Sampler]],
-) -> _Write:
-    """The same for a teacher in an ONNX folder, which needs no PyTorch."""
-    from mistill.engine.onnx_model import OnnxModel
-    from mistill.engine.scheduler import MOST_SLOTS, write_all
-
-    model = OnnxModel(folder)
-
-    def write(
-        prompts: Sequence[Sequence[int]], numbers: Sequence[int], finished: Callable[[], None]
-    ) -> list[Reply]:
-        written = write_all(
-            model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            choose=samplers(numbers),
-            end_ids=vocabulary.end_ids,
-            slots=min(len(prompts), MOST_SLOTS),
-            finished=finished,
-        )
-        ends = [tokens[-1:] for tokens in written]
-        finishes = [end != [] and end[0] in vocabulary.end_ids for end in ends]
-        return [
-            Reply(tokens[:-1] if whole else tokens, whole)
-            for tokens, whole in zip(written, finishes, strict=True)
-        ]
 
     return write
 

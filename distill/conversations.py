@@ -80,7 +80,7 @@ def generate_conversations(
     An interrupted run, given again, goes on where it stopped.
 
     Args:
-        teacher: A folder, a Hub id, a .gguf file, or ``@smollm2``.
+        teacher: A folder, which may hold an ONNX graph, a Hub id, a .gguf file, or ``@smollm2``.
         prompts: A .txt file with a prompt on each line, or rows of prompts (``read_prompts``).
         target: The .jsonl file to write, a conversation on each line, in the prompts' order.
         settings: How the teacher writes; or its fields as keywords.
@@ -102,8 +102,6 @@ def generate_conversations(
     talks = read_prompt_conversations(prompts, skip_bad_rows=settings.skip_bad_rows)
     if settings.system is not None:
         talks = [_with_system(talk, settings.system) for talk in talks]
-    from mistill.pytorch.reading import require_finite_weights
-
     folder = resolve_model(teacher)
     info = open_folder(folder)
     vocabulary = load_vocabulary(folder, today=begun_on(target))
@@ -117,7 +115,10 @@ def generate_conversations(
         "prompts": _digest(talks),
         **vocabulary.date_key,
     }
-    require_finite_weights(folder)
+    if info.form != "onnx":
+        from mistill.pytorch.reading import require_finite_weights
+
+        require_finite_weights(folder)
     with working(target, key, anew=overwrite) as work:
         replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
         texts = [vocabulary.decode(reply.ids).strip() for reply in replies]
@@ -307,6 +308,17 @@ _Write = Callable[[Sequence[Sequence[int]], Sequence[int], Callable[[], None]], 
 
 def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) -> _Write:
     """Load a teacher, and return what answers a batch of prompts by their numbers."""
+    sampling = SamplingSettings(
+        temperature=settings.temperature, top_p=settings.top_p, top_k=0, min_p=0.0
+    )
+
+    def samplers(numbers: Sequence[int]) -> list[Sampler]:
+        return [
+            Sampler(sampling, np.random.default_rng([settings.seed, number])) for number in numbers
+        ]
+
+    if open_folder(folder).form == "onnx":
+        return _onnx_writer(folder, vocabulary, settings.max_new_tokens, samplers)
     import torch
 
     from mistill.pytorch.loading import load_pytorch
@@ -315,19 +327,47 @@ def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) ->
     model = load_pytorch(folder, torch.bfloat16 if on_gpu else torch.float32)
     if on_gpu:
         cast(torch.nn.Module, model).to("cuda")
-    sampling = SamplingSettings(
-        temperature=settings.temperature, top_p=settings.top_p, top_k=0, min_p=0.0
-    )
 
     def write(
         prompts: Sequence[Sequence[int]], numbers: Sequence[int], finished: Callable[[], None]
     ) -> list[Reply]:
-        samplers = [
-            Sampler(sampling, np.random.default_rng([settings.seed, number])) for number in numbers
-        ]
         return write_replies(
-            model, prompts, samplers, vocabulary.end_ids, settings.max_new_tokens, finished
+            model, prompts, samplers(numbers), vocabulary.end_ids, settings.max_new_tokens, finished
         )
+
+    return write
+
+
+def _onnx_writer(
+    folder: Path,
+    vocabulary: Vocabulary,
+    max_new_tokens: int,
+    samplers: Callable[[Sequence[int]], list[Sampler]],
+) -> _Write:
+    """The same for a teacher in an ONNX folder, which needs no PyTorch."""
+    from mistill.engine.onnx_model import OnnxModel
+    from mistill.engine.scheduler import MOST_SLOTS, write_all
+
+    model = OnnxModel(folder)
+
+    def write(
+        prompts: Sequence[Sequence[int]], numbers: Sequence[int], finished: Callable[[], None]
+    ) -> list[Reply]:
+        written = write_all(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            choose=samplers(numbers),
+            end_ids=vocabulary.end_ids,
+            slots=min(len(prompts), MOST_SLOTS),
+            finished=finished,
+        )
+        ends = [tokens[-1:] for tokens in written]
+        finishes = [end != [] and end[0] in vocabulary.end_ids for end in ends]
+        return [
+            Reply(tokens[:-1] if whole else tokens, whole)
+            for tokens, whole in zip(written, finishes, strict=True)
+        ]
 
     return write
 

@@ -30,23 +30,26 @@ from mistill.engine.key_value_cache import common_prefix
 from mistill.engine.language_model import Choose, greedy
 from mistill.engine.onnx_model import CHUNK, OnnxModel, chunk_size
 from mistill.engine.prefix_store import PrefixStore, StoredText
-from mistill.engine.text_rows import TextRows, bytes_per_position
+from mistill.engine.text_rows import Scored, TextRows, bytes_per_position
 from mistill.errors import EngineStoppedError, QueueFullError
 from mistill.settings import require, require_range
 
 Ending = Literal["end of turn", "stopped", "max_new_tokens", "context", "cancelled"]
 State = Literal["running", "stopping", "stopped", "crashed"]
 
-LEAST_CHUNK = 8
+LEAST_CHUNK = 4
 """Fewest positions of a prompt that are read between two tokens of the others."""
 
-READING_SHARE = 1.5
+READING_SHARE = 1.25
 """Time for reading prompts between two tokens of the others, as a multiple of that of a step."""
 
 SHORT_PROMPT = 128
 """A prompt with so many unread positions does not wait for the end of a longer one."""
 
-MOST_SLOTS = 16
+MOST_SLOTS = 256
+USUAL_SLOTS = 16
+"""Slots where the memory holds more: a step over more rows takes as long as two steps."""
+
 DEFAULT_QUEUE = 32
 USUAL_TEXT = 2048
 """Positions of a text for which slots are chosen, in a model with a longer context."""
@@ -250,7 +253,7 @@ class Scheduler:
             SettingsError: If a number is out of range, or the model runs elsewhere than on the
                 processor.
         """
-        require_range("slots", slots, 1, 256)
+        require_range("slots", slots, 1, MOST_SLOTS)
         require_range("prefix_bytes", prefix_bytes, 0)
         require_range("queue", queue, 0)
         require(
@@ -280,9 +283,9 @@ class Scheduler:
         self._beat = time.monotonic()
         self._idle = False
         self._turn = 0
-        # Moving averages, in seconds.
+        # A moving average of the time of a step, and the positions that are read beside it.
         self._step_seconds = 0.0
-        self._position_seconds = 0.0
+        self._chunk = float(LEAST_CHUNK)
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="mistill engine", daemon=True)
         self._thread.start()
@@ -430,9 +433,7 @@ class Scheduler:
 
     def _step(self) -> None:
         self._let_leave()
-        left = self._positions_to_read()
-        while left >= LEAST_CHUNK and (row := self._next_to_read()) is not None:
-            left -= self._read_chunk(row, left)
+        self._read_prompts(CHUNK if not self._of_jobs(reading=False) else int(self._chunk))
         self._write_tokens()
 
     def _let_leave(self) -> None:
@@ -447,14 +448,19 @@ class Scheduler:
 
     # --- prompts ----------------------------------------------------------------------------------
 
-    def _positions_to_read(self) -> int:
-        """How many positions of prompts are read in this step."""
-        if not self._of_jobs(reading=False):
-            return CHUNK
-        if not self._position_seconds:
-            return LEAST_CHUNK
-        wanted = int(READING_SHARE * self._step_seconds / self._position_seconds)
-        return min(max(wanted, LEAST_CHUNK), CHUNK)
+    def _read_prompts(self, most: int) -> None:
+        """Read some positions of prompts, and learn how many may be read beside a step.
+
+        Args:
+            most: Positions to read, at least ``LEAST_CHUNK``.
+        """
+        before, left = time.monotonic(), most
+        while left >= LEAST_CHUNK and (row := self._next_to_read()) is not None:
+            left -= self._read_chunk(row, left)
+        if most < CHUNK and most - left >= LEAST_CHUNK:
+            seconds = time.monotonic() - before
+            wanted = (most - left) * READING_SHARE * self._step_seconds / seconds
+            self._chunk = min(max(_moved(self._chunk, wanted), LEAST_CHUNK), CHUNK - 1.0)
 
     def _next_to_read(self) -> int | None:
         """The row of the prompt to read on, which may be that of a job that begins now.
@@ -588,11 +594,11 @@ class Scheduler:
         done = len(self._texts.texts[row])
         scored = job.prompt_scores is not None
         size = chunk_size(len(job.prompt) - done, CHUNK if scored else most)
-        before = time.monotonic()
-        logits = self._texts.read(row, job.prompt[done : done + size], every_position=scored)
-        if size >= LEAST_CHUNK:
-            each = (time.monotonic() - before) / size
-            self._position_seconds = _moved(self._position_seconds, each)
+        if scored:
+            of: Scored = "every"
+        else:
+            of = "last" if done + size == len(job.prompt) else "none"
+        logits = self._texts.read(row, job.prompt[done : done + size], of)
         self._touch(row)
         if job.prompt_scores is not None:
             try:
@@ -755,11 +761,11 @@ def usual_slots(room: int, context: int) -> int:
         context: Positions of the longest text.
 
     Returns:
-        From 1 to ``MOST_SLOTS``.
+        From 1 to ``USUAL_SLOTS``.
     """
     # Windows counts memory that is reserved as taken, even if nothing was written to it.
     usual = context if sys.platform == "win32" else min(context, USUAL_TEXT)
-    return min(max(room // usual, 1), MOST_SLOTS)
+    return min(max(room // usual, 1), USUAL_SLOTS)
 
 
 def write_all(
@@ -770,6 +776,7 @@ def write_all(
     choose: Sequence[Choose] | None = None,
     end_ids: Collection[int] = (),
     slots: int | None = None,
+    finished: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Write replies to several prompts at once, which takes much less time than one by one.
 
@@ -782,6 +789,7 @@ def write_all(
         choose: One for each prompt, because a sampler remembers; all greedy if not given.
         end_ids: Tokens that end a reply and are its last.
         slots: Replies that are written at once; see ``Scheduler``.
+        finished: Called once for each reply, in the order of the prompts.
 
     Returns:
         The replies in the order of the prompts; one that fills the context ends there.
@@ -798,7 +806,8 @@ def write_all(
     texts = [model.checked(prompt) for prompt in prompts]
     if not texts:
         return []
-    replies = [_Reply() for _ in texts]
+    replies = [Reply() for _ in texts]
+    written = []
     with Scheduler(model, slots=slots, queue=len(texts)) as scheduler:
         for number, (text, reply) in enumerate(zip(texts, replies, strict=True)):
             scheduler.submit(
@@ -808,40 +817,67 @@ def write_all(
                     choose=greedy if choose is None else choose[number],
                     end_ids=end_ids,
                     sink=reply,
+                    repeatable=True,
                 )
             )
-        return [reply.tokens_at_the_end() for reply in replies]
+        for reply in replies:
+            written.append(reply.wait())
+            finished()
+    return written
 
 
-class _Reply:
-    """A sink that gathers the tokens of a job."""
+class Reply:
+    """A sink that gathers the tokens of a job.
 
-    def __init__(self) -> None:
-        self._tokens: list[int] = []
+    Attributes:
+        tokens: Those that were written so far.
+    """
+
+    tokens: list[int]
+
+    def __init__(self, goes_on: Callable[[list[int]], bool] = lambda tokens: True) -> None:
+        """Make a sink.
+
+        Args:
+            goes_on: Whether to go on after the tokens so far; called in the engine's thread.
+        """
+        self.tokens = []
+        self._goes_on = goes_on
         self._error: Exception | None = None
         self._over = threading.Event()
 
     def token(self, token: int) -> bool:
-        self._tokens.append(token)
-        return True
+        """Take a token; see ``Sink.token``."""
+        self.tokens.append(token)
+        return self._goes_on(self.tokens)
 
     def end(self, ending: Ending) -> None:
+        """Take the end; see ``Sink.end``."""
         self._over.set()
 
     def fail(self, error: Exception) -> None:
+        """Take what went wrong; see ``Sink.fail``."""
         self._error = error
         self._over.set()
 
-    def tokens_at_the_end(self) -> list[int]:
+    def wait(self) -> list[int]:
+        """Wait for the end of the job.
+
+        Returns:
+            The tokens.
+
+        Raises:
+            Exception: What the job failed with.
+        """
         self._over.wait()
         if self._error is not None:
             raise self._error
-        return self._tokens
+        return self.tokens
 
 
 def _moved(average: float, value: float) -> float:
     """A moving average after one more value; the first is the average."""
-    return value if not average else average + (value - average) / 8
+    return value if not average else average + (value - average) / 4
 
 
 def _stopped(state: State) -> str:

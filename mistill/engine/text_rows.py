@@ -17,7 +17,7 @@ import math
 import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -30,8 +30,8 @@ from mistill.engine.prefix_store import StoredText
 MOST_BINDINGS = 16
 """Groups of rows whose bindings are kept; to bind a group takes about half a millisecond."""
 
-_LAST = np.array([-1], np.int64)
-_EVERY = np.array([0], np.int64)
+Scored = Literal["none", "last", "every"]
+"""Of which positions of a chunk the scores are wanted."""
 
 
 class TextRows:
@@ -110,29 +110,28 @@ class TextRows:
         logits: NDArray[np.float32] = binding.logits[:, 0]
         return logits
 
-    def read(
-        self, row: int, tokens: Sequence[int], *, every_position: bool = False
-    ) -> NDArray[np.float32]:
+    def read(self, row: int, tokens: Sequence[int], scored: Scored = "last") -> NDArray[np.float32]:
         """Read the tokens that follow in one row.
 
         Args:
             row: The row.
             tokens: At least one.
-            every_position: Whether the scores of all positions are wanted.
+            scored: Of which positions the scores are wanted; none saves a millisecond.
 
         Returns:
-            Scores of the next token at every position or at the last one, shape (T, V) or (1, V);
-            valid until the next run.
+            Scores of the next token at every position, at the last one or at none, shape (T, V),
+            (1, V) or (0, V); valid until the next run.
         """
         text = self.texts[row]
         binding = self._binding(row, 1)
         ids = np.array([tokens], np.int64)
-        binding.bind(ids, None if every_position else binding.logits)
+        first = {"none": len(tokens), "last": -1, "every": 0}[scored]
+        binding.bind(ids, binding.logits if scored == "last" else None, first)
         self._run(binding, self._ones[:, : len(text) + len(tokens)])
         if self.read_together[row] == len(text) and len(tokens) > 1:
             self.read_together[row] += len(tokens)
         text.extend(tokens)
-        logits = binding.graph.get_outputs()[-1].numpy() if every_position else binding.logits
+        logits = binding.logits if scored == "last" else binding.graph.get_outputs()[-1].numpy()
         scores: NDArray[np.float32] = logits[0]
         return scores
 
@@ -264,18 +263,21 @@ class _Binding:
         self.logits = np.empty((rows, 1, vocabulary_size), np.float32)
         self._bound: tuple[Any, Any] | None = None
 
-    def bind(self, ids: NDArray[np.int64], logits: NDArray[np.float32] | None) -> None:
+    def bind(
+        self, ids: NDArray[np.int64], logits: NDArray[np.float32] | None, first_logit: int = -1
+    ) -> None:
         """Bind tokens and where logits go, unless they are bound since the last run.
 
         Args:
             ids: Shape (B, T).
-            logits: ``self.logits``, or None for those of all positions, which ONNX Runtime
-                allocates: the graph declares one position, its default.
+            logits: ``self.logits``, or None to let ONNX Runtime allocate them, as it must for any
+                number of positions but one, which the graph declares.
+            first_logit: The first position whose logits are computed.
         """
         if self._bound is not None and self._bound[0] is ids and self._bound[1] is logits:
             return
         self.graph.bind_ortvalue_input("input_ids", as_value(ids))
-        self.graph.bind_ortvalue_input("first_logit", as_value(_EVERY if logits is None else _LAST))
+        self.graph.bind_ortvalue_input("first_logit", as_value(np.array([first_logit], np.int64)))
         # Bound after the cache, so that it is the last output.
         if logits is None:
             self.graph.bind_output("logits")

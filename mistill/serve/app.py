@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -141,12 +142,15 @@ def _log_line(exchange: Exchange) -> None:
     """One line for a request: numbers and words of our own, nothing that a client wrote."""
     seconds = time.monotonic() - exchange.began
     facts = "".join(f" {name}={value}" for name, value in exchange.facts.items() if name != "param")
-    _log.info(
-        "%s %s %s %d %.3fs%s",
-        exchange.request_id,
-        exchange.method if exchange.method in ("GET", "POST", "HEAD", "OPTIONS") else "-",
-        exchange.route,
-        exchange.status,
-        seconds,
-        facts,
-    )
+    method = exchange.method if exchange.method in ("GET", "POST", "HEAD", "OPTIONS") else "-"
+    # A log that cannot be written, on a full disk or to a closed pipe, stops no answer.
+    with contextlib.suppress(Exception):
+        _log.info(
+            "%s %s %s %d %.3fs%s",
+            exchange.request_id,
+            method,
+            exchange.route,
+            exchange.status,
+            seconds,
+            facts,
+        )

@@ -20,7 +20,7 @@ from mistill.engine.scheduler import Job, Scheduler
 from mistill.errors import SettingsError
 from mistill.serve.counts import Counts
 from mistill.serve.prompts import Prompts
-from mistill.serve.refusals import RefusalError, bad_request
+from mistill.serve.refusals import RefusalError, bad_request, busy
 from mistill.serve.replies import Inbox, Reply
 from mistill.serve.requests import Generation
 from mistill.serve.settings import Limits, ServeSettings
@@ -87,6 +87,7 @@ class Served:
         self._constraints: OrderedDict[str, Constraint] = OrderedDict()
         self._constraint_tokens: ConstraintTokens | None = None
         self._lock = threading.Lock()
+        self._compiling = threading.BoundedSemaphore(max(1, limits.preparing // 2))
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.
@@ -265,10 +266,15 @@ class Served:
             if key in self._constraints:
                 self._constraints.move_to_end(key)
                 return self._constraints[key]
+        # Threads that compile are some of those that read requests, and must not become all.
+        if not self._compiling.acquire(blocking=False):
+            raise busy("too many new forms of replies at once; try again later", 2)
         try:
             compiled: Constraint = getattr(constraints, kind)(text)
         except SettingsError as error:
             raise bad_request(str(error)[:500], param) from None
+        finally:
+            self._compiling.release()
         with self._lock:
             self._constraints[key] = compiled
             while len(self._constraints) > _MOST_CONSTRAINTS:

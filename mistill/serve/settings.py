@@ -165,4 +165,4 @@ class Limits:
     prompts: int = 128
     schema_bytes: int = 64 << 10
     tools: int = 64
-    preparing: int = 4
+    preparing: int = 6

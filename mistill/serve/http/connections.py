@@ -47,6 +47,7 @@ class BoundedProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._phase = ""
         self.rests_since = self.loop.time()
+        self.access_log = False  # it would hold the addresses that clients ask for
         super().connection_made(transport)
         if len(self.connections) > self.bounds.connections:
             resting = [

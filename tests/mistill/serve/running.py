@@ -62,6 +62,7 @@ class RunningServer:
 
     server: Server
     port: int
+    codes: list[int]
 
     @property
     def app(self) -> Any:
@@ -194,8 +195,9 @@ def running(
     assert servers, "the server did not start"
     (server,) = servers
     try:
-        yield RunningServer(server, int(server.address.rpartition(":")[2]))
+        yield RunningServer(server, int(server.address.rpartition(":")[2]), codes)
     finally:
-        server.stop(0)
+        if thread.is_alive():
+            server.stop(0)
         thread.join(LONG)
         assert not thread.is_alive()

@@ -12,7 +12,7 @@ from tests.mistill.serve.page.scripted_server import scripted_server
 
 pytestmark = pytest.mark.slow
 
-CODE = 'Try this:\n\n```python\nprint("a\\tb")\n\tprint(1)\n```\n\nDone **now**.'
+CODE = 'Try this:\n\n```python\nprint("a\\tb")\n\tprint(1)\n```\n\nDone **now**. \n'
 CLIPBOARD = ["clipboard-read", "clipboard-write"]
 
 
@@ -39,6 +39,39 @@ def test_an_answer_appears_while_it_is_written(chat, script):
     assert body["stream_options"] == {"include_usage": True}
     # The chatbot's own defaults hold where the reader set nothing.
     assert set(body) == {"model", "messages", "stream", "stream_options"}
+
+
+def test_events_are_read_however_their_lines_end_and_wherever_they_are_cut(chat):
+    events = [
+        "data: one",
+        ": a comment",
+        "data:two\ndata: lines",
+        "event: x\ndata: 한글 👍",
+        "id: 4",
+    ]
+    for end in ("\n", "\r\n", "\r"):
+        text = "".join(event.replace("\n", end) + end + end for event in events)
+        for size in (1, 2, 3, 1000):
+            read = chat.run(
+                """async ([bytes, size]) => {
+                  const file = new URL("static/api.js", document.baseURI);
+                  const { eventsOf } = await import(file);
+                  const pieces = [];
+                  for (let at = 0; at < bytes.length; at += size) {
+                    pieces.push(new Uint8Array(bytes.slice(at, at + size)));
+                  }
+                  const stream = new ReadableStream({
+                    pull(control) {
+                      if (pieces.length) control.enqueue(pieces.shift()); else control.close();
+                    },
+                  });
+                  const events = [];
+                  for await (const data of eventsOf(stream)) events.push(data);
+                  return events;
+                }""",
+                [list(text.encode()), size],
+            )
+            assert read == ["one", "two\nlines", "한글 👍"], (end, size)
 
 
 def test_the_speed_is_what_the_server_counted_in_the_time_that_passed(chat, script):

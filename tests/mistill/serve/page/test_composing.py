@@ -85,6 +85,17 @@ def test_a_click_on_send_in_the_middle_of_a_syllable_sends_it_whole(chat, script
     assert len(script.bodies) == 1
 
 
+def test_send_that_leaves_the_focus_where_it_is_waits_for_the_syllable(chat, script, method):
+    # A voice or a switch presses a button without taking the focus from the field.
+    chat.page.focus("#message")
+    method.commit("안녕하세")
+    method.compose("요")
+    chat.run("() => document.querySelector('#send').click()")
+    chat.answer()
+    assert [body["messages"][-1]["content"] for body in script.bodies] == ["안녕하세요"]
+    assert chat.page.input_value("#message") == ""
+
+
 def test_shift_and_ctrl_with_enter_wait_for_the_syllable_too(chat, script, method):
     chat.page.focus("#message")
     method.compose("한")

@@ -195,7 +195,8 @@ def test_no_file_of_the_page_is_offered_where_the_page_is_not(chatbot):
     "path",
     [
         "/static/../serve/app.py", "/static/..%2fapp.py", "/static/%2e%2e/app.py",
-        "/static/", "/static/index.html", "/static/page.js/", "/static//page.js", "/.git/config", "/static/.git",
+        "/static/", "/static/index.html", "/static/page.js/", "/static//page.js",
+        "/.git/config", "/static/.git",
         "/static/page.css?x=/../..", "/page/page.js", "/static/PAGE.JS", "/static/page.js%00.css",
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ _POLICY = (
     "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-_HEADERS = {
+SAFETY_HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -233,7 +233,7 @@ class Exchange:
         self.status = status
         everything = {
             "Cache-Control": "no-store",
-            **_HEADERS,
+            **SAFETY_HEADERS,
             "X-Request-Id": self.request_id,
             **self.more_headers,
             **headers,

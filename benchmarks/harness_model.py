@@ -1,12 +1,15 @@
 """A model folder as a model of lm-evaluation-harness (``lm_eval.api.model.TemplateLM``).
 
-Importing this module needs the extra ``eval``. Requests are answered one forward pass at a time:
-answers of one token to the same question, as in most multiple-choice tasks, share a pass.
+Importing this module needs the extra ``eval``. Probabilities are computed one forward pass at a
+time: answers of one token to the same question, as in most multiple-choice tasks, share a pass.
+Texts are written many at once by an ONNX folder, and one by one by others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from benchmarks.figures.perplexity import log_normalizers
+from mistill.engine.log_probabilities import log_normalizers
+from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.opening import open_model
 from mistill.engine.sampling import Sampler, SamplingSettings
+from mistill.engine.scheduler import Job, Reply, Scheduler
 from mistill.errors import SettingsError
 from mistill.progress import track
-from mistill.text.vocabulary import load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 _DEFAULT_NEW_TOKENS = 256
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -214,21 +219,18 @@ class MistillLM(TemplateLM):
         Returns:
             The continuations, without the stop string.
         """
+        begun = (self._begun(*request.args) for request in requests)
         replies = []
         with track("writing", len(requests), "replies") as tracker:
-            for request in requests:
-                context, options = request.args
-                replies.append(self._reply(context, options))
-                self.cache_hook.add_partial("generate_until", (context, options), replies[-1])
+            for request, text in zip(requests, self._texts(begun), strict=True):
+                replies.append(text)
+                self.cache_hook.add_partial("generate_until", request.args, text)
                 tracker.advance()
         return replies
 
-    def _reply(self, context: str, options: dict[str, Any]) -> str:
+    def _begun(self, context: str, options: dict[str, Any]) -> _Continuation:
         generation = normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS)
-        max_new_tokens, stops = (
-            int(generation["max_gen_toks"]),
-            [stop for stop in generation["until"] if stop],
-        )
+        max_new_tokens = int(generation["max_gen_toks"])
         if max_new_tokens >= self.max_length:
             raise SettingsError(
                 f"the task asks for {max_new_tokens} new tokens, and the model has a context of "
@@ -237,23 +239,126 @@ class MistillLM(TemplateLM):
         # As for the harness's own transformers models, no token for the beginning is added where
         # the tokenizer writes none.
         prompt = self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
-        ids: list[int] = []
-        text = ""
-        for token in self.model.stream(prompt or [self.prefix_token_id], self._choice(generation)):
-            if token in self.vocabulary.end_ids:
-                break
-            ids.append(token)
-            text = self.vocabulary.decode([i for i in ids if not self.vocabulary.is_special(i)])
-            if len(ids) == max_new_tokens or any(stop in text for stop in stops):
-                break
-        return min((text.split(stop)[0] for stop in stops), key=len, default=text)
+        stops = [stop for stop in generation["until"] if stop]
+        return _Continuation(
+            prompt or [self.prefix_token_id],
+            max_new_tokens,
+            self._choice(generation),
+            self.vocabulary,
+            stops,
+        )
+
+    def _texts(self, begun: Iterable[_Continuation]) -> Iterator[str]:
+        """The texts one by one, or of an ONNX folder many at once."""
+        end_ids = self.vocabulary.end_ids
+        if not isinstance(self.model, OnnxModel):
+            for one in begun:
+                for token in islice(self.model.stream(one.prompt, one.choose), one.most):
+                    if token in end_ids:
+                        break
+                    one.ids.append(token)
+                    if not one.goes_on(one.ids):
+                        break
+                yield one.text()
+            return
+        with Scheduler(self.model) as scheduler:
+            # Each waits for a reply before its own, so that the queue is never full.
+            waiting: deque[tuple[_Continuation, Reply]] = deque()
+            for one in begun:
+                if len(waiting) == scheduler.slots + scheduler.queue:
+                    yield _finished(*waiting.popleft(), end_ids)
+                reply = Reply(one.goes_on)
+                scheduler.submit(
+                    Job(
+                        prompt=one.prompt,
+                        max_new_tokens=one.most,
+                        choose=one.choose,
+                        end_ids=end_ids,
+                        sink=reply,
+                        repeatable=True,
+                    )
+                )
+                waiting.append((one, reply))
+            for one, reply in waiting:
+                yield _finished(one, reply, end_ids)
 
     def _choice(self, generation: dict[str, Any]) -> Sampler:
         sampling = {name: generation[name] for name in _SAMPLED if generation.get(name) is not None}
         if not generation.get("do_sample"):
             sampling = {"temperature": 0.0}
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        return Sampler(SamplingSettings(**{**neutral, **sampling}), self._generator)
+        # Each text draws from a generator of its own, whatever else is written beside it.
+        generator = self._generator.spawn(1)[0]
+        return Sampler(SamplingSettings(**{**neutral, **sampling}), generator)
+
+
+class _Continuation:
+    """A text that is being continued.
+
+    Attributes:
+        prompt: Token ids.
+        most: Most tokens to write.
+        choose: Picks them.
+        ids: Those that were written, without the one that ends the turn.
+    """
+
+    prompt: list[int]
+    most: int
+    choose: Sampler
+    ids: list[int]
+
+    def __init__(
+        self,
+        prompt: list[int],
+        most: int,
+        choose: Sampler,
+        vocabulary: Vocabulary,
+        stops: Sequence[str],
+    ) -> None:
+        """Begin.
+
+        Args:
+            prompt: Token ids.
+            most: Most tokens to write.
+            choose: Picks them.
+            vocabulary: Vocabulary of the model.
+            stops: Texts that end it, none empty.
+        """
+        self.prompt = prompt
+        self.most = most
+        self.choose = choose
+        self.ids = []
+        self._vocabulary = vocabulary
+        self._stops = stops
+
+    def goes_on(self, ids: list[int]) -> bool:
+        """Whether no stop string was written.
+
+        Args:
+            ids: The tokens so far.
+
+        Returns:
+            False if one of them was.
+        """
+        text = self._decoded(ids)
+        return not any(stop in text for stop in self._stops)
+
+    def text(self) -> str:
+        """What was written, up to a stop string.
+
+        Returns:
+            The text.
+        """
+        text = self._decoded(self.ids)
+        return min((text.split(stop)[0] for stop in self._stops), key=len, default=text)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self._vocabulary.decode([i for i in ids if not self._vocabulary.is_special(i)])
+
+
+def _finished(one: _Continuation, reply: Reply, end_ids: Collection[int]) -> str:
+    one.ids = [token for token in reply.wait() if token not in end_ids]
+    return one.text()
 
 
 def _by_input(requests: Sequence[Pair]) -> Iterator[tuple[list[int], list[int]]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mistill.errors import MistillError as MistillError
     from mistill.folders.folder import FolderInfo as FolderInfo
     from mistill.folders.folder import open_folder as open_folder
+    from mistill.serve.running import serve as serve
     from mistill.sources.source import save_model as save_model
 
 __version__ = "0.1.0"
@@ -50,5 +51,14 @@ __all__ = [
     "open_folder",
     "open_model",
     "save_model",
+    "serve",
 ]
-__getattr__ = lazy_exports(__name__, _HOMES)
+_lazy = lazy_exports(__name__, _HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name == "serve":  # a package that can be called, see there
+        import mistill.serve
+
+        return mistill.serve
+    return _lazy(name)

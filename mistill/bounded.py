@@ -2,7 +2,8 @@
 
 A chat template is a program, a regular expression may take longer than the universe lasts, and a
 grammar may overflow the stack of the library that compiles it. Such work is done by a worker
-process with bounds of time and memory; whatever happens to it, this process goes on. The worker
+process with bounds of time and memory; whatever happens to it, this process goes on. There is one
+worker for each function, so that a grammar which takes seconds keeps no chat template waiting. It
 starts at the first call, serves one call after another, and ends with this process.
 """
 
@@ -54,7 +55,9 @@ def call_bounded(function: str, *arguments: Any) -> Any:
         OutOfBoundsError: If it exceeds the bounds, or its process dies.
         RuntimeError: If it raises anything; what may be expected it should return.
     """
-    return _WORKER.call(function, arguments)
+    with _STARTING:
+        worker = _WORKERS.setdefault(function, _Worker())
+    return worker.call(function, arguments)
 
 
 class _Worker:
@@ -180,10 +183,25 @@ def _read(pipe: IO[bytes], count: int, deadline: float) -> bytes:
     return content
 
 
-_WORKER = _Worker()
-atexit.register(_WORKER.stop)
+_WORKERS: dict[str, _Worker] = {}
+_STARTING = threading.Lock()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for worker in _WORKERS.values():
+        worker.stop()
+
+
+def _forget_all() -> None:
+    global _STARTING
+    _STARTING = threading.Lock()
+    for worker in _WORKERS.values():
+        worker.forget()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_WORKER.forget)
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 # --- in the worker process ----------------------------------------------------------------------

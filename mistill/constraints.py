@@ -25,7 +25,7 @@ from mistill.text.vocabulary import Vocabulary
 
 # White space as json.dumps writes it; a schema may set it under x-guidance. Arbitrary white space
 # would let a model write nothing else until it is stopped.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 _MARK = "\x02"
 _STACK_BYTES = 512 << 10
@@ -257,7 +257,7 @@ def grammar_of(kind: str, text: str) -> tuple[str, str]:
     def compile_it() -> None:
         try:
             if kind == "JSON schema":
-                grammar = matcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
+                grammar = matcher.grammar_from_json_schema(text, defaults=JSON_STYLE)
             elif kind == "regular expression":
                 grammar = matcher.grammar_from_regex(text)
             else:

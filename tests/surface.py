@@ -22,6 +22,7 @@ MODULES = {
     "mistill.constraints": ("json_schema", "lark", "regex"),
     "mistill.engine": ("OnnxModel",),
     "mistill.pytorch": ("PytorchModel", "load_pytorch", "read_tensors"),
+    "mistill.serve": ("ServeSettings", "serve"),
     "mistill.source": ("save_model",),
     "mistill.vocabulary": ("Vocabulary", "load_vocabulary"),
     "mistill.text": (
@@ -44,6 +45,7 @@ def public_names() -> dict[str, list[str]]:
 def settings() -> dict[str, dict[str, str]]:
     """Fields of every settings class that a package offers, with their defaults."""
     from mistill.chat import ChatSettings
+    from mistill.serve import ServeSettings
 
     classes: dict[str, Any] = {
         name: getattr(importlib.import_module(package), name)
@@ -56,7 +58,11 @@ def settings() -> dict[str, dict[str, str]]:
             field.name: "required" if field.default is MISSING else repr(field.default)
             for field in fields(one)
         }
-        for name, one in {**classes, "ChatSettings": ChatSettings}.items()
+        for name, one in {
+            **classes,
+            "ChatSettings": ChatSettings,
+            "ServeSettings": ServeSettings,
+        }.items()
     }
 
 

@@ -54,6 +54,8 @@ def test_the_wheel_holds_types_licence_texts_and_recipes(wheel):
     ):
         assert f"mistill/data/{name}" in names
     assert "benchmarks/data/questions.jsonl" in names
+    page = {file.name for file in (ROOT / "mistill" / "serve" / "page").iterdir()}
+    assert {f"mistill/serve/page/{name}" for name in page} <= set(names)
     assert not [name for name in names if name.startswith("benchmarks/results")]
     shipped = sum(info.file_size for info in wheel.infolist() if "/data/demo" in info.filename)
     assert shipped < 1_000_000

@@ -129,7 +129,7 @@ def child(folder: Path, threads: int, depth: int, steps: int) -> None:
         steps: Tokens to write.
     """
     model = OnnxModel(folder, threads=threads)
-    session = model._session = TimedSession(model._session)
+    session = model.session = TimedSession(model.session)
     prompt = (np.arange(depth) % (model.vocabulary_size - 10) + 5).tolist()
 
     def work() -> dict[str, float]:

@@ -7,7 +7,7 @@ string may be spread over several too. Text that is not certain yet is held back
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mistill.text.vocabulary import Vocabulary
 
@@ -22,7 +22,12 @@ class TextStream:
     stopped: bool
 
     def __init__(
-        self, vocabulary: Vocabulary, stop: Sequence[str] = (), *, every_byte: bool = False
+        self,
+        vocabulary: Vocabulary,
+        stop: Sequence[str] = (),
+        *,
+        every_byte: bool = False,
+        shown: Collection[int] = (),
     ) -> None:
         """Begin a reply.
 
@@ -31,12 +36,14 @@ class TextStream:
             stop: Strings that end the text and are not part of it.
             every_byte: Whether to show the space too with which SentencePiece marks the start of
                 a text; where the form of the text counts, it is part of it.
+            shown: Special tokens that are text here, such as the one that opens a call of a tool.
         """
         self.stopped = False
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = StopStrings(stop)
         self._empty = not every_byte
+        self._shown = frozenset(shown)
 
     def add(self, token: int) -> str:
         """Add a token.
@@ -47,7 +54,7 @@ class TextStream:
         Returns:
             The text that can be shown now and could not before; often a word, sometimes nothing.
         """
-        if self._vocabulary.is_special(token):
+        if self._vocabulary.is_special(token) and token not in self._shown:
             return ""
         return self._show(self._decoder.decode(self._spell(token)))
 

@@ -51,6 +51,7 @@ from mistill.cli.outside import (
 from mistill.compressing import CompressSettings
 from mistill.engine.language_model import Provider
 from mistill.errors import MissingExtraError, MistillError, SettingsError
+from mistill.serve.settings import ServeSettings
 from mistill.settings import require
 
 app = App(
@@ -93,6 +94,7 @@ def teacher(
     help_formatter=HelpPage(
         {
             "Replies": ("max_new_tokens", "system", "batch_size"),
+            "Teacher on a server": ("server", "api_key_file"),
             "Replies that are kept": ("keep_unfinished", "max_repeats", "drop_duplicates"),
             **SAMPLING,
             "Held-out data": ("held_out", "held_out_share"),
@@ -112,7 +114,8 @@ def generate(
     """Let a teacher answer a file of prompts, to get conversations to train a student on.
 
     Args:
-        teacher: The model that answers: a model folder, a Hub id, a GGUF file, or @smollm2.
+        teacher: The model that answers: a model folder, a Hub id, a GGUF file, or @smollm2. With
+            --server the name of a model there.
         prompts: A text file with one prompt per line.
         target: The .jsonl file of conversations to write. The same command resumes an interrupted
             run.
@@ -615,6 +618,34 @@ def chat(
         prompt=prompt if words is None else words,
         lines=lines,
     )
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Address": ("host", "port", "allow_host", "allow_origin"),
+            "Keys": ("api_key_file", "no_key"),
+            "Model": ("model_name", "any_model", "threads", "context"),
+            "Load": ("slots", "queue", "queue_seconds", "prefix_mib"),
+            "Replies that do not say how": ("max_new_tokens", *SAMPLING["Sampling"]),
+            "Other pages": ("metrics", "page"),
+        }
+    )
+)
+def serve(folder: Path, /, *, settings: Annotated[ServeSettings, Flat] = ServeSettings()) -> int:
+    """Serve a chatbot to OpenAI's clients and to a page in the browser.
+
+    Args:
+        folder: The ONNX folder of a chatbot, as mistill export writes it.
+        settings: Where and to whom it is served.
+
+    Returns:
+        0 after it was told to stop, 1 if the engine crashed.
+    """
+    from mistill.cli.serving import print_address
+    from mistill.serve.running import serve as serve_folder
+
+    return serve_folder(folder, settings=settings, started=print_address)
 
 
 @app.command

@@ -56,24 +56,36 @@ def held_to_first_processor() -> Iterator[None]:
             os.sched_setaffinity(0, processors)
 
 
-def _quotas(root: Path) -> Iterator[float]:
-    """Processors granted by every control group that this process is in, of either version."""
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of every control group that limits this process, of either version.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are.
+        controller: What the groups limit, such as ``cpu``.
+
+    Yields:
+        The group of the process and those around it.
+    """
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in groups:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / controllers
         group = mount / path.lstrip("/")
         for folder in (group, *group.parents):
             if not folder.is_relative_to(mount):
                 break
-            quota = _quota(folder)
-            if quota is not None:
-                yield quota
+            yield folder
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Processors granted by every control group that this process is in."""
+    quotas = map(_quota, control_groups(root, "cpu"))
+    return (quota for quota in quotas if quota is not None)
 
 
 def _quota(folder: Path) -> float | None:

@@ -195,7 +195,7 @@ class KeyValueCache:
         self.ids, self._capacity = [], 0
         self._before_move()
         for name, (heads, width, dtype) in self.shapes.items():
-            array = _pages((1, heads, capacity, width), dtype)
+            array = pages((1, heads, capacity, width), dtype)
             if values:
                 old = values.pop(name)
                 array[:, :, : old.shape[2]] = old
@@ -256,11 +256,18 @@ def as_value(array: NDArray[Any], device: Device = "cpu") -> onnxruntime.OrtValu
     return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
-def _pages(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+def pages(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     """An array in pages of its own, which take memory when written and return it when freed.
 
     The C library often keeps the memory of ``np.empty``, so that a cache that moves would take it
     twice.
+
+    Args:
+        shape: Shape of the array.
+        dtype: Type of its elements.
+
+    Returns:
+        Zeros.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if sys.platform == "win32":

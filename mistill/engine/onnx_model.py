@@ -10,16 +10,16 @@ B is batch, T positions, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from mistill.cost_model.processors import MOST_THREADS, usable_threads
 from mistill.engine import key_value_cache
-from mistill.engine.batch import write_side_by_side
 from mistill.engine.key_value_cache import KeyValueCache, common_prefix
 from mistill.engine.language_model import Choose, Provider, greedy
 from mistill.engine.onnx_session import (
@@ -38,6 +38,24 @@ CHUNK = 128
 """Positions of a prompt that are read at once; more are not faster and delay interrupts."""
 
 
+def chunk_size(left: int, most: int | None = None) -> int:
+    """How many positions of a prompt are read next.
+
+    ONNX Runtime computes the attention of a position that is read alone on another path, with
+    other rounding than that of positions that are read together. So no chunk of a longer prompt
+    has one position: what a prompt predicts does not depend on where it is cut.
+
+    Args:
+        left: Positions that are not read yet, at least 1.
+        most: Most positions to read at once; None takes ``CHUNK``.
+
+    Returns:
+        At least 2 where two are left and three may be read.
+    """
+    most = most or CHUNK
+    return most - 1 if left == most + 1 > 3 else min(most, left)
+
+
 class OnnxModel:
     """A model that ONNX Runtime runs on the processor; meets ``LanguageModel``.
 
@@ -48,6 +66,7 @@ class OnnxModel:
         threads: Threads that it computes with.
         provider: Execution provider.
         alone: Whether it was opened to compute with no other model in turn.
+        session: ONNX Runtime's session of the graph.
     """
 
     folder: Path
@@ -56,6 +75,7 @@ class OnnxModel:
     threads: int
     provider: Provider
     alone: bool
+    session: onnxruntime.InferenceSession
 
     def __init__(
         self,
@@ -104,17 +124,17 @@ class OnnxModel:
         self.vocabulary_size = info.vocabulary_size
         self.context_length = context or info.context_length
         self.threads = threads or usable_threads()
-        self._session = open_session(info.path, self.threads, provider, alone)
-        check_graph(self._session, info.path, info.layers, info.vocabulary_size)
+        self.session = open_session(info.path, self.threads, provider, alone)
+        check_graph(self.session, info.path, info.layers, info.vocabulary_size)
         self._cache = KeyValueCache(
-            self._session,
+            self.session,
             self.context_length,
             "cpu" if provider == "cpu" else "cuda",
             self._unbind,
         )
         self._reader: object = None
         self._lock = threading.Lock()
-        self._binding = self._session.io_binding()
+        self._binding = self.session.io_binding()
         # The bound cache and tokens; False or None while a binding changes, so that an interrupt
         # between two bindings cannot leave the graph writing to freed memory.
         self._bound_cache = False
@@ -135,8 +155,14 @@ class OnnxModel:
             self._reader = None
             for row, tokens in enumerate(rows):
                 self._cache.rewind(0)
-                for start in range(0, len(tokens), CHUNK):
-                    end = min(start + CHUNK, len(tokens))
+                if len(tokens) == 1 < self.context_length:
+                    # Read beside another one, as it is wherever a longer text begins with it.
+                    both = np.empty((1, 2, self.vocabulary_size), np.float32)
+                    self._read(2 * tokens, both)
+                    scores[row] = both[:, 0]
+                    continue
+                while (start := len(self._cache.ids)) < len(tokens):
+                    end = start + chunk_size(len(tokens) - start)
                     self._read(tokens[start:end], scores[row : row + 1, start:end])
         return scores
 
@@ -193,48 +219,6 @@ class OnnxModel:
                 self._read_on(tokens[:-positions])
                 self._read(tokens[-positions:], scores)
         return scores.reshape(positions, -1)
-
-    def write_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        choose: Sequence[Choose] | None = None,
-        end_ids: Collection[int] = (),
-    ) -> list[list[int]]:
-        """Write replies to several prompts at once, which costs little more than one reply.
-
-        Each reply is what ``stream`` writes after its prompt alone, up to the rounding of sums.
-
-        Args:
-            prompts: Token ids, at least one in each.
-            max_new_tokens: Most tokens of one reply.
-            choose: One for each prompt, because a sampler remembers; all greedy if not given.
-            end_ids: Tokens that end a reply and are its last.
-
-        Returns:
-            The replies in the order of the prompts; one that fills the context ends there.
-
-        Raises:
-            ValueError: If a prompt is empty or holds an id that is not in the vocabulary.
-            ContextError: If one exceeds the context.
-        """
-        require(max_new_tokens >= 1, f"max_new_tokens must be 1 or more, not {max_new_tokens}")
-        require(
-            choose is None or len(choose) == len(prompts),
-            f"choose must hold one function for each of the {len(prompts)} prompts",
-        )
-        texts = [self.checked(prompt) for prompt in prompts]
-        if texts:
-            write_side_by_side(
-                self._session,
-                texts,
-                [min(len(text) + max_new_tokens, self.context_length) for text in texts],
-                [greedy] * len(texts) if choose is None else choose,
-                end_ids=end_ids,
-                chunk=CHUNK,
-            )
-        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
     def save_cache(self, file: str | Path, **notes: str) -> Path:
         """Save the KV cache, so that another process need not read the text again.
@@ -332,8 +316,9 @@ class OnnxModel:
     def _read_on(self, tokens: list[int]) -> None:
         """Read the tokens of a text that the cache lacks, for the logits of the last one."""
         self._cache.reserve(len(tokens))
-        for start in range(len(self._cache.ids), len(tokens), CHUNK):
-            self._read(tokens[start : start + CHUNK], self._next_logits)
+        while (start := len(self._cache.ids)) < len(tokens):
+            size = chunk_size(len(tokens) - start)
+            self._read(tokens[start : start + size], self._next_logits)
 
     def _read(self, tokens: list[int], scores: NDArray[np.float32]) -> None:
         """Run the graph over the tokens that follow those in the cache.
@@ -351,7 +336,7 @@ class OnnxModel:
         self._bind_tokens(inputs, scores)
         self._binding.bind_cpu_input("attention_mask", self._ones[:, :end])
         inputs[0] = tokens
-        run_bound(self._session, self._binding)
+        run_bound(self.session, self._binding)
         if scores is not self._next_logits:
             scores[:] = self._binding.get_outputs()[-1].numpy()
         self._cache.ids += tokens

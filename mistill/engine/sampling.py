@@ -7,14 +7,14 @@ vocabulary, because a step of a small model takes only a few milliseconds on a l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mistill.engine.language_model import greedy, not_numbers
+from mistill.engine.language_model import Choose, greedy, not_numbers
 from mistill.settings import require, require_range
 
 Logits = NDArray[np.float32]
@@ -307,4 +307,55 @@ class Sampler:
         if self._penalizes and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = np.append(self._seen_ids, token)
+        return token
+
+
+class ChangedLogits:
+    """Wraps a function that picks tokens, and changes the logits that it picks from.
+
+    A bias is added to the logit of a token; the frequency penalty is taken from it once for each
+    time that the reply holds the token, and the presence penalty once if it does at all. The prompt
+    does not count (https://platform.openai.com/docs/api-reference/chat/create).
+    """
+
+    def __init__(
+        self,
+        choose: Choose,
+        *,
+        bias: Mapping[int, float] | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+    ) -> None:
+        """Wrap a function.
+
+        Args:
+            choose: Picks a token from the changed logits.
+            bias: What is added to the logits of tokens, by their ids.
+            presence_penalty: Taken from the logit of every token that was written.
+            frequency_penalty: Taken from it once for each time.
+        """
+        self._choose = choose
+        self._bias_ids = np.array(list(bias or {}), np.int64)
+        self._bias = np.array(list((bias or {}).values()), np.float32)
+        self._presence = np.float32(presence_penalty)
+        self._frequency = np.float32(frequency_penalty)
+        self._counts: dict[int, int] = {}
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: Shape (V,); left as they are.
+
+        Returns:
+            Its id, which counts as written from now on.
+        """
+        changed = logits.copy()
+        changed[self._bias_ids] += self._bias
+        if self._presence or self._frequency:
+            ids = np.fromiter(self._counts, np.int64, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            changed[ids] -= self._presence + self._frequency * counts
+        token = self._choose(changed)
+        self._counts[token] = self._counts.get(token, 0) + 1
         return token

@@ -26,6 +26,8 @@ _TYPES = {
 }
 # Of two such escapes one character is made; one alone is half of it.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Strings, so that brackets in them do not count, and brackets.
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _LIMITS = {">=": "of at least", "<=": "of at most", ">": "above", "<": "below"}
 
 
@@ -53,6 +55,65 @@ def parse_json(text: str | bytes, origin: str, error: type[MistillError] = Folde
         if "integer string conversion" in reason:
             reason = f"a number has more than {sys.get_int_max_str_digits():,} digits"
         raise error(f"{origin} is not valid JSON: {reason}") from problem
+
+
+def parse_message(content: bytes, depth: int, error: type[MistillError]) -> Any:
+    """Parse JSON that came over a network, and nothing that other programs read another way.
+
+    Args:
+        content: The bytes.
+        depth: Levels of nesting that are followed.
+        error: What is raised; its message holds nothing of the content.
+
+    Returns:
+        The value.
+
+    Raises:
+        MistillError: Of the class ``error``, if it is not UTF-8 or not JSON, if it names a key
+            twice, nests more deeply, or holds half of a character. NaN and Infinity, which JSON
+            does not have, are read as Python reads them.
+    """
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"the body is not UTF-8 at byte {problem.start}; send JSON in UTF-8") from None
+    if content.count(b"[") + content.count(b"{") > depth and _depth(content) > depth:
+        raise error(f"the body is nested more than {depth} levels deep")
+    try:
+        value = json.loads(text, object_pairs_hook=_distinct)
+    except json.JSONDecodeError as problem:
+        raise error(f"the body is not JSON: {problem.msg} at character {problem.pos}") from None
+    except (RecursionError, ValueError) as problem:
+        reason = problem.args[0] if isinstance(problem, _RefusedError) else "a number is too long"
+        raise error(f"the body is not JSON that mistill reads: {reason}") from None
+    if _SURROGATE.search(content):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise error("the body holds half of a character, such as \\ud800 alone") from None
+    return value
+
+
+class _RefusedError(ValueError):
+    """JSON that Python would read."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise _RefusedError("an object names a key twice")
+    return entries
+
+
+def _depth(content: bytes) -> int:
+    depth = deepest = 0
+    for match in _TOKEN.finditer(content):
+        if match[0] in (b"[", b"{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif match[0] in (b"]", b"}"):
+            depth -= 1
+    return deepest
 
 
 def read_json_file(file: Path) -> Any:
@@ -125,35 +186,62 @@ def check(
     try:
         return msgspec.convert(value, schema, strict=True)
     except msgspec.ValidationError as problem:
-        raise error(_complaint(value, str(problem), origin)) from problem
+        raise error(_complaint(value, problem, origin)) from problem
     except RecursionError as problem:
         raise error(f"{origin} is nested too deeply") from problem
     except UnicodeEncodeError as problem:
         raise error(_half_character(origin, problem)) from problem
 
 
-def _complaint(value: Any, problem: str, origin: str | Path) -> str:
-    """What msgspec says, in words: such as "vocab_size in config.json should be ..., not -1"."""
-    reason, _, path = problem.partition(" - at `$")
-    place = path.rstrip("`").lstrip(".")
-    where = f"{place} in {origin}" if place else str(origin)
-    lacking = re.search(r"missing required field `([^`]*)`", reason)
-    if lacking is not None:
-        return f"{where} lacks {lacking[1]}"
+def place_of(problem: msgspec.ValidationError) -> str:
+    """The place in a document that msgspec complains of, such as ``messages[3].content``."""
+    return str(problem).partition(" - at `$")[2].rstrip("`").lstrip(".")
+
+
+def expectation(problem: msgspec.ValidationError) -> tuple[str, str] | None:
+    """What msgspec expected and what it came upon, in words.
+
+    Args:
+        problem: Its complaint.
+
+    Returns:
+        Such as ("a whole number of at least 1", "text"); None for a complaint of another kind.
+    """
+    reason = str(problem).partition(" - at `$")[0]
     expected = re.match(r"Expected `([^`]*)`(?: (<=|>=|<|>) (\S+?))?(?:, got `([^`]*)`)?$", reason)
     if expected is None:
-        return f"{where}: {reason}"
+        return None
     kinds = [kind for kind in expected[1].split(" | ") if kind != "null"] or ["null"]
     words = " or ".join(_TYPES.get(kind, kind) for kind in kinds)
     if expected[2]:
         words += f" {_LIMITS[expected[2]]} {expected[3]}"
-    known, actual = _at(value, place)
-    got = f"{actual!r:.80}" if known else _TYPES.get(expected[4] or "", "another value")
-    return f"{where} should be {words}, not {got}"
+    return words, _TYPES.get(expected[4] or "", "another value")
 
 
-def _at(value: Any, place: str) -> tuple[bool, Any]:
-    """The value at a place such as ``model.eos[1]``, and whether it is known which one it is."""
+def _complaint(value: Any, problem: msgspec.ValidationError, origin: str | Path) -> str:
+    """What msgspec says, in words: such as "vocab_size in config.json should be ..., not -1"."""
+    reason, place = str(problem).partition(" - at `$")[0], place_of(problem)
+    where = f"{place} in {origin}" if place else str(origin)
+    lacking = re.search(r"missing required field `([^`]*)`", reason)
+    if lacking is not None:
+        return f"{where} lacks {lacking[1]}"
+    words = expectation(problem)
+    if words is None:
+        return f"{where}: {reason}"
+    known, actual = value_at(value, place)
+    return f"{where} should be {words[0]}, not {f'{actual!r:.80}' if known else words[1]}"
+
+
+def value_at(value: Any, place: str) -> tuple[bool, Any]:
+    """The value at a place of a document.
+
+    Args:
+        value: The document.
+        place: Such as ``model.eos[1]``.
+
+    Returns:
+        Whether it is known which value it is, and the value.
+    """
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", place):
         if index == "..." or (index and not isinstance(value, list)):
             return False, None

@@ -110,7 +110,9 @@ def in_template_form(talk: Conversation, vocabulary: Vocabulary) -> Conversation
     return talk if as_parts else talk.joined()
 
 
-def prompt_ids(talk: Conversation, vocabulary: Vocabulary) -> list[int]:
+def prompt_ids(
+    talk: Conversation, vocabulary: Vocabulary, *, reply_begins: bool = True
+) -> list[int]:
     """Tokens of a conversation up to where the assistant's next turn begins.
 
     Special tokens that are typed in it are text.
@@ -118,6 +120,7 @@ def prompt_ids(talk: Conversation, vocabulary: Vocabulary) -> list[int]:
     Args:
         talk: Turns up to the answer.
         vocabulary: With a chat template.
+        reply_begins: Whether that turn is begun; else they end with the last turn.
 
     Returns:
         Token ids.
@@ -127,7 +130,7 @@ def prompt_ids(talk: Conversation, vocabulary: Vocabulary) -> list[int]:
         VocabularyError: If there is no chat template.
     """
     hidden = with_typed_marks_hidden(talk, vocabulary)
-    text = hidden.render(vocabulary, add_generation_prompt=True)
+    text = hidden.render(vocabulary, add_generation_prompt=reply_begins)
     ids: list[int] = encode_conversation(text, vocabulary, hidden=hidden is not talk).ids.tolist()
     return ids
 

@@ -115,7 +115,7 @@ def _pieces(
     """
     ids, starts = spans.ids.tolist(), spans.starts.tolist()
     special = [
-        vocabulary.is_special(token) and _spells(text, start, token, vocabulary)
+        vocabulary.is_mark(token) and _spells(text, start, token, vocabulary)
         for token, start in zip(ids, starts, strict=True)
     ]
     pieces = []
@@ -146,7 +146,7 @@ class _Typed:
     """The special tokens of a vocabulary, and the character that stands for each."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self.marks = tuple(mark for mark in vocabulary.special_texts if mark.strip())
+        self.marks = tuple(mark for mark in vocabulary.mark_texts if mark.strip())
         self._letters = {mark: chr(_FIRST + number) for number, mark in enumerate(self.marks)}
         self._originals = {letter: mark for mark, letter in self._letters.items()}
         self._any = _one_of(self.marks)

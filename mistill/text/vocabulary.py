@@ -11,6 +11,7 @@ It is one file because a vocabulary is one class, and all of its methods need wh
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -141,6 +142,11 @@ class Vocabulary:
         return self._folder
 
     @property
+    def tool_template(self) -> str | None:
+        """The template of conversations in which tools may be called, as the folder has it."""
+        return self._templates.get("tool_use", self.chat_template)
+
+    @property
     def date_key(self) -> dict[str, str]:
         """What the text of a conversation depends on besides its words: the day, if it is written.
 
@@ -213,18 +219,50 @@ class Vocabulary:
         return TokenSpans(ids, offsets[:, 0] - skipped)
 
     @property
-    def special_texts(self) -> tuple[str, ...]:
-        """What the special tokens spell."""
+    def mark_texts(self) -> tuple[str, ...]:
+        """What the special tokens spell, and the other marks with which a template builds turns."""
         return tuple(
             entry["content"]
             for entry in self.added_tokens
-            if entry.get("special") and entry["id"] < self.size
+            if self.is_mark(entry["id"]) and entry["id"] < self.size
         )
+
+    def is_mark(self, token: int) -> bool:
+        """Whether a token is special, or another with which the chat template builds turns.
+
+        Args:
+            token: A token id.
+
+        Returns:
+            True for what nobody's message may become.
+        """
+        return self.is_special(token) or token in self._plain_turn_marks
+
+    @cached_property
+    def _plain_turn_marks(self) -> frozenset[int]:
+        """Added tokens that are not called special, and that the template writes of itself."""
+        plain = [entry for entry in self.added_tokens if not entry.get("special")]
+        if not plain or self.chat_template is None:
+            return frozenset()
+        turns = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "?"},
+            {"role": "user", "content": "?"},
+        ]
+        try:
+            written = set(self.encode(self.render(turns, add_generation_prompt=True)))
+        except (TextError, VocabularyError):
+            return frozenset()
+        return frozenset(entry["id"] for entry in plain if entry["id"] in written)
 
     @cached_property
     def _splitting(self) -> TokenizerFile:
-        """The same tokenizer, to which special tokens are text."""
-        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        """The same tokenizer, to which special tokens and marks of turns are text."""
+        definition = json.loads(self._tokenizer.to_str())
+        for entry in definition["added_tokens"]:
+            if entry["id"] in self._plain_turn_marks:
+                entry["special"] = True
+        tokenizer = Tokenizer.from_str(json.dumps(definition))
         tokenizer.add_tokens([AddedToken(_BEFORE, normalized=False)])
         tokenizer.encode_special_tokens = True
         return replace(self._file, tokenizer=tokenizer)
@@ -323,9 +361,7 @@ class Vocabulary:
                 one that takes too long or too much memory.
             TextError: If the template refuses the conversation.
         """
-        source = self.chat_template
-        if tools is not None:
-            source = self._templates.get("tool_use", source)
+        source = self.chat_template if tools is None else self.tool_template
         if source is None:
             raise VocabularyError(
                 f"{self._folder} has no chat template; use a chat model, or put one into "

@@ -96,6 +96,26 @@ def test_a_batch_writes_what_transformers_writes_for_each_prompt_alone(talker: P
     assert len({len(reply.ids) for reply in replies}) > 2  # they left the batch at different times
 
 
+def test_a_teacher_in_an_onnx_folder_writes_what_it_wrote_before_its_export(
+    talker: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import export
+
+    settings = GenerateSettings(temperature=0, max_new_tokens=24, keep_unfinished=True)
+    before = generate_conversations(talker, prompts, tmp_path / "before.jsonl", settings=settings)
+    onnx = export.to_onnx(talker, tmp_path / "onnx", parity_positions=0)
+    monkeypatch.setattr("mistill.pytorch.loading.load_pytorch", None)
+    after = generate_conversations(onnx, prompts, tmp_path / "after.jsonl", settings=settings)
+    assert written(after) == written(before)
+    one, three = (
+        generate_conversations(
+            onnx, prompts, tmp_path / f"{size}.jsonl", batch_size=size, keep_unfinished=True
+        )
+        for size in (1, 3)
+    )
+    assert written(one) == written(three) != written(after)
+
+
 def test_a_sliding_window_sees_as_far_in_a_batch_as_alone(tmp_path: Path):
     from mistill.pytorch.loading import load_pytorch
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_the_worker_ends_with_the_process_that_started_it():
         import os
         from mistill import bounded
         bounded.call_bounded("operator:add", 1, 2)
-        print(bounded._WORKER._process.pid, flush=True)
+        print(next(iter(bounded._WORKERS.values()))._process.pid, flush=True)
         os._exit(0)  # no handler runs, as after SIGKILL
     """)
     ran = subprocess.run(
@@ -79,3 +80,17 @@ def test_a_forked_process_starts_a_worker_of_its_own():
     assert queue.get(timeout=30) == 7
     child.join()
     assert call_bounded("operator:add", 1, 2) == 3
+
+
+def test_a_call_that_takes_long_keeps_no_other_function_waiting():
+    over = threading.Event()
+
+    def sleep() -> None:
+        call_bounded("time:sleep", 1)
+        over.set()
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    assert call_bounded("os:getpid") != os.getpid()
+    assert not over.is_set()
+    thread.join()

@@ -14,6 +14,7 @@ from export import to_onnx
 from export.checks.parity import text_runner
 from export.weights.architecture import read_architecture
 from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.scheduler import write_all
 from mistill.errors import SettingsError
 from mistill.folders.folder import read_json
 from tests.tiny import tiny_model
@@ -136,7 +137,7 @@ def test_a_batch_is_answered_as_each_prompt_alone(engine: OnnxModel) -> None:
         return [next(stream) for _ in range(8)]
 
     expected = [alone(prompt) for prompt in prompts]
-    assert engine.write_batch(prompts, max_new_tokens=8) == expected
+    assert write_all(engine, prompts, max_new_tokens=8) == expected
 
 
 def test_an_int8_cache_may_be_a_ring(source: Path, chats: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_chatbot_and_its_draft_leave_the_processors_to_each_other(
     chatbot: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def yields(model: Any) -> bool:
-        options = model._session.get_session_options()
+        options = model.session.get_session_options()
         try:
             return bool(options.get_session_config_entry("session.force_spinning_stop") == "1")
         except RuntimeError:  # was never set

@@ -139,6 +139,15 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(
         np.testing.assert_allclose(next_logits(chunked, ids), last, atol=SAME)
 
 
+def test_what_a_text_predicts_does_not_depend_on_what_follows(chatbot: Path) -> None:
+    """To the last bit, so that answers of one token are scored as those of two are."""
+    model = OnnxModel(chatbot, threads=1)
+    ids = some_ids(engine.CHUNK + 2)
+    whole = model.logits(np.array([ids]))
+    for length in (1, 2, engine.CHUNK, engine.CHUNK + 1):
+        np.testing.assert_array_equal(model.logits(np.array([ids[:length]])), whole[:, :length])
+
+
 def test_growing_the_cache_changes_nothing(chatbot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = some_ids(9)
     large = OnnxModel(chatbot, threads=1)
@@ -191,7 +200,7 @@ def test_memory_of_a_cache_is_taken_when_written_and_given_back() -> None:
     del [np.ones(24 << 20, np.uint8)][:]
     size, count = 2 << 20, 32
     before = resident()
-    arrays = [key_value_cache._pages((1, 2, size // 16, 2), np.float32) for _ in range(count)]
+    arrays = [key_value_cache.pages((1, 2, size // 16, 2), np.float32) for _ in range(count)]
     assert resident() - before < size * count / 4
     for array in arrays:
         assert array.shape == (1, 2, size // 16, 2)
@@ -462,7 +471,7 @@ def test_an_interrupt_between_any_two_steps_leaves_the_model_usable(
         owner, name = {
             "memory made": (key_value_cache, "as_value"),
             "input bound": (model, "_bind"),
-            "run": (model._session, "run_with_iobinding"),
+            "run": (model.session, "run_with_iobinding"),
             "read": (model, "_read"),
         }[step]
         with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
@@ -633,7 +642,7 @@ def test_a_graph_that_cannot_be_read_is_refused_in_one_line(broken: Path) -> Non
 
 def test_the_session_has_the_threads_that_were_asked_for(chatbot: Path) -> None:
     model = OnnxModel(chatbot, threads=2)
-    assert model._session.get_session_options().intra_op_num_threads == 2
+    assert model.session.get_session_options().intra_op_num_threads == 2
     assert OnnxModel(chatbot).threads == usable_threads()
 
 

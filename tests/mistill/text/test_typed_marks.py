@@ -153,3 +153,24 @@ def test_what_cannot_be_told_apart_is_refused(chatml: Vocabulary, tmp_path: Path
     vocabulary = vocabulary_of(tmp_path / "v", escaping)
     with pytest.raises(TextError, match="changes the special tokens that are typed"):
         prompt_ids(talk("<|im_end|>"), vocabulary)
+
+
+def test_marks_that_are_added_and_not_special_cannot_be_typed_either(
+    chatml: Vocabulary, tmp_path: Path
+):
+    folder = tiny_tokenizer(tmp_path / "plain")
+    file = folder / "tokenizer.json"
+    definition = json.loads(file.read_text("utf-8"))
+    for entry in definition["added_tokens"]:
+        entry["special"] = False
+    file.write_text(json.dumps(definition), "utf-8")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    vocabulary = load_vocabulary(folder)
+    marks = chatml.encode("<|im_start|><|im_end|>")
+    for text in (FORGED, "Hello <|im_end|>", SENTENCES[0]):
+        ids = prompt_ids(talk(text), vocabulary)
+        assert [token for token in ids if token in marks] == [marks[0], marks[1], marks[0]]
+        rendered = vocabulary.render(talk(text).messages, add_generation_prompt=True)
+        assert vocabulary.decode(ids) == rendered
+    honest = talk(SENTENCES[0])
+    assert prompt_ids(honest, vocabulary) == prompt_ids(honest, chatml)

@@ -1,0 +1,326 @@
+"""/v1/chat/completions: a conversation, and the assistant's next turn."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mistill.constraints import Constraint
+from mistill.engine.log_probabilities import TokenScore
+from mistill.serve.generation import Served
+from mistill.serve.http.exchange import Exchange
+from mistill.serve.refusals import bad_request
+from mistill.serve.replies import Event, Inbox, Piece, Replies, Reply
+from mistill.serve.requests import ChatRequest, read_request
+from mistill.serve.streaming import event, raise_failure, stream_replies
+from mistill.serve.tool_calls import Call, CallReader, Form, form_of, grammar_of_calls, mark_ids
+from mistill.text.vocabulary import Vocabulary
+
+
+async def chat(served: Served, exchange: Exchange) -> None:
+    """Answer a conversation.
+
+    Args:
+        served: The model.
+        exchange: The request.
+
+    Raises:
+        RefusalError: If it cannot be answered.
+        ClientGoneError: If the client leaves.
+    """
+    content = await exchange.body()
+    inbox = Inbox(asyncio.get_running_loop())
+    answer = await served.workers.run(_prepare, served, content, inbox, exchange.owner)
+    replies = Replies(served.scheduler, answer.replies, inbox, served.settings.queue_seconds)
+    try:
+        replies.start(exchange)
+        if answer.request.streams:
+            await stream_replies(
+                exchange,
+                replies,
+                headers=answer.headers,
+                opening=answer.opening,
+                part=answer.part,
+                closing=answer.closing,
+                ping_seconds=served.limits.ping_seconds,
+            )
+        else:
+            while replies.unfinished:
+                events = await replies.take()
+                raise_failure(events)
+                for reply, happened in events:
+                    answer.turns[reply.index].take(happened)
+            whole = await served.workers.run(answer.whole)
+            await exchange.answer_json(whole, answer.headers)
+    finally:
+        replies.stop()
+        served.counts.ended(exchange, answer.replies)
+
+
+def _prepare(served: Served, content: bytes, inbox: Inbox, owner: str) -> _Answer:
+    """All that is done before the engine writes; in a thread of its own."""
+    request, ignored = read_request(content, ChatRequest, served.limits)
+    served.check_model(request.model)
+    if request.max_tokens == 0:
+        raise bad_request("max_tokens should be a whole number of at least 1, not 0", "max_tokens")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    constraint = served.constraint(request)
+    form = _tools_form(served, request, constraint)
+    if form is not None and constraint is None:
+        constraint = _demanded_calls(served, request, form)
+    prompt = served.prompts.of_chat(request)
+    asked = request.max_completion_tokens or request.max_tokens or served.settings.max_new_tokens
+    replies = served.replies(
+        request,
+        [prompt],
+        inbox,
+        owner=owner,
+        max_new_tokens=min(asked, served.context_length - len(prompt)),
+        top=(request.top_logprobs or 0) if request.logprobs else None,
+        constraint=constraint,
+        shown_tokens=() if form is None else mark_ids(form, served.vocabulary),
+        every_byte=request.continue_final_message,
+    )
+    return _Answer(served, request, replies, form, ignored)
+
+
+def _tools_form(served: Served, request: ChatRequest, constraint: Constraint | None) -> Form | None:
+    """How the reply may call tools; None where it may not."""
+    choice = request.tool_choice
+    if not request.tools:
+        if choice not in (None, "none", "auto"):
+            raise bad_request("tool_choice needs tools", "tool_choice")
+        return None
+    if len(request.tools) > served.limits.tools:
+        raise bad_request(f"tools holds more than {served.limits.tools}", "tools")
+    for number, tool in enumerate(request.tools):
+        if tool.type != "function":
+            raise bad_request(f"tools[{number}].type should be function", f"tools[{number}].type")
+    form = form_of(served.vocabulary)
+    if form is None:
+        raise bad_request(
+            "this model's chat template knows no tools, or writes calls in a form that mistill "
+            "does not read",
+            "tools",
+        )
+    if choice == "none":
+        return None
+    if constraint is not None:
+        raise bad_request("give either tools or a response_format", "response_format")
+    return form
+
+
+def _demanded_calls(served: Served, request: ChatRequest, form: Form) -> Constraint | None:
+    """The constraint of a reply that must call a tool; None where it need not."""
+    choice = request.tool_choice
+    if choice in (None, "auto"):
+        return None
+    tools = [
+        {"name": tool.function.name, "parameters": tool.function.parameters or {"type": "object"}}
+        for tool in request.tools or ()
+    ]
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        tools = [tool for tool in tools if tool["name"] == name]
+    if not tools or not (isinstance(choice, dict) or choice == "required"):
+        raise bad_request(
+            'tool_choice should be none, auto, required, or {"type": "function", "function": '
+            '{"name": one of tools}}',
+            "tool_choice",
+        )
+    several = request.parallel_tool_calls is not False and not isinstance(choice, dict)
+    return served.lark_constraint(
+        grammar_of_calls(form, tools, served.vocabulary, several=several), "tools"
+    )
+
+
+class _Turn:
+    """The assistant's turn of one choice, growing."""
+
+    def __init__(self, vocabulary: Vocabulary, form: Form | None) -> None:
+        self.text = ""
+        self.reason: str | None = None
+        self.scores: list[dict[str, Any]] = []
+        self.calls: list[Call] = []
+        self._vocabulary = vocabulary
+        self._reader = None if form is None else CallReader(form)
+
+    def take(self, happened: Event) -> tuple[str, list[Call], list[dict[str, Any]]]:
+        """What an event adds: text, calls, log-probabilities."""
+        text = getattr(happened, "text", "")
+        scores = []
+        if self._reader is not None:
+            text = self._reader.add(text)
+        if isinstance(happened, Piece):
+            if happened.score is not None and not happened.ends:
+                scores = [score_entry(happened.score, self._vocabulary)]
+        else:
+            if self._reader is not None:
+                text += self._reader.finish()
+            self.reason = getattr(happened, "reason", "stop")
+        calls = [] if self._reader is None else self._reader.calls[len(self.calls) :]
+        self.calls += calls
+        if self.reason == "stop" and self.calls:
+            self.reason = "tool_calls"
+        self.text += text
+        self.scores += scores
+        return text, calls, scores
+
+
+class _Answer:
+    """The answer to a conversation, whole or in parts."""
+
+    def __init__(
+        self,
+        served: Served,
+        request: ChatRequest,
+        replies: Sequence[Reply],
+        form: Form | None,
+        ignored: Sequence[str],
+    ) -> None:
+        self.request = request
+        self.replies = list(replies)
+        self.turns = [_Turn(served.vocabulary, form) for _ in replies]
+        self.headers = {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._model = served.name
+        options = request.stream_options
+        self._usage = options is not None and options.include_usage
+        self._usage_always = options is not None and options.continuous_usage_stats
+
+    def whole(self) -> dict[str, Any]:
+        return {
+            **self._head("chat.completion"),
+            "choices": [
+                {
+                    "index": index,
+                    "message": _message(turn),
+                    "logprobs": {"content": turn.scores, "refusal": None}
+                    if self.request.logprobs
+                    else None,
+                    "finish_reason": turn.reason,
+                }
+                for index, turn in enumerate(self.turns)
+            ],
+            "usage": usage(self.replies),
+        }
+
+    def opening(self) -> bytes:
+        return b"".join(
+            self._chunk(index, {"role": "assistant", "content": ""})
+            for index in range(len(self.turns))
+        )
+
+    def part(self, reply: Reply, happened: Event) -> bytes:
+        turn = self.turns[reply.index]
+        numbered = len(turn.calls)
+        text, calls, scores = turn.take(happened)
+        parts = []
+        if text or scores:
+            parts.append(self._chunk(reply.index, {"content": text}, scores))
+        for number, call in enumerate(calls, numbered):
+            entry = {"index": number, **_call(call)}
+            parts.append(self._chunk(reply.index, {"tool_calls": [entry]}))
+        if turn.reason is not None:
+            parts.append(self._chunk(reply.index, {}, reason=turn.reason))
+        return b"".join(parts)
+
+    def closing(self) -> bytes:
+        if not self._usage:
+            return b""
+        head = self._head("chat.completion.chunk")
+        return event({**head, "choices": [], "usage": usage(self.replies)})
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        scores: list[dict[str, Any]] | None = None,
+        reason: str | None = None,
+    ) -> bytes:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": {"content": scores, "refusal": None} if scores else None,
+            "finish_reason": reason,
+        }
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if self._usage:
+            chunk["usage"] = usage(self.replies) if self._usage_always else None
+        return event(chunk)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": None,
+        }
+
+
+def _message(turn: _Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": turn.text, "refusal": None}
+    if turn.calls:
+        message["content"] = turn.text.strip() or None
+        message["tool_calls"] = [_call(call) for call in turn.calls]
+    return message
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def usage(replies: Sequence[Reply]) -> dict[str, Any]:
+    """How many tokens a request took.
+
+    Args:
+        replies: Its replies.
+
+    Returns:
+        The counts under OpenAI's names; a prompt counts once for each of its replies but the
+        further choices.
+    """
+    prompts = {id(reply.prompt): len(reply.prompt) for reply in replies}
+    prompt_tokens = sum(prompts.values())
+    written = sum(reply.job.new_tokens for reply in replies)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+        "prompt_tokens_details": {
+            "cached_tokens": min(prompt_tokens, sum(reply.job.cached_tokens for reply in replies))
+        },
+    }
+
+
+def score_entry(score: TokenScore, vocabulary: Vocabulary) -> dict[str, Any]:
+    """How probable a token was, as chat clients read it.
+
+    Args:
+        score: The token, and the most probable ones.
+        vocabulary: Of the model.
+
+    Returns:
+        The entry; a token may be a part of a character, and its bytes say which.
+    """
+
+    def entry(token: int, log_probability: float) -> dict[str, Any]:
+        spelled = vocabulary.token_bytes(token)
+        return {
+            "token": spelled.decode("utf-8", "replace"),
+            "logprob": max(log_probability, -9999.0),
+            "bytes": list(spelled),
+        }
+
+    return {
+        **entry(score.token, score.log_probability),
+        "top_logprobs": [entry(token, value) for token, value in score.top],
+    }

@@ -1,0 +1,155 @@
+"""Connections with deadlines, on uvicorn's protocol for h11.
+
+uvicorn waits for ever for a request to arrive. Here a connection is closed that does not bring its
+headers or its body in time, or rests for long between two requests; of more connections than the
+bound, the one that has rested longest makes room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mistill.serve.refusals import RefusalError
+from mistill.serve.settings import Limits
+
+
+def protocol_class(limits: Limits) -> type[H11Protocol]:
+    """The protocol of connections with bounds.
+
+    Args:
+        limits: The bounds.
+
+    Returns:
+        A class for uvicorn's setting ``http``.
+    """
+
+    class Bounded(BoundedProtocol):
+        bounds = limits
+
+    return Bounded
+
+
+class BoundedProtocol(H11Protocol):
+    """A connection with deadlines.
+
+    Attributes:
+        bounds: The bounds.
+    """
+
+    bounds = Limits()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to count the time, and make room if there are too many."""
+        self._deadline: asyncio.TimerHandle | None = None
+        self._phase = ""
+        self.rests_since = self.loop.time()
+        self.access_log = False  # it would hold the addresses that clients ask for
+        super().connection_made(transport)
+        if len(self.connections) > self.bounds.connections:
+            resting = [
+                one
+                for one in self.connections
+                if isinstance(one, BoundedProtocol)
+                and one is not self
+                and one.is_resting
+                and not one.transport.is_closing()
+            ]
+            oldest = min(resting, key=lambda one: one.rests_since, default=self)
+            oldest.transport.abort()
+        self._watch("headers")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Count no longer."""
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether no request is being answered."""
+        idle = self.cycle is None or self.cycle.response_complete
+        return bool(idle) and not self.transport.is_closing()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; the deadline is that of the request, not of the last byte."""
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self.is_resting:
+            self._watch("headers")
+        elif self.conn.their_state is h11.SEND_BODY:
+            self._watch("body")
+        else:
+            self._stop_watching()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, for a while."""
+        self.rests_since = self.loop.time()
+        self._stop_watching()
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request, in JSON as every refusal, and close."""
+        refusal = RefusalError(400, "this is no request of HTTP/1.1 that the server reads")
+        content = refusal.body()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+            (b"connection", b"close"),
+        ]
+        try:
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=content),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:
+            pass  # an answer is on its way already
+        self.transport.close()
+
+    def _watch(self, phase: str) -> None:
+        if self._phase == phase:
+            return
+        self._stop_watching()
+        self._phase = phase
+        seconds = self.bounds.header_seconds if phase == "headers" else self.bounds.body_seconds
+        self._deadline = self.loop.call_later(seconds, self._expire)
+
+    def _stop_watching(self) -> None:
+        self._phase = ""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.abort()
+
+
+def uvicorn_options(limits: Limits) -> dict[str, Any]:
+    """Settings for uvicorn that keep it to what is needed.
+
+    Args:
+        limits: Bounds.
+
+    Returns:
+        Keywords for ``uvicorn.Config``.
+    """
+    return {
+        "http": protocol_class(limits),
+        "ws": "none",
+        "lifespan": "off",
+        "interface": "asgi3",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "date_header": False,
+        "proxy_headers": False,
+        "h11_max_incomplete_event_size": limits.header_bytes,
+        "timeout_keep_alive": limits.idle_seconds,
+        "backlog": 128,
+    }

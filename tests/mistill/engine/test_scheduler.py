@@ -1,0 +1,530 @@
+"""Many jobs at once against the same prompts one by one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import export
+from mistill.engine.language_model import Choose, greedy
+from mistill.engine.onnx_model import CHUNK, OnnxModel, chunk_size
+from mistill.engine.sampling import Sampler, SamplingSettings
+from mistill.engine.scheduler import Job, Scheduler, usual_slots, write_all
+from mistill.errors import ContextError, EngineStoppedError, QueueFullError, SettingsError
+from tests.tiny import tiny_model
+
+LONG = 60
+"""Seconds within which anything here ends, on the slowest machine."""
+
+
+@pytest.fixture(scope="module", params=["full attention", "sliding window"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
+    folder = tmp_path_factory.mktemp("scheduler")
+    window = 16 if request.param == "sliding window" else None
+    source = tiny_model(folder / "model", seed=2, sliding_window=window)
+    return OnnxModel(export.to_onnx(source, folder / "chatbot", parity_positions=0), threads=1)
+
+
+class Heard:
+    """A sink that remembers what it was told."""
+
+    def __init__(self, until: int | None = None) -> None:
+        self.tokens: list[int] = []
+        self.ending: str | None = None
+        self.error: Exception | None = None
+        self.calls_after_end = 0
+        self.until = until
+        self.hold: Callable[[int], object] = lambda token: None
+        self._over = threading.Event()
+
+    def token(self, token: int) -> bool:
+        self.calls_after_end += self._over.is_set()
+        self.tokens.append(token)
+        self.hold(token)
+        return len(self.tokens) != self.until
+
+    def end(self, ending: str) -> None:
+        self.calls_after_end += self._over.is_set()
+        self.ending = ending
+        self._over.set()
+
+    def fail(self, error: Exception) -> None:
+        self.calls_after_end += self._over.is_set()
+        self.error = error
+        self._over.set()
+
+    def wait(self) -> Heard:
+        assert self._over.wait(LONG), "the job did not end"
+        assert self.calls_after_end == 0
+        return self
+
+
+def some_ids(count: int, seed: int) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(0, 300, count).tolist()
+    return ids
+
+
+def a_job(
+    prompt: list[int],
+    sink: Heard,
+    *,
+    tokens: int = 40,
+    choose: Choose = greedy,
+    end_ids: tuple[int, ...] = (),
+) -> Job:
+    return Job(prompt=prompt, max_new_tokens=tokens, choose=choose, end_ids=end_ids, sink=sink)
+
+
+def alone(model: OnnxModel, prompt: list[int], tokens: int = 40, choose: Choose = greedy):
+    model._cache.rewind(0)
+    return list(islice(model.stream(prompt, choose), tokens))
+
+
+def test_jobs_of_every_length_that_join_and_leave_write_what_they_write_alone(
+    model: OnnxModel,
+) -> None:
+    start = some_ids(20, 1)
+    prompts = [some_ids(count, count) for count in (1, 2, 57, 33, 34, 128, 129, 130, 257, 160)]
+    prompts += [start, start + some_ids(7, 4), start[:12], start[:12]]
+    lengths = [3 + 7 * number % 40 for number in range(len(prompts))]
+    expected = [alone(model, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
+    with Scheduler(model, slots=4) as scheduler:
+        sinks = [Heard() for _ in prompts]
+        for prompt, count, sink in zip(prompts, lengths, sinks, strict=True):
+            scheduler.submit(a_job(prompt, sink, tokens=count))
+        assert [sink.wait().tokens for sink in sinks] == expected
+        assert {sink.ending for sink in sinks} == {"max_new_tokens"}
+        assert scheduler.health().running == 0
+
+
+def test_no_chunk_has_one_position_where_two_are_left() -> None:
+    for total in range(1, 400):
+        for most in (3, 8, 32, CHUNK):
+            sizes: list[int] = []
+            while sum(sizes) < total:
+                sizes.append(chunk_size(total - sum(sizes), most))
+            assert sum(sizes) == total
+            assert max(sizes) <= most
+            assert 1 not in sizes or total == 1
+
+
+def test_a_seed_draws_the_same_beside_others(model: OnnxModel) -> None:
+    def sampler(seed: int) -> Sampler:
+        settings = SamplingSettings(temperature=1.5, repetition_penalty=1.2)
+        return Sampler(settings, np.random.default_rng(seed))
+
+    prompts = [some_ids(15, seed) for seed in range(3)]
+    expected = [alone(model, prompt, 20, sampler(seed)) for seed, prompt in enumerate(prompts)]
+    with Scheduler(model, slots=3) as scheduler:
+        sinks = [Heard() for _ in prompts]
+        for seed, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
+            scheduler.submit(a_job(prompt, sink, tokens=20, choose=sampler(seed)))
+        assert [sink.wait().tokens for sink in sinks] == expected
+
+
+def test_each_reason_for_an_end_has_its_name(model: OnnxModel) -> None:
+    prompt = some_ids(15, 1)
+    written = alone(model, prompt)
+    full = some_ids(model.context_length - 5, 2)
+    jobs = {
+        "end of turn": a_job(prompt, Heard(), end_ids=(written[4],)),
+        "stopped": a_job(prompt, Heard(until=3)),
+        "max_new_tokens": a_job(prompt, Heard(), tokens=4),
+        "context": a_job(full, Heard()),
+    }
+    with Scheduler(model, slots=2) as scheduler:
+        for job in jobs.values():
+            scheduler.submit(job)
+        for ending, job in jobs.items():
+            assert isinstance(job.sink, Heard)
+            assert job.sink.wait().ending == ending
+            assert job.new_tokens == len(job.sink.tokens)
+            assert job.submitted <= (job.started or 0) <= (job.first_token or 0) <= (job.ended or 0)
+    assert [jobs[name].new_tokens for name in jobs] == [written.index(written[4]) + 1, 3, 4, 5]
+
+
+def test_a_job_without_new_tokens_only_scores_its_prompt(model: OnnxModel) -> None:
+    prompt = some_ids(300, 5)
+    expected = model.logits(np.array([prompt]))[0]
+    scores: dict[int, NDArray[np.float32]] = {}
+    job = a_job(prompt, Heard(), tokens=0)
+    job.prompt_scores = lambda first, logits: scores.update({first: logits.copy()})
+    with Scheduler(model, slots=2) as scheduler:
+        scheduler.submit(a_job(some_ids(9, 1), Heard(), tokens=100))
+        scheduler.submit(job)
+        assert isinstance(job.sink, Heard)
+        assert job.sink.wait().ending == "max_new_tokens"
+        assert job.sink.tokens == []
+    assert len(scores) == 3
+    np.testing.assert_array_equal(np.concatenate(list(scores.values())), expected)
+
+
+def test_a_job_that_raises_ends_alone(model: OnnxModel) -> None:
+    class Gone(BaseException):
+        """What some libraries raise when they fail."""
+
+    def broken(logits: NDArray[np.float32]) -> int:
+        raise Gone("broken")
+
+    def refuse(*_: object) -> None:
+        raise KeyError("sink")
+
+    prompt = some_ids(15, 1)
+    bad, worse, scored, good = Heard(), Heard(), Heard(), Heard()
+    worse.hold = refuse
+    failing = a_job(prompt, scored)
+    failing.prompt_scores = refuse
+    with Scheduler(model, slots=4) as scheduler:
+        for job in (
+            a_job(prompt, good),
+            a_job(prompt, bad, choose=broken),
+            a_job(prompt, worse),
+            failing,
+        ):
+            scheduler.submit(job)
+        assert good.wait().tokens == alone(model, prompt)
+        assert "Gone: broken" in str(bad.wait().error)
+        assert isinstance(worse.wait().error, KeyError)
+        assert isinstance(scored.wait().error, KeyError)
+        assert scheduler.health().state == "running"
+
+
+def test_a_client_that_leaves_frees_its_row_and_changes_nobody_else(model: OnnxModel) -> None:
+    """Queued, in its prompt, and at its third token."""
+    prompt = some_ids(30, 3)
+    expected = alone(model, prompt)
+    third = threading.Event()
+    with Scheduler(model, slots=3) as scheduler:
+        stays, writes, reads, queued = Heard(), Heard(), Heard(), Heard()
+        writing = a_job(some_ids(40, 4), writes, tokens=400)
+        reading = a_job(some_ids(400, 5), reads)
+        waiting = a_job(some_ids(9, 6), queued)
+
+        def leave(token: int) -> None:
+            if len(writes.tokens) == 3:
+                # In the engine's thread, between two tokens: the very next step must see it.
+                for job in (writing, reading, waiting):
+                    scheduler.cancel(job)
+                third.set()
+
+        writes.hold = leave
+        for job in (a_job(prompt, stays), writing, reading, waiting):
+            scheduler.submit(job)
+        assert third.wait(LONG)
+        assert stays.wait().tokens == expected
+        assert len(writes.wait().tokens) == 3
+        for heard in (writes, reads, queued):
+            assert heard.wait().ending == "cancelled"
+        assert reads.tokens == queued.tokens == []
+        assert reading.started is not None
+        assert waiting.started is None
+        scheduler.cancel(writing)
+        assert writes.calls_after_end == 0
+
+
+def test_a_full_queue_refuses_at_once_and_the_others_are_served(model: OnnxModel) -> None:
+    gate = threading.Event()
+    sinks = [Heard() for _ in range(4)]
+    sinks[0].hold = lambda token: gate.wait(LONG)
+    with Scheduler(model, slots=1, queue=2) as scheduler:
+        for sink in sinks[:3]:
+            scheduler.submit(a_job(some_ids(9, 1), sink, tokens=5))
+        with pytest.raises(QueueFullError, match="try again later"):
+            scheduler.submit(a_job(some_ids(9, 1), sinks[3]))
+        gate.set()
+        assert [len(sink.wait().tokens) for sink in sinks[:3]] == [5, 5, 5]
+        scheduler.submit(a_job(some_ids(9, 1), sinks[3], tokens=5))
+        sinks[3].wait()
+
+
+def test_a_crash_fails_every_job_and_shows_in_the_health(
+    model: OnnxModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Scheduler(model, slots=1) as scheduler:
+        first, second = Heard(), Heard()
+        both = threading.Event()
+
+        def crash(*_: object) -> None:
+            both.wait(LONG)
+            raise MemoryError("no memory for the graph")
+
+        monkeypatch.setattr(scheduler._texts, "step", crash)
+        for sink in (first, second):
+            scheduler.submit(a_job(some_ids(9, 1), sink))
+        both.set()
+        for sink in (first, second):
+            assert isinstance(sink.wait().error, EngineStoppedError)
+        scheduler._thread.join(LONG)
+        assert scheduler.health().state == "crashed"
+        with pytest.raises(EngineStoppedError, match="crashed"):
+            scheduler.submit(a_job(some_ids(9, 1), Heard()))
+
+
+def test_closing_lets_jobs_end_for_a_while_and_then_fails_them(model: OnnxModel) -> None:
+    patient, endless = Heard(), Heard()
+    scheduler = Scheduler(model, slots=1)
+    scheduler.submit(a_job(some_ids(9, 1), patient, tokens=30))
+    scheduler.close(LONG)
+    assert patient.wait().ending == "max_new_tokens"
+    assert scheduler.health().state == "stopped"
+
+    gate = threading.Event()
+    scheduler = Scheduler(model, slots=1)
+    endless.hold = lambda token: gate.set()
+    scheduler.submit(a_job(some_ids(9, 1), endless, tokens=450))
+    assert gate.wait(LONG)
+    endless.hold = lambda token: threading.Event().wait(0.01)
+    scheduler.close(0.05)
+    assert isinstance(endless.wait().error, EngineStoppedError)
+    assert len(endless.tokens) < 450
+    with pytest.raises(EngineStoppedError, match="no more"):
+        scheduler.submit(a_job(some_ids(9, 1), Heard()))
+
+
+def test_bad_jobs_are_refused_when_they_are_submitted(model: OnnxModel) -> None:
+    with Scheduler(model, slots=1) as scheduler:
+        for prompt, tokens, error in (
+            ([], 1, ValueError),
+            ([10_000], 1, ValueError),
+            (some_ids(model.context_length + 1, 1), 1, ContextError),
+            ([5], -1, SettingsError),
+        ):
+            with pytest.raises(error):
+                scheduler.submit(a_job(prompt, Heard(), tokens=tokens))
+    with pytest.raises(SettingsError, match="slots"):
+        Scheduler(model, slots=0)
+
+
+# --- what was read before -------------------------------------------------------------------------
+
+
+def finished(scheduler: Scheduler, prompt: list[int], tokens: int = 12, **options: object) -> Job:
+    """A job that has run to its end."""
+    job = a_job(prompt, Heard(), tokens=tokens)
+    for name, value in options.items():
+        setattr(job, name, value)
+    scheduler.submit(job)
+    assert isinstance(job.sink, Heard)
+    assert job.sink.wait().error is None
+    return job
+
+
+def tokens_of(job: Job) -> list[int]:
+    assert isinstance(job.sink, Heard)
+    return job.sink.tokens
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_prompts_that_begin_like_earlier_ones_are_answered_as_if_read_afresh(
+    model: OnnxModel, slots: int
+) -> None:
+    """Exact, longer, shorter, diverging, a later turn, and again after others took the row."""
+    first = some_ids(100, 1)
+    with Scheduler(model, slots=slots) as scheduler:
+        reply = tokens_of(finished(scheduler, first))
+        turn = first + reply + some_ids(9, 2)
+        others = [some_ids(60, seed) for seed in range(10, 14)]
+        for prompt, cached in [
+            (first, 99),
+            (first + some_ids(5, 3), 100),
+            (first[:50], 49),
+            (first[:70] + some_ids(20, 4), 70),
+            (turn, 100),
+            *((other, 0) for other in others),
+            (turn, 120),
+            (first, 99),
+            (others[0], 59),
+            ([first[0]], 0),
+        ]:
+            job = finished(scheduler, prompt)
+            assert tokens_of(job) == alone(model, prompt, 12), (len(prompt), job.cached_tokens)
+            assert job.cached_tokens >= cached, len(prompt)
+        statistics = scheduler.statistics()
+        assert statistics.cached_tokens > 0
+        assert statistics.stored_texts > 0
+        assert statistics.store_bytes > 0
+
+
+def test_interleaved_conversations_share_nothing(model: OnnxModel) -> None:
+    """Each turn of four conversations over two rows is what it is in a conversation alone."""
+    rng = np.random.default_rng(0)
+    texts = [some_ids(10, seed) for seed in range(4)]
+    with Scheduler(model, slots=2) as scheduler:
+        for turn in range(12):
+            prompts = [text + some_ids(int(rng.integers(1, 9)), 100 + turn) for text in texts]
+            jobs = [a_job(prompt, Heard(), tokens=6) for prompt in prompts]
+            for job in jobs:
+                job.repeatable = True
+                scheduler.submit(job)
+            for number, (job, prompt) in enumerate(zip(jobs, prompts, strict=True)):
+                assert isinstance(job.sink, Heard)
+                assert job.sink.wait().tokens == alone(model, prompt, 6)
+                texts[number] = prompt + job.sink.tokens
+        assert scheduler.statistics().cached_tokens > 400
+
+
+def test_what_one_owner_had_read_is_not_used_for_another(model: OnnxModel) -> None:
+    prompt = some_ids(80, 1)
+    with Scheduler(model, slots=2) as scheduler:
+        assert finished(scheduler, prompt, owner="a").cached_tokens == 0
+        assert finished(scheduler, prompt, owner="b").cached_tokens == 0
+        for other in range(4):  # into the store
+            finished(scheduler, some_ids(60, other + 5), owner="c")
+        assert finished(scheduler, prompt, owner="d").cached_tokens == 0
+        assert finished(scheduler, prompt, owner="b").cached_tokens == 79
+
+
+def test_no_bytes_for_prefixes_read_every_prompt_whole(model: OnnxModel) -> None:
+    prompt = some_ids(80, 1)
+    with Scheduler(model, slots=2, prefix_bytes=0) as scheduler:
+        jobs = [finished(scheduler, prompt) for _ in range(3)]
+        assert [job.cached_tokens for job in jobs] == [0, 0, 0]
+        assert scheduler.statistics().stored_texts == 0
+
+
+def test_a_repeatable_job_uses_only_what_was_read_and_not_what_was_written(
+    model: OnnxModel,
+) -> None:
+    prompt = some_ids(40, 1)
+    with Scheduler(model, slots=2) as scheduler:
+        reply = tokens_of(finished(scheduler, prompt, tokens=20))
+        turn = prompt + reply + some_ids(5, 2)
+        assert finished(scheduler, turn, repeatable=True).cached_tokens == 40
+        # The reply was read in the meantime.
+        again = finished(scheduler, turn, repeatable=True)
+        assert again.cached_tokens == len(turn) - 2
+        assert tokens_of(again) == alone(model, turn, 12)
+
+
+def test_prompts_that_begin_alike_and_come_together_are_read_once(model: OnnxModel) -> None:
+    prompt = some_ids(200, 1)
+    with Scheduler(model, slots=4) as scheduler:
+        jobs = [a_job(prompt, Heard(), tokens=10) for _ in range(4)]
+        for job in jobs:
+            scheduler.submit(job)
+        expected = alone(model, prompt, 10)
+        for job in jobs:
+            assert isinstance(job.sink, Heard)
+            assert job.sink.wait().tokens == expected
+        assert sorted(job.cached_tokens for job in jobs) == [0, 199, 199, 199]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(model: OnnxModel) -> None:
+    both = threading.Event()
+    ended: list[str] = []
+
+    def note(name: str, token: int) -> None:
+        ended.append(name)
+
+    with Scheduler(model, slots=4) as scheduler:
+        writing = a_job(some_ids(9, 3), Heard(), tokens=200)
+        long, short = a_job(some_ids(480, 1), Heard(), tokens=1), a_job([5], Heard(), tokens=1)
+        for name, job in (("long", long), ("short", short)):
+            assert isinstance(job.sink, Heard)
+            job.sink.hold = partial(note, name)
+        assert isinstance(writing.sink, Heard)
+        writing.sink.hold = lambda token: both.wait(LONG)
+        for job in (writing, long, short):
+            scheduler.submit(job)
+        both.set()
+        for job in (long, short):
+            assert isinstance(job.sink, Heard)
+            job.sink.wait()
+    assert ended == ["short", "long"]
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_a_job_that_does_not_fit_into_the_memory_waits(
+    model: OnnxModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mistill.engine import scheduler as module
+    from mistill.engine.text_rows import bytes_per_position
+
+    # Room for 300 positions.
+    free = 300 * bytes_per_position(model.session) * 4
+    monkeypatch.setattr(module, "free_memory", lambda: free)
+    most = 0
+    with Scheduler(model, slots=4, prefix_bytes=1 << 20) as scheduler:
+        jobs = [a_job(some_ids(80, seed), Heard(), tokens=40) for seed in range(6)]
+        jobs.append(a_job(some_ids(400, 9), Heard(), tokens=5))  # more than there is room for
+
+        def count(token: int) -> None:
+            nonlocal most
+            most = max(most, scheduler.health().running)
+
+        for job in jobs:
+            assert isinstance(job.sink, Heard)
+            job.sink.hold = count
+            scheduler.submit(job)
+        for job in jobs:
+            assert isinstance(job.sink, Heard)
+            assert job.sink.wait().tokens == alone(model, job.prompt, job.max_new_tokens)
+        assert most == 2
+        again = finished(scheduler, some_ids(80, 0), 40)
+        assert tokens_of(again) == alone(model, again.prompt, 40)
+        assert scheduler.statistics().text_bytes <= free // 4
+
+
+def test_slots_are_chosen_by_memory() -> None:
+    assert usual_slots(room=100, context=512) == 1
+    assert usual_slots(room=2048, context=512) == 4
+    assert usual_slots(room=10**9, context=512) == 16
+
+
+# --- replies to many prompts ----------------------------------------------------------------------
+
+
+def test_each_position_has_the_scores_that_it_has_alone(model: OnnxModel) -> None:
+    prompts = [some_ids(30, 1), some_ids(9, 2), some_ids(50, 3)]
+    seen: list[list[NDArray[np.float32]]] = [[] for _ in prompts]
+
+    def noting(which: int) -> Choose:
+        def choose(logits: NDArray[np.float32]) -> int:
+            seen[which].append(logits.copy())
+            return greedy(logits)
+
+        return choose
+
+    replies = write_all(
+        model, prompts, max_new_tokens=12, choose=[noting(which) for which in range(3)]
+    )
+    for prompt, reply, scores in zip(prompts, replies, seen, strict=True):
+        expected = model.logits(np.array([prompt + reply]))[0, len(prompt) - 1 : -1]
+        np.testing.assert_allclose(np.stack(scores), expected, atol=1e-4)
+
+
+def test_replies_come_in_the_order_of_their_prompts(model: OnnxModel) -> None:
+    context = model.context_length
+    prompts = [some_ids(count, count) for count in (context - 5, context, 10, 10)]
+    replies = write_all(model, prompts, max_new_tokens=20, slots=2)
+    assert [len(reply) for reply in replies] == [5, 0, 20, 20]
+    assert replies == [alone(model, prompt, 20) for prompt in prompts]
+    ends = (replies[2][4],)
+    cut = write_all(model, prompts, max_new_tokens=20, end_ids=ends)
+    assert cut[3] == replies[3][: replies[3].index(ends[0]) + 1]
+    assert write_all(model, [], max_new_tokens=1) == []
+
+
+def test_bad_prompts_are_refused_before_any_is_answered(model: OnnxModel) -> None:
+    with pytest.raises(ContextError):
+        write_all(model, [[5], some_ids(model.context_length + 1, 1)], max_new_tokens=1)
+    with pytest.raises(ValueError, match="empty"):
+        write_all(model, [[5], []], max_new_tokens=1)
+    with pytest.raises(SettingsError, match="max_new_tokens"):
+        write_all(model, [[5]], max_new_tokens=0)
+    with pytest.raises(SettingsError, match="one function for each"):
+        write_all(model, [[5], [6]], max_new_tokens=1, choose=[greedy])
+
+    def broken(logits: NDArray[np.float32]) -> int:
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        write_all(model, [[5], [6]], max_new_tokens=1, choose=[greedy, broken])

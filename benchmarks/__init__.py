@@ -1,8 +1,8 @@
 """What compression costs in quality, and what it saves in size, time and memory.
 
 ``compare`` measures any mix of folders in one run: size, quality, speed and memory. ``diff``
-compares two of its reports, ``misses`` checks one against a budget, and ``evaluate`` measures a
-folder on tasks.
+compares two of its reports, ``misses`` checks one against a budget, ``evaluate`` measures a folder
+on tasks, and ``bench_serving`` measures a server under the load of many clients.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from benchmarks.report.budget import misses as misses
     from benchmarks.report.report import open_report as open_report
     from benchmarks.report.shipping import best_to_ship as best_to_ship
+    from benchmarks.serving.serving_report import ServingReport as ServingReport
+    from benchmarks.serving.serving_report import bench_serving as bench_serving
     from benchmarks.settings import BenchSettings as BenchSettings
     from benchmarks.settings import Budget as Budget
     from benchmarks.settings import DiffSettings as DiffSettings
     from benchmarks.settings import EvalSettings as EvalSettings
+    from benchmarks.settings import ServingSettings as ServingSettings
     from benchmarks.settings import ShipSettings as ShipSettings
     from benchmarks.tasks.evaluation import Evaluation as Evaluation
     from benchmarks.tasks.evaluation import evaluate as evaluate
@@ -39,7 +42,10 @@ _HOMES = {
     "Miss": "benchmarks.report.budget",
     "ModelResult": "benchmarks.figures.model_result",
     "ReportDiff": "benchmarks.changes.differences",
+    "ServingReport": "benchmarks.serving.serving_report",
+    "ServingSettings": "benchmarks.settings",
     "ShipSettings": "benchmarks.settings",
+    "bench_serving": "benchmarks.serving.serving_report",
     "best_to_ship": "benchmarks.report.shipping",
     "compare": "benchmarks.measure.measuring",
     "diff": "benchmarks.changes.differences",
@@ -58,7 +64,10 @@ __all__ = [
     "Miss",
     "ModelResult",
     "ReportDiff",
+    "ServingReport",
+    "ServingSettings",
     "ShipSettings",
+    "bench_serving",
     "best_to_ship",
     "compare",
     "diff",

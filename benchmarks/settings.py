@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistill.cost_model.processors import MOST_THREADS
@@ -196,6 +197,46 @@ class DiffSettings:
         for pair in self.pairs:
             old, sign, new = pair.partition("=")
             require(bool(old and sign and new), f"pairs must look like OLD=NEW, not {pair!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingSettings:
+    """How a server is loaded.
+
+    Attributes:
+        clients: Clients at once, each of which asks for one reply after another, such as 1,4,16;
+            every number is measured in its turn.
+        requests: Replies that each client asks for in a turn.
+        rounds: Turns of every number of clients.
+        prompt_tokens: Length of the prompts, no two of which begin alike.
+        new_tokens: Length of the replies.
+        model: Name of the server's model; by default the first that it names.
+        api_key_file: A file with the key that the server wants.
+        threads: Threads of a folder's server; by default one for each processor.
+        seed: Seed of the prompts.
+    """
+
+    clients: tuple[Length, ...] = (1, 2, 4, 8, 16)
+    requests: int = 3
+    rounds: int = 3
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    model: str | None = None
+    api_key_file: Path | None = None
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clients", _lengths("clients", self.clients, 1))
+        require(bool(self.clients), "clients must name a number, such as 1,4,16")
+        require(self.clients[-1] <= 1000, f"clients must be at most 1000, not {self.clients[-1]}")
+        for name, least in (("requests", 1), ("rounds", 1), ("prompt_tokens", 1), ("seed", 0)):
+            require_range(name, getattr(self, name), least)
+        require_range("threads", self.threads, 1, MOST_THREADS)
+        require(
+            self.new_tokens >= 2,
+            f"new_tokens must be at least 2, not {self.new_tokens}: a gap lies between two tokens",
+        )
 
 
 SMOKE = "smoke"

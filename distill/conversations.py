@@ -5,6 +5,8 @@ Rush, 2016, https://arxiv.org/abs/1606.07947). Prompts are answered in batches. 
 from its own generator, and a batch is written down whole, so that an interrupted run goes on
 where it stopped and ends with the file that an undisturbed one would have written.
 
+It is one file because a run is one line of steps, from prompts to the files, whoever answers them.
+
 B is batch, T positions, V vocabulary.
 """
 
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.remote_teacher import RemoteTeacher, remote_replies, remote_teacher
 from distill.reply_filter import most_repeats, without_spelling
 from distill.settings import GenerateSettings
 from mistill.engine.sampling import Sampler, SamplingSettings
@@ -49,7 +52,7 @@ _log = logging.getLogger(__name__)
 # What a reply that is kept is called, and settings that change no reply.
 _KEPT = "kept"
 _SAME_REPLIES = (
-    *("batch_size", "held_out", "held_out_share"),
+    *("batch_size", "held_out", "held_out_share", "server", "api_key_file"),
     *("keep_unfinished", "max_repeats", "drop_duplicates"),
 )
 
@@ -80,7 +83,8 @@ def generate_conversations(
     An interrupted run, given again, goes on where it stopped.
 
     Args:
-        teacher: A folder, which may hold an ONNX graph, a Hub id, a .gguf file, or ``@smollm2``.
+        teacher: A folder, which may hold an ONNX graph, a Hub id, a .gguf file, or ``@smollm2``;
+            with ``server`` the name of a model there.
         prompts: A .txt file with a prompt on each line, or rows of prompts (``read_prompts``).
         target: The .jsonl file to write, a conversation on each line, in the prompts' order.
         settings: How the teacher writes; or its fields as keywords.
@@ -102,6 +106,9 @@ def generate_conversations(
     talks = read_prompt_conversations(prompts, skip_bad_rows=settings.skip_bad_rows)
     if settings.system is not None:
         talks = [_with_system(talk, settings.system) for talk in talks]
+    if settings.server is not None:
+        remote = remote_teacher(settings.server, str(teacher), settings.api_key_file)
+        return _from_server(remote, talks, target, held_out, settings, overwrite)
     folder = resolve_model(teacher)
     info = open_folder(folder)
     vocabulary = load_vocabulary(folder, today=begun_on(target))
@@ -122,17 +129,73 @@ def generate_conversations(
     with working(target, key, anew=overwrite) as work:
         replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
         texts = [vocabulary.decode(reply.ids).strip() for reply in replies]
-        fates = _fates(texts, [reply.finished for reply in replies], settings)
-        conversations = [
-            _beside_the_reply(talk, thoughts_opening(talk, vocabulary) + text)
-            for talk, text, fate in zip(talks, texts, fates, strict=True)
-            if fate == _KEPT
-        ]
-        _report(fates, settings)
-        (work / FINISHED).touch()
-        _publish(conversations, target, held_out, settings.held_out_share)
-        remove_work(work)
+        finished = [reply.finished for reply in replies]
+        openings = [thoughts_opening(talk, vocabulary) for talk in talks]
+        _finish(work, talks, texts, finished, openings, target, held_out, settings)
     return target
+
+
+def _from_server(
+    teacher: RemoteTeacher,
+    talks: Sequence[Conversation],
+    target: Path,
+    held_out: Path | None,
+    settings: GenerateSettings,
+    overwrite: bool,
+) -> Path:
+    """The same with a teacher behind a server, which renders the conversations itself."""
+    key = {
+        "step": "generate",
+        "settings": result_settings(settings, *_SAME_REPLIES),
+        "teacher": teacher.model,
+        "prompts": _digest(talks),
+    }
+
+    def fields(number: int) -> dict[str, Any]:
+        return {
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+            "seed": (settings.seed * 1_000_003 + number) % 2**31,
+        }
+
+    with working(target, key, anew=overwrite) as work:
+        replies = remote_replies(
+            teacher,
+            talks,
+            work / "replies.jsonl",
+            at_once=min(settings.batch_size, len(talks)),
+            settings_of=fields,
+        )
+        texts = [reply.text.strip() for reply in replies]
+        finished = [reply.finished for reply in replies]
+        _finish(work, talks, texts, finished, [""] * len(talks), target, held_out, settings)
+    return target
+
+
+def _finish(
+    work: Path,
+    talks: Sequence[Conversation],
+    texts: Sequence[str],
+    finished: Sequence[bool],
+    openings: Sequence[str],
+    target: Path,
+    held_out: Path | None,
+    settings: GenerateSettings,
+) -> None:
+    """Write the conversations whose replies are kept, and remove what the work has left."""
+    fates = _fates(texts, finished, settings)
+    conversations = [
+        _beside_the_reply(talk, opening + text)
+        for talk, opening, text, fate in zip(talks, openings, texts, fates, strict=True)
+        if fate == _KEPT
+    ]
+    _report(fates, settings)
+    (work / FINISHED).touch()
+    _publish(conversations, target, held_out, settings.held_out_share)
+    remove_work(work)
 
 
 def _refuse(target: str | Path, overwrite: bool) -> Path:
@@ -318,7 +381,12 @@ def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) ->
         ]
 
     if open_folder(folder).form == "onnx":
-        return _onnx_writer(folder, vocabulary, settings.max_new_tokens, samplers)
+        from distill.onnx_teacher import onnx_writer
+
+        answer = onnx_writer(folder, vocabulary.end_ids, settings.max_new_tokens)
+        return lambda prompts, numbers, finished: [
+            Reply(*reply) for reply in answer(prompts, samplers(numbers), finished)
+        ]
     import torch
 
     from mistill.pytorch.loading import load_pytorch
@@ -334,40 +402,6 @@ def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) ->
         return write_replies(
             model, prompts, samplers(numbers), vocabulary.end_ids, settings.max_new_tokens, finished
         )
-
-    return write
-
-
-def _onnx_writer(
-    folder: Path,
-    vocabulary: Vocabulary,
-    max_new_tokens: int,
-    samplers: Callable[[Sequence[int]], list[Sampler]],
-) -> _Write:
-    """The same for a teacher in an ONNX folder, which needs no PyTorch."""
-    from mistill.engine.onnx_model import OnnxModel
-    from mistill.engine.scheduler import MOST_SLOTS, write_all
-
-    model = OnnxModel(folder)
-
-    def write(
-        prompts: Sequence[Sequence[int]], numbers: Sequence[int], finished: Callable[[], None]
-    ) -> list[Reply]:
-        written = write_all(
-            model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            choose=samplers(numbers),
-            end_ids=vocabulary.end_ids,
-            slots=min(len(prompts), MOST_SLOTS),
-            finished=finished,
-        )
-        ends = [tokens[-1:] for tokens in written]
-        finishes = [end != [] and end[0] in vocabulary.end_ids for end in ends]
-        return [
-            Reply(tokens[:-1] if whole else tokens, whole)
-            for tokens, whole in zip(written, finishes, strict=True)
-        ]
 
     return write
 

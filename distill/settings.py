@@ -462,6 +462,9 @@ class GenerateSettings(TextSettings):
             that equal prompts stay together.
         batch_size: Prompts that the teacher answers at once.
         seed: Seed of the sampling; each prompt has a generator of its own.
+        server: Address of a server that speaks OpenAI's chat completions, such as
+            http://127.0.0.1:8000/v1; the teacher is then the name of a model there.
+        api_key_file: A file with the API key for that server.
     """
 
     max_new_tokens: int = 256
@@ -475,9 +478,15 @@ class GenerateSettings(TextSettings):
     held_out_share: float = 0.125
     batch_size: int = 16
     seed: int = 0
+    server: str | None = None
+    api_key_file: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no reply can be written with."""
+        require(
+            self.api_key_file is None or self.server is not None,
+            "api_key_file is for a teacher on a server; give server too",
+        )
         require_range("max_new_tokens", self.max_new_tokens, 1)
         require_range("temperature", self.temperature, 0)
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")

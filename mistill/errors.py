@@ -11,6 +11,7 @@
     ├── ContextError                        a conversation longer than the model's context
     ├── QueueFullError                      more requests at once than a scheduler lets wait
     ├── EngineStoppedError                  a scheduler that was closed, or whose engine crashed
+    ├── ServerError                         a server that does not answer as OpenAI's does
     ├── TrainingError                       a student that got worse, or a loss that is not a number
     ├── RecipeError                         a recipe that cannot be run
     └── MissingExtraError (also ImportError)  an optional library that is not installed
@@ -64,6 +65,10 @@ class QueueFullError(MistillError):
 
 class EngineStoppedError(MistillError):
     """A scheduler was closed, or its engine crashed."""
+
+
+class ServerError(MistillError):
+    """A server of language models cannot be reached, or does not answer as OpenAI's does."""
 
 
 class TrainingError(MistillError):

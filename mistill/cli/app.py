@@ -88,6 +88,7 @@ def teacher(
     help_formatter=HelpPage(
         {
             "Replies": ("max_new_tokens", "system", "batch_size"),
+            "Teacher on a server": ("server", "api_key_file"),
             "Replies that are kept": ("keep_unfinished", "max_repeats", "drop_duplicates"),
             **SAMPLING,
             "Held-out data": ("held_out", "held_out_share"),
@@ -107,7 +108,8 @@ def generate(
     """Let a teacher answer a file of prompts, to get conversations to train a student on.
 
     Args:
-        teacher: The model that answers: a model folder, a Hub id, a GGUF file, or @smollm2.
+        teacher: The model that answers: a model folder, a Hub id, a GGUF file, or @smollm2. With
+            --server the name of a model there.
         prompts: A text file with one prompt per line.
         target: The .jsonl file of conversations to write. The same command resumes an interrupted
             run.

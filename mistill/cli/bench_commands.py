@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from benchmarks import BenchSettings, Budget, DiffSettings, ShipSettings
+from benchmarks import BenchSettings, Budget, DiffSettings, ServingSettings, ShipSettings
 from mistill.cli.help_pages import HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.settings import require, settings_dict
@@ -202,6 +202,37 @@ def diff(
     if json:
         print(json_library.dumps(changes.to_dict()))
     return 1 if fail_on_regression and not changes.passed else 0
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Load": ("clients", "requests", "rounds", "prompt_tokens", "new_tokens", "seed"),
+            "Server": ("model", "api_key_file", "threads"),
+        }
+    )
+)
+def serve(
+    target: str,
+    /,
+    *,
+    settings: Annotated[ServingSettings, Flat] = ServingSettings(),
+    json: bool = False,
+) -> None:
+    """Measure a server under the load of more and more clients.
+
+    Args:
+        target: An ONNX folder, which is served meanwhile, or the address of any server that speaks
+            as OpenAI's does, such as http://127.0.0.1:8080.
+        settings: How it is loaded.
+        json: Print the result as one line of JSON at the end.
+    """
+    from benchmarks import bench_serving
+
+    report = bench_serving(target, settings=settings)
+    Console().print(report.table())
+    if json:
+        print(json_library.dumps(report.to_dict()))
 
 
 def _step_defaults(step: str) -> dict[str, Any] | None:

@@ -53,7 +53,8 @@ async def chat(served: Served, exchange: Exchange) -> None:
                 raise_failure(events)
                 for reply, happened in events:
                     answer.turns[reply.index].take(happened)
-            await exchange.answer_json(answer.whole(), answer.headers)
+            whole = await served.workers.run(answer.whole)
+            await exchange.answer_json(whole, answer.headers)
     finally:
         replies.stop()
         served.counts.ended(exchange, answer.replies)

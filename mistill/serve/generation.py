@@ -17,7 +17,7 @@ from mistill.engine.language_model import Choose
 from mistill.engine.log_probabilities import Scored
 from mistill.engine.sampling import ChangedLogits, Sampler, SamplingSettings
 from mistill.engine.scheduler import Job, Scheduler
-from mistill.errors import SettingsError
+from mistill.errors import MissingExtraError, SettingsError
 from mistill.serve.counts import Counts
 from mistill.serve.prompts import Prompts
 from mistill.serve.refusals import RefusalError, bad_request, busy
@@ -271,7 +271,7 @@ class Served:
             raise busy("too many new forms of replies at once; try again later", 2)
         try:
             compiled: Constraint = getattr(constraints, kind)(text)
-        except SettingsError as error:
+        except (SettingsError, MissingExtraError) as error:
             raise bad_request(str(error)[:500], param) from None
         finally:
             self._compiling.release()

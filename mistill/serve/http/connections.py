@@ -53,7 +53,10 @@ class BoundedProtocol(H11Protocol):
             resting = [
                 one
                 for one in self.connections
-                if isinstance(one, BoundedProtocol) and one is not self and one.is_resting
+                if isinstance(one, BoundedProtocol)
+                and one is not self
+                and one.is_resting
+                and not one.transport.is_closing()
             ]
             oldest = min(resting, key=lambda one: one.rests_since, default=self)
             oldest.transport.abort()
@@ -67,7 +70,8 @@ class BoundedProtocol(H11Protocol):
     @property
     def is_resting(self) -> bool:
         """Whether no request is being answered."""
-        return self.cycle is None or bool(self.cycle.response_complete)
+        idle = self.cycle is None or self.cycle.response_complete
+        return bool(idle) and not self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; the deadline is that of the request, not of the last byte."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,16 @@ def test_forms_that_are_none_are_refused(server: RunningServer, response_format:
     if answer.status != 200:
         assert answer.status == 400
         assert answer.error["param"].startswith("response_format")
+
+
+def test_a_server_without_the_library_for_forms_says_so(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    answer = server.chat(response_format={"type": "regex", "regex": "a[0-9]b"})
+    assert answer.status == 400
+    assert "mistill[grammar]" in answer.error["message"]
+    assert server.chat().status == 200
 
 
 # --- tools ----------------------------------------------------------------------------------------

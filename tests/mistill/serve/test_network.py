@@ -322,7 +322,7 @@ def test_idle_connections_keep_nobody_out_and_leave_nothing_behind(
 ) -> None:
     gc.collect()
     before = len(list(Path("/proc/self/fd").iterdir()))
-    idle = [impatient.connect() for _ in range(60)]
+    idle = [impatient.connect() for _ in range(300)]
     try:
         assert impatient.ask("/health").status == 200
     finally:

@@ -1,0 +1,1 @@
+"""How a server of language models does under load, whoever wrote it."""

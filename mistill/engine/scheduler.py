@@ -57,8 +57,8 @@ USUAL_TEXT = 2048
 MEMORY_SHARE = 1 / 4
 """Share of the free memory that the texts being written may take."""
 
-STORE_SHARE = 1 / 8
-MOST_STORE_BYTES = 512 << 20
+STORE_SHARE = 1 / 16
+MOST_STORE_BYTES = 256 << 20
 """By default, what was read before takes this share of the free memory, and no more bytes."""
 
 _log = logging.getLogger(__name__)
@@ -245,8 +245,10 @@ class Scheduler:
             model: A model on the processor; nothing else should run it meanwhile.
             slots: Most jobs that write at once; None takes as many as fit into a quarter of the
                 free memory, at most 16. Whatever the number, a job waits while it does not fit.
-            prefix_bytes: Memory for texts that were read before and have lost their row; None takes
-                an eighth of the free memory, at most 512 MiB. 0 reads every prompt whole.
+            prefix_bytes: Memory for texts that were read before and are not being continued; None
+                takes a sixteenth of the free memory, at most 256 MiB. The last one is always
+                there, so that its next turn is not read anew, but with 0 every prompt is read
+                whole.
             queue: Most jobs that wait; None takes 32.
 
         Raises:
@@ -569,6 +571,25 @@ class Scheduler:
         """Whether a text that begins as that of a row may take its place: little is lost."""
         return 4 * shared >= 3 * len(self._texts.texts[row])
 
+    def _give_back(self) -> None:
+        """Forget texts that are not being continued, as many as there is no memory for.
+
+        Those in the store lost their rows earlier, and go first; the last one stays.
+        """
+        if not self._store.most_bytes:
+            return
+        idle = [n for n, row in enumerate(self._rows) if row.job is None and row.touched]
+        idle.sort(key=lambda number: self._rows[number].used)
+        each = self._texts.position_bytes
+        held = sum(self._rows[number].touched for number in idle) * each
+        self._store.shrink(self._store.most_bytes - held)
+        for number in idle[:-1]:
+            if held <= self._store.most_bytes:
+                return
+            held -= self._rows[number].touched * each
+            self._texts.release(number)
+            self._rows[number].touched = 0
+
     def _keep(self, row: int) -> None:
         """Store the text of a row that is about to be lost."""
         self._store.add(
@@ -728,6 +749,7 @@ class Scheduler:
         job = self._job(row)
         with self._changed:
             self._rows[row].job = None
+        self._give_back()
         if isinstance(ending, BaseException):
             self._fail(job, ending)
         else:

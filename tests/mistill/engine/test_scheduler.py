@@ -473,6 +473,24 @@ def test_a_job_that_does_not_fit_into_the_memory_waits(
         assert scheduler.statistics().text_bytes <= free // 4
 
 
+def test_what_is_not_being_continued_takes_no_more_memory_than_it_may(model: OnnxModel) -> None:
+    from mistill.engine.text_rows import bytes_per_position
+
+    most = 250 * bytes_per_position(model.session)
+    with Scheduler(model, slots=8, prefix_bytes=most) as scheduler:
+        for seed in range(12):
+            job = finished(scheduler, some_ids(60, seed))
+            assert tokens_of(job) == alone(model, job.prompt, 12)
+            statistics = scheduler.statistics()
+            assert statistics.text_bytes + statistics.store_bytes <= most
+        assert finished(scheduler, some_ids(60, 11)).cached_tokens == 59
+        assert finished(scheduler, some_ids(60, 0)).cached_tokens == 0
+        # One that alone takes more stays for its next turn.
+        long = finished(scheduler, some_ids(400, 1))
+        assert finished(scheduler, long.prompt + tokens_of(long) + [5]).cached_tokens == 411
+        assert scheduler.statistics().stored_texts == 0
+
+
 def test_slots_are_chosen_by_memory() -> None:
     assert usual_slots(room=100, context=512) == 1
     assert usual_slots(room=2048, context=512) == 4

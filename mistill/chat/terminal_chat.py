@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
-import json
 import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
-from msgspec import Struct
-from rich.cells import cell_len
 from rich.console import Console
 
 from mistill.chat.bot import ChatBot, ChatSettings, Speed
+from mistill.chat.terminal_commands import (
+    MOST_BYTES,
+    Commands,
+    EndOfChat,
+    checked,
+    whole_message,
+)
+from mistill.chat.whole_words import WholeWords
 from mistill.errors import FolderError, MistillError, SettingsError, TextError
-from mistill.folders.json_text import check, parse_json
 from mistill.folders.locking import held_alone
-from mistill.folders.publishing import refuse_existing, write_atomically
 from mistill.settings import require
 from mistill.shown import visible
 
-HELP = """\
-/reset        forget the conversation and begin anew; /clear does the same
-/system TEXT  begin anew with this system prompt; without TEXT, show it
-/undo         forget the last message and its reply
-/retry        write another reply to the last message
-/file FILE    send the text of a file as a message
-/save FILE    save the conversation as a line of JSON, as training reads it
-/load FILE    continue a conversation that /save wrote
-/quit         leave, as Ctrl-D and /bye do
-/help         show this
-\"\"\" begins a message of several lines, and ends it.
-Ctrl-C stops a reply; what was written of it stays in the conversation.
-A message that begins with a slash is written with two."""
-
 _QUOTES = '"' * 3
 
-# The longest message that is read from a file or a pipe; no context holds more.
-_MOST_BYTES = 1 << 24
 
 # Marks that turn the direction of what follows; joiners, which emoji need, are none of them.
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -90,7 +75,7 @@ def run_terminal_chat(
     if prompt is None and (sys.stdin is None or sys.stdin.closed):
         raise SettingsError("the standard input is closed; give it a file, a pipe or a terminal")
     if prompt is not None:
-        prompt = _whole(prompt)
+        prompt = whole_message(prompt)
     bot = ChatBot(folder, system=system, settings=settings, threads=threads, **options)
     with _kept(bot, session) as save:
         if prompt is not None:
@@ -162,146 +147,6 @@ def speed_line(speed: Speed, ending: str | None = None) -> str:
     return ", ".join(parts)
 
 
-class _EndOfChat(Exception):
-    """The user ends the chat."""
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What a command leads to.
-
-    Attributes:
-        note: What to tell the user.
-        message: A message to answer.
-    """
-
-    note: str = ""
-    message: str = ""
-
-
-class _SavedTurn(Struct):
-    """A message in a file of ``/save``."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class _SavedTalk(Struct):
-    """What ``/save`` writes."""
-
-    messages: list[_SavedTurn]
-
-
-class _Commands:
-    """The commands of the chat, lines that begin with a slash."""
-
-    def __init__(self, bot: ChatBot) -> None:
-        self.bot = bot
-        self._saved: set[Path] = set()
-
-    def run(self, line: str) -> _Said:
-        """Run a command.
-
-        Args:
-            line: The line, which begins with a slash.
-
-        Returns:
-            What to tell the user, and a message to answer, if there is one.
-
-        Raises:
-            MistillError: If there is no such command, or it cannot be obeyed.
-        """
-        name, _, argument = line[1:].strip().partition(" ")
-        argument = argument.strip()
-        runs: dict[str, Callable[[str], _Said]] = {
-            "help": lambda _: _Said(HELP),
-            "reset": self._reset,
-            "clear": self._reset,
-            "system": self._system,
-            "undo": self._undo,
-            "retry": self._retry,
-            "file": self._file,
-            "save": self._save,
-            "load": self._load,
-            "quit": self._quit,
-            "exit": self._quit,
-            "bye": self._quit,
-        }
-        if name not in runs:
-            close = difflib.get_close_matches(name, runs, n=1)
-            hint = f"; did you mean /{close[0]}?" if close else "; /help lists them"
-            raise SettingsError(f"there is no command /{name}{hint}")
-        if name in ("file", "save", "load"):
-            require(bool(argument), f"/{name} needs the name of a file")
-        elif name != "system":
-            require(not argument, f"/{name} takes nothing behind it, not {argument!r}")
-        return runs[name](argument)
-
-    def _quit(self, _: str) -> _Said:
-        raise _EndOfChat
-
-    def _reset(self, _: str) -> _Said:
-        self.bot.reset()
-        return _Said("The conversation is forgotten.")
-
-    def _system(self, text: str) -> _Said:
-        if not text:
-            first = self.bot.history[:1]
-            prompt = first[0]["content"] if first and first[0]["role"] == "system" else None
-            return _Said("There is no system prompt." if prompt is None else prompt)
-        self.bot.reset(system=_checked(text))
-        return _Said("The conversation begins anew with this system prompt.")
-
-    def _undo(self, _: str) -> _Said:
-        message = self._take_back()
-        return _Said(f"Forgotten: {_shortened(message)}")
-
-    def _retry(self, _: str) -> _Said:
-        return _Said(message=self._take_back())
-
-    def _take_back(self) -> str:
-        """Remove the last message and its reply from the history; the message."""
-        self.bot.end_reply()
-        history = self.bot.history
-        places = [place for place, one in enumerate(history) if one["role"] == "user"]
-        require(bool(places), "nothing was said yet")
-        message = history[places[-1]]["content"]
-        del history[places[-1] :]
-        return message
-
-    def _file(self, name: str) -> _Said:
-        try:
-            with Path(name).expanduser().open("rb") as file:
-                content = file.read(_MOST_BYTES + 1)
-        except OSError as error:
-            raise FolderError(f"{name} cannot be read: {error.strerror}") from error
-        return _Said(message=_whole(_decoded(content, name), name))
-
-    def _load(self, name: str) -> _Said:
-        file = Path(name).expanduser()
-        try:
-            with file.open("rb") as opened:
-                content = opened.read(_MOST_BYTES + 1)
-        except OSError as error:
-            raise FolderError(f"{name} cannot be read: {error.strerror}") from error
-        talk = parse_json(_decoded(content, name), name)
-        turns = check(talk, _SavedTalk, name).messages
-        self.bot.reset()
-        self.bot.history = [{"role": turn.role, "content": turn.content} for turn in turns]
-        return _Said(f"Loaded {len(turns)} messages from {name}.")
-
-    def _save(self, name: str) -> _Said:
-        file = Path(name).expanduser().absolute()
-        if file not in self._saved:
-            refuse_existing(file)
-        if not file.parent.is_dir():
-            raise FolderError(f"{name} cannot be written: there is no folder {file.parent}")
-        messages = json.dumps({"messages": self.bot.history}, ensure_ascii=False)
-        write_atomically(file, messages + "\n")
-        self._saved.add(file)
-        return _Said(f"Saved to {name}.")
-
-
 class _TerminalChat:
     """A chat in a terminal."""
 
@@ -314,7 +159,7 @@ class _TerminalChat:
     ) -> None:
         self._bot = bot
         self._save = save
-        self._commands = _Commands(bot)
+        self._commands = Commands(bot)
         self._console = console
         self._name = name
 
@@ -331,7 +176,7 @@ class _TerminalChat:
                 self._console.print()
             except MistillError as error:
                 self._console.print(visible(str(error)), style="red", markup=False)
-            except (EOFError, _EndOfChat):
+            except (EOFError, EndOfChat):
                 self._console.print()
                 return
 
@@ -355,7 +200,7 @@ class _TerminalChat:
             if said.message:
                 self._answer(said.message)
         else:
-            self._answer(_checked(_message(line)))
+            self._answer(checked(_message(line)))
 
     def _answer(self, message: str) -> None:
         reply = self._bot.reply(message)
@@ -373,70 +218,6 @@ class _TerminalChat:
 
     def _note(self, text: str) -> None:
         self._console.print(visible(text), style="dim", markup=False)
-
-
-class WholeWords:
-    """Breaks the lines of a text between words, while the text is being written."""
-
-    def __init__(self, width: int) -> None:
-        """Begin at the start of a line.
-
-        Args:
-            width: Columns of the terminal.
-        """
-        self._width = width
-        self._column = 0
-        self._word = ""
-
-    def add(self, text: str) -> str:
-        """Take more text.
-
-        Args:
-            text: The next part.
-
-        Returns:
-            What can be written of it: all but the word that may go on, which is held back unless
-            it is as long as a line.
-        """
-        written = []
-        for letter in text:
-            if letter in " \n\t":
-                written.append(self._placed() + self._space(letter))
-            else:
-                self._word += letter
-                if cell_len(self._word) >= self._width:
-                    written.append(self._placed())
-        return "".join(written)
-
-    def finish(self) -> str:
-        """End the text.
-
-        Returns:
-            What was held back.
-        """
-        return self._placed()
-
-    def _placed(self) -> str:
-        word, self._word = self._word, ""
-        length = cell_len(word)
-        begin = ""
-        if self._column and self._column + length > self._width:
-            begin, self._column = "\n", 0
-        self._column = (
-            (self._column + length) % self._width
-            if length >= self._width
-            else (self._column + length)
-        )
-        return begin + word
-
-    def _space(self, letter: str) -> str:
-        if letter == "\n":
-            self._column = 0
-        elif self._column < self._width:
-            self._column += 1
-        else:
-            return ""
-        return letter
 
 
 def _answer_once(
@@ -465,29 +246,7 @@ def _answer_once(
 
 def _read_whole(stream: TextIO) -> str:
     """What comes from a pipe, as one prompt."""
-    return _whole(_readable(stream).read(_MOST_BYTES + 1), "the standard input")
-
-
-def _decoded(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{name} is not UTF-8 text") from error
-
-
-def _whole(text: str, name: str = "the prompt") -> str:
-    """A text that can be a message."""
-    if len(text) > _MOST_BYTES:
-        raise TextError(f"{name} has more than {_MOST_BYTES:,} characters; give a shorter one")
-    message = _checked(text, name).strip()
-    if not message:
-        raise TextError(f"{name} holds no text; give a message to answer")
-    return message
-
-
-def _shortened(text: str, most: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    return whole_message(_readable(stream).read(MOST_BYTES + 1), "the standard input")
 
 
 def _answer_lines(
@@ -514,7 +273,7 @@ def _answer_lines(
             if not line.strip():
                 continue
             try:
-                for text in bot.reply(_checked(line.strip())):
+                for text in bot.reply(checked(line.strip())):
                     out.write(show(text))
                     out.flush()
             except MistillError as error:
@@ -536,14 +295,6 @@ def _readable(lines: TextIO) -> TextIO:
     if isinstance(lines, io.TextIOWrapper):
         lines.reconfigure(encoding="utf-8", errors="surrogateescape")
     return lines
-
-
-def _checked(message: str, name: str = "it") -> str:
-    try:
-        message.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(f"{name} is not UTF-8 text") from error
-    return message
 
 
 def _without_controls(text: str) -> str:

@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.cells import cell_len
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import export
 from mistill.chat.bot import ChatBot, ChatSettings, Speed
 from mistill.chat.terminal_chat import (
-    WholeWords,
-    _Commands,
     _TerminalChat,
     run_terminal_chat,
     speed_line,
 )
+from mistill.chat.terminal_commands import Commands
 from mistill.errors import FolderError, MistillError, SettingsError, TextError
 from tests.tiny import tiny_model
 
@@ -108,12 +106,12 @@ def test_a_line_that_cannot_be_answered_is_named_and_the_others_are_answered(
     assert [message["content"] for message in restored.history[::2]] == ["Hello", "And now?"]
 
 
-def commands_of(chatbot: Path, *messages: str) -> _Commands:
+def commands_of(chatbot: Path, *messages: str) -> Commands:
     """The commands of a chat in which something was said."""
     bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
     for message in messages:
         "".join(bot.reply(message))
-    return _Commands(bot)
+    return Commands(bot)
 
 
 def test_a_conversation_is_saved_as_often_as_is_asked(chatbot: Path, tmp_path: Path) -> None:
@@ -239,31 +237,6 @@ def test_one_prompt_gets_one_reply(
 def test_a_prompt_that_says_nothing_is_refused_before_the_model_is_opened(prompt: str) -> None:
     with pytest.raises(TextError, match="the prompt"):
         run_terminal_chat("no folder", prompt=prompt)
-
-
-@pytest.mark.parametrize("width", [7, 12, 30])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A cold wind blows from the north.\nIt is strong, and unforgettably-long-lived it is.",
-        "\ubc14\ub78c\uc774 \ubd84\ub2e4. \uc624\ub298\uc740 \ub0a0\uc528\uac00 \ub9d1\ub2e4.",
-        "  two  spaces\tand a tab\n\n- a list",
-    ],
-)
-def test_lines_break_between_words_and_no_letter_is_lost(text: str, width: int) -> None:
-    wrap = WholeWords(width)
-    pieces = [wrap.add(letter) for letter in text]
-    written = "".join(pieces) + wrap.finish()
-    assert re.sub(r"\s", "", written) == re.sub(r"\s", "", text)
-    lines = written.split("\n")
-    for word in text.split():
-        if cell_len(word) < width:
-            assert any(word in line for line in lines)
-    for line in lines:  # the terminal itself breaks a word that is longer than a line
-        if all(cell_len(word) < width for word in line.split()):
-            assert cell_len(line.replace("\t", " ")) <= width
-    whole = WholeWords(width)
-    assert whole.add(text) + whole.finish() == written
 
 
 @pytest.mark.parametrize("command", ["/sing", "/save", "/save  ", "/reset all", "/bye now"])

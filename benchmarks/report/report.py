@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from benchmarks.figures.comparison import Comparison
 from benchmarks.picture.drawing import svg_file, to_png
@@ -17,11 +20,15 @@ from benchmarks.report.table import terminal_table
 from benchmarks.settings import ShipSettings
 from mistill.errors import MissingExtraError
 from mistill.folders.publishing import creating
+from mistill.shown import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _log = logging.getLogger(__name__)
+
+# Columns of a table in a notebook or a text.
+_PAPER_COLUMNS = 120
 
 
 class Report(Comparison):
@@ -37,6 +44,20 @@ class Report(Comparison):
         for record, model in zip(document["models"], self.models, strict=True):
             record["summary"] = summary(model)
         return document
+
+    def __repr__(self) -> str:
+        """One line: which models are compared, and on what."""
+        names = ", ".join(visible(model.name) for model in self.models)
+        return f"Report of {names}; print(report) shows the table"
+
+    def __str__(self) -> str:
+        """The table, without colours."""
+        return _on_paper(self.table()).export_text()
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        form = '<pre style="line-height: 1.2; font-family: monospace">{code}</pre>'
+        return _on_paper(self.table()).export_html(inline_styles=True, code_format=form)
 
     def table(self) -> RenderableType:
         """The figures as a table for the terminal.
@@ -109,6 +130,13 @@ class Report(Comparison):
             except MissingExtraError as error:
                 _log.warning("figure.png is left out: %s", error)
         return Path(folder)
+
+
+def _on_paper(table: RenderableType) -> Console:
+    """A console that has printed a table for export, and shows nothing."""
+    console = Console(record=True, file=io.StringIO(), width=_PAPER_COLUMNS)
+    console.print(table)
+    return console
 
 
 def open_report(path: str | Path) -> Report:

@@ -244,3 +244,16 @@ def test_a_laptop_without_matplotlib_gets_the_rest(
 
 def test_the_summary_has_every_column(comparison: Report):
     assert {column.key for column in COLUMNS} <= summary(comparison.models[1]).keys()
+
+
+def test_a_report_is_short_in_a_prompt_and_a_table_in_a_notebook():
+    report = made_comparison()
+    assert "\n" not in repr(report)
+    assert all(model.name in repr(report) for model in report.models)
+    for shown in (str(report), report._repr_html_()):
+        assert all(model.name in shown for model in report.models)
+        assert "\x1b" not in shown
+    last = dataclasses.replace(report.models[-1], name="<script>\x1b[2J")
+    hostile = dataclasses.replace(report, models=(*report.models[:-1], last))
+    assert "\x1b" not in repr(hostile) + str(hostile)
+    assert "<script>" not in hostile._repr_html_()

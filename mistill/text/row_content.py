@@ -96,7 +96,9 @@ def content_of_row(row: Row) -> Content:
         text = _string(value["text"] or "", f"text of {row.origin}")
         beside = (*_SYSTEMS, *_CONTEXTS, "tools", "documents", "history", _VARIABLES)
         return Content(text, tuple(name for name in beside if value.get(name)))
-    raise TextError(f"{_columns(row)}; mistill reads {_ACCEPTED}")
+    raise TextError(
+        f"{_columns(row)}; mistill reads {_ACCEPTED}; docs/data.md shows a line of each"
+    )
 
 
 def prompt_of_row(row: Row) -> Content:
@@ -120,7 +122,7 @@ def prompt_of_row(row: Row) -> Content:
         if question is None:
             raise TextError(
                 f"{_columns(row)}; prompts are read from prompt, instruction (and input), "
-                "question, messages or conversations"
+                "question, messages or conversations; docs/data.md shows a line of each"
             )
         read = {question, *_ANSWERS[question]}
         talk = _asked(row, question, read)

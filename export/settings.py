@@ -159,12 +159,13 @@ class GgufSettings:
     Attributes:
         dtype: Type of the matrices: float32, float16, or q8_0, q4_1 or q4_0, llama.cpp's blocks of
             32 codes with a scale (and an offset in q4_1). GPTQ codes that fit such blocks stay as
-            they are; other weights are rounded to the nearest code.
+            they are; other weights are rounded to the nearest code. By default the smallest type
+            that the codes of the source fit, or float16.
         table_dtype: Type of the embedding and of the output head. By default that of the matrices,
             or q8_0 if those have 4 bits.
     """
 
-    dtype: GgufType = "float16"
+    dtype: GgufType | None = None
     table_dtype: GgufType | None = None
 
     @property
@@ -172,14 +173,14 @@ class GgufSettings:
         """Type of the embedding and of the output head, with the default filled in."""
         if self.table_dtype is not None:
             return self.table_dtype
-        return "q8_0" if self.dtype in ("q4_0", "q4_1") else self.dtype
+        return "q8_0" if self.dtype in ("q4_0", "q4_1") else self.dtype or "float16"
 
     def __post_init__(self) -> None:
         known = get_args(GgufType)
         for name in ("dtype", "table_dtype"):
             value = getattr(self, name)
             require(
-                value in known or (value is None and name == "table_dtype"),
+                value is None or value in known,
                 f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}",
             )
 

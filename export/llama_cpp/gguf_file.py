@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.llama_cpp.gguf_tensors import BLOCK
 from export.llama_cpp.gguf_vocabulary import GgufVocabulary, read_gguf_vocabulary
-from export.settings import GgufSettings, OnnxSettings
+from export.settings import GgufSettings, GgufType, OnnxSettings
 from export.weights.architecture import Architecture, read_architecture
 from mistill.errors import ArchitectureError, FolderError, missing_extra
 from mistill.folders.folder import open_folder, read_config
+from mistill.folders.gptq_format import ModuleFormat, read_quantization
 from mistill.folders.lineage import lineage_after
 from mistill.folders.publishing import creating_file
 from mistill.progress import track
@@ -94,6 +97,8 @@ def to_gguf(
         config = read_config(info.path)
         architecture = read_architecture(config)
         _require_known(architecture)
+        if chosen.dtype is None:
+            chosen = replace(chosen, dtype=usual_type(info.path))
         vocabulary = load_vocabulary(info.path)
         described = read_gguf_vocabulary(info.path, vocabulary)
         if find_spec("gguf") is None:
@@ -111,6 +116,29 @@ def to_gguf(
         finally:
             writer.close()
     return Path(target).expanduser().absolute()
+
+
+def usual_type(folder: Path) -> GgufType:
+    """The type of the matrices of a model folder where none is asked for.
+
+    Args:
+        folder: A float, GPTQ or NF4 folder.
+
+    Returns:
+        The smallest type whose blocks hold its codes as they are; float16 for floats.
+    """
+    layout = read_quantization(read_config(folder))
+    if layout is None or layout.activation_order:
+        return "float16"
+    forms = [
+        ModuleFormat(bits=layout.bits, group_size=layout.group_size, symmetric=layout.symmetric)
+    ]
+    forms += [form for _, form in layout.modules if form is not None]
+    if any(form.group_size % BLOCK for form in forms if form.group_size != -1):
+        return "float16"
+    if all(form.bits <= 4 for form in forms):
+        return "q4_0" if all(form.symmetric for form in forms) else "q4_1"
+    return "q8_0"
 
 
 def _require_known(architecture: Architecture) -> None:
@@ -149,7 +177,7 @@ def _describe(
 
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(LlamaFileType[_FILE_TYPES[settings.dtype]])
+    writer.add_file_type(LlamaFileType[_FILE_TYPES[settings.dtype or "float16"]])
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     writer.add_vocab_size(architecture.vocabulary_size)
     window = architecture.sliding_window

@@ -112,7 +112,8 @@ def plan_tensors(
     for module, shape in architecture.shapes().items():
         tensor_type: GgufType = "float32"
         if len(shape) == 2:
-            tensor_type = settings.tables if module in (EMBEDDING, HEAD) else settings.dtype
+            table = module in (EMBEDDING, HEAD)
+            tensor_type = settings.tables if table else settings.dtype or "float16"
             if tensor_type not in ("float32", "float16") and shape[1] % BLOCK:
                 odd.append(module)
                 tensor_type = "float16"

@@ -467,11 +467,14 @@ def gguf(
         The facts that were printed.
     """
     from export import to_gguf
+    from export.llama_cpp.gguf_file import usual_type
+    from mistill.sources.source import resolve_model
 
     file = to_gguf(source, target, settings=settings, overwrite=overwrite)
     size = file.stat().st_size
-    facts = {"path": str(file), "form": "gguf", "dtype": settings.dtype, "bytes": size}
-    return print_result(facts, f"GGUF file, {settings.dtype}, {size / 1e6:.1f} MB", file, json)
+    dtype = settings.dtype or usual_type(resolve_model(source))
+    facts = {"path": str(file), "form": "gguf", "dtype": dtype, "bytes": size}
+    return print_result(facts, f"GGUF file, {dtype}, {size / 1e6:.1f} MB", file, json)
 
 
 @app.command(help_formatter=HelpPage({"Measurement": ("model", "threads")}))

@@ -213,6 +213,34 @@ def test_codes_that_fit_go_over_as_they_are(
         np.testing.assert_array_equal(dequantized(tensors[name]), expected)
 
 
+@pytest.mark.parametrize(
+    ("options", "matrices", "tables"),
+    [
+        (None, "F16", "F16"),
+        ({"bits": 4}, "Q4_0", "Q8_0"),
+        ({"bits": 3}, "Q4_0", "Q8_0"),
+        ({"bits": 4, "symmetric": False}, "Q4_1", "Q8_0"),
+        ({"bits": 8}, "Q8_0", "Q8_0"),
+        ({"bits": 4, "act_order": True}, "F16", "F16"),
+        ({"bits": 4, "group_size": 16}, "F16", "F16"),
+    ],
+)
+def test_the_codes_of_a_folder_decide_where_no_type_is_asked_for(
+    options: dict[str, Any] | None,
+    matrices: str,
+    tables: str,
+    model: Path,
+    tmp_path: Path,
+    caplog: Any,
+):
+    source = model if options is None else gptq_folder(model, tmp_path / "gptq", **options)[0]
+    with caplog.at_level(logging.WARNING):
+        _, tensors = read(to_gguf(source, tmp_path / "tiny.gguf"))
+    assert caplog.text == ""
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == matrices
+    assert tensors["token_embd.weight"].tensor_type.name == tables
+
+
 def test_offsets_of_asymmetric_codes_are_rounded_to_float16_alone(model: Path, tmp_path: Path):
     source, weights = gptq_folder(model, tmp_path / "gptq", bits=4, symmetric=False)
     _, tensors = read(to_gguf(source, tmp_path / "tiny.gguf", dtype="q4_1"))

@@ -478,7 +478,11 @@ def write_bytes(name: str, content: bytes) -> Any:
 @pytest.mark.parametrize(
     ("name", "prepare", "message"),
     [
-        ("a.jsonl", None, r"there is no file a\.jsonl; give a \.txt, \.jsonl, \.json, \.csv or \.parquet"),
+        (
+            "a.jsonl",
+            None,
+            r"there is no file a\.jsonl; give a \.txt, \.jsonl, \.json, \.csv or \.parquet",
+        ),
         ("some/where/a", None, r"there is no file some/where/a"),
         ("@demo", None, r"ships no text @demo; it ships @demo-train, @demo-held-out"),
         ("folder", lambda place: (place / "folder").mkdir(), r"folder is a folder; name the \.txt"),

@@ -5,6 +5,7 @@ A folder is described from its small files and the headers of its weights, witho
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -21,6 +22,7 @@ from mistill.folders.settled_config import says_tied, settled_config
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG as AUTO_GPTQ_CONFIG
 from mistill.folders.weight_files import tensor_homes
 from mistill.folders.weight_files import weight_files as weight_files
+from mistill.shown import visible
 
 Form = Literal["model", "gptq", "nf4", "onnx"]
 
@@ -30,6 +32,9 @@ GENAI_FILE = "genai_config.json"
 FIDELITY_FILE = "fidelity.json"
 QUANTIZE_REPORT_FILE = "quantize_report.json"
 QUANTIZE_TABLE_FILE = "quantize_report.csv"
+
+# Items of a folder that are looked at to say what it is.
+_MOST_ITEMS = 1000
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -111,6 +116,9 @@ def problems(path: str | Path) -> list[str]:
         return ["there is no such folder"]
     if not folder.is_dir():
         return ["it is a file, not a folder"]
+    instead = what_it_is_instead(folder)
+    if instead is not None:
+        return [instead]
     faults = _config_problems(folder)
     sound_config = not faults
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
@@ -120,6 +128,36 @@ def problems(path: str | Path) -> list[str]:
     if sound_config and not weight_faults:
         weight_faults = _size_problems(folder, is_onnx)
     return faults + weight_faults
+
+
+def what_it_is_instead(folder: Path) -> str | None:
+    """What a folder is that holds no model itself, if it is something that mistill makes.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        A phrase that says what to give instead; None for a model folder and for anything else.
+    """
+    if (folder / "config.json").exists():
+        return None
+    if (folder / "report.json").is_file():
+        return "it is a report, not a model; open report.html in it, or give one of its models"
+    inside = sorted(
+        item
+        for item in itertools.islice(folder.iterdir(), _MOST_ITEMS)
+        if (item / "config.json").is_file()
+    )
+    if not inside:
+        return None
+    chatbots = [item for item in inside if (item / "model.onnx").is_file()]
+    shortest = min(chatbots or inside, key=lambda item: (len(item.name), item.name))
+    names = ", ".join(visible(item.name) for item in inside[:12])
+    more = f" and {len(inside) - 12} more" if inside[12:] else ""
+    return (
+        f"it is a folder of models, {names}{more}; give one of them, such as "
+        f"{visible(str(shortest))}"
+    )
 
 
 def _missing_tokenizer(folder: Path) -> str:

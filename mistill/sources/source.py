@@ -30,7 +30,13 @@ from mistill.errors import (
     VocabularyError,
     missing_extra,
 )
-from mistill.folders.folder import copy_companions, open_folder, read_json, weight_files
+from mistill.folders.folder import (
+    copy_companions,
+    open_folder,
+    read_json,
+    weight_files,
+    what_it_is_instead,
+)
 from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
@@ -69,6 +75,9 @@ def resolve_model(source: str | Path) -> Path:
         return _convert_once(_embedded(name))
     path = Path(source).expanduser()
     if name and path.is_dir():
+        instead = what_it_is_instead(path)
+        if instead is not None:
+            raise FolderError(f"{name} is not a usable model folder: {instead}")
         _refuse_remote_code(path, name)
         return _with_tokenizer(path)
     if path.is_file():

@@ -68,3 +68,20 @@ def test_of_other_forms_it_says_what_was_not_looked_at(model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "in what was looked at" in out
     assert "not looked at" in json.loads(out.splitlines()[-1])["looked_at"]
+
+
+def test_a_folder_of_models_and_a_report_say_what_they_are(chatbot, model, tmp_path, capsys):
+    road = tmp_path / "demo"
+    for name, folder in {"teacher": model, "chatbot8": chatbot, "chatbot": chatbot}.items():
+        shutil.copytree(folder, road / name)
+    (road / "report").mkdir()
+    (road / "report" / "report.json").write_text("{}")
+    assert inspect_folder(road).problems == (
+        "it is a folder of models, chatbot, chatbot8, teacher; give one of them, such as "
+        f"{road / 'chatbot'}",
+    )
+    assert "it is a report, not a model; open report.html" in str(
+        inspect_folder(road / "report").problems
+    )
+    assert main(["chat", str(road), "Hello"]) == 2
+    assert f"such as {road / 'chatbot'}" in capsys.readouterr().err

@@ -7,10 +7,10 @@ const STORE = "mistill-page";
 // An empty field is not sent: the chatbot's own default holds.
 export const SAMPLING = [
   { name: "temperature", least: 0, most: 2, step: 0.1 },
-  { name: "top_p", least: 0.01, most: 1, step: 0.05 },
+  { name: "top_p", least: 0.01, most: 1, step: 0.01 },
   { name: "top_k", least: 0, most: 1_000_000, whole: true },
   { name: "min_p", least: 0, most: 1, step: 0.05 },
-  { name: "repetition_penalty", least: 0.01, most: 10, step: 0.05 },
+  { name: "repetition_penalty", least: 0.01, most: 10, step: 0.01 },
   { name: "presence_penalty", least: -2, most: 2, step: 0.1 },
   { name: "frequency_penalty", least: -2, most: 2, step: 0.1 },
   { name: "max_tokens", least: 1, most: 1_000_000, whole: true },
@@ -87,14 +87,14 @@ export function settingsDialog(dialog, { onSampling, onPage }) {
   const fields = new Map(SAMPLING.map((setting) => {
     const { name, least, most, step, whole } = setting;
     const field = make("input", {
-      type: "number", id: `set-${name}`, min: least, max: most, step: whole ? 1 : "any",
+      type: "number", id: `set-${name}`, min: least, max: most, step: step ?? 1,
       inputmode: whole ? "numeric" : "decimal", autocomplete: "off", "data-placeholder": "default",
-      "aria-describedby": `about-${name}`, "data-arrow": step,
+      "aria-describedby": `about-${name}`,
     });
+    const note = make("p", { class: "note", id: `about-${name}`, "data-word": `about_${name}` });
     grid.append(make("div", { class: "field" },
-      make("label", { for: field.id, "data-word": `set_${name}` }), field,
-      make("p", { class: "note", id: `about-${name}`, "data-word": `about_${name}` })));
-    return [name, field];
+      make("label", { for: field.id, "data-word": `set_${name}` }), field, note));
+    return [name, { field, note }];
   }));
 
   /** The values of all fields; null where one of them is out of its range. */
@@ -102,11 +102,13 @@ export function settingsDialog(dialog, { onSampling, onPage }) {
     const values = {};
     let right = true;
     for (const setting of SAMPLING) {
-      const field = fields.get(setting.name);
+      const { field, note } = fields.get(setting.name);
       const empty = field.value === "" && !field.validity.badInput;
       const good = empty || fits(setting, field.valueAsNumber);
       field.setAttribute("aria-invalid", String(!good));
-      field.setCustomValidity(good ? "" : word("set_range", { least: setting.least, most: setting.most }));
+      note.classList.toggle("fault", !good);
+      note.textContent = good ? word(`about_${setting.name}`)
+        : word("set_range", { least: setting.least, most: setting.most });
       if (!empty && good) values[setting.name] = field.valueAsNumber;
       right &&= good;
     }
@@ -115,16 +117,12 @@ export function settingsDialog(dialog, { onSampling, onPage }) {
   const changed = () => {
     const values = read();
     if (values) onSampling(system.value, values);
-    return values !== null;
   };
-  fields.forEach((field) => {
-    field.addEventListener("input", changed);
-    field.addEventListener("change", () => { if (!changed()) field.reportValidity(); });
-  });
+  fields.forEach(({ field }) => field.addEventListener("input", changed));
   system.addEventListener("input", changed);
 
   dialog.querySelector("#reset").addEventListener("click", () => {
-    fields.forEach((field) => { field.value = ""; });
+    fields.forEach(({ field }) => { field.value = ""; });
     changed();
   });
 
@@ -138,14 +136,14 @@ export function settingsDialog(dialog, { onSampling, onPage }) {
   return {
     open(chat) {
       system.value = chat.system;
-      fields.forEach((field, name) => { field.value = chat.settings[name] ?? ""; });
-      read();
+      fields.forEach(({ field }, name) => { field.value = chat.settings[name] ?? ""; });
       theme.value = preferences.theme;
       language.value = preferences.language;
       enter.checked = enterSends();
       dialog.querySelector("#import-result").textContent = "";
       dialog.lang = currentLanguage();
       putWords(dialog);
+      read();
       dialog.showModal();
     },
   };

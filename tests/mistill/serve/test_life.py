@@ -371,15 +371,17 @@ def test_no_log_at_any_level_holds_a_word_of_a_conversation(
     assert "canary" not in caplog.text.lower()
 
 
-def test_metrics_count_what_was_served_in_prometheus_text(server: RunningServer) -> None:
-    def metrics() -> dict[str, float]:
-        lines = server.ask("/metrics").content.decode().splitlines()
-        values = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, value in values}
+def test_metrics_count_what_was_served_in_prometheus_text(chatbot: Path) -> None:
+    with running(chatbot, metrics=True) as server:
 
-    before = metrics()
-    answer = server.chat("A question that nobody asked before", max_tokens=5, ignore_eos=True)
-    after = metrics()
+        def metrics() -> dict[str, float]:
+            lines = server.ask("/metrics").content.decode().splitlines()
+            values = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+            return {name: float(value) for name, value in values}
+
+        before = metrics()
+        answer = server.chat("A question that nobody asked", max_tokens=5, ignore_eos=True)
+        after = metrics()
     usage = answer.json["usage"]
 
     def grown(name: str) -> float:
@@ -390,4 +392,5 @@ def test_metrics_count_what_was_served_in_prometheus_text(server: RunningServer)
     assert grown('mistill_request_success_total{finished_reason="length"}') == 1
     assert grown("mistill_time_to_first_token_seconds_count") == 1
     assert grown('mistill_e2e_request_latency_seconds_bucket{le="+Inf"}') == 1
+    assert grown('mistill_http_requests_total{status="200"}') == 2
     assert after["mistill_num_requests_running"] == 0

@@ -14,6 +14,7 @@ import { Thread, factsLine } from "./thread.js";
 import { browserLanguage, loadWords, putWords, speak, word } from "./words.js";
 
 const SAVE_EVERY = 2000;
+const MOST_VERSIONS = 100;
 const OPEN = "mistill-open";
 const $ = (id) => document.getElementById(id);
 
@@ -201,7 +202,7 @@ function regenerate() {
   const { messages } = chat;
   if (messages.at(-1).role === "assistant") {
     const last = messages.pop();
-    const versions = last.versions ?? (last.content ? [versionOf(last)] : []);
+    const versions = (last.versions ?? (last.content ? [versionOf(last)] : [])).slice(1 - MOST_VERSIONS);
     if (versions.length) Object.assign(fresh, { versions: [...versions, versionOf(fresh)], version: versions.length });
   }
   messages.push(fresh);
@@ -240,6 +241,8 @@ async function answer(firstChanged, continued = false) {
   running.delete(mine.id);
   if (error instanceof ApiError) showTrouble(error);
   else if (error) console.error(error);
+  // An answer that broke off may be the last of the server.
+  if (error?.kind === "broken") connect();
   if (message.versions) message.versions[message.version] = versionOf(message);
   mine.updated = Date.now();
   await finish(mine, message, shown());

@@ -195,7 +195,7 @@ def test_a_key_that_is_held_with_alt_is_left_to_the_browser(chat):
     for keys in ("Alt+Control+k", "Alt+Shift+Control+D"):
         chat.page.keyboard.press(keys)
     assert chat.run("() => document.activeElement.id") != "search"
-    assert len(chat.titles) == 1
+    chat.until("() => document.querySelectorAll('#chats li').length === 1")
 
 
 @pytest.mark.parametrize("locale", ["en-GB", "ko-KR"])

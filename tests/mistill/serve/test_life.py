@@ -371,6 +371,22 @@ def test_no_log_at_any_level_holds_a_word_of_a_conversation(
     assert "canary" not in caplog.text.lower()
 
 
+def test_the_command_prints_its_addresses(chatbot: Path) -> None:
+    with process(chatbot, stderr=subprocess.DEVNULL) as (command, port):
+        assert command.stdout is not None
+        line = f"for clients: base_url http://127.0.0.1:{port}/v1, model {chatbot.name}"
+        assert command.stdout.readline().strip() == line
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 0
+
+
+def test_the_page_can_be_left_out(chatbot: Path) -> None:
+    with running(chatbot, page=False) as server:
+        assert server.ask("/").status == server.ask("/static/page.js").status == 404
+        assert not server.server.has_page
+        assert server.ask("/v1/models").status == 200
+
+
 def test_metrics_count_what_was_served_in_prometheus_text(chatbot: Path) -> None:
     with running(chatbot, metrics=True) as server:
 

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import mistill
+from mistill.serve import chat as chat_module
 from mistill.serve.http import server as server_module
 from mistill.serve.replies import Reply
 from mistill.serve.settings import Limits
@@ -218,6 +219,35 @@ def test_a_crash_of_the_engine_is_told_to_everybody_and_ends_the_server(
         until(lambda: server.codes)
         assert server.codes == [1]
     assert "canary of a crash" not in content.decode()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_mistake_of_ours_is_told_and_named_without_its_words(
+    server: RunningServer,
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    taken = 0
+
+    def take(turn: Any, happened: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            raise KeyError("canary")
+        return whole(turn, happened)
+
+    whole = chat_module._Turn.take
+    monkeypatch.setattr(chat_module._Turn, "take", take)
+    answer = server.chat("canary", stream=stream)
+    if stream:
+        assert answer.events[-1]["error"]["type"] == "server_error"
+    else:
+        assert answer.status == 500
+    assert "KeyError at" in caplog.text
+    assert "canary" not in caplog.text + answer.content.decode()
+    monkeypatch.undo()
+    assert server.chat().status == 200
 
 
 def test_a_stop_lets_replies_end(chatbot: Path, asking: ThreadPoolExecutor) -> None:

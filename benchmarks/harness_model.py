@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from benchmarks.figures.perplexity import log_normalizers
+from mistill.engine.log_probabilities import log_normalizers
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.opening import open_model
 from mistill.engine.sampling import Sampler, SamplingSettings

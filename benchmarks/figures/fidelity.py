@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.figures.perplexity import row_blocks
+from mistill.engine.log_probabilities import row_blocks
 from mistill.measures.shares import clustered_interval
 from mistill.measures.uncertainty import mean_of, standard_error_of_mean
 

@@ -6,15 +6,13 @@ T is positions, V vocabulary. Logits stay float32; every sum over the vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mistill.engine.log_probabilities import log_normalizers
 from mistill.measures.uncertainty import mean_of, ratio_standard_error, standard_error_of_mean
-
-_ELEMENTS_AT_ONCE = 1 << 19  # 2 MiB of float32: a few rows of logits that stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,35 +85,3 @@ def token_losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDA
     """
     target_logits = logits[np.arange(len(targets)), targets].astype(np.float64)
     return log_normalizers(logits) - target_logits
-
-
-def log_normalizers(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Log of the sum of the exponentials of each row.
-
-    Args:
-        logits: Shape (T, V).
-
-    Returns:
-        Shape (T,).
-    """
-    normalizers = np.empty(len(logits), np.float64)
-    for rows in row_blocks(*logits.shape):
-        largest = logits[rows].max(axis=1, keepdims=True)
-        total = np.exp(logits[rows] - largest).sum(axis=1, dtype=np.float64)
-        normalizers[rows] = largest[:, 0] + np.log(total)
-    return normalizers
-
-
-def row_blocks(rows: int, width: int) -> Iterator[slice]:
-    """Cut a matrix into blocks of rows that fit a processor's cache.
-
-    Args:
-        rows: Number of rows.
-        width: Number of columns.
-
-    Yields:
-        Slices of rows, in order.
-    """
-    step = max(1, _ELEMENTS_AT_ONCE // width)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)

@@ -216,7 +216,7 @@ def joining(server: Server, writers: int, rounds: int) -> dict[str, Any]:
         Median gap between tokens before it came, the 99th percentile while its prompt was read,
         that as a multiple, and when its first token came, in seconds.
     """
-    short, long = Prompts(server, 40, seed=2), Prompts(server, 512, seed=3)
+    short, long = (Prompts(server, count, seed=10 * writers + count) for count in (40, 512))
     before, during, multiples, first = [], [], [], []
 
     def write(replies: list[StreamTimes]) -> None:

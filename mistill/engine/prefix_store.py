@@ -129,11 +129,19 @@ class PrefixStore:
                 return
             if shared == len(text.ids) and text.read_together <= read_together:
                 self._forget(text)
-        while self.size_bytes + size > self.most_bytes:
-            self._forget(self._texts[0])
+        self.shrink(self.most_bytes - size)
         text = StoredText(owner, list(ids), read_together, _copies(values, size), size)
         self._texts.append(text)
         self.size_bytes += size
+
+    def shrink(self, most_bytes: int) -> None:
+        """Forget what was used least recently.
+
+        Args:
+            most_bytes: Memory that the rest may take; less than 0 counts as 0.
+        """
+        while self.size_bytes > max(most_bytes, 0):
+            self._forget(self._texts[0])
 
     def clear(self) -> None:
         """Forget all texts."""

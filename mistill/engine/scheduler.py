@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -57,8 +58,8 @@ USUAL_TEXT = 2048
 MEMORY_SHARE = 1 / 4
 """Share of the free memory that the texts being written may take."""
 
-STORE_SHARE = 1 / 8
-MOST_STORE_BYTES = 512 << 20
+STORE_SHARE = 1 / 16
+MOST_STORE_BYTES = 256 << 20
 """By default, what was read before takes this share of the free memory, and no more bytes."""
 
 _log = logging.getLogger(__name__)
@@ -110,9 +111,10 @@ class Job:
         prompt_scores: Takes the first position of a chunk of the prompt and the logits of its
             positions, shape (T, V), which are valid during the call. The prompt is then read whole,
             in the chunks of ``OnnxModel.logits`` and with its scores.
-        repeatable: Whether the tokens must not depend on what was read before for the same owner.
-            ONNX Runtime rounds otherwise where it writes a token than where it reads one; then only
-            keys and values of tokens that were read are used again.
+        repeatable: Whether the tokens must not depend on who else is served and what was read
+            before. ONNX Runtime rounds otherwise where it writes a token than where it reads one,
+            and in some graphs where an odd number of them are computed together. Then only keys and
+            values of tokens that were read are used again, and numbers are made even.
         cached_tokens: Tokens of the prompt that were not read, because their keys and values were
             there; set by the scheduler, as what follows.
         new_tokens: Tokens written so far.
@@ -245,8 +247,10 @@ class Scheduler:
             model: A model on the processor; nothing else should run it meanwhile.
             slots: Most jobs that write at once; None takes as many as fit into a quarter of the
                 free memory, at most 16. Whatever the number, a job waits while it does not fit.
-            prefix_bytes: Memory for texts that were read before and have lost their row; None takes
-                an eighth of the free memory, at most 512 MiB. 0 reads every prompt whole.
+            prefix_bytes: Memory for texts that were read before and are not being continued; None
+                takes a sixteenth of the free memory, at most 256 MiB. The last one is always
+                there, so that its next turn is not read anew, but with 0 every prompt is read
+                whole.
             queue: Most jobs that wait; None takes 32.
 
         Raises:
@@ -522,7 +526,7 @@ class Scheduler:
                     shared = min(shared, self._texts.read_together[number])
                 if shared >= max(most, 1):
                     source, most = number, shared
-        return source, most
+        return source, most - most % 2 if job.repeatable else most
 
     def _row_for(self, source: int | StoredText | None, shared: int) -> int:
         """The row that a job gets, whose text may be lost."""
@@ -569,6 +573,25 @@ class Scheduler:
         """Whether a text that begins as that of a row may take its place: little is lost."""
         return 4 * shared >= 3 * len(self._texts.texts[row])
 
+    def _give_back(self) -> None:
+        """Forget texts that are not being continued, as many as there is no memory for.
+
+        Those in the store lost their rows earlier, and go first; the last one stays.
+        """
+        if not self._store.most_bytes:
+            return
+        idle = [n for n, row in enumerate(self._rows) if row.job is None and row.touched]
+        idle.sort(key=lambda number: self._rows[number].used)
+        each = self._texts.position_bytes
+        held = sum(self._rows[number].touched for number in idle) * each
+        self._store.shrink(self._store.most_bytes - held)
+        for number in idle[:-1]:
+            if held <= self._store.most_bytes:
+                return
+            held -= self._rows[number].touched * each
+            self._texts.release(number)
+            self._rows[number].touched = 0
+
     def _keep(self, row: int) -> None:
         """Store the text of a row that is about to be lost."""
         self._store.add(
@@ -598,7 +621,9 @@ class Scheduler:
             of: Scored = "every"
         else:
             of = "last" if done + size == len(job.prompt) else "none"
-        logits = self._texts.read(row, job.prompt[done : done + size], of)
+        logits = self._texts.read(
+            row, job.prompt[done : done + size], of, paired=job.repeatable or scored
+        )
         self._touch(row)
         if job.prompt_scores is not None:
             try:
@@ -621,12 +646,17 @@ class Scheduler:
         rows = range(first, first + len(writing))
         before = time.monotonic()
         tokens = [token for row in rows if (token := self._job(row)._next) is not None]
-        logits = self._texts.step(first, tokens)
+        paired = any(self._job(row).repeatable for row in rows) and self._rounds_by_rows
+        logits = self._texts.step(first, tokens, paired=paired)
         self._step_seconds = _moved(self._step_seconds, time.monotonic() - before)
         self._statistics.steps += 1
         for row in rows:
             self._touch(row)
             self._choose(row, logits[row - first])
+
+    @cached_property
+    def _rounds_by_rows(self) -> bool:
+        return self._texts.rounds_by_rows()
 
     def _side_by_side(self, writing: list[int]) -> int:
         """Move the rows that are being written side by side, at the least cost.
@@ -728,6 +758,7 @@ class Scheduler:
         job = self._job(row)
         with self._changed:
             self._rows[row].job = None
+        self._give_back()
         if isinstance(ending, BaseException):
             self._fail(job, ending)
         else:

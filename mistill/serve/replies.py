@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mistill.chat.stream_text import TextStream
-from mistill.engine.log_probabilities import Scored, TokenScore, token_score
+from mistill.engine.log_probabilities import Scored, TokenScore, log_normalizers, token_score
 from mistill.engine.scheduler import Ending, Job, Scheduler
 from mistill.errors import QueueFullError
 from mistill.serve.http.exchange import ClientGoneError, Exchange
@@ -200,9 +200,11 @@ class Reply:
         """
 
         def record(first: int, logits: NDArray[np.float32]) -> None:
-            for row, scores in enumerate(logits, first + 1):
-                if row < len(self.prompt):
-                    self.prompt_scores.append(token_score(scores, self.prompt[row], top))
+            # The numbers that evaluations compute in process, to the bit.
+            normalizers = log_normalizers(logits)
+            following = self.prompt[first + 1 : first + 1 + len(logits)]
+            for scores, normalizer, token in zip(logits, normalizers, following, strict=False):
+                self.prompt_scores.append(token_score(scores, token, top, float(normalizer)))
 
         return record
 

@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.figures.fidelity import Fidelity, agreements, divergences
-from benchmarks.figures.perplexity import Perplexity, log_normalizers, row_blocks, token_losses
+from benchmarks.figures.perplexity import Perplexity, token_losses
+from mistill.engine.log_probabilities import log_normalizers, row_blocks
 from mistill.measures.uncertainty import mean_of, quartiles, standard_error_of_mean
 from tests.reference.comparing import bootstrap_standard_error, kl_by_definition
 
@@ -77,7 +78,7 @@ def test_a_large_offset_of_the_logits_changes_nothing():
 def test_normalizers_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatch):
     scores = logits(1)
     whole = log_normalizers(scores)
-    monkeypatch.setattr("benchmarks.figures.perplexity._ELEMENTS_AT_ONCE", 3 * 300 + 1)
+    monkeypatch.setattr("mistill.engine.log_probabilities._ELEMENTS_AT_ONCE", 3 * 300 + 1)
 
     assert [block.stop - block.start for block in row_blocks(40, 300)][:2] == [3, 3]
     assert np.array_equal(log_normalizers(scores), whole)
@@ -149,7 +150,7 @@ def test_a_model_that_agrees_has_no_divergence_at_all():
 
 def test_divergences_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatch):
     whole = divergences(logits(0), logits(1))
-    monkeypatch.setattr("benchmarks.figures.perplexity._ELEMENTS_AT_ONCE", 7 * 300)
+    monkeypatch.setattr("mistill.engine.log_probabilities._ELEMENTS_AT_ONCE", 7 * 300)
 
     assert np.array_equal(divergences(logits(0), logits(1)), whole)
 

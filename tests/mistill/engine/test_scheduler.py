@@ -16,6 +16,7 @@ from mistill.engine.language_model import Choose, greedy
 from mistill.engine.onnx_model import CHUNK, OnnxModel, chunk_size
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.engine.scheduler import Job, Scheduler, usual_slots, write_all
+from mistill.engine.text_rows import TextRows, bytes_per_position
 from mistill.errors import ContextError, EngineStoppedError, QueueFullError, SettingsError
 from tests.tiny import tiny_model
 
@@ -103,7 +104,7 @@ def test_jobs_of_every_length_that_join_and_leave_write_what_they_write_alone(
         assert scheduler.health().running == 0
 
 
-def test_no_chunk_has_one_position_where_two_are_left() -> None:
+def test_chunks_are_even_where_more_follows_and_none_has_one_position() -> None:
     for total in range(1, 400):
         for most in (3, 8, 32, CHUNK):
             sizes: list[int] = []
@@ -111,6 +112,7 @@ def test_no_chunk_has_one_position_where_two_are_left() -> None:
                 sizes.append(chunk_size(total - sum(sizes), most))
             assert sum(sizes) == total
             assert max(sizes) <= most
+            assert not any(size % 2 for size in sizes[:-1])
             assert 1 not in sizes or total == 1
 
 
@@ -398,7 +400,7 @@ def test_a_repeatable_job_uses_only_what_was_read_and_not_what_was_written(
         assert finished(scheduler, turn, repeatable=True).cached_tokens == 40
         # The reply was read in the meantime.
         again = finished(scheduler, turn, repeatable=True)
-        assert again.cached_tokens == len(turn) - 2
+        assert again.cached_tokens == len(turn) - 3  # an even number
         assert tokens_of(again) == alone(model, turn, 12)
 
 
@@ -446,7 +448,6 @@ def test_a_job_that_does_not_fit_into_the_memory_waits(
     model: OnnxModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mistill.engine import scheduler as module
-    from mistill.engine.text_rows import bytes_per_position
 
     # Room for 300 positions.
     free = 300 * bytes_per_position(model.session) * 4
@@ -471,6 +472,23 @@ def test_a_job_that_does_not_fit_into_the_memory_waits(
         again = finished(scheduler, some_ids(80, 0), 40)
         assert tokens_of(again) == alone(model, again.prompt, 40)
         assert scheduler.statistics().text_bytes <= free // 4
+
+
+def test_what_is_not_being_continued_takes_no_more_memory_than_it_may(model: OnnxModel) -> None:
+
+    most = 250 * bytes_per_position(model.session)
+    with Scheduler(model, slots=8, prefix_bytes=most) as scheduler:
+        for seed in range(12):
+            job = finished(scheduler, some_ids(60, seed))
+            assert tokens_of(job) == alone(model, job.prompt, 12)
+            statistics = scheduler.statistics()
+            assert statistics.text_bytes + statistics.store_bytes <= most
+        assert finished(scheduler, some_ids(60, 11)).cached_tokens == 59
+        assert finished(scheduler, some_ids(60, 0)).cached_tokens == 0
+        # One that alone takes more stays for its next turn.
+        long = finished(scheduler, some_ids(400, 1))
+        assert finished(scheduler, long.prompt + tokens_of(long) + [5]).cached_tokens == 411
+        assert scheduler.statistics().stored_texts == 0
 
 
 def test_slots_are_chosen_by_memory() -> None:
@@ -528,3 +546,52 @@ def test_bad_prompts_are_refused_before_any_is_answered(model: OnnxModel) -> Non
 
     with pytest.raises(KeyError, match="broken"):
         write_all(model, [[5], [6]], max_new_tokens=1, choose=[greedy, broken])
+
+
+# --- rounding -------------------------------------------------------------------------------------
+
+
+def test_a_padded_run_leaves_no_trace(model: OnnxModel) -> None:
+    """Beside a row or a position that is not kept, all others are what they are without."""
+    texts = TextRows(model.session, 3, model.context_length, model.vocabulary_size)
+    ids = some_ids(21, 1)
+    for row in range(3):
+        texts.read(row, ids[: 9 + row])
+    last = texts.read(0, ids[9:12], paired=True).copy()
+    assert (texts.texts[0], texts.read_together[0]) == (ids[:12], 8)
+    scores = model.logits(np.array([ids[:12]]))[0]
+    np.testing.assert_allclose(last[0], scores[-1], atol=1e-4)
+    every = texts.read(1, ids[10:13], "every", paired=True).copy()
+    np.testing.assert_allclose(every, model.logits(np.array([ids[:13]]))[0, 10:], atol=1e-4)
+    assert texts.read(2, ids[11:14], "none", paired=True).shape == (0, model.vocabulary_size)
+    step = texts.step(1, [ids[13]], paired=True).copy()
+    assert [len(text) for text in texts.texts] == [12, 14, 14, 0]
+    np.testing.assert_allclose(step[0], model.logits(np.array([ids[:14]]))[0, -1], atol=1e-4)
+    # The row beside it goes on as if nothing had been written behind its end.
+    step = texts.step(2, [ids[14]]).copy()
+    np.testing.assert_allclose(step[0], model.logits(np.array([ids[:15]]))[0, -1], atol=1e-4)
+    assert texts.rounds_by_rows() in (True, False)
+    assert [len(text) for text in texts.texts] == [12, 14, 15, 0]
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_repeatable_jobs_write_in_pairs_where_the_graph_rounds_by_rows(
+    model: OnnxModel, monkeypatch: pytest.MonkeyPatch, rounds: bool
+) -> None:
+    monkeypatch.setattr(TextRows, "rounds_by_rows", lambda self: rounds)
+    steps: list[tuple[int, bool]] = []
+    step = TextRows.step
+
+    def noted(self: TextRows, first: int, tokens: list[int], *, paired: bool = False):
+        steps.append((len(tokens), paired))
+        return step(self, first, tokens, paired=paired)
+
+    monkeypatch.setattr(TextRows, "step", noted)
+    prompt = some_ids(31, 1)
+    with Scheduler(model, slots=1) as scheduler:
+        job = finished(scheduler, prompt, repeatable=True)
+        assert set(steps) == {(1, rounds)}
+        assert tokens_of(job) == alone(model, prompt, 12)
+        steps.clear()
+        finished(scheduler, prompt)
+        assert set(steps) == {(1, False)}

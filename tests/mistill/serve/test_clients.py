@@ -331,13 +331,22 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("task", ["winds", "rolling"])
 def test_lm_eval_scores_through_the_server_as_in_process(judged: dict[str, Any], task: str) -> None:
     ours, theirs = judged["ours"], judged["completions"]
+    # Through the server a text is read with its last token too, and kernels round by the number of
+    # positions that they are given: single sums may differ in their seventh digit.
+    assert numbers(theirs["answers"][task]) == pytest.approx(
+        numbers(ours["answers"][task]), rel=1e-6
+    )
     assert theirs["scores"][task] == pytest.approx(ours["scores"][task], rel=1e-6)
     if task == "winds":
         assert theirs["scores"][task] == ours["scores"][task]
         assert 0 < ours["scores"][task]["acc,none"] < 1
-    for here, there in zip(ours["answers"][task], theirs["answers"][task], strict=True):
-        flat_here, flat_there = json.dumps(here), json.dumps(there)
-        assert flat_here.count("True") == flat_there.count("True")
+
+
+def numbers(answers: Any) -> list[float]:
+    """Log-probabilities, and 0 or 1 for whether greedy decoding writes the answer."""
+    if isinstance(answers, list):
+        return [number for answer in answers for number in numbers(answer)]
+    return [float({"True": 1, "False": 0}.get(str(answers), answers))]
 
 
 @pytest.mark.parametrize(("here", "there"), [("ours", "completions"), ("ours in chat", "chat")])

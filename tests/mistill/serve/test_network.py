@@ -317,20 +317,24 @@ def test_a_reply_may_take_longer_than_a_request(impatient: RunningServer) -> Non
     assert content.endswith(b"data: [DONE]\n\n")
 
 
-def test_idle_connections_keep_nobody_out_and_leave_nothing_behind(
-    impatient: RunningServer,
-) -> None:
-    gc.collect()
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    idle = [impatient.connect() for _ in range(300)]
-    try:
-        assert impatient.ask("/health").status == 200
-    finally:
-        for connection in idle:
-            connection.close()
-    until(lambda: len(impatient.server.server_state.connections) == 0)
-    gc.collect()
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+def test_idle_connections_keep_nobody_out_and_leave_nothing_behind(chatbot: Path) -> None:
+    # Within the time of the test none of them is late with its headers.
+    with running(chatbot, limits=Limits(connections=12)) as server:
+        connections = server.server.server_state.connections
+        assert server.ask("/health").status == 200
+        until(lambda: not connections)
+        gc.collect()
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        idle = [server.connect() for _ in range(300)]
+        try:
+            assert server.ask("/health").status == 200
+            until(lambda: len(connections) <= 12)
+        finally:
+            for connection in idle:
+                connection.close()
+        until(lambda: not connections)
+        gc.collect()
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_a_client_that_stops_reading_loses_its_row(impatient: RunningServer) -> None:
@@ -342,6 +346,7 @@ def test_a_client_that_stops_reading_loses_its_row(impatient: RunningServer) -> 
             "logprobs": True,
             "top_logprobs": 20,
             "max_tokens": 480,
+            "n": 4,
         }
     ).encode()
     stuck = socket.socket()
@@ -352,7 +357,7 @@ def test_a_client_that_stops_reading_loses_its_row(impatient: RunningServer) -> 
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         )
-        until(lambda: impatient.health().running == 1)
+        until(lambda: impatient.health().running >= 1)
         assert impatient.chat().status == 200
         until(lambda: impatient.health().running == 0)
         until(lambda: not impatient.server.server_state.tasks)

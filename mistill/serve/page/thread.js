@@ -51,8 +51,10 @@ export class Thread {
       // Reached by scrolling: not while the page opens at its end.
       if (entry.isIntersecting && scroller.scrollTop < 400 && !this.#following) this.showEarlier();
     }, { root: scroller, rootMargin: "200px" }).observe(this.#earlier);
-    // Pictures of text change their height after layout; the end stays in sight.
-    new ResizeObserver(() => { if (this.#following) this.toEnd(); }).observe(list);
+    // A notice or a phone's keyboard takes room, text is laid out late: the end stays in sight.
+    const sizes = new ResizeObserver(() => { if (this.#following) this.toEnd(); });
+    sizes.observe(list);
+    sizes.observe(scroller);
   }
 
   /** Whether a message is being edited. */

@@ -509,3 +509,38 @@ def test_only_so_many_answers_to_one_message_are_kept(chat, script):
     chat.page.reload()
     chat.wait(".versions")
     assert "100 / 100" in chat.page.locator(".versions").inner_text()
+
+
+@pytest.mark.parametrize(
+    "value", ["", "{", "null", "7", "[[1, 2], 3]", '{"theme": 1, "settings": 2}']
+)
+def test_strange_things_in_the_browsers_storage_do_no_harm(open_page, value):
+    fill = f"""
+    if (location.protocol === "http:" && !sessionStorage.getItem("set")) {{
+      for (const name of ["mistill-page", "mistill-drafts"]) localStorage.setItem(name, {value!r});
+      sessionStorage.setItem("mistill-open", {value!r});
+      sessionStorage.setItem("set", "yes");
+    }}"""
+    chat = open_page(init=fill)
+    assert chat.ask("One") == "Hello there."
+    chat.page.reload()
+    chat.wait(".message")
+    assert chat.texts == ["One", "Hello there."]
+
+
+@pytest.mark.parametrize("version", [1, 7])
+def test_a_database_of_that_name_that_is_not_ours_is_left_alone(open_page, version):
+    make = f"""
+    if (location.protocol === "http:") {{
+      window.theirs = new Promise((resolve) => {{
+        const request = indexedDB.open("mistill-chats", {version});
+        request.onupgradeneeded = () => request.result.createObjectStore("theirs");
+        request.onsuccess = () => {{ request.result.close(); resolve(); }};
+      }});
+    }}"""
+    chat = open_page(init=make, ready=False)
+    chat.run("() => window.theirs")
+    chat.page.reload()
+    chat.wait("#model[data-state=ready]")
+    assert "does not keep data" in chat.toast
+    assert chat.ask("One") == "Hello there."

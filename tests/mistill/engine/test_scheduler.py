@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest

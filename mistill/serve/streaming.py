@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from mistill.errors import ContextError, EngineStoppedError, QueueFullError, SettingsError
-from mistill.serve.http.exchange import Exchange
+from mistill.serve.http.exchange import ClientGoneError, Exchange
 from mistill.serve.refusals import RefusalError, bad_request, busy, own_fault, unavailable
 from mistill.serve.replies import End, Event, Failure, Replies, Reply
 
@@ -113,11 +113,13 @@ async def stream_replies(
                 content = opening() + content
             if content or not events:
                 await exchange.stream(content or PING)
-    except RefusalError as refusal:
+    except ClientGoneError:
+        raise
+    except Exception as error:
         if not began:
             raise
         exchange.facts["ending"] = "error"
-        await exchange.stream(b"data: " + refusal.body() + b"\n\n" + DONE)
+        await exchange.stream(b"data: " + refusal_of(error).body() + b"\n\n" + DONE)
     else:
         await exchange.stream(closing() + DONE)
     await exchange.end_stream()

@@ -106,7 +106,10 @@ export class Sidebar {
       ? heads.filter(({ id, title }) => places.has(id) || title.toLowerCase().includes(lower)) : heads;
     const focused = document.activeElement?.closest?.("#chats li")?.dataset.id;
     this.#list.replaceChildren(...this.#groups(results, wanted, places));
-    if (focused) this.#list.querySelector(`li[data-id="${focused}"] .open`)?.focus();
+    if (focused) {
+      const row = this.#list.querySelector(`li[data-id="${focused}"] .open`);
+      (row ?? this.#list.querySelector(".open") ?? this.#field).focus();
+    }
     this.#status.textContent = wanted ? word("results", { count: results.length }) : "";
     this.#status.hidden = !wanted;
   }

@@ -60,7 +60,7 @@ class ChatPage:
         tab.on("console", said)
 
     def check(self) -> None:
-        assert not self.faults
+        assert self.faults == []
         inside = (self.address, f"blob:{self.address}", "data:")
         assert not [url for url in self.requests if not url.startswith(inside)]
 

@@ -441,15 +441,15 @@ def test_a_long_paste_is_sent_whole_and_shown_folded(open_page, script):
 
 def test_a_text_file_that_is_dropped_becomes_text(chat):
     drop = """
-    ([name, bytes]) => {
+    ([name, bytes, place]) => {
       const data = new DataTransfer();
       data.items.add(new File([new Uint8Array(bytes)], name));
-      const event = new DragEvent("drop", { dataTransfer: data, cancelable: true });
-      document.querySelector("#composer").dispatchEvent(event);
+      const event = new DragEvent("drop", { dataTransfer: data, cancelable: true, bubbles: true });
+      document.querySelector(place).dispatchEvent(event);
     }"""
-    chat.run(drop, ["notes.txt", list("하나\ntwo".encode())])
+    chat.run(drop, ["notes.txt", list("하나\ntwo".encode()), "#composer"])
     chat.until("() => document.querySelector('#message').value === '하나\\ntwo'")
-    chat.run(drop, ["picture.png", [0x89, 0x50, 0x4E, 0x47, 0, 0xFF]])
+    chat.run(drop, ["picture.png", [0x89, 0x50, 0x4E, 0x47, 0, 0xFF], "#scroller"])
     assert chat.toast == "Only text files in UTF-8 can be read."
     assert chat.page.input_value("#message") == "하나\ntwo"
 
@@ -465,3 +465,47 @@ def test_two_tabs_show_the_same_conversations(chat):
     other.wait_for_selector(".message")
     chat.ask("More")
     other.wait_for_function("() => document.querySelectorAll('.message').length === 4")
+
+
+def test_a_paste_that_is_text_and_a_picture_is_text(chat):
+    chat.run(
+        """() => {
+          const data = new DataTransfer();
+          data.items.add("a\\tb", "text/plain");
+          data.items.add(new File([new Uint8Array([0x89, 0])], "image.png", { type: "image/png" }));
+          const event = new ClipboardEvent("paste",
+            { clipboardData: data, cancelable: true, bubbles: true });
+          window.native = document.querySelector("#message").dispatchEvent(event);
+        }"""
+    )
+    # The browser does it: a made-up event has no effect of its own.
+    assert chat.run("() => window.native")
+    assert chat.page.locator("#toast").is_hidden()
+
+
+def test_the_field_grows_where_the_browser_does_not_do_it(open_page):
+    chat = open_page(init="CSS.supports = () => false;")
+    chat.page.locator("#message").evaluate("(field) => { field.style.fieldSizing = 'fixed'; }")
+    low = chat.page.locator("#message").bounding_box()["height"]
+    chat.page.fill("#message", "line\n" * 6)
+    assert chat.page.locator("#message").bounding_box()["height"] > low + 80
+    chat.page.fill("#message", "")
+    assert chat.page.locator("#message").bounding_box()["height"] == low
+
+
+def test_only_so_many_answers_to_one_message_are_kept(chat, script):
+    chat.ask("Go")
+    chat.run(
+        "() => { window.again = () => document.querySelector('[data-do=regenerate]').click(); }"
+    )
+    for number in range(103):
+        script.pieces = [f"number {number}"]
+        chat.run("() => window.again()")
+        chat.until(
+            "(text) => document.querySelector('.last:not(.writing) .text')?.textContent === text",
+            f"number {number}",
+        )
+    assert "100 / 100" in chat.page.locator(".versions").inner_text()
+    chat.page.reload()
+    chat.wait(".versions")
+    assert "100 / 100" in chat.page.locator(".versions").inner_text()

@@ -244,6 +244,25 @@ def test_a_client_that_leaves_frees_its_row_and_changes_nobody_else(
         assert writes.calls_after_end == 0
 
 
+def test_a_job_that_is_cancelled_during_a_step_gets_no_token_of_it(
+    model: OnnxModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = a_job(some_ids(9, 1), Heard())
+    step = TextRows.step
+
+    def cancelling(self: TextRows, *arguments: Any, **options: Any) -> Any:
+        if job.new_tokens == 4:
+            scheduler.cancel(job)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(TextRows, "step", cancelling)
+    with Scheduler(model, slots=1) as scheduler:
+        scheduler.submit(job)
+        assert isinstance(job.sink, Heard)
+        assert job.sink.wait().ending == "cancelled"
+        assert len(job.sink.tokens) == 4
+
+
 def test_a_full_queue_refuses_at_once_and_the_others_are_served(model: OnnxModel) -> None:
     gate = threading.Event()
     sinks = [Heard() for _ in range(4)]

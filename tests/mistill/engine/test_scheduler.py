@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,11 +199,22 @@ def test_a_job_that_raises_ends_alone(model: OnnxModel) -> None:
         assert scheduler.health().state == "running"
 
 
-def test_a_client_that_leaves_frees_its_row_and_changes_nobody_else(model: OnnxModel) -> None:
+def test_a_client_that_leaves_frees_its_row_and_changes_nobody_else(
+    model: OnnxModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Queued, in its prompt, and at its third token."""
     prompt = some_ids(30, 3)
     expected = alone(model, prompt)
     third = threading.Event()
+    read_afterwards: list[list[int]] = []
+    read = TextRows.read
+
+    def noted(self: TextRows, row: int, tokens: list[int], *options: Any, **more: Any) -> Any:
+        if third.is_set():
+            read_afterwards.append(tokens)
+        return read(self, row, tokens, *options, **more)
+
+    monkeypatch.setattr(TextRows, "read", noted)
     with Scheduler(model, slots=3) as scheduler:
         stays, writes, reads, queued = Heard(), Heard(), Heard(), Heard()
         writing = a_job(some_ids(40, 4), writes, tokens=400)
@@ -226,8 +239,28 @@ def test_a_client_that_leaves_frees_its_row_and_changes_nobody_else(model: OnnxM
         assert reads.tokens == queued.tokens == []
         assert reading.started is not None
         assert waiting.started is None
+        assert read_afterwards == []
         scheduler.cancel(writing)
         assert writes.calls_after_end == 0
+
+
+def test_a_job_that_is_cancelled_during_a_step_gets_no_token_of_it(
+    model: OnnxModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = a_job(some_ids(9, 1), Heard())
+    step = TextRows.step
+
+    def cancelling(self: TextRows, *arguments: Any, **options: Any) -> Any:
+        if job.new_tokens == 4:
+            scheduler.cancel(job)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(TextRows, "step", cancelling)
+    with Scheduler(model, slots=1) as scheduler:
+        scheduler.submit(job)
+        assert isinstance(job.sink, Heard)
+        assert job.sink.wait().ending == "cancelled"
+        assert len(job.sink.tokens) == 4
 
 
 def test_a_full_queue_refuses_at_once_and_the_others_are_served(model: OnnxModel) -> None:
@@ -404,6 +437,17 @@ def test_a_repeatable_job_uses_only_what_was_read_and_not_what_was_written(
         assert tokens_of(again) == alone(model, turn, 12)
 
 
+def test_what_was_copied_from_a_written_reply_counts_as_written(model: OnnxModel) -> None:
+    prompt = some_ids(40, 1)
+    with Scheduler(model, slots=3) as scheduler:
+        reply = tokens_of(finished(scheduler, prompt, tokens=80))
+        diverging = prompt + reply[:20] + some_ids(9, 2)
+        assert finished(scheduler, diverging).cached_tokens == 60
+        again = finished(scheduler, prompt + reply[:15] + some_ids(9, 3), repeatable=True)
+        assert again.cached_tokens == 40
+        assert tokens_of(again) == alone(model, again.prompt, 12)
+
+
 def test_prompts_that_begin_alike_and_come_together_are_read_once(model: OnnxModel) -> None:
     prompt = some_ids(200, 1)
     with Scheduler(model, slots=4) as scheduler:
@@ -471,6 +515,8 @@ def test_a_job_that_does_not_fit_into_the_memory_waits(
         assert most == 2
         again = finished(scheduler, some_ids(80, 0), 40)
         assert tokens_of(again) == alone(model, again.prompt, 40)
+        held = sum(map(len, scheduler._texts.texts)) * bytes_per_position(model.session)
+        assert held <= free // 4
         assert scheduler.statistics().text_bytes <= free // 4
 
 
@@ -489,6 +535,20 @@ def test_what_is_not_being_continued_takes_no_more_memory_than_it_may(model: Onn
         long = finished(scheduler, some_ids(400, 1))
         assert finished(scheduler, long.prompt + tokens_of(long) + [5]).cached_tokens == 411
         assert scheduler.statistics().stored_texts == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is given back later")
+def test_a_row_that_is_released_takes_no_memory(model: OnnxModel) -> None:
+    texts = TextRows(model.session, 2, model.context_length, model.vocabulary_size)
+    for row in range(2):
+        texts.read(row, some_ids(50, row))
+    kept = {name: array.copy() for name, array in texts.values(1).items()}
+    texts.release(0)
+    assert texts.texts[0] == []
+    # Pages that were given back hold zeros when they are taken anew.
+    assert not any(array[0].any() for array in texts._arrays.values())
+    for name, array in texts.values(1).items():
+        np.testing.assert_array_equal(array, kept[name])
 
 
 def test_slots_are_chosen_by_memory() -> None:

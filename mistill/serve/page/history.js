@@ -119,7 +119,11 @@ export async function openHistory() {
       request.result.createObjectStore("heads", { keyPath: "id" });
       request.result.createObjectStore("messages", { keyPath: "id" });
     };
-    return new DatabaseHistory(await promised(request));
+    const database = await promised(request);
+    if (!["heads", "messages"].every((name) => database.objectStoreNames.contains(name))) {
+      throw new Error("the database of that name is not ours");
+    }
+    return new DatabaseHistory(database);
   } catch {
     return new MemoryHistory();
   }

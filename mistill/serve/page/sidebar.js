@@ -136,8 +136,8 @@ export class Sidebar {
     const open = make("button", {
       type: "button", class: "open", "aria-current": current ? "page" : null,
       onclick: () => this.#actions.open(id, place ? wanted : ""),
-    }, make("span", { class: "name" }, ...marked(name, wanted)));
-    if (place) open.append(make("span", { class: "place" }, ...marked(place, wanted)));
+    }, make("span", { class: "name", dir: "auto" }, ...marked(name, wanted)));
+    if (place) open.append(make("span", { class: "place", dir: "auto" }, ...marked(place, wanted)));
     return make("li", { "data-id": id, class: current ? "current" : null }, open,
       make("span", { class: "buttons" },
         iconButton("edit", "rename_named", () => this.#actions.rename(id), { name }),

@@ -187,7 +187,7 @@ export class Thread {
   #row(at) {
     const message = this.#chat.messages[at];
     const mine = message.role === "user";
-    const body = make("div", { class: mine ? "text plain-text" : "text" });
+    const body = make("div", { class: mine ? "text plain-text" : "text", dir: "auto" });
     const element = make("li", { class: `message ${mine ? "mine" : "theirs"}` },
       make("article", {},
         make("h2", { class: "who" }, mine ? word("you") : this.#actions.name()),
@@ -287,7 +287,7 @@ export class Thread {
     this.#editing = at;
     const { element, body } = this.#rows.get(at);
     const message = this.#chat.messages[at];
-    const field = make("textarea", { class: "grows", rows: "2", "aria-label": word("edit_message") });
+    const field = make("textarea", { class: "grows", rows: "2", dir: "auto", "aria-label": word("edit_message") });
     field.value = message.content;
     const end = () => {
       this.#editing = null;

@@ -380,3 +380,20 @@ def test_an_edit_is_not_lost_while_an_answer_is_written(chat, script):
     assert chat.texts[0] == "Edited"
     chat.do("edit", 0)
     chat.wait(".editor")
+
+
+def test_text_that_runs_from_right_to_left_does_so(chat, script):
+    script.pieces = ["مرحبا بالعالم\n\nHello\n\n```\nشفرة x = 1\n```"]
+    chat.ask("שלום עולם")
+    sides = chat.run(
+        """() => [...document.querySelectorAll(".text p, .mine .text, .text pre")].map((node) => {
+          const range = document.createRange();
+          range.selectNodeContents(node);
+          const [text, box] = [range.getBoundingClientRect(), node.getBoundingClientRect()];
+          return text.left - box.left > box.right - text.right ? "right" : "left";
+        })"""
+    )
+    assert sides[1:] == ["right", "left", "left"]
+    assert (
+        chat.run("() => getComputedStyle(document.querySelector('.mine .text')).direction") == "rtl"
+    )

@@ -769,8 +769,9 @@ class Scheduler:
         self._statistics.count(ending)
         try:
             job.sink.end(ending)
-        except BaseException:
-            _log.exception("the sink of a job failed at its end")
+        except BaseException as failure:
+            # The message may hold words of a conversation.
+            _log.error("the sink of a job raised %s at its end", type(failure).__name__)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         job.ended = time.monotonic()
@@ -780,8 +781,8 @@ class Scheduler:
             error = RuntimeError(f"{type(error).__name__}: {error}")
         try:
             job.sink.fail(error)
-        except BaseException:
-            _log.exception("the sink of a job failed at its failure")
+        except BaseException as failure:
+            _log.error("the sink of a job raised %s at its failure", type(failure).__name__)
 
 
 def usual_slots(room: int, context: int) -> int:

@@ -199,6 +199,24 @@ def test_a_job_that_raises_ends_alone(model: OnnxModel) -> None:
         assert scheduler.health().state == "running"
 
 
+def test_a_sink_that_raises_at_the_end_is_logged_without_its_words(
+    model: OnnxModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Heard):
+        def end(self, ending: str) -> None:
+            super().end(ending)
+            raise ValueError("a word of the conversation")
+
+    with Scheduler(model, slots=1) as scheduler:
+        job = a_job(some_ids(9, 1), Broken(), tokens=2)
+        scheduler.submit(job)
+        assert isinstance(job.sink, Heard)
+        job.sink.wait()
+        assert tokens_of(finished(scheduler, some_ids(9, 1), 2)) == job.sink.tokens
+    assert "ValueError" in caplog.text
+    assert "conversation" not in caplog.text
+
+
 def test_a_client_that_leaves_frees_its_row_and_changes_nobody_else(
     model: OnnxModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,6 +269,32 @@ def test_no_address_leads_to_a_file_that_is_not_of_the_page(
     assert server.ask(path).status == 404
 
 
+@pytest.mark.parametrize("target", ["/v1/embeddings", "/v1/models", "/v1/chat/completions"])
+@pytest.mark.parametrize("host", ["localhost", "evil.example"])
+def test_a_client_that_sends_slowly_hears_why_it_is_refused(
+    server: RunningServer, target: str, host: str
+) -> None:
+    content = b"{" + b" " * 300_000
+    for pause in (0, 0.1):
+        with server.connect() as connection:
+            connection.sendall(
+                f"POST {target} HTTP/1.1\r\nHost: {host}\r\nContent-Type: text/plain\r\n"
+                f"Content-Length: {len(content)}\r\n\r\n".encode()
+            )
+            connection.sendall(content[:1000])
+            time.sleep(pause)
+            connection.sendall(content[1000:])
+            answer = b""
+            while b"}}" not in answer:
+                part = connection.recv(1 << 16)
+                assert part, "the connection was closed before the answer"
+                answer += part
+            assert 400 <= status(answer) < 500
+            # The connection is still good for another request.
+            connection.sendall(request("/health", HOST))
+            assert status(rest_of(connection)) == 200
+
+
 # --- time and connections -------------------------------------------------------------------------
 
 

@@ -184,6 +184,7 @@ def _times(started: float, lines: list[tuple[float, bytes]], url: str) -> Stream
         raise ServerError(f"a stream of {url} ended without [DONE]; the reply is not whole")
     moments: list[float] = []
     texts: list[str] = []
+    ends: list[float] = []
     usage: Mapping[str, Any] = {}
     for moment, line in lines[:-1]:
         event = json.loads(line[len(b"data:") :])
@@ -191,12 +192,15 @@ def _times(started: float, lines: list[tuple[float, bytes]], url: str) -> Stream
             raise ServerError(f"a stream of {url} broke off: {str(event['error'])[:300]}")
         usage = event.get("usage") or usage
         for choice in event.get("choices") or ():
+            ends.append(moment)
             text = (choice.get("delta") or {}).get("content")
             if text:
                 moments.append(moment)
                 texts.append(text)
+    # Nothing to see came of the tokens, as of one that begins a character.
+    moments = moments or ends[-1:]
     if not moments:
-        raise ServerError(f"a stream of {url} held no text")
+        raise ServerError(f"a stream of {url} held no reply")
     details = usage.get("prompt_tokens_details") or {}
     return StreamTimes(
         began=started,

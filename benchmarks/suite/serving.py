@@ -266,12 +266,12 @@ def later_turns(server: Server, rounds: int) -> dict[str, Any]:
     seconds, cached, tokens = [], [], []
     for _ in range(rounds):
         messages = prompts.next()
-        reply = server.reply(messages, max_tokens=100, temperature=0)
+        reply = server.reply(messages, max_tokens=100)
         messages += [
             {"role": "assistant", "content": reply.text},
             {"role": "user", "content": "And then?"},
         ]
-        turn = server.reply(messages, max_tokens=2, temperature=0)
+        turn = server.reply(messages, max_tokens=2)
         seconds.append(turn.first_token_seconds)
         cached.append(turn.cached_tokens)
         tokens.append(turn.prompt_tokens)

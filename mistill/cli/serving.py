@@ -15,6 +15,7 @@ def print_address(server: Server) -> None:
     Args:
         server: The server, which runs.
     """
-    print(f"the page: {server.address}/", flush=True)
+    if server.has_page:
+        print(f"the page: {server.address}/", flush=True)
     print(f"for clients: base_url {server.address}/v1, model {server.model}", flush=True)
     logging.getLogger("mistill.serve").setLevel(logging.INFO)

@@ -42,8 +42,10 @@ def chunk_size(left: int, most: int | None = None) -> int:
     """How many positions of a prompt are read next.
 
     ONNX Runtime computes the attention of a position that is read alone on another path, with
-    other rounding than that of positions that are read together. So no chunk of a longer prompt
-    has one position: what a prompt predicts does not depend on where it is cut.
+    other rounding than that of positions that are read together; and some of its products take two
+    positions at a time, and round the last of an odd number otherwise. So chunks are even where
+    more follows, and none has one position: what a prompt predicts does not depend on where it is
+    cut, up to its last position.
 
     Args:
         left: Positions that are not read yet, at least 1.
@@ -52,8 +54,11 @@ def chunk_size(left: int, most: int | None = None) -> int:
     Returns:
         At least 2 where two are left and three may be read.
     """
-    most = most or CHUNK
-    return most - 1 if left == most + 1 > 3 else min(most, left)
+    size = min(most or CHUNK, left)
+    if size < left and size > 2:
+        size -= size % 2
+        size -= 2 * (left - size == 1 and size > 2)
+    return size
 
 
 class OnnxModel:
@@ -155,15 +160,11 @@ class OnnxModel:
             self._reader = None
             for row, tokens in enumerate(rows):
                 self._cache.rewind(0)
-                if len(tokens) == 1 < self.context_length:
-                    # Read beside another one, as it is wherever a longer text begins with it.
-                    both = np.empty((1, 2, self.vocabulary_size), np.float32)
-                    self._read(2 * tokens, both)
-                    scores[row] = both[:, 0]
-                    continue
-                while (start := len(self._cache.ids)) < len(tokens):
+                start = 0
+                while start < len(tokens):
                     end = start + chunk_size(len(tokens) - start)
-                    self._read(tokens[start:end], scores[row : row + 1, start:end])
+                    self._score(tokens[start:end], scores[row : row + 1, start:end])
+                    start = end
         return scores
 
     def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
@@ -319,6 +320,17 @@ class OnnxModel:
         while (start := len(self._cache.ids)) < len(tokens):
             size = chunk_size(len(tokens) - start)
             self._read(tokens[start : start + size], self._next_logits)
+
+    def _score(self, tokens: list[int], scores: NDArray[np.float32]) -> None:
+        """Read tokens in pairs, so that they have the scores that they have in a longer text."""
+        end = len(self._cache.ids) + len(tokens)
+        if len(tokens) % 2 == 0 or end == self.context_length:
+            self._read(tokens, scores)
+            return
+        paired = np.empty((1, len(tokens) + 1, self.vocabulary_size), np.float32)
+        self._read([*tokens, tokens[-1]], paired)
+        scores[:] = paired[:, :-1]
+        self._cache.rewind(end)
 
     def _read(self, tokens: list[int], scores: NDArray[np.float32]) -> None:
         """Run the graph over the tokens that follow those in the cache.

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -110,9 +111,10 @@ class Job:
         prompt_scores: Takes the first position of a chunk of the prompt and the logits of its
             positions, shape (T, V), which are valid during the call. The prompt is then read whole,
             in the chunks of ``OnnxModel.logits`` and with its scores.
-        repeatable: Whether the tokens must not depend on what was read before for the same owner.
-            ONNX Runtime rounds otherwise where it writes a token than where it reads one; then only
-            keys and values of tokens that were read are used again.
+        repeatable: Whether the tokens must not depend on who else is served and what was read
+            before. ONNX Runtime rounds otherwise where it writes a token than where it reads one,
+            and in some graphs where an odd number of them are computed together. Then only keys and
+            values of tokens that were read are used again, and numbers are made even.
         cached_tokens: Tokens of the prompt that were not read, because their keys and values were
             there; set by the scheduler, as what follows.
         new_tokens: Tokens written so far.
@@ -524,7 +526,7 @@ class Scheduler:
                     shared = min(shared, self._texts.read_together[number])
                 if shared >= max(most, 1):
                     source, most = number, shared
-        return source, most
+        return source, most - most % 2 if job.repeatable else most
 
     def _row_for(self, source: int | StoredText | None, shared: int) -> int:
         """The row that a job gets, whose text may be lost."""
@@ -619,7 +621,9 @@ class Scheduler:
             of: Scored = "every"
         else:
             of = "last" if done + size == len(job.prompt) else "none"
-        logits = self._texts.read(row, job.prompt[done : done + size], of)
+        logits = self._texts.read(
+            row, job.prompt[done : done + size], of, paired=job.repeatable or scored
+        )
         self._touch(row)
         if job.prompt_scores is not None:
             try:
@@ -642,12 +646,17 @@ class Scheduler:
         rows = range(first, first + len(writing))
         before = time.monotonic()
         tokens = [token for row in rows if (token := self._job(row)._next) is not None]
-        logits = self._texts.step(first, tokens)
+        paired = any(self._job(row).repeatable for row in rows) and self._rounds_by_rows
+        logits = self._texts.step(first, tokens, paired=paired)
         self._step_seconds = _moved(self._step_seconds, time.monotonic() - before)
         self._statistics.steps += 1
         for row in rows:
             self._touch(row)
             self._choose(row, logits[row - first])
+
+    @cached_property
+    def _rounds_by_rows(self) -> bool:
+        return self._texts.rounds_by_rows()
 
     def _side_by_side(self, writing: list[int]) -> int:
         """Move the rows that are being written side by side, at the least cost.
@@ -760,8 +769,9 @@ class Scheduler:
         self._statistics.count(ending)
         try:
             job.sink.end(ending)
-        except BaseException:
-            _log.exception("the sink of a job failed at its end")
+        except BaseException as failure:
+            # The message may hold words of a conversation.
+            _log.error("the sink of a job raised %s at its end", type(failure).__name__)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         job.ended = time.monotonic()
@@ -771,8 +781,8 @@ class Scheduler:
             error = RuntimeError(f"{type(error).__name__}: {error}")
         try:
             job.sink.fail(error)
-        except BaseException:
-            _log.exception("the sink of a job failed at its failure")
+        except BaseException as failure:
+            _log.error("the sink of a job raised %s at its failure", type(failure).__name__)
 
 
 def usual_slots(room: int, context: int) -> int:

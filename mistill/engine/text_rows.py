@@ -39,9 +39,10 @@ class TextRows:
 
     Attributes:
         texts: The tokens of each row whose keys and values are in the buffers.
-        read_together: How many positions of each row, from its first, were computed in runs of two
-            or more positions. ONNX Runtime computes a position that is read alone on another path,
-            with other rounding.
+        read_together: How many positions of each row, from its first, were read in pairs: in runs
+            of an even number of positions. ONNX Runtime computes the attention of a position that
+            is read alone on another path, with other rounding, and some of its products take two
+            positions at a time and round the last of an odd number otherwise.
         position_bytes: Memory that the keys and values of one position take.
     """
 
@@ -56,7 +57,7 @@ class TextRows:
         context_length: int,
         vocabulary_size: int,
     ) -> None:
-        """Make rows without a text.
+        """Make rows without a text, and one more that stands beside the last of them.
 
         Args:
             session: Session of the graph, on the processor.
@@ -71,9 +72,12 @@ class TextRows:
         self._vocabulary_size = vocabulary_size
         shapes = cache_shapes(session)
         # In buffers longer than the text, a graph with a sliding window drops nothing.
-        capacity = max(context_length, window_of(session) or 0)
+        # One position more is read where positions are read in pairs.
+        capacity = max(context_length + 1, window_of(session) or 0)
+        self.texts.append([])
+        self.read_together.append(0)
         self._arrays = {
-            name: pages((rows, heads, _whole_pages(capacity, width, dtype), width), dtype)
+            name: pages((rows + 1, heads, _whole_pages(capacity, width, dtype), width), dtype)
             for name, (heads, width, dtype) in shapes.items()
         }
         self._memory = {name: _mapped(array) for name, array in self._arrays.items()}
@@ -83,57 +87,83 @@ class TextRows:
         self._ones = np.ones((1, capacity), np.int64)
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 
-    def step(self, first: int, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def step(
+        self, first: int, tokens: Sequence[int], *, paired: bool = False
+    ) -> NDArray[np.float32]:
         """Read one more token of each of some rows that stand side by side.
 
         Args:
             first: The first of the rows.
             tokens: One for each row.
+            paired: Whether to compute an even number of rows, so that the scores of each do not
+                depend on how many there are. The row beside the last one is computed too where
+                that is needed; its text stays as it is.
 
         Returns:
             Scores of the next token of each, shape (B, V); valid until the next run.
         """
         count = len(tokens)
-        texts = self.texts[first : first + count]
-        if count == 1:
+        ids = [*tokens, 0] if paired and count % 2 else tokens
+        texts = self.texts[first : first + len(ids)]
+        if len(ids) == 1:
             mask = self._ones[:, : len(texts[0]) + 1]
         else:
             lengths = np.array([len(text) + 1 for text in texts])
             # The number of ones in a row of the mask is the length of its text.
             mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-        binding = self._binding(first, count)
-        binding.ids[:, 0] = tokens
+        binding = self._binding(first, len(ids))
+        binding.ids[:, 0] = ids
         binding.bind(binding.ids, binding.logits)
         self._run(binding, mask)
-        for text, token in zip(texts, tokens, strict=True):
+        for text, token in zip(texts, tokens, strict=False):
             text.append(token)
-        logits: NDArray[np.float32] = binding.logits[:, 0]
+        logits: NDArray[np.float32] = binding.logits[:count, 0]
         return logits
 
-    def read(self, row: int, tokens: Sequence[int], scored: Scored = "last") -> NDArray[np.float32]:
+    def read(
+        self, row: int, tokens: Sequence[int], scored: Scored = "last", *, paired: bool = False
+    ) -> NDArray[np.float32]:
         """Read the tokens that follow in one row.
 
         Args:
             row: The row.
             tokens: At least one.
             scored: Of which positions the scores are wanted; none saves a millisecond.
+            paired: Whether to compute an even number of positions, so that the scores of each do
+                not depend on how many there are; a token that is not kept is read where needed.
 
         Returns:
             Scores of the next token at every position, at the last one or at none, shape (T, V),
             (1, V) or (0, V); valid until the next run.
         """
-        text = self.texts[row]
+        text, count = self.texts[row], len(tokens)
         binding = self._binding(row, 1)
-        ids = np.array([tokens], np.int64)
-        first = {"none": len(tokens), "last": -1, "every": 0}[scored]
-        binding.bind(ids, binding.logits if scored == "last" else None, first)
-        self._run(binding, self._ones[:, : len(text) + len(tokens)])
-        if self.read_together[row] == len(text) and len(tokens) > 1:
-            self.read_together[row] += len(tokens)
+        ids = np.array([[*tokens, tokens[-1]] if paired and count % 2 else tokens], np.int64)
+        ours = scored == "last" and not paired
+        first = {"none": ids.size, "last": ids.size - 2 if paired else -1, "every": 0}[scored]
+        binding.bind(ids, binding.logits if ours else None, first)
+        self._run(binding, self._ones[:, : len(text) + ids.size])
+        if self.read_together[row] == len(text):
+            self.read_together[row] += count if ids.size % 2 == 0 else count - 1
         text.extend(tokens)
-        logits = binding.logits if scored == "last" else binding.graph.get_outputs()[-1].numpy()
-        scores: NDArray[np.float32] = logits[0]
-        return scores
+        logits = (binding.logits if ours else binding.graph.get_outputs()[-1].numpy())[0]
+        scores: NDArray[np.float32] = logits[: len(logits) - (ids.size - count)]
+        return scores[-1:] if scored == "last" else scores
+
+    def rounds_by_rows(self) -> bool:
+        """Whether the scores of a row depend on how many others are computed in the same step.
+
+        Returns:
+            True if the last bit of any score does.
+        """
+        spare = len(self.texts) - 1
+        self.read(spare, [0, 0], "none")
+        alone = self.step(spare, [0])[0].copy()
+        self.rewind(spare, 2)
+        both = self.step(spare - 1, [0, 0])[1]
+        self.rewind(spare - 1, len(self.texts[spare - 1]) - 1)
+        self.rewind(spare, 0)
+        return not np.array_equal(alone, both)
 
     def rewind(self, row: int, positions: int) -> None:
         """Remove all but the first positions of a row.

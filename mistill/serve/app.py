@@ -111,7 +111,9 @@ class App:
             return
         if refusal.param is not None:
             exchange.facts["param"] = refusal.param
-        if exchange.method in ("POST", "PUT", "PATCH") and not exchange.body_read:
+        if refusal.status != 413:
+            await exchange.discard_body()
+        if not exchange.body_read:
             refusal.headers["Connection"] = "close"
         await exchange.refuse(refusal)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +10,9 @@ from mistill.engine.log_probabilities import TokenScore
 from mistill.serve.generation import Served
 from mistill.serve.http.exchange import Exchange
 from mistill.serve.refusals import bad_request
-from mistill.serve.replies import Event, Inbox, Piece, Replies, Reply
+from mistill.serve.replies import Event, Inbox, Piece, Reply
 from mistill.serve.requests import ChatRequest, read_request
-from mistill.serve.streaming import event, raise_failure, stream_replies
+from mistill.serve.streaming import Answer, respond
 from mistill.serve.tool_calls import Call, CallReader, Form, form_of, grammar_of_calls, mark_ids
 from mistill.text.vocabulary import Vocabulary
 
@@ -31,33 +28,7 @@ async def chat(served: Served, exchange: Exchange) -> None:
         RefusalError: If it cannot be answered.
         ClientGoneError: If the client leaves.
     """
-    content = await exchange.body()
-    inbox = Inbox(asyncio.get_running_loop())
-    answer = await served.workers.run(_prepare, served, content, inbox, exchange.owner)
-    replies = Replies(served.scheduler, answer.replies, inbox, served.settings.queue_seconds)
-    try:
-        replies.start(exchange)
-        if answer.request.streams:
-            await stream_replies(
-                exchange,
-                replies,
-                headers=answer.headers,
-                opening=answer.opening,
-                part=answer.part,
-                closing=answer.closing,
-                ping_seconds=served.limits.ping_seconds,
-            )
-        else:
-            while replies.unfinished:
-                events = await replies.take()
-                raise_failure(events)
-                for reply, happened in events:
-                    answer.turns[reply.index].take(happened)
-            whole = await served.workers.run(answer.whole)
-            await exchange.answer_json(whole, answer.headers)
-    finally:
-        replies.stop()
-        served.counts.ended(exchange, answer.replies)
+    await respond(served, exchange, _prepare)
 
 
 def _prepare(served: Served, content: bytes, inbox: Inbox, owner: str) -> _Answer:
@@ -172,8 +143,8 @@ class _Turn:
         return text, calls, scores
 
 
-class _Answer:
-    """The answer to a conversation, whole or in parts."""
+class _Answer(Answer):
+    """The answer to a conversation."""
 
     def __init__(
         self,
@@ -183,86 +154,61 @@ class _Answer:
         form: Form | None,
         ignored: Sequence[str],
     ) -> None:
-        self.request = request
-        self.replies = list(replies)
-        self.turns = [_Turn(served.vocabulary, form) for _ in replies]
-        self.headers = {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
-        self._id = f"chatcmpl-{secrets.token_hex(12)}"
-        self._created = int(time.time())
-        self._model = served.name
-        options = request.stream_options
-        self._usage = options is not None and options.include_usage
-        self._usage_always = options is not None and options.continuous_usage_stats
-
-    def whole(self) -> dict[str, Any]:
-        return {
-            **self._head("chat.completion"),
-            "choices": [
-                {
-                    "index": index,
-                    "message": _message(turn),
-                    "logprobs": {"content": turn.scores, "refusal": None}
-                    if self.request.logprobs
-                    else None,
-                    "finish_reason": turn.reason,
-                }
-                for index, turn in enumerate(self.turns)
-            ],
-            "usage": usage(self.replies),
-        }
+        super().__init__(
+            served.name,
+            request,
+            replies,
+            ignored,
+            kind="chat.completion",
+            part_kind="chat.completion.chunk",
+        )
+        self._scored = bool(request.logprobs)
+        self._turns = [_Turn(served.vocabulary, form) for _ in replies]
 
     def opening(self) -> bytes:
-        return b"".join(
-            self._chunk(index, {"role": "assistant", "content": ""})
-            for index in range(len(self.turns))
-        )
+        delta = {"role": "assistant", "content": ""}
+        return b"".join(self._delta(index, delta) for index in range(len(self._turns)))
 
     def part(self, reply: Reply, happened: Event) -> bytes:
-        turn = self.turns[reply.index]
+        turn = self._turns[reply.index]
         numbered = len(turn.calls)
         text, calls, scores = turn.take(happened)
         parts = []
         if text or scores:
-            parts.append(self._chunk(reply.index, {"content": text}, scores))
+            parts.append(self._delta(reply.index, {"content": text}, scores))
         for number, call in enumerate(calls, numbered):
             entry = {"index": number, **_call(call)}
-            parts.append(self._chunk(reply.index, {"tool_calls": [entry]}))
+            parts.append(self._delta(reply.index, {"tool_calls": [entry]}))
         if turn.reason is not None:
-            parts.append(self._chunk(reply.index, {}, reason=turn.reason))
+            parts.append(self._delta(reply.index, {}, reason=turn.reason))
         return b"".join(parts)
 
-    def closing(self) -> bytes:
-        if not self._usage:
-            return b""
-        head = self._head("chat.completion.chunk")
-        return event({**head, "choices": [], "usage": usage(self.replies)})
+    def choices(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": index,
+                "message": _message(turn),
+                "logprobs": _logprobs(turn.scores) if self._scored else None,
+                "finish_reason": turn.reason,
+            }
+            for index, turn in enumerate(self._turns)
+        ]
 
-    def _chunk(
+    def _delta(
         self,
         index: int,
         delta: dict[str, Any],
         scores: list[dict[str, Any]] | None = None,
         reason: str | None = None,
     ) -> bytes:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": {"content": scores, "refusal": None} if scores else None,
-            "finish_reason": reason,
-        }
-        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        if self._usage:
-            chunk["usage"] = usage(self.replies) if self._usage_always else None
-        return event(chunk)
+        logprobs = _logprobs(scores) if scores else None
+        return self.chunk(
+            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        )
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "system_fingerprint": None,
-        }
+
+def _logprobs(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"content": scores, "refusal": None}
 
 
 def _message(turn: _Turn) -> dict[str, Any]:
@@ -276,29 +222,6 @@ def _message(turn: _Turn) -> dict[str, Any]:
 def _call(call: Call) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def usage(replies: Sequence[Reply]) -> dict[str, Any]:
-    """How many tokens a request took.
-
-    Args:
-        replies: Its replies.
-
-    Returns:
-        The counts under OpenAI's names; a prompt counts once for each of its replies but the
-        further choices.
-    """
-    prompts = {id(reply.prompt): len(reply.prompt) for reply in replies}
-    prompt_tokens = sum(prompts.values())
-    written = sum(reply.job.new_tokens for reply in replies)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": written,
-        "total_tokens": prompt_tokens + written,
-        "prompt_tokens_details": {
-            "cached_tokens": min(prompt_tokens, sum(reply.job.cached_tokens for reply in replies))
-        },
-    }
 
 
 def score_entry(score: TokenScore, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -7,21 +7,17 @@ whoever asks writes the model's raw text, and may give token ids instead. With `
 
 from __future__ import annotations
 
-import asyncio
 import codecs
-import secrets
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from mistill.engine.log_probabilities import TokenScore
-from mistill.serve.chat import usage
 from mistill.serve.generation import Served
 from mistill.serve.http.exchange import Exchange
 from mistill.serve.refusals import bad_request
-from mistill.serve.replies import Event, Inbox, Piece, Replies, Reply
+from mistill.serve.replies import Event, Inbox, Piece, Reply
 from mistill.serve.requests import CompletionRequest, read_request
-from mistill.serve.streaming import event, raise_failure, stream_replies
+from mistill.serve.streaming import Answer, respond
 from mistill.text.vocabulary import Vocabulary
 
 _DEFAULT_TOKENS = 16
@@ -39,33 +35,7 @@ async def complete(served: Served, exchange: Exchange) -> None:
         RefusalError: If they cannot be answered.
         ClientGoneError: If the client leaves.
     """
-    content = await exchange.body()
-    inbox = Inbox(asyncio.get_running_loop())
-    answer = await served.workers.run(_prepare, served, content, inbox, exchange.owner)
-    replies = Replies(served.scheduler, answer.replies, inbox, served.settings.queue_seconds)
-    try:
-        replies.start(exchange)
-        if answer.request.streams:
-            await stream_replies(
-                exchange,
-                replies,
-                headers=answer.headers,
-                opening=answer.opening,
-                part=answer.part,
-                closing=answer.closing,
-                ping_seconds=served.limits.ping_seconds,
-            )
-        else:
-            while replies.unfinished:
-                events = await replies.take()
-                raise_failure(events)
-                for reply, happened in events:
-                    answer.texts[reply.index].take(happened)
-            whole = await served.workers.run(answer.whole)
-            await exchange.answer_json(whole, answer.headers)
-    finally:
-        replies.stop()
-        served.counts.ended(exchange, answer.replies)
+    await respond(served, exchange, _prepare)
 
 
 def _prepare(served: Served, content: bytes, inbox: Inbox, owner: str) -> _Answer:
@@ -118,8 +88,8 @@ class _Text:
         return text, score
 
 
-class _Answer:
-    """The answer to prompts, whole or in parts."""
+class _Answer(Answer):
+    """The answer to prompts."""
 
     def __init__(
         self,
@@ -128,52 +98,20 @@ class _Answer:
         replies: Sequence[Reply],
         ignored: Sequence[str],
     ) -> None:
-        self.request = request
-        self.replies = list(replies)
-        self.texts = [_Text() for _ in replies]
-        self.headers = {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
+        kind = "text_completion"
+        super().__init__(served.name, request, replies, ignored, kind=kind, part_kind=kind)
         self._vocabulary = served.vocabulary
+        self._prompt = request.prompt
+        self._echoed, self._scored = bool(request.echo), request.logprobs is not None
+        self._texts = [_Text() for _ in replies]
         self._offsets = [0] * len(self.replies)
-        self._echoes: list[str] = [self._echo(index) for index in range(len(self.replies))]
-        self._id = f"cmpl-{secrets.token_hex(12)}"
-        self._created = int(time.time())
-        self._model = served.name
-        options = request.stream_options
-        self._usage = options is not None and options.include_usage
-        self._usage_always = options is not None and options.continuous_usage_stats
-
-    def whole(self) -> dict[str, Any]:
-        choices = []
-        for index, text in enumerate(self.texts):
-            reply = self.replies[index]
-            logprobs = None
-            if self.request.logprobs is not None:
-                scores: list[TokenScore | None] = list(text.scores)
-                if self.request.echo:
-                    first = TokenScore(reply.prompt[0], 0.0, ())
-                    before = [first, *reply.prompt_scores]
-                    entry = legacy_logprobs([*before, *text.scores], self._vocabulary)
-                    entry["token_logprobs"][0] = entry["top_logprobs"][0] = None
-                    logprobs = entry
-                else:
-                    logprobs = legacy_logprobs(
-                        [score for score in scores if score is not None], self._vocabulary
-                    )
-            choices.append(
-                {
-                    "index": index,
-                    "text": self._echoes[index] + text.text,
-                    "logprobs": logprobs,
-                    "finish_reason": text.reason,
-                }
-            )
-        return {**self._head(), "choices": choices, "usage": usage(self.replies)}
+        self._echoes = [self._echo(reply) for reply in self.replies]
 
     def opening(self) -> bytes:
-        return b"".join(self._chunk(index, echo) for index, echo in enumerate(self._echoes) if echo)
+        return b"".join(self._piece(index, echo) for index, echo in enumerate(self._echoes) if echo)
 
     def part(self, reply: Reply, happened: Event) -> bytes:
-        state = self.texts[reply.index]
+        state = self._texts[reply.index]
         text, score = state.take(happened)
         if not (text or score is not None or state.reason is not None):
             return b""
@@ -181,45 +119,47 @@ class _Answer:
         if score is not None:
             logprobs = legacy_logprobs([score], self._vocabulary, self._offsets[reply.index])
             self._offsets[reply.index] += len(logprobs["tokens"][0])
-        return self._chunk(reply.index, text, logprobs, state.reason)
+        return self._piece(reply.index, text, logprobs, state.reason)
 
-    def closing(self) -> bytes:
-        if not self._usage:
-            return b""
-        return event({**self._head(), "choices": [], "usage": usage(self.replies)})
+    def choices(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": reply.index,
+                "text": echo + text.text,
+                "logprobs": self._logprobs(reply, text) if self._scored else None,
+                "finish_reason": text.reason,
+            }
+            for reply, echo, text in zip(self.replies, self._echoes, self._texts, strict=True)
+        ]
 
-    def _echo(self, index: int) -> str:
+    def _logprobs(self, reply: Reply, text: _Text) -> dict[str, Any]:
+        if not self._echoed:
+            return legacy_logprobs(text.scores, self._vocabulary)
+        first = TokenScore(reply.prompt[0], 0.0, ())  # nothing is said of it
+        scores = [first, *reply.prompt_scores, *text.scores]
+        logprobs = legacy_logprobs(scores, self._vocabulary)
+        logprobs["token_logprobs"][0] = logprobs["top_logprobs"][0] = None
+        return logprobs
+
+    def _echo(self, reply: Reply) -> str:
         """The prompt as the answer begins with it, if it does."""
-        if not self.request.echo:
+        if not self._echoed:
             return ""
-        prompt = self.request.prompt
-        number = index // self.request.choices
-        given = prompt if isinstance(prompt, str) else prompt[number]
-        if isinstance(given, str):
-            return given
-        return self._vocabulary.decode(self.replies[index].prompt)
+        given = self._prompt
+        if not isinstance(given, str):
+            given = given[reply.index // self.request.choices]
+        return given if isinstance(given, str) else self._vocabulary.decode(reply.prompt)
 
-    def _chunk(
+    def _piece(
         self,
         index: int,
         text: str,
         logprobs: dict[str, Any] | None = None,
         reason: str | None = None,
     ) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        chunk = {**self._head(), "choices": [choice]}
-        if self._usage:
-            chunk["usage"] = usage(self.replies) if self._usage_always else None
-        return event(chunk)
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "system_fingerprint": None,
-        }
+        return self.chunk(
+            {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        )
 
 
 def legacy_logprobs(

@@ -186,7 +186,7 @@ class Served:
                     end_ids=end_ids,
                     sink=reply,
                     owner=owner,
-                    repeatable=request.seed is not None,
+                    repeatable=settings.seed is not None or settings.temperature == 0,
                     prompt_scores=reply.scorer(top or 0) if prompt_scores else None,
                 )
                 replies.append(reply)

@@ -1,4 +1,4 @@
-"""Replies sent as they are written, as server-sent events.
+"""Answers of replies: whole, or as they are written, as server-sent events.
 
 A stream ends with ``[DONE]``, and one that breaks off with an error event before it, because a
 client takes a stream that merely stops for a whole reply.
@@ -6,17 +6,23 @@ client takes a stream that merely stops for a whole reply.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
+import time
 import traceback
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from mistill.errors import ContextError, EngineStoppedError, QueueFullError, SettingsError
-from mistill.serve.http.exchange import Exchange
+from mistill.serve.generation import Served
+from mistill.serve.http.exchange import ClientGoneError, Exchange
 from mistill.serve.refusals import RefusalError, bad_request, busy, own_fault, unavailable
-from mistill.serve.replies import End, Event, Failure, Replies, Reply
+from mistill.serve.replies import End, Event, Failure, Inbox, Replies, Reply
+from mistill.serve.requests import Generation
 
 DONE = b"data: [DONE]\n\n"
 PING = b": still here\n\n"
@@ -73,65 +79,176 @@ def log_bug(error: BaseException) -> None:
     _log.error("%s at%s", type(error).__name__, places)
 
 
-async def stream_replies(
-    exchange: Exchange,
-    replies: Replies,
-    *,
-    headers: dict[str, str],
-    opening: Callable[[], bytes],
-    part: Callable[[Reply, Event], bytes],
-    closing: Callable[[], bytes],
-    ping_seconds: float,
+class Answer(ABC):
+    """The answer to a request, whole or in parts.
+
+    Attributes:
+        request: The request.
+        replies: Its replies.
+        headers: More headers of the answer.
+    """
+
+    request: Generation
+    replies: list[Reply]
+    headers: dict[str, str]
+
+    def __init__(
+        self,
+        model: str,
+        request: Generation,
+        replies: Sequence[Reply],
+        ignored: Sequence[str],
+        *,
+        kind: str,
+        part_kind: str,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            model: Name of the model.
+            request: The request.
+            replies: Its replies, which have not started.
+            ignored: Names of fields that were ignored.
+            kind: What clients know a whole answer by.
+            part_kind: What they know a part of one by.
+        """
+        self.request = request
+        self.replies = list(replies)
+        self.headers = {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
+        self._kind = kind
+        self._part_kind = part_kind
+        prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
+        self._head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": None,
+        }
+        options = request.stream_options
+        self._usage = options is not None and options.include_usage
+        self._usage_always = options is not None and options.continuous_usage_stats
+
+    @abstractmethod
+    def opening(self) -> bytes:
+        """Events at the beginning of a stream."""
+
+    @abstractmethod
+    def part(self, reply: Reply, happened: Event) -> bytes:
+        """Take what happened to a reply.
+
+        Args:
+            reply: The reply.
+            happened: A piece of it, or its end.
+
+        Returns:
+            Events for a stream; may be none.
+        """
+
+    @abstractmethod
+    def choices(self) -> list[dict[str, Any]]:
+        """The replies as a whole answer lists them."""
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, once all replies have ended."""
+        return {
+            **self._head,
+            "object": self._kind,
+            "choices": self.choices(),
+            "usage": usage(self.replies),
+        }
+
+    def closing(self) -> bytes:
+        """Events at the end of a stream."""
+        if not self._usage:
+            return b""
+        counts = usage(self.replies)
+        return event({**self._head, "object": self._part_kind, "choices": [], "usage": counts})
+
+    def chunk(self, choice: Mapping[str, Any]) -> bytes:
+        """An event for one reply.
+
+        Args:
+            choice: What it says of the reply.
+
+        Returns:
+            The event.
+        """
+        value = {**self._head, "object": self._part_kind, "choices": [choice]}
+        if self._usage:
+            value["usage"] = usage(self.replies) if self._usage_always else None
+        return event(value)
+
+
+Prepare = Callable[[Served, bytes, Inbox, str], Answer]
+
+
+async def respond(served: Served, exchange: Exchange, prepare: Prepare) -> None:
+    """Answer a request for replies.
+
+    Args:
+        served: The model.
+        exchange: The request.
+        prepare: Makes the replies of the body, an inbox and the request's owner, in a thread.
+
+    Raises:
+        RefusalError: If it cannot be answered.
+        ClientGoneError: If the client leaves.
+    """
+    content = await exchange.body()
+    inbox = Inbox(asyncio.get_running_loop())
+    answer = await served.workers.run(prepare, served, content, inbox, exchange.owner)
+    replies = Replies(served.scheduler, answer.replies, inbox, served.settings.queue_seconds)
+    try:
+        replies.start(exchange)
+        if answer.request.streams:
+            await _stream(exchange, replies, answer, served.limits.ping_seconds)
+        else:
+            while replies.unfinished:
+                events = await replies.take()
+                _raise_failure(events)
+                for reply, happened in events:
+                    answer.part(reply, happened)
+            whole = await served.workers.run(answer.whole)
+            await exchange.answer_json(whole, answer.headers)
+    finally:
+        replies.stop()
+        served.counts.ended(exchange, answer.replies)
+
+
+async def _stream(
+    exchange: Exchange, replies: Replies, answer: Answer, ping_seconds: float
 ) -> None:
     """Send replies as they are written.
 
     The stream begins with the first token, or after some silence; until then an error has a status
     of its own.
-
-    Args:
-        exchange: The request.
-        replies: Its replies, which have started.
-        headers: More headers of the answer.
-        opening: Events at the beginning.
-        part: Events for a piece of a reply or its end; may be none.
-        closing: Events at the end.
-        ping_seconds: Silence after which a comment is sent.
-
-    Raises:
-        RefusalError: If the replies fail before the stream begins.
-        ClientGoneError: If the client leaves.
     """
     began = False
     try:
         while replies.unfinished:
             events = await replies.take(ping_seconds)
-            raise_failure(events)
-            content = b"".join([part(reply, happened) for reply, happened in events])
+            _raise_failure(events)
+            content = b"".join([answer.part(reply, happened) for reply, happened in events])
             if not began:
                 began = True
-                await exchange.begin_stream(headers)
-                content = opening() + content
+                await exchange.begin_stream(answer.headers)
+                content = answer.opening() + content
             if content or not events:
                 await exchange.stream(content or PING)
-    except RefusalError as refusal:
+    except ClientGoneError:
+        raise
+    except Exception as error:
         if not began:
             raise
         exchange.facts["ending"] = "error"
-        await exchange.stream(b"data: " + refusal.body() + b"\n\n" + DONE)
+        await exchange.stream(b"data: " + refusal_of(error).body() + b"\n\n" + DONE)
     else:
-        await exchange.stream(closing() + DONE)
+        await exchange.stream(answer.closing() + DONE)
     await exchange.end_stream()
 
 
-def raise_failure(events: list[tuple[Reply, Event]]) -> None:
-    """Raise what a client is told of a reply that failed, if one did.
-
-    Args:
-        events: What happened.
-
-    Raises:
-        RefusalError: If a reply failed or was ended by somebody else.
-    """
+def _raise_failure(events: list[tuple[Reply, Event]]) -> None:
+    """Raise what a client is told of a reply that failed, or that somebody else has ended."""
     for _, happened in events:
         if isinstance(happened, Failure):
             if isinstance(happened.error, EngineStoppedError):
@@ -141,3 +258,26 @@ def raise_failure(events: list[tuple[Reply, Event]]) -> None:
             raise refusal_of(happened.error)
         if isinstance(happened, End) and happened.reason == "cancelled":
             raise RefusalError(500, "the reply was ended before it was whole", code="stopped")
+
+
+def usage(replies: Sequence[Reply]) -> dict[str, Any]:
+    """How many tokens a request took.
+
+    Args:
+        replies: Its replies.
+
+    Returns:
+        The counts under OpenAI's names; a prompt counts once for each of its replies but the
+        further choices.
+    """
+    prompts = {id(reply.prompt): len(reply.prompt) for reply in replies}
+    prompt_tokens = sum(prompts.values())
+    written = sum(reply.job.new_tokens for reply in replies)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+        "prompt_tokens_details": {
+            "cached_tokens": min(prompt_tokens, sum(reply.job.cached_tokens for reply in replies))
+        },
+    }

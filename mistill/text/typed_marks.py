@@ -83,13 +83,15 @@ def encode_conversation(text: str, vocabulary: Vocabulary, *, hidden: bool) -> T
         Ids and the character at which each begins.
 
     Raises:
-        TextError: If the text holds half of a character.
+        TextError: If the text holds half of a character, or characters that the tokenizer takes
+            for a special token which is not written there.
         VocabularyError: If the text holds a token for which the model has no row.
     """
     spans = vocabulary.encode_spans(text)
+    typed = _Typed(vocabulary)
+    typed.refuse_look_alikes(text, spans)
     if not hidden:
         return spans
-    typed = _Typed(vocabulary)
     ids: list[int] = []
     starts: list[int] = []
     pieces = _pieces(text, spans, vocabulary)
@@ -178,6 +180,20 @@ class _Typed:
             if letter in text:
                 text = text.replace(letter * len(mark), mark)
         return text
+
+    def refuse_look_alikes(self, text: str, spans: TokenSpans) -> None:
+        """Refuse a text of which a tokenizer that normalizes makes more marks than it holds."""
+        vocabulary = self._vocabulary
+        unknown = vocabulary.special_tokens.get("unk_token")
+        marks = [token for token in spans.ids.tolist() if vocabulary.is_mark(token)]
+        if unknown is not None:  # what it cannot spell is no mark
+            marks = [token for token in marks if vocabulary.token_bytes(token) != unknown.encode()]
+        written = sum(mark != unknown for mark in self._any.findall(text)) if marks else 0
+        if len(marks) > written:
+            raise TextError(
+                "the conversation holds characters that the tokenizer takes for special tokens "
+                "although they are none, such as full-width ones; leave them out"
+            )
 
     def _of_structure(self) -> re.Pattern[str]:
         """The marks with which the chat template builds turns, and those that have a name."""

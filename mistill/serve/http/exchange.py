@@ -156,6 +156,24 @@ class Exchange:
             )
         return bytes(content)
 
+    async def discard_body(self) -> None:
+        """Read what is left of a body that nobody wants, so that the client hears the answer.
+
+        A connection that is closed while bytes arrive is reset, and with it goes the answer. A body
+        over the bound is not read to its end.
+
+        Raises:
+            ClientGoneError: If the client leaves meanwhile.
+        """
+        size = 0
+        waits = b"expect" in self.headers
+        while not self.body_read and not waits and size <= self._limits.body_bytes:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            size += len(message.get("body", b""))
+            self.body_read = not message.get("more_body", False)
+
     async def until_gone(self) -> None:
         """Wait until the client closes the connection; only after the body was read."""
         while (await self._receive())["type"] != "http.disconnect":

@@ -56,11 +56,13 @@ class Server(uvicorn.Server):
         code: Exit code of the process.
         address: Address of the page, and with ``/v1`` that for clients; once it runs.
         model: What clients call the model.
+        has_page: Whether there is a page to chat in.
     """
 
     code: int
     address: str
     model: str
+    has_page: bool
 
     def __init__(self, app: App) -> None:
         """Make a server.
@@ -75,6 +77,7 @@ class Server(uvicorn.Server):
         self.code = 0
         self.address = ""
         self.model = app.served.name
+        self.has_page = ("GET", "/") in app.routes
         self._app = app
         self._limits = limits
         self._exit = asyncio.Event()
@@ -101,6 +104,8 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Wait for the end."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
+        # All addresses of this machine; this is the one whose name is answered in any case.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         if self._started is not None:
             self._started(self)

@@ -1,6 +1,21 @@
 // An answer while it is written: what the model reads, what it writes, and how fast.
 import { streamChat } from "./api.js";
 
+const MOST_VERSIONS = 100;
+
+/** An answer of which nothing is written yet. */
+export const blank = () => ({ role: "assistant", content: "", ending: "cut" });
+
+const versionOf = ({ content, ending, facts }) => ({ content, ending, facts });
+
+/** A blank answer in the place of another, which stays within reach as an earlier version. */
+export function another(last) {
+  const earlier = last.versions ?? (last.content ? [versionOf(last)] : []);
+  const fresh = blank();
+  const versions = [...earlier.slice(1 - MOST_VERSIONS), versionOf(fresh)];
+  return versions.length > 1 ? { ...fresh, versions, version: versions.length - 1 } : fresh;
+}
+
 /** What the model is to read: the system prompt, and every question that has an answer. */
 function conversationOf({ system, messages }, withLast) {
   const turns = withLast ? messages : messages.slice(0, -1);
@@ -71,5 +86,6 @@ export async function writeAnswer(chat, message, { model, continued, signal, onT
     }
   }
   message.facts = clock.facts(usage);
+  if (message.versions) message.versions[message.version] = versionOf(message);
   return fault;
 }

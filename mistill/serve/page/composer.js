@@ -68,9 +68,15 @@ export class Composer {
     });
     field.addEventListener("input", () => { this.#grow(); this.#show(); this.#keep(); });
     field.addEventListener("keydown", (event) => this.#pressed(event));
-    field.addEventListener("paste", (event) => this.#dropped(event, event.clipboardData));
-    form.addEventListener("dragover", (event) => event.preventDefault());
-    form.addEventListener("drop", (event) => this.#dropped(event, event.dataTransfer));
+    field.addEventListener("paste", (event) => {
+      // What is copied from a table is text and a picture of it: the text counts.
+      if (!event.clipboardData.types.includes("text/plain")) this.#dropped(event, event.clipboardData);
+    });
+    // Anywhere on the page: a browser would leave the page for a file that misses the field.
+    document.addEventListener("dragover", (event) => {
+      if (event.dataTransfer.types.includes("Files")) event.preventDefault();
+    });
+    document.addEventListener("drop", (event) => this.#dropped(event, event.dataTransfer));
     form.addEventListener("submit", (event) => { event.preventDefault(); this.#send(); });
     form.querySelector("#stop").addEventListener("click", () => this.#actions.stop());
     addEventListener("pagehide", () => this.keepDraft());
@@ -92,8 +98,6 @@ export class Composer {
     if (this.#id) this.#drafts.set(this.#id, this.#field.value);
   }
 
-  forget(id) { this.#drafts.set(id, ""); }
-
   /** Whether an answer is being written: then there is Stop in the place of Send. */
   showBusy(busy) {
     const had = this.#form.contains(document.activeElement) && document.activeElement !== this.#field;
@@ -103,13 +107,6 @@ export class Composer {
   }
 
   focus() { this.#field.focus(); }
-
-  fill(text) {
-    this.#field.value = text;
-    this.#grow();
-    this.#show();
-    this.focus();
-  }
 
   /** Say what Enter does, as it is set. */
   showHint() {

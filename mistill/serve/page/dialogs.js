@@ -30,7 +30,9 @@ export function announce(text) {
 }
 
 /** Ask for a line of text, or for a yes: the text, "" for a yes, null if the reader leaves. */
-export function ask({ title, about = "", label = "", value = "", type = "text", action, danger = false, check = () => "" }) {
+export function ask({
+  title, about = "", label = "", value = "", type = "text", action, danger = false, check = () => "",
+}) {
   const dialog = $("ask");
   const field = $("ask-field");
   $("ask-title").textContent = title;

@@ -119,7 +119,11 @@ export async function openHistory() {
       request.result.createObjectStore("heads", { keyPath: "id" });
       request.result.createObjectStore("messages", { keyPath: "id" });
     };
-    return new DatabaseHistory(await promised(request));
+    const database = await promised(request);
+    if (!["heads", "messages"].every((name) => database.objectStoreNames.contains(name))) {
+      throw new Error("the database of that name is not ours");
+    }
+    return new DatabaseHistory(database);
   } catch {
     return new MemoryHistory();
   }
@@ -135,7 +139,8 @@ export async function searchHistory(history, text) {
       const at = lower.indexOf(wanted);
       if (at >= 0) {
         const from = Math.max(0, at - 24);
-        results.set(id, (from ? "…" : "") + content.slice(from, at + wanted.length + 60).replace(/\s+/g, " "));
+        const place = content.slice(from, at + wanted.length + 60).replace(/\s+/g, " ");
+        results.set(id, (from ? "…" : "") + place);
         break;
       }
     }
@@ -192,10 +197,12 @@ function checkedMessage(message, place) {
   if (isText(message.error)) answer.error = message.error.slice(0, 2000);
   if (Array.isArray(message.versions)) {
     answer.versions = message.versions.slice(0, 100).map((version, index) => {
-      expect(isPlain(version) && isText(version.content), "import_text", { place: `${place}.versions[${index}].content` });
+      const content = `${place}.versions[${index}].content`;
+      expect(isPlain(version) && isText(version.content), "import_text", { place: content });
       return checkedAnswer(version);
     });
-    answer.version = Number.isInteger(message.version) && message.version in answer.versions ? message.version : 0;
+    const { version } = message;
+    answer.version = Number.isInteger(version) && version in answer.versions ? version : 0;
     if (!answer.versions.length) { delete answer.versions; delete answer.version; }
   }
   return answer;
@@ -217,10 +224,15 @@ function importedChats(text) {
   return file.chats.map((chat, number) => {
     const place = `chats[${number}]`;
     expect(isPlain(chat), "import_object", { place });
-    for (const name of ["title", "system"]) expect(isText(chat[name]), "import_text", { place: `${place}.${name}` });
-    for (const name of ["created", "updated"]) expect(isTime(chat[name]), "import_time", { place: `${place}.${name}` });
-    expect(Array.isArray(chat.messages), "import_list", { place: `${place}.messages` });
-    expect(chat.messages.length <= MOST_MESSAGES, "import_many", { place: `${place}.messages`, most: MOST_MESSAGES });
+    for (const name of ["title", "system"]) {
+      expect(isText(chat[name]), "import_text", { place: `${place}.${name}` });
+    }
+    for (const name of ["created", "updated"]) {
+      expect(isTime(chat[name]), "import_time", { place: `${place}.${name}` });
+    }
+    const list = `${place}.messages`;
+    expect(Array.isArray(chat.messages), "import_list", { place: list });
+    expect(chat.messages.length <= MOST_MESSAGES, "import_many", { place: list, most: MOST_MESSAGES });
     return {
       id: newId(),
       title: chat.title.slice(0, LONGEST_TITLE),
@@ -229,7 +241,7 @@ function importedChats(text) {
       updated: chat.updated,
       system: chat.system,
       settings: checkedSettings(chat.settings, `${place}.settings`),
-      messages: chat.messages.map((message, index) => checkedMessage(message, `${place}.messages[${index}]`)),
+      messages: chat.messages.map((message, index) => checkedMessage(message, `${list}[${index}]`)),
     };
   });
 }

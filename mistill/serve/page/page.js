@@ -1,11 +1,11 @@
 // A page to chat in: what the reader does, and what becomes of it. One conversation is shown;
 // others may be answered meanwhile.
-import { writeAnswer } from "./answering.js";
+import { another, blank, writeAnswer } from "./answering.js";
 import { ApiError, keyFromAddress } from "./api.js";
 import { Composer } from "./composer.js";
 import { askForKey, connect, currentModel, onConnected, showConnection, showTrouble } from "./connection.js";
 import { announce, ask, say } from "./dialogs.js";
-import { copyText, make } from "./elements.js";
+import { afterPause, copyText, make } from "./elements.js";
 import { allChats, exportText, importInto, newChat, openHistory, saveFile, titleOf } from "./history.js";
 import { SHORTCUTS, actionOf, isComposing, keyName } from "./keyboard.js";
 import { loadPreferences, savePreferences, settingsDialog, showTheme } from "./settings.js";
@@ -51,6 +51,8 @@ async function keep(one) {
     lastFault = fault;
   }
 }
+
+const keepSoon = afterPause(300, keep);
 
 function showTitle() {
   const title = chat.title || word("new_chat");
@@ -158,11 +160,12 @@ async function importFile(file) {
 async function deleteAll() {
   const count = (await store.heads()).length;
   const yes = await ask({
-    title: word("delete_all"), about: word("delete_all_about", { count }), action: word("delete_all"), danger: true,
+    title: word("delete_all"), about: word("delete_all_about", { count }),
+    action: word("delete_all"), danger: true,
   });
   if (yes === null) return;
   (await store.heads()).forEach(({ id }) => deleted.add(id));
-  [...running.keys()].forEach(stop);
+  for (const id of running.keys()) { deleted.add(id); stop(id); }
   await store.clear();
   otherTabs?.postMessage(null);
   startChat();
@@ -171,8 +174,6 @@ async function deleteAll() {
 // --- answers -----------------------------------------------------------------------------------
 
 const assistant = () => currentModel()?.id ?? word("assistant");
-const blank = () => ({ role: "assistant", content: "", ending: "cut" });
-const versionOf = ({ content, ending, facts }) => ({ content, ending, facts });
 
 function stop(id = chat.id) {
   running.get(id)?.controller.abort();
@@ -197,19 +198,18 @@ function send(text) {
 /** Write the last answer anew; the ones before stay within reach. */
 function regenerate() {
   if (!ready()) return;
-  const fresh = blank();
   const { messages } = chat;
-  if (messages.at(-1).role === "assistant") {
-    const last = messages.pop();
-    const versions = last.versions ?? (last.content ? [versionOf(last)] : []);
-    if (versions.length) Object.assign(fresh, { versions: [...versions, versionOf(fresh)], version: versions.length });
-  }
-  messages.push(fresh);
+  messages.push(messages.at(-1).role === "assistant" ? another(messages.pop()) : blank());
   answer(messages.length - 1);
 }
 
 function goOn() {
   if (ready()) answer(chat.messages.length - 1, true);
+}
+
+/** Where the button is gone that had the focus, go on in the field; a phone would show its keys. */
+function keepFocus() {
+  if (document.activeElement === document.body && !narrow()) composer.focus();
 }
 
 /** Let the model write the last message, which stands there empty or is to be gone on with. */
@@ -232,15 +232,15 @@ async function answer(firstChanged, continued = false) {
   thread.refresh(firstChanged, true);
   showState();
   thread.toEnd();
-  // The button that began this is gone.
-  if (document.activeElement === document.body && !narrow()) composer.focus();
+  keepFocus();
   announce(word("writing"));
   keep(mine).then(() => sidebar.show());
   const error = await written;
   running.delete(mine.id);
   if (error instanceof ApiError) showTrouble(error);
   else if (error) console.error(error);
-  if (message.versions) message.versions[message.version] = versionOf(message);
+  // An answer that broke off may be the last of the server.
+  if (error?.kind === "broken") connect();
   mine.updated = Date.now();
   await finish(mine, message, shown());
 }
@@ -268,11 +268,14 @@ function showVersion(index, step) {
   Object.assign(message, message.versions[version], { version });
   thread.refresh(index, false);
   keep(chat);
+  const order = step < 0 ? ["previous", "next"] : ["next", "previous"];
+  order.map((name) => document.querySelector(`.versions [data-do=${name}]:enabled`)).find(Boolean).focus();
 }
 
 /** Send a message in other words; what came after it goes, and can come back. */
 function editMessage(index, text) {
-  if (!ready()) { say(word("no_server")); return; }
+  if (busy()) say(word("still_writing"));
+  if (!ready()) return;
   const mine = chat;
   const before = structuredClone(mine.messages);
   mine.messages.length = index;
@@ -307,6 +310,7 @@ function changed(mine) {
   mine.updated = Date.now();
   thread.open(mine, false);
   showState();
+  keepFocus();
   keep(mine).then(() => sidebar.show());
 }
 
@@ -373,7 +377,7 @@ function connectParts() {
     onSampling(system, values) {
       Object.assign(chat, { system, settings: values });
       preferences = savePreferences({ system, settings: values });
-      keep(chat);
+      keepSoon(chat);
     },
     onPage(changes) {
       preferences = changes;
@@ -404,7 +408,9 @@ function connectParts() {
     button.addEventListener("click", () => button.closest("dialog").close());
   }
   document.addEventListener("keydown", pressed);
-  document.addEventListener("visibilitychange", () => { if (!document.hidden && !currentModel()) connect(); });
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden && !currentModel()) connect();
+  });
   addEventListener("hashchange", () => { if (keyFromAddress()) connect(); });
   matchMedia("(max-width: 860px)").addEventListener("change", () => showSidebar(!narrow()));
   otherTabs?.addEventListener("message", async ({ data: id }) => {
@@ -438,5 +444,6 @@ async function start() {
 
 start().catch((error) => {
   document.body.classList.remove("loading");
-  document.body.replaceChildren(make("p", { class: "alone" }, `The page could not start: ${error.message}. Reload it.`));
+  const text = `The page could not start: ${error.message}. Reload it.`;
+  document.body.replaceChildren(make("p", { class: "alone" }, text));
 });

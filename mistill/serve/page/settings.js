@@ -1,6 +1,6 @@
 // How answers are sampled, and how the page behaves: what may be set, and the dialog for it.
 import { make } from "./elements.js";
-import { currentLanguage, putWords, word } from "./words.js";
+import { putWords, word } from "./words.js";
 
 const STORE = "mistill-page";
 
@@ -141,7 +141,6 @@ export function settingsDialog(dialog, { onSampling, onPage }) {
       language.value = preferences.language;
       enter.checked = enterSends();
       dialog.querySelector("#import-result").textContent = "";
-      dialog.lang = currentLanguage();
       putWords(dialog);
       read();
       dialog.showModal();

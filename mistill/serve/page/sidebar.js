@@ -106,7 +106,10 @@ export class Sidebar {
       ? heads.filter(({ id, title }) => places.has(id) || title.toLowerCase().includes(lower)) : heads;
     const focused = document.activeElement?.closest?.("#chats li")?.dataset.id;
     this.#list.replaceChildren(...this.#groups(results, wanted, places));
-    if (focused) this.#list.querySelector(`li[data-id="${focused}"] .open`)?.focus();
+    if (focused) {
+      const row = this.#list.querySelector(`li[data-id="${focused}"] .open`);
+      (row ?? this.#list.querySelector(".open") ?? this.#field).focus();
+    }
     this.#status.textContent = wanted ? word("results", { count: results.length }) : "";
     this.#status.hidden = !wanted;
   }
@@ -133,8 +136,8 @@ export class Sidebar {
     const open = make("button", {
       type: "button", class: "open", "aria-current": current ? "page" : null,
       onclick: () => this.#actions.open(id, place ? wanted : ""),
-    }, make("span", { class: "name" }, ...marked(name, wanted)));
-    if (place) open.append(make("span", { class: "place" }, ...marked(place, wanted)));
+    }, make("span", { class: "name", dir: "auto" }, ...marked(name, wanted)));
+    if (place) open.append(make("span", { class: "place", dir: "auto" }, ...marked(place, wanted)));
     return make("li", { "data-id": id, class: current ? "current" : null }, open,
       make("span", { class: "buttons" },
         iconButton("edit", "rename_named", () => this.#actions.rename(id), { name }),

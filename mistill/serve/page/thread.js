@@ -10,11 +10,11 @@ const NEAR_END = 60;
 const LONG = 2400;
 
 /** The speed of an answer in one line. */
-export function factsLine({ newTokens, tokensPerSecond, firstTokenSeconds }) {
+export function factsLine({ newTokens, tokensPerSecond: rate, firstTokenSeconds: first }) {
   const parts = [];
   if (newTokens) parts.push(word(newTokens === 1 ? "one_token" : "tokens", { count: newTokens }));
-  if (tokensPerSecond) parts.push(word("tokens_per_second", { speed: number(tokensPerSecond, tokensPerSecond < 10 ? 2 : 1) }));
-  if (firstTokenSeconds !== undefined) parts.push(word("first_token", { seconds: number(firstTokenSeconds, 2) }));
+  if (rate) parts.push(word("tokens_per_second", { speed: number(rate, rate < 10 ? 2 : 1) }));
+  if (first !== undefined) parts.push(word("first_token", { seconds: number(first, 2) }));
   return parts.join(" · ");
 }
 
@@ -43,15 +43,18 @@ export class Thread {
     this.#list = list;
     this.#scroller = scroller;
     this.#actions = actions;
-    this.#earlier = make("button", { type: "button", class: "quiet", id: "earlier", onclick: () => this.showEarlier() });
+    this.#earlier = make("button",
+      { type: "button", class: "quiet", id: "earlier", onclick: () => this.showEarlier() });
     list.before(this.#earlier);
     scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     new IntersectionObserver(([entry]) => {
       // Reached by scrolling: not while the page opens at its end.
       if (entry.isIntersecting && scroller.scrollTop < 400 && !this.#following) this.showEarlier();
     }, { root: scroller, rootMargin: "200px" }).observe(this.#earlier);
-    // Pictures of text change their height after layout; the end stays in sight.
-    new ResizeObserver(() => { if (this.#following) this.toEnd(); }).observe(list);
+    // A notice or a phone's keyboard takes room, text is laid out late: the end stays in sight.
+    const sizes = new ResizeObserver(() => { if (this.#following) this.toEnd(); });
+    sizes.observe(list);
+    sizes.observe(scroller);
   }
 
   /** Whether a message is being edited. */
@@ -79,6 +82,7 @@ export class Thread {
     for (const [at, row] of [...this.#rows]) {
       if (at >= first) { row.element.remove(); this.#rows.delete(at); }
     }
+    if (this.#editing >= first) this.#editing = null;
     this.#fill(first, messages.length, null);
     // What can be done with the answers before depends on which one is last.
     for (let at = Math.max(this.#from, first - 2); at < first; at += 1) this.#footer(at);
@@ -87,7 +91,8 @@ export class Thread {
 
   /** Call the assistant by its name, where that has become known. */
   showName() {
-    for (const label of this.#list.querySelectorAll(".theirs .who")) label.textContent = this.#actions.name();
+    const name = this.#actions.name();
+    for (const label of this.#list.querySelectorAll(".theirs .who")) label.textContent = name;
   }
 
   /** Text was added to the last message: it is shown with the next frame. */
@@ -137,7 +142,8 @@ export class Thread {
   /** Bring the first message that holds a text into sight. */
   goToText(text) {
     const wanted = text.normalize("NFC").toLowerCase();
-    const at = this.#chat.messages.findIndex(({ content }) => content.normalize("NFC").toLowerCase().includes(wanted));
+    const at = this.#chat.messages.findIndex(({ content }) =>
+      content.normalize("NFC").toLowerCase().includes(wanted));
     if (at < 0) return;
     this.showEarlier(this.#from - at + 5);
     const { element } = this.#rows.get(at);
@@ -181,7 +187,7 @@ export class Thread {
   #row(at) {
     const message = this.#chat.messages[at];
     const mine = message.role === "user";
-    const body = make("div", { class: mine ? "text plain-text" : "text" });
+    const body = make("div", { class: mine ? "text plain-text" : "text", dir: "auto" });
     const element = make("li", { class: `message ${mine ? "mine" : "theirs"}` },
       make("article", {},
         make("h2", { class: "who" }, mine ? word("you") : this.#actions.name()),
@@ -281,7 +287,7 @@ export class Thread {
     this.#editing = at;
     const { element, body } = this.#rows.get(at);
     const message = this.#chat.messages[at];
-    const field = make("textarea", { class: "grows", rows: "2", "aria-label": word("edit_message") });
+    const field = make("textarea", { class: "grows", rows: "2", dir: "auto", "aria-label": word("edit_message") });
     field.value = message.content;
     const end = () => {
       this.#editing = null;
@@ -290,10 +296,9 @@ export class Thread {
     };
     const cancel = () => { end(); element.querySelector("[data-do=edit]")?.focus(); };
     const save = () => {
-      const text = field.value;
-      if (!text.trim()) { field.focus(); return; }
-      end();
-      this.#actions.edit(at, text);
+      if (!field.value.trim()) { field.focus(); return; }
+      // The row goes with its form where the message is sent; otherwise nothing is lost.
+      this.#actions.edit(at, field.value);
     };
     const form = make("form", { class: "editor", onsubmit: (event) => { event.preventDefault(); save(); } },
       field,

@@ -4,8 +4,6 @@ const LANGUAGES = ["en", "ko"];
 let words = {};
 let language = "en";
 
-export const languages = () => LANGUAGES;
-export const currentLanguage = () => language;
 
 /** Read the words once; they are small. */
 export async function loadWords() {

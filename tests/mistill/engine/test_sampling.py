@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
 
 from mistill.engine.sampling import (
     Candidates,
+    ChangedLogits,
     Sampler,
     SamplingSettings,
     above_top_k,
@@ -292,3 +293,28 @@ def test_top_k_is_that_of_a_sort(size: int, k: int) -> None:
         threshold = np.sort(logits)[::-1][min(k, size) - 1]
         expected = [token for token in range(size) if logits[token] >= threshold]
         assert above_top_k(logits, k).tolist() == expected
+
+
+def test_biases_and_penalties_are_those_of_openai() -> None:
+    chance = np.random.default_rng(0)
+    written: list[int] = []
+    seen: list[NDArray[np.float32]] = []
+
+    def choose(logits: NDArray[np.float32]) -> int:
+        seen.append(logits)
+        return int(chance.integers(5))
+
+    changed = ChangedLogits(
+        choose, bias={1: 2.5, 7: -100.0}, presence_penalty=0.5, frequency_penalty=0.25
+    )
+    for _ in range(30):
+        logits = chance.normal(size=9).astype(np.float32)
+        before = logits.copy()
+        token = changed(logits)
+        assert np.array_equal(logits, before)
+        for other in range(9):
+            count = written.count(other)
+            expected = before[other] - 0.5 * (count > 0) - 0.25 * count
+            expected += {1: 2.5, 7: -100.0}.get(other, 0.0)
+            assert seen[-1][other] == pytest.approx(expected, abs=1e-5)
+        written.append(token)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mistill.serve.settings import Limits
+from mistill.text.tokenizer_file import TokenizerFile
 from tests.mistill.serve.running import Answer, RunningServer, rest_of
 
 LIMITS = Limits()
@@ -155,6 +156,18 @@ def test_biases_that_are_no_numbers_within_a_hundred_are_refused(
     answer = server.ask("/v1/chat/completions", body(logit_bias=bias))
     assert answer.status == 400
     assert answer.error["param"].startswith("logit_bias")
+
+
+def test_biases_decide_what_is_written(server: RunningServer) -> None:
+    (token,) = server.ask("/tokenize", {"prompt": "q"}).json["tokens"]
+    written = server.chat(logit_bias={str(token): 100}, max_tokens=5).text
+    assert written == "qqqqq"
+    assert server.chat(logit_bias={str(token): -100}, max_tokens=5).status == 200
+    repeated = server.chat(logit_bias={str(token): 20}, max_tokens=9).text
+    penalized = server.chat(
+        logit_bias={str(token): 20}, max_tokens=9, frequency_penalty=2, presence_penalty=2
+    ).text
+    assert penalized.count("q") < repeated.count("q")
 
 
 @pytest.mark.parametrize(
@@ -356,13 +369,25 @@ def test_a_prompt_longer_than_the_context_is_refused_unread(server: RunningServe
     assert read_tokens(server) == before
 
 
-def test_a_megabyte_of_text_is_refused_by_its_bytes(server: RunningServer) -> None:
+def test_a_megabyte_of_text_is_refused_by_its_bytes(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, lengths = TokenizerFile.encode, []
+
+    def measured(file: TokenizerFile, text: str) -> Any:
+        lengths.append(len(text))
+        return encode(file, text)
+
+    monkeypatch.setattr(TokenizerFile, "encode", measured)
     began = time.perf_counter()
     answer = server.chat("\u314e" * 170_000)
     assert time.perf_counter() - began < 5
     assert answer.error["code"] == "context_length_exceeded"
     for path in ("/tokenize", "/v1/completions"):
         assert server.ask(path, {"prompt": "wind " * 150_000}).status == 400
+    # Some 40 bytes are the longest token, so that 70,000 bytes may be 512 tokens and are not.
+    assert server.chat("a b" * 6000).status == 400
+    assert max(lengths, default=0) <= 20_000
 
 
 @pytest.mark.parametrize(

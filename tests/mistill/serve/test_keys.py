@@ -197,6 +197,7 @@ def test_a_key_shows_nowhere(
 
 def test_a_server_for_everybody_says_so(chatbot: Path, caplog: pytest.LogCaptureFixture) -> None:
     with running(chatbot, host="0.0.0.0", no_key=True) as server:
+        assert server.server.address == f"http://127.0.0.1:{server.port}"
         assert server.ask("/v1/models").status == 200
     assert "everybody" in caplog.text
 

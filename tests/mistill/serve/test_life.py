@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import mistill
+from mistill.serve import chat as chat_module
 from mistill.serve.http import server as server_module
 from mistill.serve.replies import Reply
 from mistill.serve.settings import Limits
@@ -220,6 +221,36 @@ def test_a_crash_of_the_engine_is_told_to_everybody_and_ends_the_server(
     assert "canary of a crash" not in content.decode()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_mistake_of_ours_is_told_and_named_without_its_words(
+    server: RunningServer,
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    taken = 0
+
+    def take(turn: Any, happened: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            raise KeyError("canary")
+        return whole(turn, happened)
+
+    whole = chat_module._Turn.take
+    monkeypatch.setattr(chat_module._Turn, "take", take)
+    answer = server.chat("canary", stream=stream)
+    if answer.status == 200:  # it had begun
+        assert stream
+        assert answer.events[-1]["error"]["type"] == "server_error"
+    else:
+        assert answer.status == 500
+    assert "KeyError at" in caplog.text
+    assert "canary" not in caplog.text + answer.content.decode()
+    monkeypatch.undo()
+    assert server.chat().status == 200
+
+
 def test_a_stop_lets_replies_end(chatbot: Path, asking: ThreadPoolExecutor) -> None:
     with running(chatbot) as server:
         stream = asking.submit(server.chat, stream=True, max_tokens=300, ignore_eos=True)
@@ -371,15 +402,33 @@ def test_no_log_at_any_level_holds_a_word_of_a_conversation(
     assert "canary" not in caplog.text.lower()
 
 
-def test_metrics_count_what_was_served_in_prometheus_text(server: RunningServer) -> None:
-    def metrics() -> dict[str, float]:
-        lines = server.ask("/metrics").content.decode().splitlines()
-        values = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, value in values}
+def test_the_command_prints_its_addresses(chatbot: Path) -> None:
+    with process(chatbot, stderr=subprocess.DEVNULL) as (command, port):
+        assert command.stdout is not None
+        line = f"for clients: base_url http://127.0.0.1:{port}/v1, model {chatbot.name}"
+        assert command.stdout.readline().strip() == line
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 0
 
-    before = metrics()
-    answer = server.chat("A question that nobody asked before", max_tokens=5, ignore_eos=True)
-    after = metrics()
+
+def test_the_page_can_be_left_out(chatbot: Path) -> None:
+    with running(chatbot, page=False) as server:
+        assert server.ask("/").status == server.ask("/static/page.js").status == 404
+        assert not server.server.has_page
+        assert server.ask("/v1/models").status == 200
+
+
+def test_metrics_count_what_was_served_in_prometheus_text(chatbot: Path) -> None:
+    with running(chatbot, metrics=True) as server:
+
+        def metrics() -> dict[str, float]:
+            lines = server.ask("/metrics").content.decode().splitlines()
+            values = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+            return {name: float(value) for name, value in values}
+
+        before = metrics()
+        answer = server.chat("A question that nobody asked", max_tokens=5, ignore_eos=True)
+        after = metrics()
     usage = answer.json["usage"]
 
     def grown(name: str) -> float:
@@ -390,4 +439,5 @@ def test_metrics_count_what_was_served_in_prometheus_text(server: RunningServer)
     assert grown('mistill_request_success_total{finished_reason="length"}') == 1
     assert grown("mistill_time_to_first_token_seconds_count") == 1
     assert grown('mistill_e2e_request_latency_seconds_bucket{le="+Inf"}') == 1
+    assert grown('mistill_http_requests_total{status="200"}') == 2
     assert after["mistill_num_requests_running"] == 0

@@ -60,7 +60,7 @@ class ChatPage:
         tab.on("console", said)
 
     def check(self) -> None:
-        assert not self.faults
+        assert self.faults == []
         inside = (self.address, f"blob:{self.address}", "data:")
         assert not [url for url in self.requests if not url.startswith(inside)]
 
@@ -117,9 +117,13 @@ class ChatPage:
         # Text that is out of sight has no innerText: it is not laid out.
         return [text.strip() for text in self.page.locator(".message .text").all_text_contents()]
 
-    @property
-    def titles(self) -> list[str]:
-        return self.page.locator("#chats .name").all_text_contents()
+    def lists(self, titles: list[str]) -> None:
+        """Wait until the list of conversations is this one."""
+        self.until(
+            "(titles) => JSON.stringify([...document.querySelectorAll('#chats .name')]"
+            ".map((name) => name.textContent)) === JSON.stringify(titles)",
+            titles,
+        )
 
     @property
     def toast(self) -> str:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.mistill.serve.page.chat_page import DONE, WRITING
+from tests.mistill.serve.page.chat_page import DONE
 from tests.mistill.serve.page.scripted_server import scripted_server
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def test_the_speed_is_what_the_server_counted_in_the_time_that_passed(chat, scri
     script.gate.clear()
     began = time.monotonic()
     chat.say("Go")
-    chat.wait(f"{WRITING} .facts")
+    chat.until_last("w18")
     chat.page.wait_for_timeout(300)
     script.gate.set()
     chat.answer()

@@ -195,7 +195,7 @@ def test_a_key_that_is_held_with_alt_is_left_to_the_browser(chat):
     for keys in ("Alt+Control+k", "Alt+Shift+Control+D"):
         chat.page.keyboard.press(keys)
     assert chat.run("() => document.activeElement.id") != "search"
-    assert len(chat.titles) == 1
+    chat.until("() => document.querySelectorAll('#chats li').length === 1")
 
 
 @pytest.mark.parametrize("locale", ["en-GB", "ko-KR"])
@@ -319,6 +319,9 @@ def test_the_page_follows_what_is_written_unless_the_reader_looks_elsewhere(chat
     chat.page.click("#to-end")
     chat.until(at_end)
     chat.gone("#to-end")
+    # A phone's keyboard takes half of the page: the end stays in sight.
+    chat.page.set_viewport_size({"width": 1280, "height": 420})
+    chat.until(at_end)
 
 
 def test_the_page_needs_no_one_else(chat):
@@ -327,3 +330,70 @@ def test_the_page_needs_no_one_else(chat):
     assert len(names) == len(set(names))
     sizes = [len(urllib.request.urlopen(url).read()) for url in names]
     assert sum(sizes) < 200_000
+
+
+def test_the_focus_is_never_lost(chat, script):
+    focus = "() => document.activeElement.id || document.activeElement.dataset.do"
+    chat.ask("One")
+    chat.page.focus(".message.last [data-do=regenerate]")
+    chat.page.keyboard.press("Enter")
+    chat.until("() => document.querySelector('.versions')")
+    assert chat.run(focus) == "message"
+    chat.page.focus("[data-do=previous]")
+    chat.page.keyboard.press("Enter")
+    assert chat.run(focus) == "next"
+    chat.page.focus(".message.last [data-do=delete]")
+    chat.page.keyboard.press("Enter")
+    assert chat.run(focus) == "message"
+    chat.page.click("#new-chat")
+    chat.ask("Two")
+    # The buttons of a conversation appear when its name has the focus.
+    chat.page.focus("#chats li:last-child .open")
+    for _ in range(3):
+        chat.page.keyboard.press("Tab")
+    assert chat.run(focus) == "delete"
+    chat.page.keyboard.press("Enter")
+    chat.until("() => document.querySelectorAll('#chats li').length === 1")
+    assert chat.run("() => document.activeElement.className") == "open"
+    for button in ("#open-settings", "#open-shortcuts", "#rename"):
+        chat.page.focus(button)
+        chat.page.keyboard.press("Enter")
+        chat.wait("dialog[open]")
+        chat.page.keyboard.press("Escape")
+        assert chat.run(focus) == button.removeprefix("#")
+
+
+def test_an_edit_is_not_lost_while_an_answer_is_written(chat, script):
+    chat.ask("One")
+    chat.do("edit", 0)
+    chat.page.fill(".editor textarea", "Edited")
+    script.gate.clear()
+    chat.say("Two")
+    chat.page.click(".editor [type=submit]")
+    assert "being written" in chat.toast
+    assert chat.page.input_value(".editor textarea") == "Edited"
+    script.gate.set()
+    chat.answer()
+    chat.page.click(".editor [type=submit]")
+    chat.until("() => document.querySelectorAll('.message').length === 2")
+    chat.answer()
+    assert chat.texts[0] == "Edited"
+    chat.do("edit", 0)
+    chat.wait(".editor")
+
+
+def test_text_that_runs_from_right_to_left_does_so(chat, script):
+    script.pieces = ["مرحبا بالعالم\n\nHello\n\n```\nشفرة x = 1\n```"]
+    chat.ask("שלום עולם")
+    sides = chat.run(
+        """() => [...document.querySelectorAll(".text p, .mine .text, .text pre")].map((node) => {
+          const range = document.createRange();
+          range.selectNodeContents(node);
+          const [text, box] = [range.getBoundingClientRect(), node.getBoundingClientRect()];
+          return text.left - box.left > box.right - text.right ? "right" : "left";
+        })"""
+    )
+    assert sides[1:] == ["right", "left", "left"]
+    assert (
+        chat.run("() => getComputedStyle(document.querySelector('.mine .text')).direction") == "rtl"
+    )

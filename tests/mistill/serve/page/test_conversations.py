@@ -94,6 +94,9 @@ def test_search_looks_into_titles_and_messages(chat, script):
             len(titles),
         )
         chat.lists(titles)
+    chat.page.fill("#search", "tra")
+    chat.lists(["Trains", "Traffic"])
+    assert chat.page.locator("#chats .name mark").all_text_contents() == ["Tra", "Tra"]
     chat.page.fill("#search", "apples")
     chat.until("() => document.querySelectorAll('#chats li').length === 1")
     assert chat.page.locator("#chats .place mark").inner_text() == "apples"

@@ -439,6 +439,8 @@ class Scheduler:
         self._let_leave()
         self._read_prompts(CHUNK if not self._of_jobs(reading=False) else int(self._chunk))
         self._write_tokens()
+        if not self._waiting and not self._running():
+            self._free_a_row()
 
     def _let_leave(self) -> None:
         with self._changed:
@@ -591,6 +593,16 @@ class Scheduler:
             held -= self._rows[number].touched * each
             self._texts.release(number)
             self._rows[number].touched = 0
+
+    def _free_a_row(self) -> None:
+        """Store the least recently used text while nobody waits, if no row is without one.
+
+        The next job would otherwise wait for it.
+        """
+        if all(self._texts.texts[number] for number in range(self.slots)) and self.slots > 1:
+            row = min(range(self.slots), key=lambda number: self._rows[number].used)
+            self._keep(row)
+            self._texts.rewind(row, 0)
 
     def _keep(self, row: int) -> None:
         """Store the text of a row that is about to be lost."""

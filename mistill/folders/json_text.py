@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,6 @@ _TYPES = {
 }
 # Of two such escapes one character is made; one alone is half of it.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-# Strings, so that brackets in them do not count, and brackets.
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _LIMITS = {">=": "of at least", "<=": "of at most", ">": "above", "<": "below"}
 
 
@@ -77,15 +76,17 @@ def parse_message(content: bytes, depth: int, error: type[MistillError]) -> Any:
         text = content.decode("utf-8")
     except UnicodeDecodeError as problem:
         raise error(f"the body is not UTF-8 at byte {problem.start}; send JSON in UTF-8") from None
-    if content.count(b"[") + content.count(b"{") > depth and _depth(content) > depth:
-        raise error(f"the body is nested more than {depth} levels deep")
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
     except json.JSONDecodeError as problem:
         raise error(f"the body is not JSON: {problem.msg} at character {problem.pos}") from None
-    except (RecursionError, ValueError) as problem:
+    except RecursionError:
+        raise error(f"the body is nested more than {depth} levels deep") from None
+    except ValueError as problem:
         reason = problem.args[0] if isinstance(problem, _RefusedError) else "a number is too long"
         raise error(f"the body is not JSON that mistill reads: {reason}") from None
+    if _is_deeper(value, depth):
+        raise error(f"the body is nested more than {depth} levels deep")
     if _SURROGATE.search(content):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -105,15 +106,20 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _depth(content: bytes) -> int:
-    depth = deepest = 0
-    for match in _TOKEN.finditer(content):
-        if match[0] in (b"[", b"{"):
-            depth += 1
-            deepest = max(deepest, depth)
-        elif match[0] in (b"]", b"}"):
-            depth -= 1
-    return deepest
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects are nested more levels deep."""
+    level = [value]
+    for _ in range(depth):
+        inside = (inner for outer in level for inner in items_of(outer))
+        level = [inner for inner in inside if type(inner) in (dict, list)]
+    return bool(level)
+
+
+def items_of(value: Any) -> Iterable[Any]:
+    """What a list or an object of JSON holds; nothing for another value."""
+    if type(value) is dict:
+        return value.values()
+    return value if type(value) is list else ()
 
 
 def read_json_file(file: Path) -> Any:

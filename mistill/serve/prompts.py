@@ -87,15 +87,10 @@ class Prompts:
             The conversation.
 
         Raises:
-            RefusalError: If there is no message or are too many, or one is not as it should be.
+            RefusalError: If there is no message, or one is not as it should be.
         """
         if not messages:
             raise bad_request("messages should hold at least one message", "messages")
-        if len(messages) > self._limits.messages:
-            raise bad_request(
-                f"messages holds {len(messages)}; at most {self._limits.messages} are read",
-                "messages",
-            )
         turns = tuple(self._turn(number, message) for number, message in enumerate(messages))
         systems = [number for number, turn in enumerate(turns) if turn["role"] == "system"]
         if len(systems) > 1:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mistill.errors import MistillError
-from mistill.folders.json_text import expectation, parse_message, place_of, value_at
+from mistill.folders.json_text import expectation, items_of, parse_message, place_of, value_at
 from mistill.serve.refusals import RefusalError, bad_request
 from mistill.serve.settings import Limits
 
@@ -346,6 +346,11 @@ def read_request(
         raise bad_request(str(error)) from None
     if not isinstance(value, dict):
         raise bad_request('the body should be a JSON object such as {"model": ...}')
+    messages = value.get("messages")
+    if isinstance(messages, list) and len(messages) > limits.messages:
+        raise bad_request(
+            f"messages holds {len(messages)}; at most {limits.messages} are read", "messages"
+        )
     known = {field.encode_name for field in msgspec.structs.fields(form)}
     for name, (instead, nothing) in _UNSUPPORTED.items():
         if name in value and name not in known and value[name] not in (None, nothing):
@@ -362,16 +367,15 @@ def read_request(
 
 def _refuse_odd_numbers(document: Mapping[str, Any]) -> None:
     """Refuse what is no plain number anywhere in a body: not finite, or zero with a sign."""
-    rest: list[tuple[str, Any]] = list(document.items())
-    while rest:
-        place, value = rest.pop()
-        if isinstance(value, float):
-            if not math.isfinite(value) or (value == 0 and math.copysign(1, value) < 0):
-                raise bad_request(f"{place} should be a plain number, not {value}", place)
-        elif isinstance(value, dict):
-            rest += [(place, item) for item in value.values()]
-        elif isinstance(value, list):
-            rest += [(place, item) for item in value]
+    for name, value in document.items():
+        level = [value]
+        while level:
+            for number in level:
+                if type(number) is float and (
+                    not math.isfinite(number) or (number == 0 and math.copysign(1, number) < 0)
+                ):
+                    raise bad_request(f"{name} should be a plain number, not {number}", name)
+            level = [inner for outer in level for inner in items_of(outer)]
 
 
 def _complaint(value: Any, problem: msgspec.ValidationError) -> RefusalError:

@@ -303,7 +303,7 @@ def test_a_crash_fails_every_job_and_shows_in_the_health(
         first, second = Heard(), Heard()
         both = threading.Event()
 
-        def crash(*_: object) -> None:
+        def crash(*_: object, **__: object) -> None:
             both.wait(LONG)
             raise MemoryError("no memory for the graph")
 
@@ -567,6 +567,16 @@ def test_a_row_that_is_released_takes_no_memory(model: OnnxModel) -> None:
     assert not any(array[0].any() for array in texts._arrays.values())
     for name, array in texts.values(1).items():
         np.testing.assert_array_equal(array, kept[name])
+
+
+def test_a_row_is_freed_while_nobody_waits(model: OnnxModel) -> None:
+    with Scheduler(model, slots=2) as scheduler:
+        for seed in (1, 2):
+            finished(scheduler, some_ids(60, seed))
+        while scheduler.statistics().stored_texts == 0:  # behind the end of the last job
+            threading.Event().wait(0.01)
+        assert [len(text) for text in scheduler._texts.texts] == [0, 71, 0]
+        assert finished(scheduler, some_ids(60, 1)).cached_tokens == 59
 
 
 def test_slots_are_chosen_by_memory() -> None:

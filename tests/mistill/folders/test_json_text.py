@@ -10,7 +10,7 @@ import pytest
 
 from mistill.cli import main
 from mistill.errors import FolderError, TextError
-from mistill.folders.json_text import parse_json
+from mistill.folders.json_text import parse_json, parse_message
 from tests.tiny import tiny_model
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -66,3 +66,30 @@ def test_text_and_schemas_with_bad_json_are_named(
     (tmp_path / "schema.json").write_text('{"type": "object", "x": ' + DEEP + "}")
     assert main(["chat", str(student), "--json-schema", str(tmp_path / "schema.json")]) == 2
     assert "the JSON schema is not valid JSON" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_a_message_may_nest_so_deep_and_no_deeper(opening: bytes, closing: bytes) -> None:
+    for levels in (1, 2, 5):
+        content = opening * levels + b'"[[[[[{{{{{"' + closing * levels
+        assert parse_message(content, levels, FolderError) == json.loads(content)
+        with pytest.raises(FolderError, match="nested"):
+            parse_message(opening + content + closing, levels, FolderError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b'{"a": 1, "a": 1}', b'[{"b": {"a": 1, "a": 2}}]', b'"\\ud800"', b'{"\\udfff": 1}'),
+        *(b"\xef\xbb\xbf1", b'"\xff"', b"[" * 100_000, b"9" * 5000, b"", b"{"),
+    ],
+)
+def test_a_message_that_programs_read_in_different_ways_is_refused(content: bytes) -> None:
+    with pytest.raises(FolderError) as caught:
+        parse_message(content, 64, FolderError)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_message_of_whole_characters_is_read() -> None:
+    content = b'{"a": "\\ud83d\\ude00", "b": [1, 2.5, null], "A": "\\\\ud800"}'
+    assert parse_message(content, 2, FolderError) == json.loads(content)

@@ -1,6 +1,6 @@
-"""One call from a model to a chatbot for a CPU, in the best way known for its size.
+"""One call from a model to a chatbot for a CPU, within a size.
 
-The way is three steps that exist on their own: bits and groups chosen for every matrix within the
+It runs three steps that exist on their own: bits and groups chosen for every matrix within the
 size, rounded by GPTAQ; scales and norms tuned to the float model; an ONNX folder made of the codes.
 """
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
+import select
+import stat
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +35,8 @@ _QUOTES = '"' * 3
 
 # Marks that turn the direction of what follows; joiners, which emoji need, are none of them.
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Seconds of silence behind a line after which the writer of a pipe waits for an answer.
+_PATIENCE = 2.0
 _CUT_SHORT = {
     "max_new_tokens": "cut short at max_new_tokens",
     "context": "the context is full",
@@ -53,8 +58,9 @@ def run_terminal_chat(
     """Talk to a model until the input ends, or answer one prompt.
 
     In a terminal, replies are followed by a line about their speed. What comes from a pipe is one
-    prompt, and only its reply is written; with ``lines`` each line is a message. Nothing from a
-    pipe is a command, whatever it begins with.
+    prompt, and only its reply is written; with ``lines``, or where the writer waits for an answer
+    with the pipe open, each line is a message. Nothing from a pipe is a command, whatever it begins
+    with.
 
     Args:
         folder: An ONNX folder, or a model folder where PyTorch is installed.
@@ -83,9 +89,15 @@ def run_terminal_chat(
         elif sys.stdin.isatty() and sys.stdout.isatty():
             _TerminalChat(bot, Path(folder).name, Console(highlight=False), save).run()
         elif lines or sys.stdin.isatty():
-            _answer_lines(bot, sys.stdin, sys.stdout, save)
+            _answer_lines(bot, _readable(sys.stdin), sys.stdout, save)
         else:
-            _answer_once(bot, _read_whole(sys.stdin), sys.stdout, save)
+            text, open_still = _read_pipe(_readable(sys.stdin))
+            if open_still:
+                talk = itertools.chain(text.splitlines(keepends=True), sys.stdin)
+                _answer_lines(bot, talk, sys.stdout, save)
+            else:
+                message = whole_message(text, "the standard input")
+                _answer_once(bot, message, sys.stdout, save)
 
 
 @contextlib.contextmanager
@@ -244,13 +256,39 @@ def _answer_once(
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
-def _read_whole(stream: TextIO) -> str:
-    """What comes from a pipe, as one prompt."""
-    return whole_message(_readable(stream).read(MOST_BYTES + 1), "the standard input")
+def _read_pipe(stream: TextIO) -> tuple[str, bool]:
+    """What comes from a pipe up to its end, or up to where its writer waits for an answer.
+
+    A program that talks to the chat writes a line and keeps the pipe open. Who waits for some
+    seconds behind a whole line is taken for one.
+
+    Args:
+        stream: The standard input, of which nothing was read.
+
+    Returns:
+        The text, and whether the pipe is open still.
+    """
+    try:
+        number = stream.fileno()
+    except OSError:  # no file of the system
+        return stream.read(MOST_BYTES + 1), False
+    if os.name == "nt" or not stat.S_ISFIFO(os.fstat(number).st_mode):
+        return stream.read(MOST_BYTES + 1), False
+    content = b""
+    while len(content) <= MOST_BYTES:
+        ended_line = content.endswith(b"\n")
+        ready, _, _ = select.select([number], [], [], _PATIENCE if ended_line else None)
+        if not ready:
+            return content.decode("utf-8", "surrogateescape"), True
+        part = os.read(number, 1 << 16)
+        if not part:
+            break
+        content += part
+    return content.decode("utf-8", "surrogateescape"), False
 
 
 def _answer_lines(
-    bot: ChatBot, lines: TextIO, out: TextIO, save: Callable[[], object] = lambda: None
+    bot: ChatBot, lines: Iterable[str], out: TextIO, save: Callable[[], object] = lambda: None
 ) -> None:
     """Answer each line of a pipe.
 
@@ -269,7 +307,7 @@ def _answer_lines(
     show = _without_controls if out.isatty() else str
     refused = 0
     try:
-        for number, line in enumerate(_readable(lines), 1):
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:

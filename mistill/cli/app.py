@@ -418,7 +418,7 @@ def compress(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Make a chatbot of a model in one step, in the best way known for its size.
+    """Make a chatbot of a model in one step, within a size.
 
     Bits are chosen for every matrix, the codes are rounded by GPTAQ, scales are tuned, and an ONNX
     folder is made of them. The same command resumes an interrupted run.
@@ -573,7 +573,8 @@ def chat(
         words: A prompt to answer. Without one, a terminal is chatted with, and what comes from a
             pipe is the prompt.
         prompt: The same as an option.
-        lines: Answer each line of standard input, as a conversation, instead of the whole.
+        lines: Answer each line of standard input, as a conversation, instead of the whole; a
+            program that waits for an answer with the pipe open is answered so in any case.
         system: The system prompt that begins the conversation.
         threads: Number of threads. By default one for each processor that this process may use.
         provider: The execution provider of ONNX Runtime; cuda and tensorrt need onnxruntime-gpu.

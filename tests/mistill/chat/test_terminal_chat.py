@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,6 +232,34 @@ def test_one_prompt_gets_one_reply(
     monkeypatch.setattr(sys, "stdout", out)
     run_terminal_chat(chatbot, threads=1, settings=SETTINGS, **options)
     assert out.getvalue() == expected
+
+
+def write_and_close(pipe: int) -> None:
+    os.write(pipe, b"And now?\n")
+    os.close(pipe)
+
+
+def test_lines_of_a_closed_pipe_are_one_prompt_and_of_an_open_one_a_conversation(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistill.chat.terminal_chat._PATIENCE", 0.2)
+    bot = ChatBot(chatbot, settings=SETTINGS, threads=1)
+    together = "".join(bot.reply("Hello\nAnd now?")) + "\n"
+    bot.reset()
+    apart = [f"{''.join(bot.reply(line))}\n" for line in ("Hello", "And now?")]
+    for wait, expected in ((False, together), (True, "".join(apart))):
+        end, start = os.pipe()
+        os.write(start, b"Hello\n")
+        if wait:
+            threading.Timer(1.0, write_and_close, [start]).start()
+        else:
+            write_and_close(start)
+        out = io.StringIO()
+        with os.fdopen(end) as pipe:
+            monkeypatch.setattr(sys, "stdin", pipe)
+            monkeypatch.setattr(sys, "stdout", out)
+            run_terminal_chat(chatbot, threads=1, settings=SETTINGS)
+        assert out.getvalue() == expected
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", "caf\udce9"])

@@ -29,5 +29,6 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]
         return getattr(importlib.import_module(homes[name]), name)
 
     # What a user sees who completes a name: the public ones, imported yet or not.
-    vars(sys.modules[package])["__dir__"] = lambda: sorted(homes)
+    module = vars(sys.modules[package])
+    module["__dir__"] = lambda: sorted({*homes, *module.get("__all__", ())} - {"__version__"})
     return __getattr__

@@ -242,11 +242,6 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
         "different vocabularies",
         swap_tokens,
     ),
-    "a mix without a limit": (
-        "quantize mixed student out --texts chats.jsonl",
-        "either size_mb or bits_per_weight",
-        None,
-    ),
     "a mix with two limits": (
         "quantize mixed student out --texts chats.jsonl --size-mb 1 --bits-per-weight 5",
         "not both",

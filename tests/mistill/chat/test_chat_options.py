@@ -184,6 +184,7 @@ def test_the_command_answers_in_the_form_of_a_schema(
         monkeypatch,
         capsys,
         chatbot,
+        "--lines",
         "--json-schema",
         tmp_path / "schema.json",
         "--temperature",
@@ -224,7 +225,7 @@ def test_the_command_keeps_a_session_and_speculates(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = [chatbot, "--temperature", "0", "--max-new-tokens", "12"]
-    _, whole, _ = typed("Hello\nAnd now?\n", monkeypatch, capsys, *options)
+    _, whole, _ = typed("Hello\nAnd now?\n", monkeypatch, capsys, *options, "--lines")
     session = ["--session", tmp_path / "kept", "--draft", "lookup"]
     _, first, _ = typed("Hello\n", monkeypatch, capsys, *options, *session)
     _, second, _ = typed("And now?\n", monkeypatch, capsys, *options, *session)

@@ -49,6 +49,7 @@ def test_every_option_that_the_guide_names_exists() -> None:
     names = {name for argument in arguments for name in argument.names}
     others = {"--read-only", "--tmpfs", "--cap-drop", "--security-opt"}  # of docker
     others |= {"--model", "--tasks", "--model_args"}  # of lm_eval
+    others |= {"--clients", "--new-tokens"}  # of mistill bench serve
     named = set(re.findall(r"--[a-z][a-z_-]*", GUIDE)) - others
     assert len(named) > 10
     assert named <= names

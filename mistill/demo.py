@@ -60,9 +60,9 @@ class _Plan:
 
 
 _PLANS: dict[Size, _Plan] = {
-    "quick": _Plan("demo-quick.toml", 4, 50, 160, 95),
-    "normal": _Plan("demo.toml", 12, 110, 160, 190),
-    "full": _Plan("demo-full.toml", 60, 110, 160, 260),
+    "quick": _Plan("demo-quick.toml", 4, 41, 145, 155),
+    "normal": _Plan("demo.toml", 12, 105, 145, 275),
+    "full": _Plan("demo-full.toml", 60, 105, 145, 450),
 }
 _TRAINING = "distilled"
 _BUDGET_FILE = ".demo-budget.json"

@@ -169,11 +169,16 @@ class GgufSettings:
     table_dtype: GgufType | None = None
 
     @property
+    def matrices(self) -> GgufType:
+        """Type of the matrices of a source without codes."""
+        return self.dtype or "float16"
+
+    @property
     def tables(self) -> GgufType:
         """Type of the embedding and of the output head, with the default filled in."""
         if self.table_dtype is not None:
             return self.table_dtype
-        return "q8_0" if self.dtype in ("q4_0", "q4_1") else self.dtype or "float16"
+        return "q8_0" if self.matrices in ("q4_0", "q4_1") else self.matrices
 
     def __post_init__(self) -> None:
         known = get_args(GgufType)

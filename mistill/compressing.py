@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistill.errors import TrainingError
+from mistill.errors import MistillError, TrainingError
 from mistill.folders.folder import describe, read_config
-from mistill.folders.lineage import fingerprint
+from mistill.folders.lineage import fingerprint, installed_versions
 from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.folders.renaming import remove_work
 from mistill.recipe import step_kinds
 from mistill.settings import (
     TextSettings,
@@ -25,7 +26,7 @@ from mistill.settings import (
     settings_from,
 )
 from mistill.sources.source import resolve_model
-from mistill.text.rows import Texts, check_texts, sources_of
+from mistill.text.rows import Texts, check_texts, find_file, sources_of
 
 _log = logging.getLogger(__name__)
 
@@ -120,46 +121,62 @@ def compress(
         "step": "compress",
         "source": fingerprint(folder),
         "settings": result_settings(settings),
-        "texts": [sources_of(texts), sources_of(held_out)],
+        "versions": installed_versions(),
+        "texts": _contents_of(texts),
+        "held_out": _contents_of(held_out),
     }
     with working(path, key, anew=overwrite) as work:
         inputs = {"source": folder, "texts": texts, "held_out": held_out}
-        shared = {
-            "skip_bad_rows": settings.skip_bad_rows,
-            "block_length": settings.block_length,
-            "seed": settings.seed,
-        }
-        quantized = _step(
-            "mixed",
-            work / "quantized",
-            inputs,
-            size_mb=size_mb,
-            samples=settings.samples,
-            method="gptaq",
-            formats=_FORMATS,
-            fused=True,
-            scale_type="float32",
-            **shared,
-        )
-        if settings.tuning_steps:
-            try:
-                quantized = _step(
-                    "tune",
-                    work / "tuned",
-                    {**inputs, "source": quantized, "teacher": folder},
-                    steps=settings.tuning_steps,
-                    **shared,
-                )
-            except TrainingError as error:
-                _log.warning("the chatbot is made without tuning: %s", error)
-        _step(
-            "export",
-            work / "result",
-            {"source": quantized},
-            context_length=settings.context_length,
-        )
+        try:
+            _make(work, inputs, size_mb, settings)
+        except MistillError:
+            # Refused before anything was made, it leaves nothing that another call would meet.
+            if not any(item.is_dir() for item in work.iterdir()):
+                remove_work(work)
+            raise
         publish(work, path, overwrite)
     return path
+
+
+def _make(
+    work: Path, inputs: Mapping[str, Any], size_mb: float, settings: CompressSettings
+) -> None:
+    """Make the chatbot as the folder ``result``; what is there already is not made again."""
+    shared = {
+        "skip_bad_rows": settings.skip_bad_rows,
+        "block_length": settings.block_length,
+        "seed": settings.seed,
+    }
+    quantized = _step(
+        "mixed",
+        work / "quantized",
+        inputs,
+        size_mb=size_mb,
+        samples=settings.samples,
+        method="gptaq",
+        formats=_FORMATS,
+        fused=True,
+        scale_type="float32",
+        **shared,
+    )
+    if settings.tuning_steps:
+        try:
+            quantized = _step(
+                "tune",
+                work / "tuned",
+                {**inputs, "source": quantized, "teacher": inputs["source"]},
+                steps=settings.tuning_steps,
+                **shared,
+            )
+        except TrainingError as error:
+            _log.warning("the chatbot is made without tuning: %s", error)
+    _step("export", work / "result", {"source": quantized}, context_length=settings.context_length)
+
+
+def _contents_of(texts: Texts) -> list[str]:
+    """What a run depends on of its texts: the content of files, the names of datasets."""
+    files = [(name, find_file(name)) for name in sources_of(texts)]
+    return [name if file is None else fingerprint(file) for name, file in files]
 
 
 def _megabytes_of_codes(folder: Path, settings: CompressSettings) -> float:
@@ -172,6 +189,11 @@ def _megabytes_of_codes(folder: Path, settings: CompressSettings) -> float:
     size = MixedSettings(size_mb=settings.size_mb, bits_per_weight=settings.bits_per_weight)
     info = describe(folder)
     context = settings.context_length or min(info.context_length, _USUAL_CONTEXT)
+    require(
+        context <= info.context_length,
+        f"context_length is {context}, and the model's own context has {info.context_length} "
+        "positions",
+    )
     head_dim = read_config(folder).get("head_dim") or (
         model.config.hidden_size // model.config.num_attention_heads
     )

@@ -27,7 +27,7 @@ from mistill.text.vocabulary import Vocabulary, load_vocabulary
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-LINEAGE_KEY = "mistill.folders.lineage"
+LINEAGE_KEY = "mistill.lineage"
 
 # llama.cpp's name of a model type, and whether the rows of q and k have llama.cpp's order.
 _ARCHITECTURES = {
@@ -177,7 +177,7 @@ def _describe(
 
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(LlamaFileType[_FILE_TYPES[settings.dtype or "float16"]])
+    writer.add_file_type(LlamaFileType[_FILE_TYPES[settings.matrices]])
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     writer.add_vocab_size(architecture.vocabulary_size)
     window = architecture.sliding_window

@@ -113,7 +113,7 @@ def plan_tensors(
         tensor_type: GgufType = "float32"
         if len(shape) == 2:
             table = module in (EMBEDDING, HEAD)
-            tensor_type = settings.tables if table else settings.dtype or "float16"
+            tensor_type = settings.tables if table else settings.matrices
             if tensor_type not in ("float32", "float16") and shape[1] % BLOCK:
                 odd.append(module)
                 tensor_type = "float16"

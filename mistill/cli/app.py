@@ -720,7 +720,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         with ending_on_signals():
             words = with_counts(sys.argv[1:] if arguments is None else arguments)
-            require_known_method(words, "quantize", quantize_commands.METHODS)
+            require_known_method(words, "quantize", list(quantize_commands.app))
             result = app(
                 words,
                 exit_on_error=False,

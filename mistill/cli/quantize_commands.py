@@ -27,11 +27,6 @@ from quantize import (
     TuningSettings,
 )
 
-METHODS = (
-    *("gptq", "rounding", "mixed", "nf4", "rotate", "tune"),
-    *("convert", "dequantize", "merge"),
-)
-
 app = App(
     name="quantize",
     help="Quantize the weights of a model folder.",

@@ -1,7 +1,7 @@
 """A chatbot over HTTP: what OpenAI's clients ask for, and a page to chat in.
 
-``mistill.serve("chatbot")`` runs it until it is told to stop. Importing this package loads neither
-starlette nor uvicorn.
+``mistill.serve("chatbot")`` runs it until it is told to stop. Importing this package does not load
+uvicorn.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_a_file_says_what_it_is(tmp_path: Path):
     assert metadata["general.file_type"] == 2
     assert metadata["tokenizer.ggml.pre"] == "gpt-2"
     assert metadata["tokenizer.ggml.token_type"][:6] == [3, 3, 3, 3, 3, 1]
-    lineage = json.loads(metadata["mistill.folders.lineage"])
+    lineage = json.loads(metadata["mistill.lineage"])
     assert (lineage[-1]["step"], lineage[-1]["settings"]["dtype"]) == ("gguf", "q4_0")
     types = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
     assert types["blk.0.ffn_down.weight"] == "Q4_0"

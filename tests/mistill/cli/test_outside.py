@@ -15,7 +15,6 @@ import pytest
 
 import mistill
 from mistill.cli import app as command_line
-from mistill.cli import quantize_commands
 from mistill.cli.app import main
 from mistill.cli.outside import with_counts
 
@@ -139,12 +138,6 @@ def test_a_misspelt_method_is_named_and_not_taken_for_a_model(tmp_path, monkeypa
     (tmp_path / "gtpq").mkdir()
     assert main(["quantize", "gtpq", "out", "--texts", "@demo-train"]) == 2
     assert "no method" not in capsys.readouterr().err
-
-
-def test_the_methods_are_those_that_there_are():
-    assert set(quantize_commands.METHODS) == {
-        name for name in quantize_commands.app if not name.startswith("-")
-    }
 
 
 def test_the_version_has_a_short_option(capsys):

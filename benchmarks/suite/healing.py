@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
-from mistill.text.vocabulary import load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -64,13 +64,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     teacher = resolve_model(given.teacher)
     vocabulary = load_vocabulary(teacher)
-    held_out = {
-        Path(text).name: pack(
-            read_documents(text, vocabulary, limit=given.scored_tokens), given.block_length
-        )
-        for text in given.held_out
-    }
-    references = _predictions(teacher, held_out)
+    held_out = held_out_blocks(given.held_out, vocabulary, given.scored_tokens, given.block_length)
+    references = predictions_of(teacher, held_out)
     students = []
     for tokens in [0, *given.tokens]:
         students.append(_student(given, teacher, tokens, held_out, references))
@@ -108,7 +103,64 @@ def _student(
         )
         seconds = time.perf_counter() - started
         entry = read_lineage(student)[-1]
-        said = _predictions(student, held_out)
+        said = predictions_of(student, held_out)
+    return {
+        "healing_tokens": entry.get("healing_tokens", 0),
+        "seconds": seconds,
+        "kept_layers": entry["kept_layers"],
+        "held_out": figures_of(references, said, held_out),
+    }
+
+
+def held_out_blocks(
+    texts: Sequence[str], vocabulary: Vocabulary, tokens: int, block_length: int
+) -> dict[str, TokenBlocks]:
+    """The beginning of every text, as blocks.
+
+    Args:
+        texts: Names of texts.
+        vocabulary: Of the models.
+        tokens: Most tokens of each.
+        block_length: Positions of a block.
+
+    Returns:
+        Blocks by the names of the texts, without folders.
+    """
+    return {
+        Path(text).name: pack(read_documents(text, vocabulary, limit=tokens), block_length)
+        for text in texts
+    }
+
+
+def predictions_of(folder: Path, held_out: Mapping[str, TokenBlocks]) -> dict[str, Predictions]:
+    """What a model predicts on every text, in PyTorch.
+
+    Args:
+        folder: A model folder.
+        held_out: The texts.
+
+    Returns:
+        Predictions by the names of the texts.
+    """
+    model = load_pytorch(folder)
+    return {name: predict(model, blocks) for name, blocks in held_out.items()}
+
+
+def figures_of(
+    references: Mapping[str, Predictions],
+    said: Mapping[str, Predictions],
+    held_out: Mapping[str, TokenBlocks],
+) -> dict[str, dict[str, Any]]:
+    """How close a model is to another one on every text.
+
+    Args:
+        references: What the other one predicts.
+        said: What the model predicts.
+        held_out: The texts.
+
+    Returns:
+        KL, its standard error and the agreement, by the names of the texts.
+    """
     figures = {}
     for name, blocks in held_out.items():
         fidelity = compare({"": references[name]}, {"": said[name]}, blocks)[""][""]
@@ -117,17 +169,7 @@ def _student(
             "kl_standard_error": fidelity.kl_standard_error,
             "agreement": fidelity.agreement,
         }
-    return {
-        "healing_tokens": entry.get("healing_tokens", 0),
-        "seconds": seconds,
-        "kept_layers": entry["kept_layers"],
-        "held_out": figures,
-    }
-
-
-def _predictions(folder: Path, held_out: dict[str, TokenBlocks]) -> dict[str, Predictions]:
-    model = load_pytorch(folder)
-    return {name: predict(model, blocks) for name, blocks in held_out.items()}
+    return figures
 
 
 if __name__ == "__main__":

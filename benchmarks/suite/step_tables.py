@@ -99,6 +99,26 @@ def healing(found: Found) -> list[str]:
     ]
 
 
+def compressing(found: Found) -> list[str]:
+    """KL of a compressed model beside that of Q4_K_M, on every text."""
+    texts = list(found["scored_tokens"])
+    rows = [
+        [
+            model["name"],
+            number(model["bytes"] / 1e6),
+            *(number(model["held_out"][text]["kl"]) for text in texts),
+            number(model["seconds"]) if "seconds" in model else "",
+        ]
+        for model in found["models"]
+    ]
+    scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
+    return [
+        *table(["KL(float \\|\\| compressed)", "MB", *texts, "seconds to make"], rows),
+        "",
+        f"Calibrated and tuned on {', '.join(found['texts'])}; scored tokens: {scored}.",
+    ]
+
+
 def quantized_kl(found: Found) -> list[str]:
     """What every way of quantizing costs; time and memory where a rival's stand beside them."""
     timed = bool(found["over_gptqmodel"])

@@ -56,16 +56,19 @@ class Level:
         return values
 
 
-def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
     """The middle and the end of many times.
 
     Args:
-        seconds: At least one.
+        seconds: The times.
 
     Returns:
-        The median as ``p50``, and ``p99``.
+        The median as ``p50``, and ``p99``; None where there is no time, as there is no gap in
+        replies of one token.
     """
-    middle, end = np.quantile(np.asarray(seconds), (0.5, 0.99)) if len(seconds) else (0.0, 0.0)
+    if not seconds:
+        return {"p50": None, "p99": None}
+    middle, end = np.quantile(np.asarray(seconds), (0.5, 0.99))
     return {"p50": float(middle), "p99": float(end)}
 
 

@@ -41,14 +41,15 @@ class ServingReport:
     machine: dict[str, Any]
     levels: Mapping[int, Sequence[Level]]
 
-    def figures(self) -> dict[int, dict[str, float]]:
+    def figures(self) -> dict[int, dict[str, float | None]]:
         """The figures of each number of clients.
 
         Returns:
-            Medians over the rounds by name, in seconds; quantiles are those of all rounds.
+            Medians over the rounds by name, in seconds; quantiles are those of all rounds, and
+            None where there was nothing to time.
         """
         one = self.levels[min(self.levels)]
-        figures = {}
+        figures: dict[int, dict[str, float | None]] = {}
         for clients, rounds in self.levels.items():
             first = quantiles([s for level in rounds for s in level.first_token_seconds])
             gaps = quantiles([s for level in rounds for s in level.gap_seconds])
@@ -88,7 +89,7 @@ class ServingReport:
         from rich.table import Table
 
         figures_of = self.figures()
-        heads: dict[str, Callable[[dict[str, float]], str]] = {
+        heads: dict[str, Callable[[Mapping[str, Any]], str]] = {
             "tokens/s": lambda one: f"{one['tokens_per_second']:.1f}",
             "x": lambda one: f"{one['times_the_first']:.2f}",
             "first token, ms": lambda one: _middle_and_end(one, "first_token"),
@@ -213,6 +214,7 @@ def load_in_turns(
     return levels
 
 
-def _middle_and_end(figures: Mapping[str, float], name: str) -> str:
-    """Median and 99th percentile, in milliseconds."""
-    return " / ".join(f"{1000 * figures[f'{name}_{quantile}']:.0f}" for quantile in ("p50", "p99"))
+def _middle_and_end(figures: Mapping[str, float | None], name: str) -> str:
+    """Median and 99th percentile, in milliseconds; a dash where nothing was timed."""
+    both = [figures[f"{name}_{quantile}"] for quantile in ("p50", "p99")]
+    return " / ".join("-" if seconds is None else f"{1000 * seconds:.0f}" for seconds in both)

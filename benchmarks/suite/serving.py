@@ -241,7 +241,9 @@ def joining(server: Server, writers: int, rounds: int) -> dict[str, Any]:
                 elif moment < end:
                     meanwhile.append(gap)
         before.append(median(earlier))
-        during.append(quantiles(meanwhile)["p99"])
+        if not earlier or not meanwhile:
+            raise ServerError("the long prompt joined when nobody was being answered; ask for more")
+        during.append(float(np.quantile(meanwhile, 0.99)))
         multiples.append(during[-1] / before[-1])
         first.append(joiner.first_token_seconds)
     return {

@@ -824,7 +824,8 @@ def write_all(
 ) -> list[list[int]]:
     """Write replies to several prompts at once, which takes much less time than one by one.
 
-    Each reply is what ``OnnxModel.stream`` writes after its prompt alone.
+    Each reply is what ``OnnxModel.stream`` writes after its prompt alone, up to the rounding of
+    sums, and does not depend on the others.
 
     Args:
         model: A model on the processor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -16,9 +17,10 @@ from rich.console import Console
 
 import export
 from benchmarks import ServingSettings, bench_serving
-from benchmarks.serving.load import quantiles, run_level
+from benchmarks.serving.load import Level, quantiles, run_level
 from benchmarks.serving.processes import usage_of
 from benchmarks.serving.prompts import Prompts
+from benchmarks.serving.serving_report import ServingReport
 from benchmarks.serving.streams import Server
 from mistill.errors import ServerError, SettingsError
 from tests.tiny import tiny_model
@@ -135,6 +137,7 @@ def test_a_level_counts_what_all_clients_got(url: str) -> None:
 def test_quantiles_are_those_worked_by_hand() -> None:
     assert quantiles([0.0, 1.0, 2.0, 3.0, 100.0])["p50"] == 2
     assert quantiles(list(range(101)))["p99"] == 99
+    assert quantiles([]) == {"p50": None, "p99": None}
 
 
 @pytest.mark.parametrize(
@@ -186,3 +189,19 @@ def test_a_folder_is_served_while_it_is_measured(tmp_path: Path) -> None:
     if usage_of(os.getpid()) is not None:
         assert level.peak_bytes is not None
         assert level.peak_bytes > 10**7
+
+
+def test_where_no_gap_was_timed_the_table_has_a_dash() -> None:
+    level = Level(
+        clients=1, replies=1, failures=0, new_tokens=1, tokens_per_second=5.0,
+        first_token_seconds=(0.2,), gap_seconds=(), prompt_tokens=9.0, processor_seconds=None,
+        peak_bytes=None,
+    )  # fmt: skip
+    report = ServingReport(
+        name="bot", settings=ServingSettings(clients=(1,)), machine={}, levels={1: [level]}
+    )
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(report.table())
+    assert "200 / 200" in shown.getvalue()
+    assert "- / -" in shown.getvalue()
+    assert report.to_dict()["clients"]["1"]["gap_p50"] is None

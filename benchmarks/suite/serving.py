@@ -148,15 +148,25 @@ def totals(levels: Mapping[str, Mapping[int, Sequence[Level]]]) -> dict[str, Any
                 "ours_over_it": _ratio(ours[clients], rounds),
                 "first_token": quantiles([s for one in rounds for s in one.first_token_seconds]),
                 "gap": quantiles([s for one in rounds for s in one.gap_seconds]),
-                "peak_bytes": max((one.peak_bytes or 0 for one in rounds), default=0),
-                "processor_seconds_per_token": median(
-                    (one.processor_seconds or 0) / one.new_tokens for one in rounds
-                ),
+                **_taken(rounds),
             }
             for clients, rounds in of.items()
         }
         for name, of in levels.items()
     }
+
+
+def _taken(rounds: Sequence[Level]) -> dict[str, float]:
+    """What a server's process took, where the system tells."""
+    peaks = [one.peak_bytes for one in rounds if one.peak_bytes is not None]
+    seconds = [
+        one.processor_seconds / one.new_tokens
+        for one in rounds
+        if one.processor_seconds is not None
+    ]
+    if not peaks or not seconds:
+        return {}
+    return {"peak_bytes": max(peaks), "processor_seconds_per_token": median(seconds)}
 
 
 def _ratio(one: Sequence[Level], other: Sequence[Level]) -> list[float]:
@@ -240,9 +250,9 @@ def joining(server: Server, writers: int, rounds: int) -> dict[str, Any]:
                     earlier.append(gap)
                 elif moment < end:
                     meanwhile.append(gap)
-        before.append(median(earlier))
         if not earlier or not meanwhile:
             raise ServerError("the long prompt joined when nobody was being answered; ask for more")
+        before.append(median(earlier))
         during.append(float(np.quantile(meanwhile, 0.99)))
         multiples.append(during[-1] / before[-1])
         first.append(joiner.first_token_seconds)

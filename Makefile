@@ -7,7 +7,7 @@
 # TORCH        the PyTorch to install
 # TORCH_INDEX  another package index for PyTorch, where the plain one serves builds with CUDA
 # MODEL        the float folder that make bench measures with; the embedded teacher if not given
-# QUICK=1      make demo in under 4 minutes;  FULL=1 takes about an hour
+# QUICK=1      make demo in about 4 minutes;  FULL=1 takes about an hour
 PYTHON      ?= $(shell command -v python3.11 || command -v python3)
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?=

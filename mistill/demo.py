@@ -61,7 +61,7 @@ class _Plan:
 
 _PLANS: dict[Size, _Plan] = {
     "quick": _Plan("demo-quick.toml", 4, 41, 145, 190),
-    "normal": _Plan("demo.toml", 12, 105, 145, 310),
+    "normal": _Plan("demo.toml", 12, 105, 145, 250),
     "full": _Plan("demo-full.toml", 60, 105, 145, 450),
 }
 _TRAINING = "distilled"

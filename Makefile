@@ -44,7 +44,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(TOOLS)/pydoclint --quiet --config pyproject.toml mistill distill quantize export benchmarks
+	$(TOOLS)/pydoclint --quiet --config pyproject.toml mistill tune distill quantize export benchmarks
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .

@@ -15,7 +15,6 @@ from mistill.lazy import lazy_exports
 if TYPE_CHECKING:
     from distill.conversations import generate_conversations as generate_conversations
     from distill.healing.healed_folder import heal as heal
-    from distill.loss.losses import forward_kl as forward_kl
     from distill.settings import GenerateSettings as GenerateSettings
     from distill.settings import HealSettings as HealSettings
     from distill.settings import StudentSettings as StudentSettings
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from distill.targets.cached_teacher import open_targets as open_targets
     from distill.targets.targets_folder import cache_targets as cache_targets
     from distill.training.trained_folder import train as train
+    from mistill.loss.losses import forward_kl as forward_kl
 
 _HOMES = {
     "GenerateSettings": "distill.settings",
@@ -33,7 +33,7 @@ _HOMES = {
     "TargetSettings": "distill.settings",
     "TrainSettings": "distill.settings",
     "cache_targets": "distill.targets.targets_folder",
-    "forward_kl": "distill.loss.losses",
+    "forward_kl": "mistill.loss.losses",
     "generate_conversations": "distill.conversations",
     "heal": "distill.healing.healed_folder",
     "new_student": "distill.student.student_folder",

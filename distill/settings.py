@@ -11,11 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
+from mistill.loss.names import DivergenceName
 from mistill.settings import TextSettings, require, require_choice, require_range
 from mistill.training.processes import OptimizerName, Precision
 
-# Those of distill.loss.divergences, which imports PyTorch.
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 TeacherPrecision = Literal["auto", "float32", "bfloat16", "nf4"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]

@@ -47,7 +47,7 @@ from mistill.shown import visible
 from mistill.step_kind import StepKind
 
 # Packages whose module recipe_steps says what steps they make.
-_HOMES = ("mistill.sources", "distill", "quantize", "export", "benchmarks")
+_HOMES = ("mistill.sources", "tune", "distill", "quantize", "export", "benchmarks")
 
 # A step that the first process makes alone may take hours.
 _PATIENCE = timedelta(days=7)

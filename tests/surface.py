@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any
 
-PACKAGES = ("mistill", "distill", "quantize", "export", "benchmarks")
+PACKAGES = ("mistill", "tune", "distill", "quantize", "export", "benchmarks")
 # Modules that users import from by name, beside the packages themselves.
 MODULES = {
     "mistill.chat": ("ChatBot", "ChatSettings", "Speed"),

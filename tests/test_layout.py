@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STEPS = ("distill", "quantize", "export", "benchmarks")
+STEPS = ("tune", "distill", "quantize", "export", "benchmarks")
 SUITE = ROOT / "benchmarks" / "suite"
 # Modules of the shared package that call steps: the command line, and what runs recipes.
 MAY_IMPORT_STEPS = ("mistill.cli", "mistill.recipe", "mistill.demo", "mistill.compressing")

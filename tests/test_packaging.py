@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("mistill", "distill", "quantize", "export", "benchmarks")
+PACKAGES = ("mistill", "tune", "distill", "quantize", "export", "benchmarks")
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
-def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel):
+def test_the_wheel_holds_the_six_packages_and_nothing_else(wheel):
     names = {name.partition("/")[0] for name in wheel.namelist()}
     assert {name for name in names if not name.endswith(".dist-info")} == set(PACKAGES)
 

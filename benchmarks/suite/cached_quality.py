@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 import distill
-from distill.loss.batches import Batch
-from distill.loss.targets import SampledTargets, TeacherTargets
 from distill.settings import TrainSettings
 from distill.targets.cached_teacher import CachedTeacher, open_targets
 from distill.teacher.teacher import LiveTeacher, Teacher
 from distill.training.trainer import train_student
 from distill.training.training_text import read_blocks
+from mistill.loss.batches import Batch
+from mistill.loss.targets import SampledTargets, TeacherTargets
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks
 from mistill.text.vocabulary import Vocabulary, load_vocabulary

@@ -411,13 +411,13 @@ def _blocks(case: Case) -> Any:
 
 def mistill(student: Model, teacher: Model, case: Case) -> Tensor:
     """The loss that ``distill.train`` lowers: its step, its teacher, its head."""
-    from distill.loss.batches import make_batch
-    from distill.loss.heads import read_head
-    from distill.loss.losses import head_loss
-    from distill.loss.targets import TopKTargets
     from distill.settings import TrainSettings
     from distill.teacher.teacher import LiveTeacher
     from distill.training.step import DistillationStep
+    from mistill.loss.batches import make_batch
+    from mistill.loss.heads import read_head
+    from mistill.loss.losses import head_loss
+    from mistill.loss.targets import TopKTargets
 
     settings = TrainSettings(temperature=case.temperature, divergence=case.divergence)
     blocks = _blocks(case)
@@ -441,11 +441,11 @@ def mistill(student: Model, teacher: Model, case: Case) -> Tensor:
 
 def mistill_evaluation(student: Model, teacher: Model, case: Case) -> Tensor:
     """The held-out KL that ``distill.train`` reports."""
-    from distill.loss.batches import make_batch
     from distill.settings import TrainSettings
     from distill.teacher.teacher import LiveTeacher
     from distill.training.evaluation import summarize
     from distill.training.step import DistillationStep
+    from mistill.loss.batches import make_batch
 
     blocks = _blocks(case)
     batch = make_batch(blocks, torch.device("cpu"))

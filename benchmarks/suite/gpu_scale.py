@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.loss.batches import Batch
-from distill.loss.targets import SampledTargets, TeacherTargets
 from distill.settings import TrainSettings
 from distill.teacher.teacher import LiveTeacher
 from distill.training.step import DistillationStep, accumulate_gradients
+from mistill.loss.batches import Batch
+from mistill.loss.targets import SampledTargets, TeacherTargets
 from mistill.text.blocks import TokenBlocks
 from mistill.training.optimizers import make_optimizer
 

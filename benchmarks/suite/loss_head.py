@@ -42,9 +42,9 @@ def made(shape: str, kept: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 
 def ours(hidden: Tensor, head: Tensor, p_hidden: Tensor, p_head: Tensor, mask: Tensor) -> Tensor:
     """Mistill's."""
-    from distill.loss.heads import as_head
-    from distill.loss.losses import head_loss
-    from distill.loss.targets import DenseTargets
+    from mistill.loss.heads import as_head
+    from mistill.loss.losses import head_loss
+    from mistill.loss.targets import DenseTargets
 
     kept = int(mask.sum())
     return head_loss(

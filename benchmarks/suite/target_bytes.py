@@ -25,14 +25,14 @@ import torch
 
 import distill
 import mistill
-from distill.loss.batches import make_batch
-from distill.loss.losses import chunks
 from distill.targets.codec import id_bits
 from distill.teacher.teacher import LiveTeacher
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import fingerprint, installed_versions
 from mistill.folders.location import location_of
 from mistill.folders.targets_folder import describe_targets
+from mistill.loss.batches import make_batch
+from mistill.loss.losses import chunks
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite.turns import paired_ratio, serve, summary, take_turns
-from distill.loss.batches import make_batch
+from mistill.loss.batches import make_batch
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary

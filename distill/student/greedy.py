@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.loss.divergences import Divergence
-from distill.loss.heads import as_head, soften
-from distill.loss.losses import chunks
-from distill.loss.targets import DenseTargets
 from mistill.errors import FolderError
+from mistill.loss.divergences import Divergence
+from mistill.loss.heads import as_head, soften
+from mistill.loss.losses import chunks
+from mistill.loss.targets import DenseTargets
 from mistill.progress import Tracker, track
 from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu
 from mistill.weights.gptq_layout import HEAD

@@ -19,9 +19,9 @@ from mistill.text.blocks import TokenBlocks, pack
 if TYPE_CHECKING:
     import torch
 
-    from distill.loss.targets import DenseTargets
     from distill.targets.codec import StoredTargets
     from distill.teacher.teacher import LiveTeacher
+    from mistill.loss.targets import DenseTargets
 
 
 def ask(
@@ -41,7 +41,7 @@ def ask(
     """
     import torch
 
-    from distill.loss.batches import make_batch
+    from mistill.loss.batches import make_batch
 
     device = next(teacher.model.parameters()).device
     packed = pack((piece_document(blocks, piece) for piece in pieces), settings.block_length)
@@ -70,7 +70,6 @@ def keep(dense: DenseTargets, pieces: Sequence[Piece], settings: TargetSettings)
     """
     import torch
 
-    from distill.loss.losses import chunks
     from distill.targets.codec import StoredTargets, count_draws
     from distill.targets.draws import (
         draw,
@@ -79,6 +78,7 @@ def keep(dense: DenseTargets, pieces: Sequence[Piece], settings: TargetSettings)
         systematic_heights,
         uniform_numbers,
     )
+    from mistill.loss.losses import chunks
 
     if not dense.finite().all():
         raise FolderError(

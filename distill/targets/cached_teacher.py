@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.loss.targets import SampledTargets, TopKTargets
 from distill.settings import TargetSettings
 from distill.targets.codec import StoredTargets, codec_of, join
 from distill.targets.shards import (
@@ -37,11 +36,12 @@ from mistill.errors import SettingsError, TextError, VocabularyError
 from mistill.folders.lineage import LINEAGE_FILE
 from mistill.folders.location import Location, location_of
 from mistill.folders.targets_folder import read_manifest
+from mistill.loss.targets import SampledTargets, TopKTargets
 from mistill.settings import typed_options
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 
 if TYPE_CHECKING:
-    from distill.loss.batches import Batch
+    from mistill.loss.batches import Batch
     from mistill.text.blocks import TokenBlocks
     from mistill.text.vocabulary import Vocabulary
 

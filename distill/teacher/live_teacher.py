@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distill.loss.heads import Head, PlainWeight, compute_dtype, read_head
-from distill.loss.targets import DenseTargets
-from distill.teacher.teacher import LiveTeacher, last_hidden_states
+from distill.teacher.teacher import LiveTeacher
 from mistill.errors import ArchitectureError, SettingsError, missing_extra
+from mistill.loss.batches import last_hidden_states
+from mistill.loss.heads import Head, PlainWeight, compute_dtype, read_head
+from mistill.loss.targets import DenseTargets
 from mistill.pytorch.loading import (
     check_weights,
     empty_model,
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from distill.loss.batches import Batch
     from distill.settings import TrainSettings
     from mistill.folders.folder import FolderInfo
+    from mistill.loss.batches import Batch
     from mistill.text.blocks import TokenBlocks
 
 _BLOCK = 64

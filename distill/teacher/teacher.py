@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
-from distill.loss.heads import compute_dtype, read_head
-from distill.loss.targets import DenseTargets, TeacherTargets
+from mistill.loss.batches import last_hidden_states
+from mistill.loss.heads import compute_dtype, read_head
+from mistill.loss.targets import DenseTargets, TeacherTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distill.loss.batches import Batch
+    from mistill.loss.batches import Batch
     from mistill.text.blocks import TokenBlocks
 
 
@@ -70,23 +70,3 @@ class LiveTeacher:
 
     def expect(self, blocks: TokenBlocks) -> None:
         """Do nothing: a running model answers when it is asked."""
-
-
-def last_hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
-    """Run a model's body, not its head, over packed blocks.
-
-    Without an attention mask, transformers takes a position that does not follow its
-    predecessor for the start of another document, and lets attention cross no such border.
-
-    Args:
-        model: A Llama or Mistral with its head.
-        ids: Token ids, shape (B, T).
-        positions: Position of each token in its own document, shape (B, T).
-
-    Returns:
-        Shape (B, T, D), after the last norm.
-    """
-    hidden: Tensor = model.get_decoder()(
-        input_ids=ids, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    return hidden

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from distill.loss.divergences import FORWARD_KL
-from distill.loss.heads import Head, as_head, compute_dtype, soften
-from distill.loss.losses import chunks
-from distill.loss.targets import DenseTargets, TeacherTargets
+from mistill.loss.divergences import FORWARD_KL
+from mistill.loss.heads import Head, as_head, compute_dtype, soften
+from mistill.loss.losses import chunks
+from mistill.loss.targets import DenseTargets, TeacherTargets
 
 if TYPE_CHECKING:
     pass

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distill.loss.batches import Batch, make_batch
-from distill.loss.targets import DenseTargets, TeacherTargets
 from distill.teacher.live_teacher import load_teacher
 from distill.teacher.teacher import Teacher
 from distill.training.evaluation import Evaluation, TokenScores, score_positions, summarize
+from mistill.loss.batches import Batch, make_batch
+from mistill.loss.targets import DenseTargets, TeacherTargets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from distill.loss.batches import Batch, make_batch
-from distill.loss.divergences import Divergence
-from distill.loss.heads import read_head
-from distill.loss.losses import HeadLoss, head_loss
-from distill.loss.targets import TeacherTargets
-from distill.teacher.teacher import Teacher, last_hidden_states
+from distill.teacher.teacher import Teacher
 from distill.training.evaluation import TokenScores, score_positions
 from distill.training.held_out import shares
 from distill.training.on_policy import Place, rewrite
+from mistill.loss.batches import Batch, last_hidden_states, make_batch
+from mistill.loss.divergences import Divergence
+from mistill.loss.heads import read_head
+from mistill.loss.losses import HeadLoss, head_loss
+from mistill.loss.targets import TeacherTargets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from distill.loss.batches import make_batch
 from distill.training.held_out import ask_about, judge, shares
 from distill.training.on_policy import is_on_policy
 from distill.training.progress import TrainingProgress
 from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.errors import TrainingError
 from mistill.folders.renaming import rename_synced
+from mistill.loss.batches import make_batch
 from mistill.progress import track
 from mistill.pytorch.loading import quiet_transformers
 from mistill.settings import settings_dict

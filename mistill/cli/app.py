@@ -32,7 +32,7 @@ from distill import (
 from export import GgufSettings, OnnxSettings
 from mistill import __version__
 from mistill.chat.bot import ChatSettings
-from mistill.cli import bench_commands, eval_commands, quantize_commands
+from mistill.cli import bench_commands, eval_commands, quantize_commands, tune_commands
 from mistill.cli.command_output import is_main_process, print_folder, print_result
 from mistill.cli.help_pages import SAMPLING, HelpPage
 from mistill.cli.options import Flat, Texts
@@ -64,6 +64,7 @@ app = App(
     # An interruption is told what becomes of the work, below.
     suppress_keyboard_interrupt=False,
 )
+app.command(tune_commands.app)
 app.command(quantize_commands.app)
 app.command(bench_commands.app)
 app.command(eval_commands.app)

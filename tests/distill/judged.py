@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from distill.loss.batches import Batch
 from distill.settings import TrainSettings
 from distill.teacher.teacher import Teacher
 from distill.training.evaluation import Evaluation
 from distill.training.held_out import HeldOutPart, judge
 from distill.training.step import DistillationStep
+from mistill.loss.batches import Batch
 from mistill.text.blocks import TokenBlocks
 from mistill.training.processes import accelerating
 

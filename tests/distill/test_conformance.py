@@ -26,12 +26,12 @@ from benchmarks.suite.conformance_losses import (
     Model,
     dense_weight,
 )
-from distill.loss.batches import make_batch
-from distill.loss.targets import DenseTargets
 from distill.settings import TrainSettings
 from distill.teacher.live_teacher import load_teacher
 from distill.teacher.teacher import LiveTeacher
 from mistill.folders.folder import open_folder
+from mistill.loss.batches import make_batch
+from mistill.loss.targets import DenseTargets
 from mistill.text.answers import conversation_documents
 from mistill.text.blocks import pack
 from mistill.text.documents import read_documents

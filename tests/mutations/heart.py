@@ -29,10 +29,10 @@ class Mutation:
 
 
 _STEP = ("tests/distill/training/test_step.py",)
-_LOSSES = ("tests/distill/loss/test_losses.py",)
-_DIVERGENCES = ("tests/distill/loss/test_divergences.py",)
+_LOSSES = ("tests/mistill/loss/test_losses.py",)
+_DIVERGENCES = ("tests/mistill/loss/test_divergences.py",)
 _TARGETS = ("tests/distill/teacher/test_teacher.py", "tests/distill/targets/test_draws.py")
-_KERNEL = ("tests/distill/loss/test_triton_kernel.py",)
+_KERNEL = ("tests/mistill/loss/test_triton_kernel.py",)
 _SCHEDULE = ("tests/mistill/training/test_schedule.py",)
 _TEXT = ("tests/mistill/text/test_text.py",)
 _KL = ("tests/mistill/measures/test_kl.py",)
@@ -54,7 +54,7 @@ MUTATIONS = (
     # --- text and labels ------------------------------------------------------------------------
     Mutation(
         "labels are the tokens themselves, not the next ones",
-        "distill/loss/batches.py",
+        "mistill/loss/batches.py",
         "blocks.ids[:, 1:][kept[:, :-1]]",
         "blocks.ids[:, :-1][kept[:, :-1]]",
         _STEP,
@@ -83,84 +83,84 @@ MUTATIONS = (
     # --- distillation ---------------------------------------------------------------------------
     Mutation(
         "forward_kl is KL(student || teacher)",
-        "distill/loss/losses.py",
+        "mistill/loss/losses.py",
         "(p.exp() * (p - q))",
         "(q.exp() * (q - p))",
         _LOSSES,
     ),
     Mutation(
         "forward_kl is multiplied by T, not by its square",
-        "distill/loss/losses.py",
+        "mistill/loss/losses.py",
         "* temperature**2).to(dtype)",
         "* temperature).to(dtype)",
         _LOSSES,
     ),
     Mutation(
         "the loss of a step is multiplied by T, not by its square",
-        "distill/loss/losses.py",
+        "mistill/loss/losses.py",
         "apart *= recipe.temperature**2",
         "apart *= recipe.temperature",
         _LOSSES,
     ),
     Mutation(
         "the gradient forgets the temperature",
-        "distill/loss/losses.py",
+        "mistill/loss/losses.py",
         "G.mul_((1 - c) * T / total)",
         "G.mul_((1 - c) / total)",
         _LOSSES,
     ),
     Mutation(
         "the gradient of the cross-entropy pushes the label down",
-        "distill/loss/losses.py",
+        "mistill/loss/losses.py",
         "torch.full_like(picked, -c / total, dtype=G.dtype)",
         "torch.full_like(picked, c / total, dtype=G.dtype)",
         _LOSSES,
     ),
     Mutation(
         "the fused loss has a temperature of 1",
-        "distill/loss/losses.py",
+        "mistill/loss/losses.py",
         "forward_kl_rows(G, p_logits, T, gradient=wants_gradient)",
         "forward_kl_rows(G, p_logits, 1.0, gradient=wants_gradient)",
         _KERNEL,
     ),
     Mutation(
         "the fused gradient forgets the temperature",
-        "distill/loss/losses.py",
+        "mistill/loss/losses.py",
         "G.mul_(T * head.scale / recipe.positions_in_step)",
         "G.mul_(head.scale / recipe.positions_in_step)",
         _KERNEL,
     ),
     Mutation(
         "the Triton kernel does not soften the teacher",
-        "distill/loss/triton_kernel.py",
+        "mistill/loss/triton_kernel.py",
         "log_p = tl.load(z_teacher + start + lanes, mask=inside, other=0.0) * inverse - norm_p",
         "log_p = tl.load(z_teacher + start + lanes, mask=inside, other=0.0) - norm_p",
         _KERNEL,
     ),
     Mutation(
         "the gradient of forward KL adds the teacher",
-        "distill/loss/divergences.py",
+        "mistill/loss/divergences.py",
         "log_q.exp_().sub_(p)",
         "log_q.exp_().add_(p)",
         _DIVERGENCES,
     ),
     Mutation(
         "forward KL is weighted by the student",
-        "distill/loss/divergences.py",
+        "mistill/loss/divergences.py",
         "    p = torch.exp(log_p, out=scratch[0])\n    row = log_p.sub_(log_q).mul_(p).sum(dim=-1)",
         "    p = torch.exp(log_q, out=scratch[0])\n    row = log_p.sub_(log_q).mul_(p).sum(dim=-1)",
         _DIVERGENCES,
     ),
     Mutation(
         "the entropy of sampled targets is added",
-        "distill/loss/targets.py",
+        "mistill/loss/targets.py",
         "- self.entropy[rows]",
         "+ self.entropy[rows]",
         _TARGETS,
     ),
     Mutation(
         "the rest of the vocabulary has no gradient under top-k targets",
-        "distill/loss/targets.py",
+        "mistill/loss/targets.py",
         "log_q.exp_().sub_(outside.exp_().mul_(share[:, None]))",
         "log_q.exp_()",
         _TARGETS,

@@ -13,7 +13,7 @@ import pytest
 from tests.mutations.heart import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("mistill", "distill", "quantize", "export", "benchmarks", "tests", "examples")
+COPIED = ("mistill", "tune", "distill", "quantize", "export", "benchmarks", "tests", "examples")
 TESTS_FAILED = 1  # pytest's exit code where tests ran and some did not pass
 
 

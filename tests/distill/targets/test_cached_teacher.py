@@ -13,9 +13,6 @@ import pytest
 import torch
 
 import distill
-from distill.loss.batches import make_batch
-from distill.loss.losses import head_loss
-from distill.loss.targets import SampledTargets
 from distill.settings import TrainSettings
 from distill.targets import cached_teacher
 from distill.targets.cached_teacher import CachedTeacher, open_targets
@@ -23,6 +20,9 @@ from distill.teacher.teacher import LiveTeacher
 from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TextError
 from mistill.folders.location import Location
+from mistill.loss.batches import make_batch
+from mistill.loss.losses import head_loss
+from mistill.loss.targets import SampledTargets
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents

@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.loss.losses import head_loss
-from distill.loss.targets import SampledTargets
 from distill.targets.codec import count_draws
 from distill.targets.draws import (
     draw,
@@ -19,6 +17,8 @@ from distill.targets.draws import (
     systematic_heights,
     uniform_numbers,
 )
+from mistill.loss.losses import head_loss
+from mistill.loss.targets import SampledTargets
 from tests.reference import targets as reference
 
 V, N = 40, 50

@@ -18,8 +18,6 @@ import torch
 
 import distill
 import quantize
-from distill.loss.batches import make_batch
-from distill.loss.targets import SampledTargets, TopKTargets
 from distill.settings import TargetSettings
 from distill.targets.cached_teacher import CachedTeacher, open_targets
 from distill.targets.draws import uniform_numbers
@@ -30,6 +28,8 @@ from mistill.errors import FolderError, SettingsError, TargetExistsError, TextEr
 from mistill.folders.lineage import read_lineage
 from mistill.folders.location import Location, location_of
 from mistill.folders.targets_folder import describe_targets
+from mistill.loss.batches import make_batch
+from mistill.loss.targets import SampledTargets, TopKTargets
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
@@ -229,7 +229,7 @@ FORKING = """
 import json, os, random, signal, sys, time
 import torch, accelerate.utils, safetensors.numpy
 from transformers import LlamaForCausalLM, MistralForCausalLM
-import distill.loss.batches, distill.loss.losses, distill.teacher.teacher
+import mistill.loss.batches, mistill.loss.losses, distill.teacher.teacher
 from distill.targets.targets_folder import Location, cache_targets
 torch.set_num_threads(1)
 teacher, texts, folder, kills, options = *sys.argv[1:5], json.loads(sys.argv[5])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.loss.divergences import Divergence
-from distill.loss.losses import head_loss
-from distill.loss.targets import SampledTargets, TopKTargets
 from mistill.errors import SettingsError
+from mistill.loss.divergences import Divergence
+from mistill.loss.losses import head_loss
+from mistill.loss.targets import SampledTargets, TopKTargets
 
 N, V, D, K = 11, 37, 8, 5
 

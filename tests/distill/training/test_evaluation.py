@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from distill.loss.batches import make_batch
-from distill.loss.heads import as_head
-from distill.loss.targets import DenseTargets, SampledTargets
 from distill.settings import TrainSettings
 from distill.teacher.teacher import LiveTeacher
 from distill.training.evaluation import (
@@ -23,6 +20,9 @@ from distill.training.evaluation import (
 )
 from distill.training.held_out import HeldOutPart, judge
 from distill.training.step import DistillationStep
+from mistill.loss.batches import make_batch
+from mistill.loss.heads import as_head
+from mistill.loss.targets import DenseTargets, SampledTargets
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks
 from mistill.training.processes import accelerating

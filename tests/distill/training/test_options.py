@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 import distill
-from distill.loss.batches import Batch, make_batch
-from distill.loss.targets import DenseTargets
 from distill.settings import TrainSettings
 from distill.teacher import live_teacher
 from distill.teacher.live_teacher import SpreadTeacher, load_teacher
@@ -24,6 +22,8 @@ from distill.training.training_text import read_blocks
 from mistill.errors import SettingsError, TextError
 from mistill.folders.folder import describe
 from mistill.folders.lineage import fingerprint, read_lineage
+from mistill.loss.batches import Batch, make_batch
+from mistill.loss.targets import DenseTargets
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.optimizers import make_optimizer

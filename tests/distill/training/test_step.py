@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from distill.loss.batches import make_batch
-from distill.loss.heads import read_head
-from distill.loss.losses import forward_kl
 from distill.settings import TrainSettings
-from distill.teacher.teacher import LiveTeacher, last_hidden_states
+from distill.teacher.teacher import LiveTeacher
 from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.errors import SettingsError
+from mistill.loss.batches import last_hidden_states, make_batch
+from mistill.loss.heads import read_head
+from mistill.loss.losses import forward_kl
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks
 from mistill.training.optimizers import make_optimizer

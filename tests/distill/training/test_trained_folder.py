@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distill
-from distill.loss.batches import make_batch
 from distill.settings import TrainSettings
 from distill.teacher.teacher import LiveTeacher
 from distill.training import step, trainer
@@ -37,6 +36,7 @@ from mistill.errors import (
     VocabularyError,
 )
 from mistill.folders.lineage import read_lineage
+from mistill.loss.batches import make_batch
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import Document
 from mistill.text.documents import read_documents

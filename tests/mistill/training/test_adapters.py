@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import distill
-from distill.loss.heads import read_head
 from distill.settings import TrainSettings
 from distill.teacher.teacher import LiveTeacher
 from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.folders.lineage import read_lineage
+from mistill.loss.heads import read_head
 from mistill.pytorch.loading import load_pytorch
 from mistill.training.adapters import add_adapters, merged
 from mistill.training.processes import accelerating

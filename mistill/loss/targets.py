@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from distill.loss.divergences import Divergence
-from distill.loss.heads import Head, soften
 from mistill.errors import SettingsError
+from mistill.loss.divergences import Divergence
+from mistill.loss.heads import Head, soften
 
 if TYPE_CHECKING:
     pass

@@ -3,7 +3,7 @@
 There the softmaxes, products and sums of a chunk are bound by memory. The least that must move is
 both models' logits in and the gradient out, 3 n V floats; PyTorch's operators one by one move
 about 18 n V. This kernel reads both logits twice, once for the two normalizers and once for the
-rest, and writes the gradient over the student's: 5 n V. ``distill.loss.divergences`` is its slow
+rest, and writes the gradient over the student's: 5 n V. ``mistill.loss.divergences`` is its slow
 twin, and what everything else runs on.
 
 n is rows of one chunk, V vocabulary.

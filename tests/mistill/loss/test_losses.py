@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.loss.heads import as_head
-from distill.loss.losses import HeadLoss, chunks, forward_kl, head_loss
-from distill.loss.targets import DenseTargets
 from mistill.errors import VocabularyError
+from mistill.loss.heads import as_head
+from mistill.loss.losses import HeadLoss, chunks, forward_kl, head_loss
+from mistill.loss.targets import DenseTargets
 from tests.reference import distillation as reference
 
 

@@ -16,7 +16,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from distill.settings import DivergenceName
+from mistill.loss.names import DivergenceName
 
 NAMES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 MIXING: tuple[DivergenceName, ...] = ("jsd", "skew_kl", "skew_reverse_kl")

@@ -13,11 +13,11 @@ import torch
 ROOT = Path(__file__).parents[3]
 CHECK = """
 import torch
-from distill.loss import losses
-from distill.loss.divergences import FORWARD_KL
-from distill.loss.heads import Head, PlainWeight, as_head
-from distill.loss.targets import DenseTargets
-from distill.loss.triton_kernel import forward_kl_rows
+from mistill.loss import losses
+from mistill.loss.divergences import FORWARD_KL
+from mistill.loss.heads import Head, PlainWeight, as_head
+from mistill.loss.targets import DenseTargets
+from mistill.loss.triton_kernel import forward_kl_rows
 
 assert losses.runs_triton(torch.device("cpu"))
 torch.manual_seed(0)
@@ -73,8 +73,8 @@ def test_the_kernel_computes_what_its_twin_computes() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_the_kernel_computes_what_its_twin_computes_on_a_gpu() -> None:
-    from distill.loss.divergences import FORWARD_KL
-    from distill.loss.triton_kernel import forward_kl_rows
+    from mistill.loss.divergences import FORWARD_KL
+    from mistill.loss.triton_kernel import forward_kl_rows
 
     student, teacher = (5 * torch.randn(64, 32_000, device="cuda") for _ in range(2))
     log_q, log_p = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)

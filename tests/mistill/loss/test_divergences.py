@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.loss.divergences import MIXING, NAMES, Divergence
-from distill.loss.heads import as_head
-from distill.loss.losses import head_loss
-from distill.loss.targets import DenseTargets
-from distill.settings import DivergenceName
+from mistill.loss.divergences import MIXING, NAMES, Divergence
+from mistill.loss.heads import as_head
+from mistill.loss.losses import head_loss
+from mistill.loss.names import DivergenceName
+from mistill.loss.targets import DenseTargets
 from tests.reference import distillation as reference
 
 ROWS, V, D = 7, 41, 12

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.loss.heads import FourBitWeight, Head, PlainWeight, as_head, read_head
-from distill.loss.losses import head_loss
-from distill.loss.targets import DenseTargets
 from mistill.errors import ArchitectureError
+from mistill.loss.heads import FourBitWeight, Head, PlainWeight, as_head, read_head
+from mistill.loss.losses import head_loss
+from mistill.loss.targets import DenseTargets
 
 N, V, D, RANK = 9, 70, 64, 3
 
@@ -103,7 +103,7 @@ def test_a_head_in_four_bits_is_read_a_few_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    monkeypatch.setattr("distill.loss.heads._SLICE_BYTES", 16 * D * 4)
+    monkeypatch.setattr("mistill.loss.heads._SLICE_BYTES", 16 * D * 4)
     for nested in (False, True):
         values = numbers(1, V, D, scale=0.3).float()
         packed, state = functional.quantize_4bit(

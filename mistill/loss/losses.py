@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill.loss.divergences import FORWARD_KL, Divergence
-from distill.loss.heads import Head, as_head, compute_dtype, multiply, soften
-from distill.loss.targets import DenseTargets, TeacherTargets
 from mistill.errors import VocabularyError
+from mistill.loss.divergences import FORWARD_KL, Divergence
+from mistill.loss.heads import Head, as_head, compute_dtype, multiply, soften
+from mistill.loss.targets import DenseTargets, TeacherTargets
 
 _MIB = 2**20
 
@@ -334,7 +334,7 @@ def _fused_chunk(
     wants_gradient: bool,
 ) -> _Chunk:
     """The same for forward KL alone, with everything between logits and gradient in one kernel."""
-    from distill.loss.triton_kernel import forward_kl_rows
+    from mistill.loss.triton_kernel import forward_kl_rows
 
     assert isinstance(recipe.targets, DenseTargets)
     G, p_logits = buffers

@@ -1,0 +1,3 @@
+"""What a user decides about tuning."""
+
+from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mistill.pytorch.loading import quiet_transformers
-from mistill.training.adapters import merged
+from mistill.training.adapters import merged, scales_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +70,8 @@ def save_plain(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path)
         folder: The folder to write config.json and safetensors to.
     """
     # DeepSpeed computes with, and has judged, weights of the precision that was asked for.
-    plain = {name: value.float() for name, value in merged(weights).items()}
+    whole = merged(weights, scales_of(model))
+    plain = {name: value.float() for name, value in whole.items()}
     if model.config.tie_word_embeddings:
         plain.pop("lm_head.weight", None)
     with quiet_transformers():

@@ -15,7 +15,7 @@ from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.errors import TrainingError
 from mistill.loss.batches import make_batch
 from mistill.training.adapters import add_adapters
-from mistill.training.checkpoints import own_randomness
+from mistill.training.checkpoints import leave_out_frozen, own_randomness
 from mistill.training.lean import remember_less
 from mistill.training.loop import LoopOptions, StepSums, TrainingLoop, shares
 from mistill.training.memory import unmap_when_freed
@@ -68,6 +68,7 @@ def train_student(
         parts = ask_about(teacher, held_out, settings.micro_batch_size, accelerator)
         if settings.lora_rank:
             add_adapters(student, settings.lora_rank)
+            leave_out_frozen(accelerator)
         if settings.gradient_checkpointing:
             student.activation_checkpointing_enable({"use_reentrant": False})
         remember_less(student)

@@ -22,11 +22,12 @@ _FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
     *("fidelity.json", "metrics.jsonl", "mixed.json", "merge_report.json", "quantize_report.*"),
+    "tuning_report.json",
     *("report.md", "report.html", "figure.png", "figure.svg"),
     *("shard-*", ".shard-*"),
 )
 # Folders inside a folder of ours whose content is ours, whatever it is.
-_FOLDERS = ("onnx", "tensorboard")
+_FOLDERS = ("onnx", "tensorboard", "adapter")
 
 
 def why_not_ours(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ N is blocks, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -100,7 +100,11 @@ def packed_pair(
 
 
 def split_documents(
-    documents: Sequence[Document], share: float, seed: int, block_length: int = 1
+    documents: Sequence[Document],
+    share: float,
+    seed: int,
+    block_length: int = 1,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[list[Document], list[Document]]:
     """Keep some documents from training.
 
@@ -112,6 +116,8 @@ def split_documents(
         share: How much of them to keep out, by tokens, above 0 and below 1.
         seed: Decides which.
         block_length: Where longer documents are cut.
+        groups: What each document belongs to, such as its prompt; those of one group stay on one
+            side. None where every document stands alone.
 
     Returns:
         Documents to learn from and documents to judge on.
@@ -123,10 +129,15 @@ def split_documents(
     wanted = int(share * sum(sizes))
     chosen: set[int] = set()
     taken = 0
-    for index in np.random.default_rng(seed).permutation(len(documents)):
-        if taken + sizes[index] <= wanted:
-            chosen.add(int(index))
-            taken += sizes[index]
+    together: dict[Hashable, list[int]] = {}
+    for index in range(len(documents)):
+        together.setdefault(index if groups is None else groups[index], []).append(index)
+    members = list(together.values())
+    for place in np.random.default_rng(seed).permutation(len(members)):
+        size = sum(sizes[index] for index in members[place])
+        if taken + size <= wanted:
+            chosen.update(members[place])
+            taken += size
     if chosen:
         learnt = [document for index, document in enumerate(documents) if index not in chosen]
         return learnt, [documents[index] for index in sorted(chosen)]

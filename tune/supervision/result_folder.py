@@ -6,6 +6,7 @@ published, and the one that the text costs least is taken.
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 from collections.abc import Mapping
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from tune.supervision.trainer import HeldOut
 
 _log = logging.getLogger(__name__)
+
+# Bytes of a GPU that a look at a model takes beside its weights.
+_ROOM = 2 * 2**30
 
 ADAPTER = "adapter"
 """The folder, in a tuned one, with the adapter as peft saves it."""
@@ -71,6 +75,7 @@ def gather_result(
     result, best = work / "result", best_model(work, progress.best_step)
     on_gpu = state.device.type != "cpu" and settings.precision != "float32"
     dtype = torch.bfloat16 if on_gpu else torch.float32
+    device = place_for(info.parameters * dtype.itemsize, state.device)
 
     def look(folder: Path) -> Look:
         return look_at(
@@ -79,7 +84,7 @@ def gather_result(
             reading.prompts,
             vocabulary,
             reply_tokens=settings.reply_tokens,
-            device=state.device,
+            device=device,
             dtype=dtype,
         )
 
@@ -139,6 +144,31 @@ def gather_result(
         "processes": state.num_processes,
         "distributed": state.distributed_type.value,
     }
+
+
+def place_for(model_bytes: int, device: torch.device) -> torch.device:
+    """Where a whole model is looked at: on the device that trained, if it fits there.
+
+    A model that was trained in four bits may be larger than the GPU when its weights are floats.
+
+    Args:
+        model_bytes: Of its weights.
+        device: The device that trained.
+
+    Returns:
+        That device, or the CPU.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return device
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    if model_bytes + _ROOM <= free:
+        return device
+    _log.info("the merged model does not fit the GPU and is measured on the CPU")
+    return torch.device("cpu")
 
 
 def _candidates(

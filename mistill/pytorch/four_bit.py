@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit layers, kept as they were stored.
 
-bitsandbytes (0.50.2, and since 0.49) repacks the codes and scales of a ``Linear4bit`` in place on
+bitsandbytes (0.50.2) repacks the codes and scales of a ``Linear4bit`` in place on
 a CPU with AVX512-BF16, the first time that it runs in eval mode on an input without a gradient, and
 multiplies by a kernel for inference from then on. The kernel has no gradient, so that training
 after one evaluation goes astray without an error; ``dequantize_4bit`` reads the new order as the

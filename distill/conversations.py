@@ -38,10 +38,10 @@ from mistill.progress import track
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.answers import prompt_ids, refuse_unwritten, thoughts_opening
-from mistill.text.conversation import SYSTEMS, Conversation
+from mistill.text.conversation import SYSTEMS, Conversation, prompt_share
 from mistill.text.documents import read_prompt_conversations
 from mistill.text.rows import Texts
-from mistill.text.vocabulary import Message, Vocabulary, load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -302,21 +302,6 @@ def _publish(
 def _json_lines(conversations: Sequence[Mapping[str, Any]]) -> str:
     lines = (json.dumps(row, ensure_ascii=False) for row in conversations)
     return "".join(line + "\n" for line in lines)
-
-
-def prompt_share(conversation: Sequence[Message]) -> float:
-    """A number from 0 to 1 that depends on what the user says first and on nothing else.
-
-    Args:
-        conversation: Turns.
-
-    Returns:
-        The first 32 bits of the SHA-256 of the user's first turn, divided by 2 to the 32.
-    """
-    first_turn = str(
-        next(message["content"] for message in conversation if message["role"] == "user")
-    )
-    return int.from_bytes(hashlib.sha256(first_turn.encode()).digest()[:4], "big") / 2**32
 
 
 # --- resuming -----------------------------------------------------------------------------------

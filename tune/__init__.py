@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING
 from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    pass
+    from tune.pairwise.preferences_folder import preferences as preferences
+    from tune.settings import PreferenceSettings as PreferenceSettings
 
-_HOMES: dict[str, str] = {}
+_HOMES = {
+    "PreferenceSettings": "tune.settings",
+    "preferences": "tune.pairwise.preferences_folder",
+}
 
-__all__: list[str] = []
+__all__ = ["PreferenceSettings", "preferences"]
 __getattr__ = lazy_exports(__name__, _HOMES)

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from mistill.step_kind import StepKind
+from mistill.step_kind import StepKind, calling
+from tune.settings import PreferenceSettings
 
-KINDS: tuple[StepKind, ...] = ()
+KINDS: tuple[StepKind, ...] = (
+    StepKind(
+        name="preferences",
+        settings=PreferenceSettings,
+        models=("model",),
+        texts=("pairs", "held_out"),
+        optional=("held_out",),
+        run=calling("tune.preferences", "model"),
+    ),
+)

@@ -2,6 +2,100 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any
+
 from cyclopts import App
 
+from mistill.cli.command_output import print_folder
+from mistill.cli.help_pages import HelpPage
+from mistill.cli.options import Flat, Texts
+from tune import PreferenceSettings
+
 app = App(name="tune", help="Tune a model on conversations, preferences or rewards.")
+
+# --- preferences, rewards and reinforcement -------------------------------------------------------
+
+_OPTIMIZATION = (
+    *("learning_rate", "warmup", "weight_decay", "max_gradient_norm", "epochs", "steps"),
+    *("batch_size", "lora_rank", "lora_alpha", "seed"),
+)
+_MEMORY = ("micro_batch_size", "gradient_checkpointing", "precision")
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Data": ("pairs", "held_out", "held_out_share", "ranking", "max_length"),
+            "Loss": ("loss", "beta", "label_smoothing", "good_weight", "bad_weight"),
+            "Optimization": _OPTIMIZATION,
+            "Memory and speed": _MEMORY,
+            "Evaluation and checkpoints": ("evaluate_every", "keep", "checkpoint_every"),
+        }
+    )
+)
+def preferences(
+    model: str,
+    target: Path,
+    /,
+    *,
+    pairs: Texts,
+    held_out: Texts = (),
+    settings: Annotated[PreferenceSettings, Flat] = PreferenceSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Teach a model which of two answers is better: DPO and its kin, KTO, ORPO.
+
+    The same command resumes an interrupted run.
+
+    Args:
+        model: The model to tune: a model folder, a Hub id, a GGUF file, or @smollm2.
+        target: The model folder to write, with the adapter in adapter/ and what tuning did in
+            tuning_report.json.
+        pairs: Pairs of a chosen and a rejected answer, or rankings; for the loss kto answers with
+            a label too. A .jsonl, .json, .csv or .parquet file, or a Hub dataset.
+        held_out: The same to evaluate on. If it is not given, a share of the prompts is held out.
+        settings: The loss, the optimization and the evaluation.
+        overwrite: Replace the target if it exists.
+        json: Print the result as one line of JSON at the end.
+
+    Returns:
+        The facts that were printed.
+    """
+    import tune
+
+    folder = tune.preferences(
+        model,
+        target,
+        pairs=pairs,
+        held_out=held_out or None,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    return print_tuned(folder, json)
+
+
+def print_tuned(folder: Path, json: bool) -> dict[str, Any]:
+    """Print facts about a tuned folder, and what tuning did.
+
+    Args:
+        folder: The folder.
+        json: Whether to print the facts as one line of JSON too.
+
+    Returns:
+        The facts.
+    """
+    from mistill.folders.json_text import read_json_file
+
+    report = read_json_file(folder / "tuning_report.json")
+    before, after = report["before"], report["after"]
+    low, high = report["margin_accuracy_interval"]
+    print(
+        f"held-out loss {before['loss']:.4f} before and {after['loss']:.4f} after "
+        f"{report['kept_step']} of {report['steps']} steps; margin accuracy "
+        f"{after['margin_accuracy']:.3f} ({low:.3f} to {high:.3f}) on "
+        f"{report['rows']['held_out']} rows; KL from the start "
+        f"{report['kl']['tuned_from_base']:.4f} nats a token"
+    )
+    return print_folder(folder, json, before=before, after=after, kl=report["kl"])

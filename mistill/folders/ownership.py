@@ -21,12 +21,19 @@ _FILES = (
     *("adapter_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    *("fidelity.json", "metrics.jsonl", "mixed.json", "merge_report.json", "quantize_report.*"),
+    *(
+        "fidelity.json",
+        "metrics.jsonl",
+        "tuning_report.json",
+        "mixed.json",
+        "merge_report.json",
+        "quantize_report.*",
+    ),
     *("report.md", "report.html", "figure.png", "figure.svg"),
     *("shard-*", ".shard-*"),
 )
 # Folders inside a folder of ours whose content is ours, whatever it is.
-_FOLDERS = ("onnx", "tensorboard")
+_FOLDERS = ("adapter", "onnx", "tensorboard")
 
 
 def why_not_ours(folder: Path) -> str | None:

@@ -11,12 +11,16 @@ from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from tune.pairwise.preferences_folder import preferences as preferences
+    from tune.scoring.reward_folder import reward as reward
     from tune.settings import PreferenceSettings as PreferenceSettings
+    from tune.settings import RewardSettings as RewardSettings
 
 _HOMES = {
     "PreferenceSettings": "tune.settings",
+    "RewardSettings": "tune.settings",
     "preferences": "tune.pairwise.preferences_folder",
+    "reward": "tune.scoring.reward_folder",
 }
 
-__all__ = ["PreferenceSettings", "preferences"]
+__all__ = ["PreferenceSettings", "RewardSettings", "preferences", "reward"]
 __getattr__ = lazy_exports(__name__, _HOMES)

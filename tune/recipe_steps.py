@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mistill.step_kind import StepKind, calling
-from tune.settings import PreferenceSettings
+from tune.settings import PreferenceSettings, RewardSettings
 
 KINDS: tuple[StepKind, ...] = (
     StepKind(
@@ -13,5 +13,13 @@ KINDS: tuple[StepKind, ...] = (
         texts=("pairs", "held_out"),
         optional=("held_out",),
         run=calling("tune.preferences", "model"),
+    ),
+    StepKind(
+        name="reward",
+        settings=RewardSettings,
+        models=("model",),
+        texts=("pairs", "held_out"),
+        optional=("held_out",),
+        run=calling("tune.reward", "model"),
     ),
 )

@@ -177,3 +177,40 @@ class PreferenceSettings(EvaluatedSettings):
             "the loss kto estimates its KL divergence from the other answers of a micro-batch; "
             "give a micro_batch_size of at least 2",
         )
+
+
+# The same for reward models.
+REWARD_RATES = (1e-4, 1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(EvaluatedSettings):
+    """How a reward model learns from pairs of answers.
+
+    Attributes:
+        learning_rate: Highest learning rate, reached at the end of the warm-up; it then falls
+            towards 0 along half a cosine. If not given, 1e-4 for adapters and 1e-5 for all weights.
+        margins: Ask for scores as far apart as the pairs' own scores or margins say (Touvron et
+            al., 2023, section 3.2.2); every pair needs one.
+        centering: Weight of the square of the sum of both scores, which holds them near 0; 0
+            leaves it out.
+        keep: best (of all evaluations, by the held-out loss) or last.
+    """
+
+    learning_rate: float | None = None
+    margins: bool = False
+    centering: float = 0.01
+    keep: Keep = "best"
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate."""
+        adapters, weights = REWARD_RATES
+        return self.learning_rate or (adapters if self.lora_rank else weights)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be learned with."""
+        super().__post_init__()
+        require_range("learning_rate", self.learning_rate, 0, exclusive=True)
+        require_range("centering", self.centering, 0)
+        require_choice("keep", self.keep, get_args(Keep))

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from cyclopts import App
 
-from mistill.cli.command_output import print_folder
+from mistill.cli.command_output import print_folder, print_result
 from mistill.cli.help_pages import HelpPage
 from mistill.cli.options import Flat, Texts
-from tune import PreferenceSettings
+from tune import PreferenceSettings, RewardSettings
 
 app = App(name="tune", help="Tune a model on conversations, preferences or rewards.")
 
@@ -74,6 +74,68 @@ def preferences(
         overwrite=overwrite,
     )
     return print_tuned(folder, json)
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Data": ("pairs", "held_out", "held_out_share", "ranking", "max_length"),
+            "Loss": ("margins", "centering"),
+            "Optimization": _OPTIMIZATION,
+            "Memory and speed": _MEMORY,
+            "Evaluation and checkpoints": ("evaluate_every", "keep", "checkpoint_every"),
+        }
+    )
+)
+def reward(
+    model: str,
+    target: Path,
+    /,
+    *,
+    pairs: Texts,
+    held_out: Texts = (),
+    settings: Annotated[RewardSettings, Flat] = RewardSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Train a reward model on pairs or rankings of answers.
+
+    The same command resumes an interrupted run.
+
+    Args:
+        model: The language model to start from: a model folder, a Hub id, a GGUF file, or
+            @smollm2.
+        target: The folder to write: a model that scores a conversation with one number.
+        pairs: Pairs of a chosen and a rejected answer, or rankings. A .jsonl, .json, .csv or
+            .parquet file, or a Hub dataset.
+        held_out: The same to evaluate on. If it is not given, a share of the prompts is held out.
+        settings: The loss, the optimization and the evaluation.
+        overwrite: Replace the target if it exists.
+        json: Print the result as one line of JSON at the end.
+
+    Returns:
+        The facts that were printed.
+    """
+    import tune
+    from mistill.folders.json_text import read_json_file
+
+    folder = tune.reward(
+        model,
+        target,
+        pairs=pairs,
+        held_out=held_out or None,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    report = read_json_file(folder / "tuning_report.json")
+    low, high = report["accuracy_interval"]
+    words = (
+        f"reward model, right about {report['after']['accuracy']:.3f} ({low:.3f} to {high:.3f}) of "
+        f"{report['rows']['held_out']} held-out pairs, of which {report['longer_wins']:.3f} have "
+        "the longer answer for the better one"
+    )
+    facts = {"path": str(folder), "before": report["before"], "after": report["after"]}
+    return print_result(facts, words, folder, json)
 
 
 def print_tuned(folder: Path, json: bool) -> dict[str, Any]:

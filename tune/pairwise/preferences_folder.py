@@ -22,7 +22,7 @@ from mistill.folders.publishing import begun_on, publish, refuse_existing, worki
 from mistill.preferences.reading import divided, read_labelled, read_pairs
 from mistill.preferences.tokens import Answer, digest_of, labelled_tokens, pair_tokens
 from mistill.settings import require, result_settings, settings_from
-from mistill.text.rows import Texts, check_texts
+from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tune.settings import PreferenceSettings
 from tune.trainers.library import require_trl
@@ -101,7 +101,10 @@ def preferences(
         **vocabulary.date_key,
     }
     with working(target, key, anew=overwrite) as work:
-        named = {"pairs": _names(pairs), "held_out": _names(held_out)}
+        named = {
+            "pairs": sources_of(pairs),
+            "held_out": [] if held_out is None else sources_of(held_out),
+        }
         _tune(
             work,
             info,
@@ -115,10 +118,6 @@ def preferences(
         )
         publish(work, target, overwrite)
     return target
-
-
-def _names(texts: Texts | None) -> list[str]:
-    return [str(text) for text in ([texts] if isinstance(texts, str | Path) else texts or ())]
 
 
 def _read(
@@ -168,7 +167,7 @@ def _tune(
         recorded_log_probabilities,
     )
     from tune.pairwise.training import answers_of, preference_trainer
-    from tune.trainers.running import between_evaluations, run_trainer, step_total
+    from tune.trainers.running import between_evaluations, emptied, run_trainer, step_total
 
     steps = step_total(settings, len(learned))
     every = between_evaluations(settings.evaluate_every, steps)
@@ -195,7 +194,6 @@ def _tune(
         reference,
         settings,
         work,
-        base=base,
         steps=steps,
         checkpoint_every=settings.checkpoint_every or every,
     )
@@ -215,22 +213,20 @@ def _tune(
     )
     if run.kept_step == 0:
         last = run.judged[max(run.judged)]
-        # The same call would end the same way.
-        for item in work.iterdir():
-            if item.name != "lock":
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        emptied(work)
         raise TrainingError(
             f"the model got no better: its held-out loss was {run.judged[0]['loss']:.4f} before "
             f"and {last['loss']:.4f} after {run.steps} steps; lower learning_rate (now "
             f"{settings.peak_learning_rate:g}), raise beta or give more pairs"
         )
-    _finish(work, trainer, info, run, learned, judged, settings, named, model_fingerprint)
+    _finish(work, trainer, info, base, run, learned, judged, settings, named, model_fingerprint)
 
 
 def _finish(
     work: Path,
     trainer: Any,
     info: FolderInfo,
+    base: str,
     run: Any,
     learned: Any,
     judged: Any,
@@ -275,7 +271,7 @@ def _finish(
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     if settings.lora_rank:
-        write_adapter(trainer.model, result / ADAPTER_FOLDER)
+        write_adapter(trainer.model, result / ADAPTER_FOLDER, base)
     write_merged(trainer.model, info.path, result)
     shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
     write_report(result, report)

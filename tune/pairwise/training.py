@@ -90,7 +90,6 @@ def preference_trainer(
     settings: PreferenceSettings,
     work: Path,
     *,
-    base: str,
     steps: int,
     checkpoint_every: int,
 ) -> Any:
@@ -105,7 +104,6 @@ def preference_trainer(
             recorded under a name.
         settings: The loss, and how to train.
         work: The folder of the run.
-        base: The model, as the adapter's config names it.
         steps: Optimizer steps.
         checkpoint_every: Optimizer steps between two checkpoints.
 
@@ -128,7 +126,7 @@ def preference_trainer(
     shared = {
         "model": model,
         "processing_class": tokenizer,
-        "peft_config": adapter_config(model, settings, base),
+        "peft_config": adapter_config(model, settings),
     }
     with quiet_trl():
         if settings.loss == "kto":

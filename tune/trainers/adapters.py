@@ -14,15 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def adapter_config(
-    model: nn.Module, settings: TrainerSettings, base: str, *, kind: str = "CAUSAL_LM"
-) -> Any:
+def adapter_config(model: nn.Module, settings: TrainerSettings, *, kind: str = "CAUSAL_LM") -> Any:
     """LoRA beside every matrix of the layers; None where all weights are trained.
 
     Args:
         model: A Llama or Mistral.
         settings: Rank and scale.
-        base: The model that the adapters are for, as their config names it.
         kind: What peft calls the task; ``SEQ_CLS`` trains and saves a reward head too.
 
     Returns:
@@ -38,7 +35,6 @@ def adapter_config(
         if isinstance(module, nn.Linear)
     }
     return LoraConfig(
-        base_model_name_or_path=base,
         r=settings.lora_rank,
         lora_alpha=settings.adapter_alpha,
         lora_dropout=0.0,

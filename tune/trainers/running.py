@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from mistill.errors import TrainingError
 from mistill.folders.publishing import replacing, write_atomically
+from mistill.folders.renaming import remove
 from mistill.progress import Tracker, track
 from mistill.training.metrics import Metrics
 from tune.settings import TrainerSettings
@@ -332,6 +333,17 @@ def run_trainer(
             run.again,
         )
     return run
+
+
+def emptied(work: Path) -> None:
+    """Remove the state of a run that came to nothing: the same call would end the same way.
+
+    Args:
+        work: The folder of the run.
+    """
+    for item in work.iterdir():
+        if item.name != "lock":
+            remove(item)
 
 
 def load_kept(model: nn.Module, work: Path, step: int) -> None:

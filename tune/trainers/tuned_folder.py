@@ -45,12 +45,13 @@ def tunable_folder(model: str | Path) -> FolderInfo:
     return info
 
 
-def write_adapter(model: Any, folder: Path) -> None:
+def write_adapter(model: Any, folder: Path, base: str) -> None:
     """Write the one adapter of a model as peft does, without a model card.
 
     Args:
         model: A model of peft.
         folder: The folder to make.
+        base: The model that the adapter is for, as its config names it.
     """
     from peft import get_peft_model_state_dict
 
@@ -62,9 +63,24 @@ def write_adapter(model: Any, folder: Path) -> None:
         {"format": "pt"},
     )
     config = model.peft_config["default"]
+    config.base_model_name_or_path = base
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference
+
+
+def merged_model(model: Any) -> Any:
+    """A model with its adapters added to the matrices beside which they stood.
+
+    Args:
+        model: A model, or one of peft, whose adapters it then holds no more.
+
+    Returns:
+        The plain model.
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    return model.merge_and_unload(safe_merge=True)
 
 
 def write_merged(model: Any, base: Path, folder: Path) -> None:
@@ -77,9 +93,7 @@ def write_merged(model: Any, base: Path, folder: Path) -> None:
         base: The folder of the model that it was tuned from.
         folder: Where to; the folder is there.
     """
-    plain = model
-    if hasattr(model, "peft_config"):
-        plain = model.merge_and_unload(safe_merge=True)
+    plain = merged_model(model)
     types = {name: tensor.dtype for name, tensor in stored_tensors(base)}
     with TensorWriter(folder) as writer:
         for name, parameter in plain.named_parameters():

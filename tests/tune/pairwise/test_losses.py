@@ -133,7 +133,6 @@ def test_a_batch_has_the_loss_of_trls_trainer(loss, model, pairs, tmp_path):
         lambda answers, name: start,
         settings,
         tmp_path,
-        base=str(model),
         steps=2,
         checkpoint_every=2,
     )

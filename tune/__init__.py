@@ -11,16 +11,27 @@ from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from tune.pairwise.preferences_folder import preferences as preferences
+    from tune.policy.reinforce_folder import reinforce as reinforce
     from tune.scoring.reward_folder import reward as reward
     from tune.settings import PreferenceSettings as PreferenceSettings
+    from tune.settings import ReinforceSettings as ReinforceSettings
     from tune.settings import RewardSettings as RewardSettings
 
 _HOMES = {
     "PreferenceSettings": "tune.settings",
+    "ReinforceSettings": "tune.settings",
     "RewardSettings": "tune.settings",
     "preferences": "tune.pairwise.preferences_folder",
+    "reinforce": "tune.policy.reinforce_folder",
     "reward": "tune.scoring.reward_folder",
 }
 
-__all__ = ["PreferenceSettings", "RewardSettings", "preferences", "reward"]
+__all__ = [
+    "PreferenceSettings",
+    "ReinforceSettings",
+    "RewardSettings",
+    "preferences",
+    "reinforce",
+    "reward",
+]
 __getattr__ = lazy_exports(__name__, _HOMES)

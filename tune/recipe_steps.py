@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mistill.step_kind import StepKind, calling
-from tune.settings import PreferenceSettings, RewardSettings
+from tune.settings import PreferenceSettings, ReinforceSettings, RewardSettings
 
 KINDS: tuple[StepKind, ...] = (
     StepKind(
@@ -21,5 +21,13 @@ KINDS: tuple[StepKind, ...] = (
         texts=("pairs", "held_out"),
         optional=("held_out",),
         run=calling("tune.reward", "model"),
+    ),
+    StepKind(
+        name="reinforce",
+        settings=ReinforceSettings,
+        models=("model", "reward"),
+        texts=("prompts", "held_out"),
+        optional=("reward", "held_out"),
+        run=calling("tune.reinforce", "model"),
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mistill.judging.judge import Check
 from mistill.preferences.reading import PairsOfRanking
 from mistill.settings import TextSettings, require, require_choice, require_range
 from mistill.training.processes import Precision
@@ -214,3 +215,103 @@ class RewardSettings(EvaluatedSettings):
         require_range("learning_rate", self.learning_rate, 0, exclusive=True)
         require_range("centering", self.centering, 0)
         require_choice("keep", self.keep, get_args(Keep))
+
+
+Method = Literal["grpo", "rloo", "ppo"]
+
+# The same for reinforcement.
+REINFORCE_RATES = (1e-5, 1e-6)
+# Weight of the KL divergence from the start, by the method, where none is given.
+_BETAS = {"grpo": 0.0, "rloo": 0.05}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceSettings(TrainerSettings):
+    """How a model learns from a judge of the answers that it writes itself.
+
+    Attributes:
+        method: grpo or rloo, neither of which needs a critic. ppo is refused, with a word on
+            where to get it.
+        samples: Answers to one prompt, which are compared with one another.
+        batch_size: Answers of one optimizer step; a multiple of samples.
+        max_new_tokens: Most tokens of an answer. One that is cut off teaches nothing.
+        temperature: Sampling temperature of the answers.
+        top_p: Sample from the most probable tokens that together have this probability.
+        learning_rate: Highest learning rate, reached at the end of the warm-up; it then falls
+            towards 0 along half a cosine. If not given, 1e-5 for adapters and 1e-6 for all weights.
+        beta: Weight of the KL divergence from the start in the loss; if not given, 0 for grpo and
+            0.05 for rloo.
+        max_kl: The run stops when the KL divergence from the start exceeds this, in nats a token,
+            measured on the answers of each step.
+        check: Judge the answers by a check: json (they are JSON of a schema), regex (they match a
+            pattern), code (their code runs and passes the tests in the prompt's column tests), or
+            instructions (the share of IFEval's instructions that they follow).
+        schema: The JSON schema for the check json: a file, or its text.
+        pattern: The regular expression for the check regex; it must match the whole answer.
+        function: Judge the answers by a function of yours, named package.module:function. It is
+            imported and run: name no function that you have not read.
+        held_out_share: Share of the prompts held out for evaluation.
+        held_out_prompts: Most held-out prompts, each answered once by the likeliest tokens.
+        evaluate_every: Optimizer steps between two evaluations; if not given, a fifth of the run.
+        keep: best (of all evaluations, by the mean reward) or last.
+    """
+
+    method: Method = "grpo"
+    samples: int = 8
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    learning_rate: float | None = None
+    beta: float | None = None
+    max_kl: float = 1.0
+    check: Check | None = None
+    schema: str | None = None
+    pattern: str | None = None
+    function: str | None = None
+    held_out_share: float = 0.1
+    held_out_prompts: int = 32
+    evaluate_every: int | None = None
+    keep: Keep = "best"
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate."""
+        adapters, weights = REINFORCE_RATES
+        return self.learning_rate or (adapters if self.lora_rank else weights)
+
+    @property
+    def divergence_weight(self) -> float:
+        """The weight of the KL divergence from the start."""
+        return _BETAS[self.method] if self.beta is None else self.beta
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be learned with."""
+        super().__post_init__()
+        require_choice("method", self.method, get_args(Method))
+        require(
+            self.method != "ppo",
+            "PPO with a critic is not offered, since TRL has removed it; take OpenRLHF or verl on "
+            "a cluster, or grpo or rloo here, which need no critic",
+        )
+        require_range("samples", self.samples, 2)
+        for name in ("max_new_tokens", "held_out_prompts", "evaluate_every"):
+            require_range(name, getattr(self, name), 1)
+        for name in ("temperature", "learning_rate", "max_kl"):
+            require_range(name, getattr(self, name), 0, exclusive=True)
+        require_range("beta", self.beta, 0)
+        require_range("held_out_share", self.held_out_share, 0, 1, exclusive=True)
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
+        require_choice("keep", self.keep, get_args(Keep))
+        require(
+            self.batch_size % self.samples == 0,
+            f"batch_size should be a multiple of samples, but {self.batch_size} is none of "
+            f"{self.samples}",
+        )
+        require(
+            self.max_new_tokens < self.max_length,
+            f"max_new_tokens should be below max_length, and {self.max_new_tokens} leaves no room "
+            f"for a prompt in {self.max_length}",
+        )
+        if self.check is not None:
+            require_choice("check", self.check, get_args(Check))

@@ -10,7 +10,7 @@ from cyclopts import App
 from mistill.cli.command_output import print_folder, print_result
 from mistill.cli.help_pages import HelpPage
 from mistill.cli.options import Flat, Texts
-from tune import PreferenceSettings, RewardSettings
+from tune import PreferenceSettings, ReinforceSettings, RewardSettings
 
 app = App(name="tune", help="Tune a model on conversations, preferences or rewards.")
 
@@ -136,6 +136,74 @@ def reward(
     )
     facts = {"path": str(folder), "before": report["before"], "after": report["after"]}
     return print_result(facts, words, folder, json)
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {
+            "Data": ("prompts", "held_out", "held_out_share", "held_out_prompts", "max_length"),
+            "Judge": ("reward", "check", "schema", "pattern", "function"),
+            "Answers": ("samples", "max_new_tokens", "temperature", "top_p"),
+            "Method": ("method", "beta", "max_kl"),
+            "Optimization": _OPTIMIZATION,
+            "Memory and speed": _MEMORY,
+            "Evaluation and checkpoints": ("evaluate_every", "keep", "checkpoint_every"),
+        }
+    )
+)
+def reinforce(
+    model: str,
+    target: Path,
+    /,
+    *,
+    prompts: Texts,
+    reward: Path | None = None,
+    held_out: Texts = (),
+    settings: Annotated[ReinforceSettings, Flat] = ReinforceSettings(),
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Let a model learn from a judge of its own answers: GRPO or RLOO.
+
+    The judge is a reward model, a check that a machine can make, or a function of yours. The same
+    command resumes an interrupted run.
+
+    Args:
+        model: The model to tune: a model folder, a Hub id, a GGUF file, or @smollm2.
+        target: The model folder to write, with the adapter in adapter/ and what tuning did in
+            tuning_report.json.
+        prompts: Prompts to answer, with the columns that the judge reads. A .txt file with a
+            prompt on each line, a .jsonl, .json, .csv or .parquet file, or a Hub dataset.
+        reward: The folder of a reward model, as mistill tune reward makes it.
+        held_out: Prompts to evaluate on. If it is not given, a share of the prompts is held out.
+        settings: The method, another judge, the answers and the optimization.
+        overwrite: Replace the target if it exists.
+        json: Print the result as one line of JSON at the end.
+
+    Returns:
+        The facts that were printed.
+    """
+    import tune
+    from mistill.folders.json_text import read_json_file
+
+    folder = tune.reinforce(
+        model,
+        target,
+        prompts=prompts,
+        reward=reward,
+        held_out=held_out or None,
+        settings=settings,
+        overwrite=overwrite,
+    )
+    report = read_json_file(folder / "tuning_report.json")
+    before, after = report["before"], report["after"]
+    print(
+        f"held-out reward {before['reward']:.4f} before and {after['reward']:.4f} after "
+        f"{report['kept_step']} of {report['steps']} steps, on {report['rows']['held_out']} "
+        f"prompts; answers of {before['tokens']:.0f} tokens before and {after['tokens']:.0f} "
+        f"after; KL from the start {report['kl_from_start']:.4f} nats a token"
+    )
+    return print_folder(folder, json, before=before, after=after)
 
 
 def print_tuned(folder: Path, json: bool) -> dict[str, Any]:

@@ -234,6 +234,7 @@ def _finish(
     named: dict[str, list[str]],
     model_fingerprint: str,
 ) -> None:
+    from mistill.pytorch.loading import load_pytorch
     from mistill.training.metrics import METRICS_FILE
     from tune.pairwise.figures import interval_of, length_figures
     from tune.pairwise.training import answers_of
@@ -251,7 +252,9 @@ def _finish(
             "learned": length_figures(learned),
             "held_out": length_figures(judged),
         },
-        "kl": divergence_from_start(trainer.model, info.path, answers_of(judged), _KL_TOKENS),
+        "kl": divergence_from_start(
+            trainer.model, lambda: load_pytorch(info.path), answers_of(judged), _KL_TOKENS
+        ),
         "reference": {"model": model_fingerprint, "pairs": digest_of(learned)},
         "steps": run.steps,
         "kept_step": run.kept_step,

@@ -18,6 +18,7 @@ from typing import Any
 
 from mistill.errors import missing_extra
 from mistill.settings import environment_number, require
+from mistill.training.schedule import learning_rate_at
 
 # What transformers says while TRL makes a trainer, about its own names.
 _OWN_NAMES = r".*(gradient_checkpointing|is_gradient_checkpointing).*"
@@ -82,12 +83,31 @@ def quiet_class(trainer: Any, **methods: Any) -> Any:
     return type(
         trainer.__name__,
         (trainer,),
-        {"_send_telemetry": _nothing, "create_model_card": _nothing, **methods},
+        {
+            "_send_telemetry": _nothing,
+            "create_model_card": _nothing,
+            "create_scheduler": _own_schedule,
+            **methods,
+        },
     )
 
 
 def _nothing(self: Any, *args: Any, **options: Any) -> None:
     """Send nothing, and write nothing."""
+
+
+def _own_schedule(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
+    """The schedule of mistill's own training, whose first step has a rate above 0."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    warmup = self.args.warmup_steps / num_training_steps
+
+    def share(step: int) -> float:
+        last = min(step, num_training_steps - 1)
+        return learning_rate_at(last, num_training_steps, peak=1.0, warmup=warmup)
+
+    self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, share)
+    return self.lr_scheduler
 
 
 def as_given(self: Any, dataset: Any, *args: Any) -> Any:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
 
 from mistill.measures.kl import compare, predict
 from mistill.preferences.tokens import Answer
-from mistill.pytorch.loading import load_pytorch
 from tune.trainers.answer_blocks import answer_blocks
 
 
 def divergence_from_start(
-    model: Any, base: Path, answers: Sequence[Answer], most_tokens: int
+    model: Any, start_model: Callable[[], Any], answers: Sequence[Answer], most_tokens: int
 ) -> dict[str, float | int | None]:
     """KL divergence between a tuned model and its base, both ways, on the tokens of answers.
 
     Args:
         model: The tuned model, or one of peft whose adapters can be switched off.
-        base: The folder that it was tuned from; read only where there are no adapters.
+        start_model: Gives the model that it was tuned from; called only where there are no
+            adapters.
         answers: Prompts with answers; of many, the first ones.
         most_tokens: Most tokens of answers that are read.
 
@@ -38,8 +35,7 @@ def divergence_from_start(
             start = predict(plain, blocks)
     else:
         tuned = predict(model, blocks)
-        before: Any = load_pytorch(base, torch.float32)
-        start = predict(before.to(model.device), blocks)
+        start = predict(start_model().to(model.device), blocks)
     model.train(training)
     both = {"tuned": tuned, "base": start}
     fidelity = compare(both, both, blocks)

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 _WHOLE = "whole"
 # What a trainer logs and a resumed one counts from 0 again, or means of the means of micro-batches.
-_UNTOLD = ("epoch", "num_tokens", "mean_token_accuracy", "entropy")
+_UNTOLD = ("epoch", "num_tokens", "mean_token_accuracy", "entropy", "step_time")
 _END_FILE = "end.json"
 
 Evaluate = Callable[[int], Mapping[str, float]]
@@ -50,12 +50,14 @@ class Run:
         kept_step: The step whose weights are kept.
         again: Steps that were done a second time, because the run was interrupted.
         judged: Figures of every evaluation, by step.
+        stopped: Why the run ended before its time; None if it did not.
     """
 
     steps: int
     kept_step: int
     again: int
     judged: dict[int, dict[str, float]]
+    stopped: str | None = None
 
 
 def step_total(settings: TrainerSettings, rows: int) -> int:
@@ -323,7 +325,9 @@ def run_trainer(
         shutil.rmtree(work / "trainer", ignore_errors=True)
     document = json.loads(ended.read_text("utf-8"))
     judged = {int(step): figures for step, figures in document["judged"].items()}
-    run = Run(document["steps"], document["kept_step"], document["again"], judged)
+    run = Run(
+        document["steps"], document["kept_step"], document["again"], judged, document["stopped"]
+    )
     load_kept(trainer.model, work, run.kept_step)
     if run.again:
         _log.info(
@@ -380,6 +384,24 @@ def _entries(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
+
+
+def metric_means(file: Path) -> dict[str, float]:
+    """Means over all steps of what was noted at each, and the last of each as ``last NAME``.
+
+    Args:
+        file: The metrics of a run.
+
+    Returns:
+        Numbers by name.
+    """
+    values: dict[str, list[float]] = {}
+    for entry in _entries(file):
+        for name, value in entry.items():
+            if isinstance(value, int | float) and name != "step":
+                values.setdefault(name, []).append(float(value))
+    means = {name: sum(some) / len(some) for name, some in values.items()}
+    return means | {f"last {name}": some[-1] for name, some in values.items()}
 
 
 def _steps_after(file: Path, start: int) -> int:

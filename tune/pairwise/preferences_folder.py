@@ -160,12 +160,10 @@ def _tune(
     """Train, evaluate, and gather in ``work/result`` what the target will hold."""
     import torch
 
+    from mistill.judging.likelihood import answer_log_probabilities
     from mistill.pytorch.loading import load_pytorch
     from tune.pairwise.figures import figures_of
-    from tune.pairwise.log_probabilities import (
-        answer_log_probabilities,
-        recorded_log_probabilities,
-    )
+    from tune.pairwise.log_probabilities import recorded_log_probabilities
     from tune.pairwise.training import answers_of, preference_trainer
     from tune.trainers.running import between_evaluations, emptied, run_trainer, step_total
 

@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from mistill.judging import likelihood
+from mistill.judging.likelihood import answer_log_probabilities
 from mistill.preferences.tokens import Answer
 from mistill.pytorch.loading import load_pytorch
 from tests.reference.preferences import log_probability
 from tune.pairwise import log_probabilities
-from tune.pairwise.log_probabilities import answer_log_probabilities, recorded_log_probabilities
+from tune.pairwise.log_probabilities import recorded_log_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +31,16 @@ def answers(count=9):
 
 
 def test_they_are_those_of_one_token_after_another(loaded, monkeypatch):
-    monkeypatch.setattr(log_probabilities, "_TOKENS_AT_ONCE", 40)
-    monkeypatch.setattr(log_probabilities, "_LOGITS_AT_ONCE", 1500)
+    monkeypatch.setattr(likelihood, "_TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr(likelihood, "_LOGITS_AT_ONCE", 1500)
     ours = answer_log_probabilities(loaded, answers())
     theirs = [log_probability(loaded, answer.ids, answer.start) for answer in answers()]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def test_an_answer_has_the_same_bits_whenever_it_is_asked_about(loaded, monkeypatch, tmp_path):
-    monkeypatch.setattr(log_probabilities, "_GROUP", 4)
+    monkeypatch.setattr(likelihood, "GROUP", 4)
+    monkeypatch.setattr(log_probabilities, "GROUP", 4)
     first = answer_log_probabilities(loaded, answers())
     recorded = recorded_log_probabilities(loaded, answers(), tmp_path / "record.jsonl", "key")
     assert first.tolist() == recorded.tolist()
@@ -48,7 +51,8 @@ def test_an_answer_has_the_same_bits_whenever_it_is_asked_about(loaded, monkeypa
 
 
 def test_a_record_resumes_and_belongs_to_one_model_and_text(loaded, monkeypatch, tmp_path):
-    monkeypatch.setattr(log_probabilities, "_GROUP", 4)
+    monkeypatch.setattr(likelihood, "GROUP", 4)
+    monkeypatch.setattr(log_probabilities, "GROUP", 4)
     record = tmp_path / "record.jsonl"
     whole = recorded_log_probabilities(loaded, answers(), record, "key").tolist()
     asked: list[int] = []

@@ -113,11 +113,11 @@ def test_figures_of_labels_count_what_moved_the_right_way():
 
 @pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm", "ipo", "robust", "orpo"])
 def test_a_batch_has_the_loss_of_trls_trainer(loss, model, pairs, tmp_path):
+    from mistill.judging.likelihood import answer_log_probabilities
     from mistill.preferences.reading import read_pairs
     from mistill.preferences.tokens import pair_tokens
     from mistill.pytorch.loading import load_pytorch
     from mistill.text.vocabulary import load_vocabulary
-    from tune.pairwise.log_probabilities import answer_log_probabilities
     from tune.pairwise.training import answers_of, preference_trainer
 
     vocabulary = load_vocabulary(model)

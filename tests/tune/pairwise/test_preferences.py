@@ -22,7 +22,7 @@ from mistill.errors import SettingsError, TextError, TrainingError
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
-from tests.tune.conftest import pair_rows
+from tests.tune.pairs import pair_rows
 from tune.settings import PreferenceSettings
 
 QUICK: dict[str, Any] = {

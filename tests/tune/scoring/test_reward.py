@@ -18,7 +18,7 @@ from mistill.preferences.tokens import pair_tokens
 from mistill.pytorch.reward_model import load_reward_model, new_reward_model, scores
 from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import changed_tensors
-from tests.tune.conftest import pair_rows
+from tests.tune.pairs import pair_rows
 from tune.settings import RewardSettings
 from tune.trainers.library import quiet_trl
 

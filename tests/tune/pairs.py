@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import pytest
-
 from tests.tiny import SENTENCES
 
 
@@ -20,11 +15,3 @@ def pair_rows(count: int = 40) -> list[dict[str, str]]:
         }
         for n in range(count)
     ]
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty pairs of answers, as JSON lines; read only."""
-    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in pair_rows()), "utf-8")
-    return file

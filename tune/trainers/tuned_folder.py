@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 from mistill.errors import FolderError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
 from mistill.folders.publishing import write_atomically
-from mistill.pytorch.loading import check_weights, plain_config, require_readable, stored_tensors
+from mistill.pytorch.loading import (
+    check_weights,
+    plain_config,
+    require_finite_weights,
+    require_readable,
+    stored_tensors,
+)
 from mistill.sources.source import resolve_model
 from mistill.weights.tensor_writer import TensorWriter
 
@@ -31,7 +37,8 @@ def tunable_folder(model: str | Path) -> FolderInfo:
         What it holds: float weights of an architecture that mistill reads.
 
     Raises:
-        FolderError: If it is missing or broken, or holds weights that cannot be trained.
+        FolderError: If it is missing or broken, or holds weights that cannot be trained, or one
+            that is not a finite number.
         ArchitectureError: If it is neither Llama nor Mistral.
     """
     info = open_folder(resolve_model(model))
@@ -42,6 +49,7 @@ def tunable_folder(model: str | Path) -> FolderInfo:
         )
     require_readable(info)
     check_weights(info.path, plain_config(info.path))
+    require_finite_weights(info.path)
     return info
 
 

@@ -117,7 +117,7 @@ def test_a_layer_of_tuning_is_measured_by_what_a_second_one_adds() -> None:
     found = run(
         "big_tuning_layer", "--tokens", "64", "--width", "512", "--rank", "4", "--threads", "1"
     )
-    one, two = (found["layers"]["remembered"][layers] for layers in (1, 2))
+    one, two = (found["layers"]["remembered"][layers] for layers in ("1", "2"))
     added = two["resident_bytes"] - one["resident_bytes"]
     whole = found["extrapolated_to_32_layers"]["remembered"]
     assert whole["resident_bytes"] == pytest.approx(one["resident_bytes"] + 31 * added)

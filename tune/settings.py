@@ -1,4 +1,8 @@
-"""What a user decides about tuning."""
+"""What a user decides about tuning.
+
+The settings of all commands are one file because every step has one ``settings.py``, which imports
+no PyTorch.
+"""
 
 from __future__ import annotations
 

@@ -10,16 +10,18 @@ while it does not help.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mistill.engine.drafts import Draft, DraftModel, DraftToken, PromptLookup
 from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, greedy
-from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.onnx_model import OnnxModel, Reader
 from mistill.engine.pace import LONGEST, Pace
 from mistill.engine.sampling import Sampler
 from mistill.settings import require
@@ -64,6 +66,9 @@ class SpeculativeModel:
         self.speculates = not exact or self.rounding <= SAME
         self.pace = Pace(draft_token_cost(model, draft)) if self.speculates else Pace()
         self._draft = draft
+        # The loop that has the draft, while it lives.
+        self._reader: ref[Reader] | None = None
+        self._lock = threading.Lock()
         if not self.speculates:
             _logger.warning(
                 "speculative decoding is off for %s, because its logits change by %.2g when "
@@ -88,14 +93,32 @@ class SpeculativeModel:
         """Scores of every next token at every position; see ``LanguageModel.logits``."""
         return self.model.logits(ids)
 
-    def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
-        if not self.speculates:
-            return self.model.stream(ids, choose)
-        return self._write(self.model.checked(ids), choose)
+    def stream(
+        self, ids: Sequence[int], choose: Choose = greedy, *, repeatable: bool = False
+    ) -> Iterator[int]:
+        """Write tokens after a prompt, one at a time; see ``OnnxModel.stream``.
 
-    def _write(self, tokens: list[int], choose: Choose) -> Iterator[int]:
-        reader = object()
+        Only one of several texts that are written at once has draft tokens.
+        """
+        return self._write(self.model.checked(ids), choose, repeatable)
+
+    def _write(self, tokens: list[int], choose: Choose, repeatable: bool) -> Iterator[int]:
+        reader = self._take_draft() if self.speculates else None
+        if reader is None:
+            yield from self.model.stream(tokens, choose, repeatable=repeatable)
+        else:
+            yield from self._speculate(reader, tokens, choose)
+
+    def _take_draft(self) -> Reader | None:
+        """Take the draft for a loop; None if another one has it."""
+        with self._lock:
+            if self._reader is not None and self._reader() is not None:
+                return None
+            reader = Reader()
+            self._reader = ref(reader)
+            return reader
+
+    def _speculate(self, reader: Reader, tokens: list[int], choose: Choose) -> Iterator[int]:
         sampler = choose if isinstance(choose, Sampler) else None
         sampling = None if sampler is None else sampler.settings
         self._draft.begin(tokens)

@@ -27,6 +27,7 @@ from export.weights.architecture import (
     read_architecture,
     require_graph,
 )
+from mistill.engine.sampling import FOR_SMALL_MODELS, GENERATION_FILE, OWN
 from mistill.errors import FolderError, SettingsError, missing_extra
 from mistill.folders.folder import (
     MANIFEST_FILE,
@@ -37,6 +38,7 @@ from mistill.folders.folder import (
 )
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.schemas import optional_json
 from mistill.folders.settled_config import says_tied
 from mistill.settings import require, settings_from
 from mistill.sources.source import resolve_model
@@ -117,6 +119,8 @@ def to_onnx(
     with creating(path, overwrite) as folder:
         facts = _write(folder, info, architecture, vocabulary, resolved, graph)
         copy_companions(info.path, folder)
+        if vocabulary.chat_template is not None:
+            _say_how_to_sample(folder, vocabulary)
         _write_json(folder / "config.json", config)
         if chosen.layout == "transformersjs":
             bits = _layer_bits(resolved, info)
@@ -141,6 +145,16 @@ def to_onnx(
         }
         _write_json(folder / MANIFEST_FILE, manifest)
     return path
+
+
+def _say_how_to_sample(folder: Path, vocabulary: Vocabulary) -> None:
+    """Let the chatbot say how it is sampled, where its model says nothing of it."""
+    file = folder / GENERATION_FILE
+    stated = optional_json(file)
+    if stated.get("do_sample") is None and not any(stated.get(name) for name in OWN):
+        ends = list(vocabulary.end_ids)
+        stated = stated or ({"eos_token_id": ends} if ends else {})
+        _write_json(file, {**stated, **FOR_SMALL_MODELS})
 
 
 def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, GraphOptions]:

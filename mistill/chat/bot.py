@@ -21,15 +21,20 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from mistill.chat.kept_conversation import Message, read_conversation
 from mistill.chat.reply import Ending, Reply, Speed, WrittenReply, write_reply
 from mistill.chat.stream_text import TextStream
 from mistill.constraints import ConstrainedChoice, Constraint, ConstraintTokens
 from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, Provider
 from mistill.engine.log_probabilities import Scored, TokenScore
 from mistill.engine.opening import open_model
-from mistill.engine.sampling import Sampler, SamplingSettings
+from mistill.engine.sampling import (
+    ChosenSampling,
+    Sampler,
+    SamplingSettings,
+    own_sampling,
+)
 from mistill.errors import ContextError, FolderError, VocabularyError
-from mistill.folders.json_text import parse_json
 from mistill.settings import (
     require,
     require_choice,
@@ -48,11 +53,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Overflow = Literal["refuse", "slide"]
-Message = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings(SamplingSettings):
+class ChatSettings(ChosenSampling):
     """How replies are sampled, and when they end.
 
     Attributes:
@@ -139,6 +143,7 @@ class ChatBot:
         """
         self.settings = settings_from(ChatSettings, settings, options)
         folder = resolve_model(folder)
+        self._own_sampling = own_sampling(folder)
         self._vocabulary = load_vocabulary(folder)
         if self._vocabulary.chat_template is None:
             raise VocabularyError(
@@ -213,6 +218,7 @@ class ChatBot:
         """
         started = time.perf_counter()
         settings = settings_with(self.settings, options)
+        sampling = settings.sampling(self._own_sampling)
         require(
             log_probabilities is None or log_probabilities >= 0,
             f"log_probabilities must be 0 or more, not {log_probabilities}",
@@ -220,7 +226,7 @@ class ChatBot:
         with self._turns:
             question = _message("user", text)
             prompt = self._prompt(question, settings)
-            choose: Choose = Sampler(settings, self._random(settings, prompt), seen=prompt)
+            choose: Choose = Sampler(sampling, self._random(sampling, prompt), seen=prompt)
             form = constraint or self._constraint
             if form is not None:
                 choose = ConstrainedChoice(form, self._tokens_of_forms(), choose)
@@ -234,7 +240,7 @@ class ChatBot:
             talk = self._talk
             parts = write_reply(
                 written,
-                self._written_tokens(prompt, choose, settings),
+                self._written_tokens(prompt, choose, sampling),
                 TextStream(self._vocabulary, settings.stop, every_byte=form is not None),
                 end_ids=self._end_ids,
                 max_new_tokens=settings.max_new_tokens,
@@ -307,7 +313,7 @@ class ChatBot:
         notes = self._engine().restore_cache(file)
         if "conversation" not in notes:
             raise FolderError(f"{file} holds no conversation; make one with ChatBot.save")
-        history, self._forgotten = _conversation(notes["conversation"], file)
+        history, self._forgotten = read_conversation(notes["conversation"], file)
         if self._system is not None:
             others = (message for message in history if message["role"] != "system")
             history = [_message("system", self._system), *others]
@@ -329,7 +335,7 @@ class ChatBot:
             self._constraint_tokens = ConstraintTokens(self._vocabulary)
         return self._constraint_tokens
 
-    def _random(self, settings: ChatSettings, prompt: list[int]) -> np.random.Generator:
+    def _random(self, settings: SamplingSettings, prompt: list[int]) -> np.random.Generator:
         """Random numbers of one reply: with a seed the same whenever the same is asked anew."""
         if settings.seed is None:
             return np.random.default_rng()
@@ -341,7 +347,7 @@ class ChatBot:
         )
 
     def _written_tokens(
-        self, prompt: list[int], choose: Choose, settings: ChatSettings
+        self, prompt: list[int], choose: Choose, settings: SamplingSettings
     ) -> Iterator[int]:
         from mistill.engine.onnx_model import OnnxModel
         from mistill.engine.speculation import SpeculativeModel
@@ -424,21 +430,6 @@ class ChatBot:
         if len(self.history) - self._first_turn() <= forgotten:
             return "shorten the message"
         return "start a new conversation, or set overflow to slide to leave out the oldest turns"
-
-
-def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
-    """The history and the number of messages left out, as ``save`` wrote them."""
-    try:
-        state = parse_json(text, str(file))
-        history = [_message(one["role"], one["content"]) for one in state["history"]]
-        words = [word for message in history for word in message.values()]
-        forgotten = state["forgotten"]
-        sound = all(isinstance(word, str) for word in words) and type(forgotten) is int
-    except (FolderError, KeyError, TypeError):
-        sound = False
-    if not sound or not 0 <= forgotten <= len(history):
-        raise FolderError(f"the conversation in {file} is damaged; give another file")
-    return history, forgotten
 
 
 def _message(role: str, content: str) -> Message:

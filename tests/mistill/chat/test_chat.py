@@ -25,7 +25,7 @@ from mistill.chat.bot import ChatBot, ChatSettings
 from mistill.chat.stream_text import StopStrings, TextStream
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.opening import open_model
-from mistill.engine.sampling import Sampler
+from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, SettingsError, TextError, VocabularyError
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.tiny import SENTENCES, tiny_tokenizer
@@ -594,7 +594,7 @@ def chatbot(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_onnx_folder_and_its_source_say_the_same(chatbot: Path, model: Path) -> None:
     conversations = []
     for path in (chatbot, model):
-        bot = ChatBot(path, temperature=0, max_new_tokens=40, threads=1)
+        bot = ChatBot(path, temperature=0, repetition_penalty=1, max_new_tokens=40, threads=1)
         for question in SENTENCES[:3]:
             list(bot.reply(question))
         conversations.append(bot.history)
@@ -655,6 +655,27 @@ def test_the_penalty_counts_the_prompt(folder: Path, monkeypatch: pytest.MonkeyP
     bot, model = scripted(folder, ["Hello"], repetition_penalty=1.1)
     list(bot.reply("Hi"))
     assert noted == model.prompts
+
+
+def test_a_chatbot_is_sampled_as_it_says_itself_where_nobody_says_otherwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"do_sample": True, "temperature": 0.3, "repetition_penalty": 1.2}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    noted: list[SamplingSettings] = []
+
+    def sampler(settings: SamplingSettings, *arguments: Any, seen: list[int]) -> Sampler:
+        noted.append(settings)
+        return Sampler(settings, *arguments, seen=seen)
+
+    monkeypatch.setattr(chat, "Sampler", sampler)
+    bot, _ = scripted(folder, ["Hello"] * 3, repetition_penalty=1)
+    list(bot.reply("Hi"))
+    list(bot.reply("Hi", temperature=0))
+    list(bot.reply("Hi", repetition_penalty=None))
+    assert [(one.temperature, one.repetition_penalty) for one in noted] == [
+        (0.3, 1), (0, 1), (0.3, 1.2)
+    ]  # fmt: skip
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
-from mistill.text.rows import Texts, check_texts
+from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
 
 def _named(texts: Texts | None) -> list[str]:
     """Text as it was given."""
-    return [str(text) for text in ([texts] if isinstance(texts, str | Path) else texts or ())]
+    return [] if texts is None else list(sources_of(texts))
 
 
 def _finish(

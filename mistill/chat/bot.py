@@ -353,8 +353,8 @@ class ChatBot:
         from mistill.engine.speculation import SpeculativeModel
 
         repeatable = self._exact and (settings.temperature == 0 or settings.seed is not None)
-        if repeatable and isinstance(self._model, OnnxModel | SpeculativeModel):
-            return self._model.stream(prompt, choose, repeatable=True)
+        if isinstance(self._model, OnnxModel | SpeculativeModel):
+            return self._model.stream(prompt, choose, repeatable=repeatable)
         return self._model.stream(prompt, choose)
 
     def _ended(self, talk: object, question: Message, written: WrittenReply) -> None:

@@ -81,7 +81,7 @@ def test_the_guide_gives_the_limits_and_defaults_that_hold() -> None:
 
 
 def test_the_container_is_the_laptop_install_of_nobody() -> None:
-    assert "[serve,grammar]" in DOCKERFILE
+    assert "[serve]" in DOCKERFILE
     assert "compress" not in DOCKERFILE
     assert re.search(r"^USER 65534:65534$", DOCKERFILE, re.MULTILINE)
     assert "MISTILL_API_KEY=" not in DOCKERFILE

@@ -28,7 +28,7 @@ from benchmarks.measure.lengths import TimedModel, lengths_left_out, new_tokens_
 from benchmarks.measure.loading import NOT_DROPPED, time_load
 from benchmarks.measure.questions import answer_questions, read_questions
 from benchmarks.measure.quoting import QuotedText, bytes_in, cut_texts, quote
-from benchmarks.measure.recording import file_name, result_of, rounded
+from benchmarks.measure.recording import result_of, rounded
 from benchmarks.measure.subjects import (
     Distance,
     Models,
@@ -46,7 +46,7 @@ from benchmarks.settings import BenchSettings
 from mistill.chat.bot import ChatBot
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import VocabularyError
-from mistill.folders.lineage import fingerprint
+from mistill.folders.lineage import file_name, fingerprint
 from mistill.folders.locking import temporary_folder
 from mistill.measures.significance import students_t
 from mistill.progress import Tracker, track

@@ -27,7 +27,7 @@ from distill.training.teacher_source import (
 from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TrainingError, VocabularyError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
-from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.lineage import add_lineage, file_name, fingerprint
 from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
@@ -416,7 +416,7 @@ def _finish(
     facts = source.facts(work)
     equal_tokens, equal_time = (None if twin is None else trained(twin) for twin in twins)
     card = FidelityCard(
-        teacher=str(facts["teacher"]),
+        teacher=str(file_name(facts["teacher"])),
         before=progress.before,
         student=trained(progress),
         twin_of_equal_tokens=equal_tokens,

@@ -90,6 +90,7 @@ def test_a_chatbot_says_how_it_is_sampled_unless_its_model_does(
 
 def test_a_folder_holds_all_that_a_chat_needs(chatbot: Path, model: Path) -> None:
     assert sorted(file.name for file in chatbot.iterdir()) == [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "genai_config.json",
@@ -110,7 +111,9 @@ def test_a_folder_holds_all_that_a_chat_needs(chatbot: Path, model: Path) -> Non
 
 def test_the_manifest_holds_the_checksum_of_every_other_file(chatbot: Path) -> None:
     files = manifest_of(chatbot)["files"]
-    assert files.keys() | {"manifest.json"} == {file.name for file in chatbot.iterdir()}
+    assert files.keys() | {"manifest.json", "README.md"} == {
+        file.name for file in chatbot.iterdir()
+    }
     for name, entry in files.items():
         content = (chatbot / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -623,9 +623,9 @@ def chat(
         draft: Write faster by speculative decoding. With "lookup", draft tokens are looked up in
             the conversation (prompt lookup decoding). With the ONNX folder of a smaller model
             that has the same vocabulary, that draft model proposes them.
-        exact: Switch speculative decoding off if it could change the text of greedy replies,
-            because the model's logits depend on how many tokens it reads at once. With
-            --no-exact, replies may differ from those without a draft.
+        exact: Keep greedy replies, and those with a seed, the same whenever the same is said:
+            earlier replies are read again, and speculative decoding is off if it could change the
+            text. With --no-exact, replies may differ from run to run.
         json_schema: A file with a JSON schema; every reply is JSON that fits it.
         regex: A regular expression; every reply matches it from start to end.
         grammar: A file with a grammar in Lark's notation; every reply follows it.

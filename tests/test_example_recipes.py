@@ -95,7 +95,7 @@ def test_qlora_on_16gb_then_distilled(in_folder: Path, teacher: Path, chats: Pat
     assert steps[-1] == "supervised"
     entry = read_lineage(made["tuned"])[-1]
     assert entry["merges"].keys() == {"float", "dequantized"}
-    assert read_lineage(made["distilled"])[-1]["teacher"] == str(made["tuned"])
+    assert read_lineage(made["distilled"])[-1]["teacher"] == made["tuned"].name
 
 
 def test_align_then_distil(in_folder: Path, teacher: Path, chats: Path) -> None:
@@ -105,7 +105,7 @@ def test_align_then_distil(in_folder: Path, teacher: Path, chats: Path) -> None:
         read_lineage(made[name])[-1]["teacher"]
         for name in ("distilled", "distilled-from-the-first")
     ]
-    assert teachers == [str(made["tuned"]), str(made["teacher"])]
+    assert teachers == [made["tuned"].name, made["teacher"].name]
 
 
 def test_eight_gpus_under_zero2_as_one_process(in_folder: Path, teacher: Path, chats: Path) -> None:

@@ -24,6 +24,11 @@ TINY: dict[str, dict[str, Any]] = {
     "targets": {"block_length": 64},
     "distill": {"tokens": 600, "block_length": 64, "batch_size": 4, "micro_batch_size": 2,
                 "evaluate_every": 0, "learning_rate": 2e-3},
+    "reward": {"max_length": 200, "gradient_checkpointing": False, "batch_size": 4,
+               "micro_batch_size": 2, "steps": 2, "keep": "last"},
+    "reinforce": {"max_length": 200, "max_new_tokens": 4, "samples": 2, "batch_size": 4,
+                  "micro_batch_size": 2, "gradient_checkpointing": False, "steps": 1,
+                  "held_out_prompts": 2, "keep": "last"},
     "gptq": {"samples": 4, "block_length": 64, "group_size": 16},
     "export": {},
 }  # fmt: skip
@@ -36,8 +41,9 @@ def shrink(name: str, folder: Path, teacher: Path, chats: Path) -> Path:
     for table, given in recipe.items():
         values: dict[str, Any] = dict(given)
         kind = values.get("step", table)
-        for key in values.keys() & TINY[kind].keys():
-            values[key] = TINY[kind][key]
+        smaller = TINY.get(kind, {})
+        always = kind in ("reward", "reinforce")
+        values |= {key: smaller[key] for key in smaller if always or key in values}
         if kind == "teacher":
             values["source"] = str(teacher)
         lines.append(f"[{table}]")
@@ -101,6 +107,29 @@ def test_eight_gpus_as_two_processes(in_folder: Path, teacher: Path, chats: Path
     ours, theirs = (read_lineage(folder)[-1]["after"] for folder in (alone["distilled"], together))
     assert theirs["kl"] == pytest.approx(ours["kl"], rel=1e-4)
     assert describe(in_folder / "together" / "chatbot").form == "onnx"
+
+
+def test_rlhf_code(in_folder: Path, teacher: Path, chats: Path) -> None:
+    tasks = [
+        {
+            "prompt": f"Write a function that adds {number}.",
+            "outputs": [f"def add(x): return x + {number}", "def add(x): pass", "no"],
+            "scores": [9, 4, 1],
+            "tests": f"assert add(1) == {number + 1}",
+        }
+        for number in range(6)
+    ]
+    for name, keys in (
+        ("code-rankings", ("prompt", "outputs", "scores")),
+        ("code-prompts", ("prompt", "tests")),
+    ):
+        rows = [{key: task[key] for key in keys} for task in tasks]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (in_folder / f"{name}.jsonl").write_text(lines)
+    made = run_recipe(read_recipe(shrink("rlhf-code.toml", in_folder, teacher, chats)))
+    assert [entry["step"] for entry in read_lineage(made["tested"])][-2:] == ["reinforce"] * 2
+    assert read_lineage(made["ranked"])[-1]["judge"].endswith("judge")
+    assert describe(made["tested"]).form == "model"
 
 
 def test_every_recipe_has_a_test() -> None:

@@ -13,12 +13,11 @@ from typing import Literal, get_args
 
 from mistill.loss.names import DivergenceName
 from mistill.settings import TextSettings, require, require_choice, require_range
-from mistill.training.processes import OptimizerName, Precision
+from mistill.training.processes import OptimizerName, Precision, TrackerName, require_known_trackers
 
 ChoiceBy = Literal["log_p", "json", "regex", "code", "instructions"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 TeacherPrecision = Literal["auto", "float32", "bfloat16", "nf4"]
-Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
 # Learning rates of students as they were cut or trained, and as they were healed.
@@ -115,7 +114,7 @@ class TrainSettings(TextSettings):
     teacher_device_map: DeviceMap | None = None
     divide_teacher: bool = False
     twin: bool = False
-    trackers: tuple[Tracker, ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     seed: int = 0
 
     @property
@@ -151,13 +150,7 @@ class TrainSettings(TextSettings):
             require_choice(name, getattr(self, name), get_args(kind))
         if self.teacher_device_map is not None:
             require_choice("teacher_device_map", self.teacher_device_map, get_args(DeviceMap))
-        known = get_args(Tracker)
-        require(
-            not isinstance(self.trackers, str)
-            and set(self.trackers) <= set(known)
-            and len(set(self.trackers)) == len(self.trackers),
-            f"trackers should be some of {', '.join(known)}, each once, not {self.trackers!r}",
-        )
+        require_known_trackers(self.trackers)
         require(
             not self.divide_teacher
             or (self.teacher_precision != "nf4" and self.teacher_device_map is None),

@@ -29,6 +29,8 @@ TINY: dict[str, dict[str, Any]] = {
     "reinforce": {"max_length": 200, "max_new_tokens": 4, "samples": 2, "batch_size": 4,
                   "micro_batch_size": 2, "gradient_checkpointing": False, "steps": 1,
                   "held_out_prompts": 2, "keep": "last"},
+    "supervised": {"tokens": 1500, "block_length": 128, "batch_size": 4, "micro_batch_size": 2,
+                   "learning_rate": 5e-3, "lora_rank": 4},
     "gptq": {"samples": 4, "block_length": 64, "group_size": 16},
     "export": {},
 }  # fmt: skip
@@ -44,6 +46,9 @@ def shrink(name: str, folder: Path, teacher: Path, chats: Path) -> Path:
         smaller = TINY.get(kind, {})
         always = kind in ("reward", "reinforce")
         values |= {key: smaller[key] for key in smaller if always or key in values}
+        for key in ("texts", "held_out"):
+            if "/" in str(values.get(key, "")):
+                values[key] = "chats.jsonl" if key == "texts" else "held-out.jsonl"
         if kind == "teacher":
             values["source"] = str(teacher)
         lines.append(f"[{table}]")
@@ -86,6 +91,34 @@ def test_eight_gpus_as_one_process(in_folder: Path, teacher: Path, chats: Path) 
     recipe = shrink("eight-gpus.toml", in_folder, teacher, chats)
     made = run_recipe(read_recipe(recipe))
     assert describe(made["chatbot"]).form == "onnx"
+
+
+def test_qlora_on_16gb_then_distilled(in_folder: Path, teacher: Path, chats: Path) -> None:
+    recipe = shrink("qlora-mistral-7b-16gb.toml", in_folder, teacher, chats)
+    made = run_recipe(read_recipe(recipe))
+    assert describe(made["chatbot"]).form == "onnx"
+    steps = [entry["step"] for entry in read_lineage(made["tuned"])]
+    assert steps[-1] == "supervised"
+    entry = read_lineage(made["tuned"])[-1]
+    assert entry["merges"].keys() == {"float", "dequantized"}
+    assert read_lineage(made["distilled"])[-1]["teacher"] == str(made["tuned"])
+
+
+def test_align_then_distil(in_folder: Path, teacher: Path, chats: Path) -> None:
+    made = run_recipe(read_recipe(shrink("align-then-distil.toml", in_folder, teacher, chats)))
+    assert describe(made["chatbot"]).form == "onnx"
+    teachers = [
+        read_lineage(made[name])[-1]["teacher"]
+        for name in ("distilled", "distilled-from-the-first")
+    ]
+    assert teachers == [str(made["tuned"]), str(made["teacher"])]
+
+
+def test_eight_gpus_under_zero2_as_one_process(in_folder: Path, teacher: Path, chats: Path) -> None:
+    recipe = shrink("eight-gpus-zero2.toml", in_folder, teacher, chats)
+    made = run_recipe(read_recipe(recipe))
+    entry = read_lineage(made["tuned"])[-1]
+    assert entry["after"]["cross_entropy"] < entry["before"]["cross_entropy"]
 
 
 @pytest.mark.slow

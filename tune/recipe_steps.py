@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from mistill.step_kind import StepKind, calling
-from tune.settings import PreferenceSettings, ReinforceSettings, RewardSettings
+from tune.settings import (
+    PreferenceSettings,
+    ReinforceSettings,
+    RewardSettings,
+    SupervisedSettings,
+)
 
 KINDS: tuple[StepKind, ...] = (
+    StepKind(
+        name="supervised",
+        settings=SupervisedSettings,
+        models=("model",),
+        texts=("texts", "held_out"),
+        optional=("held_out",),
+        together=True,
+        run=calling("tune.supervised", "model"),
+    ),
     StepKind(
         name="preferences",
         settings=PreferenceSettings,

@@ -21,19 +21,15 @@ _FILES = (
     *("adapter_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    *(
-        "fidelity.json",
-        "metrics.jsonl",
-        "tuning_report.json",
-        "mixed.json",
-        "merge_report.json",
-        "quantize_report.*",
-    ),
+    *("fidelity.json", "metrics.jsonl", "mixed.json", "merge_report.json", "quantize_report.*"),
+    "tuning_report.json",
     *("report.md", "report.html", "figure.png", "figure.svg"),
     *("shard-*", ".shard-*"),
 )
 # Folders inside a folder of ours whose content is ours, whatever it is.
-_FOLDERS = ("adapter", "onnx", "tensorboard")
+_FOLDERS = ("onnx", "tensorboard")
+# The folder of an adapter beside the model that it was merged into, and what is in it.
+_ADAPTER, _ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
 
 
 def why_not_ours(folder: Path) -> str | None:
@@ -55,6 +51,8 @@ def why_not_ours(folder: Path) -> str | None:
 
 
 def _is_ours(item: Path) -> bool:
+    if item.is_dir() and item.name == _ADAPTER:
+        return all(file.name in _ADAPTER_FILES for file in item.iterdir())
     if item.is_dir():
         # A sweep is a folder of folders.
         return item.name in _FOLDERS or why_not_ours(item) is None

@@ -176,6 +176,34 @@ def compare(
     }
 
 
+@torch.inference_mode()
+def next_token_losses(predictions: Predictions, blocks: TokenBlocks) -> list[NDArray[np.float64]]:
+    """What a text costs a model, token by token: -log p(next token), in nats.
+
+    Args:
+        predictions: What the model predicts on the text.
+        blocks: The text.
+
+    Returns:
+        An array for every block with tokens to predict, in their order.
+
+    Raises:
+        TextError: If the text holds no token to predict.
+    """
+    kept = blocks.kept
+    lengths = kept.sum(axis=1)
+    total = int(lengths.sum())
+    if not total:
+        raise TextError("the text to measure on holds no token to predict; give more of it")
+    next_ids = torch.from_numpy(blocks.ids[:, 1:][kept[:, :-1]])
+    losses = np.empty(total)
+    step = max(1, _LOGITS_AT_ONCE // len(predictions.head))
+    for start in range(0, total, step):
+        rows = slice(start, start + step)
+        losses[rows] = _Logits.of(predictions.logits(rows)).losses(next_ids[rows])
+    return np.split(losses, np.cumsum(lengths[lengths > 0])[:-1])
+
+
 def kl_sum(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """Sum of KL(reference || model) over some positions, with a gradient.
 

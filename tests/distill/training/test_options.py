@@ -18,7 +18,6 @@ from distill.teacher.live_teacher import SpreadTeacher, load_teacher
 from distill.teacher.teacher import LiveTeacher, Teacher
 from distill.training import trainer
 from distill.training.evaluation import score_positions
-from distill.training.training_text import read_blocks
 from mistill.errors import SettingsError, TextError
 from mistill.folders.folder import describe
 from mistill.folders.lineage import fingerprint, read_lineage
@@ -28,6 +27,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.optimizers import make_optimizer
 from mistill.training.processes import accelerating
+from mistill.training.training_text import read_blocks
 from tests.distill.training.test_step import CPU, make_blocks, step_gradients
 from tests.distill.training.test_trained_folder import QUICK, Killed, assert_same_run, kill_when
 from tests.reference import distillation as reference

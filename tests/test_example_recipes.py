@@ -31,6 +31,7 @@ TINY: dict[str, dict[str, Any]] = {
                   "held_out_prompts": 2, "keep": "last"},
     "supervised": {"tokens": 1500, "block_length": 128, "batch_size": 4, "micro_batch_size": 2,
                    "learning_rate": 5e-3, "lora_rank": 4},
+    "generate": {"max_new_tokens": 8, "keep_unfinished": True, "best_of": 2},
     "gptq": {"samples": 4, "block_length": 64, "group_size": 16},
     "export": {},
 }  # fmt: skip
@@ -44,7 +45,7 @@ def shrink(name: str, folder: Path, teacher: Path, chats: Path) -> Path:
         values: dict[str, Any] = dict(given)
         kind = values.get("step", table)
         smaller = TINY.get(kind, {})
-        always = kind in ("reward", "reinforce")
+        always = kind in ("generate", "reward", "reinforce")
         values |= {key: smaller[key] for key in smaller if always or key in values}
         for key in ("texts", "held_out"):
             if "/" in str(values.get(key, "")):
@@ -140,6 +141,19 @@ def test_eight_gpus_as_two_processes(in_folder: Path, teacher: Path, chats: Path
     ours, theirs = (read_lineage(folder)[-1]["after"] for folder in (alone["distilled"], together))
     assert theirs["kl"] == pytest.approx(ours["kl"], rel=1e-4)
     assert describe(in_folder / "together" / "chatbot").form == "onnx"
+
+
+def test_reversed_instructions(in_folder: Path, teacher: Path, chats: Path) -> None:
+    texts = [json.loads(line)["messages"][1]["content"] for line in chats.read_text().splitlines()]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[:6])
+    (in_folder / "texts.jsonl").write_text(rows)
+    recipe = shrink("reversed-instructions.toml", in_folder, teacher, chats)
+    made = run_recipe(read_recipe(recipe))
+    written = [json.loads(line) for line in made["written"].read_text().splitlines()]
+    assert 1 <= len(written) <= 3  # the better half
+    assert {row["messages"][1]["content"] for row in written} <= set(texts)
+    assert all(isinstance(row["score"], float) for row in written)
+    assert [entry["step"] for entry in read_lineage(made["tuned"])][-1] == "supervised"
 
 
 def test_rlhf_code(in_folder: Path, teacher: Path, chats: Path) -> None:

@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,9 @@ def train(
         "lower it",
     )
     training, judged = read_blocks(texts, held_out, vocabulary, settings)
+    if settings.epochs is not None:
+        tokens = max(1, round(settings.epochs * training.tokens))
+        settings = replace(settings, tokens=tokens, epochs=None)
     source: LiveSource | CachedSource
     if teacher_info is not None:
         source = LiveSource(teacher_info)

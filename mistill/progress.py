@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -163,9 +164,7 @@ def _notebook_display() -> Callable[..., Any] | None:
     shell = None if module is None else module.get_ipython()
     if shell is None or not hasattr(shell, "kernel"):
         return None
-    from IPython.display import display
-
-    show: Callable[..., Any] = display
+    show: Callable[..., Any] = importlib.import_module("IPython.display").display
     return show
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +132,9 @@ def train(
         "lower it",
     )
     training, judged = read_blocks(texts, held_out, vocabulary, settings)
+    if settings.epochs is not None:
+        tokens = max(1, round(settings.epochs * training.tokens))
+        settings = replace(settings, tokens=tokens, epochs=None)
     source: LiveSource | CachedSource
     if teacher_info is not None:
         source = LiveSource(teacher_info)

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -330,7 +331,7 @@ def targets(
 @app.command(
     help_formatter=HelpPage(
         {
-            "Data": ("texts", "teacher", "targets", "held_out", "tokens"),
+            "Data": ("texts", "teacher", "targets", "held_out", "tokens", "epochs"),
             "Loss": ("divergence", "mixture", "temperature", "cross_entropy"),
             "On-policy distillation": ("on_policy", "on_policy_temperature", "on_policy_prompt"),
             "Optimization": (
@@ -694,17 +695,30 @@ def serve(folder: Path, /, *, settings: Annotated[ServeSettings, Flat] = ServeSe
     return serve_folder(folder, settings=settings, started=print_address)
 
 
-@app.command
-def run(recipe: Path, /, *, out: Path | None = None, json: bool = False) -> None:
+@app.command(help_formatter=HelpPage({"Plan": ("dry_run",)}))
+def run(
+    recipe: Path, /, *, out: Path | None = None, dry_run: bool = False, json: bool = False
+) -> None:
     """Run the steps of a recipe. Finished steps are skipped, and an interrupted one resumes.
 
     Args:
         recipe: A TOML file with one table for each step.
         out: The folder for all outputs. By default the recipe's own out.
+        dry_run: Check the recipe and say what would run, about how long it would take and what it
+            would leave on the disk; run nothing.
         json: Print the result as one line of JSON at the end.
     """
     from mistill.recipe import read_recipe, run_recipe
 
+    if dry_run:
+        from mistill.planning import describe_plan, plan_recipe
+
+        read = read_recipe(recipe, out=out)
+        planned = plan_recipe(read)
+        print(describe_plan(read, planned))
+        if json:
+            print(json_library.dumps([asdict(step) for step in planned]))
+        return
     outputs = run_recipe(read_recipe(recipe, out=out), Console())
     if json and is_main_process():
         print(json_library.dumps({name: str(path) for name, path in outputs.items()}))

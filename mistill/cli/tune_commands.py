@@ -68,7 +68,7 @@ def supervised(
         The facts that were printed, with the cross-entropy before and after.
     """
     from tune import supervised as tune_model
-    from tune.supervision.report import REPORT_FILE
+    from tune.trainers.tuned_folder import REPORT_FILE
 
     folder = tune_model(
         model,
@@ -87,13 +87,14 @@ def supervised(
 
 def _summary(report: dict[str, Any]) -> str:
     """What tuning did, in two or three lines."""
+    before, after = (report[name]["cross_entropy"] for name in ("before", "after"))
     error = report["change_standard_error"]
     spread = "" if error is None else f" +- {error:.4f}"
     lines = [
-        f"held-out cross-entropy: {report['before']:.4f} before, {report['after']:.4f} after "
+        f"held-out cross-entropy: {before:.4f} before, {after:.4f} after "
         f"({report['change']:+.4f}{spread} nats a token)",
-        f"KL(tuned || base) {report['tuned_from_base']['kl']:.4f}, "
-        f"KL(base || tuned) {report['base_from_tuned']['kl']:.4f} nats; "
+        f"KL(tuned || base) {report['kl']['tuned_from_base']:.4f}, "
+        f"KL(base || tuned) {report['kl']['base_from_tuned']:.4f} nats; "
         f"{report['entries_moved']:.1%} of {report['entries']:,} trained weights moved",
     ]
     if len(report["merges"]) > 1:

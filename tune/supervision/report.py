@@ -5,14 +5,12 @@ The folders as they were written are compared: the model that came and the one t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.folders.publishing import write_atomically
-from mistill.measures.kl import Predictions, compare, next_token_losses, predict
+from mistill.measures.kl import Predictions, both_ways, next_token_losses, predict
 from mistill.measures.significance import of_mean
 from mistill.measures.uncertainty import Samples, mean_of
 
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
 
     from mistill.text.blocks import TokenBlocks
     from mistill.text.vocabulary import Vocabulary
-
-REPORT_FILE = "tuning_report.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,25 +42,11 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divergence:
-    """How far one model is from another.
-
-    Attributes:
-        kl: Mean KL per kept token, in nats.
-        standard_error: Of that mean, between blocks of text; None for a single token.
-    """
-
-    kl: float
-    standard_error: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class TuningReport:
     """What tuning did.
 
     Attributes:
-        tokens: Held-out tokens that the means are over.
-        before: Cross-entropy of the model that came, in nats a token.
+        before: Of the model that came: its ``cross_entropy``, in nats a token of held-out text.
         after: The same of the tuned model, as it was written.
         change: After less before.
         change_standard_error: Of the change, paired token by token, between blocks; None for a
@@ -74,8 +56,7 @@ class TuningReport:
         trained_after: The same of what was trained and kept.
         merges: Cross-entropies of the ways to merge an adapter, where there is a choice.
         merged_into: The one that was taken: float, or dequantized.
-        tuned_from_base: KL(tuned || base), what a reply of the tuned model would surprise the base.
-        base_from_tuned: KL(base || tuned), what the tuned model has left behind.
+        kl: How far the two are apart, from ``mistill.measures.kl.both_ways``.
         entries: Entries of the matrices that were trained.
         entries_moved: Share of them with another value than before.
         rows: Rows of text that were read.
@@ -84,32 +65,21 @@ class TuningReport:
         replies: Held-out prompts with the greedy replies before and after.
     """
 
-    tokens: int
-    before: float
-    after: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
     change: float
     change_standard_error: float | None
     trained_before: float
     trained_after: float
     merges: Mapping[str, float]
     merged_into: str | None
-    tuned_from_base: Divergence
-    base_from_tuned: Divergence
+    kl: Mapping[str, float | int | None]
     entries: int
     entries_moved: float
     rows: int
     rows_passed_over: int
     rows_left_out: int
     replies: Sequence[Mapping[str, str]]
-
-    def save(self, folder: Path) -> None:
-        """Write the report into the folder of the tuned model.
-
-        Args:
-            folder: The folder.
-        """
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        write_atomically(folder / REPORT_FILE, text + "\n")
 
 
 def look_at(
@@ -173,15 +143,10 @@ def comparison(base: Look, tuned: Look, blocks: TokenBlocks) -> dict[str, Any]:
         Fields of ``TuningReport``.
     """
     shift = of_mean(base.losses, tuned.losses)
-    there = compare({"base": base.predictions}, {"tuned": tuned.predictions}, blocks)
-    back = compare({"tuned": tuned.predictions}, {"base": base.predictions}, blocks)
-    forward, reverse = there["tuned"]["base"], back["base"]["tuned"]
     return {
-        "tokens": forward.tokens,
-        "before": base.cross_entropy,
-        "after": tuned.cross_entropy,
+        "before": {"cross_entropy": base.cross_entropy},
+        "after": {"cross_entropy": tuned.cross_entropy},
         "change": tuned.cross_entropy - base.cross_entropy,
         "change_standard_error": None if shift is None else shift.error,
-        "base_from_tuned": Divergence(kl=forward.kl, standard_error=forward.kl_standard_error),
-        "tuned_from_base": Divergence(kl=reverse.kl, standard_error=reverse.kl_standard_error),
+        "kl": both_ways(tuned.predictions, base.predictions, blocks),
     }

@@ -18,6 +18,7 @@ from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo, copy_companions
 from tune.settings import SupervisedSettings
 from tune.supervision.reading import Reading
+from tune.trainers.tuned_folder import ADAPTER_FOLDER, write_report
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,6 @@ _log = logging.getLogger(__name__)
 
 # Bytes of a GPU that a look at a model takes beside its weights.
 _ROOM = 2 * 2**30
-
-ADAPTER = "adapter"
-"""The folder, in a tuned one, with the adapter as peft saves it."""
 
 
 def gather_result(
@@ -128,14 +126,13 @@ def gather_result(
             )
         ],
     )
-    report.save(result)
+    write_report(result, asdict(report))
     return {
-        "before": {"cross_entropy": report.before},
-        "after": {"cross_entropy": report.after},
+        "before": report.before,
+        "after": report.after,
         "merges": merges,
         "merged_into": report.merged_into,
-        "kl_tuned_from_base": asdict(report.tuned_from_base),
-        "kl_base_from_tuned": asdict(report.base_from_tuned),
+        "kl": report.kl,
         "steps": progress.step,
         "kept_step": progress.best_step,
         "tokens": progress.tokens,
@@ -202,7 +199,7 @@ def _candidates(
         folder = folders[name] = work / f"merged-{name}"
         shutil.rmtree(folder, ignore_errors=True)
         merge_adapters(info, adapters, folder, through_nf4=through)
-        (folder / ADAPTER).mkdir()
+        (folder / ADAPTER_FOLDER).mkdir()
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(best / file, folder / ADAPTER / file)
+            shutil.copyfile(best / file, folder / ADAPTER_FOLDER / file)
     return folders

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mistill.measures.kl import compare, predict
+from mistill.measures.kl import both_ways, predict
 from mistill.preferences.tokens import Answer
 from tune.trainers.answer_blocks import answer_blocks
 
@@ -37,13 +37,4 @@ def divergence_from_start(
         tuned = predict(model, blocks)
         start = predict(start_model().to(model.device), blocks)
     model.train(training)
-    both = {"tuned": tuned, "base": start}
-    fidelity = compare(both, both, blocks)
-    away, back = fidelity["base"]["tuned"], fidelity["tuned"]["base"]
-    return {
-        "tuned_from_base": away.kl,
-        "tuned_from_base_standard_error": away.kl_standard_error,
-        "base_from_tuned": back.kl,
-        "base_from_tuned_standard_error": back.kl_standard_error,
-        "tokens": away.tokens,
-    }
+    return both_ways(tuned, start, blocks)

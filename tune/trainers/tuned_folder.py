@@ -118,4 +118,4 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         folder: The folder of the tuned model.
         report: As JSON values.
     """
-    write_atomically(folder / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    write_atomically(folder / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -8,6 +8,7 @@ command line and the recipe are all built from it, so that a default is written 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from typing import Any, TypeVar, get_type_hints
 from mistill.errors import SettingsError
 
 SettingsT = TypeVar("SettingsT")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +135,16 @@ def settings_from(
     Raises:
         SettingsError: If both are given, or if an option is not a field of the class.
     """
-    if settings is not None:
-        if options:
-            raise SettingsError(
-                f"give either settings or the options {', '.join(sorted(options))}, not both"
-            )
-        return settings
-    _require_known(settings_class, options)
-    return settings_class(**typed_options(settings_class, options))
+    if settings is not None and options:
+        raise SettingsError(
+            f"give either settings or the options {', '.join(sorted(options))}, not both"
+        )
+    if settings is None:
+        _require_known(settings_class, options)
+        settings = settings_class(**typed_options(settings_class, options))
+    words = [f"{name} {value}" for name, value in settings_dict(settings).items()]
+    _log.info("%s: %s", settings_class.__name__, ", ".join(words))
+    return settings
 
 
 def settings_with(settings: SettingsT, options: Mapping[str, Any]) -> SettingsT:

@@ -14,6 +14,7 @@ import json as json_library
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,7 @@ from mistill.cli.command_output import is_main_process, print_folder, print_resu
 from mistill.cli.help_pages import SAMPLING, HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.cli.outside import (
+    OUR_PACKAGES,
     SignalledError,
     ending_on_signals,
     from_outside,
@@ -48,6 +50,7 @@ from mistill.cli.outside import (
     speak_utf8,
     with_counts,
     without_output,
+    without_verbose,
 )
 from mistill.compressing import CompressSettings
 from mistill.engine.language_model import Provider
@@ -55,15 +58,21 @@ from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.serve.settings import ServeSettings
 from mistill.settings import require
 
+_log = logging.getLogger(__name__)
+
 app = App(
     name="mistill",
     version=__version__,
-    help="Make a large language model small enough to chat on a laptop.",
+    help="Make a large language model small enough to chat on a laptop. With -v, a command tells "
+    "its settings, what it does, and how long it took.",
     version_flags=("--version", "-V"),
     help_format="plaintext",
     help_formatter=HelpPage(),
     # An interruption is told what becomes of the work, below.
     suppress_keyboard_interrupt=False,
+)
+app.register_install_completion_command(
+    help="Complete commands and options with the Tab key, in bash, zsh and fish."
 )
 app.command(tune_commands.app)
 app.command(quantize_commands.app)
@@ -762,9 +771,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # bitsandbytes warns of each faster kernel that this processor does not support.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    words, tells = without_verbose(sys.argv[1:] if arguments is None else arguments)
+    if tells and is_main_process():
+        for name in OUR_PACKAGES:
+            logging.getLogger(name).setLevel(logging.INFO)
+    began = time.monotonic()
     try:
-        code = _run(arguments)
+        code = _run(words)
         sys.stdout.flush()
+        if tells:
+            _log.info("took %.1f s", time.monotonic() - began)
     except OSError as error:
         if not is_lost(sys.stdout):
             raise
@@ -772,10 +788,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str]) -> int:
     try:
         with ending_on_signals():
-            words = with_counts(sys.argv[1:] if arguments is None else arguments)
+            words = with_counts(arguments)
             require_known_method(words, "quantize", list(quantize_commands.app))
             result = app(
                 words,

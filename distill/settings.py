@@ -24,6 +24,10 @@ TeacherPrecision = Literal["auto", "float32", "bfloat16", "nf4"]
 LEARNING_RATE, HEALED_LEARNING_RATE = 3e-4, 1e-4
 
 
+TRAIN_TOKENS = 1_000_000
+"""Tokens that a student is trained on where nobody says how many."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(TextSettings):
     """How a student is trained on its teacher's predictions.
@@ -31,6 +35,7 @@ class TrainSettings(TextSettings):
     Attributes:
         tokens: Text tokens to train on, without padding. A text with fewer tokens is repeated, in
             another order each time.
+        epochs: How often to go through the text, in place of tokens.
         block_length: Tokens of one block (T). Longer documents are split; shorter ones share a
             block, and attention does not cross from one to the next.
         batch_size: Blocks of one optimizer step, over all processes.
@@ -86,7 +91,8 @@ class TrainSettings(TextSettings):
         seed: Seed of the order of the texts and of the held-out share.
     """
 
-    tokens: int = 1_000_000
+    tokens: int = TRAIN_TOKENS
+    epochs: float | None = None
     block_length: int = 512
     batch_size: int = 2
     micro_batch_size: int = 1
@@ -129,6 +135,11 @@ class TrainSettings(TextSettings):
             *("held_out_tokens", "on_policy_prompt"),
         ):
             require_range(name, getattr(self, name), 1)
+        require_range("epochs", self.epochs, 0, exclusive=True)
+        require(
+            self.epochs is None or self.tokens == TRAIN_TOKENS,
+            "give either tokens or epochs, which says how many they are; both are given",
+        )
         require_range("block_length", self.block_length, 2)
         require(
             self.batch_size % self.micro_batch_size == 0,

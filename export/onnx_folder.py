@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from export.checks.parity import TEXT, can_compare, measure_parity, require_parity
 from export.graph.outliers import CALIBRATION_TOKENS, Outliers, find_outliers, guarded_norms
 from export.runtimes.genai import GENAI_FILE, genai_config
+from export.runtimes.model_card import write_card
 from export.runtimes.transformersjs import arrange_for_transformersjs
 from export.settings import DEFAULT_CONTEXT, GraphOptions, OnnxSettings
 from export.weights.architecture import (
@@ -27,6 +28,7 @@ from export.weights.architecture import (
     read_architecture,
     require_graph,
 )
+from mistill.engine.sampling import FOR_SMALL_MODELS, GENERATION_FILE, OWN
 from mistill.errors import FolderError, SettingsError, missing_extra
 from mistill.folders.folder import (
     MANIFEST_FILE,
@@ -35,8 +37,10 @@ from mistill.folders.folder import (
     open_folder,
     read_config,
 )
-from mistill.folders.lineage import add_lineage
+from mistill.folders.lineage import add_lineage, read_lineage
+from mistill.folders.ownership import CARD_FILE
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.schemas import optional_json
 from mistill.folders.settled_config import says_tied
 from mistill.settings import require, settings_from
 from mistill.sources.source import resolve_model
@@ -117,6 +121,8 @@ def to_onnx(
     with creating(path, overwrite) as folder:
         facts = _write(folder, info, architecture, vocabulary, resolved, graph)
         copy_companions(info.path, folder)
+        if vocabulary.chat_template is not None:
+            _say_how_to_sample(folder, vocabulary)
         _write_json(folder / "config.json", config)
         if chosen.layout == "transformersjs":
             bits = _layer_bits(resolved, info)
@@ -139,8 +145,20 @@ def to_onnx(
             **facts,
             "files": checksums(folder),
         }
+        chats = vocabulary.chat_template is not None
+        write_card(folder, info, read_lineage(folder), manifest, name=path.name, chats=chats)
         _write_json(folder / MANIFEST_FILE, manifest)
     return path
+
+
+def _say_how_to_sample(folder: Path, vocabulary: Vocabulary) -> None:
+    """Let the chatbot say how it is sampled, where its model says nothing of it."""
+    file = folder / GENERATION_FILE
+    stated = optional_json(file)
+    if stated.get("do_sample") is None and not any(stated.get(name) for name in OWN):
+        ends = list(vocabulary.end_ids)
+        stated = stated or ({"eos_token_id": ends} if ends else {})
+        _write_json(file, {**stated, **FOR_SMALL_MODELS})
 
 
 def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, GraphOptions]:
@@ -352,7 +370,7 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file but the manifest itself.
+    """Size and SHA-256 of every file but the manifest itself and the card, which people edit.
 
     Args:
         folder: Path of the folder.
@@ -362,7 +380,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     """
     entries = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != MANIFEST_FILE:
+        if file.is_file() and file.name not in (MANIFEST_FILE, CARD_FILE):
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             entries[file.relative_to(folder).as_posix()] = {

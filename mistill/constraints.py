@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mistill.bounded import OutOfBoundsError, call_bounded
 from mistill.engine.language_model import Choose
-from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
+from mistill.errors import FolderError, MissingExtraError, SettingsError, VocabularyError
 from mistill.folders.json_text import parse_json
 from mistill.text.vocabulary import Vocabulary
 
@@ -292,5 +292,7 @@ def _library() -> Any:
     try:
         import llguidance
     except ModuleNotFoundError as error:
-        raise missing_extra("llguidance", "grammar") from error
+        raise MissingExtraError(
+            "llguidance is not installed; install it with: pip install llguidance"
+        ) from error
     return llguidance

@@ -1,17 +1,20 @@
-"""How far long work is: a bar in a terminal, and a line every 20 seconds where there is none."""
+"""How far long work is: a bar in a terminal or a notebook, else a line every 20 seconds."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from html import escape
+from typing import Any, Protocol, TextIO
 
 # Seconds between two lines.
 _BETWEEN_LINES = 20.0
+_BETWEEN_FRAMES = 0.5
 
 
 class Tracker(Protocol):
@@ -84,6 +87,41 @@ class LineTracker:
             parts.append(self._note)
         return f"{self._description}: {', '.join(parts)}"
 
+    def html(self) -> str:
+        """The same for a notebook, with a bar.
+
+        Returns:
+            A line of HTML.
+        """
+        done = f' value="{self._completed:g}" max="{self._total:g}"' if self._total else ""
+        return f"<progress{done}></progress> {escape(self.line())}"
+
+    @contextmanager
+    def showing(self, show: Callable[[], object], seconds: float) -> Iterator[None]:
+        """Show how far the work is every so often while the body runs, and at its end.
+
+        Args:
+            show: Shows it.
+            seconds: Time between two calls.
+
+        Yields:
+            Nothing.
+        """
+        ended = threading.Event()
+
+        def work() -> None:
+            while not ended.wait(seconds):
+                show()
+
+        thread = threading.Thread(target=work, daemon=True, name="mistill-progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            show()
+
     @contextmanager
     def writing(self, stream: TextIO, seconds: float = _BETWEEN_LINES) -> Iterator[None]:
         """Write a line every so often while the body runs, whether or not the work advances.
@@ -120,14 +158,28 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
+def _notebook_display() -> Callable[..., Any] | None:
+    """What shows something in a notebook, where this process is the kernel of one."""
+    module = sys.modules.get("IPython")
+    shell = None if module is None else module.get_ipython()
+    if shell is None or not hasattr(shell, "kernel"):
+        return None
+    show: Callable[..., Any] = importlib.import_module("IPython.display").display
+    return show
+
+
+def _bundle(tracker: LineTracker) -> dict[str, str]:
+    return {"text/html": tracker.html(), "text/plain": tracker.line()}
+
+
 @contextmanager
 def track(
     description: str, total: float | None, unit: str = "it", done: float = 0
 ) -> Iterator[Tracker]:
     """Show on stderr how far the work is while the body runs.
 
-    In a terminal this is a bar. Elsewhere it is a line every 20 seconds, which the first of the
-    processes that a launcher has started writes.
+    In a terminal and in a notebook this is a bar. Elsewhere it is a line every 20 seconds, which
+    the first of the processes that a launcher has started writes.
 
     Args:
         description: Name of the work.
@@ -140,6 +192,17 @@ def track(
     """
     if sys.stderr is None or os.environ.get("RANK", "0") != "0":
         yield _Silent()
+        return
+    display = _notebook_display()
+    if display is not None:
+        tracker = LineTracker(description, total, unit, done)
+        handle = display(_bundle(tracker), raw=True, display_id=True)
+
+        def show() -> None:
+            handle.update(_bundle(tracker), raw=True)
+
+        with tracker.showing(show, _BETWEEN_FRAMES):
+            yield tracker
         return
     if not sys.stderr.isatty():
         tracker = LineTracker(description, total, unit, done)

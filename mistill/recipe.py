@@ -20,6 +20,8 @@ What was done is remembered in ``.recipe-state.json`` beside the outputs: for ea
 settings, the fingerprints of what it read and of what it wrote. A step whose record still holds is
 skipped; any other is redone, and the reason is said. A step that is interrupted resumes where it
 can, and a killed one leaves either its whole output or none.
+
+It is one file because a recipe, its record and the rules by which a step is redone go together.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ import difflib
 import importlib
 import json
 import os
+import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -98,18 +101,26 @@ class _State:
     file: Path
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    # Whether nothing is to be written.
+    look_only: bool = False
+
     @classmethod
-    def read(cls, out: Path) -> _State:
+    def read(cls, out: Path, *, look_only: bool = False) -> _State:
         file = out / STATE_FILE
-        remove_leftovers(file)
+        if look_only and not file.is_file():
+            return cls(file, look_only=True)
+        if not look_only:
+            remove_leftovers(file)
         if not file.is_file():
             return cls(file)
         try:
-            return cls(file, _checked_state(json.loads(file.read_text("utf-8"))))
+            return cls(file, _checked_state(json.loads(file.read_text("utf-8"))), look_only)
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"{file} is damaged ({error}); remove it to start afresh") from error
 
     def record(self, name: str, **entry: Any) -> None:
+        if self.look_only:
+            return
         self.steps[name] = entry
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps(self.steps, indent=1))
@@ -120,8 +131,12 @@ def _checked_state(document: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(document, dict):
         raise ValueError("it should be an object with an entry for each step")
     for name, entry in document.items():
-        if not isinstance(entry, dict) or not entry.keys() <= {"started", "key", "output"}:
+        if not isinstance(entry, dict) or not entry.keys() <= {
+            *("started", "key", "output", "seconds")
+        }:
             raise ValueError(f"the entry of {name!r:.40} is not that of a step")
+        if type(entry.get("seconds", 0.0)) not in (int, float):
+            raise ValueError(f"the entry of {name!r:.40} has no number of seconds")
         for note in ("started", "key"):
             key = entry.get(note)
             if key is not None and not (
@@ -234,9 +249,46 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> dict[str, Path
             continue
         started = dict(state.steps.get(step.name, {}), started=key)
         state.record(step.name, **started)
+        began = time.monotonic()
         step.kind.run(_inputs(step, targets), step.settings, step.target, overwrite)
-        state.record(step.name, key=key, output=fingerprint(step.target))
+        seconds = round(time.monotonic() - began, 1)
+        state.record(step.name, key=key, output=fingerprint(step.target), seconds=seconds)
     return targets
+
+
+def steps_to_run(recipe: Recipe) -> Iterator[tuple[Step, str | None, float | None]]:
+    """Which steps a run would make, without making any.
+
+    Args:
+        recipe: A checked recipe.
+
+    Yields:
+        Each step, why it would run (empty if it never did, None if it would not), and how many
+        seconds it took the last time, if that is known.
+
+    Raises:
+        RecipeError: If the record of earlier runs is damaged.
+    """
+    state = _State.read(recipe.out, look_only=True)
+    targets = {step.name: step.target for step in recipe.steps}
+    remade: set[str] = set()
+    for step in recipe.steps:
+        inputs = [
+            name
+            for value in step.inputs.values()
+            for name in (value if isinstance(value, list) else [value])
+        ]
+        changed = [name for name in inputs if name in remade]
+        if changed and step.name in state.steps:
+            reason: str | None = f"{', '.join(changed)} will be another"
+        elif changed:
+            reason = ""
+        else:
+            reason = _reason_to_run(step, _key(step, targets), state)
+        if reason is not None:
+            remade.add(step.name)
+        seconds = state.steps.get(step.name, {}).get("seconds")
+        yield step, reason, seconds
 
 
 # --- many processes -----------------------------------------------------------------------------

@@ -8,17 +8,20 @@ command line and the recipe are all built from it, so that a default is written 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from mistill.errors import SettingsError
 
 SettingsT = TypeVar("SettingsT")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +135,46 @@ def settings_from(
     Raises:
         SettingsError: If both are given, or if an option is not a field of the class.
     """
-    if settings is not None:
-        if options:
-            raise SettingsError(
-                f"give either settings or the options {', '.join(sorted(options))}, not both"
-            )
+    if settings is not None and options:
+        raise SettingsError(
+            f"give either settings or the options {', '.join(sorted(options))}, not both"
+        )
+    if settings is None:
+        _require_known(settings_class, options)
+        settings = settings_class(**typed_options(settings_class, options))
+    words = [f"{name} {value}" for name, value in settings_dict(settings).items()]
+    _log.info("%s: %s", settings_class.__name__, ", ".join(words))
+    return settings
+
+
+def settings_with(settings: SettingsT, options: Mapping[str, Any]) -> SettingsT:
+    """Settings with some fields changed.
+
+    Args:
+        settings: An object of a settings dataclass.
+        options: Fields of its class by name.
+
+    Returns:
+        A new object; the same if there are no options.
+
+    Raises:
+        SettingsError: If an option is not a field of the class, or its value is out of range.
+    """
+    if not options:
         return settings
-    known = [field.name for field in fields(settings_class)]  # type: ignore[arg-type]
+    _require_known(type(settings), options)
+    changes = typed_options(type(settings), options)
+    changed: SettingsT = replace(settings, **changes)  # type: ignore[type-var]
+    return changed
+
+
+def _require_known(settings_class: type[Any], options: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(settings_class)]
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
             raise SettingsError(f"{settings_class.__name__} has no option {name}{hint}")
-    return settings_class(**typed_options(settings_class, options))
 
 
 def typed_options(settings_class: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:

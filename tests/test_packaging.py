@@ -72,6 +72,7 @@ def test_a_plain_install_asks_for_no_training_library(wheel):
         *(
             "cyclopts",
             "jinja2",
+            "llguidance",
             "msgspec",
             "numpy",
             "onnxruntime",

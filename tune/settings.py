@@ -1,7 +1,7 @@
 """What a user decides about tuning.
 
-The settings of all commands stand in one file because every step has one ``settings.py``, which
-imports no PyTorch.
+The settings of all commands are one file because every step has one ``settings.py``, which imports
+no PyTorch.
 """
 
 from __future__ import annotations
@@ -270,7 +270,8 @@ class TrainerSettings(TextSettings):
         steps: Optimizer steps; if given, epochs does not count.
         batch_size: Rows of one optimizer step.
         micro_batch_size: Rows that are computed at once; must divide batch_size. It changes
-            memory and speed.
+            memory and speed; with the losses kto and orpo, which compare the rows of a
+            micro-batch or average over its tokens, also a little of the result.
         warmup: Share of the steps in which the learning rate rises, 0 to 1.
         weight_decay: Weight decay of AdamW.
         max_gradient_norm: Gradients longer than this are scaled down to this length.

@@ -28,13 +28,12 @@ from benchmarks.measure.lengths import TimedModel, lengths_left_out, new_tokens_
 from benchmarks.measure.loading import NOT_DROPPED, time_load
 from benchmarks.measure.questions import answer_questions, read_questions
 from benchmarks.measure.quoting import QuotedText, bytes_in, cut_texts, quote
-from benchmarks.measure.recording import file_name, result_of, rounded
+from benchmarks.measure.recording import result_of, rounded
 from benchmarks.measure.subjects import (
     Distance,
     Models,
     Subject,
     add_rivals,
-    as_list,
     check_context,
     check_vocabularies,
     models_to_ask,
@@ -47,11 +46,12 @@ from benchmarks.settings import BenchSettings
 from mistill.chat.bot import ChatBot
 from mistill.cost_model.processors import usable_threads
 from mistill.errors import VocabularyError
-from mistill.folders.lineage import fingerprint
+from mistill.folders.lineage import file_name, fingerprint
 from mistill.folders.locking import temporary_folder
 from mistill.measures.significance import students_t
 from mistill.progress import Tracker, track
 from mistill.settings import settings_from
+from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ _log = logging.getLogger(__name__)
 def compare(
     models: Models,
     *,
-    texts: Models,
+    texts: Texts,
     reference: str | Path | None = None,
     rivals: Mapping[str, str | Path] | None = None,
     rival_source: str | Path | None = None,
@@ -111,7 +111,7 @@ def compare(
     passages = read_passages(texts, reference_subject.info.path, settings, subjects)
     vocabulary = load_vocabulary(reference_subject.info.path)
     quoted = cut_texts(
-        as_list(texts),
+        texts,
         vocabulary,
         settings.perplexity,
         settings.perplexity_tokens,
@@ -140,7 +140,7 @@ def compare(
         settings=settings,
         machine=machine,
         text=ScoredText(
-            sources=tuple(map(file_name, as_list(texts))),
+            sources=tuple(map(file_name, sources_of(texts))),
             fingerprint=fingerprint_of(passages),
             passages=len(passages),
             tokens_read=sum(len(passage.ids) for passage in passages),
@@ -154,7 +154,7 @@ def compare(
 
 
 def read_passages(
-    texts: Models, folder: Path, settings: BenchSettings, subjects: Sequence[Subject] = ()
+    texts: Texts, folder: Path, settings: BenchSettings, subjects: Sequence[Subject] = ()
 ) -> list[Passage]:
     """Read text and cut it into passages that are scored in one pass.
 

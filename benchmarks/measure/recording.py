@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 from benchmarks.figures.footprint import Footprint, StepBytes
 from benchmarks.figures.latency import Latency
 from benchmarks.figures.model_result import ModelResult
@@ -16,7 +12,7 @@ from benchmarks.settings import BenchSettings
 from mistill.cost_model.onnx_cost import memory_speed, product_weights
 from mistill.cost_model.products import kernel_speed
 from mistill.folders.folder import MANIFEST_FILE, FolderInfo, read_json
-from mistill.folders.lineage import fingerprint, read_lineage
+from mistill.folders.lineage import fingerprint, read_lineage, without_paths
 
 
 def result_of(
@@ -41,7 +37,7 @@ def result_of(
     info, answers, entry = subject.info, subject.answers, subject.entry
     turns = subject.transformers_turns
     parent = subject.parent
-    lineage = tuple(map(_without_paths, read_lineage(info.path)))
+    lineage = tuple(map(without_paths, read_lineage(info.path)))
     if entry is not None:
         lineage = (*lineage, {"step": entry.rival.name, "settings": entry.rival.settings})
     return ModelResult(
@@ -87,29 +83,6 @@ def rounded(value: float) -> float:
         The rounded value.
     """
     return float(f"{value:.6g}")
-
-
-def file_name(value: Any) -> Any:
-    """Replace an absolute path by its file name.
-
-    Args:
-        value: Any value of a record.
-
-    Returns:
-        The file name of an absolute path; any other value unchanged, other paths as text.
-    """
-    if isinstance(value, str | Path):
-        return Path(value).name if Path(value).is_absolute() else str(value)
-    return value
-
-
-def _without_paths(value: Any) -> Any:
-    """A step of the lineage without absolute paths of this machine."""
-    if isinstance(value, Mapping):
-        return {str(name): _without_paths(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    return file_name(value)
 
 
 def step_bytes(info: FolderInfo, threads: int) -> StepBytes | None:

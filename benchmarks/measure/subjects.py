@@ -19,6 +19,7 @@ from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
 from mistill.folders.folder import FolderInfo, open_folder
 from mistill.folders.lineage import fingerprint, read_lineage
+from mistill.folders.objects import refuse_object
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 
 Models = str | Path | Sequence[str | Path]
@@ -250,7 +251,11 @@ def as_list(models: Models) -> list[str | Path]:
     Returns:
         A list.
     """
-    return [models] if isinstance(models, str | Path) else list(models)
+    if isinstance(models, str | Path):
+        return [models]
+    if not isinstance(models, Sequence):
+        refuse_object(models)
+    return list(models)
 
 
 def folder_of(model: str | Path) -> Path:
@@ -262,6 +267,7 @@ def folder_of(model: str | Path) -> Path:
     Returns:
         Its folder.
     """
+    refuse_object(model)
     path = Path(model).expanduser()
     if path.exists() and path.is_dir():
         return path

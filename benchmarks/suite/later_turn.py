@@ -83,7 +83,7 @@ def measure(folder: Path, tokens: int, threads: int | None, rounds: int) -> dict
         What was found.
     """
     model = OnnxModel(folder, threads=threads)
-    bot = ChatBot(folder, model=model, temperature=0, max_new_tokens=8)
+    bot = ChatBot(folder, model=model, temperature=0, max_new_tokens=8, exact=False)
     history = conversation(load_vocabulary(folder), tokens)
 
     def forget() -> None:

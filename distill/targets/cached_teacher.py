@@ -33,7 +33,6 @@ from distill.targets.shards import (
     template_digest,
 )
 from mistill.errors import SettingsError, TextError, VocabularyError
-from mistill.folders.lineage import LINEAGE_FILE
 from mistill.folders.location import Location, location_of
 from mistill.folders.targets_folder import read_manifest
 from mistill.loss.targets import SampledTargets, TopKTargets
@@ -267,11 +266,11 @@ def _what_differs(location: Location, vocabulary: Vocabulary) -> str:
     """How the tokens differ, where the teacher is still at hand; else nothing."""
     if location.remote is not None:
         return ""
-    from mistill.folders.lineage import read_lineage
+    from mistill.folders.lineage import find_source, read_lineage
 
     steps = read_lineage(location.path)
-    source = Path(str(steps[-1].get("source"))) if steps else Path(LINEAGE_FILE)
-    if not (source / "tokenizer.json").is_file():
+    source = find_source(Path(location.path), steps[-1]) if steps else None
+    if source is None or not (source / "tokenizer.json").is_file():
         return ""
     return "; ".join(same_vocabulary(vocabulary, load_vocabulary(source)))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,12 @@ from distill.training.teacher_source import (
 )
 from mistill.errors import FolderError, SettingsError, TrainingError, VocabularyError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
-from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.lineage import add_lineage, file_name, fingerprint
 from mistill.folders.publishing import publish, refuse_existing
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
-from mistill.text.rows import Texts, check_texts
+from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 from mistill.training.together import keeping_the_best, working_together
 from mistill.training.training_text import read_blocks
@@ -132,6 +132,9 @@ def train(
         "lower it",
     )
     training, judged = read_blocks(texts, held_out, vocabulary, settings)
+    if settings.epochs is not None:
+        tokens = max(1, round(settings.epochs * training.tokens))
+        settings = replace(settings, tokens=tokens, epochs=None)
     source: LiveSource | CachedSource
     if teacher_info is not None:
         source = LiveSource(teacher_info)
@@ -360,7 +363,7 @@ def _complaint(progress: TrainingProgress[Evaluation], settings: TrainSettings) 
 
 def _named(texts: Texts | None) -> list[str]:
     """Text as it was given."""
-    return [str(text) for text in ([texts] if isinstance(texts, str | Path) else texts or ())]
+    return [] if texts is None else list(sources_of(texts))
 
 
 def _finish(
@@ -388,7 +391,7 @@ def _finish(
     facts = source.facts(work)
     equal_tokens, equal_time = (None if twin is None else trained(twin) for twin in twins)
     card = FidelityCard(
-        teacher=str(facts["teacher"]),
+        teacher=str(file_name(facts["teacher"])),
         before=progress.before,
         student=trained(progress),
         twin_of_equal_tokens=equal_tokens,

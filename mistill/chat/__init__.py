@@ -9,13 +9,15 @@ from mistill.lazy import lazy_exports
 if TYPE_CHECKING:
     from mistill.chat.bot import ChatBot as ChatBot
     from mistill.chat.bot import ChatSettings as ChatSettings
-    from mistill.chat.bot import Speed as Speed
+    from mistill.chat.reply import Reply as Reply
+    from mistill.chat.reply import Speed as Speed
 
 _HOMES = {
     "ChatBot": "mistill.chat.bot",
     "ChatSettings": "mistill.chat.bot",
-    "Speed": "mistill.chat.bot",
+    "Reply": "mistill.chat.reply",
+    "Speed": "mistill.chat.reply",
 }
 
-__all__ = ["ChatBot", "ChatSettings", "Speed"]
+__all__ = ["ChatBot", "ChatSettings", "Reply", "Speed"]
 __getattr__ = lazy_exports(__name__, _HOMES)

@@ -1,32 +1,47 @@
 """A conversation with a model: its history, and replies that are streamed as they are written.
 
+Several replies may be written at once, in turns, in threads or in tasks of asyncio.
+
 It works with model folders of every form. An ONNX folder needs neither PyTorch nor transformers.
 """
 
 from __future__ import annotations
 
-import inspect
+import asyncio
 import json
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from mistill.chat.kept_conversation import Message, read_conversation
+from mistill.chat.reply import Ending, Reply, Speed, WrittenReply, write_reply
 from mistill.chat.stream_text import TextStream
 from mistill.constraints import ConstrainedChoice, Constraint, ConstraintTokens
 from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, Provider
 from mistill.engine.log_probabilities import Scored, TokenScore
 from mistill.engine.opening import open_model
-from mistill.engine.sampling import Sampler, SamplingSettings
+from mistill.engine.sampling import (
+    ChosenSampling,
+    Sampler,
+    SamplingSettings,
+    own_sampling,
+)
 from mistill.errors import ContextError, FolderError, VocabularyError
-from mistill.folders.json_text import parse_json
-from mistill.settings import require, require_choice, require_range, settings_from
+from mistill.settings import (
+    require,
+    require_choice,
+    require_range,
+    settings_from,
+    settings_with,
+)
 from mistill.sources.source import resolve_model
 from mistill.text.answers import prompt_ids, unwritten_turn
 from mistill.text.conversation import Conversation
@@ -38,12 +53,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Overflow = Literal["refuse", "slide"]
-Ending = Literal["end of turn", "stop string", "max_new_tokens", "context", "interrupted"]
-Message = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings(SamplingSettings):
+class ChatSettings(ChosenSampling):
     """How replies are sampled, and when they end.
 
     Attributes:
@@ -68,24 +81,6 @@ class ChatSettings(SamplingSettings):
         require_choice("overflow", self.overflow, get_args(Overflow))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """How fast a reply was.
-
-    Attributes:
-        prompt_tokens: Tokens of the whole conversation up to the reply, whether the model read
-            them anew or had them in its cache.
-        first_token_seconds: From the question to the reply's first token.
-        new_tokens: Tokens of the reply, the one that ends the turn included.
-        tokens_per_second: Speed of decoding, after the first token; 0 if there was only one.
-    """
-
-    prompt_tokens: int
-    first_token_seconds: float
-    new_tokens: int
-    tokens_per_second: float
-
-
 class ChatBot:
     """A model to talk to.
 
@@ -93,10 +88,10 @@ class ChatBot:
         history: The conversation so far: messages with ``role`` and ``content``, the system's
             first if there is one. It may be changed between replies.
         settings: How replies are sampled, and when they end.
-        last_speed: Speed of the last reply; None before the first one.
-        last_ending: Reason for the end of the last reply; None before the first one.
-        last_scores: How probable each token of the last reply was, the one that ends the turn
-            included; empty if that was not asked for.
+        last_speed: Speed of the reply that ended last; None before the first one.
+        last_ending: Reason for the end of that reply; None before the first one.
+        last_scores: How probable each token of the reply that was begun last was, the one that
+            ends the turn included; empty if that was not asked for.
     """
 
     history: list[Message]
@@ -132,8 +127,10 @@ class ChatBot:
             provider: Execution provider of an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
             draft: Source of draft tokens for speculative decoding of an ONNX folder: ``lookup``,
                 or the ONNX folder of a draft model with the same vocabulary.
-            exact: Whether greedy replies must be, token for token, what they are without a draft;
-                speculative decoding is off for a model that cannot guarantee that.
+            exact: Whether a greedy reply, and one with a seed, must depend on the conversation
+                alone: not on a draft, whose speculative decoding is off for a model that cannot
+                guarantee that, and not on what the model read before. Earlier replies are read
+                again for that, because ONNX Runtime rounds otherwise where it writes.
             constraint: The constraint on every reply, for constrained decoding.
             **options: Fields of ``ChatSettings``.
 
@@ -146,6 +143,7 @@ class ChatBot:
         """
         self.settings = settings_from(ChatSettings, settings, options)
         folder = resolve_model(folder)
+        self._own_sampling = own_sampling(folder)
         self._vocabulary = load_vocabulary(folder)
         if self._vocabulary.chat_template is None:
             raise VocabularyError(
@@ -164,9 +162,9 @@ class ChatBot:
             self._model = with_draft(self._model, draft, exact=exact)
         self._end_ids = frozenset(self._vocabulary.end_ids)
         self._system = system
+        self._exact = exact
         # Weak, so that a reply that nobody reads any more ends by itself.
-        self._reply: weakref.ref[Generator[str, None, None]] | None = None
-        self._reader: threading.Thread | None = None
+        self._replies: weakref.WeakSet[Reply] = weakref.WeakSet()
         self._turns = threading.RLock()
         self.last_speed = None
         self.last_ending = None
@@ -180,12 +178,15 @@ class ChatBot:
         Args:
             system: Another system prompt; None keeps the present one.
         """
+        with self._turns:
+            if system is not None:
+                self._system = system
+            self.history = [] if self._system is None else [_message("system", self._system)]
+            self._forgotten = 0
+            self._asked: Counter[int] = Counter()
+            # Replies that were begun before do not join the history.
+            self._talk = object()
         self.end_reply()
-        if system is not None:
-            self._system = system
-        self.history = [] if self._system is None else [_message("system", self._system)]
-        self._forgotten = 0
-        self._generator = np.random.default_rng(self.settings.seed)
 
     def reply(
         self,
@@ -193,35 +194,39 @@ class ChatBot:
         *,
         constraint: Constraint | None = None,
         log_probabilities: int | None = None,
-    ) -> Generator[str, None, None]:
+        **options: Any,
+    ) -> Reply:
         """Stream the reply to a message.
 
         The turn is added to the history when the reply ends. Of a reply that is closed or
-        interrupted, the text so far is added; if there is none, the turn is not added.
+        interrupted, the text so far is added; if there is none, the turn is not added. Each of
+        several replies at once continues the history as it was when it was asked for.
 
         Args:
             text: Message of the user.
             constraint: Constraint on this reply; None takes the constraint on every reply.
             log_probabilities: How many of the most probable tokens to keep for each position in
                 ``last_scores``; 0 keeps the written token's alone, None keeps nothing.
+            **options: Fields of ``ChatSettings`` that this reply has otherwise.
 
         Returns:
             A generator of parts of the reply, none of which is empty or breaks a character.
 
         Raises:
             ContextError: If the conversation has become longer than the model's context.
-            SettingsError: If another thread is reading a reply.
+            SettingsError: If an option is not known or out of range.
         """
+        started = time.perf_counter()
+        settings = settings_with(self.settings, options)
+        sampling = settings.sampling(self._own_sampling)
+        require(
+            log_probabilities is None or log_probabilities >= 0,
+            f"log_probabilities must be 0 or more, not {log_probabilities}",
+        )
         with self._turns:
-            self.end_reply()
-            started = time.perf_counter()
-            require(
-                log_probabilities is None or log_probabilities >= 0,
-                f"log_probabilities must be 0 or more, not {log_probabilities}",
-            )
             question = _message("user", text)
-            prompt = self._prompt(question)
-            choose: Choose = Sampler(self.settings, self._generator, seen=prompt)
+            prompt = self._prompt(question, settings)
+            choose: Choose = Sampler(sampling, self._random(sampling, prompt), seen=prompt)
             form = constraint or self._constraint
             if form is not None:
                 choose = ConstrainedChoice(form, self._tokens_of_forms(), choose)
@@ -229,28 +234,49 @@ class ChatBot:
             if log_probabilities is not None:
                 choose = Scored(choose, log_probabilities)
                 self.last_scores = choose.scores
-            stream = TextStream(self._vocabulary, self.settings.stop, every_byte=form is not None)
-            reply = self._answer(question, prompt, choose, stream, time.perf_counter() - started)
-            self._reply, self._reader = weakref.ref(reply), threading.current_thread()
+            written = WrittenReply(
+                prompt_tokens=len(prompt), seconds_before=0.0, scores=self.last_scores
+            )
+            talk = self._talk
+            parts = write_reply(
+                written,
+                self._written_tokens(prompt, choose, sampling),
+                TextStream(self._vocabulary, settings.stop, every_byte=form is not None),
+                end_ids=self._end_ids,
+                max_new_tokens=settings.max_new_tokens,
+                ended=lambda written: self._ended(talk, question, written),
+            )
+            written.seconds_before = time.perf_counter() - started
+            reply = Reply(written, parts)
+            self._replies.add(reply)
             return reply
 
-    def end_reply(self) -> None:
-        """End the reply that is being read, if there is one, as closing it does.
+    async def stream(self, text: str, **options: Any) -> AsyncIterator[str]:
+        """Stream the reply to a message in a program of asyncio, which goes on meanwhile.
 
-        Raises:
-            SettingsError: If another thread is reading it.
+        Args:
+            text: Message of the user.
+            **options: What ``reply`` takes.
+
+        Yields:
+            Parts of the reply, none of which is empty or breaks a character.
+        """
+        reply = await asyncio.to_thread(self.reply, text, **options)
+        try:
+            while (part := await asyncio.to_thread(next, reply, None)) is not None:
+                yield part
+        finally:
+            await asyncio.to_thread(reply.close)
+
+    def end_reply(self) -> None:
+        """End the replies that are not read to their end, as closing them does.
+
+        One of which another thread is reading a part goes on.
         """
         with self._turns:
-            reply = None if self._reply is None else self._reply()
-            if reply is not None and inspect.getgeneratorstate(reply) != inspect.GEN_CLOSED:
-                reader = self._reader
-                require(
-                    reader is None or reader is threading.current_thread() or not reader.is_alive(),
-                    "another thread is reading a reply of this chatbot; wait for its end, or open "
-                    "a ChatBot for each thread",
-                )
-                reply.close()
-            self._reply = None
+            replies = list(self._replies)
+        for reply in replies:
+            reply.close_if_idle()
 
     def save(self, file: str | Path) -> Path:
         """Save the conversation and its KV cache.
@@ -269,7 +295,9 @@ class ChatBot:
         return self._engine().save_cache(file, conversation=json.dumps(state, ensure_ascii=False))
 
     def restore(self, file: str | Path) -> None:
-        """Continue a conversation that ``save`` wrote; nothing of it is read again.
+        """Continue a conversation that ``save`` wrote, without reading it again.
+
+        At temperature 0 and with a seed, its replies are read again; see ``exact``.
 
         A system prompt that this chatbot was given takes the place of the saved one; the
         conversation is then read anew.
@@ -285,7 +313,7 @@ class ChatBot:
         notes = self._engine().restore_cache(file)
         if "conversation" not in notes:
             raise FolderError(f"{file} holds no conversation; make one with ChatBot.save")
-        history, self._forgotten = _conversation(notes["conversation"], file)
+        history, self._forgotten = read_conversation(notes["conversation"], file)
         if self._system is not None:
             others = (message for message in history if message["role"] != "system")
             history = [_message("system", self._system), *others]
@@ -307,52 +335,42 @@ class ChatBot:
             self._constraint_tokens = ConstraintTokens(self._vocabulary)
         return self._constraint_tokens
 
-    def _answer(
-        self,
-        question: Message,
-        prompt: list[int],
-        choose: Choose,
-        text: TextStream,
-        seconds_before: float,
-    ) -> Generator[str, None, None]:
-        tokens = self._model.stream(prompt, choose)
-        pieces: list[str] = []
-        seconds: list[float] = []
-        ending: Ending | None = None
-        try:
-            while ending is None:
-                before = time.perf_counter()
-                token = next(tokens, None)
-                if token is None:
-                    ending = "context"
-                    break
-                seconds.append(time.perf_counter() - before)
-                if token in self._end_ids:
-                    ending = "end of turn"
-                    break
-                pieces.append(text.add(token))
-                if text.stopped:
-                    ending = "stop string"
-                elif len(seconds) == self.settings.max_new_tokens:
-                    ending = "max_new_tokens"
-                if pieces[-1]:
-                    yield pieces[-1]
-            pieces.append(text.finish())
-            if pieces[-1]:
-                yield pieces[-1]
-        finally:
-            self.last_ending = ending or "interrupted"
-            self.last_speed = _speed(len(prompt), seconds_before, seconds)
-            if ending is not None or any(pieces):
-                self.history += [question, _message("assistant", "".join(pieces))]
+    def _random(self, settings: SamplingSettings, prompt: list[int]) -> np.random.Generator:
+        """Random numbers of one reply: with a seed the same whenever the same is asked anew."""
+        if settings.seed is None:
+            return np.random.default_rng()
+        key = hash(tuple(prompt))
+        number = len(self.history) - self._first_turn(), self._asked[key]
+        self._asked[key] += 1
+        return np.random.default_rng(
+            settings.seed if number == (0, 0) else (settings.seed, *number)
+        )
 
-    def _prompt(self, question: Message) -> list[int]:
+    def _written_tokens(
+        self, prompt: list[int], choose: Choose, settings: SamplingSettings
+    ) -> Iterator[int]:
+        from mistill.engine.onnx_model import OnnxModel
+        from mistill.engine.speculation import SpeculativeModel
+
+        repeatable = self._exact and (settings.temperature == 0 or settings.seed is not None)
+        if isinstance(self._model, OnnxModel | SpeculativeModel):
+            return self._model.stream(prompt, choose, repeatable=repeatable)
+        return self._model.stream(prompt, choose)
+
+    def _ended(self, talk: object, question: Message, written: WrittenReply) -> None:
+        with self._turns:
+            self.last_ending, self.last_speed = written.ending, written.speed
+            said = written.text or written.ending != "interrupted"
+            if said and talk is self._talk:
+                self.history += [question, _message("assistant", written.text)]
+
+    def _prompt(self, question: Message, settings: ChatSettings) -> list[int]:
         """The tokens of the conversation, with the oldest turns left out if necessary."""
         context = self._model.context_length
         forgotten = self._forgotten
         prompt = self._tokens(forgotten, question)
-        if self.settings.overflow == "slide":
-            room = min(self.settings.max_new_tokens, context // 4)
+        if settings.overflow == "slide":
+            room = min(settings.max_new_tokens, context // 4)
             turns = iter(self._turns_after(forgotten))
             # Half of the context is freed at once, because the remaining turns must be read again.
             limit = context - room
@@ -414,31 +432,5 @@ class ChatBot:
         return "start a new conversation, or set overflow to slide to leave out the oldest turns"
 
 
-def _conversation(text: str, file: str | Path) -> tuple[list[Message], int]:
-    """The history and the number of messages left out, as ``save`` wrote them."""
-    try:
-        state = parse_json(text, str(file))
-        history = [_message(one["role"], one["content"]) for one in state["history"]]
-        words = [word for message in history for word in message.values()]
-        forgotten = state["forgotten"]
-        sound = all(isinstance(word, str) for word in words) and type(forgotten) is int
-    except (FolderError, KeyError, TypeError):
-        sound = False
-    if not sound or not 0 <= forgotten <= len(history):
-        raise FolderError(f"the conversation in {file} is damaged; give another file")
-    return history, forgotten
-
-
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _speed(prompt_tokens: int, seconds_before: float, seconds: list[float]) -> Speed:
-    """Speed from the time that each token of a reply took."""
-    later = sum(seconds[1:])
-    return Speed(
-        prompt_tokens=prompt_tokens,
-        first_token_seconds=seconds_before + sum(seconds[:1]),
-        new_tokens=len(seconds),
-        tokens_per_second=(len(seconds) - 1) / later if later else 0.0,
-    )

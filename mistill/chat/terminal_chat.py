@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from mistill.chat.bot import ChatBot, ChatSettings, Speed
+from mistill.chat.bot import ChatBot, ChatSettings
+from mistill.chat.reply import Speed
 from mistill.chat.terminal_commands import (
     MOST_BYTES,
     Commands,

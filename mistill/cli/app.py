@@ -14,7 +14,9 @@ import json as json_library
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +39,7 @@ from mistill.cli.command_output import is_main_process, print_folder, print_resu
 from mistill.cli.help_pages import SAMPLING, HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.cli.outside import (
+    OUR_PACKAGES,
     SignalledError,
     ending_on_signals,
     from_outside,
@@ -47,6 +50,7 @@ from mistill.cli.outside import (
     speak_utf8,
     with_counts,
     without_output,
+    without_verbose,
 )
 from mistill.compressing import CompressSettings
 from mistill.engine.language_model import Provider
@@ -54,15 +58,21 @@ from mistill.errors import MissingExtraError, MistillError, SettingsError
 from mistill.serve.settings import ServeSettings
 from mistill.settings import require
 
+_log = logging.getLogger(__name__)
+
 app = App(
     name="mistill",
     version=__version__,
-    help="Make a large language model small enough to chat on a laptop.",
+    help="Make a large language model small enough to chat on a laptop. With -v, a command tells "
+    "its settings, what it does, and how long it took.",
     version_flags=("--version", "-V"),
     help_format="plaintext",
     help_formatter=HelpPage(),
     # An interruption is told what becomes of the work, below.
     suppress_keyboard_interrupt=False,
+)
+app.register_install_completion_command(
+    help="Complete commands and options with the Tab key, in bash, zsh and fish."
 )
 app.command(tune_commands.app)
 app.command(quantize_commands.app)
@@ -330,7 +340,7 @@ def targets(
 @app.command(
     help_formatter=HelpPage(
         {
-            "Data": ("texts", "teacher", "targets", "held_out", "tokens"),
+            "Data": ("texts", "teacher", "targets", "held_out", "tokens", "epochs"),
             "Loss": ("divergence", "mixture", "temperature", "cross_entropy"),
             "On-policy distillation": ("on_policy", "on_policy_temperature", "on_policy_prompt"),
             "Optimization": (
@@ -623,9 +633,9 @@ def chat(
         draft: Write faster by speculative decoding. With "lookup", draft tokens are looked up in
             the conversation (prompt lookup decoding). With the ONNX folder of a smaller model
             that has the same vocabulary, that draft model proposes them.
-        exact: Switch speculative decoding off if it could change the text of greedy replies,
-            because the model's logits depend on how many tokens it reads at once. With
-            --no-exact, replies may differ from those without a draft.
+        exact: Keep greedy replies, and those with a seed, the same whenever the same is said:
+            earlier replies are read again, and speculative decoding is off if it could change the
+            text. With --no-exact, replies may differ from run to run.
         json_schema: A file with a JSON schema; every reply is JSON that fits it.
         regex: A regular expression; every reply matches it from start to end.
         grammar: A file with a grammar in Lark's notation; every reply follows it.
@@ -694,17 +704,30 @@ def serve(folder: Path, /, *, settings: Annotated[ServeSettings, Flat] = ServeSe
     return serve_folder(folder, settings=settings, started=print_address)
 
 
-@app.command
-def run(recipe: Path, /, *, out: Path | None = None, json: bool = False) -> None:
+@app.command(help_formatter=HelpPage({"Plan": ("dry_run",)}))
+def run(
+    recipe: Path, /, *, out: Path | None = None, dry_run: bool = False, json: bool = False
+) -> None:
     """Run the steps of a recipe. Finished steps are skipped, and an interrupted one resumes.
 
     Args:
         recipe: A TOML file with one table for each step.
         out: The folder for all outputs. By default the recipe's own out.
+        dry_run: Check the recipe and say what would run, about how long it would take and what it
+            would leave on the disk; run nothing.
         json: Print the result as one line of JSON at the end.
     """
     from mistill.recipe import read_recipe, run_recipe
 
+    if dry_run:
+        from mistill.planning import describe_plan, plan_recipe
+
+        read = read_recipe(recipe, out=out)
+        planned = plan_recipe(read)
+        print(describe_plan(read, planned))
+        if json:
+            print(json_library.dumps([asdict(step) for step in planned]))
+        return
     outputs = run_recipe(read_recipe(recipe, out=out), Console())
     if json and is_main_process():
         print(json_library.dumps({name: str(path) for name, path in outputs.items()}))
@@ -748,9 +771,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # bitsandbytes warns of each faster kernel that this processor does not support.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    words, tells = without_verbose(sys.argv[1:] if arguments is None else arguments)
+    if tells and is_main_process():
+        for name in OUR_PACKAGES:
+            logging.getLogger(name).setLevel(logging.INFO)
+    began = time.monotonic()
     try:
-        code = _run(arguments)
+        code = _run(words)
         sys.stdout.flush()
+        if tells:
+            _log.info("took %.1f s", time.monotonic() - began)
     except OSError as error:
         if not is_lost(sys.stdout):
             raise
@@ -758,10 +788,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str]) -> int:
     try:
         with ending_on_signals():
-            words = with_counts(sys.argv[1:] if arguments is None else arguments)
+            words = with_counts(arguments)
             require_known_method(words, "quantize", list(quantize_commands.app))
             result = app(
                 words,

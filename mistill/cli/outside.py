@@ -22,6 +22,8 @@ from mistill.errors import FolderError, MistillError, SettingsError
 from mistill.folders.publishing import is_full_disk
 from mistill.shown import visible
 
+OUR_PACKAGES = ("mistill", "tune", "distill", "quantize", "export", "benchmarks")
+
 _TOKENS = re.compile(r"--(?:[a-z]+-)*tokens")
 _COUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?(?:e\d{1,2})?)([kKmMgGbB]?)")
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
@@ -110,6 +112,29 @@ def ending_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def without_verbose(words: Sequence[str]) -> tuple[list[str], bool]:
+    """Take ``-v`` and ``--verbose`` out of a command, wherever they stand.
+
+    Args:
+        words: The command line.
+
+    Returns:
+        The other words, and whether one of them was there. Words behind ``--``, and the value of
+        an option, are left alone.
+    """
+    left: list[str] = []
+    tells = False
+    for place, word in enumerate(words):
+        if word == "--":
+            return [*left, *words[place:]], tells
+        is_value = place > 0 and words[place - 1].startswith("-")
+        if word in ("-v", "--verbose") and not is_value:
+            tells = True
+        else:
+            left.append(word)
+    return left, tells
 
 
 def with_counts(words: Sequence[str]) -> list[str]:

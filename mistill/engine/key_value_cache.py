@@ -47,6 +47,8 @@ class KeyValueCache:
 
     Attributes:
         ids: The tokens whose keys and values are in the buffers.
+        read_together: How many of them, from the first, were read in runs of an even number of
+            positions; see ``chunk_size``.
         values: The buffers by name, such as ``0.key``.
         context_length: Most positions there can be.
         shapes: Heads and width of a head, and the type, of each buffer by name.
@@ -55,6 +57,7 @@ class KeyValueCache:
     """
 
     ids: list[int]
+    read_together: int
     values: dict[str, onnxruntime.OrtValue]
     context_length: int
     shapes: dict[str, tuple[int, int, type[np.generic]]]
@@ -76,6 +79,7 @@ class KeyValueCache:
             before_move: Called before the buffers move, so that a binding can release them.
         """
         self.ids = []
+        self.read_together = 0
         self.values = {}
         self.context_length = context_length
         self.shapes = cache_shapes(session)
@@ -105,6 +109,39 @@ class KeyValueCache:
         if back > 0 and self._rows(count) != self._rows(len(self.ids)) - back:
             count = 0
         del self.ids[count:]
+        self.read_together = min(self.read_together, len(self.ids))
+
+    def can_take_back(self, count: int) -> bool:
+        """Whether the token after so many can be read and removed without the loss of others.
+
+        Args:
+            count: Number of tokens before it.
+
+        Returns:
+            False where the graph drops old positions to read it.
+        """
+        return self._rows(count + 1) == self._rows(count) + 1
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Note tokens that the graph has read in one run.
+
+        Args:
+            tokens: The tokens that follow.
+        """
+        if self.read_together == len(self.ids):
+            self.read_together += len(tokens) - len(tokens) % 2
+        self.ids += tokens
+
+    def copy(self, other: KeyValueCache, count: int) -> None:
+        """Replace the content by the first tokens of another cache of the same graph.
+
+        Args:
+            other: A cache that keeps all positions.
+            count: Number of tokens.
+        """
+        if count:
+            values = {name: array[:, :, :count] for name, array in other.used().items()}
+            self.restore(other.ids[:count], values, other.read_together)
 
     def reserve(self, positions: int) -> None:
         """Make room for this many positions, and keep those in use.
@@ -113,9 +150,9 @@ class KeyValueCache:
             positions: At most ``context_length``.
         """
         if positions > self._capacity and (self.window is None or not self._capacity):
-            ids = self.ids
+            ids, together = self.ids, self.read_together
             self._move(self._room(positions), self.used())
-            self.ids = ids
+            self.ids, self.read_together = ids, together
 
     def used(self) -> dict[str, NDArray[Any]]:
         """The keys and values in use.
@@ -156,15 +193,19 @@ class KeyValueCache:
             )
         )
 
-    def restore(self, ids: Sequence[int], values: Mapping[str, NDArray[Any]]) -> None:
+    def restore(
+        self, ids: Sequence[int], values: Mapping[str, NDArray[Any]], read_together: int = 0
+    ) -> None:
         """Replace the content by keys and values of a text that was read before.
 
         Args:
             ids: Its tokens, at most ``context_length``.
             values: The keys and values that ``used`` returned for them.
+            read_together: How many of them were read in runs of an even number.
         """
         self._move(self._room(len(ids)), dict(values))
         self.ids = list(ids)
+        self.read_together = min(read_together, len(self.ids))
 
     def _rows(self, tokens: int) -> int:
         """Rows that are in use after some tokens, as GroupQueryAttention defines it."""
@@ -192,7 +233,7 @@ class KeyValueCache:
             capacity: Positions that they have room for.
             values: Keys and values to copy into them; each array is released once it is copied.
         """
-        self.ids, self._capacity = [], 0
+        self.ids, self.read_together, self._capacity = [], 0, 0
         self._before_move()
         for name, (heads, width, dtype) in self.shapes.items():
             array = pages((1, heads, capacity, width), dtype)

@@ -2,7 +2,10 @@
 
 ONNX Runtime runs the graph; this file manages its inputs. The KV cache is one buffer for each
 layer, which the graph reads and extends in place, so that a step copies nothing. The cache is also
-a prefix cache: a new prompt is read from where it first differs from the last text.
+a prefix cache: a new prompt is read from where it first differs from the last text. A text that is
+being written keeps its cache while others are read, so that several may be written in turn.
+
+It is one file because the loops, their caches and the binding share one lock.
 
 B is batch, T positions, V vocabulary.
 """
@@ -13,6 +16,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import onnxruntime
@@ -59,6 +63,10 @@ def chunk_size(left: int, most: int | None = None) -> int:
         size -= size % 2
         size -= 2 * (left - size == 1 and size > 2)
     return size
+
+
+class Reader:
+    """Stands for a loop that reads one growing text; while it lives, the text keeps its cache."""
 
 
 class OnnxModel:
@@ -131,13 +139,11 @@ class OnnxModel:
         self.threads = threads or usable_threads()
         self.session = open_session(info.path, self.threads, provider, alone)
         check_graph(self.session, info.path, info.layers, info.vocabulary_size)
-        self._cache = KeyValueCache(
-            self.session,
-            self.context_length,
-            "cpu" if provider == "cpu" else "cuda",
-            self._unbind,
-        )
-        self._reader: object = None
+        # The cache that the graph is bound to, the loop whose text it holds, and the caches of
+        # other loops. Weak, so that a loop that nobody runs any more needs no end.
+        self._cache = self._new_cache()
+        self._reader: ref[Reader] | None = None
+        self._kept: WeakKeyDictionary[Reader, KeyValueCache] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._binding = self.session.io_binding()
         # The bound cache and tokens; False or None while a binding changes, so that an interrupt
@@ -148,7 +154,6 @@ class OnnxModel:
         self._token = np.zeros((1, 1), np.int64)
         self._next_logits = np.empty((1, 1, self.vocabulary_size), np.float32)
         self._last_position = np.array([-1], np.int64)
-        self._every_position = np.array([0], np.int64)
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores of every next token at every position; see ``LanguageModel.logits``."""
@@ -157,7 +162,7 @@ class OnnxModel:
         rows = [self.checked(row.tolist()) for row in ids]
         scores = np.empty((*ids.shape, self.vocabulary_size), np.float32)
         with self._lock:
-            self._reader = None
+            self._turn_to(None, [])
             for row, tokens in enumerate(rows):
                 self._cache.rewind(0)
                 start = 0
@@ -167,9 +172,23 @@ class OnnxModel:
                     start = end
         return scores
 
-    def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
-        return self._write(self.checked(ids), choose)
+    def stream(
+        self, ids: Sequence[int], choose: Choose = greedy, *, repeatable: bool = False
+    ) -> Iterator[int]:
+        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``.
+
+        Args:
+            ids: The prompt.
+            choose: Picks a token from the logits (V,) of the last position.
+            repeatable: Whether the tokens must depend on the prompt alone, to the last bit of their
+                logits, and not on what was read or written before. ONNX Runtime rounds otherwise
+                where it writes a token than where it reads one, so that earlier replies are then
+                read again; see ``Job.repeatable``.
+
+        Returns:
+            Token ids, one at a time.
+        """
+        return self._write(self.checked(ids), choose, repeatable)
 
     def read(self, ids: Sequence[int], positions: int = 1) -> NDArray[np.float32]:
         """Scores of the next token at the last positions of a text.
@@ -192,9 +211,9 @@ class OnnxModel:
         tokens = self.checked(ids)
         if not 1 <= positions <= len(tokens):
             raise ValueError(f"positions must be between 1 and {len(tokens)}, not {positions}")
-        return self.follow(object(), tokens, positions)
+        return self.follow(Reader(), tokens, positions)
 
-    def follow(self, reader: object, tokens: list[int], positions: int = 1) -> NDArray[np.float32]:
+    def follow(self, reader: Reader, tokens: list[int], positions: int = 1) -> NDArray[np.float32]:
         """Like ``read``, for a loop that reads one growing text over and over.
 
         Args:
@@ -208,11 +227,8 @@ class OnnxModel:
         """
         scores = np.empty((1, positions, self.vocabulary_size), np.float32)
         with self._lock:
-            if self._reader is reader:
-                self._cache.rewind(len(tokens) - positions)
-            else:
-                self._cache.rewind(common_prefix(self._cache.ids, tokens[:-positions]))
-                self._reader = reader
+            self._turn_to(reader, tokens[:-positions])
+            self._cache.rewind(len(tokens) - positions)
             if positions == 1:
                 self._read_on(tokens)
                 scores[:] = self._next_logits
@@ -236,6 +252,7 @@ class OnnxModel:
                 Path(file),
                 self._cache.ids,
                 self._cache.used(),
+                read_together=self._cache.read_together,
                 model=self.folder.name,
                 fingerprint=graph_fingerprint(self.folder),
                 notes=notes,
@@ -268,8 +285,8 @@ class OnnxModel:
                 f"{file} is damaged: its tokens, keys and values do not fit this model's graph"
             )
         with self._lock:
-            self._reader = None
-            self._cache.restore(saved.ids, saved.values)
+            self._turn_to(None, [])
+            self._cache.restore(saved.ids, saved.values, saved.read_together)
         return saved.notes
 
     def checked(self, ids: Sequence[int]) -> list[int]:
@@ -300,26 +317,83 @@ class OnnxModel:
             )
         return tokens
 
-    def _write(self, tokens: list[int], choose: Choose) -> Generator[int, None, None]:
-        reader = object()
-        while len(tokens) < self.context_length:
-            with self._lock:
-                if self._reader is not reader:
-                    # Another text was read since: keep the common prefix. The last token is always
-                    # read again, because its logits are needed.
-                    self._cache.rewind(common_prefix(self._cache.ids, tokens[:-1]))
-                    self._reader = reader
-                self._read_on(tokens)
-                token = choose(self._next_logits[0, 0])
-            tokens.append(token)
-            yield token
+    def _write(
+        self, tokens: list[int], choose: Choose, repeatable: bool
+    ) -> Generator[int, None, None]:
+        reader: Reader | None = Reader()
+        # Read again: the last token, because its logits are needed, and in pairs the one before.
+        prefix = tokens[: -2 if repeatable else -1]
+        try:
+            while len(tokens) < self.context_length:
+                with self._lock:
+                    self._turn_to(reader, prefix, repeatable)
+                    self._read_on(tokens, repeatable)
+                    prefix, repeatable = [], False
+                    token = choose(self._next_logits[0, 0])
+                tokens.append(token)
+                yield token
+        finally:
+            reader = None  # an exception may keep this frame
 
-    def _read_on(self, tokens: list[int]) -> None:
+    def _turn_to(
+        self, reader: Reader | None, prefix: Sequence[int], repeatable: bool = False
+    ) -> None:
+        """Take the cache of a loop, or for a loop that begins one with what its text shares.
+
+        Args:
+            reader: The loop; None for a text that is read once.
+            prefix: What a loop that begins may find in the cache and need not read.
+            repeatable: Whether only positions that were read in pairs may be taken over.
+        """
+        last = None if self._reader is None else self._reader()
+        if reader is not None and last is reader:
+            return
+        before = self._cache
+        if last is not None:
+            # In this order, so that an interrupt leaves no loop with the text of another.
+            self._kept[last] = before
+            self._unbind()
+            self._cache = self._new_cache()
+        self._reader = None
+        if reader is not None and reader in self._kept:
+            self._unbind()
+            self._cache = self._kept.pop(reader)
+        else:
+            shared = common_prefix(before.ids, prefix)
+            if repeatable:
+                shared = min(shared, before.read_together)
+                shared -= shared % 2
+            if last is None:
+                before.rewind(shared)
+            elif before.window is None:
+                self._cache.copy(before, shared)
+        self._reader = None if reader is None else ref(reader)
+
+    def _new_cache(self) -> KeyValueCache:
+        device: key_value_cache.Device = "cpu" if self.provider == "cpu" else "cuda"
+        return KeyValueCache(self.session, self.context_length, device, self._unbind)
+
+    def _read_on(self, tokens: list[int], repeatable: bool = False) -> None:
         """Read the tokens of a text that the cache lacks, for the logits of the last one."""
         self._cache.reserve(len(tokens))
         while (start := len(self._cache.ids)) < len(tokens):
             size = chunk_size(len(tokens) - start)
-            self._read(tokens[start : start + size], self._next_logits)
+            if repeatable and start + size == len(tokens):
+                self._read_in_pairs(tokens[start:])
+            else:
+                self._read(tokens[start : start + size], self._next_logits)
+
+    def _read_in_pairs(self, tokens: list[int]) -> None:
+        """Read the end of a prompt as an even number of positions, for the logits of its last."""
+        end = len(self._cache.ids) + len(tokens)
+        odd = len(tokens) % 2
+        if odd and (end == self.context_length or not self._cache.can_take_back(end)):
+            self._read(tokens, self._next_logits)
+            return
+        scores = np.empty((1, 2, self.vocabulary_size), np.float32)
+        self._read([*tokens, tokens[-1]] if odd else tokens, scores)
+        self._next_logits[:] = scores[:, :1] if odd else scores[:, 1:]
+        self._cache.rewind(end)
 
     def _score(self, tokens: list[int], scores: NDArray[np.float32]) -> None:
         """Read tokens in pairs, so that they have the scores that they have in a longer text."""
@@ -337,8 +411,8 @@ class OnnxModel:
 
         Args:
             tokens: At most as many as the context has room for.
-            scores: Where the logits go: of every position, shape (1, T, V), or of the last one
-                if it is ``self._next_logits``.
+            scores: Where the logits of the last positions go, shape (1, T or fewer, V); for one
+                position it is ``self._next_logits``.
         """
         end = len(self._cache.ids) + len(tokens)
         self._cache.reserve(end)
@@ -351,7 +425,7 @@ class OnnxModel:
         run_bound(self.session, self._binding)
         if scores is not self._next_logits:
             scores[:] = self._binding.get_outputs()[-1].numpy()
-        self._cache.ids += tokens
+        self._cache.extend(tokens)
 
     def _bind_cache(self) -> None:
         """Let the graph read and extend the cache in place."""
@@ -373,7 +447,8 @@ class OnnxModel:
             self._bound_tokens = None
             last = scores is self._next_logits
             self._bind("input_ids", inputs)
-            self._bind("first_logit", self._last_position if last else self._every_position)
+            first = self._last_position if last else np.array([-scores.shape[1]], np.int64)
+            self._bind("first_logit", first)
             # Bound after the cache, so that it is the last output. The graph declares one position,
             # its default; for more, ONNX Runtime must allocate the output.
             if last:

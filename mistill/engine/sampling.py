@@ -9,18 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mistill.engine.language_model import Choose, greedy, not_numbers
+from mistill.errors import FolderError, SettingsError
+from mistill.folders.schemas import optional_json
 from mistill.settings import require, require_range
 
 Logits = NDArray[np.float32]
 
 # Number of logits of which the largest is taken first in a search for the top k.
 _GROUP = 64
+GENERATION_FILE = "generation_config.json"
+OWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What a model says in its generation_config.json about how it is sampled."""
+
+FOR_SMALL_MODELS: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "repetition_penalty": 1.05,
+}
+"""What an export writes for a chatbot whose model says nothing; see ``docs/experiments.md``."""
+
 LEAST_TEMPERATURE = 1e-30
 """Lowest temperature above 0: logits divided by it stay finite in float32."""
 
@@ -60,6 +77,75 @@ class SamplingSettings:
         require_range("min_p", self.min_p, 0, 1)
         require_range("repetition_penalty", self.repetition_penalty, 0, exclusive=True)
         require_range("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenSampling:
+    """How the next token of a chatbot is drawn, where that is not left to the chatbot.
+
+    A chatbot says in its generation_config.json how it is sampled; see ``own_sampling``.
+
+    Attributes:
+        temperature: Divisor of the logits. 0 decodes greedily: it always takes the most probable
+            token. By default the chatbot's own, or 0.7.
+        top_k: Sample among this many of the most probable tokens; 0 keeps all. By default the
+            chatbot's own, or 40.
+        top_p: Sample among the fewest tokens whose probabilities reach this sum; 1 keeps all. By
+            default the chatbot's own, or 0.95.
+        min_p: Drop tokens whose probability is less than this share of the highest one; 0 keeps
+            all. By default the chatbot's own, or 0.05.
+        repetition_penalty: Makes tokens of the prompt and the reply less probable, the more the
+            further above 1; 1 changes nothing. By default the chatbot's own, or 1.
+        seed: Seed of the random numbers. By default, replies differ from run to run.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of their ranges."""
+        self.sampling({})
+
+    def sampling(self, own: Mapping[str, Any]) -> SamplingSettings:
+        """All that sampling needs.
+
+        Args:
+            own: What ``own_sampling`` found.
+
+        Returns:
+            What was chosen, else the chatbot's own, else the defaults.
+        """
+        chosen = {name: getattr(self, name) for name in (*OWN, "seed")}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        return SamplingSettings(**{**own, **given})
+
+
+def own_sampling(folder: Path) -> dict[str, Any]:
+    """How a model wants to be sampled, as its generation_config.json says it to transformers.
+
+    Args:
+        folder: A model folder or an ONNX folder.
+
+    Returns:
+        Fields of ``SamplingSettings``: of what is said only the repetition penalty counts where
+        ``do_sample`` is not true.
+
+    Raises:
+        FolderError: If a value is out of its range.
+    """
+    file = folder / GENERATION_FILE
+    stated = optional_json(file)
+    names = OWN if stated.get("do_sample") else ("repetition_penalty",)
+    own = {name: stated[name] for name in names if stated.get(name) is not None}
+    try:
+        SamplingSettings(**own)
+    except SettingsError as error:
+        raise FolderError(f"{file}: {error}") from error
+    return own
 
 
 class Candidates(NamedTuple):

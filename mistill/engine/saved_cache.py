@@ -28,6 +28,7 @@ _TYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int6
 _FORMAT = "mistill key/value cache 1"
 _NOTE = "note."
 _CHECKSUM = "sha256"
+_READ_TOGETHER = "read_together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,13 @@ class SavedCache:
     Attributes:
         ids: Token ids of the text.
         values: Keys and values by name, shape (1, heads, tokens, width).
+        read_together: See ``KeyValueCache.read_together``; 0 in files of earlier versions.
         notes: Texts that were saved with it, by name.
     """
 
     ids: list[int]
     values: dict[str, NDArray[Any]]
+    read_together: int
     notes: dict[str, str]
 
 
@@ -50,6 +53,7 @@ def write_cache(
     ids: Sequence[int],
     values: Mapping[str, NDArray[Any]],
     *,
+    read_together: int,
     model: str,
     fingerprint: str,
     notes: Mapping[str, str],
@@ -60,6 +64,7 @@ def write_cache(
         file: The file; replaced if it exists.
         ids: Token ids of the text.
         values: Their keys and values.
+        read_together: See ``KeyValueCache.read_together``.
         model: The name of the model, for the message to those who open it with another.
         fingerprint: Of its graph and weights.
         notes: Texts to keep with it.
@@ -79,7 +84,8 @@ def write_cache(
         "fingerprint": fingerprint,
         **{_NOTE + name: text for name, text in notes.items()},
     }
-    arrays = {"ids": np.array(ids, np.int64), **values}
+    together = np.array([read_together], np.int64)
+    arrays = {"ids": np.array(ids, np.int64), _READ_TOGETHER: together, **values}
     metadata[_CHECKSUM] = _checksum(arrays, notes)
     tensors = {
         name: NewTensor(_TYPES[array.dtype.name], array.shape, array.nbytes, _bytes_of(array))
@@ -134,7 +140,10 @@ def read_cache(file: Path, *, model: str, fingerprint: str) -> SavedCache:
     ids = arrays.pop("ids")
     if ids.ndim != 1 or ids.dtype != np.int64:
         raise FolderError(f"{file} is damaged: its tokens are not a list of whole numbers")
-    return SavedCache(ids=ids.tolist(), values=arrays, notes=notes)
+    together = arrays.pop(_READ_TOGETHER, np.zeros(1, np.int64))
+    if together.shape != (1,) or together.dtype != np.int64 or not 0 <= together[0] <= ids.size:
+        raise FolderError(f"{file} is damaged: {_READ_TOGETHER} does not fit its tokens")
+    return SavedCache(ids=ids.tolist(), values=arrays, read_together=int(together[0]), notes=notes)
 
 
 def _checksum(arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, str]) -> str:

@@ -10,16 +10,18 @@ while it does not help.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mistill.engine.drafts import Draft, DraftModel, DraftToken, PromptLookup
 from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, greedy
-from mistill.engine.onnx_model import OnnxModel
+from mistill.engine.onnx_model import OnnxModel, Reader
 from mistill.engine.pace import LONGEST, Pace
 from mistill.engine.sampling import Sampler
 from mistill.settings import require
@@ -36,13 +38,15 @@ class SpeculativeModel:
     A model that multiplies in 8-bit integers rounds its activations. The last bit of a sum depends
     on how many positions are read at once, and rounding makes it visible in the logits. Such a
     model may write another text with draft tokens than without. With ``exact`` the difference of
-    its logits is measured, and speculative decoding is off if it is not negligible.
+    its logits is measured, and if it is not negligible, replies that must not change are written
+    without draft tokens. Replies that are drawn without a seed differ anyway.
 
     Attributes:
         model: The model itself.
         pace: Decides how many draft tokens each step checks.
         rounding: The largest difference of logits of one position, read alone or with others.
-        speculates: Whether speculative decoding is on.
+        speculates: Whether speculative decoding is on for replies that must not change by it,
+            too: greedy ones, and those with a seed.
     """
 
     model: OnnxModel
@@ -62,17 +66,12 @@ class SpeculativeModel:
         self.model = model
         self.rounding = rounding_of(model)
         self.speculates = not exact or self.rounding <= SAME
-        self.pace = Pace(draft_token_cost(model, draft)) if self.speculates else Pace()
+        self.pace = Pace(draft_token_cost(model, draft))
         self._draft = draft
-        if not self.speculates:
-            _logger.warning(
-                "speculative decoding is off for %s, because its logits change by %.2g when "
-                "several tokens are read at once, so that greedy replies could change; set "
-                "exact=False (--no-exact) to allow that, or export the model with --cache int8 "
-                "and --block-size 32, which often keeps the logits equal",
-                model.folder.name,
-                self.rounding,
-            )
+        # The loop that has the draft, while it lives.
+        self._reader: ref[Reader] | None = None
+        self._lock = threading.Lock()
+        self._warned = False
 
     @property
     def vocabulary_size(self) -> int:
@@ -88,14 +87,64 @@ class SpeculativeModel:
         """Scores of every next token at every position; see ``LanguageModel.logits``."""
         return self.model.logits(ids)
 
-    def stream(self, ids: Sequence[int], choose: Choose = greedy) -> Iterator[int]:
-        """Write tokens after a prompt, one at a time; see ``LanguageModel.stream``."""
-        if not self.speculates:
-            return self.model.stream(ids, choose)
-        return self._write(self.model.checked(ids), choose)
+    def stream(
+        self, ids: Sequence[int], choose: Choose = greedy, *, repeatable: bool | None = None
+    ) -> Iterator[int]:
+        """Write tokens after a prompt, one at a time; see ``OnnxModel.stream``.
 
-    def _write(self, tokens: list[int], choose: Choose) -> Iterator[int]:
-        reader = object()
+        Only one of several texts that are written at once has draft tokens.
+
+        Args:
+            ids: The prompt.
+            choose: Picks a token from the logits (V,) of a position.
+            repeatable: As for ``OnnxModel.stream``; None is for whatever is not known to be drawn
+                without a seed.
+
+        Returns:
+            Token ids, one at a time.
+        """
+        if repeatable is None:
+            sampling = choose.settings if isinstance(choose, Sampler) else None
+            drawn = sampling is not None and sampling.temperature > 0 and sampling.seed is None
+            return self._write(self.model.checked(ids), choose, not drawn, False)
+        return self._write(self.model.checked(ids), choose, repeatable, repeatable)
+
+    def _write(
+        self, tokens: list[int], choose: Choose, unchanged: bool, repeatable: bool
+    ) -> Iterator[int]:
+        if unchanged and not self.speculates:
+            self._warn()
+            reader = None
+        else:
+            reader = self._take_draft()
+        if reader is None:
+            yield from self.model.stream(tokens, choose, repeatable=repeatable)
+        else:
+            yield from self._speculate(reader, tokens, choose)
+
+    def _warn(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        _logger.warning(
+            "speculative decoding is off for greedy and seeded replies of %s, because its logits "
+            "change by %.2g when several tokens are read at once, so that the replies could "
+            "change; set exact=False (--no-exact) to allow that, or export the model with "
+            "--cache int8 and --block-size 32, which often keeps the logits equal",
+            self.model.folder.name,
+            self.rounding,
+        )
+
+    def _take_draft(self) -> Reader | None:
+        """Take the draft for a loop; None if another one has it."""
+        with self._lock:
+            if self._reader is not None and self._reader() is not None:
+                return None
+            reader = Reader()
+            self._reader = ref(reader)
+            return reader
+
+    def _speculate(self, reader: Reader, tokens: list[int], choose: Choose) -> Iterator[int]:
         sampler = choose if isinstance(choose, Sampler) else None
         sampling = None if sampler is None else sampler.settings
         self._draft.begin(tokens)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from mistill.errors import FolderError
 from mistill.folders.gptq_format import HEAD, read_quantization
+from mistill.folders.objects import refuse_object
 from mistill.folders.safetensors_file import StoredTensor, read_header
 from mistill.folders.schemas import read_json as read_json
 from mistill.folders.settled_config import says_tied, settled_config
@@ -96,6 +97,7 @@ def open_folder(path: str | Path) -> FolderInfo:
     Raises:
         FolderError: If it is missing or broken; the message lists everything that is wrong.
     """
+    refuse_object(path)
     faults = problems(path)
     if faults:
         raise FolderError(f"{path} is not a usable model folder: {'; '.join(faults)}")

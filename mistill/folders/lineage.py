@@ -1,7 +1,7 @@
 """The lineage of a folder: ``lineage.json``, a list with one entry for each step that led to it.
 
 Recipes use it to see which steps are done. Sources are identified by a fingerprint of their
-content.
+content, and by their names; no path of the machine is recorded.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mistill.errors import FolderError
 from mistill.folders.folder import MANIFEST_FILE, QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
 from mistill.folders.json_text import check, read_json_file
+from mistill.folders.ownership import CARD_FILE
 from mistill.folders.publishing import write_atomically
 from mistill.folders.schemas import LineageStep
 from mistill.settings import changed_settings, settings_dict
@@ -33,6 +34,7 @@ _RECORDS = (
     "tuning_report.json",
     QUANTIZE_REPORT_FILE,
     QUANTIZE_TABLE_FILE,
+    CARD_FILE,
 )
 _VERSIONED = (
     "torch",
@@ -121,15 +123,65 @@ def lineage_after(
     changed = list(by_name) if isinstance(settings, Mapping) else changed_settings(settings)
     entry = {
         "step": step,
-        "settings": by_name,
+        "settings": without_paths(by_name),
         "changed_settings": changed,
-        "source": None if source is None else str(source),
+        "source": None if source is None else file_name(source),
         "source_fingerprint": None if source is None else fingerprint(source),
         "versions": installed_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **facts,
+        **without_paths(facts),
     }
     return [*([] if source is None else read_lineage(source)), entry]
+
+
+def without_paths(value: Any) -> Any:
+    """A record without the places of this machine, which are nobody's business who reads it.
+
+    Args:
+        value: A value of a record, or several.
+
+    Returns:
+        The same, with the file name in the place of every absolute path.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): without_paths(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    return file_name(value)
+
+
+def file_name(value: Any) -> Any:
+    """Replace an absolute path by its file name.
+
+    Args:
+        value: Any value of a record.
+
+    Returns:
+        The file name of an absolute path; any other value unchanged, other paths as text.
+    """
+    if isinstance(value, str | Path):
+        absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+        return PureWindowsPath(value).name if absolute else str(value)
+    return value
+
+
+def find_source(folder: Path, entry: Mapping[str, Any]) -> Path | None:
+    """The folder that a step read, if it stands beside what the step made or where we work.
+
+    Args:
+        folder: What the step made.
+        entry: The step's entry in the lineage, which holds no place but a name.
+
+    Returns:
+        The folder, whatever it holds now; None if there is none.
+    """
+    name = entry.get("source")
+    if not name:
+        return None
+    beside = folder.absolute().parent
+    places = [place for place in (beside / name, Path(name)) if place.is_dir()]
+    same = (place for place in places if fingerprint(place) == entry.get("source_fingerprint"))
+    return next(same, places[0] if places else None)
 
 
 def fingerprint(path: str | Path) -> str:

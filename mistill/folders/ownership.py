@@ -6,6 +6,7 @@ writes. What a user put into it makes it the user's.
 
 from __future__ import annotations
 
+import hashlib
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -32,6 +33,41 @@ _FOLDERS = ("onnx", "tensorboard")
 _ADAPTER, _ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
 
 
+CARD_FILE = "README.md"
+"""A model card, which is ours as long as nobody has changed it."""
+
+_SIGNATURE = "<!-- Written by mistill; without its last line the text has the SHA-256 "
+
+
+def signed_card(text: str) -> str:
+    """A model card that can be told from one that somebody has changed.
+
+    Args:
+        text: What it says.
+
+    Returns:
+        The same with a last line that holds its checksum.
+    """
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}{_SIGNATURE}{digest} -->\n"
+
+
+def is_own_card(file: Path) -> bool:
+    """Whether a model card is as a step wrote it.
+
+    Args:
+        file: A README.md.
+
+    Returns:
+        False where somebody has changed it.
+    """
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return text == signed_card(text.rpartition(_SIGNATURE)[0])
+
+
 def why_not_ours(folder: Path) -> str | None:
     """Why a folder is not one that mistill made, and may not be replaced.
 
@@ -56,4 +92,6 @@ def _is_ours(item: Path) -> bool:
     if item.is_dir():
         # A sweep is a folder of folders.
         return item.name in _FOLDERS or why_not_ours(item) is None
+    if item.name == CARD_FILE:
+        return is_own_card(item)
     return any(fnmatchcase(item.name, pattern) for pattern in _FILES)

@@ -20,6 +20,7 @@ from typing import Any
 
 from mistill.errors import FolderError, SettingsError, TargetExistsError
 from mistill.folders.locking import locked
+from mistill.folders.objects import refuse_object
 from mistill.folders.ownership import why_not_ours
 from mistill.folders.renaming import (
     FINISHED,
@@ -96,6 +97,7 @@ def _refuse_source(path: Path, target: str | Path, sources: Sequence[str | Path]
     """Refuse a target that is a source, or holds one."""
     place = path.resolve()
     for source in sources:
+        refuse_object(source)
         origin = Path(source).expanduser().resolve()
         if origin == place:
             raise FolderError(f"the target {target} is its own source; choose another target")

@@ -3,6 +3,8 @@
 Files of strangers may hold more, and anything under other keys. What is named here has been
 checked before anything else sees it. Bounds are far beyond any model that exists: they keep a
 number in a small file from asking for years of work or all memory.
+
+It is one file because the documents share their types and bounds.
 """
 
 from __future__ import annotations
@@ -110,6 +112,12 @@ class GenerationConfig(Struct, kw_only=True):
     bos_token_id: _Tokens | None = None
     eos_token_id: _Tokens | None = None
     pad_token_id: _Tokens | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 class SpecialToken(Struct, kw_only=True):

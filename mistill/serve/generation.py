@@ -22,7 +22,7 @@ from mistill.serve.counts import Counts
 from mistill.serve.prompts import Prompts
 from mistill.serve.refusals import RefusalError, bad_request, busy
 from mistill.serve.replies import Inbox, Reply
-from mistill.serve.requests import Generation
+from mistill.serve.requests import ChatRequest, Generation
 from mistill.serve.settings import Limits, ServeSettings
 from mistill.serve.workers import Workers
 from mistill.text.vocabulary import Vocabulary
@@ -38,7 +38,8 @@ class Served:
         vocabulary: Its vocabulary.
         prompts: Makes prompts of requests.
         scheduler: Writes the replies.
-        settings: How replies are sampled that do not say how.
+        settings: The settings of the server.
+        sampling: How replies are sampled that do not say how.
         limits: Bounds on what a request may ask for.
         context_length: Positions that a conversation may have.
         end_ids: Tokens that end a turn.
@@ -51,6 +52,7 @@ class Served:
     prompts: Prompts
     scheduler: Scheduler
     settings: ServeSettings
+    sampling: SamplingSettings
     limits: Limits
     context_length: int
     end_ids: frozenset[int]
@@ -63,6 +65,7 @@ class Served:
         vocabulary: Vocabulary,
         scheduler: Scheduler,
         settings: ServeSettings,
+        sampling: SamplingSettings,
         limits: Limits,
     ) -> None:
         """Take a model that runs.
@@ -71,13 +74,15 @@ class Served:
             name: What clients call it.
             vocabulary: Its vocabulary.
             scheduler: Writes the replies.
-            settings: How replies are sampled that do not say how.
+            settings: The settings of the server.
+            sampling: How replies are sampled that do not say how.
             limits: Bounds on what a request may ask for.
         """
         self.name = name
         self.vocabulary = vocabulary
         self.scheduler = scheduler
         self.settings = settings
+        self.sampling = sampling
         self.limits = limits
         self.context_length = scheduler.model.context_length
         self.prompts = Prompts(vocabulary, self.context_length, limits)
@@ -291,7 +296,8 @@ class Served:
             raise bad_request(str(error)[:500], "response_format") from None
 
     def _sampling(self, request: Generation) -> SamplingSettings:
-        ours = self.settings
+        # How a chatbot is sampled says nothing about texts that it continues.
+        ours = self.sampling if isinstance(request, ChatRequest) else self.settings.sampling({})
         top_k = ours.top_k if request.top_k is None else max(0, request.top_k)
 
         def either(name: str) -> float:

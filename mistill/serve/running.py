@@ -90,6 +90,7 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
         SettingsError: If a setting does not fit the model.
     """
     from mistill.engine.onnx_model import OnnxModel
+    from mistill.engine.sampling import own_sampling
     from mistill.engine.scheduler import Scheduler
     from mistill.serve.generation import Served
 
@@ -106,6 +107,7 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
         MODEL_NAME.fullmatch(name) is not None,
         f"the folder's name {name!r:.80} cannot be the name of the model; give --model-name",
     )
+    sampling = settings.sampling(own_sampling(info.path))
     model = OnnxModel(info.path, threads=settings.threads, context=settings.context)
     scheduler = Scheduler(
         model,
@@ -113,7 +115,7 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
         queue=settings.queue,
         prefix_bytes=None if settings.prefix_mib is None else settings.prefix_mib << 20,
     )
-    return Served(name, vocabulary, scheduler, settings, limits)
+    return Served(name, vocabulary, scheduler, settings, sampling, limits)
 
 
 def _check_template(vocabulary: Vocabulary, folder: str | Path) -> None:

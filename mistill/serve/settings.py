@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistill.engine.sampling import SamplingSettings
+from mistill.engine.sampling import ChosenSampling
 from mistill.settings import require, require_range
 
 # A name or an address as a Host header holds it, without its port.
@@ -17,7 +17,7 @@ MODEL_NAME = re.compile(r"[^\s/\\\x00-\x1f\x7f]{1,200}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(SamplingSettings):
+class ServeSettings(ChosenSampling):
     """Where a chatbot is served, to whom, and how replies are sampled that do not say how.
 
     Attributes:

@@ -39,6 +39,7 @@ from mistill.folders.folder import (
 )
 from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
+from mistill.folders.objects import refuse_object
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.folders.schemas import ListedToken
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
@@ -70,6 +71,7 @@ def resolve_model(source: str | Path) -> Path:
         FolderError: If there is no such model, or it cannot be fetched.
         ArchitectureError: If it needs code from its repository, or is of another kind.
     """
+    refuse_object(source)
     name = str(source)
     if name.startswith("@"):
         return _convert_once(_embedded(name))

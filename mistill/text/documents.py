@@ -58,7 +58,8 @@ def read_documents(
 
     Args:
         texts: A .txt, .jsonl, .json, .csv or .parquet file, a Hub dataset (``owner/name``, or
-            ``owner/name:config:split``), a shipped text such as ``@demo-train``, or several.
+            ``owner/name:config:split``), a shipped text such as ``@demo-train``, or several; or
+            in memory a list of strings, of rows or of conversations, or a ``datasets.Dataset``.
         vocabulary: Vocabulary that turns the text into tokens.
         limit: Stop after this many tokens, cutting the last document there; None reads all.
         skip_bad_rows: Whether a row that cannot be read is passed over and counted, instead of

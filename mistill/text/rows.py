@@ -12,12 +12,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from mistill.errors import TextError, missing_extra
 from mistill.folders.json_text import parse_json
+from mistill.text.memory import (
+    TextInMemory,
+    dataset_in_memory,
+    is_dataset,
+    list_in_memory,
+    refused,
+)
 
-Texts = str | Path | Sequence[str | Path]
+
+class Dataset(Protocol):
+    """A split of the library ``datasets``."""
+
+    features: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read the rows from the first on."""
+
+
+InMemory = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""A text, a row, or the messages of a conversation."""
+
+Texts = str | Path | Dataset | Sequence[str | Path | Dataset | InMemory]
 
 
 SHIPPED = {
@@ -83,11 +103,52 @@ def check_texts(texts: Texts, *, skip_bad_rows: bool = False) -> None:
 
 
 def sources_of(texts: Texts) -> list[str]:
-    """The names of the texts, one or several."""
-    sources = [texts] if isinstance(texts, str | Path) else list(texts)
-    if not sources:
+    """The names of the texts, one or several; those in memory have their rows with them.
+
+    Args:
+        texts: Texts as ``read_documents`` takes them.
+
+    Returns:
+        Names.
+
+    Raises:
+        TextError: If there is none, or something else.
+    """
+    if isinstance(texts, str | Path) or is_dataset(texts):
+        texts = cast(Sequence[Any], [texts])
+    if not isinstance(texts, Sequence):
+        raise refused(texts)
+    if not texts:
         raise TextError("no text was given; name a .txt, .jsonl or .parquet file or a Hub dataset")
-    return [str(source) for source in sources]
+    sources: list[str] = []
+    for named, items in itertools.groupby(texts, lambda item: _is_name(item) or is_dataset(item)):
+        if not named:
+            sources.append(list_in_memory(list(items)))
+            continue
+        for item in items:
+            if isinstance(item, TextInMemory):
+                sources.append(item)
+            else:
+                sources.append(dataset_in_memory(item) if is_dataset(item) else str(item))
+    return sources
+
+
+def _is_name(item: Any) -> bool:
+    """Whether an item of a list names a text; a string with several words that names none is one.
+
+    A name with a known ending is one even if there is no such file, so that it can be said.
+    """
+    if not isinstance(item, str):
+        return isinstance(item, Path)
+    if isinstance(item, TextInMemory) or not any(letter.isspace() for letter in item):
+        return True
+    last = item.rpartition(".")[2].lower()
+    if f".{last}" in (*_FILES, *_PACKED):
+        return True
+    try:
+        return Path(item).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, or no name at all
+        return False
 
 
 def first_row(source: str) -> Iterator[Row]:
@@ -101,6 +162,8 @@ def first_row(source: str) -> Iterator[Row]:
 
 def read_rows(source: str) -> Iterator[Row]:
     """The rows of a file, of a text that mistill ships, or of a dataset on the Hub."""
+    if isinstance(source, TextInMemory):
+        return _rows_in_memory(source)
     path = find_file(source)
     if path is None:
         return _hub_rows(source)
@@ -112,6 +175,15 @@ def read_rows(source: str) -> Iterator[Row]:
         ".parquet": _parquet_rows,
     }
     return readers[_kind_of(path)](path)
+
+
+def _rows_in_memory(source: TextInMemory) -> Iterator[Row]:
+    for number, value in enumerate(source.rows, 1):
+        origin = f"{source}, row {number}"
+        if source.tabular and isinstance(value, Mapping):
+            yield Row(_of_table(value), origin)
+        else:
+            yield _record(value, origin)
 
 
 def suffix_of(path: Path) -> str:
@@ -147,7 +219,9 @@ def _kind_of(path: Path) -> str:
 
 
 def find_file(source: str) -> Path | None:
-    """The file that a source names, or None for a dataset on the Hub."""
+    """The file that a source names, or None for a dataset on the Hub or a text in memory."""
+    if isinstance(source, TextInMemory):
+        return None
     if source.startswith("@"):
         if source not in SHIPPED:
             raise TextError(f"mistill ships no text {source}; it ships {', '.join(SHIPPED)}")

@@ -30,7 +30,7 @@ from mistill.folders.folder import (
     read_config,
     read_json,
 )
-from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
+from mistill.folders.lineage import add_lineage, find_source, fingerprint, read_lineage
 from mistill.folders.publishing import creating, refuse_existing, scratch_beside, write_atomically
 from mistill.folders.safetensors_file import read_header
 from mistill.pytorch.loading import (
@@ -272,14 +272,15 @@ def _original(folder: Path, float_base: str | Path | None) -> Path:
         steps = [
             step for step in read_lineage(folder) if step["step"] in ("gptq", "nf4", "rounding")
         ]
-        source = steps[-1].get("source") if steps else None
-        if source is None or not Path(source).is_dir():
+        name = steps[-1].get("source") if steps else None
+        source = find_source(folder, steps[-1]) if steps else None
+        if source is None:
             raise FolderError(
                 f"the float original of {folder} was not found"
-                + (f" at {source}" if source else "")
+                + (f" as {name} beside it" if name else "")
                 + "; give it as float_base, or leave out texts to merge without comparing"
             )
-        if fingerprint(Path(source)) != steps[-1].get("source_fingerprint"):
+        if fingerprint(source) != steps[-1].get("source_fingerprint"):
             raise FolderError(
                 f"{source} is no longer the folder that {folder} was made from; give the float "
                 "original as float_base"

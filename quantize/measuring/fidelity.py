@@ -18,6 +18,7 @@ import torch
 
 from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
 from mistill.folders.folder import FolderInfo, context_length, open_folder, read_config
+from mistill.folders.lineage import without_paths
 from mistill.measures.kl import Fidelity, Predictions, compare
 from mistill.pytorch.layers import LayeredModel
 from mistill.pytorch.loading import check_weights, require_readable
@@ -120,7 +121,7 @@ class FidelityCheck:
         quantized = fidelity["quantized"]
         _log.info("KL %.5f to the source", quantized["source"].kl)
         facts: dict[str, Any] = {
-            "held_out": self.held_out,
+            "held_out": without_paths(self.held_out),
             **{name: asdict(figures) for name, figures in quantized.items()},
         }
         if self.teacher is not None:

@@ -21,6 +21,7 @@ import export.onnx_folder
 from export.onnx_folder import to_onnx
 from export.settings import OnnxSettings
 from export.weights.architecture import rotary_tables
+from mistill.engine.sampling import FOR_SMALL_MODELS
 from mistill.errors import (
     ArchitectureError,
     ExportError,
@@ -31,6 +32,7 @@ from mistill.errors import (
 )
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import read_lineage
+from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import QuantizedWeight
 from mistill.weights.tensor_files import read_quantized
 from tests.export.sources import gptq_folder, nf4_folder
@@ -73,8 +75,22 @@ def copy(model: Path, tmp_path: Path) -> Path:
 # --- what is in it ------------------------------------------------------------------------------
 
 
+def test_a_chatbot_says_how_it_is_sampled_unless_its_model_does(
+    chatbot: Path, model: Path, tmp_path: Path
+) -> None:
+    said = json.loads((chatbot / "generation_config.json").read_text())
+    assert said.items() >= FOR_SMALL_MODELS.items()
+    assert load_vocabulary(chatbot).end_ids == load_vocabulary(model).end_ids
+    copy = shutil.copytree(model, tmp_path / "model")
+    own = {"do_sample": True, "temperature": 0.3, "eos_token_id": 2}
+    (copy / "generation_config.json").write_text(json.dumps(own))
+    bot = to_onnx(copy, tmp_path / "bot", parity_positions=0)
+    assert json.loads((bot / "generation_config.json").read_text()) == own
+
+
 def test_a_folder_holds_all_that_a_chat_needs(chatbot: Path, model: Path) -> None:
     assert sorted(file.name for file in chatbot.iterdir()) == [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "genai_config.json",
@@ -89,13 +105,15 @@ def test_a_folder_holds_all_that_a_chat_needs(chatbot: Path, model: Path) -> Non
     info = open_folder(chatbot)
     assert (info.form, info.architecture, info.context_length) == ("onnx", "mistral", 512)
     assert info.parameters == open_folder(model).parameters
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         assert (chatbot / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_the_manifest_holds_the_checksum_of_every_other_file(chatbot: Path) -> None:
     files = manifest_of(chatbot)["files"]
-    assert files.keys() | {"manifest.json"} == {file.name for file in chatbot.iterdir()}
+    assert files.keys() | {"manifest.json", "README.md"} == {
+        file.name for file in chatbot.iterdir()
+    }
     for name, entry in files.items():
         content = (chatbot / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -265,9 +265,9 @@ def test_a_form_needs_a_token_that_ends_replies(tmp_path: Path) -> None:
         ConstraintTokens(load_vocabulary(folder))
 
 
-def test_without_llguidance_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llguidance_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(MissingExtraError, match=r"llguidance .* pip install 'mistill\[grammar\]'"):
+    with pytest.raises(MissingExtraError, match=r"llguidance is not installed; .* pip install llg"):
         regex("a")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import sys
 import time
+import types
 
 import pytest
 
+from mistill import progress
 from mistill.progress import LineTracker, track
 
 
@@ -67,3 +69,37 @@ def test_a_stream_that_is_closed_ends_the_lines_and_not_the_work() -> None:
     stream.close()
     with LineTracker("work", 1).writing(stream, seconds=0.001):
         time.sleep(0.02)
+
+
+def test_a_notebook_shows_a_bar_that_moves_and_ends_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+
+    class Handle:
+        def update(self, bundle: dict[str, str], raw: bool) -> None:
+            shown.append(bundle)
+
+    def display(bundle: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        shown.append(bundle)
+        return Handle()
+
+    notebook = types.ModuleType("IPython")
+    notebook.get_ipython = lambda: types.SimpleNamespace(kernel=1)  # type: ignore[attr-defined]
+    shows = types.ModuleType("IPython.display")
+    shows.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setitem(sys.modules, "IPython.display", shows)
+    monkeypatch.setattr(progress, "_BETWEEN_FRAMES", 0.01)
+    with track("distilling <b>", 4, "tokens") as tracker:
+        tracker.advance(2)
+        deadline = time.monotonic() + 5
+        while len(shown) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        tracker.advance(2)
+    assert shown[0]["text/plain"] == "distilling <b>: 0 of 4 tokens (0%)"
+    assert 'value="2" max="4"' in shown[2]["text/html"]
+    assert 'value="4" max="4"></progress> distilling &lt;b&gt;: 4 of 4' in shown[-1]["text/html"]
+    notebook.get_ipython = lambda: None  # type: ignore[attr-defined]
+    count = len(shown)
+    with track("plain", 1):
+        pass
+    assert len(shown) == count

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,15 +259,7 @@ def _finish(
         "steps_done_again": run.again,
         "evaluations": {str(step): figures for step, figures in run.judged.items()},
     }
-    lost = before["chosen"] - after["chosen"]
-    if lost > _LOST_NATS:
-        _log.warning(
-            "the better answers became less likely: log p fell by %.1f nats an answer, and that of "
-            "the others by %.1f; what the model says instead is neither of the two: raise beta, "
-            "lower learning_rate, or tune on the better answers first",
-            lost,
-            before["rejected"] - after["rejected"],
-        )
+    warn_of_displacement(before, after)
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
@@ -289,3 +281,21 @@ def _finish(
         kept_step=run.kept_step,
         steps_done_again=run.again,
     )
+
+
+def warn_of_displacement(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Say so where the better answers became less likely, which a growing margin hides.
+
+    Args:
+        before: Figures of the start.
+        after: Figures of the tuned model.
+    """
+    lost = before["chosen"] - after["chosen"]
+    if lost > _LOST_NATS:
+        _log.warning(
+            "the better answers became less likely: log p fell by %.1f nats an answer, and that of "
+            "the others by %.1f; what the model says instead is neither of the two: raise beta, "
+            "lower learning_rate, or tune on the better answers first",
+            lost,
+            before["rejected"] - after["rejected"],
+        )

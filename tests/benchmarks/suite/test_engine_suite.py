@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import export
-from benchmarks.suite import later_turn, speculation
+from benchmarks.suite import later_turn, reply_loops, speculation
 from mistill.engine.onnx_model import OnnxModel
 from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import tiny_model
@@ -66,3 +68,24 @@ def test_replies_with_guesses_are_measured_beside_plain_ones(chatbot: Path) -> N
             assert reply["right"] == 0
         if name.endswith("model"):  # it is its own draft
             assert reply["right"] == reply["tried"]
+
+
+def test_loops_of_replies_are_counted_and_judged(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = {"drawn": {"temperature": 1.0}, "greedy": {"temperature": 0.0}}
+    monkeypatch.setattr(reply_loops, "WAYS", sampled)
+    found = reply_loops.measure(chatbot, chatbot, ["Hi", "What is wind?"], 6, 1)["ways"]
+    assert found.keys() == sampled.keys()
+    for way in found.values():
+        assert 0 < way["tokens"] <= 6
+        assert 0 <= way["loops"] <= 1
+    # What the judge itself finds most probable surprises it least.
+    assert found["greedy"]["judge_nats"] < found["drawn"]["judge_nats"]
+
+
+def test_nats_per_token_are_those_of_the_logits(chatbot: Path) -> None:
+    model = OnnxModel(chatbot, threads=1)
+    logits = torch.tensor(model.logits(np.array([[5, 6, 7, 8]])))[0, 1:3]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([7, 8])).item()
+    assert abs(reply_loops.nats_per_token(model, [5, 6], [7, 8]) - expected) < 1e-5

@@ -221,9 +221,9 @@ def test_the_layers_with_the_least_influence_go(tmp_path: Path, chats: Path) -> 
     assert entry["influence"][1] == entry["influence"][3] == 0
     assert min(entry["influence"][layer] for layer in (0, 2, 4)) > 0.01
     assert entry["calibration_tokens"] == 200
-    assert entry["texts"] == [str(chats)]
+    assert entry["texts"] == [chats.name]
     assert entry["settings"]["layers"] == 3
-    assert entry["source"] == str(teacher)
+    assert entry["source"] == teacher.name
 
 
 def test_too_little_text_is_measured_and_said(
@@ -330,7 +330,7 @@ def test_layers_go_by_their_cost_where_asked(tmp_path: Path, chats: Path) -> Non
     assert sorted(entry["dropped_layers"]) == [0, 3]
     assert entry["kl_without_them"] == pytest.approx([0, 0], abs=1e-6)
     assert entry["calibration_tokens"] == 200
-    assert entry["texts"] == [str(chats)]
+    assert entry["texts"] == [chats.name]
 
 
 # --- a fresh student ----------------------------------------------------------------------------

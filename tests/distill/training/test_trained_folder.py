@@ -79,7 +79,7 @@ def trained(
 def test_a_trained_student_predicts_its_teacher_better(trained: Path, chats: Path) -> None:
     facts = read_lineage(trained)[-1]
     assert facts["step"] == "distill"
-    assert (facts["texts"], facts["held_out"]) == ([str(chats)], [])
+    assert (facts["texts"], facts["held_out"]) == ([chats.name], [])
     assert facts["after"]["kl"] < 0.8 * facts["before"]["kl"]
     assert facts["tokens"] == pytest.approx(1500, rel=0.1)
     assert 0 < facts["kept_positions"] < facts["tokens"]
@@ -123,6 +123,24 @@ def test_metrics_are_written_for_every_step_and_every_evaluation(trained: Path) 
 
 def test_nothing_is_left_beside_the_target(trained: Path) -> None:
     assert hidden_beside(trained.parent) == []
+
+
+def test_epochs_are_as_many_tokens_as_the_text_holds_so_often(
+    model: Path, teacher: Path, chats: Path, tmp_path: Path
+) -> None:
+    options = {name: value for name, value in QUICK.items() if name != "tokens"}
+    vocabulary = load_vocabulary(model)
+    blocks, _ = read_blocks(chats, None, vocabulary, TrainSettings(**QUICK))
+    made = distill.train(
+        model, tmp_path / "out", teacher=teacher, texts=chats, epochs=0.5, **options
+    )
+    step = read_lineage(made)[-1]
+    assert step["settings"]["tokens"] == round(blocks.tokens / 2)
+    assert abs(step["tokens"] - blocks.tokens / 2) <= QUICK["batch_size"] * QUICK["block_length"]
+    with pytest.raises(SettingsError, match="give either tokens or epochs"):
+        TrainSettings(tokens=5, epochs=1)
+    with pytest.raises(SettingsError, match="epochs must be above 0"):
+        TrainSettings(epochs=0)
 
 
 def test_training_leaves_the_random_numbers_of_the_process_alone(

@@ -19,6 +19,7 @@ import pytest
 
 import export.runtimes.transformersjs
 from export.onnx_folder import to_onnx
+from mistill.engine.sampling import FOR_SMALL_MODELS
 from mistill.folders.folder import read_json
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
@@ -67,6 +68,7 @@ def test_files_are_where_transformers_js_looks_for_them(model: Path, tmp_path: P
     assert sorted(
         str(file.relative_to(exported)) for file in exported.rglob("*") if file.is_file()
     ) == [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -116,7 +118,7 @@ def test_every_token_that_ends_a_reply_is_named(
         (source / "generation_config.json").write_text(json.dumps(stated))
     exported = to_onnx(source, tmp_path / "made", precision="int4", layout="transformersjs")
     generation = read_json(exported / "generation_config.json")
-    assert generation == {**(stated or {}), "eos_token_id": [2, 4]}
+    assert generation == {**(stated or FOR_SMALL_MODELS), "eos_token_id": [2, 4]}
 
 
 @pytest.mark.parametrize(

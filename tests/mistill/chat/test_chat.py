@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from tokenizers.decoders import DecodeStream
 
 import export
 from mistill.chat import bot as chat
+from mistill.chat import reply as reply_module
 from mistill.chat.bot import ChatBot, ChatSettings
 from mistill.chat.stream_text import StopStrings, TextStream
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.opening import open_model
-from mistill.engine.sampling import Sampler
+from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, SettingsError, TextError, VocabularyError
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from tests.tiny import SENTENCES, tiny_tokenizer
@@ -349,15 +352,104 @@ def test_an_empty_reply_is_a_reply(folder: Path) -> None:
     assert "".join(bot.reply("Hi")) == "Hello"
 
 
-def test_a_new_question_ends_the_reply_before_it(folder: Path) -> None:
-    bot, _ = scripted(folder, ["one two three", "Hello"])
+def test_replies_at_once_do_not_end_one_another_and_join_the_history_as_they_end(
+    folder: Path,
+) -> None:
+    bot, model = scripted(folder, ["one two three", "Hello", "later"])
     first = bot.reply("Count")
     shown = next(first)
     second = bot.reply("Hi")
-    assert list(first) == []
     assert "".join(second) == "Hello"
+    assert shown + "".join(first) == first.text == "one two three"
+    assert (first.ending, second.ending) == ("end of turn", "end of turn")
+    assert first.speed is not None
+    assert first.speed.new_tokens > 1
     contents = [message["content"] for message in bot.history]
-    assert contents == ["Count", shown, "Hi", "Hello"]
+    assert contents == ["Hi", "Hello", "Count", "one two three"]
+    # Neither saw the other; the next one sees both.
+    assert "Count" not in load_vocabulary(folder).decode(model.prompts[1])
+    assert "".join(bot.reply("And?")) == "later"
+    assert "Count" in load_vocabulary(folder).decode(model.prompts[2])
+
+
+def test_a_reply_begun_before_a_reset_does_not_join_the_new_conversation(folder: Path) -> None:
+    bot, _ = scripted(folder, ["one two", "Hello"])
+    reply = bot.reply("Count")
+    next(reply)
+    bot.reset()
+    assert list(reply) == []
+    assert reply.ending == "interrupted"
+    assert bot.history == []
+
+
+def test_options_of_one_reply_change_no_other(folder: Path) -> None:
+    text = "one two three four five"
+    bot, _ = scripted(folder, [text, text, text], max_new_tokens=4)
+    cut = "".join(bot.reply("Count", max_new_tokens=2))
+    assert bot.last_ending == "max_new_tokens"
+    assert len("".join(bot.reply("Count"))) > len(cut)
+    assert "".join(bot.reply("Count", stop=["two"], max_new_tokens=9)) == "one "
+    assert bot.settings.stop == ()
+    with pytest.raises(SettingsError, match="did you mean max_new_tokens"):
+        bot.reply("Count", max_new_token=3)
+    with pytest.raises(SettingsError, match="temperature must be at least 0"):
+        bot.reply("Count", temperature=-1)
+
+
+def test_tasks_of_asyncio_read_replies_of_one_chatbot_at_once(chatbot: Path) -> None:
+    bot = ChatBot(chatbot, temperature=0, max_new_tokens=12, threads=1)
+    alone = []
+    for question in SENTENCES[:3]:
+        bot.reset()
+        alone.append("".join(bot.reply(question)))
+    bot.reset()
+
+    async def ask(question: str) -> str:
+        return "".join([part async for part in bot.stream(question)])
+
+    async def leave() -> str:
+        parts = bot.stream(SENTENCES[3])
+        first = await anext(parts)
+        await parts.aclose()  # type: ignore[attr-defined]
+        return first
+
+    async def all_at_once() -> list[str]:
+        return list(await asyncio.gather(*map(ask, SENTENCES[:3]), leave()))
+
+    *replies, first = asyncio.run(all_at_once())
+    assert replies == alone
+    assert len(bot.history) == 8
+    assert bot.history[1::2].count({"role": "assistant", "content": first}) == 1
+
+
+def test_threads_that_share_a_model_and_a_reset_repeat_to_the_last_bit(chatbot: Path) -> None:
+    """At temperature 0 the odds of every token are those of a process of its own."""
+    questions = [[*SENTENCES[:3]], [SENTENCES[0], SENTENCES[4], "Hi"], ["Hi", *SENTENCES[4:6]]]
+
+    def talk(bot: ChatBot, asked: Sequence[str]) -> list[Any]:
+        bot.reset()
+        odds = []
+        for question in asked:
+            reply = bot.reply(question, log_probabilities=2)
+            text = "".join(reply)
+            odds.append((text, [score.log_probability for score in reply.scores]))
+        return odds
+
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 9, "threads": 1}
+    alone = [talk(ChatBot(chatbot, **options), asked) for asked in questions]
+    model = OnnxModel(chatbot, threads=1)
+    together: list[Any] = [None] * 3
+
+    def work(number: int) -> None:
+        bot = ChatBot(chatbot, model=model, **options)
+        together[number] = [talk(bot, questions[number]) for _ in range(2)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [[one, one] for one in alone]
 
 
 def test_reset_forgets_the_conversation_and_not_the_system(folder: Path) -> None:
@@ -470,6 +562,7 @@ def test_the_speed_of_a_reply_is_the_time_that_the_model_took(
         now += 2.0 if place == 0 else 0.25
 
     monkeypatch.setattr(chat, "time", Clock)
+    monkeypatch.setattr(reply_module, "time", Clock)
     bot, model = scripted(folder, ["one two three"], before_token=pass_time)
     assert bot.last_speed is None
     for _ in bot.reply("Count"):
@@ -501,7 +594,7 @@ def chatbot(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_onnx_folder_and_its_source_say_the_same(chatbot: Path, model: Path) -> None:
     conversations = []
     for path in (chatbot, model):
-        bot = ChatBot(path, temperature=0, max_new_tokens=40, threads=1)
+        bot = ChatBot(path, temperature=0, repetition_penalty=1, max_new_tokens=40, threads=1)
         for question in SENTENCES[:3]:
             list(bot.reply(question))
         conversations.append(bot.history)
@@ -562,6 +655,27 @@ def test_the_penalty_counts_the_prompt(folder: Path, monkeypatch: pytest.MonkeyP
     bot, model = scripted(folder, ["Hello"], repetition_penalty=1.1)
     list(bot.reply("Hi"))
     assert noted == model.prompts
+
+
+def test_a_chatbot_is_sampled_as_it_says_itself_where_nobody_says_otherwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"do_sample": True, "temperature": 0.3, "repetition_penalty": 1.2}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    noted: list[SamplingSettings] = []
+
+    def sampler(settings: SamplingSettings, *arguments: Any, seen: list[int]) -> Sampler:
+        noted.append(settings)
+        return Sampler(settings, *arguments, seen=seen)
+
+    monkeypatch.setattr(chat, "Sampler", sampler)
+    bot, _ = scripted(folder, ["Hello"] * 3, repetition_penalty=1)
+    list(bot.reply("Hi"))
+    list(bot.reply("Hi", temperature=0))
+    list(bot.reply("Hi", repetition_penalty=None))
+    assert [(one.temperature, one.repetition_penalty) for one in noted] == [
+        (0.3, 1), (0, 1), (0.3, 1.2)
+    ]  # fmt: skip
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import export
-from mistill.chat.bot import ChatBot, ChatSettings, Speed
+from mistill.chat.bot import ChatBot, ChatSettings
+from mistill.chat.reply import Speed
 from mistill.chat.terminal_chat import (
     _TerminalChat,
     run_terminal_chat,

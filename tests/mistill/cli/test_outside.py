@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,11 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+from cyclopts import completion
+from cyclopts.completion import detect
 
 import mistill
 from mistill.cli import app as command_line
 from mistill.cli.app import main
-from mistill.cli.outside import with_counts
+from mistill.cli.outside import OUR_PACKAGES, with_counts, without_verbose
 
 
 @pytest.mark.parametrize(
@@ -152,3 +156,41 @@ def test_an_interrupted_command_says_that_its_work_resumes(monkeypatch, capsys):
     monkeypatch.setattr("mistill.cli.inspection.inspect_folder", interrupt)
     assert main(["inspect", "somewhere"]) == 130
     assert "interrupted; the same command resumes the work" in capsys.readouterr().err
+
+
+def test_verbose_is_taken_out_wherever_it_stands_but_not_out_of_values() -> None:
+    assert without_verbose(["-v", "chat", "bot"]) == (["chat", "bot"], True)
+    assert without_verbose(["chat", "bot", "--verbose"]) == (["chat", "bot"], True)
+    for words in (["chat", "bot", "-p", "-v"], ["chat", "bot", "--", "-v"], ["chat", "bot"]):
+        assert without_verbose(words) == (words, False)
+
+
+def test_a_verbose_command_tells_its_settings_and_its_time(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in OUR_PACKAGES:
+        caplog.set_level(logging.WARNING, name)
+    caplog.handler.setLevel(logging.NOTSET)
+    assert (
+        main(["quantize", "rounding", str(model), str(tmp_path / "quiet"), "--group-size", "32"])
+        == 0
+    )
+    assert "took" not in caplog.text
+    assert (
+        main(
+            ["quantize", "rounding", str(model), str(tmp_path / "told"), "--group-size", "32", "-v"]
+        )
+        == 0
+    )
+    assert "RoundingSettings: bits 4" in caplog.text
+    assert re.search(r"took \d+\.\d s", caplog.text)
+
+
+def test_completion_is_installed_for_a_known_shell(
+    empty_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (detect, completion):
+        monkeypatch.setattr(module, "detect_shell", lambda: "bash")
+    assert main(["--install-completion"]) == 0
+    script = empty_home / ".local/share/bash-completion/completions/mistill"
+    assert "quantize" in script.read_text()

@@ -441,6 +441,60 @@ def test_two_streams_may_take_turns_on_one_model(chatbot: Path) -> None:
     assert together == alone
 
 
+def all_logits(model: OnnxModel, ids: list[int], repeatable: bool) -> NDArray[np.float32]:
+    """The logits of eight steps."""
+    seen: list[NDArray[np.float32]] = []
+
+    def choose(logits: NDArray[np.float32]) -> int:
+        seen.append(logits.copy())
+        return int(logits.argmax())
+
+    for _ in islice(model.stream(ids, choose, repeatable=repeatable), 8):
+        pass
+    return np.stack(seen)
+
+
+def repeats(model: OnnxModel, prompt: list[int], expected: Any, *, repeatable: bool) -> bool:
+    """Whether a prompt gives the same bits after itself, after other texts and between them."""
+    same = []
+    for other in (None, prompt[:1], prompt[:13], prompt + some_ids(3), some_ids(9, 8)):
+        if other is not None:
+            next(model.stream(other))
+        same.append(np.array_equal(all_logits(model, prompt, repeatable), expected))
+    # What the model wrote is a prompt now; a stream that is open still must not disturb it.
+    written = prompt + [int(logits.argmax()) for logits in expected]
+    open_still = model.stream(written[:-3])
+    next(open_still)
+    cold = all_logits(OnnxModel(model.folder, threads=1), written, repeatable)
+    same.append(np.array_equal(all_logits(model, written, repeatable), cold))
+    next(open_still)
+    return all(same)
+
+
+@pytest.mark.parametrize("length", [1, 2, 30, 31, 131])
+def test_a_repeatable_stream_depends_on_its_prompt_alone_to_the_last_bit(
+    chatbot: Path, length: int
+) -> None:
+    prompt = some_ids(length)
+    for repeatable in (True, False):
+        model = OnnxModel(chatbot, threads=1)
+        expected = all_logits(model, prompt, repeatable)
+        assert repeats(model, prompt, expected, repeatable=repeatable) == repeatable
+
+
+def test_a_text_that_is_being_written_is_not_read_again(chatbot: Path) -> None:
+    model = OnnxModel(chatbot, threads=1)
+    first, second = model.stream(some_ids(20)), model.stream(some_ids(20)[:8] + some_ids(9, 5))
+    read = count_positions(model)
+    for stream in (first, second, first, second, first):
+        next(stream)
+    model.logits(np.array([some_ids(5)]))
+    next(first)
+    assert read == [20, 9, 1, 1, 1, 6, 1]
+    del first, second, stream
+    assert not model._kept
+
+
 def test_threads_may_share_one_model(chatbot: Path) -> None:
     prompts = [some_ids(20, seed) for seed in range(4)]
     model = OnnxModel(chatbot, threads=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,10 @@ from transformers.generation.logits_process import (
 )
 
 from mistill.engine.sampling import (
+    FOR_SMALL_MODELS,
     Candidates,
     ChangedLogits,
+    ChosenSampling,
     Sampler,
     SamplingSettings,
     above_top_k,
@@ -28,9 +32,10 @@ from mistill.engine.sampling import (
     accept_or_redraw,
     candidates,
     draw,
+    own_sampling,
     penalize_repetition,
 )
-from mistill.errors import SettingsError
+from mistill.errors import FolderError, SettingsError
 from tests.reference import sampling as slow
 
 V = 300
@@ -318,3 +323,40 @@ def test_biases_and_penalties_are_those_of_openai() -> None:
             expected += {1: 2.5, 7: -100.0}.get(other, 0.0)
             assert seen[-1][other] == pytest.approx(expected, abs=1e-5)
         written.append(token)
+
+
+# --- what a model says of itself ------------------------------------------------------------------
+
+
+def said(folder: Path, **values: Any) -> dict[str, Any]:
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return own_sampling(folder)
+
+
+def test_a_models_own_sampling_is_what_transformers_would_use(tmp_path: Path) -> None:
+    assert own_sampling(tmp_path) == {}
+    own = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.0, "repetition_penalty": 1.05}
+    assert said(tmp_path, do_sample=True, eos_token_id=2, **own) == own
+    assert said(tmp_path, **own) == {"repetition_penalty": 1.05}
+    assert said(tmp_path, do_sample=True, top_k=None) == {}
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_p": 1.5}, {"min_p": 7}])
+def test_a_model_that_says_nonsense_of_itself_is_refused_by_file(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    with pytest.raises(FolderError, match=f"generation_config.json.*{next(iter(values))}"):
+        said(tmp_path, do_sample=True, **values)
+
+
+def test_what_was_chosen_comes_before_the_models_own_and_that_before_the_defaults() -> None:
+    own = {"temperature": 0.6, "repetition_penalty": 1.05}
+    chosen = ChosenSampling(temperature=0, seed=3).sampling(own)
+    assert chosen == SamplingSettings(temperature=0, repetition_penalty=1.05, seed=3)
+    assert ChosenSampling().sampling({}) == SamplingSettings()
+    with pytest.raises(SettingsError, match="top_p"):
+        ChosenSampling(top_p=0)
+
+
+def test_what_an_export_says_for_a_model_is_in_range(tmp_path: Path) -> None:
+    assert len(said(tmp_path, **FOR_SMALL_MODELS)) == len(FOR_SMALL_MODELS) - 1

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from mistill.errors import FolderError
-from mistill.folders.lineage import add_lineage, fingerprint, lineage_after, read_lineage
+from mistill.folders.lineage import (
+    add_lineage,
+    find_source,
+    fingerprint,
+    lineage_after,
+    read_lineage,
+)
 from mistill.folders.publishing import creating
 
 
@@ -65,3 +71,19 @@ def test_an_entry_names_the_settings_that_are_not_the_defaults():
     assert entry["settings"] == {"bits": 4, "sizes": [3], "name": "a"}
     assert entry["changed_settings"] == ["sizes", "name"]
     assert plain["changed_settings"] == ["to"]
+
+
+def test_no_path_of_the_machine_is_recorded_and_the_source_is_found_beside(model, tmp_path):
+    source = Path(shutil.copytree(model, tmp_path / "one"))
+    settings = {"texts": [str(tmp_path / "chats.jsonl"), "here.jsonl"], "file": "C:\\Users\\me\\x"}
+    with creating(tmp_path / "two") as partial:
+        add_lineage(partial, step="step", settings=settings, source=source, seen={"at": tmp_path})
+    assert str(tmp_path) not in (tmp_path / "two" / "lineage.json").read_text()
+    (entry,) = read_lineage(tmp_path / "two")
+    assert entry["source"] == "one"
+    assert entry["settings"]["texts"] == ["chats.jsonl", "here.jsonl"]
+    assert "Users" not in entry["settings"]["file"]
+    assert find_source(tmp_path / "two", entry) == source
+    moved = source.rename(tmp_path / "three")
+    assert find_source(tmp_path / "two", entry) is None
+    assert find_source(tmp_path / "two", {**entry, "source": "three"}) == moved

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import mistill
 from mistill.chat.bot import ChatBot
+from mistill.serve.running import open_served
+from mistill.serve.settings import Limits, ServeSettings
 from tests.mistill.serve.running import RunningServer, running
 
 
@@ -58,3 +62,21 @@ def test_the_package_can_be_called(chatbot: Path) -> None:
     with running(chatbot) as server:
         assert server.ask("/v1/models").json["data"][0]["id"] == "tiny-bot"
     assert callable(mistill.serve)
+
+
+def test_a_request_that_does_not_say_how_is_sampled_as_the_chatbot_says_itself(
+    chatbot: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(chatbot, tmp_path / "bot")
+    (copy / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.3, "repetition_penalty": 1.2})
+    )
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["files"]["generation_config.json"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    settings = ServeSettings(top_k=7, repetition_penalty=1.3)
+    served = open_served(copy, settings, Limits())
+    served.scheduler.close()
+    served.workers.close()
+    sampling = served.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.repetition_penalty) == (0.3, 7, 1.3)

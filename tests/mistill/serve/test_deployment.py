@@ -62,6 +62,7 @@ def test_the_guide_names_every_route(server: RunningServer) -> None:
 
 def test_the_guide_gives_the_limits_and_defaults_that_hold() -> None:
     limits, settings = Limits(), ServeSettings()
+    sampling = settings.sampling({})
     for words in (
         f"over {limits.body_bytes >> 20} MiB",
         f"more than {limits.headers} headers",
@@ -72,7 +73,7 @@ def test_the_guide_gives_the_limits_and_defaults_that_hold() -> None:
         f"end for {limits.drain_seconds:g} seconds",
         f"silent for {limits.ping_seconds:g} seconds",
         f"{settings.queue_seconds:g} seconds in the queue",
-        f"temperature {settings.temperature}, top-k {settings.top_k}, top-p {settings.top_p}",
+        f"temperature {sampling.temperature}, top-k {sampling.top_k}, top-p {sampling.top_p}",
         f"({settings.max_new_tokens})",
         f"http://{settings.host}:{settings.port}/v1",
     ):
@@ -80,7 +81,7 @@ def test_the_guide_gives_the_limits_and_defaults_that_hold() -> None:
 
 
 def test_the_container_is_the_laptop_install_of_nobody() -> None:
-    assert "[serve,grammar]" in DOCKERFILE
+    assert "[serve]" in DOCKERFILE
     assert "compress" not in DOCKERFILE
     assert re.search(r"^USER 65534:65534$", DOCKERFILE, re.MULTILINE)
     assert "MISTILL_API_KEY=" not in DOCKERFILE

@@ -181,7 +181,7 @@ def test_a_server_without_the_library_for_forms_says_so(
     monkeypatch.setitem(sys.modules, "llguidance", None)
     answer = server.chat(response_format={"type": "regex", "regex": "a[0-9]b"})
     assert answer.status == 400
-    assert "mistill[grammar]" in answer.error["message"]
+    assert "pip install llguidance" in answer.error["message"]
     assert server.chat().status == 200
 
 

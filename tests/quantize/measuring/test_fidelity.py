@@ -60,7 +60,7 @@ def test_what_is_said_is_what_the_folder_predicts_and_all_else_stays(
     expected = compare(references, {"made": asked["made"], "source": asked["source"]}, blocks)
     measured = read_fidelity(made)
     assert measured is not None
-    assert measured["held_out"] == [str(held_out)]
+    assert measured["held_out"] == [held_out.name]
     for found, wanted in (
         (measured["source"], expected["made"]["source"]),
         (measured["teacher"], expected["made"]["teacher"]),

@@ -60,6 +60,14 @@ def test_the_first_loss_is_that_of_a_model_which_is_its_own_reference(loss):
     assert losses == pytest.approx([first_loss(loss, 0.3)] * 20)
 
 
+def test_exchanged_answers_have_the_loss_of_the_opposite_margin():
+    for loss in ("sigmoid", "sigmoid_norm"):
+        right = pair_losses(loss, CHOSEN, REJECTED, *LENGTHS, beta=0.3)
+        wrong = pair_losses(loss, REJECTED, CHOSEN, *LENGTHS[::-1], beta=0.3)
+        # sigmoid(m) + sigmoid(-m) = 1
+        assert np.exp(-right) + np.exp(-wrong) == pytest.approx(np.ones(20))
+
+
 def test_losses_do_not_overflow():
     far = np.array([-1e4, 1e4])
     losses = pair_losses("sigmoid", far, -far, np.ones(2), np.ones(2), beta=1.0)

@@ -1,0 +1,85 @@
+"""The model card of an ONNX folder: what it says, and that nobody's own is replaced."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+import export
+from export.runtimes.model_card import base_model
+from mistill.errors import FolderError
+from mistill.folders.folder import open_folder
+from mistill.folders.lineage import add_lineage, fingerprint
+
+
+@pytest.fixture(scope="module")
+def chatbot(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX folder of a distilled student of a model of the Hub; read only."""
+    folder = tmp_path_factory.mktemp("card")
+    source = Path(shutil.copytree(model, folder / "student"))
+    steps = [
+        {"step": "teacher", "settings": {"source": "owner/large-7b"}, "changed_settings": []},
+        {
+            "step": "distill",
+            "settings": {"tokens": 5000, "batch_size": 4},
+            "changed_settings": ["tokens"],
+            "teacher": "teacher",
+            "tokens": 5120,
+            "before": {"kl": 1.25},
+            "after": {"kl": 0.5},
+            "texts": ["chats.jsonl"],
+        },
+    ]
+    (source / "lineage.json").write_text(json.dumps(steps))
+    return export.to_onnx(source, folder / "bot")
+
+
+def test_the_card_says_what_was_made_of_what_and_what_was_measured(chatbot: Path) -> None:
+    text = (chatbot / "README.md").read_text("utf-8")
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == ["owner/large-7b"]
+    assert metadata["base_model_relation"] == "finetune"
+    assert {"onnx", "distill"} <= set(metadata["tags"])
+    assert "license" not in metadata
+    assert "licence is that of owner/large-7b" in text
+    assert "| distill | tokens `5000`, texts `chats.jsonl` |" in text
+    assert "was 1.250 nats before and 0.500 after" in text
+    parity = json.loads((chatbot / "manifest.json").read_text())["parity"]
+    assert f"a KL of {parity['mean_kl']:.4f} nats" in text
+    assert 'mistill chat bot "What' in text
+    assert str(chatbot.parent) not in text
+    assert re.search(r"2 layers of width 64|layers of width \d+", text)
+
+
+def test_the_embedded_teacher_is_known_with_its_licence() -> None:
+    steps = [{"step": "teacher", "settings": {"source": "@smollm2"}}]
+    assert base_model(steps) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert base_model([{"step": "teacher", "settings": {"source": "folder"}}]) == (None, None)
+
+
+def test_a_card_that_was_changed_is_kept_and_changes_nothing_else(
+    chatbot: Path, model: Path, tmp_path: Path
+) -> None:
+    bot = Path(shutil.copytree(chatbot, tmp_path / "bot"))
+    before = fingerprint(bot)
+    export.to_onnx(model, bot, overwrite=True, parity_positions=0)
+    card = bot / "README.md"
+    card.write_text(card.read_text() + "My words.\n")
+    open_folder(bot)
+    with pytest.raises(FolderError, match=r"holds README\.md"):
+        export.to_onnx(model, bot, overwrite=True, parity_positions=0)
+    assert "My words." in card.read_text()
+    (Path(shutil.copytree(chatbot, tmp_path / "other")) / "README.md").write_text("mine")
+    assert fingerprint(tmp_path / "other") == before
+
+
+def test_settings_cannot_break_the_table(model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    add_lineage(source, step="student", settings={"how": "a | b\nc"}, source=None)
+    text = (export.to_onnx(source, tmp_path / "b", parity_positions=0) / "README.md").read_text()
+    assert "| student | how `a / b c` |" in text

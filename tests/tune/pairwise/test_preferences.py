@@ -22,6 +22,7 @@ from mistill.errors import SettingsError, TextError, TrainingError
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
+from tests.tiny import tiny_model
 from tests.tune.pairs import pair_rows
 from tune.settings import PreferenceSettings
 
@@ -150,6 +151,28 @@ def test_all_weights_are_trained_without_adapters(model, pairs, tmp_path):
     assert report_of(target)["after"]["margin_accuracy"] == 1.0
     ours, start = (load_file(folder / "model.safetensors") for folder in (target, model))
     assert all((ours[name] != start[name]).any() for name in start)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_model_whose_head_is_its_embedding_is_tuned(rank, pairs, tmp_path):
+    tied = tiny_model(tmp_path / "tied", seed=2, tie_word_embeddings=True)
+    options = {**QUICK, "lora_rank": rank, "steps": 2, "keep": "last"}
+    target = tune.preferences(tied, tmp_path / "out", pairs=pairs, **options)
+    ours, start = (load_file(folder / "model.safetensors") for folder in (target, tied))
+    assert ours.keys() == start.keys()
+    assert "lm_head.weight" not in ours
+    same_table = (ours["model.embed_tokens.weight"] == start["model.embed_tokens.weight"]).all()
+    assert bool(same_table) == (rank > 0)  # no adapter stands beside the table
+
+
+def test_a_model_is_tuned_in_bfloat16(model, pairs, tmp_path):
+    options = {**QUICK, "precision": "bfloat16", "gradient_checkpointing": True}
+    target = tune.preferences(model, tmp_path / "out", pairs=pairs, **options)
+    report = report_of(target)
+    assert report["before"]["margin_accuracy"] == 0.5
+    assert report["after"]["loss"] < 0.6
+    weights = load_file(target / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_nearly_every_entry_of_an_adapter_moves_at_a_small_rate(model, pairs, tmp_path):

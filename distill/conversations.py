@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,8 @@ from mistill.text.vocabulary import Message, Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from distill.options import GenerateOptions
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def generate_conversations(
     *,
     settings: GenerateSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[GenerateOptions],
 ) -> Path:
     """Let a teacher answer prompts, and write the conversations as JSON lines.
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from distill.settings import TrainSettings
 from distill.training.starts import with_learning_rate
@@ -38,6 +38,7 @@ from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from distill.options import TrainOptions
     from distill.training.progress import TrainingProgress
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def train(
     held_out: Texts | None = None,
     settings: TrainSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[TrainOptions],
 ) -> Path:
     """Teach a student to predict what its teacher predicts.
 

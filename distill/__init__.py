@@ -15,6 +15,7 @@ from mistill.lazy import lazy_exports
 if TYPE_CHECKING:
     from distill.conversations import generate_conversations as generate_conversations
     from distill.healing.healed_folder import heal as heal
+    from distill.reversing import reverse_conversations as reverse_conversations
     from distill.settings import GenerateSettings as GenerateSettings
     from distill.settings import HealSettings as HealSettings
     from distill.settings import StudentSettings as StudentSettings
@@ -38,6 +39,7 @@ _HOMES = {
     "heal": "distill.healing.healed_folder",
     "new_student": "distill.student.student_folder",
     "open_targets": "distill.targets.cached_teacher",
+    "reverse_conversations": "distill.reversing",
     "train": "distill.training.trained_folder",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "heal",
     "new_student",
     "open_targets",
+    "reverse_conversations",
     "train",
 ]
 __getattr__ = lazy_exports(__name__, _HOMES)

@@ -17,23 +17,34 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
+from distill.choosing import Score, scorer
+from distill.conversation_file import (
+    beside_the_reply,
+    chosen_lines,
+    instruction_lines,
+    publish_lines,
+)
+from distill.own_prompts import OWN_PROMPTS, own_prompts, turn_of_the_user
 from distill.remote_teacher import RemoteTeacher, remote_replies, remote_teacher
+from distill.replies import Reply as Reply
+from distill.replies import write_replies as write_replies
 from distill.reply_filter import most_repeats, without_spelling
+from distill.reversing import REVERSED_PROMPT, gains, read_texts
 from distill.settings import GenerateSettings
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.errors import ContextError, TextError
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import fingerprint
-from mistill.folders.publishing import begun_on, refuse_existing, working, write_atomically
+from mistill.folders.publishing import begun_on, refuse_existing, working
 from mistill.folders.renaming import FINISHED, remove_finished_work, remove_work
+from mistill.preferences.reading import PromptRow, read_prompt_rows
 from mistill.progress import track
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
@@ -41,11 +52,9 @@ from mistill.text.answers import prompt_ids, refuse_unwritten, thoughts_opening
 from mistill.text.conversation import SYSTEMS, Conversation
 from mistill.text.documents import read_prompt_conversations
 from mistill.text.rows import Texts
-from mistill.text.vocabulary import Message, Vocabulary, load_vocabulary
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from distill.options import GenerateOptions
 
 _log = logging.getLogger(__name__)
@@ -56,19 +65,10 @@ _KEPT = "kept"
 _SAME_REPLIES = (
     *("batch_size", "held_out", "held_out_share", "server", "api_key_file"),
     *("keep_unfinished", "max_repeats", "drop_duplicates"),
+    *("by", "schema", "pattern", "pairs", "keep_share"),
 )
-
-
-class Reply(NamedTuple):
-    """What a teacher said.
-
-    Attributes:
-        ids: Token ids, without the one that ends the turn.
-        finished: Whether the teacher ended its turn itself.
-    """
-
-    ids: list[int]
-    finished: bool
+# Sets the random numbers of prompts that a teacher writes itself apart from those of its replies.
+_OWN = 1 << 32
 
 
 def generate_conversations(
@@ -76,19 +76,27 @@ def generate_conversations(
     prompts: Texts,
     target: str | Path,
     *,
+    reward: str | Path | None = None,
+    forward: str | Path | None = None,
     settings: GenerateSettings | None = None,
     overwrite: bool = False,
     **options: Unpack[GenerateOptions],
 ) -> Path:
     """Let a teacher answer prompts, and write the conversations as JSON lines.
 
-    An interrupted run, given again, goes on where it stopped.
+    Of several replies to a prompt a judge takes the best, or the best and the worst as a pair of
+    preferences. The teacher may also write the prompts itself, or the instructions to which given
+    texts are the answers. An interrupted run, given again, goes on where it stopped.
 
     Args:
         teacher: A folder, which may hold an ONNX graph, a Hub id, a .gguf file, or ``@smollm2``;
             with ``server`` the name of a model there.
-        prompts: A .txt file with a prompt on each line, or rows of prompts (``read_prompts``).
+        prompts: A .txt file with a prompt on each line, or rows of prompts (``read_prompts``);
+            ``@teacher`` with ``without_prompts``, and texts with ``reverse``.
         target: The .jsonl file to write, a conversation on each line, in the prompts' order.
+        reward: The folder of a reward model that chooses among several replies.
+        forward: With ``reverse``, a model that grades each instruction by how much likelier it
+            makes its text, a folder; the best of several instructions is kept.
         settings: How the teacher writes; or its fields as keywords.
         overwrite: Whether existing files are replaced.
         **options: Fields of ``GenerateSettings``.
@@ -97,6 +105,7 @@ def generate_conversations(
         The target.
 
     Raises:
+        SettingsError: If a setting is out of range, or several replies have not exactly one judge.
         TextError: If there are no prompts, or the teacher ended none of its replies.
         TargetExistsError: If the target exists and may not be replaced.
         ContextError: If a prompt leaves no room for a reply.
@@ -105,23 +114,31 @@ def generate_conversations(
     target = _refuse(target, overwrite)
     held_out = None if settings.held_out is None else _refuse(settings.held_out, overwrite)
     require(held_out != target, f"held_out and the target are the same file, {target}")
-    talks = read_prompt_conversations(prompts, skip_bad_rows=settings.skip_bad_rows)
-    if settings.system is not None:
-        talks = [_with_system(talk, settings.system) for talk in talks]
+    _refuse_missing_sides(prompts, reward, forward, settings)
+    rows = _rows_of(prompts, settings)
+    if settings.system is not None and not settings.without_prompts:
+        rows = [replace(row, prompt=_with_system(row.prompt, settings.system)) for row in rows]
     if settings.server is not None:
         remote = remote_teacher(settings.server, str(teacher), settings.api_key_file)
+        talks = [row.prompt for row in rows]
         return _from_server(remote, talks, target, held_out, settings, overwrite)
     folder = resolve_model(teacher)
     info = open_folder(folder)
     vocabulary = load_vocabulary(folder, today=begun_on(target))
-    ids = [_prompt_ids(number, talk, vocabulary) for number, talk in enumerate(talks, 1)]
-    _check_room(ids, settings.max_new_tokens, info.context_length)
+    choice = None
+    if settings.best_of > 1 and not settings.reverse:
+        choice = scorer(settings, reward, folder, vocabulary)
+        for row in rows:
+            choice[0](row)
+    ids = [_prompt_ids(number, row.prompt, vocabulary) for number, row in enumerate(rows, 1)]
+    begin, after = turn_of_the_user(settings.system, vocabulary) if not rows else ([], "")
+    _check_room(ids or [begin], settings.max_new_tokens, info.context_length)
 
     key = {
         "step": "generate",
         "settings": result_settings(settings, *_SAME_REPLIES),
         "teacher": fingerprint(folder),
-        "prompts": _digest(talks),
+        "prompts": _digest([row.prompt for row in rows]),
         **vocabulary.date_key,
     }
     if info.form != "onnx":
@@ -129,12 +146,124 @@ def generate_conversations(
 
         require_finite_weights(folder)
     with working(target, key, anew=overwrite) as work:
-        replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, ids, settings)
-        texts = [vocabulary.decode(reply.ids).strip() for reply in replies]
-        finished = [reply.finished for reply in replies]
+        if settings.without_prompts:
+            asked = [begin] * settings.without_prompts
+            record = work / "prompts.jsonl"
+            turns = _resumed_replies(record, folder, vocabulary, asked, settings, _OWN)
+            own = own_prompts(turns, after, vocabulary, settings.system)
+            rows = [
+                PromptRow(talk, {}, f"prompt {number} of the teacher")
+                for number, talk in enumerate(own, 1)
+            ]
+            ids = [
+                _prompt_ids(number, row.prompt, vocabulary) for number, row in enumerate(rows, 1)
+            ]
+            _check_room(ids, settings.max_new_tokens, info.context_length)
+        repeated = [one for one in ids for _ in range(settings.best_of)]
+        replies = _resumed_replies(work / "replies.jsonl", folder, vocabulary, repeated, settings)
+        _write(
+            work, rows, repeated, replies, choice, forward, vocabulary, target, held_out, settings
+        )
+    return target
+
+
+def _refuse_missing_sides(
+    prompts: Texts,
+    reward: str | Path | None,
+    forward: str | Path | None,
+    settings: GenerateSettings,
+) -> None:
+    """Refuse options that need one another."""
+    own = str(prompts) == OWN_PROMPTS
+    require(
+        own == (settings.without_prompts > 0),
+        f"without_prompts and the prompts {OWN_PROMPTS} belong together; give both, or a file of "
+        "prompts",
+    )
+    require(
+        reward is None or (settings.best_of > 1 and not settings.reverse),
+        "a reward model chooses among several replies; give best_of of at least 2",
+    )
+    require(
+        forward is None or settings.reverse,
+        "a forward model grades instructions; give reverse, or leave it out",
+    )
+    require(
+        forward is not None or not settings.reverse or settings.best_of == 1,
+        "the best of several instructions is chosen by a forward model; give forward",
+    )
+    require(
+        forward is not None or settings.keep_share == 1,
+        "keep_share is of what a forward model graded; give forward, or leave it out",
+    )
+    if forward is not None:
+        info = open_folder(resolve_model(forward))
+        require(
+            info.form != "onnx", f"the forward model {forward} is an ONNX folder; give its source"
+        )
+
+
+def _rows_of(prompts: Texts, settings: GenerateSettings) -> list[PromptRow]:
+    """The prompts, none where the teacher writes them itself."""
+    if settings.without_prompts:
+        return []
+    if settings.reverse:
+        return [
+            PromptRow(
+                Conversation(({"role": "user", "content": REVERSED_PROMPT.format(text=text)},)),
+                {"text": text},
+                f"text {number}",
+            )
+            for number, text in enumerate(read_texts(prompts), 1)
+        ]
+    if settings.best_of > 1:
+        return read_prompt_rows(prompts, skip_bad_rows=settings.skip_bad_rows)
+    talks = read_prompt_conversations(prompts, skip_bad_rows=settings.skip_bad_rows)
+    return [PromptRow(talk, {}, f"prompt {number}") for number, talk in enumerate(talks, 1)]
+
+
+def _write(
+    work: Path,
+    rows: Sequence[PromptRow],
+    ids: Sequence[Sequence[int]],
+    replies: Sequence[Reply],
+    choice: tuple[Any, Score] | None,
+    forward: str | Path | None,
+    vocabulary: Vocabulary,
+    target: Path,
+    held_out: Path | None,
+    settings: GenerateSettings,
+) -> None:
+    """Choose among the replies where there are several, and write what is kept."""
+    texts = [vocabulary.decode(reply.ids).strip() for reply in replies]
+    finished = [reply.finished for reply in replies]
+    if choice is None and not settings.reverse:
+        talks = [row.prompt for row in rows]
         openings = [thoughts_opening(talk, vocabulary) for talk in talks]
         _finish(work, talks, texts, finished, openings, target, held_out, settings)
-    return target
+        return
+    fates = _fates(texts, finished, settings)
+    good = [fate == _KEPT for fate in fates]
+    asked = [row for row in rows for _ in range(settings.best_of)]
+    _report(fates, settings)
+    if settings.reverse:
+        graded = None
+        if forward is not None:
+            known = [row.columns["text"] for row in asked]
+            graded = gains(resolve_model(forward), texts, known)
+        lines = instruction_lines(rows, texts, good, graded, settings)
+    else:
+        assert choice is not None, "several replies have a judge"
+        scores = choice[1](asked, ids, replies)
+        lines = chosen_lines(rows, texts, good, scores, vocabulary, settings)
+    if not lines:
+        raise TextError(
+            "all replies to every prompt tie, so that there is no pair; raise best_of or "
+            "temperature, or choose by another judge"
+        )
+    (work / FINISHED).touch()
+    publish_lines(lines, target, held_out, settings.held_out_share)
+    remove_work(work)
 
 
 def _from_server(
@@ -190,13 +319,13 @@ def _finish(
     """Write the conversations whose replies are kept, and remove what the work has left."""
     fates = _fates(texts, finished, settings)
     conversations = [
-        _beside_the_reply(talk, opening + text)
+        beside_the_reply(talk, opening + text)
         for talk, opening, text, fate in zip(talks, openings, texts, fates, strict=True)
         if fate == _KEPT
     ]
     _report(fates, settings)
     (work / FINISHED).touch()
-    _publish(conversations, target, held_out, settings.held_out_share)
+    publish_lines(conversations, target, held_out, settings.held_out_share)
     remove_work(work)
 
 
@@ -224,21 +353,9 @@ def _prompt_ids(number: int, talk: Conversation, vocabulary: Vocabulary) -> list
 
 
 def _digest(talks: Sequence[Conversation]) -> str:
-    rows = [_beside_the_reply(talk, None) for talk in talks]
+    rows = [beside_the_reply(talk, None) for talk in talks]
     said = [row if len(row) > 1 else row["messages"] for row in rows]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
-def _beside_the_reply(talk: Conversation, reply: str | None) -> dict[str, Any]:
-    """A row of a file: the turns, the reply, and what stands beside them."""
-    last = [] if reply is None else [{"role": "assistant", "content": reply}]
-    row: dict[str, Any] = {"messages": [*talk.messages, *last]}
-    beside = {
-        "tools": talk.tools,
-        "documents": talk.documents,
-        "chat_template_kwargs": talk.variables,
-    }
-    return row | {name: value for name, value in beside.items() if value}
 
 
 def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
@@ -284,43 +401,6 @@ def _report(fates: Sequence[str], settings: GenerateSettings) -> None:
         )
 
 
-def _publish(
-    conversations: Sequence[Mapping[str, Any]],
-    target: Path,
-    held_out: Path | None,
-    held_out_share: float,
-) -> None:
-    """Write the files, each whole or not at all."""
-    rest = list(conversations)
-    if held_out is not None:
-        shares = [prompt_share(row["messages"]) for row in rest]
-        share = [row for row, place in zip(rest, shares, strict=True) if place < held_out_share]
-        rest = [row for row, place in zip(rest, shares, strict=True) if place >= held_out_share]
-        held_out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(held_out, _json_lines(share))
-    write_atomically(target, _json_lines(rest))
-
-
-def _json_lines(conversations: Sequence[Mapping[str, Any]]) -> str:
-    lines = (json.dumps(row, ensure_ascii=False) for row in conversations)
-    return "".join(line + "\n" for line in lines)
-
-
-def prompt_share(conversation: Sequence[Message]) -> float:
-    """A number from 0 to 1 that depends on what the user says first and on nothing else.
-
-    Args:
-        conversation: Turns.
-
-    Returns:
-        The first 32 bits of the SHA-256 of the user's first turn, divided by 2 to the 32.
-    """
-    first_turn = str(
-        next(message["content"] for message in conversation if message["role"] == "user")
-    )
-    return int.from_bytes(hashlib.sha256(first_turn.encode()).digest()[:4], "big") / 2**32
-
-
 # --- resuming -----------------------------------------------------------------------------------
 
 
@@ -330,16 +410,20 @@ def _resumed_replies(
     vocabulary: Vocabulary,
     prompts: Sequence[Sequence[int]],
     settings: GenerateSettings,
+    first: int = 0,
 ) -> list[Reply]:
-    """The replies to all prompts, those in the record first, the rest written now."""
+    """The replies to all prompts, those in the record first, the rest written now.
+
+    The number of a prompt, counted from ``first``, seeds its random numbers.
+    """
     size = settings.batch_size
     done = _recorded(record, len(prompts), size)
     with track("writing conversations", len(prompts), "prompts", done=len(done)) as progress:
         if len(done) < len(prompts):
             write = _writer(folder, vocabulary, settings)
             for start in range(len(done), len(prompts), size):
-                numbers = range(start, min(start + size, len(prompts)))
-                batch = [prompts[number] for number in numbers]
+                batch = prompts[start : start + size]
+                numbers = range(first + start, first + start + len(batch))
                 replies = write(batch, numbers, progress.advance)
                 _record(record, replies)
                 done += replies
@@ -406,87 +490,3 @@ def _writer(folder: Path, vocabulary: Vocabulary, settings: GenerateSettings) ->
         )
 
     return write
-
-
-def write_replies(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    choose: Sequence[Callable[[NDArray[np.float32]], int]],
-    end_ids: Sequence[int],
-    max_new_tokens: int,
-    finished: Callable[[], None] = lambda: None,
-) -> list[Reply]:
-    """Answer several prompts at once, padded on the left.
-
-    A prompt whose reply has ended leaves the batch, so that a long reply does not keep the short
-    ones computing.
-
-    Args:
-        model: A Llama or Mistral with its head, in eval mode.
-        prompts: B prompts, token ids, none empty.
-        choose: One function for each prompt, from logits (V,) to a token.
-        end_ids: Tokens at which a reply ends.
-        max_new_tokens: Most tokens of a reply.
-        finished: Called once for each reply that ends.
-
-    Returns:
-        B replies.
-    """
-    replies: list[Reply] = [Reply([], False) for _ in prompts]
-    going = list(range(len(prompts)))
-    for logits, leave in _steps(model, prompts, max_new_tokens):
-        tokens = [choose[row](scores) for row, scores in zip(going, logits, strict=True)]
-        stay = []
-        for place, (row, token) in enumerate(zip(going, tokens, strict=True)):
-            if token in end_ids:
-                replies[row] = Reply(replies[row].ids, True)
-                continue
-            replies[row].ids.append(token)
-            if len(replies[row].ids) < max_new_tokens:
-                stay.append(place)
-        for _ in range(len(going) - len(stay)):
-            finished()
-        going = [going[place] for place in stay]
-        leave(stay, [tokens[place] for place in stay])
-    return replies
-
-
-_Leave = Callable[[Sequence[int], Sequence[int]], None]
-
-
-def _steps(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> Iterator[tuple[NDArray[np.float32], _Leave]]:
-    """Yield the logits (B, V) of the rows still going, and how to say which go on with what."""
-    import torch
-    from transformers import DynamicCache
-
-    width = max(map(len, prompts))
-    device = model.device
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache(config=model.config)
-
-    def leave(stay: Sequence[int], tokens: Sequence[int]) -> None:
-        nonlocal ids, seen
-        if len(stay) < len(ids):
-            rows = torch.tensor(stay, dtype=torch.long, device=device)
-            cache.batch_select_indices(rows)
-            seen = seen[rows]
-        ids = torch.tensor(tokens, dtype=torch.long, device=device)[:, None]
-        seen = torch.cat([seen, torch.ones_like(ids)], dim=1)
-
-    while len(ids):
-        positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        # Entered anew for each step: across a yield it would leak into the caller.
-        with torch.inference_mode():
-            scores = model(
-                ids,
-                attention_mask=seen,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            logits = scores.float().cpu().numpy()
-        yield logits, leave

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from distill.settings import Choice, DeviceMap, TeacherPrecision, Tracker
+from distill.settings import Choice, ChoiceBy, DeviceMap, TeacherPrecision
 from mistill.loss.names import DivergenceName
-from mistill.training.processes import OptimizerName, Precision
+from mistill.training.processes import OptimizerName, Precision, TrackerName
 
 
 class TrainOptions(TypedDict, total=False):
@@ -44,7 +44,7 @@ class TrainOptions(TypedDict, total=False):
     teacher_device_map: DeviceMap | None
     divide_teacher: bool
     twin: bool
-    trackers: Sequence[Tracker]
+    trackers: Sequence[TrackerName]
     seed: int
 
 
@@ -113,5 +113,13 @@ class GenerateOptions(TypedDict, total=False):
     held_out_share: float
     batch_size: int
     seed: int
+    best_of: int
+    by: ChoiceBy | None
+    schema: str | None
+    pattern: str | None
+    pairs: bool
+    without_prompts: int
+    reverse: bool
+    keep_share: float
     server: str | None
     api_key_file: str | Path | None

@@ -16,10 +16,19 @@ KINDS = (
     StepKind(
         name="generate",
         settings=GenerateSettings,
-        models=("teacher",),
+        models=("teacher", "reward", "forward"),
         texts=("prompts",),
+        optional=("reward", "forward"),
         output=".jsonl",
         run=calling("distill.generate_conversations", "teacher", "prompts"),
+    ),
+    StepKind(
+        name="reverse",
+        settings=None,
+        models=(),
+        texts=("texts",),
+        output=".jsonl",
+        run=calling("distill.reverse_conversations", "texts"),
     ),
     StepKind(
         name="student",

@@ -13,11 +13,11 @@ from typing import Literal, get_args
 
 from mistill.loss.names import DivergenceName
 from mistill.settings import TextSettings, require, require_choice, require_range
-from mistill.training.processes import OptimizerName, Precision
+from mistill.training.processes import OptimizerName, Precision, TrackerName, require_known_trackers
 
+ChoiceBy = Literal["log_p", "json", "regex", "code", "instructions"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 TeacherPrecision = Literal["auto", "float32", "bfloat16", "nf4"]
-Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
 # Learning rates of students as they were cut or trained, and as they were healed.
@@ -120,7 +120,7 @@ class TrainSettings(TextSettings):
     teacher_device_map: DeviceMap | None = None
     divide_teacher: bool = False
     twin: bool = False
-    trackers: tuple[Tracker, ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     seed: int = 0
 
     @property
@@ -161,13 +161,7 @@ class TrainSettings(TextSettings):
             require_choice(name, getattr(self, name), get_args(kind))
         if self.teacher_device_map is not None:
             require_choice("teacher_device_map", self.teacher_device_map, get_args(DeviceMap))
-        known = get_args(Tracker)
-        require(
-            not isinstance(self.trackers, str)
-            and set(self.trackers) <= set(known)
-            and len(set(self.trackers)) == len(self.trackers),
-            f"trackers should be some of {', '.join(known)}, each once, not {self.trackers!r}",
-        )
+        require_known_trackers(self.trackers)
         require(
             not self.divide_teacher
             or (self.teacher_precision != "nf4" and self.teacher_device_map is None),
@@ -472,6 +466,20 @@ class GenerateSettings(TextSettings):
             that equal prompts stay together.
         batch_size: Prompts that the teacher answers at once.
         seed: Seed of the sampling; each prompt has a generator of its own.
+        best_of: Replies to each prompt, of which the best is kept; with 1 there is no choice.
+        by: Choose by log_p (of a token, under the teacher), or by a check that a machine can make:
+            json, regex, code or instructions, as in mistill tune reinforce. Leave it out where a
+            reward model chooses.
+        schema: The JSON schema for json: a file, or its text.
+        pattern: The regular expression for regex; it must match the whole reply.
+        pairs: Write the best and the worst reply to each prompt as a pair of preferences, in place
+            of conversations. A prompt whose replies tie gives none.
+        without_prompts: Let the teacher write as many prompts itself and answer them (Magpie); the
+            prompts are then named @teacher. What is empty, unfinished or written before is dropped.
+        reverse: Write instructions for texts: the prompts are texts, and the teacher is a model
+            that was tuned on reversed conversations (mistill reverse).
+        keep_share: Share of the instructions that are kept, best first, where a forward model
+            grades them.
         server: Address of a server that speaks OpenAI's chat completions, such as
             http://127.0.0.1:8000/v1; the teacher is then the name of a model there.
         api_key_file: A file with the API key for that server.
@@ -488,6 +496,14 @@ class GenerateSettings(TextSettings):
     held_out_share: float = 0.125
     batch_size: int = 16
     seed: int = 0
+    best_of: int = 1
+    by: ChoiceBy | None = None
+    schema: str | None = None
+    pattern: str | None = None
+    pairs: bool = False
+    without_prompts: int = 0
+    reverse: bool = False
+    keep_share: float = 1.0
     server: str | None = None
     api_key_file: Path | None = None
 
@@ -508,3 +524,31 @@ class GenerateSettings(TextSettings):
             self.held_out is None or Path(self.held_out).suffix.lower() == ".jsonl",
             f"held_out must be a .jsonl file, not {self.held_out}",
         )
+        require_range("best_of", self.best_of, 1)
+        require_range("without_prompts", self.without_prompts, 0)
+        if self.by is not None:
+            require_choice("by", self.by, get_args(ChoiceBy))
+        require(0 < self.keep_share <= 1, f"keep_share must be above 0, not {self.keep_share}")
+        require(
+            self.best_of > 1 or (self.by is None and not self.pairs),
+            "by and pairs choose among several replies; give best_of of at least 2",
+        )
+        require(
+            self.best_of == 1 or self.temperature > 0,
+            "at temperature 0 all replies to a prompt are the same; raise temperature, or leave "
+            "best_of out",
+        )
+        require(
+            not (self.reverse and (self.pairs or self.without_prompts or self.by is not None)),
+            "reverse writes instructions, which a forward model grades; leave pairs, by and "
+            "without_prompts out",
+        )
+        for name, used in (
+            ("best_of", self.best_of > 1),
+            ("without_prompts", self.without_prompts > 0),
+            ("reverse", self.reverse),
+        ):
+            require(
+                self.server is None or not used,
+                f"{name} needs a teacher on this machine, and a server is given; leave one out",
+            )

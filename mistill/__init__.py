@@ -13,6 +13,8 @@ from mistill.lazy import lazy_exports
 
 # ONNX Runtime reports usage to its maker unless this is set before it is first imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# So does the library of the Hub, which trl asks to, unless this is set before its first import.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from mistill.chat.bot import ChatBot as ChatBot

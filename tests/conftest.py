@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import SENTENCES, tiny_model
+from tests.tune.pairs import pair_rows
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,14 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"role": "assistant", "content": f"{answer} {number * 7}"},
             ]
             opened.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pairs of answers, as JSON lines; read only."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in pair_rows()), "utf-8")
     return file
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from mistill.errors import TextError
+from mistill.preferences.reading import read_labelled, read_pairs
 from mistill.text.documents import read_documents, read_prompts
 from mistill.text.vocabulary import load_vocabulary
 from tests.tiny import tiny_tokenizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "data.md"
-ROWS, PROMPTS = (
+ROWS, PROMPTS, PAIRS, LABELS = (
     block.strip().splitlines()
     for block in re.findall(r"```jsonl\n(.*?)```", PAGE.read_text(), re.S)
 )
@@ -46,6 +47,28 @@ def test_a_prompt_of_the_page_is_read(line, tmp_path):
     file.write_text(line)
     ((*_, last),) = read_prompts(file)
     assert last == {"role": "user", "content": "What is a mistral?"}
+
+
+@pytest.mark.parametrize("line", PAIRS)
+def test_a_pair_of_the_page_is_read(line, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(line)
+    (pair,) = read_pairs(file)
+    assert pair.prompt.messages[-1] == {"role": "user", "content": "What is a mistral?"}
+    assert pair.chosen == {"role": "assistant", "content": "A cold wind."}
+    assert pair.rejected == {"role": "assistant", "content": "A cheese."}
+    assert pair.margin == (None if "score" not in line else 4.5 if "score_chosen" in line else 3.5)
+
+
+@pytest.mark.parametrize("line", LABELS)
+def test_a_label_of_the_page_is_read(line, tmp_path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text(line)
+    (labelled,) = read_labelled(file)
+    assert labelled.good
+    assert labelled.answer["content"] == "A cold wind."
+    with pytest.raises(TextError, match="the loss kto"):
+        read_pairs(file)
 
 
 def test_a_row_of_other_columns_is_sent_to_the_page(vocabulary, tmp_path):

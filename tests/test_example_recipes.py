@@ -24,6 +24,14 @@ TINY: dict[str, dict[str, Any]] = {
     "targets": {"block_length": 64},
     "distill": {"tokens": 600, "block_length": 64, "batch_size": 4, "micro_batch_size": 2,
                 "evaluate_every": 0, "learning_rate": 2e-3},
+    "reward": {"max_length": 200, "gradient_checkpointing": False, "batch_size": 4,
+               "micro_batch_size": 2, "steps": 2, "keep": "last"},
+    "reinforce": {"max_length": 200, "max_new_tokens": 4, "samples": 2, "batch_size": 4,
+                  "micro_batch_size": 2, "gradient_checkpointing": False, "steps": 1,
+                  "held_out_prompts": 2, "keep": "last"},
+    "supervised": {"tokens": 1500, "block_length": 128, "batch_size": 4, "micro_batch_size": 2,
+                   "learning_rate": 5e-3, "lora_rank": 4},
+    "generate": {"max_new_tokens": 8, "keep_unfinished": True, "best_of": 2},
     "gptq": {"samples": 4, "block_length": 64, "group_size": 16},
     "export": {},
 }  # fmt: skip
@@ -36,8 +44,12 @@ def shrink(name: str, folder: Path, teacher: Path, chats: Path) -> Path:
     for table, given in recipe.items():
         values: dict[str, Any] = dict(given)
         kind = values.get("step", table)
-        for key in values.keys() & TINY[kind].keys():
-            values[key] = TINY[kind][key]
+        smaller = TINY.get(kind, {})
+        always = kind in ("generate", "reward", "reinforce")
+        values |= {key: smaller[key] for key in smaller if always or key in values}
+        for key in ("texts", "held_out"):
+            if "/" in str(values.get(key, "")):
+                values[key] = "chats.jsonl" if key == "texts" else "held-out.jsonl"
         if kind == "teacher":
             values["source"] = str(teacher)
         lines.append(f"[{table}]")
@@ -82,6 +94,34 @@ def test_eight_gpus_as_one_process(in_folder: Path, teacher: Path, chats: Path) 
     assert describe(made["chatbot"]).form == "onnx"
 
 
+def test_qlora_on_16gb_then_distilled(in_folder: Path, teacher: Path, chats: Path) -> None:
+    recipe = shrink("qlora-mistral-7b-16gb.toml", in_folder, teacher, chats)
+    made = run_recipe(read_recipe(recipe))
+    assert describe(made["chatbot"]).form == "onnx"
+    steps = [entry["step"] for entry in read_lineage(made["tuned"])]
+    assert steps[-1] == "supervised"
+    entry = read_lineage(made["tuned"])[-1]
+    assert entry["merges"].keys() == {"float", "dequantized"}
+    assert read_lineage(made["distilled"])[-1]["teacher"] == made["tuned"].name
+
+
+def test_align_then_distil(in_folder: Path, teacher: Path, chats: Path) -> None:
+    made = run_recipe(read_recipe(shrink("align-then-distil.toml", in_folder, teacher, chats)))
+    assert describe(made["chatbot"]).form == "onnx"
+    teachers = [
+        read_lineage(made[name])[-1]["teacher"]
+        for name in ("distilled", "distilled-from-the-first")
+    ]
+    assert teachers == [made["tuned"].name, made["teacher"].name]
+
+
+def test_eight_gpus_under_zero2_as_one_process(in_folder: Path, teacher: Path, chats: Path) -> None:
+    recipe = shrink("eight-gpus-zero2.toml", in_folder, teacher, chats)
+    made = run_recipe(read_recipe(recipe))
+    entry = read_lineage(made["tuned"])[-1]
+    assert entry["after"]["cross_entropy"] < entry["before"]["cross_entropy"]
+
+
 @pytest.mark.slow
 def test_eight_gpus_as_two_processes(in_folder: Path, teacher: Path, chats: Path) -> None:
     recipe = shrink("eight-gpus.toml", in_folder, teacher, chats)
@@ -101,6 +141,42 @@ def test_eight_gpus_as_two_processes(in_folder: Path, teacher: Path, chats: Path
     ours, theirs = (read_lineage(folder)[-1]["after"] for folder in (alone["distilled"], together))
     assert theirs["kl"] == pytest.approx(ours["kl"], rel=1e-4)
     assert describe(in_folder / "together" / "chatbot").form == "onnx"
+
+
+def test_reversed_instructions(in_folder: Path, teacher: Path, chats: Path) -> None:
+    texts = [json.loads(line)["messages"][1]["content"] for line in chats.read_text().splitlines()]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[:6])
+    (in_folder / "texts.jsonl").write_text(rows)
+    recipe = shrink("reversed-instructions.toml", in_folder, teacher, chats)
+    made = run_recipe(read_recipe(recipe))
+    written = [json.loads(line) for line in made["written"].read_text().splitlines()]
+    assert 1 <= len(written) <= 3  # the better half
+    assert {row["messages"][1]["content"] for row in written} <= set(texts)
+    assert all(isinstance(row["score"], float) for row in written)
+    assert [entry["step"] for entry in read_lineage(made["tuned"])][-1] == "supervised"
+
+
+def test_rlhf_code(in_folder: Path, teacher: Path, chats: Path) -> None:
+    tasks = [
+        {
+            "prompt": f"Write a function that adds {number}.",
+            "outputs": [f"def add(x): return x + {number}", "def add(x): pass", "no"],
+            "scores": [9, 4, 1],
+            "tests": f"assert add(1) == {number + 1}",
+        }
+        for number in range(6)
+    ]
+    for name, keys in (
+        ("code-rankings", ("prompt", "outputs", "scores")),
+        ("code-prompts", ("prompt", "tests")),
+    ):
+        rows = [{key: task[key] for key in keys} for task in tasks]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (in_folder / f"{name}.jsonl").write_text(lines)
+    made = run_recipe(read_recipe(shrink("rlhf-code.toml", in_folder, teacher, chats)))
+    assert [entry["step"] for entry in read_lineage(made["tested"])][-2:] == ["reinforce"] * 2
+    assert read_lineage(made["ranked"])[-1]["judge"].endswith("judge")
+    assert describe(made["tested"]).form == "model"
 
 
 def test_every_recipe_has_a_test() -> None:

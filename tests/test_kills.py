@@ -32,6 +32,9 @@ STEPS = {
     "distill": "distill model out --teacher teacher --texts rows.jsonl --tokens 3000 "
     "--block-length 64 --evaluate-every 4 --checkpoint-every 2 --learning-rate 1e-3 "
     "--held-out-tokens 200",
+    "supervised": "tune supervised model out --texts rows.jsonl --epochs 1 --block-length 128 "
+    "--batch-size 2 --lora-rank 4 --base nf4 --neftune 5 --learning-rate 5e-3 --evaluate-every 4 "
+    "--checkpoint-every 2 --reply-tokens 8",
     "targets": "targets teacher out --texts rows.jsonl --block-length 64",
     "student": "student teacher out --layers 2 --texts rows.jsonl --calibration-tokens 300",
     "heal": "heal pruned out --teacher teacher --texts rows.jsonl --tokens 600 --block-length 64",

@@ -2,6 +2,46 @@
 
 from __future__ import annotations
 
-from mistill.step_kind import StepKind
+from mistill.step_kind import StepKind, calling
+from tune.settings import (
+    PreferenceSettings,
+    ReinforceSettings,
+    RewardSettings,
+    SupervisedSettings,
+)
 
-KINDS: tuple[StepKind, ...] = ()
+KINDS: tuple[StepKind, ...] = (
+    StepKind(
+        name="supervised",
+        settings=SupervisedSettings,
+        models=("model",),
+        texts=("texts", "held_out"),
+        optional=("held_out",),
+        together=True,
+        run=calling("tune.supervised", "model"),
+    ),
+    StepKind(
+        name="preferences",
+        settings=PreferenceSettings,
+        models=("model",),
+        texts=("pairs", "held_out"),
+        optional=("held_out",),
+        run=calling("tune.preferences", "model"),
+    ),
+    StepKind(
+        name="reward",
+        settings=RewardSettings,
+        models=("model",),
+        texts=("pairs", "held_out"),
+        optional=("held_out",),
+        run=calling("tune.reward", "model"),
+    ),
+    StepKind(
+        name="reinforce",
+        settings=ReinforceSettings,
+        models=("model", "reward"),
+        texts=("prompts", "held_out"),
+        optional=("reward", "held_out"),
+        run=calling("tune.reinforce", "model"),
+    ),
+)

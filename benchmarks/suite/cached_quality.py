@@ -26,13 +26,13 @@ from distill.settings import TrainSettings
 from distill.targets.cached_teacher import CachedTeacher, open_targets
 from distill.teacher.teacher import LiveTeacher, Teacher
 from distill.training.trainer import train_student
-from distill.training.training_text import read_blocks
 from mistill.loss.batches import Batch
 from mistill.loss.targets import SampledTargets, TeacherTargets
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.training.processes import accelerating
+from mistill.training.training_text import read_blocks
 
 logger = logging.getLogger(__name__)
 

@@ -10,19 +10,12 @@ import torch
 from torch import nn
 
 from distill.teacher.teacher import LiveTeacher
-from mistill.errors import ArchitectureError, SettingsError, missing_extra
+from mistill.errors import SettingsError
 from mistill.loss.batches import last_hidden_states
 from mistill.loss.heads import Head, PlainWeight, compute_dtype, read_head
 from mistill.loss.targets import DenseTargets
-from mistill.pytorch.loading import (
-    check_weights,
-    empty_model,
-    load_pytorch,
-    plain_config,
-    quiet_transformers,
-    read_tensors,
-    require_finite_weights,
-)
+from mistill.pytorch.loading import load_pytorch, read_tensors
+from mistill.pytorch.spread import load_spread, require_nf4_fits
 from mistill.settings import environment_number
 
 if TYPE_CHECKING:
@@ -33,8 +26,6 @@ if TYPE_CHECKING:
     from mistill.folders.folder import FolderInfo
     from mistill.loss.batches import Batch
     from mistill.text.blocks import TokenBlocks
-
-_BLOCK = 64
 
 
 class _Answer(nn.Module):
@@ -152,16 +143,7 @@ def require_teacher(info: FolderInfo, settings: TrainSettings) -> None:
             f"teacher_precision nf4 is made from float weights, and {info.path} holds {info.form} "
             "weights; give the float model that it was made from, or another teacher_precision"
         )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise missing_extra("bitsandbytes", "compress") from error
-    for name, module in empty_model(plain_config(info.path)).named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head" and module.in_features % _BLOCK:
-            raise ArchitectureError(
-                f"NF4 needs rows of a multiple of {_BLOCK} weights, but {name} has "
-                f"{module.in_features} inputs; choose another teacher_precision"
-            )
+    require_nf4_fits(info)
 
 
 def load_teacher(
@@ -193,39 +175,11 @@ def load_teacher(
         if settings.divide_teacher and accelerator.num_processes > 1:
             return divide(model, device)
         return LiveTeacher(model if model.device == device else model.to(device))
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = plain_config(info.path)
-    check_weights(info.path, config)
-    require_finite_weights(info.path)
-    options: dict[str, Any] = {} if info.form == "nf4" else {"config": config}
-    if to_nf4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            info.path,
-            dtype=dtype,
-            device_map=spread or {"": device},
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **options,
-        )
-    module: Any
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and dtype != torch.bfloat16:
-            # bitsandbytes' kernel for AVX-512 takes and gives bfloat16 whatever is asked for.
-            module.support_avx512bf16_for_cpu = False
-    model.requires_grad_(False).eval()
+    model = load_spread(info, dtype, spread or {"": device}, nf4=to_nf4)
+    model.requires_grad_(False)
     if spread is None:
         return LiveTeacher(model)
-    table = "model.embed_tokens." if config.tie_word_embeddings else "lm_head."
+    table = "model.embed_tokens." if model.config.tie_word_embeddings else "lm_head."
     weight = read_tensors(info.path, table)["weight"].to(device, dtype)
     return SpreadTeacher(model, Head(PlainWeight(weight)))
 

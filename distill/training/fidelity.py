@@ -19,7 +19,7 @@ from mistill.folders.publishing import write_atomically
 
 if TYPE_CHECKING:
     from distill.settings import TrainSettings
-    from distill.training.progress import TrainingProgress
+    from mistill.training.progress import TrainingProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class FidelityCard:
         write_atomically(folder / FIDELITY_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def trained(progress: TrainingProgress) -> Trained:
+def trained(progress: TrainingProgress[Evaluation]) -> Trained:
     """What a training run came to.
 
     Args:
@@ -80,7 +80,9 @@ def trained(progress: TrainingProgress) -> Trained:
 
 
 def twin_settings(
-    settings: TrainSettings, student: TrainingProgress, equal_tokens: TrainingProgress | None
+    settings: TrainSettings,
+    student: TrainingProgress[Evaluation],
+    equal_tokens: TrainingProgress[Evaluation] | None,
 ) -> TrainSettings:
     """How a twin is trained.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from distill.teacher.teacher import Teacher
 from distill.training.evaluation import Evaluation, TokenScores, score_positions, summarize
 from mistill.loss.batches import Batch, make_batch
 from mistill.loss.targets import DenseTargets, TeacherTargets
+from mistill.training.loop import equal_shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,26 +22,6 @@ if TYPE_CHECKING:
     from distill.settings import TrainSettings
     from mistill.folders.folder import FolderInfo
     from mistill.text.blocks import TokenBlocks
-
-PartT = TypeVar("PartT")
-
-
-def shares(
-    blocks: Sequence[PartT] | TokenBlocks, size: int, accelerator: Accelerator
-) -> Iterator[tuple[int, Any]]:
-    """What this process computes of the blocks of all, a micro-batch at a time.
-
-    Args:
-        blocks: For all processes.
-        size: Blocks in a micro-batch.
-        accelerator: Knows the processes.
-
-    Yields:
-        Number of the first block, and the blocks.
-    """
-    stride = size * accelerator.num_processes
-    for start in range(accelerator.process_index * size, len(blocks), stride):
-        yield start, blocks[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -73,17 +54,15 @@ def ask_about(
     Returns:
         Equally many parts in every process.
     """
-    mine = [part for _, part in shares(held_out, size, accelerator)]
-    rounds = -(-len(held_out) // (size * accelerator.num_processes))
-    repeated = [held_out[:size]] * (rounds - len(mine))
-    for part in (*mine, *repeated):
+    mine = equal_shares(held_out, size, accelerator)
+    for part, _ in mine:
         teacher.expect(part)
     parts = []
-    for number, part in enumerate((*mine, *repeated)):
+    for part, counts in mine:
         batch = make_batch(part, accelerator.device)
         with accelerator.autocast():
             answer = teacher.targets(part, batch)
-        parts.append(HeldOutPart(batch, answer, counts=number < len(mine)))
+        parts.append(HeldOutPart(batch, answer, counts=counts))
     return parts
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from distill.settings import HEALED_LEARNING_RATE, LEARNING_RATE, TrainSettings
 from mistill.folders.lineage import read_lineage
 
-_STARTS = ("student", "heal", "distill")
+_STARTS = ("student", "heal", "distill", "supervised")
 
 
 def with_learning_rate(settings: TrainSettings, student: Path) -> TrainSettings:

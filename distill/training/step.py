@@ -1,28 +1,27 @@
 """One optimizer step: micro-batches of text in, a gradient and a few sums out.
 
-All that touches the student's weights happens inside ``DistillationStep.forward``, where the
-wrappers of DDP, FSDP and DeepSpeed see every use of a parameter and bring together what they
-divided. All processes make the same number of calls.
+All that touches the student's weights happens inside the ``forward`` of ``StepModule``. All
+processes make the same number of calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from distill.teacher.teacher import Teacher
 from distill.training.evaluation import TokenScores, score_positions
-from distill.training.held_out import shares
 from distill.training.on_policy import Place, rewrite
 from mistill.loss.batches import Batch, last_hidden_states, make_batch
 from mistill.loss.divergences import Divergence
 from mistill.loss.heads import read_head
 from mistill.loss.losses import HeadLoss, head_loss
 from mistill.loss.targets import TeacherTargets
+from mistill.training.loop import StepSums, shares, undo_divisions
+from mistill.training.step_module import StepModule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from mistill.text.blocks import TokenBlocks
 
 
-class DistillationStep(nn.Module):
+class DistillationStep(StepModule):
     """A student that answers with its loss, with its scores on a text, or with text of its own.
 
     Args:
@@ -41,28 +40,8 @@ class DistillationStep(nn.Module):
     """
 
     def __init__(self, student: PreTrainedModel, settings: TrainSettings) -> None:
-        super().__init__()
-        self.student = student
+        super().__init__(student)
         self.settings = settings
-        # What FSDP and DeepSpeed want to know of a transformers model.
-        self.config = student.config
-        self._no_split_modules = list(student._no_split_modules or [])
-
-    def tie_weights(self) -> None:
-        """Let embedding and head be one again, where they are."""
-        self.student.tie_weights()
-
-    def forward(self, what: Literal["loss", "scores", "text"], *arguments: Any) -> Any:
-        """Answer with what ``loss``, ``scores`` or ``text`` returns.
-
-        Args:
-            what: Which.
-            *arguments: Its arguments.
-
-        Returns:
-            Its answer.
-        """
-        return getattr(self, what)(*arguments)
 
     def loss(
         self,
@@ -83,10 +62,10 @@ class DistillationStep(nn.Module):
             The micro-batch's share of the step's loss.
         """
         settings = self.settings
-        hidden = last_hidden_states(self.student, batch.ids, batch.positions)
+        hidden = last_hidden_states(self.model, batch.ids, batch.positions)
         return head_loss(
             hidden[batch.kept],
-            read_head(self.student),
+            read_head(self.model),
             targets,
             batch.next_ids,
             positions_in_step=positions_in_step,
@@ -106,8 +85,8 @@ class DistillationStep(nn.Module):
         Returns:
             An entry per chunk of positions.
         """
-        hidden = last_hidden_states(self.student, batch.ids, batch.positions)[batch.kept]
-        head, memory = read_head(self.student), self.settings.loss_memory_mib
+        hidden = last_hidden_states(self.model, batch.ids, batch.positions)[batch.kept]
+        head, memory = read_head(self.model), self.settings.loss_memory_mib
         return score_positions(hidden, head, targets, batch.next_ids, memory)
 
     def text(self, blocks: TokenBlocks, place: Place, together: bool) -> TokenBlocks:
@@ -122,7 +101,7 @@ class DistillationStep(nn.Module):
             Blocks of the same shape.
         """
         return rewrite(
-            self.student,
+            self.model,
             blocks,
             place,
             temperature=self.settings.on_policy_temperature,
@@ -141,25 +120,6 @@ def divergence_of(settings: TrainSettings) -> Divergence:
         The divergence.
     """
     return Divergence(settings.divergence, settings.mixture)
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """What one optimizer step was about.
-
-    Attributes:
-        loss: Per kept position, over all processes.
-        divergence: Its part from the teacher, before its share, times temperature squared.
-        cross_entropy: Its part from the text, before its share; 0 where it has none.
-        tokens: Tokens of text, padding not counted.
-        positions: Kept positions among them.
-    """
-
-    loss: float
-    divergence: float
-    cross_entropy: float
-    tokens: int
-    positions: int
 
 
 def accumulate_gradients(
@@ -196,9 +156,7 @@ def accumulate_gradients(
         here = torch.tensor(ours, device=accelerator.device).sum(dim=0)
         counts = accelerator.reduce(here, reduction="sum").tolist()
     tokens, kept = counts
-    # accelerate divides the loss by the accumulation steps and DDP by the processes; the loss
-    # has its share of the whole step already, so both divisions are undone.
-    share = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    share = undo_divisions(accelerator)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for _, part in mine:
         batch = make_batch(part, accelerator.device)
@@ -218,7 +176,15 @@ def accumulate_gradients(
         )
     total = accelerator.reduce(sums, reduction="sum") / max(kept, 1)
     loss, divergence, nll = total.tolist()
-    return StepSums(loss, divergence, nll, tokens, kept)
+    parts: dict[str, float] = {}
+    if settings.cross_entropy < 1:
+        name = "kl" if settings.divergence == "forward_kl" else settings.divergence
+        parts[name] = divergence
+    if settings.cross_entropy > 0 and written_in is None:
+        parts["cross_entropy"] = nll
+    if settings.on_policy > 0:
+        parts["on_policy"] = float(written_in is not None)
+    return StepSums(loss=loss, tokens=tokens, positions=kept, parts=parts)
 
 
 def _written(
@@ -236,6 +202,3 @@ def _written(
             text = module("text", part, place, divided)
         yield start, text
     module.train()
-
-
-# --- judging ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Distillation from folder to folder.
 
 Everything that can be wrong with the settings, the folders, the vocabularies and the text is found
-before a weight is read. Then the loop of ``distill.training.trainer`` runs in a hidden folder
+before a weight is read. Then the loop of ``mistill.training.loop`` runs in a hidden folder
 beside the target, where it keeps its checkpoints, so that the same call resumes what was
 interrupted. The target appears when there is a student that got better, and not before.
 """
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from distill.settings import TrainSettings
 from distill.training.starts import with_learning_rate
@@ -24,22 +23,24 @@ from distill.training.teacher_source import (
     day_of_the_text,
     open_cached,
 )
-from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TrainingError, VocabularyError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
 from mistill.folders.lineage import add_lineage, file_name, fingerprint
-from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.folders.publishing import publish, refuse_existing
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
+from mistill.training.together import keeping_the_best, working_together
+from mistill.training.training_text import read_blocks
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
     from distill.options import TrainOptions
-    from distill.training.progress import TrainingProgress
+    from distill.training.evaluation import Evaluation
+    from mistill.training.progress import TrainingProgress
 
 _log = logging.getLogger(__name__)
 
@@ -154,8 +155,8 @@ def train(
         "processes": state.num_processes,
         **vocabulary.date_key,
     }
-    with _working_together(target, key, state, overwrite) as work, source.closing():
-        with _keeping_the_best(work, student_info, state):
+    with working_together(target, key, state, overwrite) as work, source.closing():
+        with keeping_the_best(work, student_info.path, state):
             progress = _train_in(work, student_info, source, training, judged, settings, work)
             if progress.best_step == 0:
                 raise TrainingError(_complaint(progress, settings))
@@ -276,36 +277,6 @@ def _require_shared(ours: Vocabulary, student: FolderInfo, teacher: FolderInfo) 
 # --- during and after ---------------------------------------------------------------------------
 
 
-@contextmanager
-def _working_together(
-    target: Path, key: dict[str, Any], state: PartialState, overwrite: bool
-) -> Iterator[Path]:
-    """The hidden folder beside the target, which one process makes and all use."""
-    if state.is_main_process:
-        with working(target, key, anew=overwrite) as work:
-            state.wait_for_everyone()
-            yield work
-    else:
-        state.wait_for_everyone()
-        yield target.parent / f".{target.name}.working"
-
-
-@contextmanager
-def _keeping_the_best(work: Path, student: FolderInfo, state: PartialState) -> Iterator[None]:
-    """Where training fails, keep the state of a run that found a better student, and say where."""
-    try:
-        yield
-    except TrainingError as error:
-        best = [folder for folder in work.glob("best-*") if not folder.suffix]
-        if not best:
-            if state.is_main_process:
-                shutil.rmtree(work)
-            raise
-        if state.is_main_process:
-            copy_companions(student.path, best[0])
-        raise TrainingError(f"{error}; the best student until then is kept in {best[0]}") from error
-
-
 def _train_in(
     work: Path,
     student_info: FolderInfo,
@@ -314,15 +285,16 @@ def _train_in(
     judged: TokenBlocks,
     settings: TrainSettings,
     home: Path,
-) -> TrainingProgress:
+) -> TrainingProgress[Evaluation]:
     """Train to the end, in a folder of its own inside that of the whole call."""
     import torch
 
-    from distill.training.progress import TrainingProgress
+    from distill.training.evaluation import Evaluation
     from distill.training.trainer import train_student
     from mistill.pytorch.loading import load_pytorch
     from mistill.training.checkpoints import record_end, recorded_end
     from mistill.training.processes import accelerating, loading_whole
+    from mistill.training.progress import TrainingProgress
 
     with accelerating(settings, logs=work) as accelerator:
         _require_one_process(settings, accelerator.num_processes)
@@ -331,7 +303,7 @@ def _train_in(
         accelerator.wait_for_everyone()
         ended = recorded_end(work)
         if ended is not None:
-            return TrainingProgress.from_dict(ended)
+            return TrainingProgress.from_dict(ended, Evaluation)
         with loading_whole(accelerator):
             teacher = source.open(home, judged, settings, accelerator)
             student = load_pytorch(student_info.path, dtype=torch.float32)
@@ -358,8 +330,8 @@ def _train_twins(
     training: TokenBlocks,
     judged: TokenBlocks,
     settings: TrainSettings,
-    student: TrainingProgress,
-) -> tuple[TrainingProgress | None, TrainingProgress | None]:
+    student: TrainingProgress[Evaluation],
+) -> tuple[TrainingProgress[Evaluation] | None, TrainingProgress[Evaluation] | None]:
     """Train the same student from the text alone, for equal tokens and for equal time.
 
     A twin that comes to nothing takes nothing from the student: it is None, and so is the one
@@ -367,7 +339,7 @@ def _train_twins(
     """
     from distill.training.fidelity import twin_settings
 
-    def train_twin(name: str, settings: TrainSettings) -> TrainingProgress | None:
+    def train_twin(name: str, settings: TrainSettings) -> TrainingProgress[Evaluation] | None:
         try:
             return _train_in(work / name, student_info, source, training, judged, settings, work)
         except TrainingError as error:
@@ -381,7 +353,7 @@ def _train_twins(
     return equal_tokens, train_twin("twin-of-equal-time", longer)
 
 
-def _complaint(progress: TrainingProgress, settings: TrainSettings) -> str:
+def _complaint(progress: TrainingProgress[Evaluation], settings: TrainSettings) -> str:
     """Why there is no student to publish."""
     return (
         f"the student got no better: its held-out KL was {progress.before.kl:.4f} nats before "
@@ -397,8 +369,8 @@ def _named(texts: Texts | None) -> list[str]:
 
 def _finish(
     work: Path,
-    progress: TrainingProgress,
-    twins: Sequence[TrainingProgress | None],
+    progress: TrainingProgress[Evaluation],
+    twins: Sequence[TrainingProgress[Evaluation] | None],
     student: FolderInfo,
     source: LiveSource | CachedSource,
     settings: TrainSettings,
@@ -407,12 +379,12 @@ def _finish(
 ) -> None:
     """Gather in ``work/result`` what the target will hold."""
     from distill.training.fidelity import FidelityCard, trained
-    from distill.training.trainer import best_student
+    from mistill.training.loop import best_model
     from mistill.training.metrics import METRICS_FILE
 
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
-    shutil.copytree(best_student(work, progress.best_step), result)
+    shutil.copytree(best_model(work, progress.best_step), result)
     copy_companions(student.path, result)
     shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
     if (work / "tensorboard").is_dir():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export.graph.outliers import FACTOR
 from export.settings import MODEL_FILE
 from export.weights.architecture import EMBEDDING, HEAD, Architecture
-from mistill.cost_model.onnx_cost import constant
+from mistill.cost_model.onnx_cost import constant, constant_array
 from mistill.errors import ExportError
 from mistill.folders.folder import read_config
 from mistill.weights.gptq_layout import GptqFormat, read_quantization
@@ -221,14 +221,15 @@ def _read(node: ir.Node) -> _Stored | None:
     if node.op_type != "MatMulNBits" and not gathers:
         return None
     positions = (0, 2, 3) if gathers else (1, 2, 3)
-    inputs = [
-        constant(node.inputs[position]) if position < len(node.inputs) else None
+    codes, scales, zeros = (
+        constant_array(node.inputs[position]) if position < len(node.inputs) else None
         for position in positions
-    ]
-    codes, scales = (_array(inputs[0]), _array(inputs[1]))
+    )
+    assert codes is not None
+    assert scales is not None
     bits = node.attributes.get_int("bits")
     scales = scales.reshape(len(codes), -1)
-    zeros = None if inputs[2] is None else _array(inputs[2]).reshape(len(codes), -1)
+    zeros = None if zeros is None else zeros.reshape(len(codes), -1)
     if zeros is not None and not gathers:
         zeros = _lanes(zeros, bits)[:, : scales.shape[1]]
     columns = node.attributes.get_int("K", codes.shape[1] * codes.shape[2] * 8 // bits)

@@ -171,11 +171,12 @@ class _Decoder:
         # The table has one axis for blocks and one for the columns of a block, as MatMulNBits
         # needs it, because a tied head reads the same bytes of the file.
         table = writer.stored("embedding.codes", weight.codes)
-        scales = writer.stored("embedding.scales", weight.scales[..., None])
+        scales = writer.stored_small("embedding.scales", weight.scales, (*weight.scales.shape, 1))
         inputs = [table, ids, scales]
         if weight.zeros is not None:
             # Each block has an axis of its own, so that each zero point has a byte of its own.
-            inputs.append(writer.stored("embedding.zeros", weight.zeros[..., None]))
+            zeros = writer.stored_small("embedding.zeros", weight.zeros, (*weight.zeros.shape, 1))
+            inputs.append(zeros)
         gathered = writer.node(
             "GatherBlockQuantized",
             inputs,
@@ -213,7 +214,7 @@ class _Decoder:
                 "FusedMatMul", [hidden, rows], "logits", domain=MICROSOFT, transB=1
             )
         codes = self.writer.stored_again("logits.codes", table.rows)
-        scales = self.writer.stored_again("logits.scales", table.scales, table.blocks.scales.shape)
+        scales = self.writer.stored_small_again("logits.scales", table.scales, table.blocks.scales)
         return self._multiply_blocks(hidden, table.blocks, codes, scales, None, "logits")
 
     # --- a layer ----------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ class _Decoder:
         writer = self.writer
         if isinstance(weight, BlockWeight):
             codes = writer.stored(f"{name}.codes", weight.codes)
-            scales = writer.stored(f"{name}.scales", weight.scales)
+            scales = writer.stored_small(f"{name}.scales", weight.scales)
             return self._multiply_blocks(value, weight, codes, scales, bias, name)
         if value in self._divided:
             weight = weight.copy()
@@ -399,7 +400,7 @@ class _Decoder:
         inputs: list[ir.Value | None] = [value, codes, scales]
         zeros = weight.packed_zeros()
         if zeros is not None or bias is not None:
-            inputs.append(None if zeros is None else writer.stored(f"{name}.zeros", zeros))
+            inputs.append(None if zeros is None else writer.stored_small(f"{name}.zeros", zeros))
         if bias is not None:
             inputs += [None, writer.stored(f"{name}.bias", bias)]
         (product,) = writer.nodes(

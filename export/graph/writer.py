@@ -24,6 +24,9 @@ _IR_VERSION = 10
 _PAGE_BYTES = 4096
 _LINE_BYTES = 64
 
+# How many neighbouring blocks may share a scale: groups of up to 256 columns in blocks of 16.
+_REPETITIONS = (16, 8, 4, 2)
+
 
 class GraphWriter:
     """Collects nodes, and writes tensors to the data file as they come."""
@@ -42,6 +45,7 @@ class GraphWriter:
         self._initializers: list[ir.Value] = []
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
+        self._shapes: dict[tuple[int, ...], ir.Value] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -180,6 +184,80 @@ class GraphWriter:
             )
         )
 
+    def stored_small(
+        self, name: str, array: NDArray[Any], shape: Sequence[int] | None = None
+    ) -> ir.Value:
+        """Write a constant of a row for each output and a column for each block of inputs.
+
+        The file holds numbers that float16 has in float16, and what several neighbouring blocks
+        share once. Nodes that read nothing else make the whole array of it, which a runtime
+        computes when it loads the graph.
+
+        Args:
+            name: Name of the value.
+            array: Scales, float32, or zero points, uint8, of shape (N, blocks).
+            shape: Its shape in the graph, of as many elements; (N, blocks) if not given.
+
+        Returns:
+            The value, in the type of the array.
+        """
+        few, times = _without_repetition(_narrowed(array))
+        if times == 1 and few.dtype == array.dtype:
+            return self.stored(name, array.reshape(shape or array.shape))
+        raw = self.stored(f"{name}.stored", few[..., None])
+        return self._widened(name, raw, array, times, shape)
+
+    def stored_small_again(
+        self, name: str, value: ir.Value, array: NDArray[Any], shape: Sequence[int] | None = None
+    ) -> ir.Value:
+        """Declare what ``stored_small`` wrote again, over the same bytes.
+
+        Args:
+            name: Name of the new value.
+            value: The value that ``stored_small`` returned for the same array.
+            array: As it was given to it.
+            shape: Its shape in the graph, of as many elements; (N, blocks) if not given.
+
+        Returns:
+            The value.
+        """
+        few, times = _without_repetition(_narrowed(array))
+        if times == 1 and few.dtype == array.dtype:
+            return self.stored_again(name, value, shape or array.shape)
+        before: ir.Value | None = value
+        while before is not None and before.const_value is None:
+            producer = before.producer()
+            before = None if producer is None else producer.inputs[0]
+        assert before is not None, f"{value.name} was not stored"
+        return self._widened(name, self.stored_again(f"{name}.stored", before), array, times, shape)
+
+    def _widened(
+        self,
+        name: str,
+        value: ir.Value,
+        array: NDArray[Any],
+        times: int,
+        shape: Sequence[int] | None,
+    ) -> ir.Value:
+        """What ``stored_small`` promises, of its numbers in the file, (N, blocks / times, 1)."""
+        if array.dtype == np.float32:
+            value = self.node("Cast", [value], f"{name}.wide", to=int(ir.DataType.FLOAT))
+        if times > 1:
+            each = self._sizes((len(array), array.shape[1] // times, times))
+            value = self.node("Expand", [value, each], f"{name}.each")
+        sizes = tuple(shape or array.shape)
+        value = self.node("Reshape", [value, self._sizes(sizes)], name)
+        value.type, value.shape = _tensor_type(array.dtype.type), ir.Shape(sizes)
+        return value
+
+    def _sizes(self, shape: Sequence[int]) -> ir.Value:
+        """A shape as a constant, of which there is one for all that have it."""
+        key = tuple(shape)
+        if key not in self._shapes:
+            name = f"shape.{'x'.join(map(str, key))}"
+            self._shapes[key] = self.constant(name, np.array(key, np.int64))
+        return self._shapes[key]
+
     def node(
         self,
         operator: str,
@@ -266,6 +344,25 @@ class GraphWriter:
         )
         self._initializers.append(value)
         return value
+
+
+def _narrowed(array: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers in float16, where it has all of them."""
+    if array.dtype != np.float32:
+        return array
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), array) else array
+
+
+def _without_repetition(array: NDArray[Any]) -> tuple[NDArray[Any], int]:
+    """The first of every so many columns that are alike in every row, and how many those are."""
+    for times in _REPETITIONS:
+        if array.shape[1] % times == 0:
+            grouped = array.reshape(len(array), -1, times)
+            if bool((grouped == grouped[..., :1]).all()):
+                return grouped[..., 0], times
+    return array, 1
 
 
 def _tensor_type(dtype: type[np.generic]) -> ir.TensorType:

@@ -26,6 +26,9 @@ from mistill.weights.gptq_layout import QuantizedWeight
 NF4_STEPS = 124.11
 _ROWS_AT_ONCE = 4096
 
+# Normal numbers of float16; smaller ones have fewer digits.
+_LEAST_HALF, _MOST_HALF = 2.0**-14, 65504.0
+
 
 @dataclass(frozen=True, eq=False)
 class BlockWeight:
@@ -338,7 +341,9 @@ def _round(blocks: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], N
     """Codes (N, blocks, block_size) and scales (N, blocks).
 
     The range has one more code below its middle than above it. At 8 bits that does not matter;
-    at 4 bits the weight of largest magnitude is put on the extra code, whichever its sign.
+    at 4 bits the weight of largest magnitude is put on the extra code, whichever its sign. Scales
+    are float16 numbers, which take half the bytes in the file, where float16 has them all with its
+    full precision.
     """
     middle = 1 << (bits - 1)
     if bits == 8:
@@ -346,10 +351,14 @@ def _round(blocks: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], N
     else:
         low, high = blocks.min(axis=-1), blocks.max(axis=-1)
         scales = np.where(-low > high, -low, -high) / np.float32(middle)
+    sizes = np.abs(scales[scales != 0])
+    if bool((sizes >= _LEAST_HALF).all() and (sizes <= _MOST_HALF).all()):
+        scales = scales.astype(np.float16)
+    scales = scales.astype(np.float32)
     safe = np.where(scales == 0, np.float32(1), scales)
     steps = np.rint(blocks / safe[..., None])
     codes = np.clip(steps + middle, 0, 2 * middle - 1).astype(np.uint8)
-    return codes, scales.astype(np.float32)
+    return codes, scales
 
 
 def _block_for(columns: int, bounds: Sequence[int], largest_block: int) -> int | None:

@@ -107,6 +107,10 @@ def teacher(
             "Replies": ("max_new_tokens", "system", "batch_size"),
             "Teacher on a server": ("server", "api_key_file"),
             "Replies that are kept": ("keep_unfinished", "max_repeats", "drop_duplicates"),
+            "Best of several replies": ("best_of", "reward", "by", "schema", "pattern", "pairs"),
+            "Prompts and instructions that are written": (
+                *("without_prompts", "reverse", "forward", "keep_share"),
+            ),
             **SAMPLING,
             "Held-out data": ("held_out", "held_out_share"),
         }
@@ -118,6 +122,8 @@ def generate(
     target: Path,
     /,
     *,
+    reward: Path | None = None,
+    forward: str | None = None,
     settings: Annotated[GenerateSettings, Flat] = GenerateSettings(),
     overwrite: bool = False,
     json: bool = False,
@@ -127,9 +133,13 @@ def generate(
     Args:
         teacher: The model that answers: a model folder, a Hub id, a GGUF file, or @smollm2. With
             --server the name of a model there.
-        prompts: A text file with one prompt per line.
+        prompts: A text file with one prompt per line; @teacher with --without-prompts, and texts
+            with --reverse.
         target: The .jsonl file of conversations to write. The same command resumes an interrupted
             run.
+        reward: The folder of a reward model that chooses among several replies.
+        forward: With --reverse, a model that grades each instruction by how much likelier it makes
+            its text: a model folder, a Hub id, a GGUF file, or @smollm2.
         settings: How the replies are sampled.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -139,12 +149,43 @@ def generate(
     """
     from distill import generate_conversations
 
-    file = generate_conversations(teacher, prompts, target, settings=settings, overwrite=overwrite)
+    file = generate_conversations(
+        teacher,
+        prompts,
+        target,
+        reward=reward,
+        forward=forward,
+        settings=settings,
+        overwrite=overwrite,
+    )
     with file.open(encoding="utf-8") as lines:
         count = sum(1 for _ in lines)
-    return print_result(
-        {"path": str(file), "conversations": count}, f"{count} conversations", file, json
-    )
+    words = f"{count} pairs" if settings.pairs else f"{count} conversations"
+    return print_result({"path": str(file), "conversations": count}, words, file, json)
+
+
+@app.command(help_formatter=HelpPage({"Data": ("texts",)}))
+def reverse(
+    target: Path, /, *, texts: Texts, overwrite: bool = False, json: bool = False
+) -> dict[str, Any]:
+    """Swap the sides of conversations, to tune a model that writes instructions for texts.
+
+    Args:
+        target: The .jsonl file of conversations to write.
+        texts: Conversations. A .jsonl, .json, .csv or .parquet file, a Hub dataset, or @demo-train.
+        overwrite: Replace the target if it exists.
+        json: Print the result as one line of JSON at the end.
+
+    Returns:
+        The facts that were printed.
+    """
+    from distill import reverse_conversations
+
+    file = reverse_conversations(texts, target, overwrite=overwrite)
+    with file.open(encoding="utf-8") as lines:
+        count = sum(1 for _ in lines)
+    facts = {"path": str(file), "conversations": count}
+    return print_result(facts, f"{count} reversed conversations", file, json)
 
 
 @app.command(

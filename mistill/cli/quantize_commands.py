@@ -436,15 +436,17 @@ def merge(
 ) -> dict[str, Any]:
     """Merge a LoRA adapter into its base model, and quantize the result if texts are given.
 
-    The result is quantized in two orders: merged before or after quantization. The one with the
-    lower KL divergence on held-out text is kept, and both figures are printed.
+    An adapter that was trained on quantized weights can be merged into those or into the weights
+    before quantization, and the merged model quantized before or after. With held-out text both are
+    made, the one with the lower cross-entropy is kept, and both figures are printed.
 
     Args:
         base: The base model of the adapter: a float, GPTQ or NF4 folder.
         adapter: The folder of the adapter, as peft saves it.
         target: The folder of the merged model to write.
         texts: Calibration data. Without it the merged model keeps float weights.
-        held_out: Text on which the two orders are compared. By default the calibration data.
+        held_out: Text of the kind that the adapter was trained on, on which both are compared. By
+            default the calibration data.
         float_base: The float model that a quantized base was made from, if the lineage of the
             base does not name it.
         settings: How to quantize. By default as the base is, if that is a GPTQ folder.
@@ -452,7 +454,7 @@ def merge(
         json: Print the result as one line of JSON at the end.
 
     Returns:
-        The facts that were printed, with the KL of both orders.
+        The facts that were printed, with the figures of both.
     """
     from quantize import merge_lora
 
@@ -482,16 +484,23 @@ def _quantized(path: Path, json: bool) -> dict[str, Any]:
 
 
 def _merged(path: Path, json: bool) -> dict[str, Any]:
-    """Print facts about a merged folder, and the KL divergence of both orders."""
+    """Print facts about a merged folder, and the figures of both ways."""
     from mistill.folders.lineage import read_lineage
 
     step = read_lineage(path)[-1]
-    for name, figures in step.get("orders", {}).items() if is_main_process() else ():
-        chosen = " (kept)" if name == step["chosen"] else ""
+    ways, costs = step.get("orders", step.get("ways", {})), step.get("cross_entropy", {})
+    if costs and is_main_process():
         print(
-            f"{name.replace('_', ' ')}: KL {figures['kl']:.5f}, perplexity "
-            f"{figures['perplexity']:.2f} beside {figures['reference_perplexity']:.2f} of the "
-            f"float merged model{chosen}"
+            f"held-out cross-entropy: {costs['base']:.4f} before tuning, {costs['trained']:.4f} "
+            "as trained"
         )
-    facts = {name: step[name] for name in ("orders", "chosen") if name in step}
+        for name, figures in ways.items():
+            chosen = " (kept)" if name == step["chosen"] else ""
+            compared = "as trained" if "ways" in step else "the float merged model"
+            print(
+                f"{name.replace('_', ' ')}: {costs[name]:.4f}, KL {figures['kl']:.5f} to "
+                f"{compared}{chosen}"
+            )
+    names = ("orders", "ways", "chosen", "chosen_by", "cross_entropy", "share_kept")
+    facts = {name: step[name] for name in names if name in step}
     return print_folder(path, json, **facts)

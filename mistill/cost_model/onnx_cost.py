@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mistill.cost_model.products import Form, Kernel
 
@@ -22,7 +24,8 @@ _ROW_READERS = {
     "GroupQueryAttention": (7, 8),
 }
 _COSINE = 7
-_VIEWS = ("Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze", "Identity")
+_FLOAT = 1  # onnx.TensorProto.FLOAT
+VIEWS = ("Reshape", "Transpose", "Cast", "Expand", "Squeeze", "Unsqueeze", "Identity")
 
 # For each block of a row, the integer kernels store its scale and the sum of its weights.
 _PACKED_BLOCK_BYTES = 8
@@ -78,18 +81,19 @@ def step_cost(graph: ir.Graph) -> StepCost:
     whole: dict[str, tuple[int, int]] = {}
     rows = 0
     for node in graph.all_nodes():
-        if node.op_type in _VIEWS:
+        if node.op_type in VIEWS:
             continue
         for index, value in enumerate(node.inputs):
             tensor = constant(value)
             if tensor is None or tensor.dtype == ir.DataType.INT64:
                 continue  # computed values, shapes and indices
+            size = _loaded_bytes(value, tensor)
             if index in _ROW_READERS.get(node.op_type, ()):
-                rows += tensor.nbytes // max(tensor.shape.numpy()[0], 1)
+                rows += size // max(tensor.shape.numpy()[0], 1)
             else:
                 stored, packed = whole.get(str(tensor.name), (0, 0))
                 whole[str(tensor.name)] = (
-                    max(stored, tensor.nbytes),
+                    max(stored, size),
                     max(packed, _packed_bytes(node, index, tensor)),
                 )
     return StepCost(
@@ -129,6 +133,8 @@ def product_weights(graph: ir.Graph) -> dict[Kernel, int]:
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The stored tensor that an input is, also through a change of its shape or type.
 
+    Where an input repeats what is stored, the tensor holds it once; see ``constant_array``.
+
     Args:
         value: An input of a node, or None.
 
@@ -142,10 +148,38 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
         if producer.op_type == "Constant":
             attribute = producer.attributes.get("value")
             return None if attribute is None else attribute.as_tensor()
-        if producer.op_type not in _VIEWS:
+        if producer.op_type not in VIEWS:
             return None
         value = producer.inputs[0]
     return None if value is None else value.const_value
+
+
+def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
+    """The numbers that an input is, computed from what is stored.
+
+    Args:
+        value: An input of a node, or None.
+
+    Returns:
+        Its array; None if it depends on an input of the graph, or is left out.
+    """
+    if value is None:
+        return None
+    producer = value.producer()
+    if value.const_value is not None or producer is None or producer.op_type == "Constant":
+        tensor = constant(value)
+        return None if tensor is None else tensor.numpy()
+    before = [constant_array(each) for each in producer.inputs]
+    if any(each is None for each in before):
+        return None
+    array, *others = (np.asarray(each) for each in before)
+    if producer.op_type == "Cast" and producer.attributes.get_int("to", 0) == _FLOAT:
+        return array.astype(np.float32)
+    if producer.op_type == "Reshape":
+        return array.reshape(others[0].tolist())
+    if producer.op_type == "Expand":
+        return np.broadcast_to(array, np.broadcast_shapes(array.shape, tuple(others[0].tolist())))
+    return None
 
 
 @cache
@@ -169,13 +203,23 @@ def memory_speed(threads: int) -> float:
     return _PROBE_BYTES / best
 
 
+def _loaded_bytes(value: ir.Value | None, tensor: ir.TensorProtocol) -> int:
+    """Bytes of an input in memory, where the file may hold it narrower, and once for several."""
+    if value is None or value.const_value is not None or value.shape is None or value.dtype is None:
+        return tensor.nbytes
+    sizes = [size for size in value.shape if isinstance(size, int)]
+    whole = len(sizes) == len(value.shape)
+    return int(math.prod(sizes) * value.dtype.itemsize) if whole else tensor.nbytes
+
+
 def _packed_bytes(node: ir.Node, index: int, tensor: ir.TensorProtocol) -> int:
     integer = node.attributes.get_int("accuracy_level", 0) == _INTEGER_LEVEL
     if node.op_type != "MatMulNBits" or not integer or index not in (2, 3):
-        return tensor.nbytes
+        return _loaded_bytes(node.inputs[index], tensor)
     if index == 3:
         return 0  # zero points are part of the sums
-    return int(tensor.size) * _PACKED_BLOCK_BYTES
+    blocks = -(-node.attributes.get_int("K", 0) // node.attributes.get_int("block_size", 1))
+    return node.attributes.get_int("N", 0) * blocks * _PACKED_BLOCK_BYTES
 
 
 def _position_bytes(value: ir.Value) -> int:

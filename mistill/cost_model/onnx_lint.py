@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.cost_model.onnx_cost import StepCost, constant, step_cost
+from mistill.cost_model.onnx_cost import VIEWS, StepCost, constant, step_cost
 from mistill.errors import missing_extra
 
 if TYPE_CHECKING:
@@ -287,8 +287,14 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 def _is_half(value: ir.Value | None) -> bool:
     import onnx_ir
 
-    tensor = constant(value)
     halves = (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
+    producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type in VIEWS:
+        if producer.op_type == "Cast":
+            return producer.attributes.get_int("to", 0) in [int(half) for half in halves]
+        before = producer.inputs[0]
+        producer = None if before is None else before.producer()
+    tensor = constant(value)
     return tensor is not None and tensor.dtype in halves
 
 

@@ -31,11 +31,21 @@ _RECORDS = (
     LINEAGE_FILE,
     MANIFEST_FILE,
     "metrics.jsonl",
+    "tuning_report.json",
     QUANTIZE_REPORT_FILE,
     QUANTIZE_TABLE_FILE,
     CARD_FILE,
 )
-_VERSIONED = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnx-ir", "numpy")
+_VERSIONED = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "trl",
+    "onnxruntime",
+    "onnx-ir",
+    "numpy",
+)
 _SMALL_FILE = 1 << 20
 _PROBES = 64
 _PROBE_BYTES = 4096

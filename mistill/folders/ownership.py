@@ -23,11 +23,14 @@ _FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
     *("fidelity.json", "metrics.jsonl", "mixed.json", "merge_report.json", "quantize_report.*"),
+    "tuning_report.json",
     *("report.md", "report.html", "figure.png", "figure.svg"),
     *("shard-*", ".shard-*"),
 )
 # Folders inside a folder of ours whose content is ours, whatever it is.
 _FOLDERS = ("onnx", "tensorboard")
+# The folder of an adapter beside the model that it was merged into, and what is in it.
+_ADAPTER, _ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
 
 
 CARD_FILE = "README.md"
@@ -84,6 +87,8 @@ def why_not_ours(folder: Path) -> str | None:
 
 
 def _is_ours(item: Path) -> bool:
+    if item.is_dir() and item.name == _ADAPTER:
+        return all(file.name in _ADAPTER_FILES for file in item.iterdir())
     if item.is_dir():
         # A sweep is a folder of folders.
         return item.name in _FOLDERS or why_not_ours(item) is None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mistill.errors import ArchitectureError
+from mistill.pytorch.four_bit import require_as_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -281,6 +282,7 @@ def _adapter(module: Any) -> tuple[Tensor, Tensor, float] | None:
 def _four_bit(module: Any) -> FourBitWeight:
     state = getattr(module.weight, "quant_state", None)
     width = module.in_features
+    require_as_stored(module)
     if state is None:
         raise ArchitectureError("the head is to be in four bits and is not quantized yet; load it")
     if width % state.blocksize:

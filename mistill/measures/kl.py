@@ -176,6 +176,61 @@ def compare(
     }
 
 
+def both_ways(
+    tuned: Predictions, base: Predictions, blocks: TokenBlocks
+) -> dict[str, float | int | None]:
+    """How far a tuned model is from the one that it was tuned from, as reports hold it.
+
+    Args:
+        tuned: What the tuned model predicts.
+        base: What the other one predicts.
+        blocks: The text that both are about.
+
+    Returns:
+        ``tuned_from_base``, KL(tuned || base), how much the base is surprised by what the tuned
+        model says; ``base_from_tuned``, KL(base || tuned), what the tuned model has left behind;
+        both means per token in nats, with their standard errors, and the number of ``tokens``.
+    """
+    both = {"tuned": tuned, "base": base}
+    fidelity = compare(both, both, blocks)
+    away, back = fidelity["base"]["tuned"], fidelity["tuned"]["base"]
+    return {
+        "tuned_from_base": away.kl,
+        "tuned_from_base_standard_error": away.kl_standard_error,
+        "base_from_tuned": back.kl,
+        "base_from_tuned_standard_error": back.kl_standard_error,
+        "tokens": away.tokens,
+    }
+
+
+@torch.inference_mode()
+def next_token_losses(predictions: Predictions, blocks: TokenBlocks) -> list[NDArray[np.float64]]:
+    """What a text costs a model, token by token: -log p(next token), in nats.
+
+    Args:
+        predictions: What the model predicts on the text.
+        blocks: The text.
+
+    Returns:
+        An array for every block with tokens to predict, in their order.
+
+    Raises:
+        TextError: If the text holds no token to predict.
+    """
+    kept = blocks.kept
+    lengths = kept.sum(axis=1)
+    total = int(lengths.sum())
+    if not total:
+        raise TextError("the text to measure on holds no token to predict; give more of it")
+    next_ids = torch.from_numpy(blocks.ids[:, 1:][kept[:, :-1]])
+    losses = np.empty(total)
+    step = max(1, _LOGITS_AT_ONCE // len(predictions.head))
+    for start in range(0, total, step):
+        rows = slice(start, start + step)
+        losses[rows] = _Logits.of(predictions.logits(rows)).losses(next_ids[rows])
+    return np.split(losses, np.cumsum(lengths[lengths > 0])[:-1])
+
+
 def kl_sum(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """Sum of KL(reference || model) over some positions, with a gradient.
 

@@ -32,6 +32,7 @@ from mistill.folders.folder import (
     tensor_headers,
 )
 from mistill.folders.safetensors_file import FLOAT_TYPES, StoredTensor
+from mistill.pytorch.four_bit import keep_as_stored
 from mistill.pytorch.reading import read_tensors as read_tensors
 from mistill.pytorch.reading import require_finite
 from mistill.pytorch.reading import require_finite_weights as require_finite_weights
@@ -357,9 +358,7 @@ def _load_nf4(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Pre
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
-            if dtype != torch.bfloat16:
-                # bitsandbytes' kernel for AVX-512 computes in bfloat16 whatever the dtype.
-                module.support_avx512bf16_for_cpu = False
+    keep_as_stored(model)
     for parameter in model.parameters():
         # Codes may be stored as floats, of which only the bits count.
         if parameter.is_floating_point() and not isinstance(parameter, Params4bit):

@@ -66,7 +66,7 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     Raises:
         FolderError: If one holds a value that is not a finite number.
     """
-    with _reading(folder) as (names, read):
+    with reading(folder) as (names, read):
         return {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
 
 
@@ -82,14 +82,24 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         FolderError: If one holds a value that is not a finite number.
     """
-    with _reading(folder) as (names, read):
+    with reading(folder) as (names, read):
         for name in names:
             yield name, read(name)
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """The names of all tensors of a folder, and a function that reads one."""
+def reading(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
+    """The tensors of a folder, to be read in any order.
+
+    Args:
+        folder: A float, GPTQ or NF4 folder.
+
+    Yields:
+        Names of all tensors, and a function that reads one.
+
+    Raises:
+        FolderError: If one that is read holds a value that is not a finite number.
+    """
     from safetensors import safe_open
 
     homes = {name: file for file in weight_files(folder) for name in read_header(file).tensors}

@@ -46,6 +46,7 @@ def read_documents(
     limit: int | None = None,
     skip_bad_rows: bool = False,
     block_length: int | None = None,
+    counts: RowCounts | None = None,
 ) -> Iterator[Document]:
     """Turn texts into token ids and masks, in their order.
 
@@ -64,6 +65,7 @@ def read_documents(
         skip_bad_rows: Whether a row that cannot be read is passed over and counted, instead of
             refused.
         block_length: Where the caller cuts longer documents, to count them; None counts none.
+        counts: Filled with what the summary says, for a caller that keeps it.
 
     Returns:
         An iterator over documents.
@@ -75,7 +77,7 @@ def read_documents(
     require(limit is None or limit > 0, f"limit must be above 0 tokens, not {limit}")
     sources = sources_of(texts)
     opened = [first_row(source) for source in sources]
-    counts = RowCounts(sources)
+    counts = RowCounts(sources) if counts is None else counts
     documents = _documents(itertools.chain.from_iterable(opened), vocabulary, counts, skip_bad_rows)
     first = next(documents, None)
     if first is None:

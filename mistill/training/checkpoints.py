@@ -26,6 +26,51 @@ _log = logging.getLogger(__name__)
 _READ_AT_ONCE = 1 << 20
 _END_FILE = "end.json"
 _PROGRESS_FILE = "progress.json"
+_TRAINED_FILE = "trained-{}.safetensors"
+
+
+def leave_out_frozen(accelerator: Accelerator) -> None:
+    """Let checkpoints hold of a model what is trained, where most of it is frozen.
+
+    A model with adapters has its frozen weights on disk already, and a checkpoint of them would
+    take seconds and gigabytes. Where FSDP or DeepSpeed divide a model they write it whole, in
+    their own form.
+
+    Args:
+        accelerator: Its checkpoints; models are prepared by it afterwards or before.
+    """
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        return
+    accelerator.register_save_state_pre_hook(_save_trained)
+    accelerator.register_load_state_pre_hook(_load_trained)
+
+
+def _save_trained(models: list[Any], weights: list[Any], folder: str) -> None:
+    """Save the parameters that are trained in place of whole state dicts."""
+    from accelerate import PartialState
+    from safetensors.torch import save_file
+
+    weights.clear()  # accelerate writes what is left in the list
+    if PartialState().is_main_process:
+        for number, model in enumerate(models):
+            tensors = {
+                name: parameter.detach().cpu().contiguous()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+            save_file(tensors, Path(folder) / _TRAINED_FILE.format(number), {"format": "pt"})
+
+
+def _load_trained(models: list[Any], folder: str) -> None:
+    from safetensors.torch import load_file
+
+    for number, model in enumerate(models):
+        tensors = load_file(Path(folder) / _TRAINED_FILE.format(number))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(tensors[name])
+    models.clear()
 
 
 def save_checkpoint(

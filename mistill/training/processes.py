@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from mistill.errors import SettingsError
-from mistill.settings import environment_number
+from mistill.settings import environment_number, require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 Precision = Literal["auto", "float32", "bfloat16"]
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 
 class StepSettings(Protocol):
@@ -51,6 +52,24 @@ class StepSettings(Protocol):
     @property
     def trackers(self) -> tuple[str, ...]:
         """Where metrics are sent to beside the file."""
+
+
+def require_known_trackers(trackers: object) -> None:
+    """Refuse trackers that are not some of those there are, each once.
+
+    Args:
+        trackers: The setting.
+
+    Raises:
+        SettingsError: If they are not.
+    """
+    known = get_args(TrackerName)
+    require(
+        isinstance(trackers, list | tuple)
+        and set(trackers) <= set(known)
+        and len(set(trackers)) == len(trackers),
+        f"trackers should be some of {', '.join(known)}, each once, not {trackers!r}",
+    )
 
 
 def this_process(patience: timedelta | None = None) -> PartialState:

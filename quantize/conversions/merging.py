@@ -1,10 +1,11 @@
-"""Merge a LoRA adapter into its base, before or after quantization, whichever has the lower KL.
+"""Merge a LoRA adapter into its base, before or after quantization, whichever text costs less.
 
 Two orders lead from a base and an adapter to a small merged model: merge into the float base and
 quantize the sum, or quantize the base first, turn its codes back into floats, merge there, and
 quantize again, as it is where an adapter was trained on a quantized base (QLoRA, Dettmers et al.,
 2023, https://arxiv.org/abs/2305.14314). The second rounds twice, but starts from the weights that
-the adapter was trained to correct. Which is closer to the float merged model is measured, in KL.
+the adapter was trained to correct. Which is better is measured, by the cross-entropy of held-out
+text (``quantize.conversions.merge_measuring``); so is the same choice between two float models.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from mistill.errors import FolderError, missing_extra
 from mistill.folders.folder import (
-    context_length,
+    FolderInfo,
     copy_companions,
     open_folder,
     read_config,
@@ -32,7 +33,6 @@ from mistill.folders.folder import (
 from mistill.folders.lineage import add_lineage, find_source, fingerprint, read_lineage
 from mistill.folders.publishing import creating, refuse_existing, scratch_beside, write_atomically
 from mistill.folders.safetensors_file import read_header
-from mistill.measures.kl import Fidelity, compare, predict
 from mistill.pytorch.loading import (
     check_weights,
     empty_model,
@@ -42,14 +42,17 @@ from mistill.pytorch.loading import (
     stored_tensors,
 )
 from mistill.settings import require, settings_dict
-from mistill.text.blocks import TokenBlocks, pack
-from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, check_texts
 from mistill.text.tokenizer_settings import TEMPLATE_FILE, read_template
-from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, read_quantization
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.conversions.dequantization import dequantize
+from quantize.conversions.merge_measuring import (
+    better_way,
+    measure,
+    require_kept,
+    share_kept,
+)
 from quantize.folders.auto_gptq_names import gptq_settings
 from quantize.folders.gptq_folder import to_gptq
 from quantize.settings import GptqSettings
@@ -58,9 +61,6 @@ MERGE_FILE = "merge_report.json"
 ORDERS = ("merge_then_quantize", "quantize_then_merge")
 
 _log = logging.getLogger(__name__)
-
-# Tokens that the two orders are compared on.
-_BLOCKS, _LENGTH = 64, 256
 
 
 def merge_lora(
@@ -77,19 +77,21 @@ def merge_lora(
     """Merge a peft LoRA adapter into its base.
 
     A float base becomes the float merged model; a GPTQ or NF4 base is turned back into floats
-    first. With texts the merged model is quantized by GPTQ, in both orders: the target is the one
-    closer to the float merged model on held-out text, and ``merge_report.json`` in it holds the
-    KL of both.
+    first. With held-out text the adapter of such a base is also merged into the float original, and
+    the target is whichever the text costs less. With texts the merged model is quantized by GPTQ,
+    in both orders, and the same decides; a result that has lost more than half of what the adapter
+    has learnt is refused. ``merge_report.json`` in the target holds the figures of both.
 
     Args:
         base: A float, GPTQ or NF4 folder: what the adapter was trained on, or its float original.
         adapter: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         target: The folder to make.
         texts: Text to calibrate GPTQ on; without it the target stays float.
-        held_out: Text to measure the KL on; the calibration text if not given.
+        held_out: Text of the kind that the adapter was trained on, to compare both ways on; the
+            calibration text if not given.
         settings: How to quantize; those of a GPTQ base, or the defaults, if not given.
         float_base: The float original of a quantized base; the one that its lineage names if not
-            given. Only used with texts.
+            given. Only used with texts or held-out text.
         overwrite: Whether an existing target is replaced.
 
     Returns:
@@ -97,6 +99,7 @@ def merge_lora(
 
     Raises:
         SettingsError: If there are settings but no text to calibrate on.
+        TrainingError: If quantizing loses more than half of what the adapter has learnt.
         FolderError: If a folder is broken, the adapter is not a LoRA or does not fit the base, or
             the float original of a quantized base is not there.
         MissingExtraError: If peft is not installed.
@@ -109,15 +112,15 @@ def merge_lora(
     check_weights(info.path, plain_config(info.path))
     _check_adapter(Path(adapter), info.path)
     require(
-        texts is not None or (settings is None and held_out is None),
-        "settings and held_out are for quantizing the merged model, which needs calibration text: "
-        "give texts",
+        texts is not None or settings is None,
+        "settings are for quantizing the merged model, which needs calibration text: give texts",
     )
+    if held_out is not None:
+        check_texts(held_out, skip_bad_rows=settings is not None and settings.skip_bad_rows)
     with scratch_beside(target) as folders:
         if texts is None:
-            plain = info.path if info.form == "model" else dequantize(info.path, folders / "plain")
-            merged = _merge(plain, Path(adapter), folders / "merged")
-            _publish(merged, target, overwrite, info.path, Path(adapter), {})
+            merged, facts = _merge_to_floats(info, Path(adapter), folders, held_out, float_base)
+            _publish(merged, target, overwrite, info.path, Path(adapter), facts)
             return target
         settings = settings or _settings_of(info.path)
         check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
@@ -131,18 +134,58 @@ def merge_lora(
             name: to_gptq(source, folders / name, texts=texts, settings=settings)
             for name, source in zip(ORDERS, (reference, after), strict=True)
         }
-        fidelity = _measure(reference, quantized_folders, held_out or texts, settings.skip_bad_rows)
-        best = min(ORDERS, key=lambda name: fidelity[name].kl)
+        trained = reference if info.form == "model" else after
+        compared = {"base": info.path, "trained": trained, "quantized": quantized}
+        measured = measure(
+            reference,
+            {**quantized_folders, **compared},
+            held_out or texts,
+            settings.skip_bad_rows,
+        )
+        base_said, trained_said, quantized_said = map(measured.pop, compared)
+        best, facts = better_way(measured, base_said, trained_said)
+        if facts["chosen_by"] == "cross_entropy":
+            share = share_kept(base_said, trained_said, quantized_said, measured[best])
+            require_kept(share)
+            facts["share_kept"] = share
         facts = {
-            "orders": {name: asdict(figures) for name, figures in fidelity.items()},
-            "chosen": best,
+            "orders": {name: asdict(one.fidelity) for name, one in measured.items()},
+            **facts,
             "quantization": settings_dict(settings),
             "float_base": str(original),
         }
-        for name, figures in fidelity.items():
-            _log.info("%s: KL %.5f to the float merged model", name, figures.kl)
+        for name, one in measured.items():
+            _log.info(
+                "%s: cross-entropy %.4f, KL %.5f to the float merged model",
+                name,
+                one.cross_entropy,
+                one.fidelity.kl,
+            )
         _publish(quantized_folders[best], target, overwrite, info.path, Path(adapter), facts)
     return target
+
+
+def _merge_to_floats(
+    info: FolderInfo,
+    adapter: Path,
+    folders: Path,
+    held_out: Texts | None,
+    float_base: str | Path | None,
+) -> tuple[Path, dict[str, Any]]:
+    """The float merged model, and how it compares with the other one that there may be."""
+    if info.form == "model":
+        return _merge(info.path, adapter, folders / "merged"), {}
+    original = None if held_out is None else _original(info.path, float_base)
+    plain = dequantize(info.path, folders / "plain")
+    faithful = _merge(plain, adapter, folders / "dequantized")
+    if held_out is None or original is None:
+        return faithful, {}
+    ways = {"dequantized": faithful, "float": _merge(original, adapter, folders / "float")}
+    measured = measure(faithful, {**ways, "base": info.path}, held_out, skip_bad_rows=False)
+    base_said = measured.pop("base")
+    chosen, facts = better_way(measured, base_said, measured["dequantized"])
+    figures = {name: asdict(one.fidelity) for name, one in measured.items()}
+    return ways[chosen], {"ways": figures, **facts, "float_base": str(original)}
 
 
 def _check_adapter(adapter: Path, base: Path) -> None:
@@ -312,28 +355,6 @@ def _copy_companions(base: Path, adapter: Path, target: Path) -> None:
         if template is not None:
             (target / TEMPLATE_FILE).write_text(template, "utf-8")
             return
-
-
-def _measure(
-    reference: Path, models: Mapping[str, Path], texts: Texts, skip_bad_rows: bool
-) -> dict[str, Fidelity]:
-    blocks = _blocks(reference, texts, skip_bad_rows)
-    references = {"merged": predict(load_pytorch(reference), blocks)}
-    predictions = {name: predict(load_pytorch(folder), blocks) for name, folder in models.items()}
-    fidelity = compare(references, predictions, blocks)
-    return {name: by_reference["merged"] for name, by_reference in fidelity.items()}
-
-
-def _blocks(folder: Path, texts: Texts, skip_bad_rows: bool) -> TokenBlocks:
-    length = min(_LENGTH, context_length(folder, read_config(folder)))
-    documents = read_documents(
-        texts,
-        load_vocabulary(folder),
-        limit=_BLOCKS * length,
-        skip_bad_rows=skip_bad_rows,
-        block_length=length,
-    )
-    return pack(documents, length)[:_BLOCKS]
 
 
 def _publish(

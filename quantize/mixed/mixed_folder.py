@@ -52,6 +52,10 @@ _PRODUCTS = {
     "up_proj": "gate_up",
 }
 
+# What GPTQ and GPTAQ leave of the KL that rounding to 4 bits costs: 0.0852 and 0.0766 of 0.256 nats
+# (docs/benchmarks.md, "Beside onnxruntime's own quantizers").
+_LEFT_BY = {"gptq": 0.33, "gptaq": 0.3}
+
 # What the header of a file says of a tensor, besides its name, takes fewer bytes than this.
 _HEADER_BYTES = 90
 
@@ -69,8 +73,8 @@ def to_mixed(
 ) -> Path:
     """Quantize by GPTQ with bits and groups chosen for every matrix, within a size.
 
-    ``mixed.json`` in the new folder holds what was chosen, and the KL that it was expected to cost
-    with plain rounding; GPTQ brings less.
+    ``mixed.json`` in the new folder holds what was chosen, and the KL that it was expected to
+    cost.
 
     Args:
         source: A float model folder.
@@ -105,7 +109,7 @@ def to_mixed(
             "budget_bytes": budget,
             "expected_bytes": sum(choice.size for choice in chosen.values()) + _rest_bytes(model),
             "weight_bytes": sum(file.stat().st_size for file in weight_files(folder)),
-            "expected_kl_of_rounding": sum(choice.cost for choice in chosen.values()),
+            "expected_kl": sum(choice.cost for choice in chosen.values()),
             "modules": {
                 name: None
                 if choice.form is None
@@ -159,7 +163,7 @@ def choose(
     generator = torch.Generator().manual_seed(settings.seed)
     forms = {name: [f for f in by_form if f is not None] for name, by_form in sizes.items()}
     costs = estimate_costs(model, blocks, forms, settings.gptq(), generator)
-    choices = _choices(sizes, costs)
+    choices = _choices(sizes, costs, _LEFT_BY[settings.method])
     if settings.fused:
         return fill_budget_alike(choices, _fused_with, budget - rest), budget
     return fill_budget(choices, budget - rest), budget
@@ -325,12 +329,19 @@ def _fused_with(name: str) -> str:
 
 
 def _choices(
-    sizes: Mapping[str, Mapping[ModuleFormat | None, int]], costs: Costs
+    sizes: Mapping[str, Mapping[ModuleFormat | None, int]], costs: Costs, left: float
 ) -> dict[str, list[Choice]]:
+    """What each format takes and costs; ``left`` is the share of rounding's KL that stays.
+
+    Tables are rounded, so that all of it stays of theirs.
+    """
+
+    def cost(name: str, form: ModuleFormat | None) -> float:
+        if form is None:
+            return 0.0
+        return costs[name][form] * (1 if name in (EMBEDDING, HEAD) else left)
+
     return {
-        name: [
-            Choice(form, size, 0.0 if form is None else costs[name][form])
-            for form, size in by_form.items()
-        ]
+        name: [Choice(form, size, cost(name, form)) for form, size in by_form.items()]
         for name, by_form in sizes.items()
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,15 +29,15 @@ from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
 from mistill.progress import track
 from mistill.pytorch.loading import load_pytorch, require_finite_weights, stored_tensors
 from mistill.settings import require, result_settings, settings_from
-from mistill.text.blocks import TokenBlocks, pack
-from mistill.text.documents import read_documents
+from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
-from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from mistill.text.vocabulary import load_vocabulary
 from mistill.training.schedule import blocks_of_step, learning_rate_at
 from mistill.weights.gptq_layout import HEAD, read_quantization
 from mistill.weights.scaled_linear import ScaledLinear
 from mistill.weights.tensor_files import TensorFiles, read_quantized
 from mistill.weights.tensor_writer import TensorWriter
+from quantize.calibration_text import draw_up_to
 from quantize.measuring.fidelity import open_teacher
 from quantize.settings import TuningSettings
 
@@ -71,8 +72,9 @@ def tune(
         source: A GPTQ folder; its codes and zero points are copied byte by byte.
         target: The folder to make, in the same layout.
         teacher: The model to imitate: the float one that was quantized, or that one's teacher.
-        texts: Text to train on.
-        held_out: Text to measure KL on; the end of ``texts`` if not given.
+        texts: Text to train on; of several texts, as much of each as far as they go. Best is text
+            that neither the model nor its calibration has seen.
+        held_out: Text to measure KL on; some of ``texts`` if not given.
         settings: How to tune; or give its fields as options.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``TuningSettings``.
@@ -104,8 +106,9 @@ def tune(
     )
     for folder in (info.path, teacher_info.path):
         require_finite_weights(folder)
-    vocabulary = load_vocabulary(info.path, today=begun_on(target))
-    training, judging = _read_blocks(vocabulary, texts, held_out, settings)
+    today = begun_on(target)
+    vocabulary = load_vocabulary(info.path, today=today)
+    training, judging = _read_blocks(info.path, texts, held_out, settings, today)
     key = {
         "step": "tune",
         "source": fingerprint(info.path),
@@ -145,28 +148,35 @@ def tune(
 
 
 def _read_blocks(
-    vocabulary: Vocabulary, texts: Texts, held_out: Texts | None, settings: TuningSettings
+    folder: Path, texts: Texts, held_out: Texts | None, settings: TuningSettings, today: date
 ) -> tuple[TokenBlocks, TokenBlocks]:
-    """Blocks to train on and blocks to measure on, all with something to predict."""
+    """Blocks to train on and blocks to measure on, all with something to predict.
+
+    They are drawn of every text alike, and from more than is needed, as those of a calibration are,
+    so that few blocks serve both.
+    """
 
     def read_blocks(some_texts: Texts, count: int) -> TokenBlocks:
-        documents = read_documents(
+        blocks = draw_up_to(
+            count,
+            settings.block_length,
             some_texts,
-            vocabulary,
-            limit=count * settings.block_length,
+            folder,
+            settings.seed,
             skip_bad_rows=settings.skip_bad_rows,
-            block_length=settings.block_length,
+            today=today,
         )
-        blocks = pack(documents, settings.block_length)
         return blocks[np.flatnonzero(blocks.kept.any(axis=1))]
 
     most, apart = settings.steps * settings.batch_size, settings.held_out_blocks
     if held_out is not None:
-        training, judging = read_blocks(texts, most), read_blocks(held_out, apart)[:apart]
+        training, judging = read_blocks(texts, most), read_blocks(held_out, apart)
     else:
         blocks = read_blocks(texts, most + apart)
-        boundary = len(blocks) - min(apart, len(blocks) // 2)
-        training, judging = blocks[:boundary], blocks[boundary:]
+        apart = min(apart, len(blocks) // 2)
+        measured = np.linspace(0, len(blocks) - 1, apart).round().astype(np.int64)
+        judging = blocks[measured]
+        training = blocks[np.setdiff1d(np.arange(len(blocks)), measured)]
     for name, blocks in (("texts", training), ("held_out", judging)):
         if not len(blocks):
             raise TextError(f"{name} fill no block of {settings.block_length} tokens; give more")

@@ -19,7 +19,7 @@ import pytest
 
 from distill import GenerateSettings, generate_conversations
 from distill import conversations as module
-from distill.conversations import Reply, prompt_share, write_replies
+from distill.conversations import Reply, write_replies
 from distill.reply_filter import most_repeats
 from mistill.engine.language_model import greedy
 from mistill.errors import (
@@ -30,6 +30,7 @@ from mistill.errors import (
     TextError,
     VocabularyError,
 )
+from mistill.text.conversation import prompt_share
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 from tests.mistill.text import templates

@@ -17,7 +17,6 @@ from distill.settings import TrainSettings
 from distill.targets import cached_teacher
 from distill.targets.cached_teacher import CachedTeacher, open_targets
 from distill.teacher.teacher import LiveTeacher
-from distill.training.training_text import read_blocks
 from mistill.errors import FolderError, SettingsError, TextError
 from mistill.folders.location import Location
 from mistill.loss.batches import make_batch
@@ -27,6 +26,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
+from mistill.training.training_text import read_blocks
 from tests.distill.judged import judged
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ import distill
 from distill.settings import TrainSettings
 from distill.training.evaluation import Evaluation
 from distill.training.fidelity import twin_settings
-from distill.training.progress import TrainingProgress
 from mistill.cli.inspection import inspect_folder
 from mistill.errors import SettingsError
 from mistill.training.checkpoints import record_end, recorded_end
+from mistill.training.progress import TrainingProgress
 
 OPTIONS: dict[str, Any] = {
     "tokens": 700,
@@ -86,7 +86,7 @@ def evaluation(kl: float) -> Evaluation:
     )
 
 
-def progress(seconds: float) -> TrainingProgress:
+def progress(seconds: float) -> TrainingProgress[Evaluation]:
     return TrainingProgress(
         step=4,
         tokens=100,
@@ -140,7 +140,7 @@ def test_a_run_that_has_ended_is_not_run_again(tmp_path: Path) -> None:
     record_end(tmp_path, progress(5.0).to_dict())
     ended = recorded_end(tmp_path)
     assert ended is not None
-    assert TrainingProgress.from_dict(ended) == progress(5.0)
+    assert TrainingProgress.from_dict(ended, Evaluation) == progress(5.0)
 
 
 def test_a_student_of_text_alone_has_no_twin() -> None:

@@ -18,7 +18,6 @@ from distill.teacher.live_teacher import SpreadTeacher, load_teacher
 from distill.teacher.teacher import LiveTeacher, Teacher
 from distill.training import trainer
 from distill.training.evaluation import score_positions
-from distill.training.training_text import read_blocks
 from mistill.errors import SettingsError, TextError
 from mistill.folders.folder import describe
 from mistill.folders.lineage import fingerprint, read_lineage
@@ -28,6 +27,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.optimizers import make_optimizer
 from mistill.training.processes import accelerating
+from mistill.training.training_text import read_blocks
 from tests.distill.training.test_step import CPU, make_blocks, step_gradients
 from tests.distill.training.test_trained_folder import QUICK, Killed, assert_same_run, kill_when
 from tests.reference import distillation as reference
@@ -235,7 +235,7 @@ def test_a_student_learns_from_cached_targets_and_resumes_to_the_same_bits(
     whole = distill.train(model, tmp_path / "whole", targets=targets, texts=chats, **QUICK)
     facts = read_lineage(whole)[-1]
     assert facts["teacher_fingerprint"] == fingerprint(teacher)
-    assert facts["targets"] == str(targets)
+    assert facts["targets"] == Path(targets).name
     assert facts["after"]["kl"] < 0.9 * facts["before"]["kl"]
     assert facts["after"]["agreement"] is None
     assert facts["after"]["perplexity"] > 1

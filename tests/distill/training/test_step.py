@@ -94,7 +94,8 @@ def step_gradients(
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return gradients, [sums.loss, sums.divergence, sums.cross_entropy]
+    name = "kl" if settings.divergence == "forward_kl" else settings.divergence
+    return gradients, [sums.loss, sums.parts.get(name, 0.0), sums.parts.get("cross_entropy", 0.0)]
 
 
 @pytest.mark.parametrize("tied", [False, True])

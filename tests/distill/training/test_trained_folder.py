@@ -24,8 +24,6 @@ from distill.teacher.teacher import LiveTeacher
 from distill.training import step, trainer
 from distill.training import trained_folder as training
 from distill.training.evaluation import Evaluation
-from distill.training.step import StepSums
-from distill.training.training_text import read_blocks, split_documents
 from mistill.errors import (
     FolderError,
     MissingExtraError,
@@ -41,7 +39,9 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.text.blocks import Document
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
-from mistill.training import checkpoints
+from mistill.training import checkpoints, loop
+from mistill.training.loop import StepSums
+from mistill.training.training_text import read_blocks, split_documents
 from tests.distill.judged import judged
 from tests.tiny import tiny_model
 
@@ -235,7 +235,7 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
     [
         (trainer, "accumulate_gradients", 1, True),
         (trainer, "accumulate_gradients", 6, True),
-        (trainer, "save_checkpoint", 2, False),
+        (loop, "save_checkpoint", 2, False),
         (checkpoints, "remove_others", 2, False),
         (trainer, "judge", 2, True),
         (trainer, "judge", 3, False),
@@ -359,13 +359,13 @@ import json, os, signal, sys, threading
 import torch
 torch.set_num_threads(1)
 import distill
-from distill.training import trainer
+from mistill.training import loop
 student, target, teacher, texts, options, seconds = sys.argv[1:]
-original = trainer.load_checkpoint
+original = loop.load_checkpoint
 def loading(*args):
     threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
     return original(*args)
-trainer.load_checkpoint = loading
+loop.load_checkpoint = loading
 distill.train(student, target, teacher=teacher, texts=texts, **json.loads(options))
 os._exit(0)
 """
@@ -526,7 +526,7 @@ def test_the_best_student_of_all_evaluations_is_the_one_that_is_kept(
     seen = []
 
     def scripted(module: Any, *_: Any) -> Evaluation:
-        weights = module.student.state_dict()
+        weights = module.model.state_dict()
         seen.append({name: value.clone() for name, value in weights.items()})
         return Evaluation(
             kl=next(verdicts),

@@ -22,6 +22,7 @@ from export.onnx_folder import to_onnx
 from export.settings import DATA_FILE, MODEL_FILE
 from export.weights.architecture import read_architecture
 from mistill.cli.inspection import inspect_folder
+from mistill.cost_model.onnx_cost import constant_array
 from mistill.errors import ExportError
 from mistill.folders.folder import read_json
 from tests.export.sources import gptq_folder, nf4_folder
@@ -258,11 +259,13 @@ def test_rows_that_no_matrix_has_are_refused(model: Path, tmp_path: Path) -> Non
     exported = to_onnx(source, tmp_path / "onnx", parity_positions=0)
     graph = ir.load(exported / MODEL_FILE)
     (node,) = [one for one in graph.graph if one.name == "layers.0.o"]
-    for value in node.inputs[1:3]:
-        assert value is not None
-        assert value.const_value is not None
-        stored = value.const_value.numpy()
-        value.const_value = ir.tensor(np.concatenate([stored, stored[:1]]), name=value.name)
+    for position, value in enumerate(node.inputs[1:3], start=1):
+        array = constant_array(value)
+        assert array is not None
+        longer = ir.tensor(np.concatenate([array, array[:1]]), name=f"longer.{position}")
+        initializer = ir.Value(name=longer.name, const_value=longer)
+        node.replace_input_with(position, initializer)
+        graph.graph.register_initializer(initializer)
     ir.save(graph, exported / MODEL_FILE)
     architecture = read_architecture(read_json(exported / "config.json"))
     with pytest.raises(ExportError, match=r"rows of model\.layers\.0\.self_attn\.o_proj"):

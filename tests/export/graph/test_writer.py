@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import pytest
 from numpy.typing import NDArray
 
 from export.graph.writer import GraphWriter
+from mistill.cost_model.onnx_cost import constant_array
 
 
 def test_a_graph_computes_what_was_described(tmp_path: Path) -> None:
@@ -76,3 +78,49 @@ def test_two_tensors_over_the_same_bytes_are_stored_once(tmp_path: Path) -> None
     one, other = session.run(["one", "other"], {})
     np.testing.assert_array_equal(one, table)
     np.testing.assert_array_equal(other, table.reshape(-1))
+
+
+HALVES = np.array([[0.5, 0.25, -1.5, 2.0], [3.0, 0.125, 0.0, -4.0]], np.float32)
+SMALL = {
+    "in float16": (HALVES, 2 * 8),
+    "in float16, once for two": (HALVES.repeat(2, axis=1), 2 * 8),
+    "in float16, once for sixteen": (HALVES.repeat(16, axis=1), 2 * 8),
+    "once for four": (np.float32(0.1) * HALVES.repeat(4, axis=1), 4 * 8),
+    "as they are": (np.float32(0.1) * HALVES, 4 * 8),
+    "too large for float16": (np.float32(1e5) * HALVES, 4 * 8),
+    "alike in one row alone": (np.array([[1, 1], [1, 2]], np.float32), 2 * 4),
+    "zero points, once for two": (np.array([[7, 7, 9, 9], [8, 8, 8, 8]], np.uint8), 4),
+}
+
+
+@pytest.mark.parametrize(("array", "size"), SMALL.values(), ids=SMALL)
+def test_small_arrays_take_few_bytes_and_are_whole_when_loaded(
+    array: NDArray[Any], size: int, tmp_path: Path
+) -> None:
+    rows, blocks = array.shape
+    with GraphWriter(tmp_path) as writer:
+        value = writer.stored_small("scales", array, (rows, blocks, 1))
+        again = writer.stored_small_again("again", value, array)
+        for number, each in enumerate((value, again)):
+            wide = writer.node("Cast", [each], f"wide.{number}", to=int(ir.DataType.FLOAT))
+            writer.output(wide, f"y.{number}", [rows, blocks, 1][: 3 - number])
+        writer.save("test")
+    graph = ir.load(tmp_path / "model.onnx").graph
+    stored = [value.const_value for value in graph.initializers.values()]
+    in_file = {(one.offset, one.length) for one in stored if isinstance(one, ir.ExternalTensor)}
+    assert in_file == {(0, size)}
+    read = [node.inputs[0] for node in graph if str(node.name).startswith("wide")]
+    for one in read:
+        said = constant_array(one)
+        assert said is not None
+        assert np.array_equal(said.reshape(array.shape), array)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    first, second = session.run(None, {})
+    assert np.array_equal(first[..., 0], array)
+    assert np.array_equal(second, array)
+    assert not list(ir.load(tmp_path / "loaded.onnx").graph), "nothing is left to be computed"

@@ -124,7 +124,19 @@ def test_rounding_moves_a_weight_by_at_most_half_a_step(bits: int, columns: int)
 def test_rounding_keeps_the_largest_weight_of_a_block(bits: int, sign: int) -> None:
     source = random_weight(4, 32) * 0.1
     source[:, 7] = sign * np.array([1, 2, 3, 4])
-    assert np.allclose(decode(round_to_blocks(source, bits, 32))[:, 7], source[:, 7], rtol=1e-6)
+    # The scale is a float16 number.
+    assert np.allclose(decode(round_to_blocks(source, bits, 32))[:, 7], source[:, 7], rtol=2**-11)
+
+
+@pytest.mark.parametrize(("size", "half"), [(1.0, True), (1e-5, False), (1e7, False)])
+def test_scales_are_float16_numbers_where_those_are_exact_enough(size: float, half: bool) -> None:
+    source = random_weight(64, 64) * np.float32(size)
+    weight = round_to_blocks(source, 4, 32)
+    with np.errstate(over="ignore"):
+        in_half = weight.scales.astype(np.float16).astype(np.float32)
+    assert equal(in_half, weight.scales) == half
+    error = np.abs(decode(weight) - source)
+    assert (error <= np.abs(weight.scales).repeat(32, axis=1) * 1.001).all()
 
 
 def test_rounding_a_block_of_zeros_gives_zeros() -> None:

@@ -47,6 +47,9 @@ def test_what_the_rows_say_is_what_the_whole_logits_say(teacher, model, blocks, 
     assert measured.kl_p99 == pytest.approx(np.quantile(each, 0.99), rel=1e-4)
     assert measured.agreement == agreements(r, c).mean()
     assert measured.perplexity == pytest.approx(math.exp(token_losses(c, targets).mean()), rel=1e-5)
+    ours = kl.next_token_losses(predict(second, blocks), blocks)
+    np.testing.assert_allclose(np.concatenate(ours), token_losses(c, targets), rtol=1e-4)
+    assert [len(one) for one in ours] == [int(n) for n in blocks.kept.sum(axis=1) if n]
     assert measured.reference_perplexity == pytest.approx(
         math.exp(token_losses(r, targets).mean()), rel=1e-5
     )

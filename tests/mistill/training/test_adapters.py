@@ -17,7 +17,18 @@ from distill.training.step import DistillationStep, accumulate_gradients
 from mistill.folders.lineage import read_lineage
 from mistill.loss.heads import read_head
 from mistill.pytorch.loading import load_pytorch
-from mistill.training.adapters import add_adapters, merged
+from mistill.training.adapters import (
+    MATRICES,
+    AdapterPlan,
+    adapters_in,
+    add_adapters,
+    load_adapters,
+    merged,
+    principal_starts,
+    save_adapters,
+    scales_of,
+    start_at,
+)
 from mistill.training.processes import accelerating
 from tests.distill.training.test_step import make_blocks
 from tests.distill.training.test_trained_folder import QUICK
@@ -56,6 +67,112 @@ def test_merged_weights_are_those_that_peft_merges(tmp_path: Path, tied: bool) -
         if isinstance(module, LoraLayer):
             theirs = module.get_base_layer().weight
             torch.testing.assert_close(plain[f"{name}.weight"], theirs, rtol=1e-6, atol=1e-7)
+
+
+PLANS = {
+    "patterns": AdapterPlan(rank=4, alpha=6, targets=MATRICES, ranks={"down_proj": 2, "q_proj": 6}),
+    "rslora": AdapterPlan(rank=3, alpha=5, targets=MATRICES, rslora=True, ranks={"up_proj": 5}),
+    "dora": AdapterPlan(rank=4, targets=("q_proj", "up_proj"), dora=True),
+    "pissa": AdapterPlan(rank=4, targets=MATRICES, pissa=True),
+    "pissa_rslora": AdapterPlan(rank=4, targets=MATRICES, pissa=True, rslora=True),
+    "head": AdapterPlan(rank=4, targets=(*MATRICES, "lm_head")),
+}
+
+
+def adapted(folder: Path, plan: AdapterPlan) -> tuple[Any, dict[str, Any]]:
+    """A model whose adapters say something, and where PiSSA's have started."""
+    model = load_pytorch(folder)
+    torch.manual_seed(1)
+    add_adapters(model, plan.rank, plan)
+    starts = principal_starts(model) if plan.pissa else {}
+    if starts:
+        start_at(model, starts)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model, starts
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("name", PLANS)
+def test_every_kind_of_adapter_is_merged_saved_and_read_as_peft_does(
+    tmp_path: Path, model: Path, name: str
+) -> None:
+    """peft loads what was saved onto the model as it came, computes and merges the same."""
+    from peft import PeftModel
+
+    plan = PLANS[name]
+    ours, starts = adapted(model, plan)
+    weights, scales = ours.state_dict(), scales_of(ours)
+    ids = torch.arange(30)[None] + 7
+    with torch.no_grad():
+        expected = ours.eval()(ids, use_cache=False).logits
+    plain = load_pytorch(model)
+    whole = merged(weights, scales)
+    plain.load_state_dict(whole)
+    with torch.no_grad():
+        said = plain(ids, use_cache=False).logits
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+
+    held = adapters_in(weights, scales)
+    held = {key: one.since(starts[key]) if starts else one for key, one in held.items()}
+    save_adapters(held, tmp_path / "adapter", str(model), dora=plan.dora)
+    theirs: Any = PeftModel.from_pretrained(load_pytorch(model), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4
+        )
+    theirs = theirs.merge_and_unload()
+    before = load_pytorch(model).state_dict()
+    read = load_adapters(tmp_path / "adapter")
+    assert read.keys() == held.keys()
+    moved = 0.0
+    for key, weight in theirs.state_dict().items():
+        torch.testing.assert_close(whole[key], weight, rtol=1e-5, atol=1e-5, msg=key)
+        module = key.removesuffix(".weight")
+        if module in read:
+            again = read[module].merged_into(before[key])
+            torch.testing.assert_close(again, weight, rtol=1e-5, atol=1e-5, msg=key)
+            moved = max(moved, (weight - before[key]).abs().max().item())
+    assert moved > 0.01
+
+
+def test_pissa_starts_where_peft_starts(model: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ours = load_pytorch(model)
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    plan = AdapterPlan(rank=4, alpha=12, targets=MATRICES)
+    add_adapters(ours, 4, plan)
+    start_at(ours, principal_starts(ours))
+    config = LoraConfig(
+        r=4, lora_alpha=12, target_modules=list(MATRICES), init_lora_weights="pissa"
+    )
+    theirs: Any = load_pytorch(model)
+    inject_adapter_in_model(config, theirs, adapter_name="default")
+    expected = theirs.state_dict()
+    for key, value in ours.state_dict().items():
+        if "base_layer" in key:
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+    for key, value in merged(ours.state_dict(), scales_of(ours)).items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=1e-6, msg=key)
+    gate: Any = ours.get_submodule("model.layers.0.mlp.gate_proj")
+    left = torch.linalg.svdvals(gate.base_layer.weight.data)
+    whole = torch.linalg.svdvals(before["model.layers.0.mlp.gate_proj.weight"])
+    torch.testing.assert_close(left[: len(whole) - 4], whole[4:], rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_are_float32_beside_a_bfloat16_model_and_on_all_seven_matrices(
+    model: Path,
+) -> None:
+    low = load_pytorch(model, torch.bfloat16)
+    add_adapters(low, 4, AdapterPlan(rank=4, targets=MATRICES))
+    trained = {n: p for n, p in low.named_parameters() if p.requires_grad}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    kinds = {name.split(".lora_")[0].rpartition(".")[2] for name in trained}
+    assert kinds == set(MATRICES)
 
 
 def test_gradients_through_adapters_are_those_of_peft(tmp_path: Path, teacher: Path) -> None:

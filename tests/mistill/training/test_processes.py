@@ -139,6 +139,11 @@ def assert_same_student(two: Path, one: Path) -> None:
         ("fsdp2-offload", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}),
         ("zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
         ("zero3", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+        ("ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+        (
+            "zero2-json",
+            {"ACCELERATE_DEEPSPEED_DEEPSPEED_CONFIG_FILE": "examples/accelerate/zero2.json"},
+        ),
         (
             "zero3-offload",
             {
@@ -156,7 +161,24 @@ def test_our_configs_say_what_their_names_say(name: str, expected: dict[str, str
 
 
 def test_all_our_configs_are_tested() -> None:
-    assert len(list(CONFIGS.iterdir())) == 5
+    assert len(list(CONFIGS.glob("*.yaml"))) == 7
+    zero2 = json.loads((CONFIGS / "zero2.json").read_text())
+    assert zero2["zero_optimization"]["stage"] == 2
+    assert zero2["bf16"]["enabled"]
+
+
+def test_a_step_is_what_the_settings_say_whatever_deepspeeds_json_says() -> None:
+    config = json.loads((CONFIGS / "zero2.json").read_text()) | {"gradient_clipping": 9.0}
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        num_processes=8,
+        is_fsdp2=False,
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)),
+    )
+    processes._configure(accelerator, TrainSettings(micro_batch_size=2, max_gradient_norm=0.5), 3)
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 3
+    assert config["gradient_clipping"] == 0.5
 
 
 def test_a_config_that_accelerate_leaves_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

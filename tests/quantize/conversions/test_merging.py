@@ -15,8 +15,10 @@ from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 from quantize import GptqSettings, dequantize, merge_lora, to_gptq, to_nf4
+from tests.reference import supervised
 from tests.tiny import tiny_model
 
 SETTINGS = GptqSettings(group_size=32, samples=8, block_length=64)
@@ -120,7 +122,13 @@ def kl_to(reference: Path, other: Path, ids: np.ndarray) -> float:
     return float((first.exp() * (first - second)).sum(-1).mean())
 
 
-def test_both_orders_are_measured_and_the_closer_one_is_kept(
+def cost_of(folder: Path, chats: Path) -> float:
+    """Mean -log p over all tokens to be learnt, conversation by conversation."""
+    documents = list(read_documents(chats, load_vocabulary(folder)))
+    return float(supervised.loss(load_pytorch(folder), documents).item())
+
+
+def test_both_orders_are_measured_and_the_one_that_the_text_costs_less_is_kept(
     model: Path, adapter: Path, chats: Path, tmp_path: Path
 ) -> None:
     made = merge_lora(model, adapter, tmp_path / "small", texts=chats, settings=SETTINGS)
@@ -128,7 +136,11 @@ def test_both_orders_are_measured_and_the_closer_one_is_kept(
     report = json.loads((made / "merge_report.json").read_text())
     orders = report["orders"]
     assert set(orders) == {"merge_then_quantize", "quantize_then_merge"}
-    assert report["chosen"] == min(orders, key=lambda name: orders[name]["kl"])
+    costs = report["cross_entropy"]
+    assert report["chosen_by"] == "cross_entropy"
+    assert report["chosen"] == min(orders, key=lambda name: costs[name])
+    assert costs["base"] == pytest.approx(cost_of(model, chats), rel=1e-4)
+    assert costs[report["chosen"]] == pytest.approx(cost_of(made, chats), rel=1e-4)
     step = read_lineage(made)[-1]
     assert (step["orders"], step["chosen"]) == (orders, report["chosen"])
 
@@ -140,7 +152,9 @@ def test_both_orders_are_measured_and_the_closer_one_is_kept(
     twice = to_gptq(again, tmp_path / "twice", texts=chats, settings=SETTINGS)
     ids = np.random.default_rng(0).integers(5, 300, (4, 64))
     assert kl_to(merged, once, ids) < kl_to(merged, twice, ids)
-    assert report["chosen"] == "merge_then_quantize"
+    assert costs["trained"] == pytest.approx(cost_of(merged, chats), rel=1e-4)
+    learnt, kept = costs["base"] - costs["trained"], cost_of(base, chats) - cost_of(made, chats)
+    assert report["share_kept"] == pytest.approx(kept / learnt, rel=1e-3)
     best = {"merge_then_quantize": once, "quantize_then_merge": twice}[report["chosen"]]
     files = (folder / "model.safetensors" for folder in (made, best))
     assert len({file.read_bytes() for file in files}) == 1

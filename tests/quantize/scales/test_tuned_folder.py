@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,39 @@ def test_a_tuned_model_is_closer_and_has_the_same_codes(
 def measured(model: Path, made: Path, texts: Path) -> float:
     from mistill.measures.kl import compare, predict
     from mistill.pytorch.loading import load_pytorch
-    from mistill.text.vocabulary import load_vocabulary
     from quantize.settings import TuningSettings
 
-    _, judged = tuning._read_blocks(load_vocabulary(made), texts, None, TuningSettings(**OPTIONS))
+    settings = TuningSettings(**OPTIONS)
+    _, judged = tuning._read_blocks(made, texts, None, settings, date.today())
     asked, found = (predict(load_pytorch(folder), judged) for folder in (model, made))
     return compare({"teacher": asked}, {"": found}, judged)[""]["teacher"].kl
+
+
+def test_several_texts_are_read_alike_and_what_is_judged_is_not_trained_on(
+    model: Path, tmp_path: Path
+) -> None:
+    from quantize.settings import TuningSettings
+
+    files = [tmp_path / "short.txt", tmp_path / "long.txt"]
+    numbers = [str(number * number) for number in range(100, 2000)]
+    files[0].write_text(" ".join(numbers[:100]))
+    files[1].write_text(" and ".join(numbers[100:]))
+    settings = TuningSettings(steps=6, batch_size=2, block_length=32, held_out_blocks=4)
+    training, judged = tuning._read_blocks(model, files, None, settings, date.today())
+    assert (len(training), len(judged)) == (12, 4)
+    blocks = [{tuple(row) for row in part.ids.tolist()} for part in (training, judged)]
+    assert not blocks[0] & blocks[1]
+    for file in files:
+        own = {tuple(row) for row in read_ids(model, file).tolist()}
+        assert len(own & blocks[0]) >= 4, f"little of {file.name} is trained on"
+
+
+def read_ids(model: Path, text: Path) -> Any:
+    from mistill.text.blocks import pack
+    from mistill.text.documents import read_documents
+    from mistill.text.vocabulary import load_vocabulary
+
+    return pack(read_documents(text, load_vocabulary(model)), 32).ids
 
 
 def test_the_learning_rate_is_above_0_in_every_step(

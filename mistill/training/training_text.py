@@ -7,9 +7,9 @@ N is blocks, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,19 +19,42 @@ from mistill.text.documents import read_documents
 from mistill.text.rows import Texts
 
 if TYPE_CHECKING:
-    from distill.settings import TrainSettings
     from mistill.text.vocabulary import Vocabulary
 
 
+class ReadingSettings(Protocol):
+    """How text is read and shared; the settings of whatever trains have these fields."""
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block, T."""
+
+    @property
+    def held_out_share(self) -> float:
+        """How much of the text is kept from training, where no held-out text is given."""
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Most tokens to judge on."""
+
+    @property
+    def skip_bad_rows(self) -> bool:
+        """Whether rows that cannot be read are passed over."""
+
+    @property
+    def seed(self) -> int:
+        """Decides which documents are held out."""
+
+
 def read_blocks(
-    texts: Texts, held_out: Texts | None, vocabulary: Vocabulary, settings: TrainSettings
+    texts: Texts, held_out: Texts | None, vocabulary: Vocabulary, settings: ReadingSettings
 ) -> tuple[TokenBlocks, TokenBlocks]:
     """Read text into blocks to learn from and blocks to judge on.
 
     Args:
         texts: Text to learn from.
         held_out: Text to judge on; if None, ``held_out_share`` of the documents of ``texts``.
-        vocabulary: The one that student and teacher share.
+        vocabulary: The one that all models share.
         settings: Block length, shares and seed.
 
     Returns:
@@ -51,6 +74,25 @@ def read_blocks(
         )
     else:
         judged = list(read_documents(held_out, vocabulary, **reading))
+    return packed_pair(documents, judged, settings)
+
+
+def packed_pair(
+    documents: Sequence[Document], judged: Sequence[Document], settings: ReadingSettings
+) -> tuple[TokenBlocks, TokenBlocks]:
+    """Pack documents to learn from and documents to judge on.
+
+    Args:
+        documents: To learn from.
+        judged: To judge on; of their blocks as many are taken, evenly, as the settings allow.
+        settings: Block length and tokens to judge on.
+
+    Returns:
+        Training blocks and held-out blocks; every block has a kept position.
+
+    Raises:
+        TextError: If one of the two would be empty.
+    """
     training_blocks = _kept_blocks(documents, settings.block_length, "texts")
     judged_blocks = _kept_blocks(judged, settings.block_length, "held_out")
     wanted = max(1, settings.held_out_tokens // settings.block_length)
@@ -58,7 +100,11 @@ def read_blocks(
 
 
 def split_documents(
-    documents: Sequence[Document], share: float, seed: int, block_length: int = 1
+    documents: Sequence[Document],
+    share: float,
+    seed: int,
+    block_length: int = 1,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[list[Document], list[Document]]:
     """Keep some documents from training.
 
@@ -70,6 +116,8 @@ def split_documents(
         share: How much of them to keep out, by tokens, above 0 and below 1.
         seed: Decides which.
         block_length: Where longer documents are cut.
+        groups: What each document belongs to, such as its prompt; those of one group stay on one
+            side. None where every document stands alone.
 
     Returns:
         Documents to learn from and documents to judge on.
@@ -81,17 +129,22 @@ def split_documents(
     wanted = int(share * sum(sizes))
     chosen: set[int] = set()
     taken = 0
-    for index in np.random.default_rng(seed).permutation(len(documents)):
-        if taken + sizes[index] <= wanted:
-            chosen.add(int(index))
-            taken += sizes[index]
+    together: dict[Hashable, list[int]] = {}
+    for index in range(len(documents)):
+        together.setdefault(index if groups is None else groups[index], []).append(index)
+    members = list(together.values())
+    for place in np.random.default_rng(seed).permutation(len(members)):
+        size = sum(sizes[index] for index in members[place])
+        if taken + size <= wanted:
+            chosen.update(members[place])
+            taken += size
     if chosen:
         learnt = [document for index, document in enumerate(documents) if index not in chosen]
         return learnt, [documents[index] for index in sorted(chosen)]
     if wanted < 2:
         raise TextError(
             f"the texts hold {sum(sizes)} tokens, of which a share of {share} is too little to "
-            "judge the student on; give held_out texts or more text"
+            "judge the model on; give held_out texts or more text"
         )
     longest = int(np.argmax(sizes))
     whole = documents[longest]

@@ -1,0 +1,218 @@
+"""A model that scores a whole conversation with one number, from its last token.
+
+The layers of a language model stand below a head of one row. The score is read at the last token of
+a row, which ends the assistant's turn: transformers finds it by looking for what is not padding, so
+that a model whose padding token ends turns too would be read one token early.
+
+B is batch, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mistill.errors import FolderError
+from mistill.folders.folder import open_folder, read_config, tensor_headers
+from mistill.folders.publishing import write_atomically
+from mistill.pytorch.loading import empty_model, load_pytorch, plain_config, require_readable
+from mistill.pytorch.reading import read_tensors, require_finite, stored_tensors
+from mistill.weights.tensor_writer import TensorWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+HEAD = "score.weight"
+
+# Tokens that pass through the model at once.
+_TOKENS_AT_ONCE = 2048
+
+
+def is_reward_folder(folder: Path) -> bool:
+    """Whether a folder holds the head of a reward model.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        True if there is one.
+    """
+    return HEAD in tensor_headers(folder)
+
+
+def new_reward_model(folder: Path, padding: int, seed: int) -> PreTrainedModel:
+    """The layers of a language model below a new head.
+
+    The head is drawn from a normal distribution of variance 1 / (D + 1) (Stiennon et al., 2020,
+    https://arxiv.org/abs/2009.01325, appendix B.1).
+
+    Args:
+        folder: A float folder of a language model.
+        padding: The token that fills rows up; it must end none.
+        seed: Decides the head.
+
+    Returns:
+        A model for sequence classification with one output, float32.
+    """
+    layers = cast(Any, load_pytorch(folder, torch.float32)).model
+    model = _with_layers(plain_config(folder), layers, padding)
+    width = model.config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
+    cast(Any, model).score.weight = nn.Parameter(weight)
+    return model
+
+
+def load_reward_model(folder: str | Path) -> PreTrainedModel:
+    """Load a reward model, in float32 and eval mode.
+
+    Args:
+        folder: A folder that mistill tune reward made, or one of transformers' with a single
+            output.
+
+    Returns:
+        A model for sequence classification.
+
+    Raises:
+        FolderError: If there is no head of one row, or a weight is missing or of another shape.
+        ArchitectureError: If it is neither Llama nor Mistral.
+    """
+    info = open_folder(folder)
+    require_readable(info)
+    if info.form != "model" or not is_reward_folder(info.path):
+        raise FolderError(
+            f"{folder} is no reward model: it has no {HEAD}; make one with mistill tune reward"
+        )
+    config = plain_config(info.path)
+    with torch.device("meta"):
+        model = _empty(config)
+    expected = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    present = {name: one.shape for name, one in tensor_headers(info.path).items()}
+    wrong = [name for name, shape in expected.items() if present.get(name) != shape]
+    if wrong:
+        stored = present.get(wrong[0])
+        words = "it lacks it" if stored is None else f"it has {stored}"
+        raise FolderError(
+            f"{folder} should hold {wrong[0]} of shape {expected[wrong[0]]}, and {words}; make "
+            "the reward model again"
+        )
+    layers = cast(Any, _layers_of(info.path, config, expected))
+    padding = read_config(info.path).get("pad_token_id")
+    reward = _with_layers(config, layers, 0 if padding is None else int(padding))
+    head = read_tensors(info.path, HEAD)[""].float()
+    require_finite(HEAD, head)
+    cast(Any, reward).score.weight = nn.Parameter(head)
+    reward.eval()
+    return reward
+
+
+def _layers_of(
+    folder: Path, config: PreTrainedConfig, expected: dict[str, tuple[int, ...]]
+) -> nn.Module:
+    """The layers of a reward folder in float32."""
+    model: Any = type(empty_model(config))(config)
+    wanted = dict(model.model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in stored_tensors(folder):
+            if name in expected and name != HEAD:
+                require_finite(name, tensor)
+                wanted[name.removeprefix("model.")].copy_(tensor)
+    layers: nn.Module = model.model
+    return layers
+
+
+def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+    from transformers import LlamaForSequenceClassification, MistralForSequenceClassification
+
+    classes: dict[str, Any] = {
+        "llama": LlamaForSequenceClassification,
+        "mistral": MistralForSequenceClassification,
+    }
+    config.num_labels = 1
+    model: PreTrainedModel = classes[config.model_type](config)
+    return model
+
+
+def _with_layers(config: PreTrainedConfig, layers: nn.Module, padding: int) -> PreTrainedModel:
+    config.pad_token_id = padding
+    with torch.device("meta"):
+        model: Any = _empty(config)
+    model.model = layers
+    model.score = nn.Linear(config.hidden_size, 1, bias=False)
+    made: PreTrainedModel = model
+    return made
+
+
+def scores(model: Any, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """The score of each row, read at its last token.
+
+    Args:
+        model: From ``new_reward_model`` or ``load_reward_model``; adapters in it count.
+        rows: Token ids of N conversations, none empty.
+
+    Returns:
+        Shape (N,).
+    """
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    body, head = plain.model, plain.score
+    totals = np.zeros(len(rows))
+    training = model.training
+    model.eval()
+    device = next(plain.parameters()).device
+    with torch.no_grad():
+        for start, stop in _batches(rows):
+            batch = rows[start:stop]
+            width = max(map(len, batch))
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            seen = torch.zeros_like(ids)
+            for place, row in enumerate(batch):
+                ids[place, : len(row)] = torch.tensor(row)
+                seen[place, : len(row)] = 1
+            states = body(
+                input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False
+            ).last_hidden_state
+            last = torch.tensor([len(row) - 1 for row in batch], device=device)
+            at_end = states[torch.arange(len(batch), device=device), last]
+            totals[start:stop] = head(at_end)[:, 0].double().cpu().numpy()
+    model.train(training)
+    return totals
+
+
+def _batches(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Where each batch of consecutive rows begins and ends."""
+    batches, start, width = [], 0, 0
+    for place, row in enumerate(rows):
+        width = max(width, len(row))
+        if place > start and (place + 1 - start) * width > _TOKENS_AT_ONCE:
+            batches.append((start, place))
+            start, width = place, len(row)
+    return [*batches, (start, len(rows))] if len(rows) else []
+
+
+def write_reward_model(model: Any, base: Path, folder: Path) -> None:
+    """Write a reward model: the layers in the type of its base, and the head in float32.
+
+    Args:
+        model: The model, without adapters.
+        base: The folder of the language model that it was made from.
+        folder: Where to; the folder is there.
+    """
+    types = {name: tensor.dtype for name, tensor in stored_tensors(base)}
+    with TensorWriter(folder) as writer:
+        for name, parameter in model.named_parameters():
+            writer.add(name, parameter.detach().cpu().to(types.get(name, torch.float32)))
+    config = {
+        **read_config(base),
+        "architectures": [type(model).__name__],
+        "id2label": {"0": "score"},
+        "label2id": {"score": 0},
+        "pad_token_id": model.config.pad_token_id,
+    }
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")

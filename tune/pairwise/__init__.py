@@ -1,0 +1,1 @@
+"""A model that learns which answers are preferred."""

@@ -1,0 +1,1 @@
+"""A model that learns from a judge of the answers that it writes itself."""

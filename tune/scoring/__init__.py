@@ -1,0 +1,1 @@
+"""A reward model, which scores answers as their judges did."""

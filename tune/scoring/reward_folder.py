@@ -1,0 +1,255 @@
+"""A reward model from folder to folder.
+
+It learns to score the better one of two answers higher (Ouyang et al., 2022,
+https://arxiv.org/abs/2203.02155, section 3.5), is evaluated on held-out pairs beside a judge that
+knows nothing but which answer is longer, and is loaded again from the folder that was written
+before that is published: a head that stayed behind would leave scores of chance.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mistill.errors import TrainingError
+from mistill.folders.folder import FolderInfo, copy_companions
+from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.publishing import begun_on, publish, refuse_existing, working
+from mistill.preferences.reading import divided, read_pairs
+from mistill.preferences.tokens import PairTokens, digest_of, pair_tokens
+from mistill.settings import require, result_settings, settings_from
+from mistill.text.rows import Texts, check_texts, sources_of
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from tune.settings import RewardSettings
+from tune.trainers.library import require_trl
+
+_log = logging.getLogger(__name__)
+
+_SAME_RESULT = ("checkpoint_every", "gradient_checkpointing")
+# How far scores of the written folder may be from those of the trained model, as a share of their
+# spread: rounding of the layers to bfloat16, or sums in float32.
+_NEAR, _NEAR_IN_FLOAT32 = 0.2, 1e-3
+
+
+def reward(
+    model: str | Path,
+    target: str | Path,
+    *,
+    pairs: Texts,
+    held_out: Texts | None = None,
+    settings: RewardSettings | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Train a reward model on pairs or rankings of answers, through TRL.
+
+    The layers of a language model, with adapters beside their matrices, get a head of one number,
+    which is read at the token that ends the answer. An interrupted call resumes from its last
+    checkpoint when it is made again.
+
+    Args:
+        model: The language model to start from, with float weights and a chat template: a folder,
+            a Hub id, a .gguf file, or ``@smollm2``.
+        target: The folder to make: a model for sequence classification with one output, merged,
+            ``adapter/``, ``metrics.jsonl`` and ``tuning_report.json``.
+        pairs: Pairs or rankings of answers.
+        held_out: The same to evaluate on; a share of the prompts of ``pairs`` if not given.
+        settings: How to train; or give its fields as keywords.
+        overwrite: Whether an existing target is replaced.
+        **options: Fields of ``RewardSettings``.
+
+    Returns:
+        The target.
+
+    Raises:
+        SettingsError: If a setting is out of range.
+        FolderError: If the folder is missing, broken or not of float weights.
+        TextError: If the data are missing, a row is no preference, or margins are asked for and a
+            pair has none.
+        VocabularyError: If there is no chat template.
+        TrainingError: If the model got no better, the loss was not a number, or the folder that
+            was written scores otherwise than the model that was trained.
+        MissingExtraError: If TRL or peft is not installed.
+    """
+    settings = settings_from(RewardSettings, settings, options)
+    target = refuse_existing(target, overwrite, [model])
+    require_trl()
+    for given in (pairs, held_out):
+        if given is not None:
+            check_texts(given, skip_bad_rows=settings.skip_bad_rows)
+    from tune.trainers.tuned_folder import tunable_folder
+
+    info = tunable_folder(model)
+    require(
+        settings.max_length <= info.context_length,
+        f"a max_length of {settings.max_length} does not fit the model's context of "
+        f"{info.context_length}; lower it",
+    )
+    vocabulary = load_vocabulary(info.path, today=begun_on(target))
+    learned, judged = _read(pairs, held_out, vocabulary, settings)
+    key = {
+        "step": "reward",
+        "settings": result_settings(settings, *_SAME_RESULT),
+        "model": fingerprint(info.path),
+        "pairs": digest_of(learned),
+        "held_out": digest_of(judged),
+        **vocabulary.date_key,
+    }
+    with working(target, key, anew=overwrite) as work:
+        facts = _train(work, info, str(model), vocabulary, learned, judged, settings)
+        add_lineage(
+            work / "result",
+            step="reward",
+            settings=settings,
+            source=info.path,
+            pairs=sources_of(pairs),
+            held_out=[] if held_out is None else sources_of(held_out),
+            **facts,
+        )
+        publish(work, target, overwrite)
+    return target
+
+
+def _read(
+    pairs: Texts, held_out: Texts | None, vocabulary: Vocabulary, settings: RewardSettings
+) -> tuple[list[PairTokens], list[PairTokens]]:
+    def read(texts: Texts) -> Any:
+        return read_pairs(
+            texts,
+            ranking=settings.ranking,
+            seed=settings.seed,
+            skip_bad_rows=settings.skip_bad_rows,
+        )
+
+    learned, judged = divided(
+        read(pairs), None if held_out is None else read(held_out), settings.held_out_share
+    )
+    if settings.margins:
+        without = [pair.origin for pair in learned if pair.margin is None]
+        require(
+            not without,
+            f"margins are asked for, and {len(without)} of {len(learned)} pairs have none, the "
+            f"first of them {without[0] if without else ''}; give each pair a margin or scores, or "
+            "leave margins out",
+        )
+    return (
+        pair_tokens(learned, vocabulary, settings.max_length, name="the pairs to learn from"),
+        pair_tokens(judged, vocabulary, settings.max_length, name="the held-out pairs"),
+    )
+
+
+def _train(
+    work: Path,
+    info: FolderInfo,
+    base: str,
+    vocabulary: Vocabulary,
+    learned: Sequence[PairTokens],
+    judged: Sequence[PairTokens],
+    settings: RewardSettings,
+) -> dict[str, Any]:
+    """Train, evaluate, and gather in ``work/result`` what the target will hold."""
+    from mistill.training.metrics import METRICS_FILE
+    from tune.scoring.training import (
+        reward_figures,
+        reward_trainer,
+        rows_of,
+    )
+    from tune.trainers.running import between_evaluations, emptied, run_trainer, step_total
+    from tune.trainers.tuned_folder import (
+        ADAPTER_FOLDER,
+        merged_model,
+        write_adapter,
+        write_report,
+    )
+
+    steps = step_total(settings, len(learned))
+    every = between_evaluations(settings.evaluate_every, steps)
+    trainer = reward_trainer(
+        info.path,
+        vocabulary,
+        learned,
+        judged,
+        settings,
+        work,
+        steps=steps,
+        checkpoint_every=settings.checkpoint_every or every,
+    )
+    run = run_trainer(
+        trainer,
+        work,
+        steps=steps,
+        what="learning rewards",
+        evaluate=lambda step: reward_figures(trainer.model, judged),
+        every=every,
+        keep=settings.keep,
+    )
+    if run.kept_step == 0:
+        last = run.judged[max(run.judged)]
+        emptied(work)
+        raise TrainingError(
+            f"the reward model got no better: its held-out loss was {run.judged[0]['loss']:.4f} "
+            f"before and {last['loss']:.4f} after {run.steps} steps; lower learning_rate (now "
+            f"{settings.peak_learning_rate:g}) or give more pairs"
+        )
+    from mistill.pytorch.reward_model import scores, write_reward_model
+    from tune.pairwise.figures import interval_of, length_figures
+
+    before, after = run.judged[0], run.judged[run.kept_step]
+    lengths = {"learned": length_figures(learned), "held_out": length_figures(judged)}
+    longer = lengths["held_out"]["longer_wins"] or 0.0
+    report = {
+        "rows": {"learned": len(learned), "held_out": len(judged)},
+        "before": before,
+        "after": after,
+        "accuracy_interval": interval_of(after["accuracy"], len(judged)),
+        "longer_wins": longer,
+        "longer_wins_interval": interval_of(longer, len(judged)),
+        "tokens_of_answers": lengths,
+        "steps": run.steps,
+        "kept_step": run.kept_step,
+        "steps_done_again": run.again,
+        "evaluations": {str(step): figures for step, figures in run.judged.items()},
+    }
+    if after["accuracy"] <= max(longer, 1 - longer):
+        _log.warning(
+            "the reward model is right about %.0f%% of the held-out pairs, and a judge that knows "
+            "only which answer is longer about %.0f%%; give more pairs, or pairs of like lengths",
+            100 * after["accuracy"],
+            100 * max(longer, 1 - longer),
+        )
+    result = work / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    rows = rows_of(judged)
+    trained = scores(trainer.model, rows)
+    if settings.lora_rank:
+        write_adapter(trainer.model, result / ADAPTER_FOLDER, base)
+    write_reward_model(merged_model(trainer.model), info.path, result)
+    copy_companions(info.path, result)
+    _prove(result, rows, trained)
+    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
+    write_report(result, report)
+    told = ("before", "after", "accuracy_interval", "longer_wins", "steps", "kept_step")
+    return {name: report[name] for name in (*told, "steps_done_again")}
+
+
+def _prove(folder: Path, rows: Sequence[Sequence[int]], trained: Any) -> None:
+    """Load what was written, and refuse it if it scores otherwise than what was trained."""
+    import numpy as np
+    import torch
+
+    from mistill.pytorch.reading import stored_tensors
+    from mistill.pytorch.reward_model import load_reward_model, scores
+
+    exact = all(tensor.dtype == torch.float32 for _, tensor in stored_tensors(folder))
+    near = _NEAR_IN_FLOAT32 if exact else _NEAR
+    again = scores(load_reward_model(folder), rows)
+    apart = float(np.abs(again - trained).max())
+    if apart > near * max(float(np.std(trained)), 1e-2):
+        raise TrainingError(
+            f"the reward model scores held-out answers up to {apart:.4f} apart after it was "
+            "written and read again; this is a fault of mistill: please report it"
+        )

@@ -1,0 +1,1 @@
+"""Supervised tuning: a model learns to write the answers of conversations."""

@@ -1,0 +1,152 @@
+"""What tuning did to a model: measured on held-out text, and shown by a few replies.
+
+The folders as they were written are compared: the model that came and the one that was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistill.measures.kl import Predictions, both_ways, next_token_losses, predict
+from mistill.measures.significance import of_mean
+from mistill.measures.uncertainty import Samples, mean_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from mistill.text.blocks import TokenBlocks
+    from mistill.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What a model says of held-out text, and after held-out prompts.
+
+    Attributes:
+        predictions: On the held-out text.
+        losses: -log p(next token) there, an array for every block.
+        replies: Greedy replies to the prompts.
+    """
+
+    predictions: Predictions
+    losses: Samples
+    replies: list[str]
+
+    @property
+    def cross_entropy(self) -> float:
+        """Mean over the kept tokens, in nats."""
+        return mean_of(self.losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningReport:
+    """What tuning did.
+
+    Attributes:
+        before: Of the model that came: its ``cross_entropy``, in nats a token of held-out text.
+        after: The same of the tuned model, as it was written.
+        change: After less before.
+        change_standard_error: Of the change, paired token by token, between blocks; None for a
+            single block.
+        trained_before: Cross-entropy of what was trained before the first step: with four-bit
+            weights another model than the one that came.
+        trained_after: The same of what was trained and kept.
+        merges: Cross-entropies of the ways to merge an adapter, where there is a choice.
+        merged_into: The one that was taken: float, or dequantized.
+        kl: How far the two are apart, from ``mistill.measures.kl.both_ways``.
+        entries: Entries of the matrices that were trained.
+        entries_moved: Share of them with another value than before.
+        rows: Rows of text that were read.
+        rows_passed_over: Those that could not be read or held nothing to learn.
+        rows_left_out: Conversations left out because they are longer than a block.
+        replies: Held-out prompts with the greedy replies before and after.
+    """
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    change: float
+    change_standard_error: float | None
+    trained_before: float
+    trained_after: float
+    merges: Mapping[str, float]
+    merged_into: str | None
+    kl: Mapping[str, float | int | None]
+    entries: int
+    entries_moved: float
+    rows: int
+    rows_passed_over: int
+    rows_left_out: int
+    replies: Sequence[Mapping[str, str]]
+
+
+def look_at(
+    folder: Path,
+    blocks: TokenBlocks,
+    prompts: Sequence[Sequence[int]],
+    vocabulary: Vocabulary,
+    *,
+    reply_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Look:
+    """Load a folder and let it say what is to be compared.
+
+    Args:
+        folder: A float or NF4 folder.
+        blocks: Held-out text.
+        prompts: Token ids to reply to.
+        vocabulary: Of the model.
+        reply_tokens: Most tokens of a reply.
+        device: Where to compute.
+        dtype: In what.
+
+    Returns:
+        What it says; the model itself is let go.
+    """
+    from mistill.engine.pytorch_model import PytorchModel
+
+    running = PytorchModel(folder, dtype=dtype)
+    model: Any = running.model
+    if model.device != device:
+        model.to(device)
+    predictions = predict(model, blocks)
+    room = running.context_length - 1
+    replies = [
+        _reply(running, prompt[-room:], vocabulary, min(reply_tokens, room)) for prompt in prompts
+    ]
+    return Look(predictions, next_token_losses(predictions, blocks), replies)
+
+
+def _reply(running: Any, prompt: Sequence[int], vocabulary: Vocabulary, most: int) -> str:
+    written: list[int] = []
+    for token in running.stream(prompt):
+        if token in vocabulary.end_ids:
+            break
+        written.append(token)
+        if len(written) >= most:
+            break
+    return vocabulary.decode(written)
+
+
+def comparison(base: Look, tuned: Look, blocks: TokenBlocks) -> dict[str, Any]:
+    """The figures of a report that come from two models and a text.
+
+    Args:
+        base: The model that came.
+        tuned: The model that was made.
+        blocks: The held-out text.
+
+    Returns:
+        Fields of ``TuningReport``.
+    """
+    shift = of_mean(base.losses, tuned.losses)
+    return {
+        "before": {"cross_entropy": base.cross_entropy},
+        "after": {"cross_entropy": tuned.cross_entropy},
+        "change": tuned.cross_entropy - base.cross_entropy,
+        "change_standard_error": None if shift is None else shift.error,
+        "kl": both_ways(tuned.predictions, base.predictions, blocks),
+    }

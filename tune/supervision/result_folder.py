@@ -1,0 +1,205 @@
+"""What a run of supervised tuning leaves: a plain model folder, and what it is worth.
+
+The adapter is merged in every way there is, each is measured on the held-out text as it would be
+published, and the one that the text costs least is taken.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistill.errors import TrainingError
+from mistill.folders.folder import FolderInfo, copy_companions
+from tune.settings import SupervisedSettings
+from tune.supervision.reading import Reading
+from tune.trainers.tuned_folder import ADAPTER_FOLDER, write_report
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+    from mistill.text.vocabulary import Vocabulary
+    from mistill.training.adapters import Adapter
+    from mistill.training.progress import TrainingProgress
+    from tune.supervision.report import Look
+    from tune.supervision.trainer import HeldOut
+
+_log = logging.getLogger(__name__)
+
+# Bytes of a GPU that a look at a model takes beside its weights.
+_ROOM = 2 * 2**30
+
+
+def gather_result(
+    work: Path,
+    progress: TrainingProgress[HeldOut],
+    info: FolderInfo,
+    reading: Reading,
+    vocabulary: Vocabulary,
+    settings: SupervisedSettings,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Gather in ``work/result`` what the target will hold, and say what tuning did.
+
+    Args:
+        work: The folder of the run.
+        progress: Its end.
+        info: The model that came.
+        reading: The text.
+        vocabulary: The model's.
+        settings: How it was tuned.
+        state: Knows the processes and the device.
+
+    Returns:
+        Facts for the lineage.
+
+    Raises:
+        TrainingError: If what was trained got better and the merged model did not.
+    """
+    import torch
+
+    from mistill.training.adapters import load_adapters
+    from mistill.training.loop import best_model
+    from mistill.training.metrics import METRICS_FILE
+    from tune.supervision.merged_folder import moved_entries
+    from tune.supervision.report import TuningReport, comparison, look_at
+
+    result, best = work / "result", best_model(work, progress.best_step)
+    on_gpu = state.device.type != "cpu" and settings.precision != "float32"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    device = place_for(info.parameters * dtype.itemsize, state.device)
+
+    def look(folder: Path) -> Look:
+        return look_at(
+            folder,
+            reading.judged,
+            reading.prompts,
+            vocabulary,
+            reply_tokens=settings.reply_tokens,
+            device=device,
+            dtype=dtype,
+        )
+
+    base = look(info.path)
+    adapters = load_adapters(best) if settings.lora_rank else None
+    candidates = _candidates(work, info, best, adapters, settings, dtype)
+    looks = {name: look(folder) for name, folder in candidates.items()}
+    chosen = min(looks, key=lambda name: looks[name].cross_entropy)
+    for name, one in looks.items():
+        _log.info("merged into the %s weights: cross-entropy %.4f", name, one.cross_entropy)
+    if not looks[chosen].cross_entropy < base.cross_entropy:
+        raise TrainingError(
+            f"what was trained got better, from {progress.before.cross_entropy:.4f} to "
+            f"{progress.best.cross_entropy:.4f} nats of held-out cross-entropy, and the merged "
+            f"model is none: {looks[chosen].cross_entropy:.4f}, where the model that came has "
+            f"{base.cross_entropy:.4f}; train on more tokens, or beside float weights"
+        )
+    shutil.rmtree(result, ignore_errors=True)
+    shutil.move(candidates[chosen], result)
+    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
+    if (work / "tensorboard").is_dir():
+        shutil.copytree(work / "tensorboard", result / "tensorboard")
+    names = None if adapters is None else {f"{name}.weight" for name in adapters}
+    moved, entries = moved_entries(info, result, names)
+    merges = {name: one.cross_entropy for name, one in looks.items()} if adapters else {}
+    report = TuningReport(
+        **comparison(base, looks[chosen], reading.judged),
+        trained_before=progress.before.cross_entropy,
+        trained_after=progress.best.cross_entropy,
+        merges=merges,
+        merged_into=chosen if adapters else None,
+        entries=entries,
+        entries_moved=moved / entries,
+        rows=reading.rows,
+        rows_passed_over=reading.passed_over,
+        rows_left_out=reading.left_out,
+        replies=[
+            {"prompt": vocabulary.decode(prompt), "before": before, "after": after}
+            for prompt, before, after in zip(
+                reading.prompts, base.replies, looks[chosen].replies, strict=True
+            )
+        ],
+    )
+    write_report(result, asdict(report))
+    return {
+        "before": report.before,
+        "after": report.after,
+        "merges": merges,
+        "merged_into": report.merged_into,
+        "kl": report.kl,
+        "steps": progress.step,
+        "kept_step": progress.best_step,
+        "tokens": progress.tokens,
+        "kept_positions": progress.positions,
+        "seconds": round(progress.seconds, 1),
+        "processes": state.num_processes,
+        "distributed": state.distributed_type.value,
+    }
+
+
+def place_for(model_bytes: int, device: torch.device) -> torch.device:
+    """Where a whole model is looked at: on the device that trained, if it fits there.
+
+    A model that was trained in four bits may be larger than the GPU when its weights are floats.
+
+    Args:
+        model_bytes: Of its weights.
+        device: The device that trained.
+
+    Returns:
+        That device, or the CPU.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return device
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    if model_bytes + _ROOM <= free:
+        return device
+    _log.info("the merged model does not fit the GPU and is measured on the CPU")
+    return torch.device("cpu")
+
+
+def _candidates(
+    work: Path,
+    info: FolderInfo,
+    best: Path,
+    adapters: Mapping[str, Adapter] | None,
+    settings: SupervisedSettings,
+    dtype: torch.dtype,
+) -> dict[str, Path]:
+    """The folders of which the better one is published, by what the adapter was merged into."""
+    from mistill.training.adapters import CONFIG_FILE, WEIGHTS_FILE
+    from tune.supervision.merged_folder import merge_adapters, write_plain_config
+
+    if adapters is None:
+        whole = work / "merged-whole"
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(best, whole)
+        if not (info.path / "generation_config.json").is_file():
+            (whole / "generation_config.json").unlink(missing_ok=True)
+        write_plain_config(info, whole, "float32")
+        copy_companions(info.path, whole)
+        return {"whole": whole}
+    ways: dict[str, torch.dtype | None] = {"float": None}
+    if info.form == "nf4":
+        ways = {"dequantized": None}
+    elif settings.base == "nf4":
+        ways["dequantized"] = dtype
+    folders = {}
+    for name, through in ways.items():
+        folder = folders[name] = work / f"merged-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        merge_adapters(info, adapters, folder, through_nf4=through)
+        (folder / ADAPTER_FOLDER).mkdir()
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(best / file, folder / ADAPTER_FOLDER / file)
+    return folders

@@ -1,0 +1,121 @@
+"""The folder of a tuned model: merged weights, its adapter, and the companions of its base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mistill.errors import FolderError
+from mistill.folders.folder import FolderInfo, copy_companions, open_folder
+from mistill.folders.publishing import write_atomically
+from mistill.pytorch.loading import (
+    check_weights,
+    plain_config,
+    require_finite_weights,
+    require_readable,
+    stored_tensors,
+)
+from mistill.sources.source import resolve_model
+from mistill.weights.tensor_writer import TensorWriter
+
+ADAPTER_FOLDER = "adapter"
+REPORT_FILE = "tuning_report.json"
+
+
+def tunable_folder(model: str | Path) -> FolderInfo:
+    """The folder of a model that is to be tuned.
+
+    Args:
+        model: A folder, a Hub id, a .gguf file, or ``@smollm2``.
+
+    Returns:
+        What it holds: float weights of an architecture that mistill reads.
+
+    Raises:
+        FolderError: If it is missing or broken, or holds weights that cannot be trained, or one
+            that is not a finite number.
+        ArchitectureError: If it is neither Llama nor Mistral.
+    """
+    info = open_folder(resolve_model(model))
+    if info.form != "model":
+        raise FolderError(
+            f"{model} holds {info.form} weights, which cannot be tuned by preferences or rewards; "
+            "give the float model that they were made from"
+        )
+    require_readable(info)
+    check_weights(info.path, plain_config(info.path))
+    require_finite_weights(info.path)
+    return info
+
+
+def write_adapter(model: Any, folder: Path, base: str) -> None:
+    """Write the one adapter of a model as peft does, without a model card.
+
+    Args:
+        model: A model of peft.
+        folder: The folder to make.
+        base: The model that the adapter is for, as its config names it.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir()
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file(
+        {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = inference
+
+
+def merged_model(model: Any) -> Any:
+    """A model with its adapters added to the matrices beside which they stood.
+
+    Args:
+        model: A model, or one of peft, whose adapters it then holds no more.
+
+    Returns:
+        The plain model.
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    return model.merge_and_unload(safe_merge=True)
+
+
+def write_merged(model: Any, base: Path, folder: Path) -> None:
+    """Write a tuned model in the type of its base, with the base's own files beside it.
+
+    Adapters are merged in float32 and rounded once.
+
+    Args:
+        model: A model, or one of peft, whose adapters it then holds no more.
+        base: The folder of the model that it was tuned from.
+        folder: Where to; the folder is there.
+    """
+    plain = merged_model(model)
+    types = {name: tensor.dtype for name, tensor in stored_tensors(base)}
+    with TensorWriter(folder) as writer:
+        for name, parameter in plain.named_parameters():
+            writer.add(name, parameter.detach().cpu().to(types.get(name, torch.float32)))
+    shutil.copyfile(base / "config.json", folder / "config.json")
+    copy_companions(base, folder)
+    check_weights(folder, plain_config(folder))
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write what tuning did.
+
+    Args:
+        folder: The folder of the tuned model.
+        report: As JSON values.
+    """
+    write_atomically(folder / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")

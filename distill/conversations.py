@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 
@@ -54,6 +54,9 @@ from mistill.text.documents import read_prompt_conversations
 from mistill.text.rows import Texts
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
+if TYPE_CHECKING:
+    from distill.options import GenerateOptions
+
 _log = logging.getLogger(__name__)
 
 
@@ -77,7 +80,7 @@ def generate_conversations(
     forward: str | Path | None = None,
     settings: GenerateSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[GenerateOptions],
 ) -> Path:
     """Let a teacher answer prompts, and write the conversations as JSON lines.
 

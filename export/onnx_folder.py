@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,7 @@ from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.weights.gptq_layout import read_quantization
 
 if TYPE_CHECKING:
+    from export.options import OnnxOptions
     from export.weights.folder_weights import FolderWeights
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def to_onnx(
     *,
     settings: OnnxSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[OnnxOptions],
 ) -> Path:
     """Export a model to an ONNX folder that runs fast on a CPU.
 

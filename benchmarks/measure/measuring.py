@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from benchmarks.figures.comparison import ScoredText
 from benchmarks.figures.conventions import spelled_bytes
@@ -54,6 +54,9 @@ from mistill.settings import settings_from
 from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
 
+if TYPE_CHECKING:
+    from benchmarks.options import BenchOptions
+
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +68,7 @@ def compare(
     rivals: Mapping[str, str | Path] | None = None,
     rival_source: str | Path | None = None,
     settings: BenchSettings | None = None,
-    **options: Any,
+    **options: Unpack[BenchOptions],
 ) -> Report:
     """Measure size, memory, speed and quality of several models in one run.
 

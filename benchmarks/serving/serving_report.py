@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from benchmarks.figures.machine import describe_machine
 from benchmarks.serving.load import Level, quantiles, run_level
@@ -23,6 +23,8 @@ from mistill.shown import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from benchmarks.options import ServingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,10 @@ class ServingReport:
 
 
 def bench_serving(
-    target: str | Path, *, settings: ServingSettings | None = None, **options: Any
+    target: str | Path,
+    *,
+    settings: ServingSettings | None = None,
+    **options: Unpack[ServingOptions],
 ) -> ServingReport:
     """Measure a server under the load of more and more clients.
 

@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -150,7 +150,7 @@ def _lessons(
         given.teacher,
         targets,
         texts=given.texts,
-        method=method,
+        method=cast(Any, method),
         block_length=given.block_length,
         seed=seed,
     )

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -74,7 +74,11 @@ def tokens_per_second(folder: Path, vocabulary: Vocabulary, blocks: TokenBlocks)
 
 
 def cached(
-    codec: str, draws: int, arguments: argparse.Namespace, texts: Path, vocabulary: Vocabulary
+    codec: Literal["plain", "coded"],
+    draws: int,
+    arguments: argparse.Namespace,
+    texts: Path,
+    vocabulary: Vocabulary,
 ) -> dict[str, Any]:
     """Cache a text and count."""
     with tempfile.TemporaryDirectory() as folder:

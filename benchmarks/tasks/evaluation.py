@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from benchmarks.figures.machine import Machine, describe_machine
 from benchmarks.measure.child import Worker
@@ -31,6 +31,8 @@ from mistill.text.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from benchmarks.options import EvalOptions
 
 SCHEMA = "mistill-evaluation-1"
 
@@ -110,7 +112,7 @@ class Evaluation:
 
 
 def evaluate(
-    folder: str | Path, *, settings: EvalSettings | None = None, **options: Any
+    folder: str | Path, *, settings: EvalSettings | None = None, **options: Unpack[EvalOptions]
 ) -> Evaluation:
     """Measure a folder on tasks.
 

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,6 +47,9 @@ from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
 from mistill.weights.tensor_writer import TensorWriter
 
+if TYPE_CHECKING:
+    from distill.options import HealOptions
+
 logger = logging.getLogger(__name__)
 
 _FACTS = "mistill"
@@ -62,7 +65,7 @@ def heal(
     texts: Texts,
     settings: HealSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[HealOptions],
 ) -> Path:
     """Refit the output matrices of a pruned student, in closed form, to what its teacher computes.
 

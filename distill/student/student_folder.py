@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from distill.healing.healed_folder import calibration_blocks, write_healed
 from distill.healing.walk import Origin
@@ -48,6 +48,9 @@ from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
 
+if TYPE_CHECKING:
+    from distill.options import StudentOptions
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +61,7 @@ def new_student(
     texts: Texts | None = None,
     settings: StudentSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[StudentOptions],
 ) -> Path:
     """Make a student with a part of its teacher, or a fresh one with its vocabulary.
 

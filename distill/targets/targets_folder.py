@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -50,6 +50,7 @@ from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
+    from distill.options import TargetOptions
     from distill.targets.codec import StoredTargets
     from distill.teacher.teacher import LiveTeacher
 
@@ -67,7 +68,7 @@ def cache_targets(
     texts: Texts,
     settings: TargetSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[TargetOptions],
 ) -> Path | str:
     """Ask a teacher about a text once, and keep on disk what it says.
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from distill.settings import TrainSettings
 from distill.training.starts import with_learning_rate
@@ -38,7 +38,9 @@ from mistill.training.training_text import read_blocks
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from distill.options import TrainOptions
     from distill.training.evaluation import Evaluation
+    from mistill.training.metrics import Watch
     from mistill.training.progress import TrainingProgress
 
 _log = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ def train(
     held_out: Texts | None = None,
     settings: TrainSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    watch: Watch | None = None,
+    **options: Unpack[TrainOptions],
 ) -> Path:
     """Teach a student to predict what its teacher predicts.
 
@@ -95,6 +98,8 @@ def train(
         held_out: Text to judge the student on; part of ``texts``, by document, if not given.
         settings: How to train; or give its fields as keywords.
         overwrite: Whether an existing target is replaced.
+        watch: Called with the numbers of every step and every judgement, as ``metrics.jsonl`` holds
+            them: to draw them, or to end the run by an exception, from where the same call resumes.
         **options: Fields of ``TrainSettings``.
 
     Returns:
@@ -142,6 +147,7 @@ def train(
         assert targets is not None, "one of the two is given"
         source = open_cached(targets, vocabulary, training, judged, settings)
 
+    from mistill.training.metrics import watched_by
     from mistill.training.processes import this_process
 
     state = this_process()
@@ -156,7 +162,8 @@ def train(
     }
     with working_together(target, key, state, overwrite) as work, source.closing():
         with keeping_the_best(work, student_info.path, state):
-            progress = _train_in(work, student_info, source, training, judged, settings, work)
+            with watched_by(watch):
+                progress = _train_in(work, student_info, source, training, judged, settings, work)
             if progress.best_step == 0:
                 raise TrainingError(_complaint(progress, settings))
             twins = (

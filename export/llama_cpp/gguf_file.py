@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from export.llama_cpp.gguf_tensors import BLOCK
 from export.llama_cpp.gguf_vocabulary import GgufVocabulary, read_gguf_vocabulary
@@ -26,6 +26,8 @@ from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+    from export.options import GgufOptions
 
 LINEAGE_KEY = "mistill.lineage"
 
@@ -63,7 +65,7 @@ def to_gguf(
     *,
     settings: GgufSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[GgufOptions],
 ) -> Path:
     """Export a model to a GGUF file for llama.cpp and Ollama.
 

@@ -8,13 +8,13 @@ from mistill.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from mistill.chat.bot import ChatBot as ChatBot
-    from mistill.chat.bot import ChatSettings as ChatSettings
     from mistill.chat.reply import Reply as Reply
     from mistill.chat.reply import Speed as Speed
+    from mistill.chat.settings import ChatSettings as ChatSettings
 
 _HOMES = {
     "ChatBot": "mistill.chat.bot",
-    "ChatSettings": "mistill.chat.bot",
+    "ChatSettings": "mistill.chat.settings",
     "Reply": "mistill.chat.reply",
     "Speed": "mistill.chat.reply",
 }

@@ -15,21 +15,20 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from mistill.chat.kept_conversation import Message, read_conversation
 from mistill.chat.reply import Ending, Reply, Speed, WrittenReply, write_reply
+from mistill.chat.settings import ChatSettings
 from mistill.chat.stream_text import TextStream
 from mistill.constraints import ConstrainedChoice, Constraint, ConstraintTokens
 from mistill.engine.language_model import LOOK_UP, Choose, LanguageModel, Provider
 from mistill.engine.log_probabilities import Scored, TokenScore
 from mistill.engine.opening import open_model
 from mistill.engine.sampling import (
-    ChosenSampling,
     Sampler,
     SamplingSettings,
     own_sampling,
@@ -37,8 +36,6 @@ from mistill.engine.sampling import (
 from mistill.errors import ContextError, FolderError, VocabularyError
 from mistill.settings import (
     require,
-    require_choice,
-    require_range,
     settings_from,
     settings_with,
 )
@@ -48,37 +45,10 @@ from mistill.text.conversation import Conversation
 from mistill.text.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
+    from mistill.chat.options import ChatOptions
     from mistill.engine.onnx_model import OnnxModel
 
 _log = logging.getLogger(__name__)
-
-Overflow = Literal["refuse", "slide"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatSettings(ChosenSampling):
-    """How replies are sampled, and when they end.
-
-    Attributes:
-        max_new_tokens: The most tokens of one reply.
-        stop: Strings that end a reply and are not part of it.
-        overflow: What happens when the conversation no longer fits into the model's context:
-            ``refuse`` ends with an error, ``slide`` leaves out the oldest turns.
-    """
-
-    max_new_tokens: int = 512
-    stop: tuple[str, ...] = ()
-    overflow: Overflow = "refuse"
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of their ranges."""
-        super().__post_init__()
-        require_range("max_new_tokens", self.max_new_tokens, 1)
-        require(
-            not isinstance(self.stop, str), f"stop must be a list of strings, not {self.stop!r}"
-        )
-        require("" not in self.stop, "an empty stop string would end every reply; leave it out")
-        require_choice("overflow", self.overflow, get_args(Overflow))
 
 
 class ChatBot:
@@ -112,7 +82,7 @@ class ChatBot:
         draft: str | Path | None = None,
         exact: bool = True,
         constraint: Constraint | None = None,
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> None:
         """Open a folder to chat with.
 
@@ -194,7 +164,7 @@ class ChatBot:
         *,
         constraint: Constraint | None = None,
         log_probabilities: int | None = None,
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> Reply:
         """Stream the reply to a message.
 

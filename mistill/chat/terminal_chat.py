@@ -16,8 +16,9 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from mistill.chat.bot import ChatBot, ChatSettings
+from mistill.chat.bot import ChatBot
 from mistill.chat.reply import Speed
+from mistill.chat.settings import ChatSettings
 from mistill.chat.terminal_commands import (
     MOST_BYTES,
     Commands,

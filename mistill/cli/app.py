@@ -33,7 +33,7 @@ from distill import (
 )
 from export import GgufSettings, OnnxSettings
 from mistill import __version__
-from mistill.chat.bot import ChatSettings
+from mistill.chat.settings import ChatSettings
 from mistill.cli import bench_commands, eval_commands, quantize_commands, tune_commands
 from mistill.cli.command_output import is_main_process, print_folder, print_result
 from mistill.cli.help_pages import SAMPLING, HelpPage

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,29 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 PROJECT = "mistill"
 """What the run is filed under by trackers, and the name of the folder with TensorBoard's files."""
+
+
+Watch = Callable[[Mapping[str, Any]], object]
+"""Takes the numbers of a step or of a judgement, as a line of ``metrics.jsonl`` holds them."""
+
+_watches: ContextVar[tuple[Watch, ...]] = ContextVar("watches", default=())
+
+
+@contextmanager
+def watched_by(watch: Watch | None) -> Iterator[None]:
+    """Hand the numbers of every run in the body to a function, too.
+
+    Args:
+        watch: The function; None hands them to nobody.
+
+    Yields:
+        Nothing.
+    """
+    token = _watches.set(_watches.get() if watch is None else (*_watches.get(), watch))
+    try:
+        yield
+    finally:
+        _watches.reset(token)
 
 
 def require_trackers(trackers: Sequence[str]) -> None:
@@ -89,8 +114,11 @@ class Metrics:
         """
         if not self.accelerator.is_main_process:
             return
+        line = _finite({"step": step, **values})
         with self.file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(_finite({"step": step, **values})) + "\n")
+            opened.write(json.dumps(line) + "\n")
+        for watch in _watches.get():
+            watch(line)
         flat: dict[str, float | None] = {}
         for name, value in values.items():
             if isinstance(value, Mapping):

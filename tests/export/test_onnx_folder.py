@@ -367,4 +367,4 @@ def test_settings_and_options_give_the_same_folder(model: Path, tmp_path: Path) 
     second = to_onnx(model, tmp_path / "second", precision="int4", head_bits=4, parity_positions=0)
     assert (first / "model.onnx").read_bytes() == (second / "model.onnx").read_bytes()
     with pytest.raises(SettingsError, match="head_bit"):
-        to_onnx(model, tmp_path / "third", head_bit=4)
+        to_onnx(model, tmp_path / "third", head_bit=4)  # type: ignore[call-arg]

@@ -60,7 +60,7 @@ def compared(model: Path, chats: Path, fake: Path) -> Report:
         texts=chats,
         rivals={"openvino": fake},
         against=("openvino,openvino:fp32",),
-        depths=("20",),
+        depths=("20",),  # type: ignore[arg-type]
         **QUICK,
     )
 

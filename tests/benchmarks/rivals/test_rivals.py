@@ -76,8 +76,8 @@ def compared(chatbot: Path, model: Path, chats: Path, fake: Path) -> Report:
         rivals={"genai": fake},
         rival_source=model,
         against=("genai,genai:best",),
-        prompts=("8",),
-        depths=("0,20,4096",),
+        prompts=("8",),  # type: ignore[arg-type]
+        depths=("0,20,4096",),  # type: ignore[arg-type]
         loads=1,
         **QUICK,
     )

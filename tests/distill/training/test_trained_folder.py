@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,32 @@ def test_metrics_are_written_for_every_step_and_every_evaluation(trained: Path) 
 
 def test_nothing_is_left_beside_the_target(trained: Path) -> None:
     assert hidden_beside(trained.parent) == []
+
+
+def test_a_watch_sees_what_metrics_hold_and_may_end_a_run_that_resumes(
+    model: Path, teacher: Path, chats: Path, trained: Path, tmp_path: Path
+) -> None:
+    class EnoughError(Exception):
+        pass
+
+    seen: list[Mapping[str, Any]] = []
+
+    def watch(line: Mapping[str, Any]) -> None:
+        if line["step"] == 4 and "loss" in line and not any(one["step"] > 4 for one in seen):
+            raise EnoughError
+        seen.append(line)
+
+    asked: dict[str, Any] = {"teacher": teacher, "texts": chats, **QUICK}
+    with pytest.raises(EnoughError):
+        distill.train(model, tmp_path / "out", watch=watch, **asked)
+    made = distill.train(model, tmp_path / "out", watch=seen.append, **asked)
+    lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if line not in seen] == []
+    assert weights(made).keys() == weights(trained).keys()
+    assert all(torch.equal(w, weights(trained)[name]) for name, w in weights(made).items())
+    count = len(seen)
+    distill.train(model, tmp_path / "other", **asked)
+    assert len(seen) == count
 
 
 def test_epochs_are_as_many_tokens_as_the_text_holds_so_often(

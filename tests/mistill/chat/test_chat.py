@@ -21,7 +21,8 @@ from tokenizers.decoders import DecodeStream
 import export
 from mistill.chat import bot as chat
 from mistill.chat import reply as reply_module
-from mistill.chat.bot import ChatBot, ChatSettings
+from mistill.chat.bot import ChatBot
+from mistill.chat.settings import ChatSettings
 from mistill.chat.stream_text import StopStrings, TextStream
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.opening import open_model
@@ -391,7 +392,7 @@ def test_options_of_one_reply_change_no_other(folder: Path) -> None:
     assert "".join(bot.reply("Count", stop=["two"], max_new_tokens=9)) == "one "
     assert bot.settings.stop == ()
     with pytest.raises(SettingsError, match="did you mean max_new_tokens"):
-        bot.reply("Count", max_new_token=3)
+        bot.reply("Count", max_new_token=3)  # type: ignore[call-arg]
     with pytest.raises(SettingsError, match="temperature must be at least 0"):
         bot.reply("Count", temperature=-1)
 

@@ -23,8 +23,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import export
-from mistill.chat.bot import ChatBot, ChatSettings
+from mistill.chat.bot import ChatBot
 from mistill.chat.reply import Speed
+from mistill.chat.settings import ChatSettings
 from mistill.chat.terminal_chat import (
     _TerminalChat,
     run_terminal_chat,

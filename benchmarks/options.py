@@ -1,0 +1,59 @@
+"""What may be given by keyword: ``python -m tests.options`` writes it from settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from benchmarks.settings import Length
+
+
+class BenchOptions(TypedDict, total=False):
+    """Fields of ``BenchSettings``."""
+
+    skip_bad_rows: bool
+    scored_tokens: int
+    context_length: int
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    turn_seconds: float
+    threads: int | None
+    transformers_generate: bool
+    perplexity: Sequence[str]
+    perplexity_tokens: int | None
+    tasks: bool
+    prompts: Sequence[Length]
+    depths: Sequence[Length]
+    loads: int
+    against: Sequence[str]
+    sample_prompts: Sequence[str]
+    sample_models: Sequence[str]
+    sample_tokens: int
+
+
+class EvalOptions(TypedDict, total=False):
+    """Fields of ``EvalSettings``."""
+
+    tasks: Sequence[str]
+    include_path: str | None
+    limit: int | None
+    few_shot: int | None
+    chat_template: bool
+    threads: int | None
+    seed: int
+
+
+class ServingOptions(TypedDict, total=False):
+    """Fields of ``ServingSettings``."""
+
+    clients: Sequence[Length]
+    requests: int
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    model: str | None
+    api_key_file: str | Path | None
+    threads: int | None
+    seed: int

@@ -43,6 +43,11 @@ COMPANIONS = (
 )
 
 
+def slowly(*values: str) -> list[Any]:
+    """Parameters of a test that are tried by the slow tests alone."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture(scope="module")
 def tuned(model, pairs, tmp_path_factory):
     target = tmp_path_factory.mktemp("preferences") / "tuned"
@@ -135,7 +140,7 @@ def test_the_metrics_hold_every_step(tuned):
     assert [entry["step"] for entry in entries if "held_out" in entry] == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize("loss", ["ipo", "sigmoid_norm", "robust", "kto", "orpo"])
+@pytest.mark.parametrize("loss", ["kto", "orpo", *slowly("ipo", "sigmoid_norm", "robust")])
 def test_every_loss_teaches_preferences(loss, model, pairs, tmp_path):
     target = tune.preferences(model, tmp_path / "out", pairs=pairs, loss=loss, **QUICK)
     report = report_of(target)
@@ -196,7 +201,7 @@ def test_what_trl_stores_in_bfloat16_is_trained_in_float32():
     assert (layer.weight.dtype, layer.bias.dtype) == (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm", "robust"])
+@pytest.mark.parametrize("loss", ["sigmoid", *slowly("ipo", "sigmoid_norm", "robust")])
 def test_four_micro_batches_teach_what_one_batch_does(loss, model, pairs, tmp_path):
     grads = []
     for micro in (1, 4):

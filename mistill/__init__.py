@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mistill.folders.folder import FolderInfo as FolderInfo
     from mistill.folders.folder import open_folder as open_folder
     from mistill.serve.running import serve as serve
+    from mistill.sharing import push as push
     from mistill.sources.source import save_model as save_model
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOMES = {
     "compress": "mistill.compressing",
     "open_folder": "mistill.folders.folder",
     "open_model": "mistill.engine.opening",
+    "push": "mistill.sharing",
     "save_model": "mistill.sources.source",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "compress",
     "open_folder",
     "open_model",
+    "push",
     "save_model",
     "serve",
 ]

@@ -733,6 +733,42 @@ def run(
         print(json_library.dumps({name: str(path) for name, path in outputs.items()}))
 
 
+@app.command(help_formatter=HelpPage({"Upload": ("send", "private")}))
+def push(
+    folder: Path,
+    repository: str,
+    /,
+    *,
+    send: bool = False,
+    private: bool = True,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Send a folder to the Hub. Without --send, say what would be sent, and send nothing.
+
+    Args:
+        folder: A folder that mistill made; it is looked at first, and refused if it is broken or
+            names a place of this machine.
+        repository: Where to, as owner/name; it is made if it does not exist.
+        send: Send it. An interrupted upload goes on with the same command.
+        private: Let only the owner see a new repository.
+        json: Print the result as one line of JSON at the end.
+
+    Returns:
+        The facts that were printed.
+    """
+    from mistill.sharing import push as push_folder
+
+    upload = push_folder(folder, repository, send=send, private=private)
+    for name, size in upload.files.items():
+        print(f"{size / 1e6:12,.3f} MB  {name}")
+    for remark in upload.remarks:
+        print(f"remark: {remark}")
+    done = "sent" if send else "nothing was sent; --send sends them"
+    facts = {**asdict(upload), "size_bytes": upload.size_bytes, "sent": send}
+    words = f"{len(upload.files)} files, {upload.size_bytes / 1e6:,.1f} MB, {done}"
+    return print_result(facts, words, f"https://huggingface.co/{repository}", json)
+
+
 @app.command(help_formatter=HelpPage({"Demo": ("size",)}))
 def demo(*, size: Literal["quick", "normal", "full"] = "normal", out: Path | None = None) -> None:
     """Distil, quantize, export and measure a small chatbot from SmolLM2-135M-Instruct.

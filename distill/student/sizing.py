@@ -3,8 +3,9 @@
 Parameters count each weight once, a tied head not at all. Megabytes at 4 bits are those that the
 weights take in the ONNX folder that ``export.to_onnx`` makes of a 4-bit model with its defaults:
 
-- matrices of the layers: 4-bit codes, and a float32 scale for each block of at most 64 columns;
-- embedding and head: 8-bit codes in blocks of at most 32 (one table where they are tied);
+- matrices of the layers: 4-bit codes, and a float16 scale for each block of at most 64 columns;
+- embedding and head: 8-bit codes in blocks of at most 32, each with such a scale (one table where
+  they are tied);
 - norms and biases in float32;
 - tables of rotary positions in float32, of 4,096 positions or the model's own if it has fewer.
 
@@ -28,6 +29,7 @@ _LAYER_BITS, _LAYER_BLOCK = 4, 64
 _TABLE_BITS, _TABLE_BLOCK = 8, 32
 _POSITIONS = 4096
 _FLOAT_BYTES = 4
+_SCALE_BYTES = 2
 _MEGABYTE = 1_000_000
 
 
@@ -180,4 +182,4 @@ def _rounded_bytes(rows: int, columns: int, bits: int, largest_block: int) -> in
     legal = [block for block in _LEGAL_BLOCKS if block <= largest_block]
     block = min(legal, key=lambda size: (-columns % size, -size))
     blocks = -(-columns // block)
-    return rows * blocks * (block * bits // 8 + _FLOAT_BYTES)
+    return rows * blocks * (block * bits // 8 + _SCALE_BYTES)

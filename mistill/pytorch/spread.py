@@ -100,4 +100,17 @@ def load_spread(
             **options,
         )
     keep_as_stored(model)
+    if nf4:
+        _let_go_of_files(model)
     return cast("PreTrainedModel", model.eval())
+
+
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copy what the CPU still reads from the files of the model, which hold all of its floats.
+
+    A tensor that is loaded as it is stored is a view of its mapped file, and one such view keeps
+    every page of it that quantizing has touched: more than the 4-bit weights take.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()

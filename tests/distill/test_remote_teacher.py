@@ -127,7 +127,8 @@ def test_the_file_is_that_of_the_teacher_in_process(
         "system": "Be kind.",
     }
     here = distill.generate_conversations(chatbot, prompts, tmp_path / "here.jsonl", **options)
-    with running(chatbot) as server:
+    # As it comes, the server would sample with the chatbot's own repetition penalty.
+    with running(chatbot, repetition_penalty=1.0) as server:
         there = distill.generate_conversations(
             "tiny-bot",
             prompts,

@@ -61,8 +61,9 @@ def test_merge_shows_both_orders(
     assert last_line(capsys)["form"] == "model"
     small = [*command, str(tmp_path / "small"), "--texts", str(chats), *SMALL, "--json"]
     assert main(small) == 0
-    *words, _path, json_line = capsys.readouterr().out.strip().splitlines()
+    learnt, *words, _path, json_line = capsys.readouterr().out.strip().splitlines()
     said = json.loads(json_line)
+    assert learnt.startswith(f"held-out cross-entropy: {said['cross_entropy']['base']:.4f} before")
     assert [line.partition(":")[0] for line in words] == [
         "merge then quantize",
         "quantize then merge",

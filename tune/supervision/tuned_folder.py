@@ -304,9 +304,11 @@ def _load(
 
 
 def _compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The type of frozen weights; under FSDP that of the adapters, which it divides with them."""
     import torch
 
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    low = accelerator.mixed_precision == "bf16" and accelerator.distributed_type.value != "FSDP"
+    return torch.bfloat16 if low else torch.float32
 
 
 def _complaint(progress: TrainingProgress[HeldOut], settings: SupervisedSettings) -> str:

@@ -52,12 +52,14 @@ def quiet_trl() -> Iterator[None]:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read when the library is imported
     import datasets
 
+    from mistill.pytorch.loading import quiet_transformers
+
     names = ("trl", "transformers", "peft", "accelerate", "bitsandbytes")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_transformers():
         warnings.filterwarnings("ignore", _OWN_NAMES, FutureWarning)
         for logger in loggers:
             logger.setLevel(logging.ERROR)

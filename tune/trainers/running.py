@@ -108,6 +108,7 @@ def arguments(
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_gradient_norm,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "use_cpu": not on_gpu,
         "bf16": wanted == "bfloat16" or (wanted == "auto" and on_gpu),
         "seed": settings.seed,
         "data_seed": settings.seed,

@@ -101,6 +101,28 @@ def test_live_and_cached_steps_take_turns(teacher: Path, cut: Path, chats: Path)
     assert 0 <= found["waited_for_cached_targets"]["median"] < 1
 
 
+@pytest.mark.slow
+def test_tuning_over_floats_and_over_four_bits_takes_turns(model: Path, chats: Path) -> None:
+    found = run(
+        "tuning_step", str(model), "--texts", str(chats), "--rounds", "2", "--block-length", "128",
+        "--threads", "1", "--methods", "lora", "qlora", "trl_lora",
+    )  # fmt: skip
+    losses = {name: method["losses"] for name, method in found["methods"].items()}
+    assert losses["lora"] == pytest.approx(losses["trl_lora"], rel=0.02)
+    assert found["qlora_over_trl_lora"]["processor_seconds"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_a_layer_of_tuning_is_measured_by_what_a_second_one_adds() -> None:
+    found = run(
+        "big_tuning_layer", "--tokens", "64", "--width", "512", "--rank", "4", "--threads", "1"
+    )
+    one, two = (found["layers"]["remembered"][layers] for layers in ("1", "2"))
+    added = two["resident_bytes"] - one["resident_bytes"]
+    whole = found["extrapolated_to_32_layers"]["remembered"]
+    assert whole["resident_bytes"] == pytest.approx(one["resident_bytes"] + 31 * added)
+
+
 def test_cached_and_live_students_are_judged_alike(teacher: Path, cut: Path, chats: Path) -> None:
     found = run(
         "cached_quality", str(teacher), str(cut), "--texts", str(chats), "--held-out", str(chats),

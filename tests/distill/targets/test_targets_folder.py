@@ -596,5 +596,5 @@ def test_a_student_with_other_tokens_of_the_same_number_is_refused(
     one, two = (token for token, number in vocabulary.items() if number in (70, 71))
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     (other / "tokenizer.json").write_text(json.dumps(definition))
-    with pytest.raises(VocabularyError, match=r"2 of 3.. ids stand for different tokens"):
+    with pytest.raises(VocabularyError, match="ids stand for different tokens"):
         opened(targets, other)

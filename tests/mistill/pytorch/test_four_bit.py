@@ -6,6 +6,8 @@ processor is said to have it, and a repacking would be seen.
 
 from __future__ import annotations
 
+import gc
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,17 @@ def test_without_the_guard_an_evaluation_does_change_them(tmp_path: Path, model:
         if before[n].norm() > 0
     ]
     assert min(alike) < 0.99, "bitsandbytes has repaired it; say so in docs/tuning.md"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="not Linux")
+def test_a_model_that_was_quantized_while_loading_holds_no_file_of_floats(
+    tmp_path: Path, model: Path
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "floats"))
+    quantized = while_loading(folder, tmp_path)
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert quantized.get_input_embeddings().weight.isfinite().all()
 
 
 @pytest.mark.parametrize("double", [True, False])

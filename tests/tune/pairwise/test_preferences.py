@@ -22,6 +22,7 @@ from mistill.errors import SettingsError, TextError, TrainingError
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
+from tests.tiny import tiny_model
 from tests.tune.pairs import pair_rows
 from tune.settings import PreferenceSettings
 
@@ -40,6 +41,11 @@ COMPANIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+
+
+def slowly(*values: str) -> list[Any]:
+    """Parameters of a test that are tried by the slow tests alone."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +140,7 @@ def test_the_metrics_hold_every_step(tuned):
     assert [entry["step"] for entry in entries if "held_out" in entry] == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize("loss", ["ipo", "sigmoid_norm", "robust", "kto", "orpo"])
+@pytest.mark.parametrize("loss", ["kto", "orpo", *slowly("ipo", "sigmoid_norm", "robust")])
 def test_every_loss_teaches_preferences(loss, model, pairs, tmp_path):
     target = tune.preferences(model, tmp_path / "out", pairs=pairs, loss=loss, **QUICK)
     report = report_of(target)
@@ -150,6 +156,28 @@ def test_all_weights_are_trained_without_adapters(model, pairs, tmp_path):
     assert report_of(target)["after"]["margin_accuracy"] == 1.0
     ours, start = (load_file(folder / "model.safetensors") for folder in (target, model))
     assert all((ours[name] != start[name]).any() for name in start)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_model_whose_head_is_its_embedding_is_tuned(rank, pairs, tmp_path):
+    tied = tiny_model(tmp_path / "tied", seed=2, tie_word_embeddings=True)
+    options = {**QUICK, "lora_rank": rank, "steps": 2, "keep": "last"}
+    target = tune.preferences(tied, tmp_path / "out", pairs=pairs, **options)
+    ours, start = (load_file(folder / "model.safetensors") for folder in (target, tied))
+    assert ours.keys() == start.keys()
+    assert "lm_head.weight" not in ours
+    same_table = (ours["model.embed_tokens.weight"] == start["model.embed_tokens.weight"]).all()
+    assert bool(same_table) == (rank > 0)  # no adapter stands beside the table
+
+
+def test_a_model_is_tuned_in_bfloat16(model, pairs, tmp_path):
+    options = {**QUICK, "precision": "bfloat16", "gradient_checkpointing": True}
+    target = tune.preferences(model, tmp_path / "out", pairs=pairs, **options)
+    report = report_of(target)
+    assert report["before"]["margin_accuracy"] == 0.5
+    assert report["after"]["loss"] < 0.6
+    weights = load_file(target / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_nearly_every_entry_of_an_adapter_moves_at_a_small_rate(model, pairs, tmp_path):
@@ -173,7 +201,7 @@ def test_what_trl_stores_in_bfloat16_is_trained_in_float32():
     assert (layer.weight.dtype, layer.bias.dtype) == (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm", "robust"])
+@pytest.mark.parametrize("loss", ["sigmoid", *slowly("ipo", "sigmoid_norm", "robust")])
 def test_four_micro_batches_teach_what_one_batch_does(loss, model, pairs, tmp_path):
     grads = []
     for micro in (1, 4):

@@ -180,6 +180,7 @@ def test_a_model_learns_from_a_reward_model(model, prompts, pairs, tmp_path):
     assert report["after"]["reward"] > report["before"]["reward"]
 
 
+@pytest.mark.slow
 def test_a_model_learns_from_a_check(model, tmp_path):
     file = tmp_path / "prompts.jsonl"
     rows = [

@@ -142,6 +142,7 @@ def test_margins_that_are_missing_are_refused(model, pairs, tmp_path):
         tune.reward(model, tmp_path / "out", pairs=pairs, margins=True, **QUICK)
 
 
+@pytest.mark.slow
 def test_centering_holds_scores_near_zero(model, pairs, tmp_path):
     sums = []
     for weight in (0.0, 1.0):
@@ -174,6 +175,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_bits(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_ranking_teaches_a_reward_model(model, tmp_path):
     file = tmp_path / "rankings.jsonl"
     rows = [

@@ -318,6 +318,7 @@ def kill_when(
     patch.setattr(home, name, dying)
 
 
+SLOW = pytest.mark.slow
 EVERYTHING = {**QUICK, "base": "nf4", "neftune": 5.0, "optimizer": "adamw_8bit"}
 PISSA = {**QUICK, "lora_start": "pissa", "learning_rate": 1e-3, "gradient_checkpointing": True}
 WHOLE = {**QUICK, "lora_rank": 0, "learning_rate": 1e-3}
@@ -353,10 +354,10 @@ def assert_same_run(resumed: Path, undisturbed: Path) -> None:
     ("way", "options", "home", "name", "calls"),
     [
         ("everything", EVERYTHING, trainer, "accumulate_gradients", 5),
-        ("everything", EVERYTHING, trainer, "held_out_cost", 2),
-        ("everything", EVERYTHING, merged_folder, "merge_adapters", 1),
+        pytest.param("everything", EVERYTHING, trainer, "held_out_cost", 2, marks=SLOW),
+        pytest.param("everything", EVERYTHING, merged_folder, "merge_adapters", 1, marks=SLOW),
         ("everything", EVERYTHING, tuned_folder, "publish", 1),
-        ("pissa", PISSA, trainer, "accumulate_gradients", 1),
+        pytest.param("pissa", PISSA, trainer, "accumulate_gradients", 1, marks=SLOW),
         ("pissa", PISSA, trainer, "accumulate_gradients", 5),
         ("whole", WHOLE, loop, "save_checkpoint", 2),
     ],

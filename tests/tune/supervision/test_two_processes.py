@@ -21,7 +21,7 @@ from mistill.folders.lineage import read_lineage
 from tests.tune.supervision.test_tuned_folder import QUICK, hidden_beside, report_of
 from tune.settings import SupervisedSettings
 from tune.supervision.result_folder import place_for
-from tune.supervision.tuned_folder import require_divisible
+from tune.supervision.tuned_folder import _compute_dtype, require_divisible
 
 PROGRAM = """
 import json, sys
@@ -92,6 +92,15 @@ def test_four_bit_weights_are_divided_by_neither_zero3_nor_fsdp() -> None:
     require_divisible(four_bits, accelerator("DEEPSPEED", 2))
     require_divisible(four_bits, accelerator("MULTI_GPU"))
     require_divisible(SupervisedSettings(), accelerator("DEEPSPEED", 3))
+
+
+def test_frozen_weights_have_the_type_of_the_adapters_where_fsdp_divides_both() -> None:
+    for kind, dtype in (("FSDP", torch.float32), ("MULTI_GPU", torch.bfloat16)):
+        one = accelerator(kind)
+        one.mixed_precision = "bf16"
+        assert _compute_dtype(one) == dtype
+        one.mixed_precision = "no"
+        assert _compute_dtype(one) == torch.float32
 
 
 def test_a_model_that_does_not_fit_the_gpu_is_looked_at_on_the_cpu(

@@ -267,6 +267,15 @@ def _refuse_same_model(
             f"{student} and {teacher} are the same model, which has nothing to learn from itself; "
             "make a student with distill.new_student"
         )
+    if student_info.parameters > teacher_info.parameters:
+        _log.warning(
+            "the student %s has %.1f million parameters and its teacher %s only %.1f; are they "
+            "swapped?",
+            student,
+            student_info.parameters / 1e6,
+            teacher,
+            teacher_info.parameters / 1e6,
+        )
 
 
 def _require_shared(ours: Vocabulary, student: FolderInfo, teacher: FolderInfo) -> None:

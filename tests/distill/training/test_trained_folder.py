@@ -151,6 +151,22 @@ def test_a_watch_sees_what_metrics_hold_and_may_end_a_run_that_resumes(
     assert len(seen) == count
 
 
+def test_a_student_that_is_larger_than_its_teacher_is_warned_of(
+    model: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SettingsError, match="block_length"):
+        distill.train(
+            teacher, tmp_path / "out", teacher=model, texts="@demo-train", block_length=5000
+        )
+    assert "are they swapped?" in caplog.text
+    caplog.clear()
+    with pytest.raises(SettingsError, match="block_length"):
+        distill.train(
+            model, tmp_path / "out", teacher=teacher, texts="@demo-train", block_length=5000
+        )
+    assert "swapped" not in caplog.text
+
+
 def test_epochs_are_as_many_tokens_as_the_text_holds_so_often(
     model: Path, teacher: Path, chats: Path, tmp_path: Path
 ) -> None:

@@ -28,14 +28,19 @@ _WORDS = {
         step: ("quantize", step)
         for step in ("gptq", "rounding", "nf4", "rotate", "tune", "convert", "dequantize", "merge")
     },
+    **{step: ("tune", step) for step in ("supervised", "preferences", "reward", "reinforce")},
     "export": ("export",),
     "gguf": ("gguf",),
 }
-#: Commands that need text.
-_NEED_TEXTS = ("student", "heal", "distill", "gptq", "tune")
-_INPUTS = ("teacher", "targets", "texts", "held_out")
+#: What text a command needs.
+_NEEDS = {
+    **dict.fromkeys(("student", "heal", "distill", "gptq", "tune", "supervised"), "texts"),
+    **dict.fromkeys(("preferences", "reward"), "pairs"),
+    "reinforce": "prompts",
+}
+_INPUTS = ("teacher", "targets", "texts", "pairs", "prompts", "reward", "held_out")
 #: Words that stand for what a lineage does not say.
-_PLACEHOLDERS = ("ADAPTER", "SOURCE", "TEXTS")
+_PLACEHOLDERS = ("ADAPTER", "PAIRS", "PROMPTS", "SOURCE", "TEXTS")
 
 
 def commands(model: ModelResult, step_defaults: StepDefaults | None = None) -> list[str]:
@@ -100,8 +105,9 @@ def _inputs(step: str, entry: Mapping[str, Any]) -> list[str]:
     inputs = {name: entry.get(name) for name in _INPUTS}
     if inputs["targets"]:
         inputs["teacher"] = None
-    if step in _NEED_TEXTS and not inputs["texts"]:
-        inputs["texts"] = "TEXTS"
+    needed = _NEEDS.get(step)
+    if needed is not None and not inputs[needed]:
+        inputs[needed] = needed.upper()
     if step == "gptq":
         inputs["teacher"] = None  # it only measures
     arguments = []

@@ -325,10 +325,23 @@ def test_healing_is_among_the_commands(comparison: Report):
     )
 
 
+def test_a_tuned_model_names_its_pairs_and_prompts(comparison: Report):
+    found = made_by(
+        comparison["student"],
+        {"step": "preferences", "settings": {}, "source": "base", "pairs": ["p.jsonl"]},
+        {"step": "reinforce", "settings": {}, "source": "better", "reward": "judge"},
+    )
+
+    assert found == [
+        "mistill tune preferences base better --pairs p.jsonl",
+        "mistill tune reinforce better student --prompts PROMPTS --reward judge",
+    ]
+
+
 def test_every_step_of_a_recipe_that_makes_a_model_has_a_command(comparison: Report):
     from mistill.recipe import step_kinds
 
-    others = {"generate", "targets", "bench", "mixed"}  # mixed bits are recorded as gptq
+    others = {"generate", "reverse", "targets", "bench", "mixed"}  # mixed bits are recorded as gptq
     for name in step_kinds().keys() - others:
         entry = {"step": name, "settings": {}, "source": "a", "texts": ["t"]}
         assert made_by(comparison["student"], entry), name

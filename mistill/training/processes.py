@@ -98,11 +98,30 @@ def this_process(patience: timedelta | None = None) -> PartialState:
 
 
 @contextmanager
-def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
-    """Choose device and precision, and count the micro-batches of a step.
+def precision_of_its_own() -> Iterator[None]:
+    """Let what runs inside choose a precision, and leave the process free to choose another.
 
     accelerate fixes the precision once for the whole process; that is undone at the end, unless
     the caller had fixed it before.
+
+    Yields:
+        Nothing.
+    """
+    from accelerate.state import AcceleratorState
+
+    fixed_before = bool(AcceleratorState._shared_state)
+    try:
+        yield
+    finally:
+        if not fixed_before:
+            AcceleratorState._reset_state()
+
+
+@contextmanager
+def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
+    """Choose device and precision, and count the micro-batches of a step.
+
+    At the end the process is free to choose another precision; see ``precision_of_its_own``.
 
     Args:
         batch: What a step is made of.
@@ -116,7 +135,6 @@ def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
             optimizer cannot be divided among them.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     state = this_process()
@@ -124,25 +142,23 @@ def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
     precision = batch.precision
     if precision == "auto":
         precision = "float32" if state.device.type == "cpu" else "bfloat16"
-    fixed_before = bool(AcceleratorState._shared_state)
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "float32" else "bf16",
-        # As a plugin: a bare number would give way to one in the environment.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=micro_batches, sync_with_dataloader=False
-        ),
-        log_with=list(batch.trackers) or None,
-        project_config=ProjectConfiguration(
-            project_dir=str(logs), logging_dir=str(logs / "tensorboard")
-        ),
-    )
-    try:
-        _configure(accelerator, batch, micro_batches)
-        yield accelerator
-    finally:
-        accelerator.free_memory()
-        if not fixed_before:
-            AcceleratorState._reset_state()
+    with precision_of_its_own():
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "float32" else "bf16",
+            # As a plugin: a bare number would give way to one in the environment.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=micro_batches, sync_with_dataloader=False
+            ),
+            log_with=list(batch.trackers) or None,
+            project_config=ProjectConfiguration(
+                project_dir=str(logs), logging_dir=str(logs / "tensorboard")
+            ),
+        )
+        try:
+            _configure(accelerator, batch, micro_batches)
+            yield accelerator
+        finally:
+            accelerator.free_memory()
 
 
 def _micro_batches(batch: StepSettings, processes: int) -> int:

@@ -278,7 +278,8 @@ def _original(folder: Path, float_base: str | Path | None) -> Path:
             raise FolderError(
                 f"the float original of {folder} was not found"
                 + (f" as {name} beside it" if name else "")
-                + "; give it as float_base, or leave out texts to merge without comparing"
+                + "; give it as float_base, or leave out texts and held_out to merge without "
+                "comparing"
             )
         if fingerprint(source) != steps[-1].get("source_fingerprint"):
             raise FolderError(

@@ -184,7 +184,7 @@ def test_the_shipped_recipes_are_sound(name):
     recipe = read_recipe(Path(mistill.__file__).parent / "data" / f"{name}.toml")
     kinds = [step.kind.name for step in recipe.steps]
     assert kinds[:3] == ["teacher", "student", "distill"]
-    assert {"gptq", "rounding", "nf4", "export"} <= set(kinds)
+    assert {"mixed", "rounding", "nf4", "export"} <= set(kinds)
     assert kinds[-1] == "bench"
     assert recipe.steps[-1].name == "report"
     assert recipe.out.name == name

@@ -24,6 +24,7 @@ from mistill.preferences.tokens import Answer, digest_of, labelled_tokens, pair_
 from mistill.settings import require, result_settings, settings_from
 from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from mistill.training.processes import precision_of_its_own
 from tune.settings import PreferenceSettings
 from tune.trainers.library import require_trl
 
@@ -100,7 +101,7 @@ def preferences(
         "held_out": digest_of(judged),
         **vocabulary.date_key,
     }
-    with working(target, key, anew=overwrite) as work:
+    with precision_of_its_own(), working(target, key, anew=overwrite) as work:
         named = {
             "pairs": sources_of(pairs),
             "held_out": [] if held_out is None else sources_of(held_out),

@@ -26,6 +26,7 @@ from mistill.settings import require, result_settings, settings_from
 from mistill.text.answers import prompt_ids, refuse_unwritten
 from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from mistill.training.processes import precision_of_its_own
 from tune.settings import ReinforceSettings
 from tune.trainers.library import require_trl
 
@@ -112,7 +113,7 @@ def reinforce(
         "held_out": _digest(judged),
         **vocabulary.date_key,
     }
-    with working(target, key, anew=overwrite) as work:
+    with precision_of_its_own(), working(target, key, anew=overwrite) as work:
         facts = _train(work, info, str(model), vocabulary, learned, judged, judge, settings)
         add_lineage(
             work / "result",

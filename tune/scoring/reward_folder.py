@@ -23,6 +23,7 @@ from mistill.preferences.tokens import PairTokens, digest_of, pair_tokens
 from mistill.settings import require, result_settings, settings_from
 from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from mistill.training.processes import precision_of_its_own
 from tune.settings import RewardSettings
 from tune.trainers.library import require_trl
 
@@ -98,7 +99,7 @@ def reward(
         "held_out": digest_of(judged),
         **vocabulary.date_key,
     }
-    with working(target, key, anew=overwrite) as work:
+    with precision_of_its_own(), working(target, key, anew=overwrite) as work:
         facts = _train(work, info, str(model), vocabulary, learned, judged, settings)
         add_lineage(
             work / "result",

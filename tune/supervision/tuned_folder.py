@@ -190,9 +190,9 @@ def _open_model(model: str | Path, settings: SupervisedSettings) -> FolderInfo:
 
 
 def _name_of(model: str | Path, info: FolderInfo) -> str:
-    """What an adapter calls the model that it is for: its Hub id, or its folder."""
+    """What an adapter calls the model that it is for: its Hub id, or the name of its folder."""
     from_hub = "/" in str(model) and not Path(model).exists()
-    return str(model) if from_hub else str(info.path)
+    return str(model) if from_hub else info.path.name
 
 
 def _require_libraries(settings: SupervisedSettings) -> None:

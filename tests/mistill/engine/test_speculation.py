@@ -234,15 +234,22 @@ def test_a_model_that_rounds_speculates_only_where_nobody_expects_the_same_text(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, chatbot: Path
 ) -> None:
     # Large enough, and in blocks of more than 64, that one bit of a sum moves rounded inputs.
-    source = tiny_model(
-        tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=4
-    )
-    made = export.to_onnx(
-        source, tmp_path / "int4", precision="int4", block_size=128, parity_positions=0
-    )
-    rounding = OnnxModel(made, threads=1)
-    careful = SpeculativeModel(rounding, PromptLookup())
-    assert careful.rounding > speculation.SAME
+    for seed in range(8):
+        source = tiny_model(
+            tmp_path / f"model-{seed}",
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            seed=seed,
+        )
+        made = export.to_onnx(
+            source, tmp_path / f"int4-{seed}", precision="int4", block_size=128, parity_positions=0
+        )
+        rounding = OnnxModel(made, threads=1)
+        careful = SpeculativeModel(rounding, PromptLookup())
+        if careful.rounding > speculation.SAME:
+            break
+    assert careful.rounding > speculation.SAME, "no model of eight rounds"
     assert not careful.speculates
     prompt = some_ids(20) * 3
     expected = list(islice(rounding.stream(prompt), 40))

@@ -94,7 +94,7 @@ def test_an_adapter_of_four_bit_weights_is_merged_into_the_ones_that_text_costs_
     tmp_path: Path, trained_over_four_bits: tuple[Path, Path], model: Path, chats: Path
 ) -> None:
     base, adapter = trained_over_four_bits
-    made = merge_lora(base, adapter, tmp_path / "made", held_out=chats)
+    made = merge_lora(base, adapter, tmp_path / "made", held_out=chats, float_base=model)
     step = read_lineage(made)[-1]
     assert step["ways"].keys() == {"dequantized", "float"}
     costs = step["cross_entropy"]
@@ -118,13 +118,16 @@ def test_an_adapter_of_four_bit_weights_is_merged_into_the_ones_that_text_costs_
 def test_a_quantized_merge_that_loses_what_was_learnt_leaves_nothing(
     tmp_path: Path,
     trained_over_four_bits: tuple[Path, Path],
+    model: Path,
     chats: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, adapter = trained_over_four_bits
     monkeypatch.setattr(merging, "share_kept", lambda *_: 0.02)
     with pytest.raises(TrainingError, match=r"2% of what it takes"):
-        merge_lora(base, adapter, tmp_path / "made", texts=chats, settings=SETTINGS)
+        merge_lora(
+            base, adapter, tmp_path / "made", texts=chats, settings=SETTINGS, float_base=model
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -50,8 +50,13 @@ def slowly(*values: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def tuned(model, pairs, tmp_path_factory):
+    from accelerate.state import AcceleratorState
+
     target = tmp_path_factory.mktemp("preferences") / "tuned"
-    return tune.preferences(model, target, pairs=pairs, **QUICK)
+    fixed_before = bool(AcceleratorState._shared_state)
+    made = tune.preferences(model, target, pairs=pairs, **QUICK)
+    assert bool(AcceleratorState._shared_state) == fixed_before, "others may choose a precision"
+    return made
 
 
 def report_of(folder: Path) -> Any:

@@ -149,7 +149,7 @@ def test_the_adapter_beside_the_model_is_the_model_on_its_base(tuned: Path, mode
     config = json.loads((tuned / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 4
     assert config["lora_alpha"] == 8
-    assert config["base_model_name_or_path"] == str(model)
+    assert config["base_model_name_or_path"] == model.name
     theirs: Any = PeftModel.from_pretrained(load_pytorch(model), str(tuned / "adapter"))
     expected = logits_of(load_pytorch(tuned))
     torch.testing.assert_close(logits_of(theirs), expected, rtol=1e-4, atol=1e-4)

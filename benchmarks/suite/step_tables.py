@@ -102,11 +102,17 @@ def healing(found: Found) -> list[str]:
 def compressing(found: Found) -> list[str]:
     """KL of a compressed model beside that of Q4_K_M, on every text."""
     texts = list(found["scored_tokens"])
+    rival = found["models"][0]
+
+    def kl(model: Found, text: str) -> str:
+        own, theirs = (one["held_out"][text]["kl"] for one in (model, rival))
+        return number(own) if model is rival else f"{number(own)}, {own / theirs:.2f} of it"
+
     rows = [
         [
             model["name"],
-            number(model["bytes"] / 1e6),
-            *(number(model["held_out"][text]["kl"]) for text in texts),
+            number(model["bytes"] / 1e6, 4),
+            *(kl(model, text) for text in texts),
             number(model["seconds"]) if "seconds" in model else "",
         ]
         for model in found["models"]
@@ -115,7 +121,7 @@ def compressing(found: Found) -> list[str]:
     return [
         *table(["KL(float \\|\\| compressed)", "MB", *texts, "seconds to make"], rows),
         "",
-        f"Calibrated and tuned on {', '.join(found['texts'])}; scored tokens: {scored}.",
+        f"Calibrated on {', '.join(found['texts'])}; scored tokens: {scored}.",
     ]
 
 

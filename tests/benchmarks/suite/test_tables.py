@@ -64,6 +64,21 @@ def test_healing_is_shown_beside_what_was_cut_with_its_share_of_the_kl() -> None
     )
 
 
+def test_compressing_is_shown_beside_q4_k_m_with_its_share_of_the_kl() -> None:
+    held_out = [{"chats.jsonl": {"kl": kl}} for kl in (0.08, 0.06)]
+    models = [
+        {"name": "llama.cpp Q4_K_M", "bytes": 103_700_000, "held_out": held_out[0]},
+        {"name": "mistill", "bytes": 103_600_000, "held_out": held_out[1], "seconds": 234.0},
+    ]
+    found = {"scored_tokens": {"chats.jsonl": 900}, "texts": ["a.txt"], "models": models}
+    lines = step_tables.compressing(found)
+    assert rows_of(lines) == [
+        ["llama.cpp Q4_K_M", "103.7", "0.0800", ""],
+        ["mistill", "103.6", "0.0600, 0.75 of it", "234"],
+    ]
+    assert lines[-1] == "Calibrated on a.txt; scored tokens: 900 of chats.jsonl."
+
+
 def rows_of(lines: list[str]) -> list[list[str]]:
     """The cells of a table below its head."""
     cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]

@@ -243,7 +243,7 @@ def test_a_model_that_rounds_speculates_only_where_nobody_expects_the_same_text(
             seed=seed,
         )
         made = export.to_onnx(
-            source, tmp_path / f"int4-{seed}", precision="int4", block_size=128, parity_positions=0
+            source, tmp_path / f"int4-{seed}", precision="int4", block_size=256, parity_positions=0
         )
         rounding = OnnxModel(made, threads=1)
         careful = SpeculativeModel(rounding, PromptLookup())

@@ -328,6 +328,31 @@ def _inputs(step: Step, targets: Mapping[str, Path]) -> dict[str, Any]:
 # --- reading ------------------------------------------------------------------------------------
 
 
+def _check_keys(kind: StepKind, own: Sequence[str], table: Mapping[str, Any]) -> None:
+    """Refuse a table with a key that is not known or may not stand there, or without one."""
+    for key in table:
+        if key not in (*own, *kind.models, *kind.texts, "step"):
+            close = difflib.get_close_matches(key, [*own, *kind.models, *kind.texts], n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise RecipeError(f"{kind.name} has no {key}{hint}")
+    for key in kind.by_hand:
+        if key in table:
+            raise RecipeError(
+                f"{key} names code to import, and a recipe does not decide what runs; give it to "
+                f"the command or the Python function of {kind.name} yourself"
+            )
+    for key in (*kind.models, *kind.texts):
+        if key not in table and key not in kind.optional:
+            raise RecipeError(f"{key} is missing")
+    present = [key for key in kind.one_of if key in table]
+    if kind.one_of and len(present) != 1:
+        count = "neither is" if not present else "both are"
+        raise RecipeError(f"give either {' or '.join(kind.one_of)}; {count} given")
+    for key, other in kind.needs:
+        if key in table and other not in table:
+            raise RecipeError(f"{key} needs {other} beside it; give both or neither")
+
+
 def _read_step(
     name: str,
     table: Mapping[str, Any],
@@ -344,21 +369,7 @@ def _read_step(
         raise RecipeError(f"step {kind_name!r} is not known; known are {', '.join(kinds)}")
     kind = kinds[kind_name]
     own = [item.name for item in fields(kind.settings)] if kind.settings else []
-    for key in table:
-        if key not in (*own, *kind.models, *kind.texts, "step"):
-            close = difflib.get_close_matches(key, [*own, *kind.models, *kind.texts], n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise RecipeError(f"{kind.name} has no {key}{hint}")
-    for key in (*kind.models, *kind.texts):
-        if key not in table and key not in kind.optional:
-            raise RecipeError(f"{key} is missing")
-    present = [key for key in kind.one_of if key in table]
-    if kind.one_of and len(present) != 1:
-        count = "neither is" if not present else "both are"
-        raise RecipeError(f"give either {' or '.join(kind.one_of)}; {count} given")
-    for key, other in kind.needs:
-        if key in table and other not in table:
-            raise RecipeError(f"{key} needs {other} beside it; give both or neither")
+    _check_keys(kind, own, table)
     names = [step.name for step in earlier]
     inputs = {key: _read_model(key, table[key], names) for key in kind.models if key in table}
     inputs |= {key: _read_text(table[key], names, beside) for key in kind.texts if key in table}

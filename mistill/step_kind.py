@@ -28,6 +28,8 @@ class StepKind:
         optional: Keys of ``models`` and ``texts`` that may be left out.
         one_of: Keys of ``optional`` of which exactly one is required.
         needs: Keys of ``optional`` that stand only beside another one, and that other one.
+        by_hand: Settings that name code to import, which no file decides: a recipe that has one is
+            refused.
         output: ``folder``, or the suffix of the file that is written.
         last_file: The file of the folder without which it is unfinished; None for a folder that
             appears whole.
@@ -42,6 +44,7 @@ class StepKind:
     optional: tuple[str, ...] = ()
     one_of: tuple[str, ...] = ()
     needs: tuple[tuple[str, str], ...] = ()
+    by_hand: tuple[str, ...] = ()
     output: str = "folder"
     last_file: str | None = None
     together: bool = False

@@ -42,6 +42,7 @@ KINDS: tuple[StepKind, ...] = (
         models=("model", "reward"),
         texts=("prompts", "held_out"),
         optional=("reward", "held_out"),
+        by_hand=("function",),
         run=calling("tune.reinforce", "model"),
     ),
 )

@@ -56,6 +56,19 @@ def change(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
+def test_a_recipe_names_no_code_to_import(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strange.py").write_text("open('ran', 'w').close()\n")
+    file = tmp_path / "rewarded.toml"
+    file.write_text(
+        '[reinforce]\nmodel = "@smollm2"\nprompts = "@demo-train"\nfunction = "strange:score"\n'
+    )
+    with pytest.raises(RecipeError, match=r"\[reinforce\]: function names code to import, and a"):
+        read_recipe(file)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_recipe_makes_every_output_and_then_skips_them(recipe_file, tmp_path):
     assert run(recipe_file) == {"base": "teacher", "small": "student", "rounded": "rounding"}
     assert json.loads((tmp_path / "road/small/config.json").read_text())["num_hidden_layers"] == 2

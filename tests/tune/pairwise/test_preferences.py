@@ -113,7 +113,7 @@ def test_the_folder_holds_its_base_s_companions_and_one_adapter(tuned, model):
     )
 
 
-def test_the_adapter_stands_beside_all_seven_kinds_of_matrices_in_float32(tuned):
+def test_the_adapter_stands_beside_all_seven_kinds_of_matrices_in_float32(tuned, model):
     weights = load_file(tuned / "adapter" / "adapter_model.safetensors")
     kinds = {name.split(".")[-3] for name in weights}
     assert kinds == {
@@ -122,6 +122,7 @@ def test_the_adapter_stands_beside_all_seven_kinds_of_matrices_in_float32(tuned)
     }
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     config = json.loads((tuned / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model.name, "no place of the machine is published"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0)
 
 

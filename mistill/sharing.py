@@ -80,7 +80,7 @@ def push(
 
 def _refuse_strangers(path: Path) -> None:
     """Refuse files that are not a step's, and records with paths of the machine."""
-    why = None if (path / CARD_FILE).is_file() else why_not_ours(path)
+    why = why_not_ours(path, any_card=True)
     if why is not None:
         raise FolderError(f"{path} {why}; it is not sent")
     for pattern in _RECORDS:

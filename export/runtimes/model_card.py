@@ -16,6 +16,8 @@ from mistill.folders.ownership import CARD_FILE, signed_card
 from mistill.folders.publishing import write_atomically
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Steps after which the weights say something else than their base's.
+_LEARNING = {"student", "heal", "distill", "supervised", "preferences", "reinforce", "merge"}
 # What the embedded teacher is on the Hub, and its licence.
 _EMBEDDED = {"@smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
@@ -75,7 +77,7 @@ def base_model(steps: Sequence[Mapping[str, Any]]) -> tuple[str | None, str | No
 def _metadata(steps: Sequence[Mapping[str, Any]]) -> str:
     base, licence = base_model(steps)
     made = [step["step"] for step in steps]
-    relation = "finetune" if {"student", "distill", "tune"} & set(made) else "quantized"
+    relation = "finetune" if _LEARNING & set(made) else "quantized"
     lines = ["library_name: onnx", "pipeline_tag: text-generation"]
     if base is not None:
         lines += ["base_model:", f"- {base}", f"base_model_relation: {relation}"]

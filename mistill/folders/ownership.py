@@ -68,11 +68,12 @@ def is_own_card(file: Path) -> bool:
     return text == signed_card(text.rpartition(_SIGNATURE)[0])
 
 
-def why_not_ours(folder: Path) -> str | None:
+def why_not_ours(folder: Path, *, any_card: bool = False) -> str | None:
     """Why a folder is not one that mistill made, and may not be replaced.
 
     Args:
         folder: An existing folder.
+        any_card: Whether a model card that somebody has changed is let pass.
 
     Returns:
         The rest of a sentence about the folder, such as "holds diary.txt, which ..."; None for a
@@ -81,6 +82,8 @@ def why_not_ours(folder: Path) -> str | None:
     if not any((folder / name).is_file() for name in _SIGNS):
         return f"was not made by mistill: it has none of {', '.join(_SIGNS)}"
     for item in sorted(folder.iterdir()):
+        if any_card and item.name == CARD_FILE and item.is_file() and not item.is_symlink():
+            continue
         if item.is_symlink() or not _is_ours(item):
             return f"holds {item.name}, which no step of mistill wrote"
     return None

@@ -74,6 +74,19 @@ def test_what_should_not_leave_the_machine_is_refused(
     assert sent == []
 
 
+def test_a_folder_with_a_file_of_somebody_else_is_not_sent(
+    made: Path, sent: list[Any], tmp_path: Path
+) -> None:
+    bot = Path(shutil.copytree(made, tmp_path / "bot"))
+    (bot / "README.md").write_text("# My own words\n")
+    assert "README.md" in push(bot, "me/bot", send=True).files
+    sent.clear()
+    (bot / "secrets.env").write_text("TOKEN=1")
+    with pytest.raises(FolderError, match=r"holds secrets\.env, which no step of mistill wrote"):
+        push(bot, "me/bot", send=True)
+    assert sent == []
+
+
 def test_a_failed_upload_is_one_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Api:
         def create_repo(self, *_: Any, **__: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 import export
+from export.runtimes import model_card
 from export.runtimes.model_card import base_model
 from mistill.errors import FolderError
 from mistill.folders.folder import open_folder
@@ -54,6 +55,20 @@ def test_the_card_says_what_was_made_of_what_and_what_was_measured(chatbot: Path
     assert 'mistill chat bot "What' in text
     assert str(chatbot.parent) not in text
     assert re.search(r"2 layers of width 64|layers of width \d+", text)
+
+
+@pytest.mark.parametrize(
+    ("step", "relation"),
+    [
+        ("supervised", "finetune"),
+        ("heal", "finetune"),
+        ("tune", "quantized"),
+        ("gptq", "quantized"),
+    ],
+)
+def test_only_what_learnt_is_called_a_finetune(step: str, relation: str) -> None:
+    steps = [{"step": "teacher", "settings": {"source": "@smollm2"}}, {"step": step}]
+    assert f"base_model_relation: {relation}\n" in model_card._metadata(steps)
 
 
 def test_the_embedded_teacher_is_known_with_its_licence() -> None:

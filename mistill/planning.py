@@ -26,6 +26,8 @@ _EMBEDDED = {"@smollm2": 134_515_008}
 # Share of the speed of a large product that a whole step reaches, as measured in the demo.
 _EFFICIENCY = 0.4
 _DISK_BYTES_PER_SECOND = 100e6
+# Steps whose time is not that of writing their output.
+_LONG = ("bench", "generate", "supervised", "preferences", "reward", "reinforce")
 _BITS = {"nf4": 4.6, "mixed": 4.9, "teacher": 32}
 
 
@@ -75,7 +77,7 @@ def plan_recipe(recipe: Recipe, flops: float | None = None) -> list[PlannedStep]
         size = _size(step, parameters[step.name], bits[step.name])
         work = _work(step, parameters, inherited)
         seconds = None if work is None else work / (speed * _EFFICIENCY)
-        if size is not None and seconds is None and step.kind.name not in ("bench", "generate"):
+        if size is not None and seconds is None and step.kind.name not in _LONG:
             seconds = size / _DISK_BYTES_PER_SECOND
         if step.target.exists() and reason is None:
             size = 0.0
@@ -131,7 +133,7 @@ def describe_plan(recipe: Recipe, planned: list[PlannedStep]) -> str:
 
 
 def _first_model(step: Step) -> str:
-    for key in ("student", "source", "teacher", "models"):
+    for key in ("student", "source", "model", "teacher", "models"):
         value = step.inputs.get(key)
         if isinstance(value, str):
             return value
@@ -183,6 +185,11 @@ def _work(
     if name == "distill":
         teacher = _parameters(str(step.inputs.get("teacher", "")), parameters) or 0.0
         return float(settings.tokens) * (6 * own + 2 * teacher)
+    if name == "supervised" and settings.tokens is not None:
+        return 6.0 * own * float(settings.tokens)
+    if name == "tune":
+        tokens = settings.steps * settings.batch_size * settings.block_length
+        return 8.0 * own * float(tokens)
     if name in ("gptq", "mixed"):
         return 6.0 * own * float(settings.samples * settings.block_length)
     if name in ("student", "heal"):

@@ -165,6 +165,20 @@ def file_name(value: Any) -> Any:
     return value
 
 
+def name_of_base(model: str | Path, folder: Path) -> str:
+    """What an adapter calls the model that it is for.
+
+    Args:
+        model: The model as it was given: a folder, a Hub id, a file.
+        folder: Where it lies.
+
+    Returns:
+        Its Hub id, or the name of its folder.
+    """
+    from_hub = "/" in str(model) and not Path(model).exists()
+    return str(model) if from_hub else folder.name
+
+
 def find_source(folder: Path, entry: Mapping[str, Any]) -> Path | None:
     """The folder that a step read, if it stands beside what the step made or where we work.
 

@@ -99,3 +99,16 @@ def test_the_command_prints_the_plan_and_runs_nothing(
     assert not (recipe_file.parent / "road").exists()
     recipe_file.write_text(recipe_file.read_text() + "\n[x]\nstep = 'nothing'\n")
     assert main(["run", str(recipe_file), "--dry-run"]) == 2
+
+
+def test_the_time_of_tuning_is_that_of_its_tokens_or_not_told(
+    tmp_path: Path, teacher: Path
+) -> None:
+    file = tmp_path / "tuned.toml"
+    table = f'[{{}}]\nstep = "supervised"\nmodel = "{teacher}"\ntexts = "@demo-train"\n'
+    file.write_text(table.format("long") + "tokens = 1000\n" + table.format("unknown"))
+    long, unknown = plan_recipe(read_recipe(file), flops=1e6)
+    parameters = open_folder(teacher).parameters
+    assert long.seconds == pytest.approx(6 * parameters * 1000 / (1e6 * 0.4))
+    assert unknown.seconds is None
+    assert unknown.size_bytes == 4 * parameters

@@ -17,7 +17,7 @@ from typing import Any
 
 from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo
-from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
 from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.preferences.reading import divided, read_labelled, read_pairs
 from mistill.preferences.tokens import Answer, digest_of, labelled_tokens, pair_tokens
@@ -101,6 +101,7 @@ def preferences(
         "held_out": digest_of(judged),
         **vocabulary.date_key,
     }
+    base = name_of_base(model, info.path)
     with precision_of_its_own(), working(target, key, anew=overwrite) as work:
         named = {
             "pairs": sources_of(pairs),
@@ -109,7 +110,7 @@ def preferences(
         _tune(
             work,
             info,
-            str(model),
+            base,
             vocabulary,
             learned,
             judged,

@@ -18,7 +18,7 @@ from typing import Any
 
 from mistill.errors import TextError, TrainingError
 from mistill.folders.folder import FolderInfo
-from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
 from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.judging.judge import Judge, RewardFunction, judge_of
 from mistill.preferences.reading import PromptRow, divided, read_prompt_rows
@@ -113,8 +113,9 @@ def reinforce(
         "held_out": _digest(judged),
         **vocabulary.date_key,
     }
+    base = name_of_base(model, info.path)
     with precision_of_its_own(), working(target, key, anew=overwrite) as work:
-        facts = _train(work, info, str(model), vocabulary, learned, judged, judge, settings)
+        facts = _train(work, info, base, vocabulary, learned, judged, judge, settings)
         add_lineage(
             work / "result",
             step="reinforce",

@@ -16,7 +16,7 @@ from typing import Any
 
 from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo, copy_companions
-from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
 from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.preferences.reading import divided, read_pairs
 from mistill.preferences.tokens import PairTokens, digest_of, pair_tokens
@@ -99,8 +99,9 @@ def reward(
         "held_out": digest_of(judged),
         **vocabulary.date_key,
     }
+    base = name_of_base(model, info.path)
     with precision_of_its_own(), working(target, key, anew=overwrite) as work:
-        facts = _train(work, info, str(model), vocabulary, learned, judged, settings)
+        facts = _train(work, info, base, vocabulary, learned, judged, settings)
         add_lineage(
             work / "result",
             step="reward",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistill.errors import ArchitectureError, FolderError, SettingsError, TrainingError
 from mistill.folders.folder import FolderInfo, open_folder
-from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
 from mistill.folders.publishing import begun_on, publish, refuse_existing
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
@@ -126,7 +126,7 @@ def supervised(
     }
     with working_together(target, key, state, overwrite) as work:
         with keeping_the_best(work, info.path, state):
-            progress = _train_in(work, info, reading, settings, _name_of(model, info))
+            progress = _train_in(work, info, reading, settings, name_of_base(model, info.path))
             if progress.best_step == 0:
                 raise TrainingError(_complaint(progress, settings))
             if state.is_main_process:
@@ -187,12 +187,6 @@ def _open_model(model: str | Path, settings: SupervisedSettings) -> FolderInfo:
             "train all weights by lora_rank 0"
         )
     return info
-
-
-def _name_of(model: str | Path, info: FolderInfo) -> str:
-    """What an adapter calls the model that it is for: its Hub id, or the name of its folder."""
-    from_hub = "/" in str(model) and not Path(model).exists()
-    return str(model) if from_hub else info.path.name
 
 
 def _require_libraries(settings: SupervisedSettings) -> None:

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from mistill.errors import FolderError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
-from mistill.folders.lineage import file_name
 from mistill.folders.publishing import write_atomically
 from mistill.pytorch.loading import (
     check_weights,
@@ -60,7 +59,7 @@ def write_adapter(model: Any, folder: Path, base: str) -> None:
     Args:
         model: A model of peft.
         folder: The folder to make.
-        base: The model that the adapter is for; its config names it, without its place.
+        base: The model that the adapter is for, as its config names it.
     """
     from peft import get_peft_model_state_dict
 
@@ -72,7 +71,7 @@ def write_adapter(model: Any, folder: Path, base: str) -> None:
         {"format": "pt"},
     )
     config = model.peft_config["default"]
-    config.base_model_name_or_path = file_name(base)
+    config.base_model_name_or_path = base
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference

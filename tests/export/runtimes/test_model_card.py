@@ -67,7 +67,10 @@ def test_the_card_says_what_was_made_of_what_and_what_was_measured(chatbot: Path
     ],
 )
 def test_only_what_learnt_is_called_a_finetune(step: str, relation: str) -> None:
-    steps = [{"step": "teacher", "settings": {"source": "@smollm2"}}, {"step": step}]
+    steps = [
+        {"step": "teacher", "settings": {"source": "@smollm2"}},
+        {"step": step, "settings": {}},
+    ]
     assert f"base_model_relation: {relation}\n" in model_card._metadata(steps)
 
 

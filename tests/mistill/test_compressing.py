@@ -71,6 +71,9 @@ def test_without_tuning_the_scales_are_those_of_gptaq(
     steps = read_lineage(chatbot)
     assert [entry["step"] for entry in steps] == ["gptq", "export"]
     assert steps[0]["settings"]["method"] == "gptaq"
+    assert steps[0]["settings"]["symmetric"] is False
+    assert steps[0]["settings"]["scale_type"] == "float16"
+    assert steps[1]["settings"]["float_columns"] == 0
     assert describe(chatbot).context_length == describe(wide).context_length
 
 

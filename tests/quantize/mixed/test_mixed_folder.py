@@ -18,6 +18,7 @@ from mistill.pytorch.loading import load_pytorch
 from mistill.weights.gptq_layout import ModuleFormat
 from quantize.calibration_text import draw_blocks
 from quantize.folders.float_model import open_float
+from quantize.mixed import mixed_folder
 from quantize.mixed.budget import Choice, fill_budget, fill_budget_alike, lower_hull
 from quantize.mixed.q4_k_m import q4_k_m_bytes
 from quantize.settings import GptqSettings
@@ -198,3 +199,14 @@ def test_tables_stay_float_where_they_must(model: Path, chats: Path, tmp_path: P
     )
     kept = read_json(target / "quantize_report.json")["kept"]
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(kept)
+
+
+def test_a_matrix_costs_what_gptaq_leaves_and_a_table_all_that_rounding_costs() -> None:
+    four = ModuleFormat(bits=4, group_size=64)
+    sizes = {name: {None: 100, four: 30} for name in ("model.embed_tokens", "layer.q_proj")}
+    costs = {name: {four: 0.2} for name in sizes}
+    choices = mixed_folder._choices(sizes, costs, 0.3)
+    assert {name: [one.cost for one in some] for name, some in choices.items()} == {
+        "model.embed_tokens": [0.0, 0.2],
+        "layer.q_proj": [0.0, pytest.approx(0.06)],
+    }

@@ -49,7 +49,8 @@ def reverse_conversations(texts: Texts, target: str | Path, *, overwrite: bool =
     if not rows:
         raise TextError(f"there are no conversations in {', '.join(sources_of(texts))}")
     with creating_file(path, overwrite, sources_of(texts)) as partial:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        partial.write_text(lines, "utf-8")
     return path
 
 

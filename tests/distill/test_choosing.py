@@ -306,3 +306,20 @@ def test_pairs_of_a_teacher_are_learned_from(model, prompts, tmp_path):
         keep="last",
     )
     assert (target / "tuning_report.json").is_file()
+
+
+def test_reversed_conversations_are_utf_8_whatever_the_locale(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    turns = [{"role": "user", "content": "뭐?"}, {"role": "assistant", "content": "é"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": turns}) + "\n", "utf-8")
+    code = (
+        "import distill, sys; from distill.reversing import *; reverse_conversations(*sys.argv[1:])"
+    )
+    names = [str(tmp_path / name) for name in ("talks.jsonl", "reversed.jsonl")]
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, *names], env=plain, check=True)
+    (line,) = (tmp_path / "reversed.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["messages"][1]["content"] == "뭐?"

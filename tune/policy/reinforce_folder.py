@@ -19,16 +19,17 @@ from typing import Any
 from mistill.errors import TextError, TrainingError
 from mistill.folders.folder import FolderInfo
 from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
-from mistill.folders.publishing import begun_on, publish, refuse_existing, working
+from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.judging.judge import Judge, RewardFunction, judge_of
 from mistill.preferences.reading import PromptRow, divided, read_prompt_rows
 from mistill.settings import require, result_settings, settings_from
 from mistill.text.answers import prompt_ids, refuse_unwritten
-from mistill.text.rows import Texts, check_texts, sources_of
-from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from mistill.text.rows import Texts, sources_of
+from mistill.text.vocabulary import Vocabulary
 from mistill.training.processes import precision_of_its_own
 from tune.settings import ReinforceSettings
 from tune.trainers.library import require_trl
+from tune.trainers.opening import open_to_tune
 
 _log = logging.getLogger(__name__)
 
@@ -89,18 +90,7 @@ def reinforce(
         pattern=settings.pattern,
         function=settings.function,
     )
-    for given in (prompts, held_out):
-        if given is not None:
-            check_texts(given, skip_bad_rows=settings.skip_bad_rows)
-    from tune.trainers.tuned_folder import tunable_folder
-
-    info = tunable_folder(model)
-    require(
-        settings.max_length <= info.context_length,
-        f"a max_length of {settings.max_length} does not fit the model's context of "
-        f"{info.context_length}; lower it",
-    )
-    vocabulary = load_vocabulary(info.path, today=begun_on(target))
+    info, vocabulary = open_to_tune(model, target, (prompts, held_out), settings)
     require(bool(vocabulary.end_ids), f"{model} has no token that ends a reply")
     judge = opened()
     learned, judged = _read(prompts, held_out, judge, vocabulary, settings)

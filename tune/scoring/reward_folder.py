@@ -17,15 +17,16 @@ from typing import Any
 from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo, copy_companions
 from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
-from mistill.folders.publishing import begun_on, publish, refuse_existing, working
+from mistill.folders.publishing import publish, refuse_existing, working
 from mistill.preferences.reading import divided, read_pairs
 from mistill.preferences.tokens import PairTokens, digest_of, pair_tokens
 from mistill.settings import require, result_settings, settings_from
-from mistill.text.rows import Texts, check_texts, sources_of
-from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from mistill.text.rows import Texts, sources_of
+from mistill.text.vocabulary import Vocabulary
 from mistill.training.processes import precision_of_its_own
 from tune.settings import RewardSettings
 from tune.trainers.library import require_trl
+from tune.trainers.opening import open_to_tune
 
 _log = logging.getLogger(__name__)
 
@@ -78,18 +79,7 @@ def reward(
     settings = settings_from(RewardSettings, settings, options)
     target = refuse_existing(target, overwrite, [model])
     require_trl()
-    for given in (pairs, held_out):
-        if given is not None:
-            check_texts(given, skip_bad_rows=settings.skip_bad_rows)
-    from tune.trainers.tuned_folder import tunable_folder
-
-    info = tunable_folder(model)
-    require(
-        settings.max_length <= info.context_length,
-        f"a max_length of {settings.max_length} does not fit the model's context of "
-        f"{info.context_length}; lower it",
-    )
-    vocabulary = load_vocabulary(info.path, today=begun_on(target))
+    info, vocabulary = open_to_tune(model, target, (pairs, held_out), settings)
     learned, judged = _read(pairs, held_out, vocabulary, settings)
     key = {
         "step": "reward",

@@ -1,0 +1,45 @@
+"""What every way of tuning by TRL looks at before a weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mistill.folders.folder import FolderInfo
+from mistill.folders.publishing import begun_on
+from mistill.settings import require
+from mistill.text.rows import Texts, check_texts
+from mistill.text.vocabulary import Vocabulary, load_vocabulary
+from tune.settings import TrainerSettings
+
+
+def open_to_tune(
+    model: str | Path, target: Path, data: tuple[Texts | None, ...], settings: TrainerSettings
+) -> tuple[FolderInfo, Vocabulary]:
+    """Open a model that is to be tuned, and refuse data that are not there.
+
+    Args:
+        model: A folder, a Hub id, a .gguf file, or ``@smollm2``.
+        target: The folder to make, which decides the day that a chat template writes.
+        data: What is learned from and evaluated on; None is left out.
+        settings: How to tune.
+
+    Returns:
+        The model's folder and vocabulary.
+
+    Raises:
+        SettingsError: If max_length does not fit the model's context.
+        FolderError: If the folder is missing, broken or not of float weights.
+        TextError: If data are missing.
+    """
+    for given in data:
+        if given is not None:
+            check_texts(given, skip_bad_rows=settings.skip_bad_rows)
+    from tune.trainers.tuned_folder import tunable_folder
+
+    info = tunable_folder(model)
+    require(
+        settings.max_length <= info.context_length,
+        f"a max_length of {settings.max_length} does not fit the model's context of "
+        f"{info.context_length}; lower it",
+    )
+    return info, load_vocabulary(info.path, today=begun_on(target))

@@ -73,10 +73,11 @@ def test_every_write_to_the_terminal_is_whole(
 ) -> None:
     recorder = Recorder()
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(recorder, encoding="utf-8"))
+    terminal = io.TextIOWrapper(io.BufferedWriter(recorder), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", terminal)
     words = ["chat", str(chatbot), "안녕?", "--regex", REPLY, "--max-new-tokens", "200"]
     assert main([*words, "--threads", "1"]) == 0
-    sys.stdout.flush()
+    terminal.flush()
     pieces = [write.decode("utf-8") for write in recorder.writes]
     assert "".join(pieces).strip() == REPLY
     assert len([piece for piece in pieces if is_whole(piece)]) > 5

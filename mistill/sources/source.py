@@ -41,6 +41,7 @@ from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
 from mistill.folders.objects import refuse_object
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.renaming import link_or_copy
 from mistill.folders.schemas import ListedToken
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
 from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
@@ -249,7 +250,7 @@ def _with_tokenizer(folder: Path) -> Path:
     with _made_once(cached) as partial:
         if partial is not None:
             for item in folder.iterdir():
-                (partial / item.name).symlink_to(item.resolve())
+                link_or_copy(item.resolve(), partial / item.name)
             _convert_tokenizer(folder, partial)
     return cached
 

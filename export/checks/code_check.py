@@ -360,7 +360,8 @@ def _compare_nf4(
     steps = np.arange(256) - 128.0
     scale = np.abs(steps[np.unique(stored.codes)]).max() or 1.0
     level_of = np.abs(steps[:, None] / scale - levels).argmin(axis=1).astype(np.uint8)
-    packed = np.array(files.raw(f"{module}.weight")).reshape(-1)
+    # The same bytes, whichever type of number they are stored as.
+    packed = np.array(files.raw(f"{module}.weight")).reshape(-1).view(np.uint8)
     expected = np.stack([packed >> 4, packed & 15], axis=-1).reshape(len(stored.codes), -1)
     expected = expected if rows is None else expected[rows]
     _require(np.array_equal(level_of[stored.expanded()], expected), module, "levels")

@@ -133,7 +133,7 @@ def problems(path: str | Path) -> list[str]:
 
 
 def what_it_is_instead(folder: Path) -> str | None:
-    """What a folder is that holds no model itself, if it is something that mistill makes.
+    """What a folder is that holds no model that mistill reads, if it is something known.
 
     Args:
         folder: An existing folder.
@@ -145,6 +145,12 @@ def what_it_is_instead(folder: Path) -> str | None:
         return None
     if (folder / "report.json").is_file():
         return "it is a report, not a model; open report.html in it, or give one of its models"
+    if (folder / "params.json").is_file() and any(folder.glob("consolidated*")):
+        return (
+            "it holds a model in the form of its makers (params.json, consolidated weights), which "
+            "mistill does not read; give its transformers version, with config.json, "
+            "model.safetensors and tokenizer.json, which most repositories hold too"
+        )
     inside = sorted(
         item
         for item in itertools.islice(folder.iterdir(), _MOST_ITEMS)

@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 from tokenizers import Encoding, Tokenizer
 
 from mistill.errors import TextError, VocabularyError
+from mistill.folders.folder import TEKKEN_FILE
 from mistill.folders.json_text import check
 from mistill.folders.schemas import read_json
 from mistill.text.added_tokens import add_missing_tokens
@@ -147,6 +148,11 @@ def read_tokenizer(file: Path) -> TokenizerFile:
         VocabularyError: If it is not a tokenizer, or one that would multiply a text.
     """
     definition = read_json(file)
+    if "model" not in definition and isinstance(definition.get("vocab"), list):
+        raise VocabularyError(
+            f"{file} is a {TEKKEN_FILE} under another name, which mistill does not read; put the "
+            "tokenizer.json of the model's transformers version there"
+        )
     try:
         parsed: _Definition = check(definition, _Definition, "it", VocabularyError)
     except VocabularyError as error:

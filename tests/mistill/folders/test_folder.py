@@ -93,6 +93,17 @@ def test_a_folder_with_tekken_alone_is_told_what_to_do(model, tmp_path):
         open_folder(folder)
 
 
+def test_a_model_in_the_form_of_its_makers_is_told_what_to_do(model, tmp_path):
+    (tmp_path / "params.json").write_text('{"dim": 64}')
+    (tmp_path / "tekken.json").write_text("{}")
+    shutil.copyfile(model / "model.safetensors", tmp_path / "consolidated.safetensors")
+    with pytest.raises(FolderError) as no:
+        open_folder(tmp_path)
+    assert "in the form of its makers" in str(no.value)
+    assert "give its transformers version" in str(no.value)
+    assert "is missing" not in str(no.value)
+
+
 def test_companions_are_copied_and_weights_are_not(model, tmp_path):
     copy_companions(model, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [

@@ -405,6 +405,7 @@ def broken(content: str) -> Any:
         (lambda folder: (folder / "tokenizer.model").touch(), r"mistill\.save_model makes"),
         (lambda folder: (folder / "tekken.json").touch(), r"only tekken\.json; put the tokenizer"),
         (broken("{}"), r"is not a tokenizer"),
+        (broken('{"config": {}, "vocab": [{"rank": 0}]}'), r"is a tekken\.json under another name"),
         (broken('{"model": {"type": "Nothing"}}'), r"is not a tokenizer"),
     ],
 )

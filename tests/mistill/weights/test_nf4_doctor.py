@@ -105,7 +105,9 @@ def test_blocks_of_any_size_go_into_the_graph(
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
-    "storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=str
+    "storage",
+    [torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64],
+    ids=str,
 )
 def test_codes_that_are_stored_as_other_numbers_are_the_same_codes(
     storage: torch.dtype, nested: bool, floats: Path, tmp_path: Path
@@ -119,6 +121,9 @@ def test_codes_that_are_stored_as_other_numbers_are_the_same_codes(
         torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
     graph = OnnxModel(to_onnx(folder, tmp_path / "onnx", precision="float32"))
     np.testing.assert_allclose(graph.logits(IDS), logits(plain), atol=1e-3)
+    # As codes, which the export holds against the source's.
+    graph = OnnxModel(to_onnx(folder, tmp_path / "codes", parity_positions=0))
+    assert divergence(logits(plain), graph.logits(IDS)) < 0.03
 
 
 def _state(**changes: Any) -> Callable[[dict[str, Any]], object]:

@@ -147,7 +147,8 @@ def laptop(found: Found) -> list[str]:
     heads = ["model", "weights, GB", f"fits in {limit}", "peak memory, GB", "loading, s"]
     ways = {
         "systemd": "a control group of systemd",
-        "watching": "a process that watched what the kernel cannot drop from memory",
+        "watching": "a process that watched: what cannot be dropped while a model is loaded, and "
+        "mapped weights too while it writes",
     }
     return [
         *table([*heads, "first token, s", f"reply of {found['new_tokens']} tokens, s"], rows),

@@ -2,9 +2,11 @@
 
 A control group of the user's own systemd is tried first: the kernel then ends the program, files
 that it has mapped counted as it counts them on a laptop of that size. Where there is none, the
-program's memory is watched a hundred times a second and the program is ended above the limit. What
-is watched is what the kernel cannot drop and read again: pages of mapped files are not counted.
-``RLIMIT_AS`` is no substitute, because it counts every mapped file as a whole.
+program's memory is watched a hundred times a second and the program is ended above the limit. At
+first that is what the kernel cannot drop and read again; pages of mapped files count from the
+moment that the program says it is ready, because a model that goes through more than there is
+memory for reads it from the disk again for every token. ``RLIMIT_AS`` is no substitute: it counts
+every mapped file as a whole, used or not.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ Way = Literal["systemd", "watching", "none"]
 Ending = Literal["finished", "memory", "time", "failed"]
 
 _LOOK_SECONDS = 0.01
-_KINDS = re.compile(r"^(RssAnon|RssShmem):\s+(\d+) kB$", re.MULTILINE)
+_KEPT = re.compile(r"^(?:RssAnon|RssShmem):\s+(\d+) kB$", re.MULTILINE)
+_ALL = re.compile(r"^VmRSS:\s+(\d+) kB$", re.MULTILINE)
 # What a process in such a scope prints: the limit of its own control group.
 _OWN_LIMIT = (
     "from pathlib import Path; group = Path('/proc/self/cgroup').read_text().rpartition('::')[2]; "
@@ -39,7 +42,7 @@ class Ended:
         ending: ``finished``; ``memory`` or ``time``, if it was ended for exceeding that limit; or
             ``failed`` by itself.
         lines: What it printed, line by line.
-        peak_bytes: The most memory it was seen with that the kernel cannot drop.
+        peak_bytes: The most memory it was seen with, of the kind that is limited.
         errors: The end of what it wrote to standard error.
     """
 
@@ -77,6 +80,7 @@ def run_limited(
     limit_bytes: int,
     limit_seconds: float,
     environment: Mapping[str, str] | None = None,
+    ready: str | None = None,
 ) -> Ended:
     """Run a program within limits.
 
@@ -86,6 +90,7 @@ def run_limited(
         limit_bytes: Memory that it may hold.
         limit_seconds: Time that it may take, start included.
         environment: Its environment variables; those of this process by default.
+        ready: What the line begins with by which it says that it is ready.
 
     Returns:
         How it ended, and what it printed until then.
@@ -109,7 +114,7 @@ def run_limited(
         for reader in readers:
             reader.start()
         try:
-            _watch(process, ended, way, limit_bytes, limit_seconds)
+            _watch(process, ended, way, limit_bytes, limit_seconds, ready)
         finally:
             process.kill()
             code = process.wait()
@@ -128,11 +133,13 @@ def _watch(
     way: Way,
     limit_bytes: int,
     limit_seconds: float,
+    ready: str | None,
 ) -> None:
     """Look at a process until it ends or exceeds a limit, which is then noted."""
     deadline = time.monotonic() + limit_seconds
     while process.poll() is None:
-        held = held_bytes(process.pid)
+        is_ready = ready is not None and any(line.startswith(ready) for line in ended.lines[:9])
+        held = held_bytes(process.pid, mapped=is_ready)
         ended.peak_bytes = max(ended.peak_bytes, held)
         if way == "watching" and held > limit_bytes:
             ended.ending = "memory"
@@ -143,11 +150,12 @@ def _watch(
         time.sleep(_LOOK_SECONDS)
 
 
-def held_bytes(process: int) -> int:
+def held_bytes(process: int, *, mapped: bool = False) -> int:
     """Memory of a process that the kernel cannot drop and read again from a file.
 
     Args:
         process: Its id.
+        mapped: Whether pages of files that it has mapped count as well.
 
     Returns:
         Bytes; 0 once it has ended.
@@ -156,7 +164,7 @@ def held_bytes(process: int) -> int:
         text = Path(f"/proc/{process}/status").read_text("ascii", errors="replace")
     except OSError:
         return 0
-    return sum(int(size) for _, size in _KINDS.findall(text)) * 1024
+    return sum(map(int, (_ALL if mapped else _KEPT).findall(text))) * 1024
 
 
 def _scope(limit_bytes: int) -> list[str]:

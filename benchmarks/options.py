@@ -57,3 +57,29 @@ class ServingOptions(TypedDict, total=False):
     api_key_file: str | Path | None
     threads: int | None
     seed: int
+
+
+class DiffOptions(TypedDict, total=False):
+    """Fields of ``DiffSettings``."""
+
+    confidence: float
+    tolerance: float
+    clock_tolerance: float
+    pairs: Sequence[str]
+
+
+class ShipOptions(TypedDict, total=False):
+    """Fields of ``ShipSettings``."""
+
+    ship_mb: float | None
+    ship_tps: float | None
+
+
+class BudgetOptions(TypedDict, total=False):
+    """Fields of ``Budget``."""
+
+    max_kl: float | None
+    min_tps: float | None
+    max_mb: float | None
+    max_memory_mb: float | None
+    budget_for: Sequence[str]

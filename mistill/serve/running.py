@@ -6,7 +6,7 @@ import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
 from mistill.folders.folder import open_folder
@@ -20,6 +20,7 @@ from mistill.text.vocabulary import Vocabulary, load_vocabulary
 if TYPE_CHECKING:
     from mistill.serve.generation import Served
     from mistill.serve.http.server import Server
+    from mistill.serve.options import ServeOptions
 
 _log = logging.getLogger("mistill.serve")
 
@@ -30,7 +31,7 @@ def serve(
     settings: ServeSettings | None = None,
     limits: Limits = Limits(),
     started: Callable[[Server], None] | None = None,
-    **options: Any,
+    **options: Unpack[ServeOptions],
 ) -> int:
     """Serve a chatbot over HTTP until this process is told to stop.
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ from quantize.settings import TuningSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from quantize.options import TuningOptions
+
 # Positions whose logits exist at once, and steps between two states on disk.
 _ROWS_AT_ONCE = 128
 _STEPS_BETWEEN_STATES = 10
@@ -61,7 +63,7 @@ def tune(
     held_out: Texts | None = None,
     settings: TuningSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[TuningOptions],
 ) -> Path:
     """Train the scales and norms of a GPTQ folder against a teacher.
 

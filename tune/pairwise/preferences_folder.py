@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo
@@ -28,6 +28,9 @@ from mistill.training.processes import precision_of_its_own
 from tune.settings import PreferenceSettings
 from tune.trainers.library import require_trl
 from tune.trainers.opening import open_to_tune
+
+if TYPE_CHECKING:
+    from tune.options import PreferenceOptions
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ def preferences(
     held_out: Texts | None = None,
     settings: PreferenceSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[PreferenceOptions],
 ) -> Path:
     """Teach a model which of two answers is better (DPO and its kin, KTO, ORPO), through TRL.
 

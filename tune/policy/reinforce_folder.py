@@ -14,7 +14,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import TextError, TrainingError
 from mistill.folders.folder import FolderInfo
@@ -30,6 +30,9 @@ from mistill.training.processes import precision_of_its_own
 from tune.settings import ReinforceSettings
 from tune.trainers.library import require_trl
 from tune.trainers.opening import open_to_tune
+
+if TYPE_CHECKING:
+    from tune.options import ReinforceOptions
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ def reinforce(
     held_out: Texts | None = None,
     settings: ReinforceSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[ReinforceOptions],
 ) -> Path:
     """Let a model learn from a judge of its own answers (GRPO or RLOO), through TRL.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import ArchitectureError, FolderError, SettingsError, TrainingError
 from mistill.folders.folder import FolderInfo, open_folder
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mistill.training.progress import TrainingProgress
+    from tune.options import SupervisedOptions
     from tune.supervision.trainer import HeldOut
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def supervised(
     held_out: Texts | None = None,
     settings: SupervisedSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[SupervisedOptions],
 ) -> Path:
     """Tune a model on conversations: it learns to write what the assistant writes in them.
 

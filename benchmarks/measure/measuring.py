@@ -44,7 +44,7 @@ from benchmarks.report.report import Report
 from benchmarks.rivals.contest import find_rivals
 from benchmarks.settings import BenchSettings
 from mistill.chat.bot import ChatBot
-from mistill.cost_model.processors import usable_threads
+from mistill.cost_model.processors import usable_threads, warn_if_busy
 from mistill.errors import VocabularyError
 from mistill.folders.lineage import file_name, fingerprint
 from mistill.folders.locking import temporary_folder
@@ -122,6 +122,7 @@ def compare(
     )
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
+    warn_if_busy(threads)
     with temporary_folder() as scratch:
         subjects += add_rivals(installed_rivals, source, subjects, scratch)
         _measure(subjects, passages, quoted, settings, threads)

@@ -19,7 +19,7 @@ from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
 from mistill.folders.folder import FolderInfo, open_folder
 from mistill.folders.lineage import fingerprint, read_lineage
-from mistill.folders.objects import refuse_object
+from mistill.settings import refuse_object
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 
 Models = str | Path | Sequence[str | Path]

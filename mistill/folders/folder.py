@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 from mistill.errors import FolderError
 from mistill.folders.gptq_format import HEAD, read_quantization
-from mistill.folders.objects import refuse_object
 from mistill.folders.safetensors_file import StoredTensor, read_header
 from mistill.folders.schemas import read_json as read_json
 from mistill.folders.settled_config import says_tied, settled_config
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG as AUTO_GPTQ_CONFIG
 from mistill.folders.weight_files import tensor_homes
 from mistill.folders.weight_files import weight_files as weight_files
+from mistill.settings import refuse_object
 from mistill.shown import visible
 
 Form = Literal["model", "gptq", "nf4", "onnx"]

@@ -39,10 +39,11 @@ from mistill.folders.folder import (
 )
 from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
-from mistill.folders.objects import refuse_object
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.folders.schemas import ListedToken
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
+from mistill.settings import refuse_object
+from mistill.sources.hub import hub_answers
 from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
 DEFAULT_TEACHER = "@smollm2"
@@ -133,10 +134,18 @@ def _download(name: str) -> Path:
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     neither = f"there is no folder {name}, and as a Hub id it"
+    cached = not hub_answers()
     try:
-        config = Path(hf_hub_download(name, "config.json"))
+        config = Path(hf_hub_download(name, "config.json", local_files_only=cached))
         _refuse_remote_code(config.parent, name)
-        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                local_files_only=cached,
+            )
+        )
     except errors.GatedRepoError as error:
         raise FolderError(
             f"{neither} is gated: accept its terms on https://huggingface.co/{name} and log in "
@@ -198,7 +207,7 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
         _log.warning("the cached folder %s is not whole, so it is made again", folder)
         shutil.rmtree(folder)
     try:
-        with creating(folder) as partial:
+        with creating(folder, card=False) as partial:
             yield partial
             write_atomically(sums, json.dumps(_checksums(partial)))
     except TargetExistsError:

@@ -30,7 +30,13 @@ from mistill.folders.folder import (
     read_config,
     read_json,
 )
-from mistill.folders.lineage import add_lineage, find_source, fingerprint, read_lineage
+from mistill.folders.lineage import (
+    add_lineage,
+    file_name,
+    find_source,
+    fingerprint,
+    read_lineage,
+)
 from mistill.folders.publishing import creating, refuse_existing, scratch_beside, write_atomically
 from mistill.folders.safetensors_file import read_header
 from mistill.pytorch.loading import (
@@ -152,7 +158,7 @@ def merge_lora(
             "orders": {name: asdict(one.fidelity) for name, one in measured.items()},
             **facts,
             "quantization": settings_dict(settings),
-            "float_base": str(original),
+            "float_base": file_name(original),
         }
         for name, one in measured.items():
             _log.info(
@@ -185,7 +191,7 @@ def _merge_to_floats(
     base_said = measured.pop("base")
     chosen, facts = better_way(measured, base_said, measured["dequantized"])
     figures = {name: asdict(one.fidelity) for name, one in measured.items()}
-    return ways[chosen], {"ways": figures, **facts, "float_base": str(original)}
+    return ways[chosen], {"ways": figures, **facts, "float_base": file_name(original)}
 
 
 def _check_adapter(adapter: Path, base: Path) -> None:

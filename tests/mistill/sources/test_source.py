@@ -407,6 +407,7 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     refs = cache / "models--owner--name" / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", str(cache))
     monkeypatch.chdir(tmp_path)

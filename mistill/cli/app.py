@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
-from cyclopts.exceptions import CycloptsError
+from cyclopts.exceptions import CycloptsError, UnknownOptionError
 from rich.console import Console
 
 from distill import (
@@ -46,6 +46,7 @@ from mistill.cli.outside import (
     is_lost,
     make_visible,
     refuse,
+    refuse_option,
     require_known_method,
     speak_utf8,
     with_counts,
@@ -836,6 +837,8 @@ def _run(arguments: Sequence[str]) -> int:
                 help_on_error=False,
                 result_action="return_value",
             )
+    except UnknownOptionError as error:
+        return refuse_option(error)
     except (MistillError, CycloptsError) as error:
         return refuse(error)
     except ModuleNotFoundError as error:

@@ -228,7 +228,7 @@ def _plan(
     """How much to keep; what cannot be done is refused before anything large is read."""
     if info.form != "model":
         raise FolderError(
-            f"{info.path} is a {info.form} folder, and a student is cut from float weights only, "
+            f"{info.path} is {info.kind}, and a student is cut from float weights only, "
             "since one that is trained further needs them; give the float model that it was made "
             "from"
         )

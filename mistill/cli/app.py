@@ -568,7 +568,7 @@ def inspect(folder: str, /, *, json: bool = False) -> int:
 
     Args:
         folder: A folder that mistill or transformers wrote: a model, an ONNX model, or targets,
-            which may also lie at an address such as s3://bucket/targets.
+            which may also lie at an address such as s3://bucket/targets; or a Hub id.
         json: Print the result as one line of JSON at the end.
 
     Returns:

@@ -35,6 +35,7 @@ from mistill.folders.targets_folder import (
 )
 from mistill.progress import track
 from mistill.shown import facts_table, plain
+from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
 from mistill.weights.nf4_doctor import nf4_problems
@@ -198,8 +199,10 @@ def inspect_folder(path: str | Path) -> Inspection:
     folder = Path(path).expanduser()
     if is_remote(path) or is_targets(location_of(path)):
         return _inspect_targets(location_of(path))
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise FolderError(f"{path} is not a folder; give the folder of a model")
+    if not folder.is_dir():
+        folder = resolve_model(path)
     faults = problems(folder)
     info = None
     lineage: tuple[dict[str, Any], ...] = ()

@@ -80,6 +80,12 @@ class FolderInfo:
     quantization: dict[str, Any] | None
 
     @property
+    def kind(self) -> str:
+        """What it is in a sentence, such as "an ONNX folder"."""
+        words = {"model": "a float", "gptq": "a GPTQ", "nf4": "an NF4", "onnx": "an ONNX"}
+        return f"{words[self.form]} folder"
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits on disk for each weight of the dense model, scales and tables counted."""
         return self.weight_bytes * 8 / self.parameters

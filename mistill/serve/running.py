@@ -13,6 +13,7 @@ from mistill.folders.folder import open_folder
 from mistill.serve.http.keys import read_keys
 from mistill.serve.settings import MODEL_NAME, Limits, ServeSettings
 from mistill.settings import require, settings_from
+from mistill.sources.source import resolve_model
 from mistill.text.answers import prompt_ids
 from mistill.text.conversation import Conversation
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
@@ -36,7 +37,7 @@ def serve(
     """Serve a chatbot over HTTP until this process is told to stop.
 
     Args:
-        folder: The ONNX folder of a chatbot, as ``mistill export`` writes it.
+        folder: The ONNX folder of a chatbot, as ``mistill export`` writes it, or its Hub id.
         settings: Where and to whom; or give the fields as options.
         limits: What one client may take.
         started: Called once requests are answered, with the server, which it may stop.
@@ -95,11 +96,10 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
     from mistill.engine.scheduler import Scheduler
     from mistill.serve.generation import Served
 
-    info = open_folder(folder)
+    info = open_folder(resolve_model(folder))
     if info.form != "onnx":
         raise FolderError(
-            f"{folder} is a {info.form} folder, and an ONNX folder is served; make one with: "
-            "mistill export"
+            f"{folder} is {info.kind}, and an ONNX folder is served; make one with: mistill export"
         )
     vocabulary = load_vocabulary(info.path)
     _check_template(vocabulary, folder)

@@ -31,6 +31,7 @@ from mistill.errors import (
     missing_extra,
 )
 from mistill.folders.folder import (
+    MANIFEST_FILE,
     copy_companions,
     open_folder,
     read_json,
@@ -54,6 +55,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Some repositories hold a second copy of the weights, or other models in folders.
 _UNWANTED = ["consolidated*", "*/*"]
+# What else is fetched of a repository that mistill export wrote.
+_GRAPH = ["model.onnx", "model.onnx.data*"]
 # Version of the conversion, part of the names of cached folders.
 _CONVERSION = 2
 
@@ -141,7 +144,7 @@ def _download(name: str) -> Path:
         return Path(
             snapshot_download(
                 name,
-                allow_patterns=_WANTED,
+                allow_patterns=_WANTED + (_GRAPH if _holds_graph(name, cached) else []),
                 ignore_patterns=_UNWANTED,
                 local_files_only=cached,
             )
@@ -165,6 +168,18 @@ def _download(name: str) -> Path:
         raise FolderError(f"{neither} has no config.json, so that it is not a model") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise FolderError(f"{neither} cannot be fetched: {_first_line(error)}") from error
+
+
+def _holds_graph(name: str, cached: bool) -> bool:
+    """Whether a repository is an ONNX folder of ours, as its manifest says."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        manifest = read_json(Path(hf_hub_download(name, MANIFEST_FILE, local_files_only=cached)))
+    except errors.EntryNotFoundError:
+        return False
+    files = manifest.get("files")
+    return isinstance(files, Mapping) and "model.onnx" in files
 
 
 def _refuse_remote_code(folder: Path, name: str) -> None:

@@ -48,6 +48,7 @@ from mistill.pytorch.loading import (
     stored_tensors,
 )
 from mistill.settings import require, settings_dict
+from mistill.sources.source import resolve_model
 from mistill.text.rows import Texts, check_texts
 from mistill.text.tokenizer_settings import TEMPLATE_FILE, read_template
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, read_quantization
@@ -111,7 +112,7 @@ def merge_lora(
         MissingExtraError: If peft is not installed.
     """
     target = refuse_existing(target, overwrite, [base, adapter])
-    info = open_folder(base)
+    info = open_folder(resolve_model(base))
     if info.form == "onnx":
         raise FolderError(f"{base} is an ONNX folder; merge into the folder it was exported from")
     require_readable(info)
@@ -293,11 +294,9 @@ def _original(folder: Path, float_base: str | Path | None) -> Path:
                 "original as float_base"
             )
         float_base = source
-    info = open_folder(float_base)
+    info = open_folder(resolve_model(float_base))
     if info.form != "model":
-        raise FolderError(
-            f"{float_base} is a {info.form} folder; give a float folder as float_base"
-        )
+        raise FolderError(f"{float_base} is {info.kind}; give a float folder as float_base")
     return info.path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from benchmarks.settings import Length
+from mistill.engine.language_model import Provider
 
 
 class BenchOptions(TypedDict, total=False):
@@ -20,6 +21,7 @@ class BenchOptions(TypedDict, total=False):
     new_tokens: int
     turn_seconds: float
     threads: int | None
+    provider: Provider
     transformers_generate: bool
     perplexity: Sequence[str]
     perplexity_tokens: int | None

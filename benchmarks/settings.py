@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from mistill.cost_model.processors import MOST_THREADS
-from mistill.settings import TextSettings, require, require_range
+from mistill.engine.language_model import Provider
+from mistill.settings import TextSettings, require, require_choice, require_range
 
 if TYPE_CHECKING:
     Length = int
@@ -33,6 +34,8 @@ class BenchSettings(TextSettings):
         turn_seconds: A slow model stops writing after this long, but never before 8 tokens.
         threads: Threads that every engine computes with; by default one for each processor that
             this process may use.
+        provider: Execution provider of ONNX Runtime for the ONNX folders: cpu, cuda, tensorrt,
+            coreml or directml. Models of other forms run on the processor all the same.
         transformers_generate: Also time transformers' own generate on float folders.
         perplexity: Also measure perplexity as papers and tools define it. Names joined by commas:
             ``gptq`` (windows of 2,048 tokens without overlap, as in the papers) and ``llama.cpp``
@@ -61,6 +64,7 @@ class BenchSettings(TextSettings):
     new_tokens: int = 48
     turn_seconds: float = 5.0
     threads: int | None = None
+    provider: Provider = "cpu"
     transformers_generate: bool = True
     perplexity: tuple[str, ...] = ()
     perplexity_tokens: int | None = None
@@ -95,6 +99,7 @@ class BenchSettings(TextSettings):
             f"new_tokens must be at least 2, not {self.new_tokens}: speed is measured after the "
             "first",
         )
+        require_choice("provider", self.provider, get_args(Provider))
         require_range("turn_seconds", self.turn_seconds, 0, exclusive=True)
         names = [part.strip() for name in self.perplexity for part in name.split(",")]
         for name in names:

@@ -59,6 +59,8 @@ CACHE_TOKENS = 2048
 FLOAT_COLUMNS = 8
 """Default number of float columns."""
 
+_FLOATS = ("float32", "float16")
+
 # The chat template for calibration data of a base model.
 _PARAGRAPHS = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"
 
@@ -184,7 +186,7 @@ def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gra
         f"context_length is {context_length}, and the model's own context has "
         f"{info.context_length} positions",
     )
-    floats = settings.precision == "float32" or (
+    floats = settings.precision in ("float32", "float16") or (
         settings.precision == "auto" and info.form == "model"
     )
     require(
@@ -198,13 +200,15 @@ def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, Gra
         head_bits=_table_bits("head_bits", settings.head_bits, info, floats),
         embedding_bits=_table_bits("embedding_bits", settings.embedding_bits, info, floats),
         ring=settings.ring,
+        activations=settings.activation_type,
     )
-    return replace(settings, precision="float32") if floats else settings, options
+    resolved = replace(settings, activations=settings.activation_type)
+    return replace(resolved, precision=settings.activation_type) if floats else resolved, options
 
 
 def _float_columns(settings: OnnxSettings, architecture: Architecture, info: FolderInfo) -> int:
     """The number of float columns: as requested, or a default."""
-    quantized = settings.precision != "float32"
+    quantized = settings.precision not in _FLOATS
     requested, limit = settings.float_columns, architecture.hidden_size // 4
     if requested is not None:
         require(
@@ -219,6 +223,7 @@ def _float_columns(settings: OnnxSettings, architecture: Architecture, info: Fol
         )
         return requested
     rounds = quantized and settings.accuracy_level == 4 and not settings.portable
+    rounds = rounds and settings.activation_type == "float32"
     small = architecture.hidden_size >= _NARROWEST and info.parameters <= _MOST_PARAMETERS
     # 4-bit codes and NF4 have lost far more already than float columns would restore.
     worthwhile = rounds and small and info.form != "nf4" and _layer_bits(settings, info) == 8
@@ -228,7 +233,7 @@ def _float_columns(settings: OnnxSettings, architecture: Architecture, info: Fol
 def _layer_bits(settings: OnnxSettings, info: FolderInfo) -> int:
     """Bits of most layers as the graph holds them."""
     if settings.precision != "auto":
-        return {"float32": 32, "int8": 8, "int4": 4}[settings.precision]
+        return {"float32": 32, "float16": 16, "int8": 8, "int4": 4}[settings.precision]
     gptq_format = read_quantization(read_config(info.path))
     return 8 if gptq_format is None else gptq_format.bits  # NF4 goes to an 8-bit grid
 
@@ -293,12 +298,13 @@ def _write(
             length = min(settings.parity_positions, options.context_length)
             ids = np.resize(np.array(vocabulary.encode(TEXT), np.int64), length)
             parity = measure_parity(folder, info.path, architecture, weights, ids, options)
-            layer_bits = {"float32": 32, "int4": 4}.get(settings.precision, 8)
+            layer_bits = {**dict.fromkeys(_FLOATS, 32), "int4": 4}.get(settings.precision, 8)
             # Tables that the source stores as codes are not rounded, whatever their bits.
             coarsest = max(4, min(layer_bits, options.head_bits, options.embedding_bits))
             exact = coarsest == 32 or options.accuracy_level == 0 or settings.portable
             exact = exact and settings.cache == "float32"
-            require_parity(parity, exact=exact, bits=coarsest)
+            halves = options.activations == "float16"
+            require_parity(parity, exact=exact, bits=coarsest, halves=halves)
         elif settings.parity_positions > 0:
             _log.warning(
                 "PyTorch is not installed, so that the logits of the graph were not compared with "

@@ -12,7 +12,8 @@ class OnnxOptions(TypedDict, total=False):
     """Fields of ``OnnxSettings``."""
 
     skip_bad_rows: bool
-    precision: Literal["auto", "float32", "int8", "int4"]
+    precision: Literal["auto", "float32", "float16", "int8", "int4"]
+    activations: Literal["float32", "float16"] | None
     head_bits: Literal[4, 8, 32] | None
     embedding_bits: Literal[4, 8, 32] | None
     block_size: int | None

@@ -30,8 +30,12 @@ class OnnxSettings(TextSettings):
         precision: ``auto`` keeps the weights of the source: float weights become float32, GPTQ
             codes stay as they are, and NF4 codes move to an 8-bit grid that represents the 16
             levels. GPTQ codes of 3 bits, and of 2 bits where ONNX Runtime is slow, are stored in 4
-            bits with the same values. ``float32`` dequantizes any source. ``int8`` and ``int4``
-            round float weights to the nearest code.
+            bits with the same values. ``float32`` and ``float16`` dequantize any source, the latter
+            with activations of that type. ``int8`` and ``int4`` round float weights to the nearest
+            code.
+        activations: Type of activations, of the KV cache and of float weights: ``float32``, the
+            fastest on a CPU, or ``float16``, which GPUs multiply, at half the bytes. Weights in
+            codes stay codes. By default float32, or float16 with precision float16.
         head_bits: Bits of the output head: 4, 8 or 32 (float32). By default 8 if the layers are
             quantized, else 32. A head that the source stores as codes keeps them, or becomes
             float32 with 32.
@@ -58,7 +62,8 @@ class OnnxSettings(TextSettings):
         parity_positions: Positions at which the logits are compared with those of PyTorch before
             the folder is complete, if PyTorch is installed. 0 skips the comparison.
         cache: Type of the KV cache: ``float32``, or ``int8`` with a scale per channel, which takes
-            a quarter of the memory and rounds keys and values.
+            a quarter of the memory and rounds keys and values. With activations of float16 the
+            cache has that type.
         cache_texts: Calibration data. Its first 2,048 tokens set the scales of an int8 KV cache,
             and its first 512 tokens find the outlier columns of float_columns.
         ring: Drop keys and values that have left the model's sliding window from the KV cache, so
@@ -73,7 +78,8 @@ class OnnxSettings(TextSettings):
             machine.
     """
 
-    precision: Literal["auto", "float32", "int8", "int4"] = "auto"
+    precision: Literal["auto", "float32", "float16", "int8", "int4"] = "auto"
+    activations: Literal["float32", "float16"] | None = None
     head_bits: Literal[4, 8, 32] | None = None
     embedding_bits: Literal[4, 8, 32] | None = None
     block_size: int | None = None
@@ -100,8 +106,14 @@ class OnnxSettings(TextSettings):
         """
         return self.block_size or DEFAULT_BLOCKS[bits]
 
+    @property
+    def activation_type(self) -> Literal["float32", "float16"]:
+        """Type of the activations, with the default filled in."""
+        return self.activations or ("float16" if self.precision == "float16" else "float32")
+
     def __post_init__(self) -> None:
-        require_choice("precision", self.precision, ("auto", "float32", "int8", "int4"))
+        require_choice("precision", self.precision, ("auto", "float32", "float16", "int8", "int4"))
+        self._check_activations()
         for name in ("head_bits", "embedding_bits"):
             if getattr(self, name) is not None:
                 require_choice(name, getattr(self, name), TABLE_BITS)
@@ -147,6 +159,27 @@ class OnnxSettings(TextSettings):
             "at 4",
         )
         require_range("memory_speed", self.memory_speed, 0, exclusive=True)
+
+    def _check_activations(self) -> None:
+        """Refuse float16 beside what is made for a CPU, or for runtimes without these operators."""
+        if self.activations is not None:
+            require_choice("activations", self.activations, ("float32", "float16"))
+        wanted = (self.precision, self.activations)
+        require(
+            wanted not in (("float16", "float32"), ("float32", "float16")),
+            f"precision {self.precision} has activations of the same type, not "
+            f"{self.activations}; leave activations out",
+        )
+        if self.activation_type == "float32":
+            return
+        for name, fits, instead in (
+            ("portable", not self.portable, "leave it out"),
+            ("layout", self.layout == "mistill", "leave it at mistill"),
+            ("cache", self.cache == "float32", "leave it out: the KV cache becomes float16"),
+            ("float_columns", not self.float_columns, "leave it out"),
+            ("tune_for", self.tune_for is None, "leave it out, for it times kernels of float32"),
+        ):
+            require(fits, f"activations of float16 do not go with {name}; {instead}")
 
 
 GgufType = Literal["float32", "float16", "q8_0", "q4_1", "q4_0"]
@@ -200,6 +233,7 @@ class GraphOptions:
         head_bits: Bits of the output head.
         embedding_bits: Bits of the embedding.
         ring: Whether attention drops keys and values that have left the sliding window.
+        activations: Type of activations, float weights and the KV cache.
     """
 
     context_length: int
@@ -207,3 +241,4 @@ class GraphOptions:
     head_bits: int
     embedding_bits: int
     ring: bool = False
+    activations: Literal["float32", "float16"] = "float32"

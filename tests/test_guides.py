@@ -17,7 +17,7 @@ from tests.mistill.cli.test_help import COMMANDS, options
 
 DOCS = Path(__file__).parent.parent / "docs"
 # In an order in which each finds what it needs.
-GUIDES = ("quantizing", "exporting", "chatting")
+GUIDES = ("quantizing", "exporting", "chatting", "korean-chatbot")
 
 
 def blocks(guide: str, language: str) -> list[str]:
@@ -37,7 +37,7 @@ def place(tmp_path_factory, model, chats):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_command_and_program_runs(guide, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    if guide == "chatting" and not Path("chatbot").exists():
+    if guide in ("chatting", "korean-chatbot") and not Path("chatbot").exists():
         Path("chatbot-of-the-test").rename("chatbot")
     if guide == "exporting" and not Path("small").exists():
         words = ["quantize", "rounding", "trained", "small", "--group-size", "32"]

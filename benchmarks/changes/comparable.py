@@ -65,7 +65,7 @@ def _other_machine(old: Comparison, new: Comparison) -> str:
 
 
 def _other_turns(old: Comparison, new: Comparison) -> str:
-    for name in ("prompt_tokens", "new_tokens"):
+    for name in ("prompt_tokens", "new_tokens", "provider"):
         values = getattr(old.settings, name), getattr(new.settings, name)
         if values[0] != values[1]:
             return f"speed is not compared: {name} was {values[0]}, then {values[1]}"

@@ -44,7 +44,7 @@ from benchmarks.figures.latency import (
 from benchmarks.figures.passages import Passage
 from benchmarks.figures.perplexity import token_losses
 from benchmarks.rivals.engines import Note, describe, open_rival
-from mistill.engine.language_model import LanguageModel
+from mistill.engine.language_model import LanguageModel, Provider
 from mistill.engine.opening import open_model
 from mistill.folders.folder import open_folder
 
@@ -69,21 +69,27 @@ class Worker:
         folder: The folder.
         threads: Threads that its engine computes with.
         note: What runs a rival's files; None for a folder of ours.
+        provider: Execution provider, if it is an ONNX folder.
     """
 
     folder: Path
     threads: int
     note: Note | None
+    provider: Provider
 
-    def __init__(self, folder: Path, threads: int, note: Note | None = None) -> None:
+    def __init__(
+        self, folder: Path, threads: int, note: Note | None = None, provider: Provider = "cpu"
+    ) -> None:
         """Name a folder; nothing is loaded yet.
 
         Args:
             folder: The folder.
             threads: Threads that its engine computes with.
             note: What runs a rival's files; None for a folder of ours.
+            provider: Execution provider, if it is an ONNX folder.
         """
         self.folder = folder
+        self.provider = provider
         self.note = note
         self.threads = threads
         self._model: LanguageModel | None = None
@@ -119,7 +125,9 @@ class Worker:
         """
         start = time.perf_counter()
         if self.note is None:
-            self._model = open_model(self.folder, threads=self.threads)
+            form = open_folder(self.folder).form
+            provider = self.provider if form == "onnx" else "cpu"
+            self._model = open_model(self.folder, threads=self.threads, provider=provider)
         else:
             self._model = open_rival(self.note, self.threads)
         seconds = time.perf_counter() - start
@@ -281,12 +289,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure.child")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--provider", default="cpu")
     parser.add_argument("--rival", type=Note.from_json)
     arguments = parser.parse_args()
     # Libraries print; the answers get a channel of their own, and everything else goes to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
-        serve(Worker(arguments.folder, arguments.threads, arguments.rival), sys.stdin, answers)
+        worker = Worker(arguments.folder, arguments.threads, arguments.rival, arguments.provider)
+        serve(worker, sys.stdin, answers)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, Self
 import mistill.errors
 from benchmarks.rivals.engines import Note
 from benchmarks.rivals.environment import child_command
+from mistill.engine.language_model import Provider
 from mistill.errors import MistillError
 
 _PACKAGES = Path(__file__).resolve().parents[2]
@@ -37,12 +38,13 @@ class Child:
 
     folder: Path
 
-    def __init__(self, opened: Path | Note, threads: int) -> None:
+    def __init__(self, opened: Path | Note, threads: int, provider: Provider = "cpu") -> None:
         """Start the process; it opens the folder on the request ``open``.
 
         Args:
             opened: The folder that it opens, or a rival's files with what runs them.
             threads: Threads that its engine computes with.
+            provider: Execution provider, if it is an ONNX folder.
         """
         note = opened if isinstance(opened, Note) else None
         self.folder = opened if isinstance(opened, Path) else Path(opened.folder)
@@ -53,7 +55,7 @@ class Child:
         self._process = subprocess.Popen(
             [
                 *(ours if note is None else child_command(note.python)),
-                *(str(self.folder), "--threads", str(threads)),
+                *(str(self.folder), "--threads", str(threads), "--provider", provider),
                 *(() if note is None else ("--rival", note.to_json())),
             ],
             stdin=subprocess.PIPE,
@@ -139,7 +141,9 @@ class Child:
 
 
 @contextlib.contextmanager
-def start_children(opened: Sequence[Path | Note], threads: int) -> Iterator[list[Child]]:
+def start_children(
+    opened: Sequence[Path | Note], threads: int, provider: Provider = "cpu"
+) -> Iterator[list[Child]]:
     """Start one process for each folder, all at once; end them all when the body ends.
 
     Their libraries are imported by the time the body begins, but no model is open.
@@ -147,12 +151,13 @@ def start_children(opened: Sequence[Path | Note], threads: int) -> Iterator[list
     Args:
         opened: Folders, and rivals' files with what runs them.
         threads: Threads that every engine computes with.
+        provider: Execution provider of the ONNX folders.
 
     Yields:
         The processes, in the order of the folders.
     """
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(Child(one, threads)) for one in opened]
+        started = [stack.enter_context(Child(one, threads, provider)) for one in opened]
         for child in started:
             child.send("prepare")
         for child in started:

@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.figures.footprint import Load
 from benchmarks.measure.children import start_children
 from benchmarks.rivals.engines import Note
+from mistill.engine.language_model import Provider
 
 NOT_DROPPED = "the files could not be dropped from the page cache, so cold loading was not timed"
 
@@ -24,7 +25,12 @@ _CHUNK = 1 << 24
 
 
 def time_load(
-    opened: Path | Note, *, cold: bool, prompt: Sequence[int], threads: int
+    opened: Path | Note,
+    *,
+    cold: bool,
+    prompt: Sequence[int],
+    threads: int,
+    provider: Provider = "cpu",
 ) -> Load | None:
     """Load a model once, in a new process.
 
@@ -33,11 +39,12 @@ def time_load(
         cold: Whether its files are dropped from the page cache first; else they are read into it.
         prompt: The prompt that the model reads right after.
         threads: Threads that its engine computes with.
+        provider: Execution provider, if it is an ONNX folder.
 
     Returns:
         The times; None if the files could not be dropped.
     """
-    with start_children([opened], threads) as (child,):
+    with start_children([opened], threads, provider) as (child,):
         folder = child.folder
         if cold:
             drop_from_page_cache(folder)

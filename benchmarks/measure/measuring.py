@@ -98,12 +98,16 @@ def compare(
         VocabularyError: If two models do not share a vocabulary.
         FolderError: If a folder is missing or broken.
         TextError: If there is nothing to predict in the text.
-        MissingExtraError: If a rival or scipy is not installed.
+        MissingExtraError: If a rival, scipy or the execution provider is not installed.
     """
     start = time.monotonic()
     settings = settings_from(BenchSettings, settings, options)
     students_t()  # the confidence intervals of the report need scipy: refuse before measuring
     subjects = open_subjects(models, reference)
+    if settings.provider != "cpu":
+        from mistill.engine.onnx_session import check_provider
+
+        check_provider(settings.provider)
     reference_subject = next(subject for subject in subjects if subject.is_reference)
     check_context(subjects, settings)
     check_vocabularies(reference_subject, subjects)
@@ -230,7 +234,10 @@ def _measure(
     steps = len(subjects) * (1 + len(passages)) + measured_models * (1 + settings.rounds)
     questions = read_questions() if settings.tasks else []
     steps += measured_models * (sum(len(text.windows) for text in quoted) + len(questions))
-    with track("comparing", steps, "step") as tracker, start_children(opened, threads) as children:
+    with (
+        track("comparing", steps, "step") as tracker,
+        start_children(opened, threads, settings.provider) as children,
+    ):
         pairs = list(zip(subjects, children, strict=True))
         for subject, child in pairs:
             subject.answers["open"] = child.ask("open")
@@ -259,7 +266,13 @@ def _time_loads(
             for subject in subjects:
                 if not subject.is_listed or (cold and NOT_DROPPED in subject.left_out):
                     continue
-                load = time_load(subject.opened, cold=cold, prompt=prompt, threads=threads)
+                load = time_load(
+                    subject.opened,
+                    cold=cold,
+                    prompt=prompt,
+                    threads=threads,
+                    provider=settings.provider,
+                )
                 if load is None:
                     subject.left_out.append(NOT_DROPPED)
                 else:

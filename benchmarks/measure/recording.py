@@ -35,6 +35,8 @@ def result_of(
         The result; it contains no path of this machine.
     """
     info, answers, entry = subject.info, subject.answers, subject.entry
+    # The limits of a step are known of our graphs on a processor.
+    runs_here = entry is None and settings.provider == "cpu"
     turns = subject.transformers_turns
     parent = subject.parent
     lineage = tuple(map(without_paths, read_lineage(info.path)))
@@ -65,7 +67,7 @@ def result_of(
         prompts=latencies(subject.turns_at_lengths, settings.prompts),
         depths=latencies(subject.turns_at_lengths, settings.depths),
         loads=tuple(subject.loads),
-        step_bytes=None if entry is not None else step_bytes(info, threads),
+        step_bytes=step_bytes(info, threads) if runs_here else None,
         rival=None if entry is None else entry.rival,
         left_out=tuple(subject.left_out),
         quoted=tuple(subject.quoted),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from benchmarks.figures.column import significant
@@ -118,6 +119,89 @@ def big_chatbot(found: Found) -> list[str]:
         f"{found['layers']} layers, {found['width']:,} wide, {found['parameters'] / 1e9:.2f} "
         "billion random weights.",
     ]
+
+
+def laptop(found: Found) -> list[str]:
+    """Which model answers in time within the memory of a laptop."""
+    names = {
+        "16-bit": "transformers, 16 bits",
+        "nf4": "transformers, NF4",
+        "onnx": "mistill, 4-bit ONNX",
+    }
+    limit = f"{found['limit_bytes'] / 1e9:g} GB"
+    rows = []
+    for one in found["rows"].values():
+        fits = one["ending"] != "memory"
+        rows.append(
+            [
+                f"{one['parameters'] / 1e9:.1f} B, {names[one['form']]}"
+                + ("" if one["limited"] else ", no limit of memory"),
+                f"{one['weight_bytes'] / 1e9:.2f}",
+                ("yes" if fits else "no") if one["limited"] else "",
+                f"{one['peak_memory_bytes'] / 1e9:.1f}" if fits else "",
+                number(one["load_seconds"]),
+                number(_median(one["first_token_seconds"])),
+                _reply_seconds(one),
+            ]
+        )
+    heads = ["model", "weights, GB", f"fits in {limit}", "peak memory, GB", "loading, s"]
+    ways = {
+        "systemd": "a control group of systemd",
+        "watching": "a process that watched what the kernel cannot drop from memory",
+    }
+    return [
+        *table([*heads, "first token, s", f"reply of {found['new_tokens']} tokens, s"], rows),
+        "",
+        f"Random weights of Mistral's shapes; prompts of {found['prompt_tokens']} tokens, medians "
+        f"of {found['replies']} replies after a first, on {found['threads']} processors. Memory "
+        f"was limited to {limit} by {ways[found['limited_by']]}.",
+    ]
+
+
+def korean_tokens(found: Found) -> list[str]:
+    """What a Korean syllable costs in a vocabulary, and how many a chatbot writes."""
+    vocabularies = found["vocabularies"]
+    rows = [
+        [
+            name,
+            f"{one['vocabulary_size']:,}",
+            f"{one['tokens_per_syllable']:.2f}",
+            f"{one['share_of_syllables_in_pieces']:.0%}",
+        ]
+        for name, one in vocabularies.items()
+    ]
+    first = next(iter(vocabularies.values()))
+    lines = [
+        *table(["vocabulary", "tokens", "tokens a syllable", "syllables in pieces"], rows),
+        "",
+        f"{first['syllables']:,} syllables of {found['texts']}, {first['different_syllables']:,} "
+        "different ones; all tokens count, those of spaces and marks too. A syllable in pieces has "
+        "no token of its own.",
+    ]
+    rates = found.get("tokens_per_second")
+    if not rates:
+        return lines
+    rows = [
+        [row, number(rate)]
+        + [number(rate / one["tokens_per_syllable"]) for one in vocabularies.values()]
+        for row, rate in rates.items()
+    ]
+    heads = [f"syllables/s, {name}" for name in vocabularies]
+    return [*lines, "", *table(["row of the laptop", "tokens/s", *heads], rows)]
+
+
+def _reply_seconds(row: Found) -> str:
+    """The median of the whole replies; else how far the first one came."""
+    if row["reply_seconds"]:
+        return number(_median(row["reply_seconds"]))
+    if row["unfinished"]:
+        tokens, seconds = row["unfinished"]
+        return f"{tokens} tokens in {number(seconds)}"
+    return ""
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return median(values) if values else None
 
 
 def speculation(found: Found) -> list[str]:

@@ -20,6 +20,7 @@ FORMS: dict[str, Callable[[Found], list[str]]] = {
         *(step.nf4_codec, step.big_model, step.big_layer),
         *(engine.export_time, engine.export_parity, engine.step_time, engine.later_turn),
         *(engine.speculation, engine.rivals, engine.comparison, engine.quoted_perplexity),
-        *(engine.same_twice, engine.rival_tools, engine.big_chatbot),
+        *(engine.same_twice, engine.rival_tools, engine.big_chatbot, engine.laptop),
+        engine.korean_tokens,
     )
 }

@@ -153,7 +153,7 @@ def check_outliers(folder: Path, source: Path) -> None:
             continue
         gain = next(value for value in reversed(norm.inputs) if value is not None)
         gains = _array(constant(gain))
-        original = files.floats(str(gain.name)).astype(np.float32)
+        original = files.floats(str(gain.name)).astype(np.float32).astype(gains.dtype)
         float_product = nodes.get(f"{name}.outliers")
         columns = None if float_product is None else _column_order(float_product)
         if float_product is None or columns is None:
@@ -320,6 +320,8 @@ def _compare_gptq(
     zeros = _zeros(files, module, module_format.bits, gptq_format)[:, :count].T[:, firsts]
     if row_order is not None:
         expected_scales, zeros = expected_scales[row_order], zeros[row_order]
+    # A graph of float16 activations has float16 scales.
+    expected_scales = expected_scales.astype(stored.scales.dtype)
     _require(np.array_equal(stored.scales, expected_scales), module, "scales")
     zeros = zeros + shift
     middle = np.full(zeros.shape, 1 << (stored.bits - 1), np.uint8)

@@ -80,8 +80,12 @@ def require_fast(lint: Lint, settings: OnnxSettings, options: GraphOptions) -> N
         requested_rules.add("accuracy-level")
     if options.head_bits == 32:
         requested_rules.add("float-head")
+    if options.activations == "float16":
+        requested_rules.add("half-precision")
     unexpected: list[Finding] = []
     for finding in lint.findings:
+        if finding.rule == "half-precision" and finding.rule in requested_rules:
+            continue  # on a CPU, for which it is not made; the manifest keeps it
         if finding.rule in requested_rules:
             _log.warning("the requested settings are slow: %s", finding)
         else:
@@ -95,7 +99,7 @@ def require_fast(lint: Lint, settings: OnnxSettings, options: GraphOptions) -> N
 
 def _require_codes(check: CodeCheck | None, settings: OnnxSettings, options: GraphOptions) -> None:
     """Refuse codes of the source that became floats although the settings do not request it."""
-    if check is None or settings.precision == "float32":
+    if check is None or settings.precision in ("float32", "float16"):
         return
     requested = {EMBEDDING} if 32 in (options.embedding_bits, options.head_bits) else set()
     requested |= {HEAD} if options.head_bits == 32 else set()

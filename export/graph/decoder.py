@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +35,7 @@ from export.settings import GraphOptions
 from export.weights.architecture import EMBEDDING, HEAD, Architecture, rotary_tables
 from export.weights.blocks import BlockWeight, can_stack, stack
 from export.weights.folder_weights import FolderWeights, Linear, Weight
+from mistill.errors import ExportError
 from mistill.progress import track
 
 _ALL = np.iinfo(np.int64).max
@@ -91,6 +93,8 @@ class _Decoder:
         self.writer = writer
         self.options = options
         self.outliers = outliers
+        # Activations, float weights, scales and the KV cache have one type, as the operators ask.
+        self.real: type[np.generic] = np.dtype(options.activations).type
         self._gathered: dict[tuple[ir.Value, bytes], ir.Value] = {}
         # Outputs of norms that divide some columns, and those columns.
         self._divided: dict[ir.Value, NDArray[np.int64]] = {}
@@ -135,6 +139,9 @@ class _Decoder:
                 )
                 progress.advance()
         logits = self._head(normed, table)
+        if self.real != np.float32:
+            logits.name = f"logits.{self.options.activations}"
+            logits = writer.node("Cast", [logits], "logits.wide", to=ir.DataType.FLOAT)
         # One position, the default: onnxruntime-genai reads the number from this shape.
         writer.output(logits, "logits", ["batch_size", 1, architecture.vocabulary_size])
         writer.save(
@@ -153,8 +160,8 @@ class _Decoder:
         return _Shared(
             last_positions=writer.node("Cast", [last], "last_positions", to=ir.DataType.INT32),
             total_length=writer.node("Cast", [total], "total_length", to=ir.DataType.INT32),
-            cosine=writer.stored("rotary.cosine", cosine),
-            sine=writer.stored("rotary.sine", sine),
+            cosine=self._stored("rotary.cosine", cosine),
+            sine=self._stored("rotary.sine", sine),
         )
 
     # --- embedding and head ---------------------------------------------------------------------
@@ -164,14 +171,16 @@ class _Decoder:
         weight = self.weights.table(EMBEDDING, self.options.embedding_bits)
         writer = self.writer
         if not isinstance(weight, BlockWeight):
-            table = writer.stored("embedding.weight", weight)
+            table = self._stored("embedding.weight", weight)
             return writer.node("Gather", [table, ids], "embedding", axis=0), _Table(
                 table, None, None
             )
         # The table has one axis for blocks and one for the columns of a block, as MatMulNBits
         # needs it, because a tied head reads the same bytes of the file.
         table = writer.stored("embedding.codes", weight.codes)
-        scales = writer.stored_small("embedding.scales", weight.scales, (*weight.scales.shape, 1))
+        scales = writer.stored_small(
+            "embedding.scales", self._real(weight.scales), (*weight.scales.shape, 1)
+        )
         inputs = [table, ids, scales]
         if weight.zeros is not None:
             # Each block has an axis of its own, so that each zero point has a byte of its own.
@@ -214,7 +223,9 @@ class _Decoder:
                 "FusedMatMul", [hidden, rows], "logits", domain=MICROSOFT, transB=1
             )
         codes = self.writer.stored_again("logits.codes", table.rows)
-        scales = self.writer.stored_small_again("logits.scales", table.scales, table.blocks.scales)
+        scales = self.writer.stored_small_again(
+            "logits.scales", table.scales, self._real(table.blocks.scales)
+        )
         return self._multiply_blocks(hidden, table.blocks, codes, scales, None, "logits")
 
     # --- a layer ----------------------------------------------------------------------------------
@@ -235,7 +246,7 @@ class _Decoder:
             architecture.head_dim,
         ]
         past = [
-            writer.input(f"past_key_values.{layer}.{part}", np.float32, cache)
+            writer.input(f"past_key_values.{layer}.{part}", self.real, cache)
             for part in ("key", "value")
         ]
         attended, *present = writer.nodes(
@@ -263,7 +274,7 @@ class _Decoder:
         for value in present:
             assert value.name is not None
             cache = ["batch_size", architecture.kv_heads, "total", architecture.head_dim]
-            writer.output(value, value.name, cache)
+            writer.output(value, value.name, cache, self.real)
         return attended
 
     def _normed_heads(self, packed: ir.Value, layer: int) -> list[ir.Value]:
@@ -344,7 +355,7 @@ class _Decoder:
         if module in self.outliers:
             gains = gains.copy()
             gains[self.outliers[module]] /= FACTOR
-        return self.writer.stored(f"{module}.weight", gains)
+        return self._stored(f"{module}.weight", gains)
 
     def _remember(self, normed: ir.Value, norm: str) -> None:
         if norm in self.outliers:
@@ -372,16 +383,16 @@ class _Decoder:
         writer = self.writer
         if isinstance(weight, BlockWeight):
             codes = writer.stored(f"{name}.codes", weight.codes)
-            scales = writer.stored_small(f"{name}.scales", weight.scales)
+            scales = writer.stored_small(f"{name}.scales", self._real(weight.scales))
             return self._multiply_blocks(value, weight, codes, scales, bias, name)
         if value in self._divided:
             weight = weight.copy()
             weight[:, self._divided[value]] *= FACTOR
-        matrix = writer.stored(f"{name}.weight", weight.T)
+        matrix = self._stored(f"{name}.weight", weight.T)
         if bias is None:
             return writer.node("MatMul", [value, matrix], name)
         product = writer.node("MatMul", [value, matrix], f"{name}.product")
-        return writer.node("Add", [product, writer.stored(f"{name}.bias", bias)], name)
+        return writer.node("Add", [product, self._stored(f"{name}.bias", bias)], name)
 
     def _multiply_blocks(
         self,
@@ -402,7 +413,7 @@ class _Decoder:
         if zeros is not None or bias is not None:
             inputs.append(None if zeros is None else writer.stored_small(f"{name}.zeros", zeros))
         if bias is not None:
-            inputs += [None, writer.stored(f"{name}.bias", bias)]
+            inputs += [None, self._stored(f"{name}.bias", bias)]
         (product,) = writer.nodes(
             "MatMulNBits",
             inputs,
@@ -427,6 +438,21 @@ class _Decoder:
         floats = weight.dequantize_columns(columns) * np.float32(FACTOR - 1)
         matrix = self.writer.stored(f"{name}.outliers.weight", floats.T)
         return self.writer.node("MatMul", [few, matrix], f"{name}.outliers")
+
+    def _stored(self, name: str, array: NDArray[np.float32]) -> ir.Value:
+        """Floats in the data file, in the type of the activations."""
+        return self.writer.stored(name, self._real(array, name))
+
+    def _real(self, array: NDArray[np.float32], name: str = "a scale") -> NDArray[Any]:
+        """Floats in the type of the activations, unless one of them is too large for it."""
+        with np.errstate(over="ignore"):
+            converted = array.astype(self.real, copy=False)
+        if not np.isfinite(converted).all():
+            raise ExportError(
+                f"{name} holds {np.abs(array).max():.3g}, and {self.options.activations} holds at "
+                f"most {np.finfo(self.options.activations).max:.5g}; leave activations at float32"
+            )
+        return converted
 
     def _gather_columns(self, value: ir.Value, order: NDArray[np.int64], name: str) -> ir.Value:
         """Put the input of a matrix in the order of its columns; matrices that agree share it."""

@@ -87,16 +87,23 @@ class GraphWriter:
         self._inputs.append(value)
         return value
 
-    def output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
-        """Declare a float32 output of the graph.
+    def output(
+        self,
+        value: ir.Value,
+        name: str,
+        shape: Sequence[int | str],
+        dtype: type[np.generic] = np.float32,
+    ) -> None:
+        """Declare an output of the graph.
 
         Args:
             value: The value to return.
             name: Name of the value.
             shape: Sizes, or names of sizes that vary.
+            dtype: Type of its elements.
         """
         value.name = name
-        value.type = _tensor_type(np.float32)
+        value.type = _tensor_type(dtype)
         value.shape = ir.Shape(shape)
         self._outputs.append(value)
 

@@ -39,6 +39,8 @@ from mistill.weights.tensor_files import TensorFiles, read_nf4_weight, read_quan
 FloatWeight = NDArray[np.float32]
 Weight = FloatWeight | BlockWeight
 
+# Precisions that round nothing to codes.
+_FLOATS = ("float32", "float16")
 _ROUNDED_BITS: dict[str, Literal[4, 8]] = {"int4": 4, "int8": 8}
 
 
@@ -183,7 +185,7 @@ class FolderWeights:
         Returns:
             True for float layers that are rounded and for NF4, whose levels move to a grid.
         """
-        if self._settings.precision == "float32" or self.has(f"{module}.qweight"):
+        if self._settings.precision in _FLOATS or self.has(f"{module}.qweight"):
             return False
         return self._settings.precision != "auto" or self.has(f"{module}.weight.{NF4_STATE}")
 
@@ -200,7 +202,7 @@ class FolderWeights:
         if bias is not None and not bias.any():
             bias = None  # some quantizers write zeros where the model has no bias
         precision = self._settings.precision
-        if precision == "float32":
+        if precision in _FLOATS:
             return Linear(self.exact(module), bias)
         weight = self._stored(module)
         if not isinstance(weight, BlockWeight) and precision in _ROUNDED_BITS:

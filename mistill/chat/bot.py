@@ -94,7 +94,8 @@ class ChatBot:
             model: The folder as a running model, if it is open already; for a draft model, opened
                 with ``alone=False``.
             threads: Number of threads; None takes one for each processor that may be used.
-            provider: Execution provider of an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
+            provider: Execution provider of an ONNX folder: ``cpu``, ``cuda``, ``tensorrt``,
+                ``coreml`` or ``directml``.
             draft: Source of draft tokens for speculative decoding of an ONNX folder: ``lookup``,
                 or the ONNX folder of a draft model with the same vocabulary.
             exact: Whether a greedy reply, and one with a seed, must depend on the conversation

@@ -161,7 +161,7 @@ def write_reply(
                 ending = "max_new_tokens"
             if part:
                 yield part
-        part = text.finish()
+        part = text.finish(cut_off=ending in ("max_new_tokens", "context"))
         written.text += part
         if part:
             yield part

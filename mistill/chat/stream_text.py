@@ -58,14 +58,20 @@ class TextStream:
             return ""
         return self._show(self._decoder.decode(self._spell(token)))
 
-    def finish(self) -> str:
+    def finish(self, *, cut_off: bool = False) -> str:
         """End the reply.
+
+        Args:
+            cut_off: Whether it ended for want of room, and not where the model ended it: the
+                rest of an incomplete character would have followed, which is then left out.
 
         Returns:
             The text that was held back; an incomplete character becomes U+FFFD.
         """
         if self.stopped:
             return ""
+        if cut_off:
+            self._decoder.reset()
         shown = self._show(self._decoder.decode(b"", final=True))
         return shown if self.stopped else shown + self._stop.rest()
 

@@ -411,7 +411,13 @@ def distill(
 @app.command(
     help_formatter=HelpPage(
         {
-            "Size and speed": ("precision", "context_length", "head_bits", "embedding_bits"),
+            "Size and speed": (
+                "precision",
+                "activations",
+                "context_length",
+                "head_bits",
+                "embedding_bits",
+            ),
             "Matrix products": ("block_size", "accuracy_level", "float_columns", "tune_for"),
             "KV cache": ("cache", "cache_texts", "ring"),
             "Other runtimes": ("portable", "layout"),
@@ -630,7 +636,8 @@ def chat(
             program that waits for an answer with the pipe open is answered so in any case.
         system: The system prompt that begins the conversation.
         threads: Number of threads. By default one for each processor that this process may use.
-        provider: The execution provider of ONNX Runtime; cuda and tensorrt need onnxruntime-gpu.
+        provider: The execution provider of ONNX Runtime; cuda and tensorrt need onnxruntime-gpu,
+            directml needs onnxruntime-directml, coreml a Mac.
         draft: Write faster by speculative decoding. With "lookup", draft tokens are looked up in
             the conversation (prompt lookup decoding). With the ONNX folder of a smaller model
             that has the same vocabulary, that draft model proposes them.
@@ -682,7 +689,7 @@ def chat(
         {
             "Address": ("host", "port", "allow_host", "allow_origin"),
             "Keys": ("api_key_file", "no_key"),
-            "Model": ("model_name", "any_model", "threads", "context"),
+            "Model": ("model_name", "any_model", "threads", "provider", "context"),
             "Load": ("slots", "queue", "queue_seconds", "prefix_mib"),
             "Replies that do not say how": ("max_new_tokens", *SAMPLING["Sampling"]),
             "Other pages": ("metrics", "page"),

@@ -30,7 +30,15 @@ app = App(
                 *("scored_tokens", "context_length", "perplexity", "perplexity_tokens", "tasks"),
             ),
             "Speed": (
-                *("threads", "rounds", "prompt_tokens", "new_tokens", "prompts", "depths"),
+                *(
+                    "threads",
+                    "provider",
+                    "rounds",
+                    "prompt_tokens",
+                    "new_tokens",
+                    "prompts",
+                    "depths",
+                ),
                 *("loads", "turn_seconds", "transformers_generate"),
             ),
             "Other engines": ("against", "rivals_in", "rival_source"),

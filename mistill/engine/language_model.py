@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mistill.errors import FolderError
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda", "tensorrt", "coreml", "directml"]
 Choose = Callable[[NDArray[np.float32]], int]
 
 LOOK_UP = "lookup"

@@ -105,7 +105,8 @@ class OnnxModel:
             folder: Path of the folder.
             threads: Threads to compute with; None takes the processors that this process may use.
             context: Most positions to hold at once; None takes what the model was made for.
-            provider: ``cpu``, or ``cuda`` or ``tensorrt`` where ONNX Runtime has them.
+            provider: ``cpu``, or ``cuda``, ``tensorrt``, ``coreml`` or ``directml`` where ONNX
+                Runtime has them.
             alone: Whether no other model computes in turn with this one, token by token, as a
                 draft does. Between two steps the threads of a model that is alone keep their
                 processors busy, so as to begin the next one at once; another model's steps would
@@ -369,7 +370,9 @@ class OnnxModel:
         self._reader = None if reader is None else ref(reader)
 
     def _new_cache(self) -> KeyValueCache:
-        device: key_value_cache.Device = "cpu" if self.provider == "cpu" else "cuda"
+        # Buffers of CoreML and DirectML are in the processor's memory; ONNX Runtime copies them.
+        on_gpu = self.provider in ("cuda", "tensorrt")
+        device: key_value_cache.Device = "cuda" if on_gpu else "cpu"
         return KeyValueCache(self.session, self.context_length, device, self._unbind)
 
     def _read_on(self, tokens: list[int], repeatable: bool = False) -> None:

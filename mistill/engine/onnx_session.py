@@ -21,6 +21,17 @@ _PROVIDERS: dict[str, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+    "coreml": ["CoreMLExecutionProvider", "CPUExecutionProvider"],
+    "directml": ["DmlExecutionProvider", "CPUExecutionProvider"],
+}
+
+# What has to be installed for each, since two builds of ONNX Runtime exclude one another.
+_BUILDS = {
+    "cpu": "install onnxruntime again",
+    "cuda": "install onnxruntime-gpu instead of onnxruntime",
+    "tensorrt": "install onnxruntime-gpu instead of onnxruntime, and TensorRT's own libraries",
+    "coreml": "only onnxruntime for macOS has it",
+    "directml": "on Windows, install onnxruntime-directml instead of onnxruntime",
 }
 
 
@@ -28,7 +39,7 @@ def check_provider(provider: str) -> None:
     """Refuse a provider that this installation does not have.
 
     Args:
-        provider: ``cpu``, ``cuda`` or ``tensorrt``.
+        provider: One of ``Provider``.
 
     Raises:
         MissingExtraError: If ONNX Runtime was built without it.
@@ -38,8 +49,7 @@ def check_provider(provider: str) -> None:
     if wanted not in available:
         raise MissingExtraError(
             f"ONNX Runtime {onnxruntime.__version__} has no {wanted} here, only "
-            f"{', '.join(available)}; install onnxruntime-gpu instead of onnxruntime, or use "
-            "provider cpu"
+            f"{', '.join(available)}; {_BUILDS[provider]}, or use provider cpu"
         )
 
 

@@ -23,7 +23,8 @@ def open_model(
     Args:
         folder: A model folder (float, GPTQ or NF4) or an ONNX folder.
         threads: Number of threads; None takes one for each processor that may be used.
-        provider: Execution provider of an ONNX folder: ``cpu``, ``cuda`` or ``tensorrt``.
+        provider: Execution provider of an ONNX folder: ``cpu``, ``cuda``, ``tensorrt``, ``coreml``
+            or ``directml``.
         alone: Whether no other model computes in turn with this one, token by token; of an ONNX
             folder, as ``OnnxModel`` takes it.
 

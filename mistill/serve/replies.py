@@ -183,7 +183,8 @@ class Reply:
 
     def end(self, ending: Ending) -> None:
         """Take the end; see ``Sink``."""
-        self._inbox.put(self.index, End(_REASONS[ending], self._text.finish()))
+        text = self._text.finish(cut_off=ending in ("max_new_tokens", "context"))
+        self._inbox.put(self.index, End(_REASONS[ending], text))
 
     def fail(self, error: Exception) -> None:
         """Take what went wrong; see ``Sink``."""

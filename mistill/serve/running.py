@@ -109,7 +109,12 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
         f"the folder's name {name!r:.80} cannot be the name of the model; give --model-name",
     )
     sampling = settings.sampling(own_sampling(info.path))
-    model = OnnxModel(info.path, threads=settings.threads, context=settings.context)
+    model = OnnxModel(
+        info.path,
+        threads=settings.threads,
+        context=settings.context,
+        provider=settings.provider,
+    )
     scheduler = Scheduler(
         model,
         slots=settings.slots,

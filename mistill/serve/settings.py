@@ -6,9 +6,11 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from mistill.engine.language_model import Provider
 from mistill.engine.sampling import ChosenSampling
-from mistill.settings import require, require_range
+from mistill.settings import require, require_choice, require_range
 
 # A name or an address as a Host header holds it, without its port.
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\]")
@@ -35,6 +37,8 @@ class ServeSettings(ChosenSampling):
         any_model: Answer requests that name another model, for clients that cannot be told which.
         max_new_tokens: The most tokens of a reply where the request does not say how many.
         threads: Number of threads. By default one for each processor that this process may use.
+        provider: Execution provider of ONNX Runtime. The KV cache of a server stays in the
+            processor's memory, and is copied at every step for another provider than cpu.
         context: Positions that a conversation may have; by default what the model was made for.
         slots: Replies that are written at once; by default as many as a quarter of the free
             memory holds, at most 16.
@@ -56,6 +60,7 @@ class ServeSettings(ChosenSampling):
     any_model: bool = False
     max_new_tokens: int = 1024
     threads: int | None = None
+    provider: Provider = "cpu"
     context: int | None = None
     slots: int | None = None
     queue: int = 32
@@ -71,6 +76,7 @@ class ServeSettings(ChosenSampling):
         require_range("port", self.port, 0, 65_535)
         require_range("max_new_tokens", self.max_new_tokens, 1)
         require_range("context", self.context, 2)
+        require_choice("provider", self.provider, get_args(Provider))
         require_range("slots", self.slots, 1, 64)
         require_range("queue", self.queue, 0, 10_000)
         require_range("queue_seconds", self.queue_seconds, 0, exclusive=True)

@@ -19,7 +19,7 @@ import export
 from benchmarks.figures.latency import SETTLE_SECONDS, time_turn
 from benchmarks.measure.child import Worker
 from benchmarks.measure.children import Child, start_children
-from mistill.errors import FolderError, MistillError
+from mistill.errors import FolderError, MissingExtraError, MistillError
 
 REPOSITORY = Path(benchmarks.measure.child.__file__).parents[2]
 TURN: dict[str, Any] = {"prompt": [5, 6, 7, 8], "new_tokens": 4, "seconds": 10.0}
@@ -257,3 +257,18 @@ def test_peak_memory_is_what_time_says_of_the_same_child(model: Path, tmp_path: 
     ours = json.loads(ran.stdout.splitlines()[-1])
     assert ours["peak_bytes"] == pytest.approx(int(words.split()[-1]) * 1024, rel=0.03)
     assert ours["resident_bytes"] <= ours["peak_bytes"]
+
+
+def test_the_provider_is_for_onnx_folders_and_others_run_on_the_processor(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    chatbot = export.to_onnx(model, tmp_path / "chatbot", parity_positions=0)
+    with pytest.raises(MissingExtraError, match="has no CUDAExecutionProvider here"):
+        Worker(chatbot, threads=1, provider="cuda").open()
+    assert Worker(model, threads=1, provider="cuda").open()["vocabulary_size"] == 384
+    with (
+        pytest.raises(MistillError, match="has no DmlExecutionProvider here"),
+        start_children([chatbot], 1, "directml") as (child,),
+    ):
+        child.ask("open")

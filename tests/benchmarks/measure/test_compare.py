@@ -20,7 +20,13 @@ from benchmarks.measure.subjects import short_names
 from benchmarks.report.report import Report
 from benchmarks.settings import BenchSettings
 from mistill.chat.bot import ChatBot
-from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
+from mistill.errors import (
+    FolderError,
+    MissingExtraError,
+    SettingsError,
+    TextError,
+    VocabularyError,
+)
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
@@ -361,9 +367,22 @@ class TestBadInput:
         {"new_tokens": 1},
         {"turn_seconds": 0.0},
         {"threads": 0},
+        {"provider": "gpu"},
     ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(option: dict[str, Any]):
     with pytest.raises(SettingsError, match=next(iter(option))):
         BenchSettings(**option)
+
+
+def test_a_provider_that_is_not_there_is_refused_before_anything_is_measured(
+    model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unwanted(*_: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("benchmarks.measure.measuring.start_children", unwanted)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MissingExtraError, match="has no CUDAExecutionProvider here"):
+        compare([model], texts=str(chats), settings=BenchSettings(provider="cuda"))

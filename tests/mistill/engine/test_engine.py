@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import export
 from mistill.cost_model.processors import usable_threads
-from mistill.engine import key_value_cache
+from mistill.engine import key_value_cache, onnx_session
 from mistill.engine import onnx_model as engine
 from mistill.engine.key_value_cache import common_prefix
 from mistill.engine.language_model import LanguageModel
@@ -404,16 +404,36 @@ def test_a_file_that_is_no_cache_is_refused(chatbot: Path, tmp_path: Path, model
 # --- providers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+@pytest.mark.parametrize(
+    ("provider", "named"),
+    [
+        ("cuda", "install onnxruntime-gpu instead of onnxruntime"),
+        ("tensorrt", "install onnxruntime-gpu .* TensorRT"),
+        ("coreml", "only onnxruntime for macOS has it"),
+        ("directml", "on Windows, install onnxruntime-directml"),
+    ],
+)
 def test_a_provider_that_is_not_there_is_refused_in_one_line(
-    chatbot: Path, provider: Any, monkeypatch: pytest.MonkeyPatch
+    chatbot: Path, provider: Any, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(
-        MissingExtraError, match=r"has no \w+ExecutionProvider here, only CPU"
+        MissingExtraError, match=rf"has no \w+ExecutionProvider here, only CPU\w+; {named}"
     ) as no:
         OnnxModel(chatbot, provider=provider)
     assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("provider", ["coreml", "directml"])
+def test_a_provider_with_buffers_of_its_own_is_given_those_of_the_processor(
+    chatbot: Path, provider: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(onnx_session._PROVIDERS, provider, ["CPUExecutionProvider"])
+    ids = some_ids(20, 5)
+    expected = list(islice(OnnxModel(chatbot, threads=1).stream(ids), 10))
+    assert list(islice(OnnxModel(chatbot, threads=1, provider=provider).stream(ids), 10)) == (
+        expected
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

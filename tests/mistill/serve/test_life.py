@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 
 import mistill
+from mistill.errors import MissingExtraError, SettingsError
 from mistill.serve import chat as chat_module
 from mistill.serve.http import server as server_module
 from mistill.serve.replies import Reply
+from mistill.serve.running import serve
 from mistill.serve.settings import Limits
 from tests.mistill.serve.running import Answer, RunningServer, running, until
 
@@ -441,3 +443,13 @@ def test_metrics_count_what_was_served_in_prometheus_text(chatbot: Path) -> None
     assert grown('mistill_e2e_request_latency_seconds_bucket{le="+Inf"}') == 1
     assert grown('mistill_http_requests_total{status="200"}') == 2
     assert after["mistill_num_requests_running"] == 0
+
+
+def test_a_server_runs_on_the_provider_it_is_given_or_not_at_all(
+    chatbot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MissingExtraError, match="has no CUDAExecutionProvider here"):
+        serve(chatbot, provider="cuda", port=0)
+    with pytest.raises(SettingsError, match=r"provider must be cpu, cuda, .* or directml"):
+        serve(chatbot, provider="gpu", port=0)

@@ -33,6 +33,10 @@ class BenchOptions(TypedDict, total=False):
     sample_prompts: Sequence[str]
     sample_models: Sequence[str]
     sample_tokens: int
+    task_models: Sequence[str]
+    replies: bool
+    reply_models: Sequence[str]
+    reply_tokens: int
 
 
 class EvalOptions(TypedDict, total=False):

@@ -28,6 +28,7 @@ app = App(
             "Data": ("texts", "reference"),
             "Quality": (
                 *("scored_tokens", "context_length", "perplexity", "perplexity_tokens", "tasks"),
+                *("task_models", "replies", "reply_models", "reply_tokens"),
             ),
             "Speed": (
                 *(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
+from mistill.engine.language_model import Provider
+
 
 class ServeOptions(TypedDict, total=False):
     """Fields of ``ServeSettings``."""
@@ -26,6 +28,7 @@ class ServeOptions(TypedDict, total=False):
     any_model: bool
     max_new_tokens: int
     threads: int | None
+    provider: Provider
     context: int | None
     slots: int | None
     queue: int

@@ -468,7 +468,7 @@ def test_a_fresh_student_of_a_quantized_teacher_is_a_float_model(
         ({"layers": 0}, "layers must be at least 1, not 0"),
         (
             {"choose": "best"},
-            "choose must be influence, angular, greedy_kl, even or named, not 'best'",
+            "choose must be influence, angular, greedy_kl, healed, even or named, not 'best'",
         ),
         ({"choose": "named"}, "needs keep"),
         ({"keep": (0, 1)}, "choose asks for 'influence'"),

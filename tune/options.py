@@ -41,6 +41,7 @@ class SupervisedOptions(TypedDict, total=False):
     evaluate_every: int | None
     patience: int
     checkpoint_every: int
+    other_tokens: int
     replies: int
     reply_tokens: int
     loss_memory_mib: float
@@ -77,6 +78,7 @@ class PreferenceOptions(TypedDict, total=False):
     good_weight: float
     bad_weight: float
     keep: Keep
+    other_tokens: int
 
 
 class RewardOptions(TypedDict, total=False):
@@ -140,3 +142,4 @@ class ReinforceOptions(TypedDict, total=False):
     held_out_prompts: int
     evaluate_every: int | None
     keep: Keep
+    other_tokens: int

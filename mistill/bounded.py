@@ -237,11 +237,12 @@ def _answer(function: str, arguments: tuple[Any, ...]) -> bytes:
 
 
 def _limit_memory() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
+    for name, bytes_allowed in (("RLIMIT_AS", MEMORY_BYTES), ("RLIMIT_CORE", 0)):
+        # Windows has no such module; macOS refuses to set the first.
+        with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):
+            import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(getattr(resource, name), (bytes_allowed, bytes_allowed))
 
 
 def _limit_time() -> None:

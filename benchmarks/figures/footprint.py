@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from dataclasses import dataclass
@@ -112,8 +113,26 @@ def own_memory() -> Memory:
         return Memory(
             peak_bytes=int(kibibytes["VmHWM"]) * 1024, resident_bytes=int(kibibytes["VmRSS"]) * 1024
         )
+    if sys.platform == "win32":
+        return _memory_of_windows()
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_bytes = peak if sys.platform == "darwin" else peak * 1024
     return Memory(peak_bytes=peak_bytes, resident_bytes=peak_bytes)
+
+
+def _memory_of_windows() -> Memory:
+    class Counters(ctypes.Structure):
+        _fields_ = (
+            ("size", ctypes.c_ulong),
+            ("faults", ctypes.c_ulong),
+            *((name, ctypes.c_size_t) for name in ("peak", "resident", *"abcdef")),
+        )
+
+    counters = Counters(size=ctypes.sizeof(Counters))
+    libraries = getattr(ctypes, "windll")  # noqa: B009
+    libraries.kernel32.GetCurrentProcess.restype = ctypes.c_void_p
+    process = ctypes.c_void_p(libraries.kernel32.GetCurrentProcess())
+    libraries.psapi.GetProcessMemoryInfo(process, ctypes.byref(counters), counters.size)
+    return Memory(peak_bytes=int(counters.peak), resident_bytes=int(counters.resident))

@@ -7,7 +7,6 @@ recorded.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.figures.energy import EnergyMeter
+from mistill.cost_model.free_memory import physical_memory
 from mistill.cost_model.processors import usable_threads
 from mistill.folders.lineage import installed_versions
 
@@ -86,7 +86,7 @@ def describe_machine(threads: int) -> Machine:
         processors=os.cpu_count() or 1,
         usable_processors=usable_threads(),
         threads=threads,
-        memory_bytes=_physical_memory(),
+        memory_bytes=physical_memory(),
         system=f"{platform.system()} {platform.release()}",
         governor=_GOVERNOR.read_text("ascii").strip() if _GOVERNOR.is_file() else None,
         virtual="hypervisor" in flags,
@@ -99,9 +99,3 @@ def describe_machine(threads: int) -> Machine:
 
 def _fields(cpuinfo: str, name: str) -> list[str]:
     return re.findall(rf"^{name}\s*: (.*)$", cpuinfo, re.MULTILINE)
-
-
-def _physical_memory() -> int:
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 0

@@ -96,7 +96,10 @@ def resident_share(folder: Path) -> float:
     Returns:
         Between 0 and 1, of all pages; 1 where it is not known.
     """
-    library = ctypes.CDLL(None)
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows has no library of the program itself
+        return 1.0
     if not hasattr(library, "mincore"):
         return 1.0
     library.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)

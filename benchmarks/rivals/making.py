@@ -19,6 +19,7 @@ from benchmarks.rivals.engines import Choice, Note, maker
 from benchmarks.rivals.environment import Environment
 from mistill.errors import MistillError
 from mistill.folders.folder import FolderInfo, read_json
+from mistill.folders.renaming import link_or_copy
 
 # Usual block sizes of 4-bit weights, the largest first.
 _BLOCKS = (128, 64, 32)
@@ -184,7 +185,7 @@ def float_folder(source: FolderInfo, scratch: Path) -> tuple[Path, str]:
     if not target.exists():
         target.mkdir()
         for file in weights.iterdir():
-            (target / file.name).symlink_to(file.absolute())
+            link_or_copy(file.absolute(), target / file.name)
         config = older_config(read_json(weights / "config.json"))
         (target / "config.json").unlink()
         (target / "config.json").write_text(json.dumps(config), "utf-8")

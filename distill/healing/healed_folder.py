@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from mistill.folders.folder import (
 )
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions, read_lineage
 from mistill.folders.publishing import begun_on, publish, refuse_existing, working
+from mistill.folders.renaming import sync_file
 from mistill.progress import track
 from mistill.pytorch.layers import LayeredModel, accelerator_or_cpu
 from mistill.pytorch.loading import (
@@ -335,8 +335,7 @@ def _keep_layer(work: Path, layer: HealedLayer) -> None:
     file = _file(work, layer.index)
     partial = file.with_suffix(".partial")
     save_file(layer.weights, partial, metadata={_FACTS: json.dumps(layer.fits)})
-    with partial.open("rb") as opened:
-        os.fsync(opened.fileno())
+    sync_file(partial)
     partial.replace(file)
 
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from mistill.cost_model.processors import control_groups
 
@@ -35,11 +36,8 @@ def _of_machine(root: Path) -> int:
         return _fields((root / "proc/meminfo").read_text())["MemAvailable:"] * 1024
     if sys.platform == "win32":
         return _of_windows()
-    try:
-        # Elsewhere the system tells only how much there is; half of it is often in use.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (OSError, ValueError):
-        return UNKNOWN
+    # Elsewhere the system tells only how much there is; half of it is often in use.
+    return physical_memory() // 2 or UNKNOWN
 
 
 def _of_group(folder: Path) -> int:
@@ -57,7 +55,24 @@ def _fields(text: str) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
+def physical_memory() -> int:
+    """Memory of the machine.
+
+    Returns:
+        Bytes; 0 where the system does not tell.
+    """
+    if sys.platform == "win32":
+        return int(_windows_status().physical)
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0
+
+
 def _of_windows() -> int:
+    return int(_windows_status().free)
+
+
+def _windows_status() -> Any:
     class MemoryStatus(ctypes.Structure):
         _fields_ = (
             ("length", ctypes.c_ulong),
@@ -67,4 +82,4 @@ def _of_windows() -> int:
 
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     getattr(ctypes, "windll").kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # noqa: B009
-    return int(status.free)
+    return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from mistill.errors import FolderError
 
@@ -51,15 +53,12 @@ def locked(lock: Path, refusal: str) -> Iterator[None]:
         FolderError: If another process holds it, or its folder cannot be written.
     """
     if sys.platform == "win32":
-        yield
+        with _locked_on_windows(lock, refusal):
+            yield
         return
-    import fcntl
+    with _opened(lock) as opened:
+        import fcntl
 
-    try:
-        opened = lock.open("w")
-    except OSError as error:
-        raise FolderError(f"{lock.parent} cannot be written: {error.strerror}") from error
-    with opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -68,6 +67,33 @@ def locked(lock: Path, refusal: str) -> Iterator[None]:
         if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(opened.fileno())):
             raise FolderError(refusal)
         yield
+
+
+@contextmanager
+def _locked_on_windows(lock: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock where an open file keeps its folder from being renamed and removed.
+
+    So the file that is locked is another one, in the user's folder for temporary files; its name
+    is made of the lock's.
+    """
+    import msvcrt
+
+    with _opened(lock):
+        pass
+    name = hashlib.sha256(os.path.normcase(lock.resolve()).encode()).hexdigest()[:32]
+    with _opened(Path(tempfile.gettempdir()) / f"{_TEMPORARY}{name}.lock") as opened:
+        try:
+            getattr(msvcrt, "locking")(opened.fileno(), getattr(msvcrt, "LK_NBLCK"), 1)  # noqa: B009
+        except OSError as error:
+            raise FolderError(refusal) from error
+        yield
+
+
+def _opened(file: Path) -> IO[str]:
+    try:
+        return file.open("a")  # what another process has locked, Windows lets nobody empty
+    except OSError as error:
+        raise FolderError(f"{file.parent} cannot be written: {error.strerror}") from error
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from mistill.folders.renaming import (
     remove_finished_work,
     remove_leftovers,
     remove_work,
+    sync_file,
     sync_folder,
 )
 from mistill.settings import refuse_object
@@ -170,8 +171,7 @@ def creating_file(
     try:
         with _naming_a_full_disk(target):
             yield partial
-            with partial.open("rb") as opened:
-                os.fsync(opened.fileno())
+            sync_file(partial)
             partial.replace(path)
             sync_folder(path.parent)
     finally:
@@ -376,7 +376,7 @@ def write_atomically(path: Path, text: str) -> None:
         FolderError: If the disk is full.
     """
     with replacing(path) as partial:
-        partial.write_text(text, "utf-8")
+        partial.write_text(text, "utf-8", newline="\n")
 
 
 @contextmanager
@@ -398,8 +398,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _naming_a_full_disk(path):
             yield partial
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            sync_file(partial)
             partial.replace(path)
             sync_folder(path.parent)
     finally:

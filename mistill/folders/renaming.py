@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mistill.errors import TargetExistsError
+from mistill.errors import FolderError, TargetExistsError
 
 FINISHED = "finished"
 """File in the folder of long work whose result has been given its name."""
@@ -74,6 +74,7 @@ def move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
 
     Raises:
         TargetExistsError: If another process made one in the meantime.
+        FolderError: If what has the name cannot be moved.
     """
     sync_tree(partial)
     if overwrite and path.exists() and _exchange(partial, path):
@@ -82,7 +83,14 @@ def move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
         return
     aside = path.parent / f".{path.name}.{os.getpid()}.replaced"
     if overwrite and path.exists():
-        path.rename(aside)
+        try:
+            path.rename(aside)
+        except PermissionError as error:
+            # Windows moves no folder of which a program has a file open.
+            raise FolderError(
+                f"{path} cannot be replaced: a program has one of its files open, or it is "
+                "protected; end that program, or choose another target"
+            ) from error
     try:
         partial.rename(path)
     except OSError as error:
@@ -132,8 +140,18 @@ def sync_tree(folder: Path) -> None:
         if item.is_dir():
             sync_folder(item)
         elif item.is_file():
-            with item.open("rb") as opened:
-                os.fsync(opened.fileno())
+            sync_file(item)
+
+
+def sync_file(file: Path) -> None:
+    """Wait until the content of a file is on the disk.
+
+    Args:
+        file: The file, closed by now.
+    """
+    # Windows syncs only what may be written.
+    with file.open("r+b" if sys.platform == "win32" else "rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -163,9 +181,31 @@ def remove(item: Path) -> None:
         item.unlink()
 
 
+def link_or_copy(item: Path, place: Path) -> None:
+    """Let a file or folder be found in another place too, without a copy where the system allows.
+
+    Args:
+        item: The file or folder.
+        place: Where it is to be found; nothing is there.
+    """
+    try:
+        place.symlink_to(item)
+    except (OSError, NotImplementedError):
+        # Windows lets only developers and administrators make symbolic links.
+        if item.is_dir():
+            shutil.copytree(item, place)
+            return
+        try:
+            place.hardlink_to(item)
+        except (OSError, NotImplementedError):  # another disk, or a file system without them
+            shutil.copy2(item, place)
+
+
 def _alive(process: int) -> bool:
     if process == os.getpid():
         return False
+    if sys.platform == "win32":  # where os.kill ends a process, or a whole console with Ctrl-C
+        return _alive_on_windows(process)
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -173,3 +213,21 @@ def _alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+# Of Windows: the right to ask about a process, what refuses it, and what one says that runs.
+_MAY_ASK, _REFUSED, _STILL_RUNS = 0x1000, 5, 259
+
+
+def _alive_on_windows(process: int) -> bool:
+    kernel = getattr(ctypes, "WinDLL")("kernel32", use_last_error=True)  # noqa: B009
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    handle = kernel.OpenProcess(_MAY_ASK, False, process)
+    if not handle:
+        return bool(getattr(ctypes, "get_last_error")() == _REFUSED)  # noqa: B009
+    code = ctypes.c_ulong()
+    try:
+        told = kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code))
+    finally:
+        kernel.CloseHandle(ctypes.c_void_p(handle))
+    return not told or code.value == _STILL_RUNS

@@ -6,6 +6,7 @@ tried by a worker process with bounds of time and memory; what exceeds them is w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -222,10 +223,15 @@ def _limit() -> None:
     """Bounds of the process that runs the code, of memory, time and files."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (_CODE_BYTES, _CODE_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(_CODE_SECONDS), int(_CODE_SECONDS) + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for name, bounds in (
+        ("RLIMIT_AS", (_CODE_BYTES, _CODE_BYTES)),
+        ("RLIMIT_CPU", (int(_CODE_SECONDS), int(_CODE_SECONDS) + 1)),
+        ("RLIMIT_FSIZE", (0, 0)),
+        ("RLIMIT_CORE", (0, 0)),
+    ):
+        # macOS has RLIMIT_AS and refuses to set it; the others hold all the same.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            resource.setrlimit(getattr(resource, name), bounds)
 
 
 def _bounded(function: str, *arguments: Any) -> bool:

@@ -41,6 +41,7 @@ from mistill.folders.folder import (
 from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.renaming import link_or_copy
 from mistill.folders.schemas import ListedToken
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
 from mistill.settings import refuse_object
@@ -273,7 +274,7 @@ def _with_tokenizer(folder: Path) -> Path:
     with _made_once(cached) as partial:
         if partial is not None:
             for item in folder.iterdir():
-                (partial / item.name).symlink_to(item.resolve())
+                link_or_copy(item.resolve(), partial / item.name)
             _convert_tokenizer(folder, partial)
     return cached
 

@@ -8,7 +8,6 @@ and go on with the same bits. After a kill at most one layer is done again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mistill.folders.renaming import sync_file
 from mistill.pytorch.layers import Batch
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.report import ModuleReport
@@ -173,6 +173,5 @@ def _readable(file: Path) -> bool:
 def _save_whole(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     partial = file.with_suffix(".partial")
     save_file(dict(tensors), partial, metadata={"format": "pt", **metadata})
-    with partial.open("rb") as opened:
-        os.fsync(opened.fileno())
+    sync_file(partial)
     partial.replace(file)

@@ -459,7 +459,7 @@ def export(
 @app.command(
     help_formatter=HelpPage(
         {
-            "Size": ("size_mb", "bits_per_weight"),
+            "Size": ("size_mb", "bits_per_weight", "tokens_per_second"),
             "Data": ("texts", "held_out", "samples", "block_length"),
             "Work": ("tuning_steps", "seed"),
             "Chatbot": ("context_length",),
@@ -477,7 +477,7 @@ def compress(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Make a chatbot of a model in one step, within a size.
+    """Make a chatbot of a model in one step, within a size or at a speed.
 
     Bits are chosen for every matrix, the codes are rounded by GPTAQ, scales are tuned, and an ONNX
     folder is made of them. The same command resumes an interrupted run.
@@ -500,7 +500,20 @@ def compress(
     folder = compress(
         source, target, texts=texts, held_out=held_out, settings=settings, overwrite=overwrite
     )
-    return print_folder(folder, json)
+    return print_folder(folder, json, **_speeds(folder))
+
+
+def _speeds(folder: Path) -> dict[str, float]:
+    """What the lineage of a compressed model tells of its speed; printed as a line of its own."""
+    from mistill.folders.lineage import read_lineage
+
+    entry = read_lineage(folder)[-1]
+    names = ("tokens_per_second_wanted", "tokens_per_second_predicted", "tokens_per_second")
+    found = {name: float(entry[name]) for name in names if name in entry}
+    if found:
+        wanted, predicted, measured = found.values()
+        print(f"{wanted:g} tokens/s asked for, {predicted:.0f} predicted, {measured:.0f} measured")
+    return found
 
 
 @app.command(help_formatter=HelpPage({"Weights": ("dtype", "table_dtype")}))

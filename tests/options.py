@@ -25,7 +25,7 @@ CLASSES = {
     "export/options.py": ("export.settings", ("OnnxSettings", "GgufSettings")),
     "benchmarks/options.py": (
         "benchmarks.settings",
-        ("BenchSettings", "EvalSettings", "ServingSettings"),
+        ("BenchSettings", "EvalSettings", "JudgeSettings", "ServingSettings"),
     ),
     "mistill/chat/options.py": ("mistill.chat.settings", ("ChatSettings",)),
 }

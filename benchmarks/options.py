@@ -51,6 +51,15 @@ class EvalOptions(TypedDict, total=False):
     seed: int
 
 
+class JudgeOptions(TypedDict, total=False):
+    """Fields of ``JudgeSettings``."""
+
+    skip_bad_rows: bool
+    limit: int | None
+    new_tokens: int
+    threads: int | None
+
+
 class ServingOptions(TypedDict, total=False):
     """Fields of ``ServingSettings``."""
 

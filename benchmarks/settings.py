@@ -264,6 +264,27 @@ class ServingSettings:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings(TextSettings):
+    """How replies are compared by a judge.
+
+    Attributes:
+        limit: Answer at most this many prompts, taken evenly from all of them.
+        new_tokens: Most tokens of a reply.
+        threads: Threads to compute with; by default one for each processor that this process may
+            use.
+    """
+
+    limit: int | None = None
+    new_tokens: int = 128
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "new_tokens"):
+            require_range(name, getattr(self, name), 1)
+        require_range("threads", self.threads, 1, MOST_THREADS)
+
+
 SMOKE = "smoke"
 
 

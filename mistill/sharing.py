@@ -66,7 +66,7 @@ def push(
     """
     if not _REPOSITORY.fullmatch(repository):
         raise SettingsError(f"the repository should be owner/name, not {repository!r:.80}")
-    path = open_folder(folder).path
+    path = open_folder(folder, rewards=True).path
     _refuse_strangers(path)
     files = {
         file.relative_to(path).as_posix(): file.stat().st_size

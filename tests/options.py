@@ -26,7 +26,7 @@ CLASSES = {
     "benchmarks/options.py": (
         "benchmarks.settings",
         (
-            *("BenchSettings", "EvalSettings", "ServingSettings"),
+            *("BenchSettings", "EvalSettings", "JudgeSettings", "ServingSettings"),
             *("DiffSettings", "ShipSettings", "Budget"),
         ),
     ),

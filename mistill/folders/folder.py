@@ -34,6 +34,9 @@ FIDELITY_FILE = "fidelity.json"
 QUANTIZE_REPORT_FILE = "quantize_report.json"
 QUANTIZE_TABLE_FILE = "quantize_report.csv"
 
+REWARD_HEAD = "score.weight"
+"""The tensor that only a reward model has."""
+
 # Items of a folder that are looked at to say what it is.
 _MOST_ITEMS = 1000
 
@@ -91,23 +94,43 @@ class FolderInfo:
         return self.weight_bytes * 8 / self.parameters
 
 
-def open_folder(path: str | Path) -> FolderInfo:
+def open_folder(path: str | Path, *, rewards: bool = False) -> FolderInfo:
     """Describe a folder, or raise an error that lists all its problems.
 
     Args:
         path: A folder of any form.
+        rewards: Whether a reward model will do, which predicts no tokens.
 
     Returns:
         The description.
 
     Raises:
-        FolderError: If it is missing or broken; the message lists everything that is wrong.
+        FolderError: If it is missing or broken; the message lists everything that is wrong. Also if
+            it is a reward model and none is wanted.
     """
     refuse_object(path)
     faults = problems(path)
     if faults:
         raise FolderError(f"{path} is not a usable model folder: {'; '.join(faults)}")
-    return describe(path)
+    info = describe(path)
+    if not rewards and info.form == "model" and is_reward_folder(info.path):
+        raise FolderError(
+            f"{path} is a reward model, which scores conversations and writes no text; give the "
+            "language model, or give this one to mistill tune reinforce by --reward"
+        )
+    return info
+
+
+def is_reward_folder(folder: Path) -> bool:
+    """Whether a folder holds the head of a reward model.
+
+    Args:
+        folder: A sound folder that is not of the form ``onnx``.
+
+    Returns:
+        True if there is one.
+    """
+    return REWARD_HEAD in tensor_headers(folder)
 
 
 def problems(path: str | Path) -> list[str]:

@@ -218,8 +218,8 @@ def student(
         teacher: The model to prune: a model folder, a Hub id, a GGUF file, or @smollm2.
         target: The model folder of the student to write.
         texts: Calibration data, on which the importance of layers, heads and channels is
-            measured and the student is healed; best of several kinds. A .txt, .jsonl, .json or
-            .parquet file, a Hub dataset, or @demo-train.
+            measured and the student is healed; best of several kinds. A .txt, .jsonl, .json,
+            .csv or .parquet file, a Hub dataset, or @demo-train.
         settings: How much of the teacher the student keeps.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -264,7 +264,7 @@ def heal(
         teacher: The model that the student was pruned from: a model folder, a Hub id, a GGUF
             file, or @smollm2.
         texts: Calibration data, best of several kinds: as many tokens of each are read. A .txt,
-            .jsonl, .json or .parquet file, a Hub dataset, or @demo-train.
+            .jsonl, .json, .csv or .parquet file, a Hub dataset, or @demo-train.
         settings: How the matrices are fitted.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -479,14 +479,14 @@ def compress(
 ) -> dict[str, Any]:
     """Make a chatbot of a model in one step, within a size or at a speed.
 
-    Bits are chosen for every matrix, the codes are rounded by GPTAQ, scales are tuned, and an ONNX
-    folder is made of them. The same command resumes an interrupted run.
+    Bits are chosen for every matrix, the weights are quantized by GPTAQ, and an ONNX folder is made
+    of them. The same command resumes an interrupted run.
 
     Args:
         source: A float model folder, a Hub id, a GGUF file, or @smollm2.
         target: The ONNX folder to write.
-        texts: Text to calibrate and to tune on, best of several kinds. A .txt, .jsonl, .json or
-            .parquet file, a Hub dataset, or @demo-train.
+        texts: Text to calibrate and to tune on, best of several kinds. A .txt, .jsonl, .json,
+            .csv or .parquet file, a Hub dataset, or @demo-train.
         held_out: Other text, on which the chatbot is compared with its source.
         settings: How small the chatbot is, and how much work goes into it.
         overwrite: Replace the target if it exists.
@@ -644,7 +644,7 @@ def chat(
         folder: The model: an ONNX folder, which is faster and needs no PyTorch, or a model folder.
         words: A prompt to answer. Without one, a terminal is chatted with, and what comes from a
             pipe is the prompt.
-        prompt: The same as an option.
+        prompt: The prompt to answer, as an option.
         lines: Answer each line of standard input, as a conversation, instead of the whole; a
             program that waits for an answer with the pipe open is answered so in any case.
         system: The system prompt that begins the conversation.

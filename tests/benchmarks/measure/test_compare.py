@@ -179,10 +179,11 @@ def test_only_the_models_that_are_named_answer_the_questions(comparison: Report)
 def test_a_model_that_is_not_compared_cannot_be_asked(
     names: str, asked: dict[str, Any], model: Path, chats: Path
 ):
+    nobody: dict[str, Any] = {names: ("nobody",)}
     with pytest.raises(SettingsError, match=f"{names} names nobody"):
-        compare(model, texts=chats, **asked, **{names: ("nobody",)}, **QUICK)
+        compare(model, texts=chats, **asked, **nobody, **QUICK)
     with pytest.raises(SettingsError, match=f"{names} names models, and nothing is asked"):
-        BenchSettings(**{names: ("model",)})
+        BenchSettings(**nobody)
 
 
 def test_a_real_comparison_survives_the_round_trip(comparison: Report):

@@ -100,12 +100,13 @@ def train_trl(given: argparse.Namespace) -> dict[str, Any]:
     from mistill.pytorch.loading import load_pytorch
     from mistill.text.rows import read_rows
 
-    spent = {"begun": 0.0, "tokens": 0}
+    spent = {"begun": 0.0, "tokens": 0.0}
+    budget = float(given.processor_seconds)
 
     def share() -> float:
-        return (time.process_time() - spent["begun"]) / given.processor_seconds
+        return (time.process_time() - spent["begun"]) / budget
 
-    class Budget(TrainerCallback):  # type: ignore[misc]
+    class Budget(TrainerCallback):
         """Sets the rate by the processor time that is spent, and stops when all of it is."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -115,7 +116,7 @@ def train_trl(given: argparse.Namespace) -> dict[str, Any]:
             for group in of["optimizer"].param_groups:
                 group["lr"] = learning_rate(share(), _RATE)
 
-        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **__: Any) -> None:
             control.should_training_stop = share() >= 1
 
     rows = [
@@ -167,7 +168,7 @@ def train_trl(given: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
     seconds = time.process_time() - spent["begun"]
     _save(student, Path(given.student), Path(given.target))
-    return {"tokens": spent["tokens"], "processor_seconds": seconds}
+    return {"tokens": int(spent["tokens"]), "processor_seconds": seconds}
 
 
 def _save(model: Any, like: Path, target: Path) -> None:

@@ -48,8 +48,15 @@ class TimedSize:
 class Writer(Protocol):
     """A running model; meets ``mistill.engine.language_model.LanguageModel``."""
 
-    vocabulary_size: int
-    context_length: int
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits, V."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Most positions that it can hold at once."""
+        ...
 
     def stream(self, ids: Sequence[int]) -> Iterator[int]:
         """Write tokens after a prompt, greedily.

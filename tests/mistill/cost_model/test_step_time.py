@@ -67,8 +67,8 @@ def test_models_take_turns_and_first_tokens_do_not_count(monkeypatch: pytest.Mon
     def tick() -> float:
         return clock[0]
 
-    monkeypatch.setattr(step_time.time, "perf_counter", tick)
-    monkeypatch.setattr(step_time.time, "sleep", lambda _: None)
+    monkeypatch.setattr("time.perf_counter", tick)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     assert time_steps([Fake("a"), Fake("b")]) == [0.25, 0.5]
     assert turns == ["a", "b"] * 6
 

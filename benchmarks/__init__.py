@@ -2,7 +2,8 @@
 
 ``compare`` measures any mix of folders in one run: size, quality, speed and memory. ``diff``
 compares two of its reports, ``misses`` checks one against a budget, ``evaluate`` measures a folder
-on tasks, and ``bench_serving`` measures a server under the load of many clients.
+on tasks, ``judge_replies`` lets a judge compare two models' replies in both orders, and
+``bench_serving`` measures a server under the load of many clients.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from benchmarks.changes.differences import diff as diff
     from benchmarks.figures.comparison import Comparison as Comparison
     from benchmarks.figures.model_result import ModelResult as ModelResult
+    from benchmarks.judging.win_rate import Judgement as Judgement
+    from benchmarks.judging.win_rate import judge_replies as judge_replies
     from benchmarks.measure.measuring import compare as compare
     from benchmarks.report.budget import Miss as Miss
     from benchmarks.report.budget import misses as misses
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from benchmarks.settings import Budget as Budget
     from benchmarks.settings import DiffSettings as DiffSettings
     from benchmarks.settings import EvalSettings as EvalSettings
+    from benchmarks.settings import JudgeSettings as JudgeSettings
     from benchmarks.settings import ServingSettings as ServingSettings
     from benchmarks.settings import ShipSettings as ShipSettings
     from benchmarks.tasks.evaluation import Evaluation as Evaluation
@@ -39,6 +43,8 @@ _HOMES = {
     "DiffSettings": "benchmarks.settings",
     "EvalSettings": "benchmarks.settings",
     "Evaluation": "benchmarks.tasks.evaluation",
+    "JudgeSettings": "benchmarks.settings",
+    "Judgement": "benchmarks.judging.win_rate",
     "Miss": "benchmarks.report.budget",
     "ModelResult": "benchmarks.figures.model_result",
     "ReportDiff": "benchmarks.changes.differences",
@@ -50,6 +56,7 @@ _HOMES = {
     "compare": "benchmarks.measure.measuring",
     "diff": "benchmarks.changes.differences",
     "evaluate": "benchmarks.tasks.evaluation",
+    "judge_replies": "benchmarks.judging.win_rate",
     "misses": "benchmarks.report.budget",
     "open_report": "benchmarks.report.report",
 }
@@ -61,6 +68,8 @@ __all__ = [
     "DiffSettings",
     "EvalSettings",
     "Evaluation",
+    "JudgeSettings",
+    "Judgement",
     "Miss",
     "ModelResult",
     "ReportDiff",
@@ -72,6 +81,7 @@ __all__ = [
     "compare",
     "diff",
     "evaluate",
+    "judge_replies",
     "misses",
     "open_report",
 ]

@@ -33,6 +33,10 @@ class BenchOptions(TypedDict, total=False):
     sample_prompts: Sequence[str]
     sample_models: Sequence[str]
     sample_tokens: int
+    task_models: Sequence[str]
+    replies: bool
+    reply_models: Sequence[str]
+    reply_tokens: int
 
 
 class EvalOptions(TypedDict, total=False):
@@ -47,6 +51,15 @@ class EvalOptions(TypedDict, total=False):
     seed: int
 
 
+class JudgeOptions(TypedDict, total=False):
+    """Fields of ``JudgeSettings``."""
+
+    skip_bad_rows: bool
+    limit: int | None
+    new_tokens: int
+    threads: int | None
+
+
 class ServingOptions(TypedDict, total=False):
     """Fields of ``ServingSettings``."""
 
@@ -59,3 +72,29 @@ class ServingOptions(TypedDict, total=False):
     api_key_file: str | Path | None
     threads: int | None
     seed: int
+
+
+class DiffOptions(TypedDict, total=False):
+    """Fields of ``DiffSettings``."""
+
+    confidence: float
+    tolerance: float
+    clock_tolerance: float
+    pairs: Sequence[str]
+
+
+class ShipOptions(TypedDict, total=False):
+    """Fields of ``ShipSettings``."""
+
+    ship_mb: float | None
+    ship_tps: float | None
+
+
+class BudgetOptions(TypedDict, total=False):
+    """Fields of ``Budget``."""
+
+    max_kl: float | None
+    min_tps: float | None
+    max_mb: float | None
+    max_memory_mb: float | None
+    budget_for: Sequence[str]

@@ -55,6 +55,13 @@ class BenchSettings(TextSettings):
             side.
         sample_models: Names of the models that reply to ``sample_prompts``; all if none is named.
         sample_tokens: Most tokens of such a reply.
+        task_models: Names of the models that answer the questions of ``tasks``; all if none is
+            named.
+        replies: Also let models reply to 40 everyday prompts that ship with mistill, with greedy
+            decoding, and count how often a reply repeats itself.
+        reply_models: Names of the models that do so; all if none is named, and float folders take
+            minutes.
+        reply_tokens: Most tokens of such a reply.
     """
 
     scored_tokens: int = 4000
@@ -76,6 +83,10 @@ class BenchSettings(TextSettings):
     sample_prompts: tuple[str, ...] = ()
     sample_models: tuple[str, ...] = ()
     sample_tokens: int = 60
+    task_models: tuple[str, ...] = ()
+    replies: bool = False
+    reply_models: tuple[str, ...] = ()
+    reply_tokens: int = 128
 
     def __post_init__(self) -> None:
         for name, fewest in (("prompts", 1), ("depths", 0)):
@@ -90,9 +101,18 @@ class BenchSettings(TextSettings):
         )
         for name in (
             *("scored_tokens", "rounds", "prompt_tokens", "threads"),
-            *("perplexity_tokens", "sample_tokens"),
+            *("perplexity_tokens", "sample_tokens", "reply_tokens"),
         ):
             require_range(name, getattr(self, name), 1)
+        for named, asked in (
+            *(("task_models", "tasks"), ("reply_models", "replies")),
+            ("sample_models", "sample_prompts"),
+        ):
+            require(
+                bool(getattr(self, asked)) or not getattr(self, named),
+                f"{named} names models, and nothing is asked of them; give {asked}, or leave out "
+                f"{named}",
+            )
         require_range("threads", self.threads, 1, MOST_THREADS)
         require(
             self.new_tokens >= 2,
@@ -242,6 +262,27 @@ class ServingSettings:
             self.new_tokens >= 2,
             f"new_tokens must be at least 2, not {self.new_tokens}: a gap lies between two tokens",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings(TextSettings):
+    """How replies are compared by a judge.
+
+    Attributes:
+        limit: Answer at most this many prompts, taken evenly from all of them.
+        new_tokens: Most tokens of a reply.
+        threads: Threads to compute with; by default one for each processor that this process may
+            use.
+    """
+
+    limit: int | None = None
+    new_tokens: int = 128
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "new_tokens"):
+            require_range(name, getattr(self, name), 1)
+        require_range("threads", self.threads, 1, MOST_THREADS)
 
 
 SMOKE = "smoke"

@@ -35,7 +35,7 @@ from distill.own_prompts import OWN_PROMPTS, own_prompts, turn_of_the_user
 from distill.remote_teacher import RemoteTeacher, remote_replies, remote_teacher
 from distill.replies import Reply as Reply
 from distill.replies import write_replies as write_replies
-from distill.reply_filter import most_repeats, without_spelling
+from distill.reply_filter import without_spelling
 from distill.reversing import REVERSED_PROMPT, gains, read_texts
 from distill.settings import GenerateSettings
 from mistill.engine.sampling import Sampler, SamplingSettings
@@ -44,6 +44,7 @@ from mistill.folders.folder import open_folder
 from mistill.folders.lineage import fingerprint
 from mistill.folders.publishing import begun_on, refuse_existing, working
 from mistill.folders.renaming import FINISHED, remove_finished_work, remove_work
+from mistill.measures.repetition import most_repeats
 from mistill.preferences.reading import PromptRow, read_prompt_rows
 from mistill.progress import track
 from mistill.settings import require, result_settings, settings_from

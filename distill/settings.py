@@ -187,19 +187,22 @@ _CHOICES = {
 }
 
 
-Choice = Literal["influence", "angular", "greedy_kl", "even", "named"]
+Choice = Literal["influence", "angular", "greedy_kl", "healed", "even", "named"]
 
 
-CHOICES = ("influence", "angular", "greedy_kl", "even", "named")
+CHOICES = ("influence", "angular", "greedy_kl", "healed", "even", "named")
 
 
-MEASURED = ("influence", "angular", "greedy_kl")
+MEASURED = ("influence", "angular", "greedy_kl", "healed")
 
 
 _WALK_TOKENS = 8192
 
 
 _GREEDY_TOKENS = 1024
+
+# What healing needs to fit a matrix of 1,536 inputs.
+_CHOOSING_TOKENS = 6144
 
 
 # Tokens of each text that a student is healed on.
@@ -224,8 +227,10 @@ class StudentSettings(TextSettings):
         choose: How the layers to drop are chosen. "influence": those that change the hidden state
             least on text (block influence). "angular": the run of neighbouring layers that together
             changes it least. "greedy_kl": one at a time, whichever raises the KL to the teacher
-            least; reads the text about layers x dropped / 2 times. "even": evenly spaced, keeping
-            the first and the last. "named": the layers in keep stay.
+            least; reads the text about layers x dropped / 2 times. "healed": those whose work the
+            others take over best, by what healing leaves of their absence; takes about as long as
+            healing the teacher on this text once for each dropped layer. "even": evenly spaced,
+            keeping the first and the last. "named": the layers in keep stay.
         keep: Numbers of the layers to keep, from 0, in ascending order; for choose "named".
         fresh: Start from random weights with the teacher's vocabulary instead of pruning. To make a
             random counterpart of a pruned student, give that student as the teacher.
@@ -239,7 +244,7 @@ class StudentSettings(TextSettings):
             with it. The teacher's if not given.
         seed: Seed of the random weights of a fresh student.
         calibration_tokens: Most tokens of text to measure the teacher on; if not given 8,192, or
-            1,024 for greedy_kl.
+            1,024 for greedy_kl. For healed 6,144, as many of each text.
         block_length: Tokens of one block of that text.
         heal: Refit the output matrices of every layer in closed form after pruning, so that the
             hidden states are the teacher's again as far as they can be; if not given, wherever
@@ -272,6 +277,11 @@ class StudentSettings(TextSettings):
     def greedy_tokens(self) -> int:
         """Tokens to search the cheapest layers on, at most."""
         return self.calibration_tokens or _GREEDY_TOKENS
+
+    @property
+    def choosing_tokens(self) -> int:
+        """Tokens to choose layers on by what healing leaves, at most."""
+        return self.calibration_tokens or _CHOOSING_TOKENS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))

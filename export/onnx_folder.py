@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from export.checks.parity import TEXT, can_compare, measure_parity, require_parity
 from export.graph.outliers import CALIBRATION_TOKENS, Outliers, find_outliers, guarded_norms
 from export.runtimes.genai import GENAI_FILE, genai_config
-from export.runtimes.model_card import write_card
 from export.runtimes.transformersjs import arrange_for_transformersjs
 from export.settings import DEFAULT_CONTEXT, GraphOptions, OnnxSettings
 from export.weights.architecture import (
@@ -37,7 +36,7 @@ from mistill.folders.folder import (
     open_folder,
     read_config,
 )
-from mistill.folders.lineage import add_lineage, read_lineage
+from mistill.folders.lineage import add_lineage
 from mistill.folders.ownership import CARD_FILE
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.folders.schemas import optional_json
@@ -148,8 +147,6 @@ def to_onnx(
             **facts,
             "files": checksums(folder),
         }
-        chats = vocabulary.chat_template is not None
-        write_card(folder, info, read_lineage(folder), manifest, name=path.name, chats=chats)
         _write_json(folder / MANIFEST_FILE, manifest)
     return path
 

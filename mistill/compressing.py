@@ -1,4 +1,4 @@
-"""One call from a model to a chatbot for a CPU, within a size.
+"""One call from a model to a chatbot for a CPU, within a size or at a speed.
 
 It runs three steps that exist on their own: bits and groups chosen for every matrix within the
 size, rounded by GPTAQ; scales and norms tuned to the float model; an ONNX folder made of the codes.
@@ -6,17 +6,25 @@ size, rounded by GPTAQ; scales and norms tuned to the float model; an ONNX folde
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistill.cost_model.step_time import TimedSize, size_for_speed, time_steps
 from mistill.errors import MistillError, TrainingError
-from mistill.folders.folder import describe, read_config
-from mistill.folders.lineage import fingerprint, installed_versions
-from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.folders.folder import describe, read_config, read_json
+from mistill.folders.lineage import (
+    LINEAGE_FILE,
+    fingerprint,
+    installed_versions,
+    read_lineage,
+)
+from mistill.folders.publishing import publish, refuse_existing, working, write_atomically
 from mistill.folders.renaming import remove_work
+from mistill.progress import track
 from mistill.recipe import step_kinds
 from mistill.settings import (
     TextSettings,
@@ -30,6 +38,9 @@ from mistill.text.rows import Texts, check_texts, find_file, sources_of
 
 _log = logging.getLogger(__name__)
 
+# The two chatbots that are timed where a speed is asked for.
+_TIMED = ("timed-4", "timed-8", "timed-4-codes", "timed-8-codes")
+
 # The export splits long groups, and stores what their parts share once, as the codes do.
 _FORMATS = (
     "bits=4, group_size=128",
@@ -38,6 +49,12 @@ _FORMATS = (
     "bits=8, group_size=128",
     "bits=8, group_size=64",
 )
+
+_SIZES = ("size_mb", "bits_per_weight", "tokens_per_second")
+
+# Groups of the two chatbots that are timed, the largest that divides all inputs first.
+_GROUPS = (128, 64, 32)
+_SPEEDS_FILE = "speeds.json"
 
 # At the usual rate of 1e-3 the noise of single blocks moves scales farther than they are wrong.
 _TUNING_RATE = 1e-4
@@ -53,9 +70,12 @@ class CompressSettings(TextSettings):
     """How small a chatbot is, and how much work goes into it.
 
     Attributes:
-        size_mb: Largest size of weights, scales and tables together, in megabytes; give either
-            this or bits_per_weight. If neither is given, what llama.cpp's Q4_K_M would take.
+        size_mb: Largest size of weights, scales and tables together, in megabytes; give this,
+            bits_per_weight or tokens_per_second. If none is given, what llama.cpp's Q4_K_M would
+            take.
         bits_per_weight: Largest size in bits for each weight of the model, everything counted.
+        tokens_per_second: Speed at which the chatbot must write on this processor: the largest
+            size is taken that is predicted to, from two chatbots that are made and timed first.
         samples: Number of blocks of calibration text, as many of each text as it has.
         tuning_steps: Steps, of a block each, in which scales and norms are tuned to the source; 24
             took 2% off the KL of SmolLM2 near 4.5 bits, and more where fewer bits cost more.
@@ -67,6 +87,7 @@ class CompressSettings(TextSettings):
 
     size_mb: float | None = None
     bits_per_weight: float | None = None
+    tokens_per_second: float | None = None
     samples: int = 48
     tuning_steps: int = 0
     block_length: int = 512
@@ -75,13 +96,14 @@ class CompressSettings(TextSettings):
 
     def __post_init__(self) -> None:
         """Refuse settings out of their ranges."""
+        given = [name for name in _SIZES if getattr(self, name) is not None]
         require(
-            self.size_mb is None or self.bits_per_weight is None,
-            "give either size_mb or bits_per_weight, not both",
+            len(given) < 2,
+            f"give either size_mb, bits_per_weight or tokens_per_second, not both "
+            f"{' and '.join(given)}",
         )
-        for name in ("size_mb", "bits_per_weight"):
-            if getattr(self, name) is not None:
-                require_range(name, getattr(self, name), 0, exclusive=True)
+        for name in given:
+            require_range(name, getattr(self, name), 0, exclusive=True)
         require_range("samples", self.samples, 1)
         require_range("tuning_steps", self.tuning_steps, 0)
         require_range("block_length", self.block_length, 2)
@@ -116,7 +138,8 @@ def compress(
         The target.
 
     Raises:
-        SettingsError: If a setting is out of range, or the model cannot be as small as asked for.
+        SettingsError: If a setting is out of range, or the model cannot be as small or as fast as
+            asked for.
         FolderError: If the source is broken or quantized already.
         TextError: If there is no text.
         VocabularyError: If there are conversations and the model has no chat template.
@@ -126,7 +149,7 @@ def compress(
     for each in (texts, held_out):
         check_texts(each, skip_bad_rows=settings.skip_bad_rows)
     folder = resolve_model(source)
-    size_mb = _megabytes_of_codes(folder, settings)
+    size_mb = _megabytes_of_codes(folder, settings, settings.size_mb)
     key = {
         "step": "compress",
         "source": fingerprint(folder),
@@ -138,14 +161,94 @@ def compress(
     with working(path, key, anew=overwrite) as work:
         inputs = {"source": folder, "texts": texts, "held_out": held_out}
         try:
-            _make(work, inputs, size_mb, settings)
+            if settings.tokens_per_second is None:
+                _make(work, inputs, size_mb, settings)
+            else:
+                _make_for_speed(work, inputs, settings)
         except MistillError:
             # Refused before anything was made, it leaves nothing that another call would meet.
-            if not any(item.is_dir() for item in work.iterdir()):
+            if not any(item.is_dir() and item.name not in _TIMED for item in work.iterdir()):
                 remove_work(work)
             raise
         publish(work, path, overwrite)
     return path
+
+
+def _make_for_speed(work: Path, inputs: Mapping[str, Any], settings: CompressSettings) -> None:
+    """Make the largest chatbot that writes as fast as asked for, and tell how fast it does."""
+    wanted = settings.tokens_per_second
+    assert wanted is not None
+    speeds = work / _SPEEDS_FILE
+    if not speeds.is_file():
+        with track("timing chatbots", 2, "sizes") as bar:
+            folders = []
+            for name, bits in zip(_TIMED[:2], (4, 8), strict=True):
+                folders.append(_rounded_chatbot(work, name, inputs["source"], bits, settings))
+                bar.advance()
+        pairs = zip(folders, _time_chatbots(folders), strict=True)
+        timed = [TimedSize(describe(folder).weight_bytes, seconds) for folder, seconds in pairs]
+        size_bytes, predicted = size_for_speed(wanted, *timed)
+        facts = {"size_mb": round(size_bytes / 1e6, 3), "predicted": round(predicted, 2)}
+        write_atomically(speeds, json.dumps(facts) + "\n")
+    facts = read_json(speeds)
+    _log.info(
+        "%.1f MB are predicted to write %.0f tokens a second", facts["size_mb"], facts["predicted"]
+    )
+    result = work / "result"
+    if not result.exists():
+        size_mb = _megabytes_of_codes(inputs["source"], settings, facts["size_mb"])
+        _make(work, inputs, size_mb, settings)
+    (seconds,) = _time_chatbots([result])
+    steps = read_lineage(result)
+    steps[-1] |= {
+        "tokens_per_second_wanted": wanted,
+        "tokens_per_second_predicted": facts["predicted"],
+        "tokens_per_second": round(1 / seconds, 2),
+    }
+    write_atomically(result / LINEAGE_FILE, json.dumps(steps, indent=2) + "\n")
+    if seconds > 1 / wanted:
+        _log.warning(
+            "the chatbot writes %.0f tokens a second, and not the %g that were asked for: %.0f "
+            "were predicted, and the machine may be busy",
+            1 / seconds,
+            wanted,
+            facts["predicted"],
+        )
+
+
+def _time_chatbots(folders: Sequence[Path]) -> list[float]:
+    """Seconds of a step of each, on all processors that this process may use."""
+    from mistill.engine.onnx_model import OnnxModel
+
+    return time_steps([OnnxModel(folder) for folder in folders])
+
+
+def _rounded_chatbot(
+    work: Path, name: str, source: Path, bits: int, settings: CompressSettings
+) -> Path:
+    """A chatbot that is made without calibration, as large as one with so many bits."""
+    from quantize.folders.float_model import open_float
+
+    inputs = {columns for columns, _ in open_float(source).matrices.values()}
+    fitting = (size for size in _GROUPS if not any(columns % size for columns in inputs))
+    group = next(fitting, _GROUPS[-1])
+    rounded = _step(
+        "rounding",
+        work / f"{name}-codes",
+        {"source": source},
+        bits=bits,
+        group_size=group,
+        head_bits=bits,
+        embedding_bits=bits,
+        symmetric=False,
+    )
+    return _step(
+        "export",
+        work / name,
+        {"source": rounded},
+        context_length=settings.context_length,
+        float_columns=0,
+    )
 
 
 def _make(
@@ -198,14 +301,14 @@ def _contents_of(texts: Texts) -> list[str]:
     return [name if file is None else fingerprint(file) for name, file in files]
 
 
-def _megabytes_of_codes(folder: Path, settings: CompressSettings) -> float:
+def _megabytes_of_codes(folder: Path, settings: CompressSettings, size_mb: float | None) -> float:
     """What a quantized folder may have, so that the chatbot made of it has the size asked for."""
     from quantize import MixedSettings
     from quantize.folders.float_model import open_float
     from quantize.mixed.mixed_folder import size_limit
 
     model = open_float(folder)
-    size = MixedSettings(size_mb=settings.size_mb, bits_per_weight=settings.bits_per_weight)
+    size = MixedSettings(size_mb=size_mb, bits_per_weight=settings.bits_per_weight)
     info = describe(folder)
     context = settings.context_length or min(info.context_length, _USUAL_CONTEXT)
     require(

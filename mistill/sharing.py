@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from mistill.errors import FolderError, SettingsError, missing_extra
 from mistill.folders.folder import open_folder
 from mistill.folders.json_text import read_json_file
-from mistill.folders.lineage import read_lineage
+from mistill.folders.lineage import is_place, read_lineage
 from mistill.folders.ownership import CARD_FILE, why_not_ours
+from mistill.sources.hub import hub_answers
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 # Records that people read and that may name places of the machine that wrote them.
@@ -65,7 +66,7 @@ def push(
     """
     if not _REPOSITORY.fullmatch(repository):
         raise SettingsError(f"the repository should be owner/name, not {repository!r:.80}")
-    path = open_folder(folder).path
+    path = open_folder(folder, rewards=True).path
     _refuse_strangers(path)
     files = {
         file.relative_to(path).as_posix(): file.stat().st_size
@@ -99,11 +100,7 @@ def _first_place(value: Any) -> str | None:
         value = list(value.values())
     if isinstance(value, list):
         return next((place for item in value if (place := _first_place(item)) is not None), None)
-    if not isinstance(value, str) or "\n" in value or len(value) > 1000:
-        return None
-    kinds = (PurePosixPath(value), PureWindowsPath(value))
-    absolute = any(kind.is_absolute() and len(kind.parts) > 2 for kind in kinds)
-    return value if absolute else None
+    return value if isinstance(value, str) and is_place(value) else None
 
 
 def _remarks(path: Path, files: dict[str, int]) -> tuple[str, ...]:
@@ -120,6 +117,8 @@ def _remarks(path: Path, files: dict[str, int]) -> tuple[str, ...]:
 def _send(path: Path, repository: str, private: bool) -> None:
     if find_spec("huggingface_hub") is None:
         raise missing_extra("huggingface_hub", "compress")
+    if not hub_answers():
+        raise FolderError("the Hub cannot be reached; connect to the network, and repeat it")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 

@@ -25,8 +25,23 @@ CLASSES = {
     "export/options.py": ("export.settings", ("OnnxSettings", "GgufSettings")),
     "benchmarks/options.py": (
         "benchmarks.settings",
-        ("BenchSettings", "EvalSettings", "ServingSettings"),
+        (
+            *("BenchSettings", "EvalSettings", "JudgeSettings", "ServingSettings"),
+            *("DiffSettings", "ShipSettings", "Budget"),
+        ),
     ),
+    "quantize/options.py": (
+        "quantize.settings",
+        (
+            *("RoundingSettings", "GptqSettings", "Nf4Settings", "MixedSettings"),
+            *("RotationSettings", "TuningSettings", "SweepSettings"),
+        ),
+    ),
+    "tune/options.py": (
+        "tune.settings",
+        ("SupervisedSettings", "PreferenceSettings", "RewardSettings", "ReinforceSettings"),
+    ),
+    "mistill/serve/options.py": ("mistill.serve.settings", ("ServeSettings",)),
     "mistill/chat/options.py": ("mistill.chat.settings", ("ChatSettings",)),
 }
 HEAD = '''"""What may be given by keyword: ``python -m tests.options`` writes it from settings."""

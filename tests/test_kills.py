@@ -22,7 +22,7 @@ pytestmark = [
 
 RECORDS = (
     *("lineage.json", "manifest.json", "metrics.jsonl", "fidelity.json"),
-    *("quantize_report.json", "quantize_report.csv"),
+    *("quantize_report.json", "quantize_report.csv", "README.md"),
 )
 
 KILLS = 20

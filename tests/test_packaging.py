@@ -53,7 +53,7 @@ def test_the_wheel_holds_types_licence_texts_and_recipes(wheel):
         "demo-full.toml",
     ):
         assert f"mistill/data/{name}" in names
-    assert "benchmarks/data/questions.jsonl" in names
+    assert {"benchmarks/data/questions.jsonl", "benchmarks/data/everyday-prompts.txt"} <= set(names)
     page = {file.name for file in (ROOT / "mistill" / "serve" / "page").iterdir()}
     assert {f"mistill/serve/page/{name}" for name in page} <= set(names)
     assert not [name for name in names if name.startswith("benchmarks/results")]

@@ -76,6 +76,8 @@ class SupervisedSettings(TextSettings):
         patience: End the run after this many evaluations without a better model; 0 never does.
         checkpoint_every: Optimizer steps between two checkpoints; with 0 an interrupted run starts
             again from the beginning.
+        other_tokens: Most tokens of text that the model is not tuned on, by which the report says
+            what it has forgotten; 0 reads none.
         replies: Held-out prompts that the model answers before and after, for the report.
         reply_tokens: Most tokens of such a reply.
         loss_memory_mib: Memory for logits, in MiB; they are computed a few rows at a time.
@@ -111,6 +113,7 @@ class SupervisedSettings(TextSettings):
     evaluate_every: int | None = None
     patience: int = 0
     checkpoint_every: int = 100
+    other_tokens: int = 4096
     replies: int = 3
     reply_tokens: int = 64
     loss_memory_mib: float = 128.0
@@ -159,7 +162,7 @@ class SupervisedSettings(TextSettings):
         require_range("lora_alpha", self.lora_alpha, 0, exclusive=True)
         for name in (
             *("weight_decay", "evaluate_every", "checkpoint_every", "lora_rank", "seed"),
-            *("neftune", "patience", "replies"),
+            *("neftune", "patience", "other_tokens", "replies"),
         ):
             require_range(name, getattr(self, name), 0)
         require_range("warmup", self.warmup, 0, 1)
@@ -369,6 +372,8 @@ class PreferenceSettings(EvaluatedSettings):
         good_weight: Weight of the good answers, for the loss kto.
         bad_weight: Weight of the bad answers, for the loss kto.
         keep: best (of all evaluations, by the held-out loss) or last.
+        other_tokens: Most tokens of text that the model is not tuned on, by which the report says
+            what it has forgotten; 0 reads none.
     """
 
     loss: PreferenceLoss = "sigmoid"
@@ -378,6 +383,7 @@ class PreferenceSettings(EvaluatedSettings):
     good_weight: float = 1.0
     bad_weight: float = 1.0
     keep: Keep = "best"
+    other_tokens: int = 4096
 
     @property
     def peak_learning_rate(self) -> float:
@@ -399,6 +405,7 @@ class PreferenceSettings(EvaluatedSettings):
         require_choice("keep", self.keep, get_args(Keep))
         for name in ("learning_rate", "beta", "good_weight", "bad_weight"):
             require_range(name, getattr(self, name), 0, exclusive=True)
+        require_range("other_tokens", self.other_tokens, 0)
         smoothing = self.label_smoothing
         require(
             smoothing is None or 0 <= smoothing < 0.5,
@@ -493,6 +500,8 @@ class ReinforceSettings(TrainerSettings):
         held_out_prompts: Most held-out prompts, each answered once by the likeliest tokens.
         evaluate_every: Optimizer steps between two evaluations; if not given, a fifth of the run.
         keep: best (of all evaluations, by the mean reward) or last.
+        other_tokens: Most tokens of text that the model is not tuned on, by which the report says
+            what it has forgotten; 0 reads none.
     """
 
     method: Method = "grpo"
@@ -512,6 +521,7 @@ class ReinforceSettings(TrainerSettings):
     held_out_prompts: int = 32
     evaluate_every: int | None = None
     keep: Keep = "best"
+    other_tokens: int = 4096
 
     @property
     def peak_learning_rate(self) -> float:
@@ -538,7 +548,8 @@ class ReinforceSettings(TrainerSettings):
             require_range(name, getattr(self, name), 1)
         for name in ("temperature", "learning_rate", "max_kl"):
             require_range(name, getattr(self, name), 0, exclusive=True)
-        require_range("beta", self.beta, 0)
+        for name in ("beta", "other_tokens"):
+            require_range(name, getattr(self, name), 0)
         require_range("held_out_share", self.held_out_share, 0, 1, exclusive=True)
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         require_choice("keep", self.keep, get_args(Keep))

@@ -15,7 +15,7 @@ with the reason why it is not compared.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from benchmarks.changes.verdicts import Change, Verdict
 from benchmarks.figures.column import EN_DASH, significant
@@ -23,6 +23,8 @@ from benchmarks.report.table import escaped
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from benchmarks.options import DiffOptions
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,7 +124,7 @@ def diff(
     new: Comparison | str | Path,
     *,
     settings: DiffSettings | None = None,
-    **options: Any,
+    **options: Unpack[DiffOptions],
 ) -> ReportDiff:
     """Compare two reports: what changed, what did not, and what cannot be compared.
 

@@ -11,6 +11,7 @@ from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.footprint import Footprint, Load, StepBytes
 from benchmarks.figures.latency import Latency, LatencyAt
 from benchmarks.figures.perplexity import Perplexity
+from benchmarks.figures.replies import Replies
 from benchmarks.figures.rival import Rival
 
 
@@ -43,6 +44,7 @@ class ModelResult:
         left_out: What was not measured although it was requested, and why.
         quoted: Perplexities in the requested conventions.
         answers: Its answers to the small offline set, if those were requested.
+        replies: Its replies to everyday prompts, if those were requested.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ModelResult:
     left_out: tuple[str, ...] = ()
     quoted: tuple[QuotedPerplexity, ...] = ()
     answers: Answers | None = None
+    replies: Replies | None = None
 
     @property
     def mean_kl(self) -> float:

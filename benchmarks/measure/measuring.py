@@ -23,10 +23,14 @@ from benchmarks.figures.conventions import spelled_bytes
 from benchmarks.figures.latency import FEWEST_TOKENS, Latency, Turn
 from benchmarks.figures.machine import describe_machine
 from benchmarks.figures.passages import Passage, cut_passages, cut_prompts, fingerprint_of
+from benchmarks.measure.asking import collect_replies, collect_samples
 from benchmarks.measure.children import Child, start_children
 from benchmarks.measure.lengths import TimedModel, lengths_left_out, new_tokens_at, take_turns
 from benchmarks.measure.loading import NOT_DROPPED, time_load
-from benchmarks.measure.questions import answer_questions, read_questions
+from benchmarks.measure.questions import (
+    answer_questions,
+    read_questions,
+)
 from benchmarks.measure.quoting import QuotedText, bytes_in, cut_texts, quote
 from benchmarks.measure.recording import result_of, rounded
 from benchmarks.measure.subjects import (
@@ -37,14 +41,14 @@ from benchmarks.measure.subjects import (
     check_context,
     check_vocabularies,
     models_to_ask,
+    named_subjects,
     open_subjects,
     rival_source_of,
 )
 from benchmarks.report.report import Report
 from benchmarks.rivals.contest import find_rivals
 from benchmarks.settings import BenchSettings
-from mistill.chat.bot import ChatBot
-from mistill.cost_model.processors import usable_threads
+from mistill.cost_model.processors import usable_threads, warn_if_busy
 from mistill.errors import VocabularyError
 from mistill.folders.lineage import file_name, fingerprint
 from mistill.folders.locking import temporary_folder
@@ -114,7 +118,12 @@ def compare(
     installed_rivals = find_rivals(settings.against, rivals or {})
     source = rival_source_of(subjects, rival_source) if installed_rivals else None
     check_vocabularies(reference_subject, [] if source is None else [source])
-    chat_folders = models_to_ask(subjects, settings)
+    sampled = asked = {}
+    if settings.sample_prompts:
+        sampled = models_to_ask(subjects, "sample_models", settings.sample_models)
+    if settings.replies:
+        asked = models_to_ask(subjects, "reply_models", settings.reply_models)
+    named_subjects(subjects, "task_models", settings.task_models)
     passages = read_passages(texts, reference_subject.info.path, settings, subjects)
     vocabulary = load_vocabulary(reference_subject.info.path)
     quoted = cut_texts(
@@ -126,12 +135,15 @@ def compare(
     )
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
+    warn_if_busy(threads)
     with temporary_folder() as scratch:
         subjects += add_rivals(installed_rivals, source, subjects, scratch)
         _measure(subjects, passages, quoted, settings, threads)
-    samples = collect_samples(
-        chat_folders, settings.sample_prompts, settings.sample_tokens, threads
-    )
+    samples = collect_samples(sampled, settings.sample_prompts, settings.sample_tokens, threads)
+    everyday = collect_replies(asked, settings.reply_tokens, threads)
+    for subject in subjects:
+        if subject.entry is None:
+            subject.replies = everyday.get(subject.name)
     passage_bytes = spelled_bytes(passages, bytes_in(vocabulary))
     for subject in subjects:
         for reason in subject.left_out:
@@ -190,33 +202,6 @@ def read_passages(
     )
 
 
-def collect_samples(
-    models: Mapping[str, Path], prompts: Sequence[str], max_new_tokens: int, threads: int
-) -> dict[str, dict[str, str]]:
-    """Let every chat model answer the same prompts, with greedy decoding.
-
-    Args:
-        models: Name to the folder of a chat model.
-        prompts: The user's first message of each conversation.
-        max_new_tokens: Most tokens of a reply.
-        threads: Threads to compute with.
-
-    Returns:
-        Prompt to the reply of each model, by name; a reply that was cut off ends with an ellipsis.
-    """
-    replies: dict[str, dict[str, str]] = {prompt: {} for prompt in prompts}
-    with track("asking", len(models) * len(prompts), "replies") as progress:
-        for name, folder in models.items():
-            bot = ChatBot(folder, threads=threads, temperature=0, max_new_tokens=max_new_tokens)
-            for prompt in prompts:
-                reply = "".join(bot.reply(prompt)).strip()
-                is_cut = bot.last_ending == "max_new_tokens"
-                replies[prompt][name] = f"{reply} \u2026" if is_cut else reply
-                bot.reset()
-                progress.advance()
-    return replies
-
-
 # --- measuring ----------------------------------------------------------------------------------
 
 
@@ -232,7 +217,13 @@ def _measure(
     measured_models = sum(subject.is_listed for subject in subjects)
     steps = len(subjects) * (1 + len(passages)) + measured_models * (1 + settings.rounds)
     questions = read_questions() if settings.tasks else []
-    steps += measured_models * (sum(len(text.windows) for text in quoted) + len(questions))
+    answering = [
+        subject.name
+        for subject in (named_subjects(subjects, "task_models", settings.task_models))
+        if questions
+    ]
+    steps += measured_models * sum(len(text.windows) for text in quoted)
+    steps += len(answering) * len(questions)
     with (
         track("comparing", steps, "step") as tracker,
         start_children(opened, threads, settings.provider) as children,
@@ -249,7 +240,7 @@ def _measure(
             if subject.is_listed:
                 step = partial(tracker.advance, note=f"quote {subject.name}")
                 subject.quoted = [quote(child, text, step) for text in quoted]
-                if questions:
+                if subject.name in answering:
                     vocabulary = load_vocabulary(subject.info.path)
                     step = partial(tracker.advance, note=f"question {subject.name}")
                     subject.question_answers = answer_questions(child, questions, vocabulary, step)

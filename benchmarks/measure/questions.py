@@ -21,6 +21,7 @@ from benchmarks.measure.quoting import Scorer
 from mistill.text.vocabulary import Vocabulary
 
 QUESTIONS_FILE = Path(__file__).parent.parent / "data" / "questions.jsonl"
+EVERYDAY_FILE = QUESTIONS_FILE.with_name("everyday-prompts.txt")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,31 @@ def questions_fingerprint(questions: Sequence[Question]) -> str:
     """
     rows = [[one.kind, one.text, one.answers, one.right] for one in questions]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_everyday_prompts(file: Path = EVERYDAY_FILE) -> list[str]:
+    """Read prompts as a chat model gets them every day.
+
+    Args:
+        file: A text file, one prompt a line.
+
+    Returns:
+        The prompts.
+    """
+    return file.read_text("utf-8").splitlines()
+
+
+def prompts_fingerprint(prompts: Sequence[str], max_new_tokens: int) -> str:
+    """SHA-256 of what replies depend on besides the model.
+
+    Args:
+        prompts: The prompts.
+        max_new_tokens: Most tokens of a reply.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps([list(prompts), max_new_tokens]).encode()).hexdigest()
 
 
 def prompt_and_answers(question: Question, vocabulary: Vocabulary) -> tuple[str, list[str]]:

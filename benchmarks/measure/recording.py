@@ -72,6 +72,7 @@ def result_of(
         left_out=tuple(subject.left_out),
         quoted=tuple(subject.quoted),
         answers=subject.question_answers,
+        replies=subject.replies,
     )
 
 

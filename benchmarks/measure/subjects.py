@@ -12,6 +12,7 @@ from benchmarks.figures.conventions import QuotedPerplexity
 from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.footprint import Load
 from benchmarks.figures.latency import Turn
+from benchmarks.figures.replies import Replies
 from benchmarks.measure.quoting import check_quotable
 from benchmarks.rivals.contest import InstalledRival, RivalFiles, check_source, make_files
 from benchmarks.rivals.engines import Note
@@ -19,7 +20,7 @@ from benchmarks.settings import BenchSettings
 from mistill.errors import SettingsError, VocabularyError
 from mistill.folders.folder import FolderInfo, open_folder
 from mistill.folders.lineage import fingerprint, read_lineage
-from mistill.folders.objects import refuse_object
+from mistill.settings import refuse_object
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 
 Models = str | Path | Sequence[str | Path]
@@ -68,6 +69,7 @@ class Subject:
         distances: Distance from others, by name.
         quoted: Perplexities in the requested conventions.
         question_answers: Its answers to the small offline set.
+        replies: Its replies to everyday prompts.
     """
 
     named_as: str
@@ -87,6 +89,7 @@ class Subject:
     distances: dict[str, Distance] = field(default_factory=dict)
     quoted: list[QuotedPerplexity] = field(default_factory=list)
     question_answers: Answers | None = None
+    replies: Replies | None = None
 
     @property
     def folder(self) -> Path:
@@ -209,12 +212,39 @@ def add_rivals(
     return rivals
 
 
-def models_to_ask(subjects: Sequence[Subject], settings: BenchSettings) -> dict[str, Path]:
-    """The models whose replies the report shows.
+def named_subjects(subjects: Sequence[Subject], option: str, names: Sequence[str]) -> list[Subject]:
+    """The models that an option names.
 
     Args:
         subjects: The models.
-        settings: Prompts, and names of the models that reply.
+        option: The option.
+        names: Their names in the report; none stands for all that are measured.
+
+    Returns:
+        The models, in the order of the names.
+
+    Raises:
+        SettingsError: If a name is not among them.
+    """
+    listed = {subject.name: subject for subject in subjects if subject.is_listed}
+    unknown = [name for name in names if name not in listed]
+    if unknown:
+        raise SettingsError(
+            f"{option} names {', '.join(unknown)}, which is not compared; the models are "
+            f"{', '.join(listed)}"
+        )
+    return [listed[name] for name in names or listed]
+
+
+def models_to_ask(
+    subjects: Sequence[Subject], option: str, names: Sequence[str]
+) -> dict[str, Path]:
+    """The models that reply to prompts.
+
+    Args:
+        subjects: The models.
+        option: The option that names them.
+        names: Their names; none stands for all.
 
     Returns:
         Folders by name.
@@ -223,21 +253,13 @@ def models_to_ask(subjects: Sequence[Subject], settings: BenchSettings) -> dict[
         SettingsError: If a name is not among them.
         VocabularyError: If one has no chat template.
     """
-    if not settings.sample_prompts:
-        return {}
-    listed = {subject.name: subject.info.path for subject in subjects if subject.is_listed}
-    unknown = [name for name in settings.sample_models if name not in listed]
-    if unknown:
-        raise SettingsError(
-            f"sample_models names {', '.join(unknown)}, which is not compared; the models are "
-            f"{', '.join(listed)}"
-        )
-    folders = {name: listed[name] for name in settings.sample_models or listed}
+    asked = named_subjects(subjects, option, names)
+    folders = {subject.name: subject.info.path for subject in asked}
     for name, folder in folders.items():
         if load_vocabulary(folder).chat_template is None:
             raise VocabularyError(
                 f"{name} has no chat template, so it cannot reply to prompts; leave it out of "
-                "sample_models"
+                f"{option}"
             )
     return folders
 

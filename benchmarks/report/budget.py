@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from benchmarks.figures.column import MEGABYTE, significant
 from benchmarks.figures.comparison import Comparison
@@ -17,6 +17,9 @@ from benchmarks.figures.model_result import ModelResult
 from benchmarks.settings import Budget
 from mistill.errors import SettingsError
 from mistill.settings import settings_from
+
+if TYPE_CHECKING:
+    from benchmarks.options import BudgetOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,7 @@ def find_names(requested: Sequence[str], known_names: Sequence[str]) -> list[str
 
 
 def misses(
-    report: Comparison | str | Path, budget: Budget | None = None, **options: Any
+    report: Comparison | str | Path, budget: Budget | None = None, **options: Unpack[BudgetOptions]
 ) -> tuple[Miss, ...]:
     """Every limit that a model does not meet.
 

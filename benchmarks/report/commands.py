@@ -38,7 +38,7 @@ _NEEDS = {
     **dict.fromkeys(("preferences", "reward"), "pairs"),
     "reinforce": "prompts",
 }
-_INPUTS = ("teacher", "targets", "texts", "pairs", "prompts", "reward", "held_out")
+_INPUTS = ("teacher", "targets", "texts", "pairs", "prompts", "reward", "held_out", "other_texts")
 #: Words that stand for what a lineage does not say.
 _PLACEHOLDERS = ("ADAPTER", "PAIRS", "PROMPTS", "SOURCE", "TEXTS")
 

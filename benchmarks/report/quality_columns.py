@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.figures.answers import Answers
-from benchmarks.figures.column import Column, of_part, percent, significant
+from benchmarks.figures.column import Column, of_part, percent, significant, whole
 from benchmarks.figures.conventions import QuotedPerplexity
 from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.model_result import ModelResult
+from benchmarks.figures.replies import Replies
+from mistill.measures.shares import simple_interval
 
 Distance = Callable[[ModelResult], Fidelity | None]
 
@@ -27,6 +29,31 @@ def _parent(model: ModelResult) -> Fidelity | None:
 def _answers(model: ModelResult) -> Answers | None:
     """The answers to the small offline set; None where they were not requested."""
     return model.answers
+
+
+def _replies(model: ModelResult) -> Replies | None:
+    """The replies to everyday prompts; None where they were not requested."""
+    return model.replies
+
+
+def _distinct_column(length: int, **more: Any) -> Column:
+    return Column(
+        key=f"distinct_{length}",
+        title=f"Distinct-{length}",
+        unit="%",
+        meaning=f"Different runs of {length} words as a share of all runs within a greedy reply: "
+        "100 for a reply that repeats none, little for one that goes round in circles. The mean "
+        "over the everyday prompts that ship with mistill; ± is its standard error, between "
+        "replies.",
+        figure=of_part(_replies, lambda replies: replies.distinct(length)),
+        write=percent,
+        better="higher",
+        spread=of_part(_replies, lambda replies: replies.distinct_error(length)),
+        nature="text",
+        samples=of_part(_replies, lambda replies: replies.distinct_shares(length)),
+        text_fingerprint=of_part(_replies, lambda replies: replies.fingerprint),
+        **more,
+    )
 
 
 def _quoted_column(name: str, how: str) -> Column:
@@ -128,6 +155,37 @@ QUALITY_COLUMNS = (
         nature="text",
         samples=of_part(_answers, lambda answers: [[float(one)] for one in answers.outcomes()]),
         text_fingerprint=of_part(_answers, lambda answers: answers.fingerprint),
+    ),
+    _distinct_column(2, compact=False),
+    _distinct_column(3),
+    Column(
+        key="most_repeats",
+        title="Repeats",
+        unit="",
+        meaning="The largest number of times that one run of four words stands in one of these "
+        "replies.",
+        figure=of_part(_replies, lambda replies: float(replies.most_repeats)),
+        write=whole,
+        better="lower",
+        nature="text",
+        text_fingerprint=of_part(_replies, lambda replies: replies.fingerprint),
+    ),
+    Column(
+        key="looping_replies",
+        title="Looping",
+        unit="%",
+        meaning="How many of these replies hold a run of four words more than three times, and "
+        "the 95% confidence interval (Wilson).",
+        figure=of_part(_replies, lambda replies: sum(replies.loops) / len(replies.loops)),
+        write=percent,
+        better="lower",
+        spread=of_part(
+            _replies, lambda replies: simple_interval(sum(replies.loops), len(replies.loops))
+        ),
+        compact=False,
+        nature="text",
+        samples=of_part(_replies, lambda replies: [[float(loops)] for loops in replies.loops]),
+        text_fingerprint=of_part(_replies, lambda replies: replies.fingerprint),
     ),
     _kl_column(
         _reference,

@@ -8,7 +8,7 @@ the same rule.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from benchmarks.figures.column import MEGABYTE, significant
 from benchmarks.figures.comparison import Comparison
@@ -17,9 +17,14 @@ from benchmarks.figures.model_result import ModelResult
 from benchmarks.settings import ShipSettings
 from mistill.settings import settings_from
 
+if TYPE_CHECKING:
+    from benchmarks.options import ShipOptions
+
 
 def best_to_ship(
-    report: Comparison | str | Path, question: ShipSettings | None = None, **options: Any
+    report: Comparison | str | Path,
+    question: ShipSettings | None = None,
+    **options: Unpack[ShipOptions],
 ) -> ModelResult | None:
     """The closest model that fits.
 

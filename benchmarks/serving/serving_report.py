@@ -15,7 +15,7 @@ from benchmarks.serving.processes import running_folder
 from benchmarks.serving.prompts import Prompts
 from benchmarks.serving.streams import Server
 from benchmarks.settings import ServingSettings
-from mistill.cost_model.processors import usable_threads
+from mistill.cost_model.processors import usable_threads, warn_if_busy
 from mistill.errors import SettingsError
 from mistill.progress import track
 from mistill.settings import settings_dict, settings_from
@@ -151,6 +151,7 @@ def bench_serving(
         SettingsError: If the target is neither a folder nor an address.
     """
     settings = settings_from(ServingSettings, settings, options)
+    warn_if_busy(settings.threads or usable_threads())
     with ExitStack() as stack:
         process: int | None = None
         if Path(target).is_dir():

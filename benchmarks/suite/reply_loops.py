@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from distill.reply_filter import most_repeats
 from mistill.engine.onnx_model import OnnxModel
 from mistill.engine.sampling import Sampler, SamplingSettings
 from mistill.engine.scheduler import write_all
+from mistill.measures.repetition import most_repeats
 from mistill.text.answers import prompt_ids
 from mistill.text.conversation import Conversation
 from mistill.text.vocabulary import load_vocabulary

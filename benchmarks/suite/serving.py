@@ -300,7 +300,7 @@ def many_requests(server: Server, process: int, count: int, clients: int = 8) ->
     Args:
         server: Ours.
         process: Number of its process.
-        count: Requests; a tenth as many come before, so that what is kept of prompts is full.
+        count: Requests; a third as many come before, so that what is kept of prompts is full.
         clients: Clients at once.
 
     Returns:
@@ -322,7 +322,7 @@ def many_requests(server: Server, process: int, count: int, clients: int = 8) ->
         elif server.reply(asked[which], **options).text != alone[which]:
             wrong += 1
 
-    _at_once(ask, range(count, count + max(count // 10, 1)), clients)
+    _at_once(ask, range(count, count + max(count // 3, 1)), clients)
     time.sleep(1.0)
     before = usage_of(process)
     _at_once(ask, range(count), clients)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from benchmarks.suite.cells import Found, number, spread, table, value_range, with_error
 
 _GIB = 2**30
+_KL = ("kl", "kl_standard_error")
 
 
 # --- distillation -------------------------------------------------------------------------------
@@ -96,6 +97,52 @@ def healing(found: Found) -> list[str]:
         "",
         f"{kept} layers kept; healed on {', '.join(found['texts'])}, as many tokens of each; "
         f"scored tokens: {scored}.",
+    ]
+
+
+def training_curve(found: Found) -> list[str]:
+    """KL on every text and processor time, by the tokens that a student learnt from."""
+    texts = list(found["scored_tokens"])
+    several: dict[tuple[str, str, int], list[Found]] = {}
+    for run in found["runs"]:
+        key = run.get("trainer", "mistill"), run["start"], run["tokens"]
+        several.setdefault(key, []).append(run)
+    rows = []
+    for (trainer, start, tokens), runs in several.items():
+        learnt = f"{trainer}, {tokens:,} tokens" if tokens else "not trained"
+        row = [{"cut": "cut", "healed": "cut and healed"}[start], learnt]
+        for text in texts:
+            kls = [run["held_out"][text]["kl"] for run in runs]
+            row.append(value_range(kls) if len(kls) > 1 else number(kls[0]))
+        rows.append([*row, number(sum(run["processor_seconds"] for run in runs) / len(runs))])
+    scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
+    return [
+        *table(["start", "learnt from", *texts, "processor seconds"], rows),
+        "",
+        f"KL(teacher \\|\\| student) of {found['layers']} layers; ranges are of seeds. Healed on "
+        f"{', '.join(found['heal_texts'])}, trained on {', '.join(found['texts'])}; scored tokens: "
+        f"{scored}.",
+    ]
+
+
+def few_bits(found: Found) -> list[str]:
+    """KL of a model in few bits on every text, by how it was quantized."""
+    texts = list(found["scored_tokens"])
+    rows = [
+        [
+            way["way"],
+            ", ".join(way["texts"]),
+            *(with_error(*(way["held_out"][text][key] for key in _KL)) for text in texts),
+            number(way["processor_seconds"]),
+        ]
+        for way in found["ways"]
+    ]
+    scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
+    return [
+        *table(["KL(float \\|\\| quantized)", "calibrated on", *texts, "processor seconds"], rows),
+        "",
+        f"{found['bits']} bits in groups of {found['group_size']}, {found['samples']} blocks of "
+        f"{found['block_length']} tokens, embedding and head float; scored tokens: {scored}.",
     ]
 
 

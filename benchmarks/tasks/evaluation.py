@@ -27,6 +27,7 @@ from mistill.folders.lineage import fingerprint
 from mistill.measures.shares import NORMAL, simple_interval
 from mistill.progress import track
 from mistill.settings import settings_dict, settings_from
+from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def evaluate(
         FolderError: If the folder is missing or broken.
     """
     settings = settings_from(EvalSettings, settings, options)
-    info = open_folder(folder)
+    info = open_folder(resolve_model(folder))
     published = [name for name in settings.tasks if name != SMOKE]
     tasks = _published(published, settings) if published else None
     threads = settings.threads or usable_threads()

@@ -246,7 +246,7 @@ def _float_folder(model: str | Path) -> FolderInfo:
     info = open_folder(model)
     if info.form != "model":
         raise FolderError(
-            f"{info.path} is a {info.form} folder, and only float weights are healed; give the "
+            f"{info.path} is {info.kind}, and only float weights are healed; give the "
             "float model that it was made from"
         )
     require_readable(info)

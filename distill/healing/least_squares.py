@@ -111,6 +111,21 @@ class Equations:
         after = self._missed + squares.sum(dtype=torch.float64).item()
         return Fit(change, ridge, self._missed / self._numbers, max(0.0, after) / self._numbers)
 
+    def change(self, ridge: float) -> Tensor:
+        """The change of the matrix alone, of the tokens that were not left out.
+
+        Args:
+            ridge: The ridge.
+
+        Returns:
+            Shape (N, K). Of inputs that are all zero no change is made.
+
+        Raises:
+            ValueError: If an input or what is missed is not a finite number.
+        """
+        mirror_lower(self._H)
+        return self._change(ridge)
+
     def _sum(self, x: Tensor, r: Tensor) -> None:
         K = len(self._H)
         for start in range(0, K, _STRIP):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distill.student.greedy import Drop, greedy_drops
+from distill.student.healed_choice import HealedChoice, healed_choices
 from distill.student.importance import TeacherScores, measure_scores
 from distill.student.score_cache import keep_scores, read_scores, score_file
 from distill.student.width import WidthScores
@@ -82,3 +83,42 @@ def cheapest_drops(teacher: Path, blocks: TokenBlocks, count: int) -> tuple[list
     }
     keep_scores(file, tensors)
     return drops, False
+
+
+def least_missed_choice(
+    teacher: Path, blocks: TokenBlocks, count: int
+) -> tuple[HealedChoice, bool]:
+    """The layers to keep by what healing leaves, from the user's cache if they are there.
+
+    A search for more layers that go holds the answer.
+
+    Args:
+        teacher: A float folder of a readable architecture.
+        blocks: The text, two blocks or more.
+        count: How many layers to drop.
+
+    Returns:
+        The choice, and whether it was made before.
+
+    Raises:
+        TextError: If there is a single block, so that none is left to judge.
+        FolderError: If the teacher computes something that is not a number.
+    """
+    if len(blocks) < 2:
+        raise TextError(
+            "choosing layers by what healing leaves needs two blocks of text, one to fit and one "
+            f"to judge, and there is one of {blocks.block_length} tokens; give more text or more "
+            "calibration_tokens, or a smaller block_length"
+        )
+    file = score_file("healed", teacher, blocks)
+    scores = read_scores(file)
+    if scores is not None and len(scores["missed"]) > count:
+        keep = scores["kept"][count].nonzero()[:, 0].tolist()
+        return HealedChoice(tuple(keep), float(scores["missed"][count])), True
+    choices = healed_choices(teacher, blocks, count)
+    kept = torch.zeros(len(choices), len(choices[0].keep), dtype=torch.bool)
+    for number, choice in enumerate(choices):
+        kept[number, list(choice.keep)] = True
+    missed = torch.tensor([choice.missed for choice in choices], dtype=torch.float64)
+    keep_scores(file, {"kept": kept, "missed": missed})
+    return choices[count], False

@@ -21,7 +21,7 @@ from distill.student.angular import least_turning_block
 from distill.student.fresh import fresh_config, write_fresh
 from distill.student.importance import TeacherScores, evenly_spaced, most_influential
 from distill.student.pruning import FLOATS, copy_layers
-from distill.student.scores import cheapest_drops, teacher_scores
+from distill.student.scores import cheapest_drops, least_missed_choice, teacher_scores
 from distill.student.sizing import Sizes, fitting_layers
 from distill.student.width import KeptWidth, keep_strongest
 from mistill.errors import FolderError
@@ -65,11 +65,11 @@ def new_student(
 ) -> Path:
     """Make a student with a part of its teacher, or a fresh one with its vocabulary.
 
-    Layers are kept by what they do on text (``choose="influence"``, ``"angular"`` or
-    ``"greedy_kl"``), evenly spaced, or as named; neurons, key/value groups and channels by how
-    much they are used on text. What is kept is copied in the teacher's own type, and to the bit
-    unless ``hidden_size`` changes, which rescales the norms. A fresh student has random float32
-    weights and its own sizes.
+    Layers are kept by what they do on text (``choose="influence"``, ``"angular"``,
+    ``"greedy_kl"`` or ``"healed"``), evenly spaced, or as named; neurons, key/value groups and
+    channels by how much they are used on text. What is kept is copied in the teacher's own type,
+    and to the bit unless ``hidden_size`` changes, which rescales the norms. A fresh student has
+    random float32 weights and its own sizes.
 
     What was measured stays in the user's cache, so that another student of the same teacher by
     the same text is made without measuring again.
@@ -228,7 +228,7 @@ def _plan(
     """How much to keep; what cannot be done is refused before anything large is read."""
     if info.form != "model":
         raise FolderError(
-            f"{info.path} is a {info.form} folder, and a student is cut from float weights only, "
+            f"{info.path} is {info.kind}, and a student is cut from float weights only, "
             "since one that is trained further needs them; give the float model that it was made "
             "from"
         )
@@ -397,6 +397,15 @@ def _choose_layers(
             "calibration_tokens": blocks.tokens,
             "scores_reused": reused,
         }
+    if settings.choose == "healed":
+        blocks = _choosing_blocks(info, settings, texts)
+        choice, reused = least_missed_choice(info.path, blocks, dropped)
+        return choice.keep, {
+            "dropped_layers": sorted(set(everything) - set(choice.keep)),
+            "missed_when_healed": round(choice.missed, 6),
+            "calibration_tokens": blocks.tokens,
+            "scores_reused": reused,
+        }
     assert scores is not None
     if settings.choose == "angular":
         first = least_turning_block(scores.angular, dropped)
@@ -409,6 +418,18 @@ def _choose_layers(
     return most_influential(scores.influence, count), {
         "influence": [round(value, 6) for value in scores.influence]
     }
+
+
+def _choosing_blocks(info: FolderInfo, settings: StudentSettings, texts: Texts) -> TokenBlocks:
+    """As many tokens of every text, as blocks in turn."""
+    each = -(-settings.choosing_tokens // len(sources_of(texts)))
+    return calibration_blocks(
+        texts,
+        load_vocabulary(info.path),
+        each,
+        settings.block_length,
+        skip_bad_rows=settings.skip_bad_rows,
+    )
 
 
 def _calibration_blocks(

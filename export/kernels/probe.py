@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,8 +15,6 @@ from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import open_folder, read_config, read_json
 from mistill.folders.publishing import refuse_existing, write_atomically
 from mistill.settings import require_range
-
-_log = logging.getLogger(__name__)
 
 HERE = "here"
 """The value of ``tune_for`` that means this machine."""
@@ -148,15 +144,10 @@ def probe_here(
     """
     from export.kernels.kernels import OnnxTimer
     from mistill.cost_model.onnx_cost import memory_speed
-    from mistill.cost_model.processors import usable_threads
+    from mistill.cost_model.processors import usable_threads, warn_if_busy
 
     count = threads or usable_threads()
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
-        _log.warning(
-            "this machine is busy (load %.1f), so that the times are unreliable; run the probe "
-            "when it is idle",
-            os.getloadavg()[0],
-        )
+    warn_if_busy(count)
     return run_probe(
         shapes,
         OnnxTimer(count),

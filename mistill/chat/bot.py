@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -222,17 +222,32 @@ class ChatBot:
             self._replies.add(reply)
             return reply
 
-    async def stream(self, text: str, **options: Any) -> AsyncIterator[str]:
+    async def stream(
+        self,
+        text: str,
+        *,
+        constraint: Constraint | None = None,
+        log_probabilities: int | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncIterator[str]:
         """Stream the reply to a message in a program of asyncio, which goes on meanwhile.
 
         Args:
             text: Message of the user.
-            **options: What ``reply`` takes.
+            constraint: As for ``reply``.
+            log_probabilities: As for ``reply``.
+            **options: Fields of ``ChatSettings`` that this reply has otherwise.
 
         Yields:
             Parts of the reply, none of which is empty or breaks a character.
         """
-        reply = await asyncio.to_thread(self.reply, text, **options)
+        reply = await asyncio.to_thread(
+            self.reply,
+            text,
+            constraint=constraint,
+            log_probabilities=log_probabilities,
+            **options,
+        )
         try:
             while (part := await asyncio.to_thread(next, reply, None)) is not None:
                 yield part

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
-from cyclopts.exceptions import CycloptsError
+from cyclopts.exceptions import CycloptsError, UnknownOptionError
 from rich.console import Console
 
 from distill import (
@@ -46,6 +46,7 @@ from mistill.cli.outside import (
     is_lost,
     make_visible,
     refuse,
+    refuse_option,
     require_known_method,
     speak_utf8,
     with_counts,
@@ -217,8 +218,8 @@ def student(
         teacher: The model to prune: a model folder, a Hub id, a GGUF file, or @smollm2.
         target: The model folder of the student to write.
         texts: Calibration data, on which the importance of layers, heads and channels is
-            measured and the student is healed; best of several kinds. A .txt, .jsonl, .json or
-            .parquet file, a Hub dataset, or @demo-train.
+            measured and the student is healed; best of several kinds. A .txt, .jsonl, .json,
+            .csv or .parquet file, a Hub dataset, or @demo-train.
         settings: How much of the teacher the student keeps.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -263,7 +264,7 @@ def heal(
         teacher: The model that the student was pruned from: a model folder, a Hub id, a GGUF
             file, or @smollm2.
         texts: Calibration data, best of several kinds: as many tokens of each are read. A .txt,
-            .jsonl, .json or .parquet file, a Hub dataset, or @demo-train.
+            .jsonl, .json, .csv or .parquet file, a Hub dataset, or @demo-train.
         settings: How the matrices are fitted.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -458,7 +459,7 @@ def export(
 @app.command(
     help_formatter=HelpPage(
         {
-            "Size": ("size_mb", "bits_per_weight"),
+            "Size": ("size_mb", "bits_per_weight", "tokens_per_second"),
             "Data": ("texts", "held_out", "samples", "block_length"),
             "Work": ("tuning_steps", "seed"),
             "Chatbot": ("context_length",),
@@ -476,16 +477,16 @@ def compress(
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Make a chatbot of a model in one step, within a size.
+    """Make a chatbot of a model in one step, within a size or at a speed.
 
-    Bits are chosen for every matrix, the codes are rounded by GPTAQ, scales are tuned, and an ONNX
-    folder is made of them. The same command resumes an interrupted run.
+    Bits are chosen for every matrix, the weights are quantized by GPTAQ, and an ONNX folder is made
+    of them. The same command resumes an interrupted run.
 
     Args:
         source: A float model folder, a Hub id, a GGUF file, or @smollm2.
         target: The ONNX folder to write.
-        texts: Text to calibrate and to tune on, best of several kinds. A .txt, .jsonl, .json or
-            .parquet file, a Hub dataset, or @demo-train.
+        texts: Text to calibrate and to tune on, best of several kinds. A .txt, .jsonl, .json,
+            .csv or .parquet file, a Hub dataset, or @demo-train.
         held_out: Other text, on which the chatbot is compared with its source.
         settings: How small the chatbot is, and how much work goes into it.
         overwrite: Replace the target if it exists.
@@ -499,7 +500,20 @@ def compress(
     folder = compress(
         source, target, texts=texts, held_out=held_out, settings=settings, overwrite=overwrite
     )
-    return print_folder(folder, json)
+    return print_folder(folder, json, **_speeds(folder))
+
+
+def _speeds(folder: Path) -> dict[str, float]:
+    """What the lineage of a compressed model tells of its speed; printed as a line of its own."""
+    from mistill.folders.lineage import read_lineage
+
+    entry = read_lineage(folder)[-1]
+    names = ("tokens_per_second_wanted", "tokens_per_second_predicted", "tokens_per_second")
+    found = {name: float(entry[name]) for name in names if name in entry}
+    if found:
+        wanted, predicted, measured = found.values()
+        print(f"{wanted:g} tokens/s asked for, {predicted:.0f} predicted, {measured:.0f} measured")
+    return found
 
 
 @app.command(help_formatter=HelpPage({"Weights": ("dtype", "table_dtype")}))
@@ -573,7 +587,7 @@ def inspect(folder: str, /, *, json: bool = False) -> int:
 
     Args:
         folder: A folder that mistill or transformers wrote: a model, an ONNX model, or targets,
-            which may also lie at an address such as s3://bucket/targets.
+            which may also lie at an address such as s3://bucket/targets; or a Hub id.
         json: Print the result as one line of JSON at the end.
 
     Returns:
@@ -630,7 +644,7 @@ def chat(
         folder: The model: an ONNX folder, which is faster and needs no PyTorch, or a model folder.
         words: A prompt to answer. Without one, a terminal is chatted with, and what comes from a
             pipe is the prompt.
-        prompt: The same as an option.
+        prompt: The prompt to answer, as an option.
         lines: Answer each line of standard input, as a conversation, instead of the whole; a
             program that waits for an answer with the pipe open is answered so in any case.
         system: The system prompt that begins the conversation.
@@ -843,6 +857,8 @@ def _run(arguments: Sequence[str]) -> int:
                 help_on_error=False,
                 result_action="return_value",
             )
+    except UnknownOptionError as error:
+        return refuse_option(error)
     except (MistillError, CycloptsError) as error:
         return refuse(error)
     except ModuleNotFoundError as error:

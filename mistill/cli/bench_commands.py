@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json as json_library
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from benchmarks import BenchSettings, Budget, DiffSettings, ServingSettings, ShipSettings
+from benchmarks import (
+    BenchSettings,
+    Budget,
+    DiffSettings,
+    JudgeSettings,
+    ServingSettings,
+    ShipSettings,
+)
 from mistill.cli.help_pages import HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.settings import require, settings_dict
@@ -28,6 +36,7 @@ app = App(
             "Data": ("texts", "reference"),
             "Quality": (
                 *("scored_tokens", "context_length", "perplexity", "perplexity_tokens", "tasks"),
+                *("task_models", "replies", "reply_models", "reply_tokens"),
             ),
             "Speed": (
                 *(
@@ -241,6 +250,55 @@ def serve(
     Console().print(report.table())
     if json:
         print(json_library.dumps(report.to_dict()))
+
+
+@app.command(
+    help_formatter=HelpPage(
+        {"Data": ("judge", "prompts", "limit"), "Replies": ("new_tokens", "threads")}
+    )
+)
+def judge(
+    first: str,
+    second: str,
+    /,
+    *,
+    judge: str,
+    prompts: Texts,
+    settings: Annotated[JudgeSettings, Flat] = JudgeSettings(),
+    out: Path | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Let a judge say whose replies are better: those of one model or of another.
+
+    Every pair of replies is shown in both orders, and the share of pairs about which both orders
+    agree is told first. The win rate is that of the second model among those.
+
+    Args:
+        first: A chat model, such as the one that was tuned: a folder of any form.
+        second: The other one, such as what tuning made of it.
+        judge: The chat model that judges: a folder of any form, a Hub id, or @smollm2. Best one
+            that is neither of the two, nor made from them.
+        prompts: Prompts to answer. A .txt file with a prompt on each line, or a .jsonl, .json,
+            .csv or .parquet file.
+        settings: How many prompts, and how long the replies.
+        out: A JSON file for the figures and every verdict.
+        overwrite: Replace the file if it exists.
+        json: Print the figures as one line of JSON at the end.
+    """
+    from benchmarks import judge_replies
+    from mistill.folders.publishing import creating_file
+
+    with nullcontext() if out is None else creating_file(out, overwrite) as file:
+        found = judge_replies(first, second, judge=judge, prompts=prompts, settings=settings)
+        if file is not None:
+            document = json_library.dumps(found.to_dict(), indent=1, ensure_ascii=False)
+            file.write_text(f"{document}\n", "utf-8")
+    Console().print(found.table())
+    if out is not None:
+        print(f"result: {out}")
+    if json:
+        print(json_library.dumps({"models": found.models, "judge": found.judge, **found.figures}))
 
 
 def _step_defaults(step: str) -> dict[str, Any] | None:

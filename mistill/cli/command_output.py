@@ -7,14 +7,32 @@ started, only the main one prints.
 from __future__ import annotations
 
 import json as json_library
+import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mistill.folders.folder import open_folder
+from mistill.folders.folder import FolderInfo, open_folder
+from mistill.folders.lineage import read_lineage
 from mistill.shown import visible
+
+_log = logging.getLogger(__name__)
+
+# What usually comes after a step, in the words of the command line.
+_AFTER = {
+    "teacher": "mistill compress {path} CHATBOT, or mistill student {path} STUDENT --texts TEXTS",
+    "student": "mistill distill {path} TRAINED --teacher TEACHER --texts TEXTS",
+    "heal": "mistill distill {path} TRAINED --teacher TEACHER --texts TEXTS",
+}
+_OF_FORM = {
+    "model": "mistill quantize gptq {path} SMALL --texts TEXTS",
+    "gptq": "mistill export {path} CHATBOT",
+    "nf4": "mistill export {path} CHATBOT",
+    "onnx": "mistill chat {path}, or mistill serve {path}",
+}
 
 
 def print_folder(path: Path, json: bool, **more: Any) -> dict[str, Any]:
@@ -44,7 +62,24 @@ def print_folder(path: Path, json: bool, **more: Any) -> dict[str, Any]:
         f"{info.form} folder, {info.layers} layers, {info.parameters / 1e6:.1f} M parameters, "
         f"{info.weight_bytes / 1e6:.1f} MB ({info.bits_per_weight:.2f} bits per weight)"
     )
-    return print_result(facts, words, path, json)
+    printed = print_result(facts, words, path, json)
+    _log.info("next: %s", next_command(path, info))
+    return printed
+
+
+def next_command(path: Path, info: FolderInfo) -> str:
+    """What usually comes after a folder was made.
+
+    Args:
+        path: Path of the folder.
+        info: What it is.
+
+    Returns:
+        A command, or two to choose from.
+    """
+    steps = read_lineage(path)
+    last = steps[-1]["step"] if steps and info.form == "model" else ""
+    return _AFTER.get(last, _OF_FORM[info.form]).format(path=shlex.quote(str(path)))
 
 
 def print_result(facts: dict[str, Any], words: str, path: Path | str, json: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistill.cli.fidelity import fidelity_table, read_fidelity
 from mistill.cli.onnx_report import graph_facts, manifest_facts
+from mistill.cli.reward_report import read_reward, reward_facts
 from mistill.cost_model.onnx_lint import Lint, lint_file
 from mistill.errors import FolderError, MissingExtraError, MistillError, TextError
 from mistill.folders.folder import (
@@ -35,6 +36,7 @@ from mistill.folders.targets_folder import (
 )
 from mistill.progress import track
 from mistill.shown import facts_table, plain
+from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
 from mistill.weights.nf4_doctor import nf4_problems
@@ -79,6 +81,8 @@ class Inspection:
         fidelity: The fidelity card of a distilled student; None where there is none.
         gptq: The format of the codes of a GPTQ folder, as the codes themselves show it; None for
             other forms.
+        reward: What a reward model learnt from and how often it is right; empty for one of somebody
+            else, and None for a language model.
         measured: KL divergence of a quantized folder from its source and from a teacher; None if
             it was not measured.
         graphs: Operators, cost and slow kernels of each ONNX graph, by its file.
@@ -95,6 +99,7 @@ class Inspection:
     targets: TargetsInfo | None = None
     fidelity: dict[str, Any] | None = None
     gptq: Diagnosis | None = None
+    reward: dict[str, Any] | None = None
     measured: dict[str, Any] | None = None
     graphs: Mapping[str, Lint] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
@@ -127,6 +132,7 @@ class Inspection:
             "targets": None if self.targets is None else self.targets.to_dict(),
             "fidelity": self.fidelity,
             "gptq": None if self.gptq is None else self.gptq.to_dict(),
+            "reward": self.reward,
             "measured": self.measured,
             "graphs": {name: lint.to_dict() for name, lint in self.graphs.items()},
             "manifest": self.manifest,
@@ -149,6 +155,8 @@ class Inspection:
         parts: list[RenderableType] = []
         if self.info is not None:
             parts.append(_facts(self.info, self.fingerprint))
+        if self.reward is not None:
+            parts.append(reward_facts(self.reward))
         if self.gptq is not None:
             parts.append(_gptq_facts(self.gptq))
         parts.extend(graph_facts(name, lint) for name, lint in self.graphs.items())
@@ -156,10 +164,11 @@ class Inspection:
             parts.append(manifest_facts(self.manifest))
         if self.targets is not None:
             parts.append(_targets_facts(self.targets, self.fingerprint))
-        if self.fidelity is not None:
-            parts.append(_fidelity(self.fidelity))
-        if self.measured is not None:
-            parts.append(fidelity_table(self.measured))
+        parts.extend(
+            show(figures)
+            for figures, show in ((self.fidelity, _fidelity), (self.measured, fidelity_table))
+            if figures is not None
+        )
         if self.lineage:
             table = Table("step", "from", "settings and results", "date", title="how it was made")
             for entry in self.lineage:
@@ -198,8 +207,10 @@ def inspect_folder(path: str | Path) -> Inspection:
     folder = Path(path).expanduser()
     if is_remote(path) or is_targets(location_of(path)):
         return _inspect_targets(location_of(path))
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise FolderError(f"{path} is not a folder; give the folder of a model")
+    if not folder.is_dir():
+        folder = resolve_model(path)
     faults = problems(folder)
     info = None
     lineage: tuple[dict[str, Any], ...] = ()
@@ -214,9 +225,13 @@ def inspect_folder(path: str | Path) -> Inspection:
         measured = read_fidelity(folder)
     except FolderError as error:
         faults.append(str(error))
-    gptq = None
+    gptq = reward = None
     if not faults:
         info = describe(folder)
+        try:
+            reward = read_reward(folder) if info.form == "model" else None
+        except FolderError as error:
+            faults.append(str(error))
         gptq, wrong_codes = _examine_codes(folder, info.form)
         faults += wrong_codes
     graphs, remarks = _lint_graphs(folder)
@@ -240,6 +255,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         fingerprint=fingerprint(folder),
         fidelity=fidelity,
         gptq=gptq,
+        reward=reward,
         measured=measured,
         graphs=graphs,
         manifest=manifest,

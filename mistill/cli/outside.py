@@ -18,11 +18,32 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
+from cyclopts.exceptions import UnknownOptionError
+
 from mistill.errors import FolderError, MistillError, SettingsError
 from mistill.folders.publishing import is_full_disk
 from mistill.shown import visible
 
 OUR_PACKAGES = ("mistill", "tune", "distill", "quantize", "export", "benchmarks")
+
+# What other tools call options of ours.
+_NAMED_ELSEWHERE = {
+    "--lr": ("--learning-rate",),
+    "--bs": ("--batch-size",),
+    "--per-device-train-batch-size": ("--micro-batch-size", "--batch-size"),
+    "--num-train-epochs": ("--epochs",),
+    "--max-tokens": ("--max-new-tokens",),
+    "--n-predict": ("--max-new-tokens",),
+    "--temp": ("--temperature",),
+    "--ctx-size": ("--context", "--context-length"),
+    "--max-length": ("--block-length", "--context-length"),
+    "--groupsize": ("--group-size",),
+    "--wbits": ("--bits",),
+    "--dataset": ("--texts",),
+    "--data": ("--texts",),
+    "--calibration": ("--texts",),
+    "--lora-r": ("--lora-rank",),
+}
 
 _TOKENS = re.compile(r"--(?:[a-z]+-)*tokens")
 _COUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?(?:e\d{1,2})?)([kKmMgGbB]?)")
@@ -183,6 +204,23 @@ def require_known_method(words: Sequence[str], command: str, methods: Sequence[s
     close = difflib.get_close_matches(words[1], methods, n=1, cutoff=0.7)
     if close and not Path(words[1]).exists():
         raise SettingsError(f"there is no method {words[1]}; did you mean {close[0]}?")
+
+
+def refuse_option(error: UnknownOptionError) -> int:
+    """Print that an option is unknown, and the one that says the same here, if there is one.
+
+    Args:
+        error: The command line's own.
+
+    Returns:
+        The exit code.
+    """
+    word = (error.token.keyword or error.token.value).split("=", 1)[0]
+    names = [name for argument in error.argument_collection for name in argument.names]
+    same = next((name for name in _NAMED_ELSEWHERE.get(word, ()) if name in names), None)
+    if same is None:
+        return refuse(error)
+    return refuse(SettingsError(f"Unknown option: {word}. Here it is {same}."))
 
 
 def from_outside(error: BaseException) -> MistillError | None:

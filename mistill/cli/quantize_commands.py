@@ -225,7 +225,7 @@ def mixed(
         source: The model folder to quantize, with float weights.
         target: The quantized folder to write.
         texts: Calibration data, on which the sensitivity of each matrix is measured as well. A
-            .txt, .jsonl, .json or .parquet file, a Hub dataset, or @demo-train.
+            .txt, .jsonl, .json, .csv or .parquet file, a Hub dataset, or @demo-train.
         settings: The size, and the formats to choose from.
         output: How the result is measured, and what is printed.
 

@@ -11,6 +11,7 @@ from mistill.cli.command_output import is_main_process, print_folder, print_resu
 from mistill.cli.help_pages import HelpPage
 from mistill.cli.options import Flat, Texts
 from mistill.folders.folder import read_json
+from mistill.shown import visible
 from tune import PreferenceSettings, ReinforceSettings, RewardSettings, SupervisedSettings
 
 app = App(name="tune", help="Tune a model on conversations, preferences or rewards.")
@@ -19,7 +20,10 @@ app = App(name="tune", help="Tune a model on conversations, preferences or rewar
 @app.command(
     help_formatter=HelpPage(
         {
-            "Data": ("texts", "held_out", "epochs", "tokens", "block_length", "long_conversations"),
+            "Data": (
+                *("texts", "held_out", "other_texts", "other_tokens", "epochs", "tokens"),
+                *("block_length", "long_conversations"),
+            ),
             "Adapters": (
                 *("base", "lora_rank", "lora_alpha", "lora_targets", "lora_ranks", "lora_start"),
                 *("rslora", "dora"),
@@ -45,6 +49,7 @@ def supervised(
     *,
     texts: Texts,
     held_out: Texts = (),
+    other_texts: Texts = (),
     settings: Annotated[SupervisedSettings, Flat] = SupervisedSettings(),
     overwrite: bool = False,
     json: bool = False,
@@ -60,6 +65,8 @@ def supervised(
             dataset, or @demo-train.
         held_out: Text on which the model is judged and not tuned. If it is not given, some
             conversations of the texts are held out.
+        other_texts: Text that the model is not tuned on, by which the report says what it has
+            forgotten. If it is not given, @demo-held-out, which mistill ships.
         settings: How long, through which adapters, and how fast.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -75,24 +82,22 @@ def supervised(
         target,
         texts=texts,
         held_out=held_out or None,
+        other_texts=other_texts or None,
         settings=settings,
         overwrite=overwrite,
     )
     report = read_json(folder / REPORT_FILE)
     if is_main_process():
-        print(_summary(report))
-    shown = ("before", "after", "change_standard_error", "merges", "merged_into")
+        print(visible(_summary(report)))
+    shown = ("before", "after", "change_standard_error", "other_text", "merges", "merged_into")
     return print_folder(folder, json, **{name: report[name] for name in shown})
 
 
 def _summary(report: dict[str, Any]) -> str:
     """What tuning did, in two or three lines."""
     before, after = (report[name]["cross_entropy"] for name in ("before", "after"))
-    error = report["change_standard_error"]
-    spread = "" if error is None else f" +- {error:.4f}"
     lines = [
-        f"held-out cross-entropy: {before:.4f} before, {after:.4f} after "
-        f"({report['change']:+.4f}{spread} nats a token)",
+        f"held-out cross-entropy: {before:.4f} before, {after:.4f} after ({_change(report)})",
         f"KL(tuned || base) {report['kl']['tuned_from_base']:.4f}, "
         f"KL(base || tuned) {report['kl']['base_from_tuned']:.4f} nats; "
         f"{report['entries_moved']:.1%} of {report['entries']:,} trained weights moved",
@@ -100,7 +105,28 @@ def _summary(report: dict[str, Any]) -> str:
     if len(report["merges"]) > 1:
         ways = ", ".join(f"{value:.4f} into {name}" for name, value in report["merges"].items())
         lines.append(f"merged into the {report['merged_into']} weights: {ways}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_forgotten(report)])
+
+
+def _forgotten(report: dict[str, Any]) -> list[str]:
+    """What a report says of text that the model was not tuned on: a line, or none."""
+    other = report["other_text"]
+    if other is None:
+        return []
+    before, after = (other[name]["cross_entropy"] for name in ("before", "after"))
+    kl = other["kl"]
+    return [
+        f"on other text ({', '.join(other['texts'])}): cross-entropy {before:.4f} before, "
+        f"{after:.4f} after ({_change(other)}); KL(tuned || base) {kl['tuned_from_base']:.4f}, "
+        f"KL(base || tuned) {kl['base_from_tuned']:.4f}"
+    ]
+
+
+def _change(figures: dict[str, Any]) -> str:
+    """A change of cross-entropy with its paired standard error."""
+    error = figures["change_standard_error"]
+    spread = "" if error is None else f" +- {error:.4f}"
+    return f"{figures['change']:+.4f}{spread} nats a token"
 
 
 # --- preferences, rewards and reinforcement -------------------------------------------------------
@@ -115,7 +141,10 @@ _MEMORY = ("micro_batch_size", "gradient_checkpointing", "precision")
 @app.command(
     help_formatter=HelpPage(
         {
-            "Data": ("pairs", "held_out", "held_out_share", "ranking", "max_length"),
+            "Data": (
+                *("pairs", "held_out", "held_out_share", "other_texts", "other_tokens"),
+                *("ranking", "max_length"),
+            ),
             "Loss": ("loss", "beta", "label_smoothing", "good_weight", "bad_weight"),
             "Optimization": _OPTIMIZATION,
             "Memory and speed": _MEMORY,
@@ -130,6 +159,7 @@ def preferences(
     *,
     pairs: Texts,
     held_out: Texts = (),
+    other_texts: Texts = (),
     settings: Annotated[PreferenceSettings, Flat] = PreferenceSettings(),
     overwrite: bool = False,
     json: bool = False,
@@ -145,6 +175,8 @@ def preferences(
         pairs: Pairs of a chosen and a rejected answer, or rankings; for the loss kto answers with
             a label too. A .jsonl, .json, .csv or .parquet file, or a Hub dataset.
         held_out: The same to evaluate on. If it is not given, a share of the prompts is held out.
+        other_texts: Text that the model is not tuned on, by which the report says what it has
+            forgotten. If it is not given, @demo-held-out, which mistill ships.
         settings: The loss, the optimization and the evaluation.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -159,6 +191,7 @@ def preferences(
         target,
         pairs=pairs,
         held_out=held_out or None,
+        other_texts=other_texts or None,
         settings=settings,
         overwrite=overwrite,
     )
@@ -230,7 +263,10 @@ def reward(
 @app.command(
     help_formatter=HelpPage(
         {
-            "Data": ("prompts", "held_out", "held_out_share", "held_out_prompts", "max_length"),
+            "Data": (
+                *("prompts", "held_out", "held_out_share", "held_out_prompts"),
+                *("other_texts", "other_tokens", "max_length"),
+            ),
             "Judge": ("reward", "check", "schema", "pattern", "function"),
             "Answers": ("samples", "max_new_tokens", "temperature", "top_p"),
             "Method": ("method", "beta", "max_kl"),
@@ -248,6 +284,7 @@ def reinforce(
     prompts: Texts,
     reward: Path | None = None,
     held_out: Texts = (),
+    other_texts: Texts = (),
     settings: Annotated[ReinforceSettings, Flat] = ReinforceSettings(),
     overwrite: bool = False,
     json: bool = False,
@@ -265,6 +302,8 @@ def reinforce(
             prompt on each line, a .jsonl, .json, .csv or .parquet file, or a Hub dataset.
         reward: The folder of a reward model, as mistill tune reward makes it.
         held_out: Prompts to evaluate on. If it is not given, a share of the prompts is held out.
+        other_texts: Text that the model is not tuned on, by which the report says what it has
+            forgotten. If it is not given, @demo-held-out, which mistill ships.
         settings: The method, another judge, the answers and the optimization.
         overwrite: Replace the target if it exists.
         json: Print the result as one line of JSON at the end.
@@ -281,6 +320,7 @@ def reinforce(
         prompts=prompts,
         reward=reward,
         held_out=held_out or None,
+        other_texts=other_texts or None,
         settings=settings,
         overwrite=overwrite,
     )
@@ -292,6 +332,8 @@ def reinforce(
         f"prompts; answers of {before['tokens']:.0f} tokens before and {after['tokens']:.0f} "
         f"after; KL from the start {report['kl_from_start']:.4f} nats a token"
     )
+    for line in _forgotten(report):
+        print(visible(line))
     return print_folder(folder, json, before=before, after=after)
 
 
@@ -317,4 +359,6 @@ def print_tuned(folder: Path, json: bool) -> dict[str, Any]:
         f"{report['rows']['held_out']} rows; KL from the start "
         f"{report['kl']['tuned_from_base']:.4f} nats a token"
     )
+    for line in _forgotten(report):
+        print(visible(line))
     return print_folder(folder, json, before=before, after=after, kl=report["kl"])

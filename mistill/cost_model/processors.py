@@ -7,10 +7,13 @@ spinning take the time of those that work.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 MOST_THREADS = 1024
 """Threads that may be asked for: far more than pay, and few enough to be started."""
@@ -37,6 +40,37 @@ def usable_processors() -> list[int]:
         In order; empty where the system does not tell.
     """
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def processors_at_work(seconds: float = 0.5) -> float:
+    """How many processors the programs of this machine keep busy, watched while this one rests.
+
+    Args:
+        seconds: For how long they are watched.
+
+    Returns:
+        From 0 to the number of processors of the machine.
+    """
+    import psutil
+
+    return float(psutil.cpu_percent(seconds)) / 100 * (psutil.cpu_count() or 1)
+
+
+def warn_if_busy(threads: int) -> None:
+    """Warn before a measurement of time if other programs leave too few processors for it.
+
+    Args:
+        threads: Threads that will be timed.
+    """
+    processors, busy = os.cpu_count() or 1, processors_at_work()
+    if processors - busy < min(threads, processors) - 0.3:
+        _log.warning(
+            "other programs keep %.1f of the %d processors busy, and %d threads are to be timed: "
+            "speeds will be too low; end those programs first, or trust only ratios of one run",
+            busy,
+            processors,
+            threads,
+        )
 
 
 @contextmanager

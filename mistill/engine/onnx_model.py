@@ -119,8 +119,7 @@ class OnnxModel:
         info = open_folder(folder)
         if info.form != "onnx":
             raise FolderError(
-                f"{folder} is a {info.form} folder, not an ONNX folder; export it with: mistill "
-                "export"
+                f"{folder} is {info.kind}, not an ONNX folder; export it with: mistill export"
             )
         require_range("threads", threads, 1, MOST_THREADS)
         require(

@@ -43,13 +43,13 @@ def open_model(
         return OnnxModel(info.path, threads=threads, provider=provider, alone=alone)
     require(
         provider == "cpu",
-        f"provider is for ONNX folders, and {info.path} is a {info.form} folder; leave it at cpu",
+        f"provider is for ONNX folders, and {info.path} is {info.kind}; leave it at cpu",
     )
     try:
         from mistill.engine.pytorch_model import PytorchModel
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{info.path} is a {info.form} folder, which needs PyTorch; install it with: "
+            f"{info.path} is {info.kind}, which needs PyTorch; install it with: "
             "pip install 'mistill[compress]', or give an ONNX folder"
         ) from error
     return PytorchModel(info.path, threads=threads)

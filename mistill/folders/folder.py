@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 from mistill.errors import FolderError
 from mistill.folders.gptq_format import HEAD, read_quantization
-from mistill.folders.objects import refuse_object
 from mistill.folders.safetensors_file import StoredTensor, read_header
 from mistill.folders.schemas import read_json as read_json
 from mistill.folders.settled_config import says_tied, settled_config
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG as AUTO_GPTQ_CONFIG
 from mistill.folders.weight_files import tensor_homes
 from mistill.folders.weight_files import weight_files as weight_files
+from mistill.settings import refuse_object
 from mistill.shown import visible
 
 Form = Literal["model", "gptq", "nf4", "onnx"]
@@ -33,6 +33,9 @@ GENAI_FILE = "genai_config.json"
 FIDELITY_FILE = "fidelity.json"
 QUANTIZE_REPORT_FILE = "quantize_report.json"
 QUANTIZE_TABLE_FILE = "quantize_report.csv"
+
+REWARD_HEAD = "score.weight"
+"""The tensor that only a reward model has."""
 
 # Items of a folder that are looked at to say what it is.
 _MOST_ITEMS = 1000
@@ -80,28 +83,54 @@ class FolderInfo:
     quantization: dict[str, Any] | None
 
     @property
+    def kind(self) -> str:
+        """What it is in a sentence, such as "an ONNX folder"."""
+        words = {"model": "a float", "gptq": "a GPTQ", "nf4": "an NF4", "onnx": "an ONNX"}
+        return f"{words[self.form]} folder"
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits on disk for each weight of the dense model, scales and tables counted."""
         return self.weight_bytes * 8 / self.parameters
 
 
-def open_folder(path: str | Path) -> FolderInfo:
+def open_folder(path: str | Path, *, rewards: bool = False) -> FolderInfo:
     """Describe a folder, or raise an error that lists all its problems.
 
     Args:
         path: A folder of any form.
+        rewards: Whether a reward model will do, which predicts no tokens.
 
     Returns:
         The description.
 
     Raises:
-        FolderError: If it is missing or broken; the message lists everything that is wrong.
+        FolderError: If it is missing or broken; the message lists everything that is wrong. Also if
+            it is a reward model and none is wanted.
     """
     refuse_object(path)
     faults = problems(path)
     if faults:
         raise FolderError(f"{path} is not a usable model folder: {'; '.join(faults)}")
-    return describe(path)
+    info = describe(path)
+    if not rewards and info.form == "model" and is_reward_folder(info.path):
+        raise FolderError(
+            f"{path} is a reward model, which scores conversations and writes no text; give the "
+            "language model, or give this one to mistill tune reinforce by --reward"
+        )
+    return info
+
+
+def is_reward_folder(folder: Path) -> bool:
+    """Whether a folder holds the head of a reward model.
+
+    Args:
+        folder: A sound folder that is not of the form ``onnx``.
+
+    Returns:
+        True if there is one.
+    """
+    return REWARD_HEAD in tensor_headers(folder)
 
 
 def problems(path: str | Path) -> list[str]:

@@ -160,9 +160,24 @@ def file_name(value: Any) -> Any:
         The file name of an absolute path; any other value unchanged, other paths as text.
     """
     if isinstance(value, str | Path):
-        absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
-        return PureWindowsPath(value).name if absolute else str(value)
+        return PureWindowsPath(value).name if is_place(str(value)) else str(value)
     return value
+
+
+def is_place(text: str) -> bool:
+    """Whether a text is the absolute path of a file or folder, on whichever system.
+
+    Args:
+        text: A value of a record.
+
+    Returns:
+        True for paths of several parts; what only begins with a slash, such as a command in a
+        prompt, is none.
+    """
+    if "\n" in text or len(text) > 1000:
+        return False
+    kinds = (PurePosixPath(text), PureWindowsPath(text))
+    return any(kind.is_absolute() and len(kind.parts) > 2 for kind in kinds)
 
 
 def name_of_base(model: str | Path, folder: Path) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from mistill.errors import FolderError, SettingsError, TargetExistsError
 from mistill.folders.locking import locked
-from mistill.folders.objects import refuse_object
+from mistill.folders.model_card import add_card
 from mistill.folders.ownership import why_not_ours
 from mistill.folders.renaming import (
     FINISHED,
@@ -32,6 +32,7 @@ from mistill.folders.renaming import (
     sync_file,
     sync_folder,
 )
+from mistill.settings import refuse_object
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def _refuse_source(path: Path, target: str | Path, sources: Sequence[str | Path]
 
 
 @contextmanager
-def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def creating(target: str | Path, overwrite: bool = False, *, card: bool = True) -> Iterator[Path]:
     """Make a folder that appears whole or not at all.
 
     The body writes into a hidden folder beside the target, which is renamed when the body ends
@@ -116,6 +117,7 @@ def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Args:
         target: Path of the folder.
         overwrite: Whether an existing folder is replaced; it stays until the new one is whole.
+        card: Whether a model gets its model card.
 
     Yields:
         The hidden folder to write into.
@@ -131,6 +133,8 @@ def creating(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         with _naming_a_full_disk(target):
             yield partial
+            if card:
+                add_card(partial, path.name)
             move_into_place(partial, path, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -343,7 +347,7 @@ def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:
-    """Turn the folder ``result`` inside a working folder into the target.
+    """Turn the folder ``result`` inside a working folder into the target; a model gets its card.
 
     Args:
         work: A folder from ``working`` that holds a finished folder ``result``.
@@ -354,6 +358,7 @@ def publish(work: Path, target: str | Path, overwrite: bool = False) -> Path:
         The target.
     """
     path = refuse_existing(target, overwrite)
+    add_card(work / "result", path.name)
     (work / FINISHED).touch()
     move_into_place(work / "result", path, overwrite)
     remove_work(work)

@@ -271,12 +271,12 @@ def judge_of(
         by_name = FunctionJudge(named_function(function), function)
         return lambda: by_name
     if isinstance(reward, str | Path):
-        from mistill.folders.folder import open_folder, tensor_headers
+        from mistill.folders.folder import REWARD_HEAD, is_reward_folder, open_folder
 
-        info = open_folder(reward)
+        info = open_folder(reward, rewards=True)
         require(
-            info.form == "model" and "score.weight" in tensor_headers(info.path),
-            f"{reward} is no reward model: it has no score.weight; make one with mistill tune "
+            info.form == "model" and is_reward_folder(info.path),
+            f"{reward} is no reward model: it has no {REWARD_HEAD}; make one with mistill tune "
             "reward",
         )
         return lambda: ModelJudge(info.path)

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mistill.errors import FolderError
-from mistill.folders.folder import open_folder, read_config, tensor_headers
+from mistill.folders.folder import (
+    REWARD_HEAD,
+    is_reward_folder,
+    open_folder,
+    read_config,
+    tensor_headers,
+)
 from mistill.folders.publishing import write_atomically
 from mistill.pytorch.loading import empty_model, load_pytorch, plain_config, require_readable
 from mistill.pytorch.reading import read_tensors, require_finite, stored_tensors
@@ -29,22 +35,8 @@ from mistill.weights.tensor_writer import TensorWriter
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-HEAD = "score.weight"
-
 # Tokens that pass through the model at once.
 _TOKENS_AT_ONCE = 2048
-
-
-def is_reward_folder(folder: Path) -> bool:
-    """Whether a folder holds the head of a reward model.
-
-    Args:
-        folder: A model folder.
-
-    Returns:
-        True if there is one.
-    """
-    return HEAD in tensor_headers(folder)
 
 
 def new_reward_model(folder: Path, padding: int, seed: int) -> PreTrainedModel:
@@ -84,11 +76,12 @@ def load_reward_model(folder: str | Path) -> PreTrainedModel:
         FolderError: If there is no head of one row, or a weight is missing or of another shape.
         ArchitectureError: If it is neither Llama nor Mistral.
     """
-    info = open_folder(folder)
+    info = open_folder(folder, rewards=True)
     require_readable(info)
     if info.form != "model" or not is_reward_folder(info.path):
         raise FolderError(
-            f"{folder} is no reward model: it has no {HEAD}; make one with mistill tune reward"
+            f"{folder} is no reward model: it has no {REWARD_HEAD}; make one with mistill tune "
+            "reward"
         )
     config = plain_config(info.path)
     with torch.device("meta"):
@@ -106,8 +99,8 @@ def load_reward_model(folder: str | Path) -> PreTrainedModel:
     layers = cast(Any, _layers_of(info.path, config, expected))
     padding = read_config(info.path).get("pad_token_id")
     reward = _with_layers(config, layers, 0 if padding is None else int(padding))
-    head = read_tensors(info.path, HEAD)[""].float()
-    require_finite(HEAD, head)
+    head = read_tensors(info.path, REWARD_HEAD)[""].float()
+    require_finite(REWARD_HEAD, head)
     cast(Any, reward).score.weight = nn.Parameter(head)
     reward.eval()
     return reward
@@ -121,7 +114,7 @@ def _layers_of(
     wanted = dict(model.model.named_parameters())
     with torch.no_grad():
         for name, tensor in stored_tensors(folder):
-            if name in expected and name != HEAD:
+            if name in expected and name != REWARD_HEAD:
                 require_finite(name, tensor)
                 wanted[name.removeprefix("model.")].copy_(tensor)
     layers: nn.Module = model.model

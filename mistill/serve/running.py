@@ -6,13 +6,14 @@ import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from mistill.errors import FolderError, SettingsError, VocabularyError, missing_extra
 from mistill.folders.folder import open_folder
 from mistill.serve.http.keys import read_keys
 from mistill.serve.settings import MODEL_NAME, Limits, ServeSettings
 from mistill.settings import require, settings_from
+from mistill.sources.source import resolve_model
 from mistill.text.answers import prompt_ids
 from mistill.text.conversation import Conversation
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
@@ -20,6 +21,7 @@ from mistill.text.vocabulary import Vocabulary, load_vocabulary
 if TYPE_CHECKING:
     from mistill.serve.generation import Served
     from mistill.serve.http.server import Server
+    from mistill.serve.options import ServeOptions
 
 _log = logging.getLogger("mistill.serve")
 
@@ -30,12 +32,12 @@ def serve(
     settings: ServeSettings | None = None,
     limits: Limits = Limits(),
     started: Callable[[Server], None] | None = None,
-    **options: Any,
+    **options: Unpack[ServeOptions],
 ) -> int:
     """Serve a chatbot over HTTP until this process is told to stop.
 
     Args:
-        folder: The ONNX folder of a chatbot, as ``mistill export`` writes it.
+        folder: The ONNX folder of a chatbot, as ``mistill export`` writes it, or its Hub id.
         settings: Where and to whom; or give the fields as options.
         limits: What one client may take.
         started: Called once requests are answered, with the server, which it may stop.
@@ -94,11 +96,10 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
     from mistill.engine.scheduler import Scheduler
     from mistill.serve.generation import Served
 
-    info = open_folder(folder)
+    info = open_folder(resolve_model(folder))
     if info.form != "onnx":
         raise FolderError(
-            f"{folder} is a {info.form} folder, and an ONNX folder is served; make one with: "
-            "mistill export"
+            f"{folder} is {info.kind}, and an ONNX folder is served; make one with: mistill export"
         )
     vocabulary = load_vocabulary(info.path)
     _check_template(vocabulary, folder)

@@ -31,6 +31,7 @@ from mistill.errors import (
     missing_extra,
 )
 from mistill.folders.folder import (
+    MANIFEST_FILE,
     copy_companions,
     open_folder,
     read_json,
@@ -39,11 +40,12 @@ from mistill.folders.folder import (
 )
 from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
-from mistill.folders.objects import refuse_object
 from mistill.folders.publishing import creating, refuse_existing, write_atomically
 from mistill.folders.renaming import link_or_copy
 from mistill.folders.schemas import ListedToken
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
+from mistill.settings import refuse_object
+from mistill.sources.hub import hub_answers
 from mistill.sources.tokenizer_parts import begin_with, read_sentencepiece, sentencepiece_tokenizer
 
 DEFAULT_TEACHER = "@smollm2"
@@ -54,6 +56,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Some repositories hold a second copy of the weights, or other models in folders.
 _UNWANTED = ["consolidated*", "*/*"]
+# What else is fetched of a repository that mistill export wrote.
+_GRAPH = ["model.onnx", "model.onnx.data*"]
 # Version of the conversion, part of the names of cached folders.
 _CONVERSION = 2
 
@@ -134,10 +138,18 @@ def _download(name: str) -> Path:
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     neither = f"there is no folder {name}, and as a Hub id it"
+    cached = not hub_answers()
     try:
-        config = Path(hf_hub_download(name, "config.json"))
+        config = Path(hf_hub_download(name, "config.json", local_files_only=cached))
         _refuse_remote_code(config.parent, name)
-        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=_WANTED + (_GRAPH if _holds_graph(name, cached) else []),
+                ignore_patterns=_UNWANTED,
+                local_files_only=cached,
+            )
+        )
     except errors.GatedRepoError as error:
         raise FolderError(
             f"{neither} is gated: accept its terms on https://huggingface.co/{name} and log in "
@@ -157,6 +169,18 @@ def _download(name: str) -> Path:
         raise FolderError(f"{neither} has no config.json, so that it is not a model") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise FolderError(f"{neither} cannot be fetched: {_first_line(error)}") from error
+
+
+def _holds_graph(name: str, cached: bool) -> bool:
+    """Whether a repository is an ONNX folder of ours, as its manifest says."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        manifest = read_json(Path(hf_hub_download(name, MANIFEST_FILE, local_files_only=cached)))
+    except errors.EntryNotFoundError:
+        return False
+    files = manifest.get("files")
+    return isinstance(files, Mapping) and "model.onnx" in files
 
 
 def _refuse_remote_code(folder: Path, name: str) -> None:
@@ -199,7 +223,7 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
         _log.warning("the cached folder %s is not whole, so it is made again", folder)
         shutil.rmtree(folder)
     try:
-        with creating(folder) as partial:
+        with creating(folder, card=False) as partial:
             yield partial
             write_atomically(sums, json.dumps(_checksums(partial)))
     except TargetExistsError:

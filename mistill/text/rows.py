@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 from mistill.errors import TextError, missing_extra
 from mistill.folders.json_text import parse_json
+from mistill.sources.hub import hub_answers
 from mistill.text.memory import (
     TextInMemory,
     dataset_in_memory,
@@ -405,6 +406,12 @@ def _dataset_rows(source: str, *arguments: str | None, **options: str) -> Iterat
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    out_of_reach = (
+        f"there is no file {source}, and the Hub cannot be reached; connect to the network, "
+        f"or use {next(iter(SHIPPED))}, which needs none"
+    )
+    if not hub_answers():
+        raise TextError(out_of_reach)
     try:
         rows = load_dataset(*arguments, **options, streaming=True)
         for number, row in enumerate(rows, 1):
@@ -417,10 +424,7 @@ def _dataset_rows(source: str, *arguments: str | None, **options: str) -> Iterat
             "auth login if it is private or gated"
         ) from error
     except (ConnectionError, TimeoutError) as error:
-        raise TextError(
-            f"there is no file {source}, and the Hub cannot be reached; connect to the network, "
-            f"or use {next(iter(SHIPPED))}, which needs none"
-        ) from error
+        raise TextError(out_of_reach) from error
     except Exception as error:  # datasets raises whatever its readers raise
         raise TextError(f"{source} cannot be read: {_one_line(error)}") from error
 

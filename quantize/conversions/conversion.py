@@ -24,6 +24,7 @@ from mistill.folders.publishing import creating, refuse_existing, write_atomical
 from mistill.progress import track
 from mistill.pytorch.loading import stored_tensors
 from mistill.settings import require
+from mistill.sources.source import resolve_model
 from mistill.weights.code_words import less_one, plus_one
 from mistill.weights.gptq_doctor import examine, require_sound
 from mistill.weights.gptq_layout import CheckpointFormat, GptqFormat, read_quantization
@@ -61,9 +62,9 @@ def convert(
     known = get_args(CheckpointFormat)
     require(to in known, f"to must be {' or '.join(known)}, not {to!r}")
     target = refuse_existing(target, overwrite, [source])
-    info = open_folder(source)
+    info = open_folder(resolve_model(source))
     if info.form != "gptq":
-        raise FolderError(f"{source} is a {info.form} folder; only GPTQ folders have two formats")
+        raise FolderError(f"{source} is {info.kind}; only GPTQ folders have two formats")
     config = read_config(info.path)
     layout = read_quantization(config)
     assert layout is not None, "its form is gptq"

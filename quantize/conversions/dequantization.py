@@ -26,6 +26,7 @@ from mistill.pytorch.loading import (
     require_readable,
 )
 from mistill.settings import require
+from mistill.sources.source import resolve_model
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.settings import FloatType
 
@@ -62,11 +63,9 @@ def dequantize(
         f"dtype must be one of {', '.join(get_args(FloatType))}, not {dtype!r}",
     )
     target = refuse_existing(target, overwrite, [source])
-    info = open_folder(source)
+    info = open_folder(resolve_model(source))
     if info.form not in ("gptq", "nf4"):
-        raise FolderError(
-            f"{source} is a {info.form} folder; give a GPTQ or NF4 folder to dequantize"
-        )
+        raise FolderError(f"{source} is {info.kind}; give a GPTQ or NF4 folder to dequantize")
     require_readable(info)
     plain = plain_config(info.path)
     check_weights(info.path, plain)

@@ -30,7 +30,13 @@ from mistill.folders.folder import (
     read_config,
     read_json,
 )
-from mistill.folders.lineage import add_lineage, find_source, fingerprint, read_lineage
+from mistill.folders.lineage import (
+    add_lineage,
+    file_name,
+    find_source,
+    fingerprint,
+    read_lineage,
+)
 from mistill.folders.publishing import creating, refuse_existing, scratch_beside, write_atomically
 from mistill.folders.safetensors_file import read_header
 from mistill.pytorch.loading import (
@@ -42,6 +48,7 @@ from mistill.pytorch.loading import (
     stored_tensors,
 )
 from mistill.settings import require, settings_dict
+from mistill.sources.source import resolve_model
 from mistill.text.rows import Texts, check_texts
 from mistill.text.tokenizer_settings import TEMPLATE_FILE, read_template
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, read_quantization
@@ -105,7 +112,7 @@ def merge_lora(
         MissingExtraError: If peft is not installed.
     """
     target = refuse_existing(target, overwrite, [base, adapter])
-    info = open_folder(base)
+    info = open_folder(resolve_model(base))
     if info.form == "onnx":
         raise FolderError(f"{base} is an ONNX folder; merge into the folder it was exported from")
     require_readable(info)
@@ -152,7 +159,7 @@ def merge_lora(
             "orders": {name: asdict(one.fidelity) for name, one in measured.items()},
             **facts,
             "quantization": settings_dict(settings),
-            "float_base": str(original),
+            "float_base": file_name(original),
         }
         for name, one in measured.items():
             _log.info(
@@ -185,7 +192,7 @@ def _merge_to_floats(
     base_said = measured.pop("base")
     chosen, facts = better_way(measured, base_said, measured["dequantized"])
     figures = {name: asdict(one.fidelity) for name, one in measured.items()}
-    return ways[chosen], {"ways": figures, **facts, "float_base": str(original)}
+    return ways[chosen], {"ways": figures, **facts, "float_base": file_name(original)}
 
 
 def _check_adapter(adapter: Path, base: Path) -> None:
@@ -287,11 +294,9 @@ def _original(folder: Path, float_base: str | Path | None) -> Path:
                 "original as float_base"
             )
         float_base = source
-    info = open_folder(float_base)
+    info = open_folder(resolve_model(float_base))
     if info.form != "model":
-        raise FolderError(
-            f"{float_base} is a {info.form} folder; give a float folder as float_base"
-        )
+        raise FolderError(f"{float_base} is {info.kind}; give a float folder as float_base")
     return info.path
 
 

@@ -24,6 +24,7 @@ from mistill.folders.folder import AUTO_GPTQ_CONFIG, read_json, weight_files
 from mistill.folders.gptq_format import EMBEDDING, HEAD
 from mistill.folders.publishing import write_atomically
 from mistill.settings import require, settings_from
+from quantize.options import GptqOptions
 from quantize.settings import GptqSettings
 
 AUTO_GPTQ_NAMES = frozenset(
@@ -45,6 +46,16 @@ AUTO_GPTQ_NAMES = frozenset(
 )
 # Entries of such files about their model and its maker, which are no settings.
 _RECORDS = ("model_name_or_path", "meta", "method")
+
+
+class AutoGptqOptions(GptqOptions, total=False):
+    """Fields of ``GptqSettings``, and what AutoGPTQ calls some of them."""
+
+    sym: bool
+    desc_act: bool
+    static_groups: bool
+    act_group_aware: bool
+    mse: float
 
 
 def gptq_settings(source: Mapping[str, Any] | str | Path, **more: Any) -> GptqSettings:

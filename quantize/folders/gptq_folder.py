@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
@@ -46,6 +46,9 @@ from quantize.gptq.layers import quantize_head, quantize_layer
 from quantize.measuring.fidelity import FidelityCheck, open_check, report_entry
 from quantize.settings import GptqSettings
 
+if TYPE_CHECKING:
+    from quantize.folders.auto_gptq_names import AutoGptqOptions
+
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +83,7 @@ def to_gptq(
     settings: GptqSettings | None = None,
     backend: Backend = "mistill",
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[AutoGptqOptions],
 ) -> Path:
     """Quantize the layers of a model by GPTQ, calibrated on text.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ from quantize.gptq.rounding import round_weight
 from quantize.measuring.fidelity import open_check, report_entry
 from quantize.settings import RoundingSettings
 
+if TYPE_CHECKING:
+    from quantize.options import RoundingOptions
+
 
 def to_rounding(
     source: str | Path,
@@ -34,7 +37,7 @@ def to_rounding(
     teacher: str | Path | None = None,
     settings: RoundingSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[RoundingOptions],
 ) -> Path:
     """Round the layers of a model to the nearest codes, the baseline of GPTQ.
 

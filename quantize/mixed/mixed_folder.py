@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
@@ -38,6 +38,9 @@ from quantize.mixed.budget import Choice, fill_budget, fill_budget_alike
 from quantize.mixed.q4_k_m import q4_k_m_bytes
 from quantize.mixed.sensitivity import Costs, estimate_costs
 from quantize.settings import TABLE_BITS, BudgetSettings, GptqSettings, MixedSettings
+
+if TYPE_CHECKING:
+    from quantize.options import MixedOptions
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def to_mixed(
     teacher: str | Path | None = None,
     settings: MixedSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[MixedOptions],
 ) -> Path:
     """Quantize by GPTQ with bits and groups chosen for every matrix, within a size.
 

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from mistill.errors import ArchitectureError, FolderError
 from mistill.folders.folder import copy_companions, read_config, tensor_headers
@@ -28,6 +28,9 @@ from quantize.measuring.fidelity import open_check, report_entry
 from quantize.nf4.nf4_codec import BLOCK, encode_nf4
 from quantize.settings import Nf4Settings
 
+if TYPE_CHECKING:
+    from quantize.options import Nf4Options
+
 
 def to_nf4(
     source: str | Path,
@@ -37,7 +40,7 @@ def to_nf4(
     teacher: str | Path | None = None,
     settings: Nf4Settings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[Nf4Options],
 ) -> Path:
     """Store the layers of a model as 4-bit NormalFloat.
 

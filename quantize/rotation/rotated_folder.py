@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.float_model import FloatModel, open_float
 from quantize.rotation.hadamard import hadamard, random_rotation
 from quantize.settings import RotationSettings
+
+if TYPE_CHECKING:
+    from quantize.options import RotationOptions
 
 # The matrices of a layer that read hidden states, with the norm before them; and those that write.
 _READERS = {
@@ -51,7 +54,7 @@ def rotate(
     *,
     settings: RotationSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[RotationOptions],
 ) -> Path:
     """Write the same model with its hidden states rotated, ready to be quantized.
 

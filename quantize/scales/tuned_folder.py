@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
 from mistill.progress import track
 from mistill.pytorch.loading import load_pytorch, require_finite_weights, stored_tensors
 from mistill.settings import require, result_settings, settings_from
+from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
@@ -43,6 +44,8 @@ from quantize.settings import TuningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from quantize.options import TuningOptions
 
 # Positions whose logits exist at once, and steps between two states on disk.
 _ROWS_AT_ONCE = 128
@@ -61,7 +64,7 @@ def tune(
     held_out: Texts | None = None,
     settings: TuningSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[TuningOptions],
 ) -> Path:
     """Train the scales and norms of a GPTQ folder against a teacher.
 
@@ -94,9 +97,9 @@ def tune(
     check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
     if held_out is not None:
         check_texts(held_out, skip_bad_rows=settings.skip_bad_rows)
-    info = open_folder(source)
+    info = open_folder(resolve_model(source))
     if info.form != "gptq":
-        raise FolderError(f"{source} is a {info.form} folder; give a GPTQ folder to tune")
+        raise FolderError(f"{source} is {info.kind}; give a GPTQ folder to tune")
     teacher_info = open_teacher(teacher, info.path)
     longest = min(info.context_length, teacher_info.context_length)
     require(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
 
@@ -43,6 +43,8 @@ from quantize.settings import NAMES, GptqSettings, SweepSettings, Variant
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from quantize.options import SweepOptions
 
 SWEEP_FILE = "sweep.json"
 
@@ -120,7 +122,7 @@ def sweep(
     teacher: str | Path | None = None,
     settings: SweepSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> SweepReport:
     """Quantize a model in many ways, and measure each on held-out text.
 

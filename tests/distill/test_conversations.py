@@ -20,7 +20,6 @@ import pytest
 from distill import GenerateSettings, generate_conversations
 from distill import conversations as module
 from distill.conversations import Reply, write_replies
-from distill.reply_filter import most_repeats
 from mistill.engine.language_model import greedy
 from mistill.errors import (
     ContextError,
@@ -30,6 +29,7 @@ from mistill.errors import (
     TextError,
     VocabularyError,
 )
+from mistill.measures.repetition import most_repeats
 from mistill.text.conversation import prompt_share
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import export
 import mistill
 import quantize
+from mistill import compressing
 from mistill.errors import (
     FolderError,
     SettingsError,
@@ -93,6 +95,8 @@ def test_what_cannot_be_compressed_is_refused_before_anything_is_made(
         mistill.compress(tmp_path / "nowhere", target, texts=chats)
     with pytest.raises(SettingsError, match="takes at least"):
         mistill.compress(wide, target, texts=chats, held_out=chats, size_mb=0.01, **SMALL)
+    with pytest.raises(SettingsError, match="not both size_mb and tokens_per_second"):
+        mistill.compress(wide, target, texts=chats, size_mb=1, tokens_per_second=4)
     assert list(tmp_path.iterdir()) == []
     target.mkdir()
     with pytest.raises(TargetExistsError, match="exists already"):
@@ -138,3 +142,64 @@ def test_what_was_made_is_used_again_and_other_text_is_other_work(
         patched.setattr("quantize.to_mixed", interrupted, raising=False)  # must not be called again
         mistill.compress(wide, tmp_path / "chatbot", texts=texts, **options)
     assert {item.name for item in tmp_path.iterdir()} == {"texts.jsonl", "chatbot"}
+
+
+def test_a_speed_decides_the_size_and_the_lineage_tells_it(
+    wide: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[list[float]] = []
+
+    def timed(folders: Sequence[Path]) -> list[float]:
+        sizes.append([describe(folder).weight_bytes / 1e6 for folder in folders])
+        return [0.002, 0.004] if len(folders) == 2 else [0.0032]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressing, "_time_chatbots", timed)
+    options = {**SMALL, "tuning_steps": 0, "held_out": chats}
+    with monkeypatch.context() as patched:
+        patched.setattr("quantize.to_mixed", interrupted, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            mistill.compress(
+                wide, tmp_path / "chatbot", texts=chats, tokens_per_second=320, **options
+            )
+    chatbot = mistill.compress(
+        wide, tmp_path / "chatbot", texts=chats, tokens_per_second=320, **options
+    )
+    # The two that are timed are not made and timed again; the result is.
+    (small, large), (made,) = sizes
+    wanted = 1 / 320 / 1.05
+    predicted = small + (wanted - 0.002) / 0.002 * (large - small)
+    assert small < made <= predicted + 0.01
+    assert made > small + 0.5 * (predicted - small)
+    entry = read_lineage(chatbot)[-1]
+    assert entry["step"] == "export"
+    assert entry["tokens_per_second_wanted"] == 320
+    assert entry["tokens_per_second_predicted"] == pytest.approx(336, abs=0.01)
+    assert entry["tokens_per_second"] == 312.5
+    assert {item.name for item in tmp_path.iterdir()} == {"chatbot"}
+
+
+def test_a_speed_that_is_not_reached_after_all_is_said(
+    wide: Path,
+    chats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = iter([[0.002, 0.004], [0.005]])
+    monkeypatch.setattr(compressing, "_time_chatbots", lambda _: next(steps))
+    options = {**SMALL, "tuning_steps": 0, "held_out": chats, "tokens_per_second": 240.0}
+    mistill.compress(wide, tmp_path / "chatbot", texts=chats, **options)
+    assert "the chatbot writes 200 tokens a second, and not the 240" in caplog.text
+
+
+def test_a_speed_out_of_reach_is_refused_and_leaves_nothing(
+    wide: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressing, "_time_chatbots", lambda _: [0.002, 0.004])
+    options = {**SMALL, "held_out": chats, "tokens_per_second": 501}
+    with pytest.raises(SettingsError, match=r"MB in 4 bits, writes 500 a second here"):
+        mistill.compress(wide, tmp_path / "chatbot", texts=chats, **options)
+    assert list(tmp_path.iterdir()) == []

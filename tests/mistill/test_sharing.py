@@ -34,6 +34,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
             calls.append(("upload", options))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr("mistill.sharing.hub_answers", lambda: True)
     return calls
 
 
@@ -93,5 +94,6 @@ def test_a_failed_upload_is_one_line(made: Path, monkeypatch: pytest.MonkeyPatch
             raise OSError("no\nroute to host")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr("mistill.sharing.hub_answers", lambda: True)
     with pytest.raises(FolderError, match="sent to me/bot: no route to host; the same"):
         push(made, "me/bot", send=True)

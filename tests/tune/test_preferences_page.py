@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mistill.cli.app import main
-from tests.tiny import SENTENCES
+from tests.tiny import SENTENCES, tiny_model
 from tests.tune.pairs import pair_rows
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "preferences.md"
@@ -22,6 +22,7 @@ LESS = {
     "reinforce": "--steps 1 --batch-size 4 --samples 2 --max-length 100 --max-new-tokens 4 "
     "--keep last --held-out-prompts 2",
     "supervised": "--tokens 3000 --block-length 128 --batch-size 2 --learning-rate 5e-3",
+    "bench": "--new-tokens 4 --limit 2 --threads 1",
     "generate": "--max-new-tokens 40 --keep-unfinished --temperature 1.5 --top-p 1",
 }
 NUMBERS = {"--best-of": "4", "--without-prompts": "40"}
@@ -48,7 +49,8 @@ def test_every_command_of_the_page_runs(model, chats, tmp_path, monkeypatch):
         "".join(json.dumps({"prompt": text}) + "\n" for text in SENTENCES)
     )
     Path("schema.json").write_text('{"type": "object"}')
-    assert len(COMMANDS) >= 8
+    tiny_model(Path("judge-model"), seed=7, max_position_embeddings=2048)
+    assert len(COMMANDS) >= 9
     for command in COMMANDS:
         Path("pairs.jsonl").write_text(rows)
         # The page makes the same folder in several ways.

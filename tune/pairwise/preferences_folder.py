@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo
@@ -28,11 +28,15 @@ from mistill.training.processes import precision_of_its_own
 from tune.settings import PreferenceSettings
 from tune.trainers.library import require_trl
 from tune.trainers.opening import open_to_tune
+from tune.trainers.other_text import OtherText, check_other_text, read_other_text
+
+if TYPE_CHECKING:
+    from tune.options import PreferenceOptions
 
 _log = logging.getLogger(__name__)
 
 # Settings that decide how long a step takes and what is noted on the way, not what is learned.
-_SAME_RESULT = ("checkpoint_every", "gradient_checkpointing")
+_SAME_RESULT = ("checkpoint_every", "gradient_checkpointing", "other_tokens")
 # Tokens of held-out answers on which the divergence from the start is measured.
 _KL_TOKENS = 16_384
 # Nats that the log-probability of a better answer may lose without a warning.
@@ -45,9 +49,10 @@ def preferences(
     *,
     pairs: Texts,
     held_out: Texts | None = None,
+    other_texts: Texts | None = None,
     settings: PreferenceSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[PreferenceOptions],
 ) -> Path:
     """Teach a model which of two answers is better (DPO and its kin, KTO, ORPO), through TRL.
 
@@ -63,6 +68,8 @@ def preferences(
             ``tuning_report.json``.
         pairs: Pairs or rankings of answers; for the loss kto labelled answers too.
         held_out: The same to evaluate on; a share of the prompts of ``pairs`` if not given.
+        other_texts: Text that the model is not tuned on, by which the report says what it has
+            forgotten; the shipped ``@demo-held-out`` if not given.
         settings: The loss and how to train; or give its fields as keywords.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``PreferenceSettings``.
@@ -81,8 +88,10 @@ def preferences(
     settings = settings_from(PreferenceSettings, settings, options)
     target = refuse_existing(target, overwrite, [model])
     require_trl()
+    check_other_text(other_texts, settings)
     info, vocabulary = open_to_tune(model, target, (pairs, held_out), settings)
     learned, judged = _read(pairs, held_out, vocabulary, settings)
+    other = read_other_text(other_texts, vocabulary, info.context_length, settings)
     key = {
         "step": "preferences",
         "settings": result_settings(settings, *_SAME_RESULT),
@@ -96,6 +105,7 @@ def preferences(
         named = {
             "pairs": sources_of(pairs),
             "held_out": [] if held_out is None else sources_of(held_out),
+            "other_texts": [] if other_texts is None else sources_of(other_texts),
         }
         _tune(
             work,
@@ -104,6 +114,7 @@ def preferences(
             vocabulary,
             learned,
             judged,
+            other,
             settings,
             fingerprint(info.path),
             named,
@@ -145,6 +156,7 @@ def _tune(
     vocabulary: Vocabulary,
     learned: Any,
     judged: Any,
+    other: OtherText | None,
     settings: PreferenceSettings,
     model_fingerprint: str,
     named: dict[str, list[str]],
@@ -209,7 +221,9 @@ def _tune(
             f"and {last['loss']:.4f} after {run.steps} steps; lower learning_rate (now "
             f"{settings.peak_learning_rate:g}), raise beta or give more pairs"
         )
-    _finish(work, trainer, info, base, run, learned, judged, settings, named, model_fingerprint)
+    _finish(
+        work, trainer, info, base, run, learned, judged, other, settings, named, model_fingerprint
+    )
 
 
 def _finish(
@@ -220,6 +234,7 @@ def _finish(
     run: Any,
     learned: Any,
     judged: Any,
+    other: OtherText | None,
     settings: PreferenceSettings,
     named: dict[str, list[str]],
     model_fingerprint: str,
@@ -228,7 +243,7 @@ def _finish(
     from mistill.training.metrics import METRICS_FILE
     from tune.pairwise.figures import interval_of, length_figures
     from tune.pairwise.training import answers_of
-    from tune.trainers.moved import divergence_from_start
+    from tune.trainers.moved import divergence_from_start, forgetting
     from tune.trainers.tuned_folder import ADAPTER_FOLDER, write_adapter, write_merged, write_report
 
     before, after = run.judged[0], run.judged[run.kept_step]
@@ -245,6 +260,7 @@ def _finish(
         "kl": divergence_from_start(
             trainer.model, lambda: load_pytorch(info.path), answers_of(judged), _KL_TOKENS
         ),
+        "other_text": forgetting(trainer.model, lambda: load_pytorch(info.path), other),
         "reference": {"model": model_fingerprint, "pairs": digest_of(learned)},
         "steps": run.steps,
         "kept_step": run.kept_step,
@@ -269,6 +285,7 @@ def _finish(
         before=before,
         after=after,
         kl=report["kl"],
+        other_text=report["other_text"],
         steps=run.steps,
         kept_step=run.kept_step,
         steps_done_again=run.again,

@@ -14,7 +14,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import TextError, TrainingError
 from mistill.folders.folder import FolderInfo
@@ -30,10 +30,14 @@ from mistill.training.processes import precision_of_its_own
 from tune.settings import ReinforceSettings
 from tune.trainers.library import require_trl
 from tune.trainers.opening import open_to_tune
+from tune.trainers.other_text import OtherText, check_other_text, read_other_text
+
+if TYPE_CHECKING:
+    from tune.options import ReinforceOptions
 
 _log = logging.getLogger(__name__)
 
-_SAME_RESULT = ("checkpoint_every", "gradient_checkpointing")
+_SAME_RESULT = ("checkpoint_every", "gradient_checkpointing", "other_tokens")
 # Shares above which the run is warned of.
 _MANY_ALIKE, _MANY_CUT = 0.5, 0.3
 
@@ -45,9 +49,10 @@ def reinforce(
     prompts: Texts,
     reward: str | Path | RewardFunction | None = None,
     held_out: Texts | None = None,
+    other_texts: Texts | None = None,
     settings: ReinforceSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[ReinforceOptions],
 ) -> Path:
     """Let a model learn from a judge of its own answers (GRPO or RLOO), through TRL.
 
@@ -63,6 +68,8 @@ def reinforce(
         reward: The folder of a reward model, or a function that is called with the turns of a
             prompt, an answer and the other columns of the row, and gives a number.
         held_out: Prompts to evaluate on; a share of ``prompts`` if not given.
+        other_texts: Text that the model is not tuned on, by which the report says what it has
+            forgotten; the shipped ``@demo-held-out`` if not given.
         settings: The method, another judge, and how to train; or give its fields as keywords.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``ReinforceSettings``.
@@ -90,10 +97,12 @@ def reinforce(
         pattern=settings.pattern,
         function=settings.function,
     )
+    check_other_text(other_texts, settings)
     info, vocabulary = open_to_tune(model, target, (prompts, held_out), settings)
     require(bool(vocabulary.end_ids), f"{model} has no token that ends a reply")
     judge = opened()
     learned, judged = _read(prompts, held_out, judge, vocabulary, settings)
+    other = read_other_text(other_texts, vocabulary, info.context_length, settings)
     key = {
         "step": "reinforce",
         "settings": result_settings(settings, *_SAME_RESULT),
@@ -105,7 +114,7 @@ def reinforce(
     }
     base = name_of_base(model, info.path)
     with precision_of_its_own(), working(target, key, anew=overwrite) as work:
-        facts = _train(work, info, base, vocabulary, learned, judged, judge, settings)
+        facts = _train(work, info, base, vocabulary, learned, judged, other, judge, settings)
         add_lineage(
             work / "result",
             step="reinforce",
@@ -113,6 +122,7 @@ def reinforce(
             source=info.path,
             prompts=sources_of(prompts),
             held_out=[] if held_out is None else sources_of(held_out),
+            other_texts=[] if other_texts is None else sources_of(other_texts),
             judge=judge.name if folder_of_judge is None else str(folder_of_judge),
             judge_fingerprint=None if folder_of_judge is None else fingerprint(folder_of_judge),
             **facts,
@@ -203,6 +213,7 @@ def _train(
     vocabulary: Vocabulary,
     learned: Numbered,
     judged: Numbered,
+    other: OtherText | None,
     judge: Judge,
     settings: ReinforceSettings,
 ) -> dict[str, Any]:
@@ -212,6 +223,7 @@ def _train(
     from mistill.pytorch.loading import load_pytorch
     from mistill.training.metrics import METRICS_FILE
     from tune.policy.training import Prompts, policy_figures, policy_trainer
+    from tune.trainers.moved import forgetting
     from tune.trainers.running import (
         between_evaluations,
         emptied,
@@ -286,6 +298,7 @@ def _train(
         "before": run.judged[0],
         "after": run.judged[run.kept_step],
         "kl_from_start": means.get("last kl_from_start"),
+        "other_text": forgetting(trainer.model, start_model, other),
         "groups_without_variance": means.get("frac_reward_zero_std"),
         "answers_cut_off": means.get("completions/clipped_ratio"),
         "steps": run.steps,
@@ -302,7 +315,10 @@ def _train(
     write_merged(trainer.model, info.path, result)
     shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
     write_report(result, report)
-    told = ("before", "after", "kl_from_start", "steps", "kept_step", "steps_done_again", "stopped")
+    told = (
+        *("before", "after", "kl_from_start", "other_text"),
+        *("steps", "kept_step", "steps_done_again", "stopped"),
+    )
     return {name: report[name] for name in told}
 
 

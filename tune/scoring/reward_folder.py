@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo, copy_companions
@@ -27,6 +27,9 @@ from mistill.training.processes import precision_of_its_own
 from tune.settings import RewardSettings
 from tune.trainers.library import require_trl
 from tune.trainers.opening import open_to_tune
+
+if TYPE_CHECKING:
+    from tune.options import RewardOptions
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ def reward(
     held_out: Texts | None = None,
     settings: RewardSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[RewardOptions],
 ) -> Path:
     """Train a reward model on pairs or rankings of answers, through TRL.
 

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.measures.kl import Predictions, both_ways, next_token_losses, predict
-from mistill.measures.significance import of_mean
-from mistill.measures.uncertainty import Samples, mean_of
+from tune.trainers.moved import OnText
 
 if TYPE_CHECKING:
     import torch
@@ -23,22 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What a model says of held-out text, and after held-out prompts.
+    """What a model says of held-out text and of other text, and after held-out prompts.
 
     Attributes:
-        predictions: On the held-out text.
-        losses: -log p(next token) there, an array for every block.
+        held_out: On the held-out text.
+        other: On text that it is not tuned on; None where there is none.
         replies: Greedy replies to the prompts.
     """
 
-    predictions: Predictions
-    losses: Samples
+    held_out: OnText
+    other: OnText | None
     replies: list[str]
 
     @property
     def cross_entropy(self) -> float:
-        """Mean over the kept tokens, in nats."""
-        return mean_of(self.losses)
+        """Of the held-out text, mean over the kept tokens, in nats."""
+        return self.held_out.cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +55,8 @@ class TuningReport:
         merges: Cross-entropies of the ways to merge an adapter, where there is a choice.
         merged_into: The one that was taken: float, or dequantized.
         kl: How far the two are apart, from ``mistill.measures.kl.both_ways``.
+        other_text: What has been forgotten: ``before``, ``after``, ``change`` and ``kl`` on text
+            that the model was not tuned on, and its names; None where none was read.
         entries: Entries of the matrices that were trained.
         entries_moved: Share of them with another value than before.
         rows: Rows of text that were read.
@@ -74,6 +74,7 @@ class TuningReport:
     merges: Mapping[str, float]
     merged_into: str | None
     kl: Mapping[str, float | int | None]
+    other_text: Mapping[str, Any] | None
     entries: int
     entries_moved: float
     rows: int
@@ -85,6 +86,7 @@ class TuningReport:
 def look_at(
     folder: Path,
     blocks: TokenBlocks,
+    other: TokenBlocks | None,
     prompts: Sequence[Sequence[int]],
     vocabulary: Vocabulary,
     *,
@@ -97,6 +99,7 @@ def look_at(
     Args:
         folder: A float or NF4 folder.
         blocks: Held-out text.
+        other: Text that the model is not tuned on; None for none.
         prompts: Token ids to reply to.
         vocabulary: Of the model.
         reply_tokens: Most tokens of a reply.
@@ -112,12 +115,13 @@ def look_at(
     model: Any = running.model
     if model.device != device:
         model.to(device)
-    predictions = predict(model, blocks)
+    held_out = OnText.of(model, blocks)
+    on_other = None if other is None else OnText.of(model, other)
     room = running.context_length - 1
     replies = [
         _reply(running, prompt[-room:], vocabulary, min(reply_tokens, room)) for prompt in prompts
     ]
-    return Look(predictions, next_token_losses(predictions, blocks), replies)
+    return Look(held_out, on_other, replies)
 
 
 def _reply(running: Any, prompt: Sequence[int], vocabulary: Vocabulary, most: int) -> str:
@@ -129,24 +133,3 @@ def _reply(running: Any, prompt: Sequence[int], vocabulary: Vocabulary, most: in
         if len(written) >= most:
             break
     return vocabulary.decode(written)
-
-
-def comparison(base: Look, tuned: Look, blocks: TokenBlocks) -> dict[str, Any]:
-    """The figures of a report that come from two models and a text.
-
-    Args:
-        base: The model that came.
-        tuned: The model that was made.
-        blocks: The held-out text.
-
-    Returns:
-        Fields of ``TuningReport``.
-    """
-    shift = of_mean(base.losses, tuned.losses)
-    return {
-        "before": {"cross_entropy": base.cross_entropy},
-        "after": {"cross_entropy": tuned.cross_entropy},
-        "change": tuned.cross_entropy - base.cross_entropy,
-        "change_standard_error": None if shift is None else shift.error,
-        "kl": both_ways(tuned.predictions, base.predictions, blocks),
-    }

@@ -18,6 +18,7 @@ from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo, copy_companions
 from tune.settings import SupervisedSettings
 from tune.supervision.reading import Reading
+from tune.trainers.other_text import OtherText
 from tune.trainers.tuned_folder import ADAPTER_FOLDER, write_report
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def gather_result(
     progress: TrainingProgress[HeldOut],
     info: FolderInfo,
     reading: Reading,
+    other: OtherText | None,
     vocabulary: Vocabulary,
     settings: SupervisedSettings,
     state: PartialState,
@@ -52,6 +54,7 @@ def gather_result(
         progress: Its end.
         info: The model that came.
         reading: The text.
+        other: Text that the model is not tuned on; None for none.
         vocabulary: The model's.
         settings: How it was tuned.
         state: Knows the processes and the device.
@@ -68,7 +71,8 @@ def gather_result(
     from mistill.training.loop import best_model
     from mistill.training.metrics import METRICS_FILE
     from tune.supervision.merged_folder import moved_entries
-    from tune.supervision.report import TuningReport, comparison, look_at
+    from tune.supervision.report import TuningReport, look_at
+    from tune.trainers.moved import comparison, on_other_text
 
     result, best = work / "result", best_model(work, progress.best_step)
     on_gpu = state.device.type != "cpu" and settings.precision != "float32"
@@ -79,6 +83,7 @@ def gather_result(
         return look_at(
             folder,
             reading.judged,
+            None if other is None else other.blocks,
             reading.prompts,
             vocabulary,
             reply_tokens=settings.reply_tokens,
@@ -108,8 +113,13 @@ def gather_result(
     names = None if adapters is None else {f"{name}.weight" for name in adapters}
     moved, entries = moved_entries(info, result, names)
     merges = {name: one.cross_entropy for name, one in looks.items()} if adapters else {}
+    tuned = looks[chosen]
+    other_text = None
+    if other is not None and base.other is not None and tuned.other is not None:
+        other_text = on_other_text(base.other, tuned.other, other)
     report = TuningReport(
-        **comparison(base, looks[chosen], reading.judged),
+        **comparison(base.held_out, tuned.held_out, reading.judged),
+        other_text=other_text,
         trained_before=progress.before.cross_entropy,
         trained_after=progress.best.cross_entropy,
         merges=merges,
@@ -122,7 +132,7 @@ def gather_result(
         replies=[
             {"prompt": vocabulary.decode(prompt), "before": before, "after": after}
             for prompt, before, after in zip(
-                reading.prompts, base.replies, looks[chosen].replies, strict=True
+                reading.prompts, base.replies, tuned.replies, strict=True
             )
         ],
     )
@@ -133,6 +143,7 @@ def gather_result(
         "merges": merges,
         "merged_into": report.merged_into,
         "kl": report.kl,
+        "other_text": other_text,
         "steps": progress.step,
         "kept_step": progress.best_step,
         "tokens": progress.tokens,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import ArchitectureError, FolderError, SettingsError, TrainingError
 from mistill.folders.folder import FolderInfo, open_folder
@@ -24,6 +24,7 @@ from mistill.training.together import keeping_the_best, working_together
 from tune.settings import SupervisedSettings
 from tune.supervision.reading import Reading, read_texts
 from tune.supervision.result_folder import gather_result
+from tune.trainers.other_text import check_other_text, read_other_text
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mistill.training.progress import TrainingProgress
+    from tune.options import SupervisedOptions
     from tune.supervision.trainer import HeldOut
 
 _log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ _SAME_RESULT = (
     "gradient_checkpointing",
     "loss_memory_mib",
     "micro_batch_size",
+    "other_tokens",
     "replies",
     "reply_tokens",
     "trackers",
@@ -58,9 +61,10 @@ def supervised(
     *,
     texts: Texts,
     held_out: Texts | None = None,
+    other_texts: Texts | None = None,
     settings: SupervisedSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[SupervisedOptions],
 ) -> Path:
     """Tune a model on conversations: it learns to write what the assistant writes in them.
 
@@ -83,6 +87,8 @@ def supervised(
             if asked for, ``tensorboard/``.
         texts: Conversations to learn from; of plain text every token counts.
         held_out: Text to judge on; part of ``texts``, by prompt, if not given.
+        other_texts: Text that the model is not tuned on, by which the report says what it has
+            forgotten; the shipped ``@demo-held-out`` if not given.
         settings: How to tune; or give its fields as keywords.
         overwrite: Whether an existing target is replaced.
         **options: Fields of ``SupervisedSettings``.
@@ -104,6 +110,7 @@ def supervised(
     for given in (texts, held_out):
         if given is not None:
             check_texts(given, skip_bad_rows=settings.skip_bad_rows)
+    check_other_text(other_texts, settings)
     info = _open_model(model, settings)
     require(
         settings.block_length <= info.context_length,
@@ -112,6 +119,7 @@ def supervised(
     )
     vocabulary = load_vocabulary(info.path, today=begun_on(target))
     reading = read_texts(texts, held_out, vocabulary, settings)
+    other = read_other_text(other_texts, vocabulary, info.context_length, settings)
 
     from mistill.training.processes import this_process
 
@@ -130,7 +138,9 @@ def supervised(
             if progress.best_step == 0:
                 raise TrainingError(_complaint(progress, settings))
             if state.is_main_process:
-                facts = gather_result(work, progress, info, reading, vocabulary, settings, state)
+                facts = gather_result(
+                    work, progress, info, reading, other, vocabulary, settings, state
+                )
         if state.is_main_process:
             add_lineage(
                 work / "result",
@@ -139,6 +149,7 @@ def supervised(
                 source=info.path,
                 texts=list(sources_of(texts)),
                 held_out=[] if held_out is None else list(sources_of(held_out)),
+                other_texts=[] if other_texts is None else list(sources_of(other_texts)),
                 **facts,
             )
             publish(work, target, overwrite)

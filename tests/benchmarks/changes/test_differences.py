@@ -23,6 +23,7 @@ from benchmarks.figures.fidelity import Fidelity
 from benchmarks.figures.latency import Latency, Turn
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.figures.perplexity import Perplexity
+from benchmarks.figures.replies import Replies
 from benchmarks.report.report import Report
 from benchmarks.settings import DiffSettings
 from mistill.cli.app import main
@@ -239,7 +240,8 @@ def with_texts_of_its_own(comparison: Report, whole: str, questions: str) -> Rep
         answer_bytes=((1, 1),) * 3,
         right=(0, 0, 1),
     )
-    return changed(comparison, "chatbot-4", quoted=(quoted,), answers=answers)
+    replies = Replies(fingerprint=questions, texts=("a b a b a b", "c d e f"), ended=(True, True))
+    return changed(comparison, "chatbot-4", quoted=(quoted,), answers=answers, replies=replies)
 
 
 def test_what_is_read_besides_the_scored_text_is_compared_where_it_is_the_same(
@@ -249,7 +251,7 @@ def test_what_is_read_besides_the_scored_text_is_compared_where_it_is_the_same(
     other = replace(old, text=replace(old.text, fingerprint="1e" * 32))
     own = with_texts_of_its_own(comparison, "longer", "others")
 
-    for key in ("perplexity_gptq", "smoke_accuracy"):
+    for key in ("perplexity_gptq", "smoke_accuracy", "distinct_3"):
         assert found_of(diff(old, other), "chatbot-4", key).reason == "equal"
         found = found_of(diff(old, own), "chatbot-4", key)
         assert (found.verdict, found.reason) == ("unknown", "it was measured on another text")

@@ -16,6 +16,7 @@ from benchmarks.figures.fidelity import divergences
 from benchmarks.measure import measuring
 from benchmarks.measure.child import Worker
 from benchmarks.measure.measuring import compare
+from benchmarks.measure.questions import read_everyday_prompts
 from benchmarks.measure.subjects import short_names
 from benchmarks.report.report import Report
 from benchmarks.settings import BenchSettings
@@ -38,7 +39,16 @@ QUICK: dict[str, Any] = {
     "new_tokens": 4,
     "context_length": 256,
 }
-ASKED: dict[str, Any] = {"sample_prompts": ("Hi",), "sample_models": ("model",), "sample_tokens": 6}
+ASKED: dict[str, Any] = {
+    "sample_prompts": ("Hi",),
+    "sample_models": ("model",),
+    "sample_tokens": 6,
+    "tasks": True,
+    "task_models": ("model",),
+    "replies": True,
+    "reply_models": ("model",),
+    "reply_tokens": 6,
+}
 
 
 class Neighbour:
@@ -62,7 +72,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     log: list[tuple[str, str]] = []
 
     @contextmanager
-    def start(folders: Sequence[Path], threads: int) -> Iterator[list[Neighbour]]:
+    def start(folders: Sequence[Path], threads: int, provider: str) -> Iterator[list[Neighbour]]:
         yield [Neighbour(folder, log) for folder in folders]
 
     monkeypatch.setattr(measuring, "start_children", start)
@@ -144,9 +154,42 @@ def test_the_samples_are_what_a_chatbot_says(comparison: Report, model: Path):
     assert comparison.samples["Hi"]["model"].removesuffix(" \u2026") == said
 
 
-def test_a_sample_of_a_model_that_is_not_compared_is_refused(model: Path, chats: Path):
-    with pytest.raises(SettingsError, match="sample_models names nobody"):
-        compare(model, texts=chats, sample_prompts=("Hi",), sample_models=("nobody",), **QUICK)
+def test_the_everyday_replies_are_what_a_chatbot_says(comparison: Report, model: Path):
+    replies = comparison["model"].replies
+    assert replies is not None
+    prompts = read_everyday_prompts()
+    bot = ChatBot(model, temperature=0, max_new_tokens=6)
+    assert len(replies.texts) == len(replies.ended) == len(prompts)
+    for place in (0, 7):
+        assert replies.texts[place] == "".join(bot.reply(prompts[place])).strip()
+        assert replies.ended[place] == (bot.last_ending != "max_new_tokens")
+        bot.reset()
+    assert comparison["teacher"].replies is None
+
+
+def test_only_the_models_that_are_named_answer_the_questions(comparison: Report):
+    answers = comparison["model"].answers
+    assert answers is not None
+    assert len(answers.right) == 120
+    assert comparison["teacher"].answers is None
+
+
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [
+        ("sample_models", {"sample_prompts": ("Hi",)}),
+        ("task_models", {"tasks": True}),
+        ("reply_models", {"replies": True}),
+    ],
+)
+def test_a_model_that_is_not_compared_cannot_be_asked(
+    names: str, asked: dict[str, Any], model: Path, chats: Path
+):
+    nobody: dict[str, Any] = {names: ("nobody",)}
+    with pytest.raises(SettingsError, match=f"{names} names nobody"):
+        compare(model, texts=chats, **asked, **nobody, **QUICK)
+    with pytest.raises(SettingsError, match=f"{names} names models, and nothing is asked"):
+        BenchSettings(**nobody)
 
 
 def test_a_real_comparison_survives_the_round_trip(comparison: Report):

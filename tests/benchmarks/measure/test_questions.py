@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from benchmarks.measure.questions import (
     encode_pair,
     prompt_and_answers,
     questions_fingerprint,
+    read_everyday_prompts,
     read_questions,
 )
 from benchmarks.report.report import Report
+from distill.reply_filter import without_spelling
 from mistill.text.vocabulary import load_vocabulary
 
 
@@ -77,6 +80,17 @@ def test_the_choice_is_the_most_probable_answer_for_each_byte() -> None:
     assert found.outcomes() == (True,)
     assert found.outcomes(normalized=False) == (False,)
     assert found.accuracy == 1.0
+
+
+def test_no_student_has_seen_what_models_are_asked() -> None:
+    prompts = read_everyday_prompts()
+    assert len(set(prompts)) == 40
+    learnt = {
+        without_spelling(line)
+        for line in (files("mistill") / "data" / "demo-prompts.txt").read_text("utf-8").splitlines()
+    }
+    asked = {without_spelling(text) for text in (*prompts, *(q.text for q in read_questions()))}
+    assert not asked & learnt
 
 
 def test_answers_are_counted_by_kind() -> None:

@@ -468,7 +468,7 @@ def test_a_fresh_student_of_a_quantized_teacher_is_a_float_model(
         ({"layers": 0}, "layers must be at least 1, not 0"),
         (
             {"choose": "best"},
-            "choose must be influence, angular, greedy_kl, even or named, not 'best'",
+            "choose must be influence, angular, greedy_kl, healed, even or named, not 'best'",
         ),
         ({"choose": "named"}, "needs keep"),
         ({"keep": (0, 1)}, "choose asks for 'influence'"),
@@ -572,7 +572,7 @@ def test_layers_of_a_quantized_teacher_are_refused(tmp_path: Path) -> None:
     layout = GptqFormat(bits=4, group_size=16)
     edit_config(teacher, quantization_config=layout.to_config())
 
-    with pytest.raises(FolderError, match=r"is a gptq folder, .* give the float model"):
+    with pytest.raises(FolderError, match=r"is a GPTQ folder, .* give the float model"):
         new_student(teacher, tmp_path / "student", choose="even", layers=2)
     assert not (tmp_path / "student").exists()
 

@@ -96,7 +96,7 @@ def test_only_onnx_folders_are_saved_and_speculate(model: Path, tmp_path: Path) 
         bot.save(tmp_path / "kept")
     with pytest.raises(SettingsError, match="speculative decoding needs an ONNX folder"):
         ChatBot(model, model=opened, draft="lookup")
-    with pytest.raises(SettingsError, match=r"provider is for ONNX folders, .* is a model folder"):
+    with pytest.raises(SettingsError, match=r"provider is for ONNX folders, .* is a float folder"):
         ChatBot(model, provider="cuda")
 
 

@@ -184,6 +184,7 @@ def test_a_verbose_command_tells_its_settings_and_its_time(
     )
     assert "RoundingSettings: bits 4" in caplog.text
     assert re.search(r"took \d+\.\d s", caplog.text)
+    assert f"next: mistill export {tmp_path / 'told'} CHATBOT" in caplog.text
 
 
 def test_completion_is_installed_for_a_known_shell(
@@ -194,3 +195,23 @@ def test_completion_is_installed_for_a_known_shell(
     assert main(["--install-completion"]) == 0
     script = empty_home / ".local/share/bash-completion/completions/mistill"
     assert "quantize" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["distill", "a", "b", "--texts", "x", "--lr", "3"], "--lr. Here it is --learning-rate."),
+        (
+            ["quantize", "gptq", "a", "b", "--texts", "x", "--wbits=4"],
+            "--wbits. Here it is --bits.",
+        ),
+        (["export", "a", "b", "--prec", "int4"], "--prec. Did you mean --precision?"),
+        (["inspect", "a", "--lr", "3"], "Unknown option: --lr."),
+    ],
+)
+def test_an_option_of_another_tool_is_named_with_ours(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(said)

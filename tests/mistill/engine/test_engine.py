@@ -644,7 +644,7 @@ def test_a_choice_decides_what_is_read_next(chatbot: Path) -> None:
 
 
 def test_another_form_of_folder_is_refused(model: Path) -> None:
-    with pytest.raises(FolderError, match="is a model folder, not an ONNX folder"):
+    with pytest.raises(FolderError, match="is a float folder, not an ONNX folder"):
         OnnxModel(model)
 
 

@@ -76,6 +76,7 @@ def test_an_entry_names_the_settings_that_are_not_the_defaults():
 def test_no_path_of_the_machine_is_recorded_and_the_source_is_found_beside(model, tmp_path):
     source = Path(shutil.copytree(model, tmp_path / "one"))
     settings = {"texts": [str(tmp_path / "chats.jsonl"), "here.jsonl"], "file": "C:\\Users\\me\\x"}
+    settings["system"] = "/think first"
     with creating(tmp_path / "two") as partial:
         add_lineage(partial, step="step", settings=settings, source=source, seen={"at": tmp_path})
     assert str(tmp_path) not in (tmp_path / "two" / "lineage.json").read_text()
@@ -83,6 +84,7 @@ def test_no_path_of_the_machine_is_recorded_and_the_source_is_found_beside(model
     assert entry["source"] == "one"
     assert entry["settings"]["texts"] == ["chats.jsonl", "here.jsonl"]
     assert "Users" not in entry["settings"]["file"]
+    assert entry["settings"]["system"] == "/think first"
     assert find_source(tmp_path / "two", entry) == source
     moved = source.rename(tmp_path / "three")
     assert find_source(tmp_path / "two", entry) is None

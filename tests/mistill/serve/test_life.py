@@ -452,4 +452,4 @@ def test_a_server_runs_on_the_provider_it_is_given_or_not_at_all(
     with pytest.raises(MissingExtraError, match="has no CUDAExecutionProvider here"):
         serve(chatbot, provider="cuda", port=0)
     with pytest.raises(SettingsError, match=r"provider must be cpu, cuda, .* or directml"):
-        serve(chatbot, provider="gpu", port=0)
+        serve(chatbot, provider="gpu", port=0)  # type: ignore[arg-type]

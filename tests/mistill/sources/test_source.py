@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import export
+from mistill.cli.app import main
 from mistill.errors import (
     ArchitectureError,
     FolderError,
@@ -407,6 +409,7 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     refs = cache / "models--owner--name" / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", str(cache))
     monkeypatch.chdir(tmp_path)
@@ -417,6 +420,32 @@ def test_a_hub_model_that_was_downloaded_is_found_without_a_network(hub: Path):
     folder = resolve_model("owner/name")
     assert folder.samefile(hub)
     assert open_folder(folder).vocabulary_size == 384
+
+
+def test_a_chatbot_of_the_hub_is_fetched_with_its_graph(
+    hub: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return str(hub)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    resolve_model("owner/name")
+    shutil.rmtree(hub)
+    export.to_onnx(model, hub, parity_positions=0)
+    assert resolve_model("owner/name") == hub
+    graph = {"model.onnx", "model.onnx.data*"}
+    assert [graph <= set(patterns) for patterns in asked] == [False, True]
+    for command in (
+        ["inspect", "owner/name"],
+        ["chat", "owner/name", "--max-new-tokens", "2", "Hello"],
+        ["eval", "owner/name", "--limit", "1"],
+    ):
+        assert main(command) == 0
+    assert main(["quantize", "dequantize", "owner/name", str(tmp_path / "x")]) == 2
+    assert "owner/name is an ONNX folder" in capsys.readouterr().err
 
 
 def test_a_hub_model_that_asks_to_run_its_own_code_is_refused_before_its_weights(

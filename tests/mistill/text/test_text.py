@@ -557,6 +557,7 @@ def test_a_dataset_of_the_hub_is_streamed(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("mistill.text.rows.hub_answers", lambda: True)
     assert only(name, chatml).ids.tolist() == chatml.encode("from the Hub")
     assert asked == [(*expected, True)]
 
@@ -567,6 +568,10 @@ def test_what_the_hub_refuses_is_told_in_a_line(
     from datasets.exceptions import DatasetNotFoundError
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mistill.text.rows.hub_answers", lambda: False)
+    with pytest.raises(TextError, match="no file owner/name, and the Hub cannot be reached"):
+        read_documents("owner/name", chatml)
+    monkeypatch.setattr("mistill.text.rows.hub_answers", lambda: True)
     for error, message in (
         (DatasetNotFoundError("no"), "no dataset of that name on the Hub"),
         (ValueError("Config name is missing.\nPick one of: ['a', 'b']"), r"missing\. Pick one of"),

@@ -159,7 +159,7 @@ def test_a_conversion_to_nothing_else_is_refused(
 def test_a_float_folder_and_one_that_contradicts_itself_are_refused(
     model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(FolderError, match="is a model folder"):
+    with pytest.raises(FolderError, match="is a float folder"):
         convert(model, tmp_path / "there", to="gptq")
     source, _ = simple_folder(tmp_path / "source", SKEWED, "gptq", intermediate_size=512)
     config = json.loads((source / "config.json").read_text())

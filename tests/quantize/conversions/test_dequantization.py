@@ -101,7 +101,7 @@ def test_the_zero_biases_of_autogptq_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_float_folder_and_an_unknown_type_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(FolderError, match="is a model folder; give a GPTQ or NF4 folder"):
+    with pytest.raises(FolderError, match="is a float folder; give a GPTQ or NF4 folder"):
         dequantize(model, tmp_path / "float")
     with pytest.raises(SettingsError, match="dtype must be one of float32"):
         dequantize(model, tmp_path / "float", dtype="float8")  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ def test_it_can_be_quantized_like_any_other(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "source")
     with pytest.raises(SettingsError, match="dtype must be float32, float16 or bfloat16"):
-        quantize.rotate(source, tmp_path / "out", dtype="int8")
+        quantize.rotate(source, tmp_path / "out", dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="seed must be at least 0"):
         quantize.rotate(source, tmp_path / "out", seed=-1)
     small = quantize.to_rounding(source, tmp_path / "small", group_size=32)

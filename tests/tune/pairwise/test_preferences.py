@@ -104,11 +104,11 @@ def test_the_folder_holds_its_base_s_companions_and_one_adapter(tuned, model):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    assert not list(tuned.rglob("*.md"))
+    assert list(tuned.rglob("*.md")) == [tuned / "README.md"], "the adapter has a card of peft's"
     assert sorted(item.name for item in tuned.iterdir()) == sorted(
         [
             *(*COMPANIONS, "adapter", "lineage.json", "metrics.jsonl", "model.safetensors"),
-            "tuning_report.json",
+            *("tuning_report.json", "README.md"),
         ]
     )
 

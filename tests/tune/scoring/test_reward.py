@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import tune
+from mistill.cli.app import main
 from mistill.errors import FolderError, SettingsError, TrainingError
 from mistill.preferences.reading import read_pairs
 from mistill.preferences.tokens import pair_tokens
@@ -224,7 +226,7 @@ def test_other_folders_are_no_reward_models(model, judge, tmp_path):
 
 
 def test_a_reward_model_is_no_language_model(judge, pairs, tmp_path):
-    with pytest.raises(FolderError, match=r"score\.weight"):
+    with pytest.raises(FolderError, match="is a reward model, which scores conversations"):
         tune.preferences(judge, tmp_path / "out", pairs=pairs, max_length=200)
 
 
@@ -239,3 +241,70 @@ def test_a_reward_model_is_no_language_model(judge, pairs, tmp_path):
 def test_settings_that_cannot_be_learned_with_are_refused(options, words):
     with pytest.raises(SettingsError, match=words):
         RewardSettings(**options)
+
+
+# --- where a language model is wanted -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "chat {judge} Hello",
+        "export {judge} out",
+        "gguf {judge} out.gguf",
+        "quantize rounding {judge} out",
+        "quantize nf4 {judge} out",
+        "quantize gptq {judge} out --texts {chats}",
+        "student {judge} out --layers 1 --texts {chats}",
+        "distill {model} out --teacher {judge} --texts {chats}",
+        "generate {judge} {chats} out.jsonl",
+        "teacher {judge} out",
+        "tune supervised {judge} out --texts {chats}",
+        "tune reward {judge} out --pairs {pairs}",
+        "eval {judge}",
+        "bench {judge} --texts {chats}",
+        "bench judge {judge} {model} --judge {model} --prompts {chats}",
+        "compress {judge} out --texts {chats}",
+    ],
+    ids=lambda command: command.partition(" {")[0],
+)
+def test_a_command_that_wants_a_language_model_refuses_a_reward_model_by_name(
+    command, judge, model, chats, pairs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"judge": judge, "model": model, "chats": chats, "pairs": pairs}
+    assert main([word.format(**places) for word in command.split()]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "is a reward model, which scores conversations and writes no text; give" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_says_what_a_reward_model_is_and_how_often_it_is_right(judge, model, capsys):
+    assert main(["inspect", str(judge), "--json"]) == 0
+    said = capsys.readouterr().out
+    assert "scores a conversation with one number, and writes nothing" in " ".join(said.split())
+    report = report_of(judge)
+    found = json.loads(said.splitlines()[-1])["reward"]
+    assert found == {
+        "rows": report["rows"],
+        "after": {"accuracy": report["after"]["accuracy"]},
+        "accuracy_interval": report["accuracy_interval"],
+        "longer_wins": report["longer_wins"],
+    }
+    assert "36 pairs" in said
+    assert "of 4 held-out pairs" in " ".join(said.split())
+    assert main(["inspect", str(model), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reward"] is None
+
+
+def test_inspect_takes_a_reward_model_of_somebody_else_and_tells_a_damaged_report(
+    judge, tmp_path, capsys
+):
+    other = shutil.copytree(judge, tmp_path / "other")
+    (other / "tuning_report.json").unlink()
+    assert main(["inspect", str(other), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reward"] == {}
+    (other / "tuning_report.json").write_text('{"rows": {"learned": 3, "held_out": "many"}}')
+    assert main(["inspect", str(other), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
+    assert "held_out" in problem

@@ -1,4 +1,4 @@
-"""The model card of an ONNX folder: what it says, and that nobody's own is replaced."""
+"""The model card of a folder: what it says, and that nobody's own is replaced."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 import export
-from export.runtimes import model_card
-from export.runtimes.model_card import base_model
+import quantize
 from mistill.errors import FolderError
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.model_card import BaseModel, base_model, relation
+from mistill.folders.ownership import why_not_ours
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_card_says_what_was_made_of_what_and_what_was_measured(chatbot: Path
     assert "license" not in metadata
     assert "licence is that of owner/large-7b" in text
     assert "| distill | tokens `5000`, texts `chats.jsonl` |" in text
-    assert "was 1.250 nats before and 0.500 after" in text
+    assert "| distill | KL to the teacher, nats | 1.2500 | 0.5000 |" in text
     parity = json.loads((chatbot / "manifest.json").read_text())["parity"]
     assert f"a KL of {parity['mean_kl']:.4f} nats" in text
     assert 'mistill chat bot "What' in text
@@ -58,26 +59,46 @@ def test_the_card_says_what_was_made_of_what_and_what_was_measured(chatbot: Path
 
 
 @pytest.mark.parametrize(
-    ("step", "relation"),
+    ("step", "expected"),
     [
         ("supervised", "finetune"),
         ("heal", "finetune"),
         ("tune", "quantized"),
         ("gptq", "quantized"),
+        ("teacher", None),
     ],
 )
-def test_only_what_learnt_is_called_a_finetune(step: str, relation: str) -> None:
+def test_only_what_learnt_is_called_a_finetune(step: str, expected: str | None) -> None:
     steps = [
         {"step": "teacher", "settings": {"source": "@smollm2"}},
         {"step": step, "settings": {}},
     ]
-    assert f"base_model_relation: {relation}\n" in model_card._metadata(steps)
+    assert relation(steps) == expected
 
 
 def test_the_embedded_teacher_is_known_with_its_licence() -> None:
     steps = [{"step": "teacher", "settings": {"source": "@smollm2"}}]
-    assert base_model(steps) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
-    assert base_model([{"step": "teacher", "settings": {"source": "folder"}}]) == (None, None)
+    assert base_model(steps) == BaseModel(
+        name="HuggingFaceTB/SmolLM2-135M-Instruct", licence="apache-2.0", language="en"
+    )
+    assert base_model([{"step": "teacher", "settings": {"source": "folder"}}]) == BaseModel()
+
+
+def test_every_model_folder_has_a_card_that_names_what_reads_it(
+    model: Path, tmp_path: Path
+) -> None:
+    small = quantize.to_rounding(model, tmp_path / "small", group_size=32)
+    text = (small / "README.md").read_text("utf-8")
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert "# small\n" in text
+    assert "mistill export small chatbot" in text
+    assert "transformers and gptqmodel read it" in text
+    assert "| rounding | group_size `32` |" in text
+    assert why_not_ours(small) is None
+    quantize.to_rounding(model, small, group_size=64, overwrite=True)
+    assert "group_size `64`" in (small / "README.md").read_text("utf-8")
 
 
 def test_a_card_that_was_changed_is_kept_and_changes_nothing_else(
@@ -101,3 +122,14 @@ def test_settings_cannot_break_the_table(model: Path, tmp_path: Path) -> None:
     add_lineage(source, step="student", settings={"how": "a | b\nc"}, source=None)
     text = (export.to_onnx(source, tmp_path / "b", parity_positions=0) / "README.md").read_text()
     assert "| student | how `a / b c` |" in text
+
+
+def test_a_folder_for_the_browser_names_the_library_that_opens_it(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = export.to_onnx(model, tmp_path / "web", layout="transformersjs", parity_positions=0)
+    text = (folder / "README.md").read_text("utf-8")
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["library_name"] == "transformers.js"
+    assert "pipeline('text-generation', 'web')" in text
+    assert f"layers of width {open_folder(model).hidden_size}" in text

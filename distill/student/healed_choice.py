@@ -1,0 +1,241 @@
+"""Which layers can go, by what is left of their absence once the student is healed.
+
+Healing (``distill/healing/walk.py``) refits the output matrices of every layer that is kept, so the
+layers that can best go are not those that change the text least, but those whose work the others
+can take over. How well they can falls out of the fit: with the factor of one matrix of inputs, the
+change of ``down_proj`` that jumps over no, one, two ... layers behind it is one solution each, and
+what it misses of the teacher's hidden states is known before anything is cut.
+
+The choice is a shortest path. A state (d, k) is the student's hidden states in front of the
+teacher's layer d, with k of the layers before it gone and all that are kept healed one after
+another. From there layer d is kept and healed, and g layers behind it go:
+
+    (d, k) -> (d + 1 + g, k + g)
+
+Of all ways into a state the one stays whose hidden states miss least of the teacher's at that
+depth, on text that was left out of the fits; all of them are at the same depth and have dropped as
+many, so that nothing else need be weighed. The way that is left at the end has dropped as many as
+asked for, and those that have dropped fewer are found beside it. What is kept of a state depends on
+the way that led there, so this is dynamic programming on an approximation: a way that is worse at
+one depth and would have been better in the end is lost. The first layer stays.
+
+Least work: for dropping n of L layers about L (n + 1) layers healed, where one student has L - n.
+Least memory: n + 2 hidden states of the teacher on all the text, and one for each state that can
+still be reached, (n + 1)(n + 2) / 2 at most; and one layer of the teacher.
+
+D is width, K inputs of a matrix, t tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.healing.least_squares import Equations
+from distill.healing.walk import ATTENTION, MLP
+from mistill.errors import FolderError
+from mistill.progress import track
+from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu
+from mistill.pytorch.stages import attended_inputs, gated_inputs
+
+if TYPE_CHECKING:
+    from mistill.text.blocks import TokenBlocks
+
+# One ridge for all fits of the search: of those that healing chooses from, as good as the chosen
+# ones together.
+RIDGE = 0.3
+
+# Of this many blocks one judges, and is not fitted.
+_JUDGES = 4
+
+
+class HealedChoice(NamedTuple):
+    """The layers that stay where as many go as asked for.
+
+    Attributes:
+        keep: Their places in the teacher, ascending.
+        missed: Mean square of what the student's last hidden states miss of the teacher's, as a
+            share of the teacher's, on text left out of the fits.
+    """
+
+    keep: tuple[int, ...]
+    missed: float
+
+
+@dataclass(frozen=True)
+class _State:
+    """The best way so far to a depth.
+
+    Attributes:
+        keep: The layers that were kept.
+        missed: What its hidden states miss.
+        hidden: The hidden states of every batch, shape (B, T, D).
+    """
+
+    keep: tuple[int, ...]
+    missed: float
+    hidden: list[Tensor]
+
+
+def healed_choices(
+    teacher: Path,
+    blocks: TokenBlocks,
+    count: int,
+    device: torch.device | None = None,
+) -> list[HealedChoice]:
+    """Choose the layers to keep for every number that goes, up to one.
+
+    Args:
+        teacher: A float folder of a readable architecture.
+        blocks: Calibration text of two blocks or more; positions of padding do not count.
+        count: The most layers to drop, fewer than there are.
+        device: Where to compute; the accelerator if there is one, else the CPU.
+
+    Returns:
+        The choice without 0, 1, ... ``count`` layers.
+
+    Raises:
+        FolderError: If the teacher computes something that is not a number.
+    """
+    search = _Search(LayeredModel(teacher, accelerator_or_cpu(device)), blocks, count)
+    with torch.inference_mode(), track("healed choice", len(search), "layers") as bar:
+        for depth in range(len(search)):
+            search.pass_layer(depth)
+            bar.advance()
+    return search.choices()
+
+
+class _Search:
+    """All ways through the teacher, depth by depth."""
+
+    def __init__(self, model: LayeredModel, blocks: TokenBlocks, count: int) -> None:
+        self._model, self._count = model, count
+        self._batches = model.batches(blocks)
+        start = [batch.hidden for batch in self._batches]
+        # The teacher's hidden states in front of layers d, d + 1, ... as far as they were computed.
+        self._theirs: deque[list[Tensor]] = deque([start])
+        self._computed = 0
+        self._states: dict[tuple[int, int], _State] = {(0, 0): _State((), 0.0, start)}
+        number = torch.arange(len(blocks))
+        judging = number % _JUDGES == _JUDGES - 1 if len(blocks) >= _JUDGES else number == 0
+        parts = judging.split([len(hidden) for hidden in start])
+        divided = list(zip(self._batches, parts, strict=True))
+        self._fitted = [_rows(batch, ~part) for batch, part in divided]
+        self._judged = [_rows(batch, part) for batch, part in divided]
+
+    def __len__(self) -> int:
+        return len(self._model)
+
+    def choices(self) -> list[HealedChoice]:
+        """The ways that have reached the end."""
+        ends = [self._states[len(self), dropped] for dropped in range(self._count + 1)]
+        return [HealedChoice(state.keep, state.missed) for state in ends]
+
+    def pass_layer(self, depth: int) -> None:
+        """Heal a layer in every state in front of it, and jump from there."""
+        self._look_ahead(depth)
+        with self._model.layer(depth) as layer:
+            middle = [
+                hidden + layer.self_attn.o_proj(attended_inputs(layer, batch, hidden))
+                for batch, hidden in zip(self._batches, self._theirs[0], strict=True)
+            ]
+            weights = {
+                name: layer.get_submodule(name).weight.detach().clone() for name in (ATTENTION, MLP)
+            }
+            for dropped in range(self._count + 1):
+                state = self._states.pop((depth, dropped), None)
+                if state is not None:
+                    for name, weight in weights.items():
+                        layer.get_submodule(name).weight.copy_(weight)
+                    self._leave(depth, dropped, state, layer, middle)
+        self._theirs.popleft()
+
+    def _look_ahead(self, depth: int) -> None:
+        """Run the teacher as far as a jump from this depth can go."""
+        while self._computed < min(depth + 1 + self._count, len(self)):
+            with self._model.layer(self._computed) as layer:
+                pairs = zip(self._batches, self._theirs[-1], strict=True)
+                self._theirs.append([batch.through(layer, hidden) for batch, hidden in pairs])
+            if not all(hidden.isfinite().all() for hidden in self._theirs[-1]):
+                raise FolderError(
+                    f"layer {self._computed} of {self._model.folder} computes values that are not "
+                    "numbers; its weights are damaged"
+                )
+            self._computed += 1
+
+    def _leave(
+        self, depth: int, dropped: int, state: _State, layer: Any, middle: Sequence[Tensor]
+    ) -> None:
+        """Keep and heal a layer, and drop none, one, two ... of those behind it."""
+        o_proj, down = layer.self_attn.o_proj, layer.mlp.down_proj
+        pairs = zip(self._batches, state.hidden, strict=True)
+        attended = [attended_inputs(layer, batch, hidden) for batch, hidden in pairs]
+        stream = [h + o_proj(x) for h, x in zip(state.hidden, attended, strict=True)]
+        (change,) = self._changes(attended, stream, [middle])
+        stream = [h + x @ change.T for h, x in zip(stream, attended, strict=True)]
+        del attended
+        gated = [gated_inputs(layer, hidden) for hidden in stream]
+        stream = [hidden + down(x) for hidden, x in zip(stream, gated, strict=True)]
+        most = min(self._count - dropped, len(self) - depth - 1)
+        targets = [self._theirs[1 + gap] for gap in range(most + 1)]
+        keep = (*state.keep, depth)
+        for gap, change in enumerate(self._changes(gated, stream, targets)):
+            missed = self._missed(gated, stream, targets[gap], change)
+            place = depth + 1 + gap, dropped + gap
+            best = self._states.get(place)
+            if best is None or missed < best.missed:
+                hidden = [h + x @ change.T for h, x in zip(stream, gated, strict=True)]
+                self._states[place] = _State(keep, missed, hidden)
+
+    def _changes(
+        self, x: Sequence[Tensor], stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """The changes of a matrix that take a stream nearest to each of several targets."""
+        width = stream[0].shape[-1]
+        equations = Equations(x[0].shape[-1], width * len(targets))
+        for number, rows in enumerate(self._fitted):
+            if rows.any():
+                missed = [target[number][rows] - stream[number][rows] for target in targets]
+                weights = _weights(targets[0][number][rows])
+                equations.add(x[number][rows], torch.cat(missed, dim=-1), weights)
+        try:
+            change = equations.change(RIDGE)
+        except ValueError as error:
+            raise FolderError(
+                f"{self._model.folder} computes values that are not numbers; its weights are "
+                "damaged"
+            ) from error
+        return list(change.split(width))
+
+    def _missed(
+        self,
+        x: Sequence[Tensor],
+        stream: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        change: Tensor,
+    ) -> float:
+        """What a changed matrix misses of a target on the text that judges."""
+        squares, numbers = 0.0, 0
+        for number, rows in enumerate(self._judged):
+            target = targets[number][rows]
+            missed = target - stream[number][rows] - x[number][rows] @ change.T
+            shares = missed.square().mean(dim=-1) * _weights(target)
+            squares += shares.sum(dtype=torch.float64).item()
+            numbers += len(target)
+        return squares / max(numbers, 1)
+
+
+def _rows(batch: Batch, blocks: Tensor) -> Tensor:
+    """The positions of some blocks of a batch that hold text, shape (B, T)."""
+    return batch.present & blocks[:, None].to(batch.present.device)
+
+
+def _weights(target: Tensor) -> Tensor:
+    """The weight of each token: one over the mean square of the teacher's hidden states."""
+    return 1 / target.square().mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)

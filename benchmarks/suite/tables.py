@@ -1,7 +1,8 @@
 """The form of every program's table: its JSON document in, lines of Markdown out.
 
 A form shows what the document holds and nothing else; what it means is for the prose around it.
-Forms are in ``step_tables`` and ``engine_tables``; ``benchmarks.suite.page`` says how to add one.
+Forms are in ``step_tables``, ``engine_tables`` and ``serving_tables``; ``benchmarks.suite.page``
+says how to add one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from benchmarks.suite import engine_tables as engine
 from benchmarks.suite import step_tables as step
 from benchmarks.suite.cells import Found
+from benchmarks.suite.serving_tables import serving
 
 FORMS: dict[str, Callable[[Found], list[str]]] = {
     form.__name__: form
@@ -22,6 +24,6 @@ FORMS: dict[str, Callable[[Found], list[str]]] = {
         *(engine.export_time, engine.export_parity, engine.step_time, engine.later_turn),
         *(engine.speculation, engine.rivals, engine.comparison, engine.quoted_perplexity),
         *(engine.same_twice, engine.rival_tools, engine.big_chatbot, engine.laptop),
-        engine.korean_tokens,
+        *(engine.korean_tokens, serving),
     )
 }

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.serving.load import Level
 from benchmarks.suite import serving
+from benchmarks.suite.tables import FORMS
 
 
 def level(clients: int, speed: float, processor_seconds: float | None = 2.0) -> Level:
@@ -45,3 +46,39 @@ def test_what_the_system_does_not_tell_is_left_out():
     totals = serving.totals({"mistill": {1: [level(1, 10, None)]}})
     assert "peak_bytes" not in totals["mistill"]["1"]
     assert "processor_seconds_per_token" not in totals["mistill"]["1"]
+
+
+def test_the_table_shows_ratios_of_turns_and_what_else_was_watched():
+    levels = {
+        name: {1: [level(1, 10 * speed)], 4: [level(4, 20 * speed)]}
+        for name, speed in (("mistill", 3), ("other", 2))
+    }
+    ratio = {"median": 0.98, "lowest": 0.97, "highest": 1.01}
+    lines = FORMS["serving"](
+        {
+            "totals": serving.totals(levels),
+            "alone": {
+                "tokens_per_second_over_chatbot": ratio,
+                "first_token_milliseconds_over_engine": {**ratio, "median": 4.5},
+            },
+            "joining": {
+                "1": {
+                    "multiple": {"median": 2.5, "lowest": 2.0, "highest": 3.0},
+                    "first_token_seconds": {**ratio, "median": 0.4},
+                }
+            },
+            "later_turn": {"first_token_seconds": {**ratio, "median": 0.029}, "prompt_tokens": 931},
+            "many": {"requests": 1000, "wrong": 0, "growth": 0.004, "descriptors": [9, 9]},
+            "idle": {"seconds": 10.0, "processor_seconds": 0.0},
+        }
+    )
+    text = "\n".join(lines)
+    assert (
+        "| 4 | 60.0 | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) | 200, 298 | 200, 298 | 10, 10 |"
+        in lines
+    )
+    assert "mistill 0 MB, other 0 MB" in text
+    assert "0.98 (0.97 to 1.0) times as fast as `ChatBot`" in text
+    assert "joins 1 that is being answered, the 99th percentile of the gaps is 2.5 (2.0" in text
+    assert "begins after 29 ms" in text
+    assert "0 wrong replies, +0.4% of resident memory, +0 open descriptors" in text

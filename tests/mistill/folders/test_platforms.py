@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.figures import footprint
 from benchmarks.measure import loading
 from mistill import bounded
-from mistill.cost_model import free_memory
+from mistill.chat import terminal_chat
+from mistill.cli import outside
+from mistill.cost_model import free_memory, processors
+from mistill.engine import key_value_cache
 from mistill.errors import FolderError
 from mistill.folders import locking, publishing, renaming
 from mistill.judging import checks
@@ -114,11 +121,10 @@ def test_a_folder_is_made_replaced_and_resumed_on_windows(
 
     monkeypatch.setattr(os, "fsync", noted)
     target = tmp_path / "place" / "model"
-    for content in ("first", "second"):
-        with publishing.creating(target, overwrite=content == "second") as folder:
-            (folder / "config.json").write_text(content)
-            publishing.write_atomically(folder / "lineage.json", "[]\n")
-        assert (target / "config.json").read_text() == content
+    for content in ("[]\n", "[{}]\n"):
+        with publishing.creating(target, overwrite="{" in content) as folder:
+            publishing.write_atomically(folder / "lineage.json", content)
+        assert (target / "lineage.json").read_text() == content
     assert synced
     assert all(synced)
     other = tmp_path / "place" / "other"
@@ -273,3 +279,69 @@ print(len(mistill.__all__) > 0)
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout == "True\n", done.stderr
+
+
+def sleep_for(seconds: float) -> float:
+    """What a worker process is asked to do."""
+    time.sleep(seconds)
+    return seconds
+
+
+def test_a_worker_that_cannot_be_waited_for_is_ended_by_a_timer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = SimpleNamespace(platform="win32", executable=sys.executable, path=sys.path)
+    monkeypatch.setattr(bounded, "sys", here)
+    monkeypatch.setattr(bounded, "SECONDS", 2.0)
+
+    def none(*_: Any) -> None:
+        raise OSError("an operation was attempted on something that is not a socket")
+
+    monkeypatch.setattr("select.select", none)
+    name = f"{__name__}:sleep_for"
+    try:
+        assert bounded.call_bounded(name, 0.0) == 0.0
+        with pytest.raises(bounded.OutOfBoundsError, match="takes more than 2 seconds"):
+            bounded.call_bounded(name, 60.0)
+    finally:
+        bounded._WORKERS.pop(name).stop()
+
+
+def test_pages_of_the_cache_need_no_flags_of_posix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_value_cache, "sys", WINDOWS)
+    monkeypatch.delattr(mmap, "MAP_PRIVATE")
+    array = key_value_cache.pages((2, 3, 5), np.float16)
+    assert array.shape == (2, 3, 5)
+    assert array.dtype == np.float16
+    assert not array.any()
+    array[1, 2] = 4
+    assert array.sum() == 20
+
+
+def test_threads_are_counted_where_no_process_is_held_to_some(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert processors.usable_threads(tmp_path) == 6
+    with processors.held_to_first_processor():
+        pass
+
+
+def test_a_prompt_from_a_pipe_is_read_to_its_end_on_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"What is a mistral?\n")
+    os.close(writing)
+    monkeypatch.setattr(terminal_chat, "os", SimpleNamespace(name="nt"))
+    with os.fdopen(reading, encoding="utf-8") as stream:
+        assert terminal_chat._read_pipe(stream) == ("What is a mistral?\n", False)
+
+
+def test_signals_that_are_missing_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(outside.SignalledError), outside.ending_on_signals():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -61,8 +61,8 @@ class _Plan:
 
 _PLANS: dict[Size, _Plan] = {
     "quick": _Plan("demo-quick.toml", 4, 41, 145, 190),
-    "normal": _Plan("demo.toml", 12, 90, 150, 350),
-    "full": _Plan("demo-full.toml", 60, 90, 150, 550),
+    "normal": _Plan("demo.toml", 12, 90, 150, 410),
+    "full": _Plan("demo-full.toml", 60, 90, 150, 610),
 }
 _TRAINING = "distilled"
 _BUDGET_FILE = ".demo-budget.json"

@@ -10,7 +10,7 @@ B is batch, T positions, D width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -122,15 +122,18 @@ def _layers_of(
 
 
 def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+    config.num_labels = 1
+    model: PreTrainedModel = _classes()[config.model_type](config)
+    return model
+
+
+def _classes() -> dict[str, Any]:
     from transformers import LlamaForSequenceClassification, MistralForSequenceClassification
 
-    classes: dict[str, Any] = {
+    return {
         "llama": LlamaForSequenceClassification,
         "mistral": MistralForSequenceClassification,
     }
-    config.num_labels = 1
-    model: PreTrainedModel = classes[config.model_type](config)
-    return model
 
 
 def _with_layers(config: PreTrainedConfig, layers: nn.Module, padding: int) -> PreTrainedModel:
@@ -189,23 +192,26 @@ def _batches(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     return [*batches, (start, len(rows))] if len(rows) else []
 
 
-def write_reward_model(model: Any, base: Path, folder: Path) -> None:
+def write_reward_model(
+    parameters: Iterable[tuple[str, torch.Tensor]], padding: int, base: Path, folder: Path
+) -> None:
     """Write a reward model: the layers in the type of its base, and the head in float32.
 
     Args:
-        model: The model, without adapters.
+        parameters: Names and tensors of the model, without adapters.
+        padding: The token that fills rows up.
         base: The folder of the language model that it was made from.
         folder: Where to; the folder is there.
     """
     types = {name: tensor.dtype for name, tensor in stored_tensors(base)}
     with TensorWriter(folder) as writer:
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters:
             writer.add(name, parameter.detach().cpu().to(types.get(name, torch.float32)))
     config = {
         **read_config(base),
-        "architectures": [type(model).__name__],
+        "architectures": [_classes()[plain_config(base).model_type].__name__],
         "id2label": {"0": "score"},
         "label2id": {"score": 0},
-        "pad_token_id": model.config.pad_token_id,
+        "pad_token_id": padding,
     }
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")

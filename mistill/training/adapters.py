@@ -17,7 +17,7 @@ is written here, because a run that resumes must start from the same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ SCALE = 2.0
 
 _NAME = "default"
 _BASE = ".base_layer."
+# How peft calls both copies of a module that is trained as a whole.
+_UNTRAINED, _TRAINED = ".original_module.", f".modules_to_save.{_NAME}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,18 +242,38 @@ def merged(
     if scales is None:
         with_adapters = (name.partition(".lora_A.")[0] for name in weights if ".lora_A." in name)
         scales = dict.fromkeys(with_adapters, SCALE)
+    return dict(_merged_one_by_one(weights, scales))
+
+
+def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the plain model that a model and its adapters are together.
+
+    Args:
+        model: A model, with adapters or without, or one of peft; its matrices are floats.
+
+    Yields:
+        Names and tensors of the plain architecture, each merged when its turn comes. What was
+        trained as a whole beside the adapters, such as the head of a reward model, has its trained
+        values.
+    """
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    parameters = {name: one.detach() for name, one in plain.named_parameters()}
+    yield from _merged_one_by_one(parameters, scales_of(plain))
+
+
+def _merged_one_by_one(
+    weights: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> Iterator[tuple[str, Tensor]]:
     adapters = adapters_in(weights, scales)
-    plain = {}
     for name, tensor in weights.items():
-        if ".lora_" in name:
+        if ".lora_" in name or _UNTRAINED in name:
             continue
         if _BASE in name:
             module, _, last = name.partition(_BASE)
             if last == "weight":
                 tensor = adapters[module].merged_into(tensor)
             name = f"{module}.{last}"
-        plain[name] = tensor
-    return plain
+        yield name.replace(_TRAINED, "."), tensor
 
 
 # --- PiSSA's start ------------------------------------------------------------------------------

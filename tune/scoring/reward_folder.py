@@ -155,7 +155,6 @@ def _train(
     from tune.trainers.running import between_evaluations, emptied, run_trainer, step_total
     from tune.trainers.tuned_folder import (
         ADAPTER_FOLDER,
-        merged_model,
         write_adapter,
         write_report,
     )
@@ -190,6 +189,7 @@ def _train(
             f"{settings.peak_learning_rate:g}) or give more pairs"
         )
     from mistill.pytorch.reward_model import scores, write_reward_model
+    from mistill.training.adapters import merged_parameters
     from tune.pairwise.figures import interval_of, length_figures
 
     before, after = run.judged[0], run.judged[run.kept_step]
@@ -222,7 +222,8 @@ def _train(
     trained = scores(trainer.model, rows)
     if settings.lora_rank:
         write_adapter(trainer.model, result / ADAPTER_FOLDER, base)
-    write_reward_model(merged_model(trainer.model), info.path, result)
+    padding = trainer.model.config.pad_token_id
+    write_reward_model(merged_parameters(trainer.model), padding, info.path, result)
     copy_companions(info.path, result)
     _prove(result, rows, trained)
     shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)

@@ -22,6 +22,7 @@ from mistill.pytorch.loading import decoded, plain_config, stored_tensors
 from mistill.pytorch.reading import reading
 from mistill.training.adapters import MATRICES, Adapter
 from mistill.weights.tensor_writer import TensorWriter
+from tune.trainers.tuned_folder import rounded
 
 
 def merge_adapters(
@@ -57,10 +58,7 @@ def merge_adapters(
             if module in adapters:
                 left.discard(module)
                 weight = adapters[module].merged_into(weight.float())
-            weight = weight.to(dtype)
-            if not bool(weight.isfinite().all()):
-                raise FolderError(f"{name} became too large for {dtype}; lower learning_rate")
-            writer.add(name, weight)
+            writer.add(name, rounded(name, weight, dtype))
     if left:
         raise FolderError(f"{info.path} has no {min(left)}, to which an adapter belongs")
     write_plain_config(info, target)

@@ -21,6 +21,7 @@ from mistill.pytorch.loading import (
     stored_tensors,
 )
 from mistill.sources.source import resolve_model
+from mistill.training.adapters import merged_parameters
 from mistill.weights.tensor_writer import TensorWriter
 
 ADAPTER_FOLDER = "adapter"
@@ -77,18 +78,24 @@ def write_adapter(model: Any, folder: Path, base: str) -> None:
     config.inference_mode = inference
 
 
-def merged_model(model: Any) -> Any:
-    """A model with its adapters added to the matrices beside which they stood.
+def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in the type in which it is stored.
 
     Args:
-        model: A model, or one of peft, whose adapters it then holds no more.
+        name: Its name.
+        tensor: The tensor, computed in float32.
+        dtype: The type.
 
     Returns:
-        The plain model.
+        The tensor on the CPU.
+
+    Raises:
+        FolderError: If it is not finite in that type.
     """
-    if not hasattr(model, "peft_config"):
-        return model
-    return model.merge_and_unload(safe_merge=True)
+    stored = tensor.detach().cpu().to(dtype)
+    if not bool(stored.isfinite().all()):
+        raise FolderError(f"{name} became too large for {dtype}; lower learning_rate")
+    return stored
 
 
 def write_merged(model: Any, base: Path, folder: Path) -> None:
@@ -97,15 +104,17 @@ def write_merged(model: Any, base: Path, folder: Path) -> None:
     Adapters are merged in float32 and rounded once.
 
     Args:
-        model: A model, or one of peft, whose adapters it then holds no more.
+        model: A model, or one of peft.
         base: The folder of the model that it was tuned from.
         folder: Where to; the folder is there.
+
+    Raises:
+        FolderError: If a sum is too large for its type.
     """
-    plain = merged_model(model)
     types = {name: tensor.dtype for name, tensor in stored_tensors(base)}
     with TensorWriter(folder) as writer:
-        for name, parameter in plain.named_parameters():
-            writer.add(name, parameter.detach().cpu().to(types.get(name, torch.float32)))
+        for name, parameter in merged_parameters(model):
+            writer.add(name, rounded(name, parameter, types.get(name, torch.float32)))
     shutil.copyfile(base / "config.json", folder / "config.json")
     copy_companions(base, folder)
     check_weights(folder, plain_config(folder))

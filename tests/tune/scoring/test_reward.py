@@ -102,9 +102,12 @@ def test_a_head_that_stays_behind_is_found_out(model, pairs, tmp_path, monkeypat
 
     write = module.write_reward_model
 
-    def without_its_head(trained, base, folder):
-        trained.score.weight.data.normal_()
-        write(trained, base, folder)
+    def without_its_head(parameters, padding, base, folder):
+        other = [
+            (name, torch.randn_like(tensor) if name == "score.weight" else tensor)
+            for name, tensor in parameters
+        ]
+        write(other, padding, base, folder)
 
     monkeypatch.setattr(module, "write_reward_model", without_its_head)
     with pytest.raises(TrainingError, match=r"apart after it was written and read again"):

@@ -29,9 +29,12 @@ from mistill.chat import terminal_chat
 from mistill.cli import outside
 from mistill.cost_model import free_memory, processors
 from mistill.engine import key_value_cache
-from mistill.errors import FolderError
+from mistill.errors import FolderError, TextError
 from mistill.folders import locking, publishing, renaming
+from mistill.folders.location import is_remote
 from mistill.judging import checks
+from mistill.sources.source import resolve_model
+from mistill.text.rows import check_texts
 
 WINDOWS = SimpleNamespace(platform="win32")
 
@@ -345,3 +348,12 @@ def test_signals_that_are_missing_are_not_waited_for(monkeypatch: pytest.MonkeyP
     with pytest.raises(outside.SignalledError), outside.ending_on_signals():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("name", [r"C:\models\teacher", "C:/models/teacher", "D:teacher"])
+def test_a_path_with_a_drive_is_no_address_and_no_name_on_the_hub(name: str) -> None:
+    assert not is_remote(name)
+    with pytest.raises(FolderError, match="there is no folder or file"):
+        resolve_model(name)
+    with pytest.raises(TextError, match="there is no file"):
+        check_texts(name)

@@ -97,6 +97,30 @@ def test_a_scope_counts_only_where_the_limit_holds_in_it(
     assert find_way(8000) == "watching"
 
 
+@pytest.mark.parametrize(
+    ("way", "limited", "dropped"),
+    [("systemd", True, 1), ("systemd", False, 0), ("watching", True, 0)],
+)
+def test_pages_that_others_have_read_are_dropped_before_a_control_group_counts(
+    way: Any, limited: bool, dropped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    ways: list[str] = []
+
+    def run(words: Any, way: str, *_: Any, **__: Any) -> Ended:
+        ways.append(way)
+        return Ended(lines=[event(event="loaded", seconds=1.0)])
+
+    monkeypatch.setattr(laptop, "drop_from_page_cache", folders.append)
+    monkeypatch.setattr(laptop, "run_limited", run)
+    (tmp_path / "model.onnx.data").write_bytes(bytes(7))
+    row = laptop.Row("onnx", 2, 512, limited)
+    found = laptop.measure_row(row, tmp_path, way, 8000, 60, 3)
+    assert folders == [tmp_path] * dropped
+    assert ways == [way if limited else "none"]
+    assert (found["weight_bytes"], found["load_seconds"]) == (7, 1.0)
+
+
 def event(**values: Any) -> str:
     return json.dumps(values) + "\n"
 

@@ -108,6 +108,10 @@ class CompressSettings(TextSettings):
         require_range("tuning_steps", self.tuning_steps, 0)
         require_range("block_length", self.block_length, 2)
         require_range("context_length", self.context_length, 1)
+        require(
+            self.tokens_per_second is None or (self.context_length or 3) >= 3,
+            f"context_length is {self.context_length}, and a speed takes 3 positions to be timed",
+        )
         require_range("seed", self.seed, 0)
 
 

@@ -107,7 +107,7 @@ def _remarks(path: Path, files: dict[str, int]) -> tuple[str, ...]:
     remarks = []
     if CARD_FILE not in files:
         remarks.append(f"there is no {CARD_FILE}, which says what the model is")
-    elif "license:" not in (path / CARD_FILE).read_text("utf-8").split("\n# ")[0]:
+    elif b"license:" not in (path / CARD_FILE).read_bytes().split(b"\n# ")[0]:
         remarks.append(f"{CARD_FILE} names no licence")
     if not read_lineage(path):
         remarks.append("there is no lineage.json, which says how the model was made")

@@ -7,6 +7,7 @@ markup; both pass through here first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,31 @@ def _spelt(letter: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def escaped(text: str) -> str:
+    """Escape the characters of names and replies that Markdown would interpret.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        One line of Markdown.
+    """
+    line = " ".join(visible(text).replace("&", "&amp;").replace("<", "&lt;").split())
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", line)
+
+
+def in_code(text: str) -> str:
+    """Text that stands between backticks in Markdown, also in a table.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        One line without a backtick or a bar, which would end the code or the cell.
+    """
+    return " ".join(visible(text).replace("`", "'").replace("|", "/").split())
 
 
 def plain(text: object, style: str = "") -> Text:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from benchmarks.changes.verdicts import Change, Verdict
 from benchmarks.figures.column import EN_DASH, significant
-from benchmarks.report.table import escaped
+from mistill.shown import escaped
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,11 +11,11 @@ from benchmarks.report.shipping import by_memory, ship_line, speed
 from benchmarks.report.table import (
     conditions,
     conditions_in_full,
-    escaped,
     lineage_in_words,
     remarks,
 )
 from benchmarks.settings import ShipSettings
+from mistill.shown import escaped
 
 
 def markdown(

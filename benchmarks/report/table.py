@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from benchmarks.figures.column import Column
@@ -10,7 +9,7 @@ from benchmarks.figures.comparison import Comparison
 from benchmarks.figures.frontier import dominators
 from benchmarks.figures.model_result import ModelResult
 from benchmarks.report.columns import columns_of
-from mistill.shown import plain, visible
+from mistill.shown import plain
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -231,16 +230,3 @@ def _shown_settings(settings: dict[str, object]) -> str:
         else:
             parts.append(f"{label} {value}")
     return ", ".join(parts)
-
-
-def escaped(text: str) -> str:
-    """Escape the characters of names and replies that Markdown would interpret.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        One line of Markdown.
-    """
-    line = " ".join(visible(text).replace("&", "&amp;").replace("<", "&lt;").split())
-    return re.sub(r"([\\|`*\[\]])", r"\\\1", line)

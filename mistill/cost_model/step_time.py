@@ -83,8 +83,10 @@ def time_steps(models: Sequence[Writer]) -> list[float]:
     for number in range(1 + _ROUNDS):
         for model, own in zip(models, seconds, strict=True):
             time.sleep(_SETTLE_SECONDS)
-            left = model.context_length - _PROMPT_TOKENS
-            steps = model.stream([number % model.vocabulary_size] * _PROMPT_TOKENS)
+            # A first token, and one to be timed, whatever the context holds.
+            prompt = max(1, min(_PROMPT_TOKENS, model.context_length - 2))
+            left = model.context_length - prompt
+            steps = model.stream([number % model.vocabulary_size] * prompt)
             last = None
             for _ in islice(steps, min(_NEW_TOKENS, left)):
                 now = time.perf_counter()

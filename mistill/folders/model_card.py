@@ -8,6 +8,7 @@ Hub's cards (https://huggingface.co/docs/hub/model-cards).
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from mistill.folders.folder import MANIFEST_FILE, FolderInfo, describe, read_con
 from mistill.folders.json_text import read_json_file
 from mistill.folders.ownership import CARD_FILE, is_own_card, signed_card
 from mistill.folders.schemas import read_json
+from mistill.shown import escaped, in_code
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Steps after which the weights say something else than their base's.
@@ -27,6 +29,8 @@ _LEARNING = {
 _METHODS = ("distill", "gptq", "nf4", "mixed", "rotate", "supervised", "preferences", "reinforce")
 # Where transformers.js looks for a graph.
 _FOR_THE_BROWSER = "onnx"
+# No figure is as large; the record of a stranger may hold numbers of hundreds of digits.
+_LARGEST = 1e9
 # What before and after are figures of, and how many digits say enough.
 _FIGURES = {
     "kl": ("KL to the teacher, nats", 4),
@@ -72,12 +76,13 @@ def add_card(folder: Path, name: str) -> None:
     if card.exists() and not is_own_card(card):
         return
     info, steps = _described(folder), read_json_file(record)
-    architectures = read_json(folder / "config.json").get("architectures") or [""]
-    scores = str(architectures[0]).endswith("ForSequenceClassification")
+    architectures = read_json(folder / "config.json").get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    scores = str(first).endswith("ForSequenceClassification")
     facts = read_json(folder / MANIFEST_FILE) if info.form == "onnx" else {}
     parts = [
         _metadata(info, steps, scores),
-        f"# {name}",
+        f"# {escaped(name)}",
         _what_it_is(info, scores),
         _how_to_use(info, name, scores),
         _how_it_was_made(steps),
@@ -98,7 +103,7 @@ def base_model(steps: Sequence[Mapping[str, Any]]) -> BaseModel:
         What is known of it.
     """
     for step in steps:
-        named = str(step["settings"].get("source") or "") if step["step"] == "teacher" else ""
+        named = str(_settings(step).get("source") or "") if step["step"] == "teacher" else ""
         if named == "@smollm2":
             return _SMOLLM2
         if _HUB_ID.fullmatch(named):
@@ -106,6 +111,11 @@ def base_model(steps: Sequence[Mapping[str, Any]]) -> BaseModel:
     if steps and str(steps[0].get("file", "")).startswith("SmolLM2-135M-Instruct."):
         return _SMOLLM2
     return BaseModel()
+
+
+def _settings(step: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of a step, which the record of a stranger may lack."""
+    return step.get("settings") or {}
 
 
 def relation(steps: Sequence[Mapping[str, Any]]) -> str | None:
@@ -177,7 +187,7 @@ def _what_it_is(info: FolderInfo, scores: bool) -> str:
     }
     return (
         f"{'A reward model, which scores replies' if scores else kinds[info.form]}: "
-        f"{info.architecture}, {info.layers} layers of width {info.hidden_size}, "
+        f"{escaped(info.architecture)}, {info.layers} layers of width {info.hidden_size}, "
         f"{info.parameters / 1e6:,.0f} million parameters in {info.size_bytes / 1e6:,.0f} MB "
         f"({info.bits_per_weight:.2f} bits per weight); a vocabulary of "
         f"{info.vocabulary_size:,} tokens and a context of {info.context_length:,}."
@@ -185,26 +195,29 @@ def _what_it_is(info: FolderInfo, scores: bool) -> str:
 
 
 def _how_to_use(info: FolderInfo, name: str, scores: bool) -> str:
+    # A shell takes a name with spaces or dollar signs for more than one name.
+    word = in_code(shlex.quote(name))
     if scores:
         return (
-            f"`mistill tune reinforce MODEL OUT --reward {name}` learns from its scores, and "
+            f"`mistill tune reinforce MODEL OUT --reward {word}` learns from its scores, and "
             f"transformers' `AutoModelForSequenceClassification` opens it."
         )
     if info.form != "onnx":
         return (
-            f"```sh\npip install 'mistill[compress]'\nmistill export {name} chatbot\n"
+            f"```sh\npip install 'mistill[compress]'\nmistill export {word} chatbot\n"
             'mistill chat chatbot "What is a mistral?"\n```\n\n'
             f"{_who_reads(info)}"
         )
     if (info.path / _FOR_THE_BROWSER).is_dir():
-        return f"transformers.js opens it: `await pipeline('text-generation', '{name}')`."
+        quoted = in_code(name.replace("\\", "\\\\").replace("'", "\\'"))
+        return f"transformers.js opens it: `await pipeline('text-generation', '{quoted}')`."
     if not _has_chat_template(info.path):
         return (
             "It has no chat template, and continues texts: `mistill.open_model` opens it, and "
             "ONNX Runtime GenAI does."
         )
     return (
-        f'```sh\npip install mistill\nmistill chat {name} "What is a mistral?"\n```\n\n'
+        f'```sh\npip install mistill\nmistill chat {word} "What is a mistral?"\n```\n\n'
         "`mistill serve` answers OpenAI's clients, and ONNX Runtime GenAI opens the folder too. "
         "How it is sampled stands in generation_config.json."
     )
@@ -226,21 +239,26 @@ def _has_chat_template(folder: Path) -> bool:
 def _how_it_was_made(steps: Sequence[Mapping[str, Any]]) -> str:
     rows = ["## How it was made", "", "| step | settings | day |", "|---|---|---|"]
     for step in steps:
-        settings = {n: step["settings"].get(n) for n in step.get("changed_settings") or ()}
+        settings = {n: _settings(step).get(n) for n in step.get("changed_settings") or ()}
         texts = step.get("texts")
         shown = {**settings, **({"texts": texts} if texts else {})}
-        words = ", ".join(f"{key} {_shown(value)}" for key, value in shown.items())
-        rows.append(f"| {step['step']} | {words} | {str(step.get('date', ''))[:10]} |")
+        words = ", ".join(f"{_named(key)} {_shown(value)}" for key, value in shown.items())
+        rows.append(f"| {_named(step['step'])} | {words} | {_named(step.get('date') or '', 10)} |")
     versions = ", ".join(
-        f"{key} {value}" for key, value in (steps[-1].get("versions") or {}).items()
+        f"{_named(key)} {_named(value)}" for key, value in (steps[-1].get("versions") or {}).items()
     )
     return "\n".join([*rows, "", f"With {versions}. lineage.json says all of it."])
 
 
+def _named(words: Any, letters: int = 80) -> str:
+    """The beginning of a name that somebody else may have written."""
+    return escaped(str(words)[:letters])
+
+
 def _shown(value: Any) -> str:
     words = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    words = words.replace("|", "/").replace("\n", " ")
-    return f"`{words[:80]}`" if words else "none"
+    words = in_code(words[:80])
+    return f"`{words}`" if words else "none"
 
 
 def _what_was_measured(steps: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
@@ -251,9 +269,9 @@ def _what_was_measured(steps: Sequence[Mapping[str, Any]], facts: Mapping[str, A
             continue
         for key, (words, digits) in _FIGURES.items():
             values = [figures.get(key) for figures in (before, after)]
-            if all(isinstance(value, int | float) for value in values):
+            if all(isinstance(value, int | float) and abs(value) < _LARGEST for value in values):
                 shown = " | ".join(f"{value:.{digits}f}" for value in values)
-                rows.append(f"| {step['step']} | {words} | {shown} |")
+                rows.append(f"| {_named(step['step'])} | {words} | {shown} |")
     parts = []
     if rows:
         head = ["| step | on held-out text | before | after |", "|---|---|---:|---:|"]

@@ -81,6 +81,8 @@ def test_a_folder_with_a_file_of_somebody_else_is_not_sent(
     bot = Path(shutil.copytree(made, tmp_path / "bot"))
     (bot / "README.md").write_text("# My own words\n")
     assert "README.md" in push(bot, "me/bot", send=True).files
+    (bot / "README.md").write_bytes("---\nlicense: mit\n---\n# Mod\u00e8le\n".encode("latin-1"))
+    assert push(bot, "me/bot").remarks == ()
     sent.clear()
     (bot / "secrets.env").write_text("TOKEN=1")
     with pytest.raises(FolderError, match=r"holds secrets\.env, which no step of mistill wrote"):

@@ -73,6 +73,22 @@ def test_models_take_turns_and_first_tokens_do_not_count(monkeypatch: pytest.Mon
     assert turns == ["a", "b"] * 6
 
 
+@pytest.mark.parametrize("context", [3, 16, 17])
+def test_a_short_context_is_timed_by_the_tokens_that_it_holds(
+    context: int, monkeypatch: pytest.MonkeyPatch
+):
+    class Fake:
+        context_length, vocabulary_size = context, 3
+
+        def stream(self, prompt: Sequence[int]) -> Iterator[int]:
+            assert 0 < len(prompt) < context - 1
+            yield from [0] * (context - len(prompt))
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    (seconds,) = time_steps([Fake()])
+    assert seconds > 0
+
+
 def test_a_real_chatbot_is_timed(tmp_path: Path, model: Path, monkeypatch: Any):
     monkeypatch.setattr(step_time, "_SETTLE_SECONDS", 0)
     (seconds,) = time_steps([open_model(export.to_onnx(model, tmp_path / "chatbot"))])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
@@ -122,6 +124,44 @@ def test_settings_cannot_break_the_table(model: Path, tmp_path: Path) -> None:
     add_lineage(source, step="student", settings={"how": "a | b\nc"}, source=None)
     text = (export.to_onnx(source, tmp_path / "b", parity_positions=0) / "README.md").read_text()
     assert "| student | how `a / b c` |" in text
+
+
+def test_what_a_stranger_recorded_is_neither_markup_nor_a_reason_to_fail(
+    model: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    hostile = "`x` | <script>y</script>\n\n# Title \x1b[31m"
+    steps: list[dict[str, Any]] = [
+        {"step": "teacher"},
+        {"step": "gptq", "settings": None, "changed_settings": ["bits"]},
+        {
+            "step": hostile,
+            "settings": {hostile: hostile, "long": "y" * 10_000},
+            "changed_settings": [hostile, "long"],
+            "versions": {hostile: hostile},
+            "date": "|\n<b>",
+            "texts": {"a": hostile},
+            "before": {"kl": 10**400, "perplexity": 5.0},
+            "after": {"kl": 1, "perplexity": 4.0},
+        },
+    ]
+    (source / "lineage.json").write_text(json.dumps(steps))
+    name = "my <b>bot $(id) it's"
+    text = (quantize.to_rounding(source, tmp_path / name, group_size=32) / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["tags"][0] == "mistill"
+    without_code = re.sub(r"```.*?```|`[^`\n]*`", "", text.replace(r"\`", ""), flags=re.DOTALL)
+    assert "<" not in without_code.partition("<!-- Written by mistill")[0]
+    assert "\x1b" not in text
+    assert len(text) < 5000
+    table = text.split("## How it was made\n\n")[1].split("\n\n")[0].splitlines()
+    assert len(table) == 2 + len(steps) + 1
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in table)
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [
+        "# my &lt;b>bot $(id) it's"
+    ]
+    assert f"mistill export {shlex.quote(name)} chatbot\n" in text
+    assert "| perplexity | 5.00 | 4.00 |" in text
+    assert "KL to the teacher" not in text
 
 
 def test_a_folder_for_the_browser_names_the_library_that_opens_it(

@@ -97,8 +97,8 @@ def healing(found: Found) -> list[str]:
     return [
         *lines,
         "",
-        f"{kept} layers kept{narrower}; healed on {', '.join(found['texts'])}, as many tokens of each; "
-        f"scored tokens: {scored}.",
+        f"{kept} layers kept{narrower}; healed on {', '.join(found['texts'])}, as many tokens of "
+        f"each; scored tokens: {scored}.",
     ]
 
 

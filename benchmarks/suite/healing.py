@@ -74,6 +74,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "teacher": Path(given.teacher).name,
         "machine": asdict(describe_machine(given.threads)),
         "threads": given.threads,
+        "intermediate_size": given.intermediate_size,
         "texts": [Path(text).name for text in given.texts],
         "scored_tokens": {name: int(blocks.kept.sum()) for name, blocks in held_out.items()},
         "students": students,

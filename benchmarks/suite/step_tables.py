@@ -92,11 +92,13 @@ def healing(found: Found) -> list[str]:
     lines = table(["KL(teacher \\|\\| student)", *texts, "seconds to make"], rows)
     scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
     kept = len(found["students"][0]["kept_layers"])
+    neurons = found.get("intermediate_size")
+    narrower = f", with {neurons:,} neurons each" if neurons else ""
     return [
         *lines,
         "",
-        f"{kept} layers kept; healed on {', '.join(found['texts'])}, as many tokens of each; "
-        f"scored tokens: {scored}.",
+        f"{kept} layers kept{narrower}; healed on {', '.join(found['texts'])}, as many tokens of "
+        f"each; scored tokens: {scored}.",
     ]
 
 

@@ -14,14 +14,16 @@ another. From there layer d is kept and healed, and g layers behind it go:
 
 Of all ways into a state the one stays whose hidden states miss least of the teacher's at that
 depth, on text that was left out of the fits; all of them are at the same depth and have dropped as
-many, so that nothing else need be weighed. The way that is left at the end has dropped as many as
-asked for, and those that have dropped fewer are found beside it. What is kept of a state depends on
-the way that led there, so this is dynamic programming on an approximation: a way that is worse at
-one depth and would have been better in the end is lost. The first layer stays.
+many, so that nothing else need be weighed. What is missed counts as the next layer sees it, through
+the gains of its norm: without them a few channels with massive activations decide. At the end,
+where the head reads, it is KL(teacher || student) that counts. The way that is left there has
+dropped as many as asked for, and those that have dropped fewer are found beside it. What is kept of
+a state depends on the way that led there, so this is dynamic programming on an approximation: a way
+that is worse at one depth and would have been better in the end is lost. The first layer stays.
 
 Least work: for dropping n of L layers about L (n + 1) layers healed, where one student has L - n.
 Least memory: n + 2 hidden states of the teacher on all the text, and one for each state that can
-still be reached, (n + 1)(n + 2) / 2 at most; and one layer of the teacher.
+still be reached, (n + 1)(n + 2) / 2 at most; one layer of the teacher, and its head.
 
 D is width, K inputs of a matrix, t tokens.
 """
@@ -43,6 +45,7 @@ from mistill.errors import FolderError
 from mistill.progress import track
 from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu
 from mistill.pytorch.stages import attended_inputs, gated_inputs
+from mistill.weights.gptq_layout import HEAD
 
 if TYPE_CHECKING:
     from mistill.text.blocks import TokenBlocks
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
 # One ridge for all fits of the search: of those that healing chooses from, as good as the chosen
 # ones together.
 RIDGE = 0.3
+
+# Positions whose logits are held at once.
+_ROWS = 256
 
 # Of this many blocks one judges, and is not fitted.
 _JUDGES = 4
@@ -60,12 +66,12 @@ class HealedChoice(NamedTuple):
 
     Attributes:
         keep: Their places in the teacher, ascending.
-        missed: Mean square of what the student's last hidden states miss of the teacher's, as a
-            share of the teacher's, on text left out of the fits.
+        kl: KL(teacher || student) per position in nats, on text left out of the fits; positions
+            that the loss keeps, where the text has any.
     """
 
     keep: tuple[int, ...]
-    missed: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class _State:
 
     Attributes:
         keep: The layers that were kept.
-        missed: What its hidden states miss.
+        missed: What its hidden states miss, as the next layer or the head sees it.
         hidden: The hidden states of every batch, shape (B, T, D).
     """
 
@@ -105,6 +111,7 @@ def healed_choices(
     """
     search = _Search(LayeredModel(teacher, accelerator_or_cpu(device)), blocks, count)
     with torch.inference_mode(), track("healed choice", len(search), "layers") as bar:
+        search.read_gains()
         for depth in range(len(search)):
             search.pass_layer(depth)
             bar.advance()
@@ -128,6 +135,10 @@ class _Search:
         divided = list(zip(self._batches, parts, strict=True))
         self._fitted = [_rows(batch, ~part) for batch, part in divided]
         self._judged = [_rows(batch, part) for batch, part in divided]
+        kept = torch.from_numpy(blocks.kept).split([len(hidden) for hidden in start])
+        counted = [rows & one.to(rows.device) for rows, one in zip(self._judged, kept, strict=True)]
+        self._counted = counted if any(rows.any() for rows in counted) else self._judged
+        self._gains: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self._model)
@@ -136,6 +147,14 @@ class _Search:
         """The ways that have reached the end."""
         ends = [self._states[len(self), dropped] for dropped in range(self._count + 1)]
         return [HealedChoice(state.keep, state.missed) for state in ends]
+
+    def read_gains(self) -> None:
+        """Read how strongly the first norm of every layer lets each channel through."""
+        for depth in range(len(self)):
+            with self._model.layer(depth) as layer:
+                self._gains.append(layer.input_layernorm.weight.detach().clone())
+        self._norm = self._model.final_norm()
+        self._head = self._model.table(HEAD)
 
     def pass_layer(self, depth: int) -> None:
         """Heal a layer in every state in front of it, and jump from there."""
@@ -186,8 +205,9 @@ class _Search:
         targets = [self._theirs[1 + gap] for gap in range(most + 1)]
         keep = (*state.keep, depth)
         for gap, change in enumerate(self._changes(gated, stream, targets)):
-            missed = self._missed(gated, stream, targets[gap], change)
             place = depth + 1 + gap, dropped + gap
+            judge = self._missed if place[0] < len(self) else self._kl
+            missed = judge(gated, stream, targets[gap], change, place[0])
             best = self._states.get(place)
             if best is None or missed < best.missed:
                 hidden = [h + x @ change.T for h, x in zip(stream, gated, strict=True)]
@@ -219,16 +239,40 @@ class _Search:
         stream: Sequence[Tensor],
         targets: Sequence[Tensor],
         change: Tensor,
+        depth: int,
     ) -> float:
-        """What a changed matrix misses of a target on the text that judges."""
+        """What a changed matrix misses of a target on the text that judges, as a layer sees it."""
         squares, numbers = 0.0, 0
         for number, rows in enumerate(self._judged):
             target = targets[number][rows]
             missed = target - stream[number][rows] - x[number][rows] @ change.T
+            target, missed = target * self._gains[depth], missed * self._gains[depth]
             shares = missed.square().mean(dim=-1) * _weights(target)
             squares += shares.sum(dtype=torch.float64).item()
             numbers += len(target)
         return squares / max(numbers, 1)
+
+    def _kl(
+        self,
+        x: Sequence[Tensor],
+        stream: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        change: Tensor,
+        _: int,
+    ) -> float:
+        """KL(teacher || student) with a changed last matrix, on the text that judges."""
+        nats, numbers = 0.0, 0
+        for number, rows in enumerate(self._counted):
+            theirs = self._norm(targets[number][rows]).split(_ROWS)
+            ours = self._norm(stream[number][rows] + x[number][rows] @ change.T).split(_ROWS)
+            for teacher, student in zip(theirs, ours, strict=True):
+                log_p, log_q = (
+                    (states @ self._head.T).log_softmax(dim=-1) for states in (teacher, student)
+                )
+                rows_kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+                nats += rows_kl.sum(dtype=torch.float64).item()
+            numbers += int(rows.sum())
+        return nats / max(numbers, 1)
 
 
 def _rows(batch: Batch, blocks: Tensor) -> Tensor:

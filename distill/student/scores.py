@@ -112,13 +112,13 @@ def least_missed_choice(
         )
     file = score_file("healed", teacher, blocks)
     scores = read_scores(file)
-    if scores is not None and len(scores["missed"]) > count:
+    if scores is not None and len(scores["kl"]) > count:
         keep = scores["kept"][count].nonzero()[:, 0].tolist()
-        return HealedChoice(tuple(keep), float(scores["missed"][count])), True
+        return HealedChoice(tuple(keep), float(scores["kl"][count])), True
     choices = healed_choices(teacher, blocks, count)
     kept = torch.zeros(len(choices), len(choices[0].keep), dtype=torch.bool)
     for number, choice in enumerate(choices):
         kept[number, list(choice.keep)] = True
-    missed = torch.tensor([choice.missed for choice in choices], dtype=torch.float64)
-    keep_scores(file, {"kept": kept, "missed": missed})
+    kl = torch.tensor([choice.kl for choice in choices], dtype=torch.float64)
+    keep_scores(file, {"kept": kept, "kl": kl})
     return choices[count], False

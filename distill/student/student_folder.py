@@ -402,7 +402,7 @@ def _choose_layers(
         choice, reused = least_missed_choice(info.path, blocks, dropped)
         return choice.keep, {
             "dropped_layers": sorted(set(everything) - set(choice.keep)),
-            "missed_when_healed": round(choice.missed, 6),
+            "kl_when_healed": round(choice.kl, 6),
             "calibration_tokens": blocks.tokens,
             "scores_reused": reused,
         }

@@ -35,8 +35,12 @@ def healed_choices(
                 layer = copy.deepcopy(layers[depth])
                 student = _model([*(one for _, one in way), layer], teacher)
                 _heal(teacher, student, depth, gap, fitted, ridge)
-                missed = _missed(teacher, student, depth + gap, judged)
                 place = depth + 1 + gap, dropped + gap
+                missed = (
+                    _missed(teacher, student, depth + gap, judged)
+                    if place[0] < end
+                    else _kl(teacher, student, judged)
+                )
                 if place not in best or missed < best[place][0]:
                     best[place] = missed, [*way, (depth, layer)]
     ends = [best[end, dropped] for dropped in range(count + 1)]
@@ -84,7 +88,23 @@ def _refit(
 
 
 def _missed(teacher: Any, student: Any, last: int, documents: Documents) -> float:
-    """Mean square of what the stream misses, as a share of the teacher's."""
-    target = stream(teacher, documents, teacher.model.layers[last], "output")
-    now = stream(student, documents, student.model.layers[-1], "output")
+    """Mean square of what the stream misses, as a share of the teacher's, behind the gains."""
+    gains = teacher.model.layers[last + 1].input_layernorm.weight.detach().numpy()
+    target = gains * stream(teacher, documents, teacher.model.layers[last], "output")
+    now = gains * stream(student, documents, student.model.layers[-1], "output")
     return float((((target - now) ** 2).mean(axis=1) / (target**2).mean(axis=1)).mean())
+
+
+def _kl(teacher: Any, student: Any, documents: Documents) -> float:
+    """KL(teacher || student) at every token that another one follows."""
+    nats = []
+    with torch.no_grad():
+        for ids in documents:
+            logs = [
+                model.lm_head(
+                    model.model(torch.tensor([list(ids)]), use_cache=False)[0]
+                ).log_softmax(-1)[0, :-1]
+                for model in (teacher, student)
+            ]
+            nats.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1))
+    return float(torch.cat(nats).mean())

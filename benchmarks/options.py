@@ -44,6 +44,7 @@ class EvalOptions(TypedDict, total=False):
 
     tasks: Sequence[str]
     include_path: str | None
+    task_data: Sequence[str]
     limit: int | None
     few_shot: int | None
     chat_template: bool

@@ -297,6 +297,9 @@ class EvalSettings:
             and any task or pattern of lm-evaluation-harness, such as ``arc_easy``; most of those
             read their questions from a model hub.
         include_path: A folder with tasks of your own, as lm-evaluation-harness describes them.
+        task_data: Local files with the questions of tasks that would read them from a hub, each as
+            TASK=FILE, such as ifeval=input_data.jsonl: JSON lines or a JSON list, with the columns
+            that the task reads. Examples before a question come from the same file.
         limit: Answer at most this many questions of each task, for a quick test.
         few_shot: Number of examples before every question; by default the task's own number. The
             small set has none.
@@ -309,6 +312,7 @@ class EvalSettings:
 
     tasks: tuple[str, ...] = (SMOKE,)
     include_path: str | None = None
+    task_data: tuple[str, ...] = ()
     limit: int | None = None
     few_shot: int | None = None
     chat_template: bool = False
@@ -322,6 +326,18 @@ class EvalSettings:
         for name, least in (("limit", 1), ("few_shot", 0), ("threads", 1), ("seed", 0)):
             require_range(name, getattr(self, name), least)
         require_range("threads", self.threads, 1, MOST_THREADS)
+        for entry in self.task_data:
+            task, sign, file = entry.partition("=")
+            require(bool(task and sign and file), f"task_data must be TASK=FILE, not {entry!r:.80}")
+            require(
+                task in self.tasks and task != SMOKE,
+                f"task_data names the task {task:.80}, which is none of tasks ("
+                f"{', '.join(self.tasks)}); name it there too",
+            )
+        require(
+            len(self.data_files) == len(self.task_data),
+            "task_data names a task twice; leave one out",
+        )
         if set(self.tasks) == {SMOKE}:
             for name in ("include_path", "few_shot", "chat_template", "seed"):
                 require(
@@ -329,3 +345,9 @@ class EvalSettings:
                     f"{name} applies to tasks of lm-evaluation-harness, and tasks names only "
                     f"{SMOKE}; name such a task, or leave out {name}",
                 )
+
+    @property
+    def data_files(self) -> dict[str, Path]:
+        """The local files with the questions of tasks, by task."""
+        pairs = (entry.partition("=") for entry in self.task_data)
+        return {task: Path(file).expanduser() for task, _, file in pairs}

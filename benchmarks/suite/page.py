@@ -47,7 +47,10 @@ from mistill.folders.folder import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+PAGES = (
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "preferences", "tuning")),
+    ROOT / "README.md",
+)
 
 _BLOCK = re.compile(r"^<!-- table (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 _COMPARISON = "mistill-comparison-"

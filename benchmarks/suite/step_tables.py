@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from benchmarks.suite.cells import Found, number, spread, table, value_range, with_error
 
@@ -319,3 +319,75 @@ def big_layer(found: Found) -> list[str]:
         f"{found['layers']} layer{'' if found['layers'] == 1 else 's'}, {found['width']:,} wide, "
         f"{found['calibration_tokens']:,} calibration tokens.",
     ]
+
+
+# --- tuning -------------------------------------------------------------------------------------
+
+
+def json_replies(found: Found) -> list[str]:
+    """Which share of replies a check of JSON calls valid, before and after reinforcement."""
+    rows = []
+    for words, name in (("as it came", "before"), ("after reinforcement", "after")):
+        sampled, likeliest = (found[name][kind] for kind in ("sampled", "likeliest"))
+        rows.append(
+            [
+                words,
+                _share(sampled["valid"], sampled["interval"]),
+                f"{sampled['cut_off']:.2f}",
+                _share(likeliest["valid"], likeliest["interval"]),
+            ]
+        )
+    lines = table(
+        ["valid replies", "sampled at temperature 1", "of them cut off", "the likeliest tokens"],
+        rows,
+    )
+    settings, report = found["settings"], found["report"]
+    rewards = ", ".join(f"{reward:.2f}" for reward in found["reward_by_step"])
+    other = report["other_text"]
+    return [
+        *lines,
+        "",
+        f"{settings['held_out']} held-out prompts; {report['steps']} steps of "
+        f"{settings['batch_size']} replies, {settings['samples']} to a prompt, of at most "
+        f"{settings['max_new_tokens']} tokens, at a learning rate of "
+        f"{settings['learning_rate']:g}. Share of valid replies by step: {rewards}. KL from the "
+        f"start at the last step {found['kl_by_step'][-1]:.3f} nats a token. On other text the "
+        f"cross-entropy went from {other['before']['cross_entropy']:.3f} to "
+        f"{other['after']['cross_entropy']:.3f} "
+        f"({with_error(other['change'], other['change_standard_error'])}).",
+    ]
+
+
+def align_then_distil(found: Found) -> list[str]:
+    """What students of a tuned teacher and of the one that came are worth on the tuned task."""
+    runs = found["runs"]
+    rows = []
+    for name in runs[0]["models"]:
+        each = [run["models"][name] for run in runs]
+        rows.append(
+            [
+                name,
+                value_range([one["cross_entropy"] for one in each]),
+                "; ".join(_share(one["right"], one["right_interval"]) for one in each),
+            ]
+        )
+    lines = table(["", "cross-entropy of the right answer", "right to the letter"], rows)
+    gaps = "; ".join(
+        f"lower by {with_error(-gap['change'], gap['standard_error'])} than that of the {name}"
+        for run in runs
+        for name, gap in run["tuned_student_less"].items()
+    )
+    settings = found["settings"]
+    return [
+        *lines,
+        "",
+        f"{settings['held_out']} held-out sums; students of {len(settings['keep'])} layers, "
+        f"{settings['tokens']:,} tokens each. The cross-entropy of the student of the tuned "
+        f"teacher is, paired: {gaps}.",
+    ]
+
+
+def _share(share: float, interval: Sequence[float]) -> str:
+    """A share with its interval."""
+    low, high = interval
+    return f"{share:.2f} ({low:.2f} to {high:.2f})"

@@ -21,6 +21,7 @@ FORMS: dict[str, Callable[[Found], list[str]]] = {
         *(step.training_curve, step.few_bits),
         *(step.quantized_kl, step.against_q4_k_m, step.onnxruntime_quantizers),
         *(step.nf4_codec, step.big_model, step.big_layer),
+        *(step.json_replies, step.align_then_distil),
         *(engine.export_time, engine.export_parity, engine.step_time, engine.later_turn),
         *(engine.speculation, engine.rivals, engine.comparison, engine.quoted_perplexity),
         *(engine.same_twice, engine.rival_tools, engine.big_chatbot, engine.laptop),

@@ -7,6 +7,7 @@ ours: it runs ONNX and quantized folders without converting them to transformers
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,13 +22,15 @@ from benchmarks.measure.child import Worker
 from benchmarks.measure.questions import answer_questions, questions_fingerprint, read_questions
 from benchmarks.settings import SMOKE, EvalSettings
 from mistill.cost_model.processors import usable_threads
-from mistill.errors import SettingsError, missing_extra
+from mistill.errors import SettingsError, TextError, missing_extra
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import fingerprint
+from mistill.folders.locking import temporary_folder
 from mistill.measures.shares import NORMAL, simple_interval
 from mistill.progress import track
 from mistill.settings import settings_dict, settings_from
 from mistill.sources.source import resolve_model
+from mistill.text.rows import first_row
 from mistill.text.vocabulary import load_vocabulary
 
 if TYPE_CHECKING:
@@ -127,11 +130,13 @@ def evaluate(
 
     Raises:
         SettingsError: If there is no such task.
+        TextError: If a file with the questions of a task is missing or of another kind.
         MissingExtraError: If a task needs lm-evaluation-harness and it is not installed.
         FolderError: If the folder is missing or broken.
     """
     settings = settings_from(EvalSettings, settings, options)
     info = open_folder(resolve_model(folder))
+    _check_files(settings.data_files)
     published = [name for name in settings.tasks if name != SMOKE]
     tasks = _published(published, settings) if published else None
     threads = settings.threads or usable_threads()
@@ -201,6 +206,14 @@ class _Tasks:
     manager: Any
 
 
+def _check_files(files: Mapping[str, Path]) -> None:
+    """Refuse files of questions that are missing, or no JSON by their names."""
+    for task, file in files.items():
+        if file.suffix not in (".json", ".jsonl"):
+            raise TextError(f"{file}, for the task {task}, should end in .jsonl or .json")
+        next(first_row(str(file)))
+
+
 def _published(names: Sequence[str], settings: EvalSettings) -> _Tasks:
     """Find tasks by name or pattern, before anything large is loaded."""
     if find_spec("lm_eval") is None:
@@ -214,6 +227,12 @@ def _published(names: Sequence[str], settings: EvalSettings) -> _Tasks:
                 f"lm-evaluation-harness has no task {name}; lm_eval ls tasks lists them, and "
                 f"include_path names a folder with others; {SMOKE} needs neither"
             )
+    for name in settings.data_files:
+        if name not in manager.all_subtasks or manager.task_index[name].yaml_path is None:
+            raise SettingsError(
+                f"{name} is no single task that a file describes, so that its questions cannot be "
+                "read from another place; name one task in task_data"
+            )
     return _Tasks(manager.match_tasks(list(names)), manager)
 
 
@@ -222,24 +241,46 @@ def _harness(folder: Path, tasks: _Tasks, settings: EvalSettings, threads: int) 
 
     from benchmarks.harness_model import MistillLM
 
-    results = simple_evaluate(
-        model=MistillLM(folder, threads, settings.seed),
-        tasks=list(tasks.names),
-        task_manager=tasks.manager,
-        limit=settings.limit,
-        num_fewshot=settings.few_shot,
-        apply_chat_template=settings.chat_template,
-        log_samples=False,
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
-    )
+    with temporary_folder() as scratch:
+        moved = {
+            name: _with_data(tasks.manager.task_index[name].yaml_path, file, scratch / name)
+            for name, file in settings.data_files.items()
+        }
+        results = simple_evaluate(
+            model=MistillLM(folder, threads, settings.seed),
+            tasks=[str(moved.get(name, name)) for name in tasks.names],
+            task_manager=tasks.manager,
+            limit=settings.limit,
+            num_fewshot=settings.few_shot,
+            apply_chat_template=settings.chat_template,
+            log_samples=False,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+        )
     return [
         score
         for task, figures in results["results"].items()
         for score in _scores(task, figures, results)
     ]
+
+
+def _with_data(task: Path, file: Path, folder: Path) -> Path:
+    """A task that reads a local file whichever split it asks for, and is otherwise another one."""
+    folder.mkdir()
+    described = {
+        "include": str(task),
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": dict.fromkeys(("train", "validation", "test"), str(file.absolute()))
+        },
+    }
+    # JSON is YAML.
+    written = folder / task.name
+    written.write_text(json.dumps(described), "utf-8")
+    return written
 
 
 def _scores(task: str, figures: Mapping[str, Any], results: Mapping[str, Any]) -> list[Score]:

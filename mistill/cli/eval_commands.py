@@ -19,7 +19,9 @@ app = App(
     help="Evaluate a model on tasks: a small offline set, or those of lm-evaluation-harness.",
     help_formatter=HelpPage(
         {
-            "Tasks": ("tasks", "limit", "few_shot", "chat_template", "include_path"),
+            "Tasks": (
+                *("tasks", "limit", "few_shot", "chat_template", "include_path", "task_data"),
+            ),
             "Computation": ("threads", "seed"),
         }
     ),

@@ -113,6 +113,50 @@ def test_tuning_over_floats_and_over_four_bits_takes_turns(model: Path, chats: P
 
 
 @pytest.mark.slow
+def test_json_replies_are_counted_before_and_after(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    found = run(
+        "json_replies", str(model), "--out", str(out), "--steps", "2", "--prompts", "8",
+        "--held-out", "4", "--samples", "2", "--batch-size", "4", "--micro-batch-size", "2",
+        "--max-new-tokens", "4", "--threads", "1",
+    )  # fmt: skip
+    assert (out / "model.safetensors").is_file()
+    assert len(found["reward_by_step"]) == found["report"]["steps"] == 2
+    for when in ("before", "after"):
+        for kind in ("sampled", "likeliest"):
+            figures = found[when][kind]
+            # A tiny model with random weights writes no JSON.
+            assert figures["valid"] == 0.0
+            assert figures["interval"][0] == 0.0
+            assert 0 <= figures["cut_off"] <= 1
+
+
+@pytest.mark.slow
+def test_students_of_the_tuned_teacher_and_of_the_one_that_came_are_judged_alike(
+    teacher: Path, tmp_path: Path
+) -> None:
+    words = [
+        "align_then_distil", str(teacher), "--keep", "0", "2", "--tuning-tokens", "4000",
+        "--tokens", "2000", "--held-out", "10", "--tuning-rate", "1e-2", "--rate", "3e-4",
+        "--threads", "1", "--out", str(tmp_path / "kept"),
+    ]  # fmt: skip
+    found = run(*words)
+    (first,) = found["runs"]
+    models = first["models"]
+    tuned, came = models["teacher tuned"], models["teacher as it came"]
+    assert tuned["cross_entropy"] < came["cross_entropy"] - 0.5
+    student, other = (
+        models[f"student of the {name}"]["cross_entropy"]
+        for name in ("tuned teacher", "teacher as it came")
+    )
+    gap = first["tuned_student_less"]["student of the teacher as it came"]
+    assert gap["change"] == pytest.approx(student - other)
+    assert gap["change"] < 0
+    # What is kept is not made again, and is judged as it was.
+    assert run(*words)["runs"] == [first]
+
+
+@pytest.mark.slow
 def test_a_layer_of_tuning_is_measured_by_what_a_second_one_adds() -> None:
     found = run(
         "big_tuning_layer", "--tokens", "64", "--width", "512", "--rank", "4", "--threads", "1"

@@ -79,6 +79,67 @@ def test_compressing_is_shown_beside_q4_k_m_with_its_share_of_the_kl() -> None:
     assert lines[-1] == "Calibrated on a.txt; scored tokens: 900 of chats.jsonl."
 
 
+def test_json_replies_are_shown_before_and_after_with_their_intervals() -> None:
+    def shares(valid: float, cut_off: float) -> dict[str, Any]:
+        one = {"valid": valid, "interval": [valid - 0.1, valid + 0.05], "cut_off": cut_off}
+        return {"sampled": one, "likeliest": {**one, "valid": 0.9}}
+
+    found = {
+        "settings": {
+            "held_out": 48,
+            "batch_size": 16,
+            "samples": 8,
+            "max_new_tokens": 32,
+            "learning_rate": 6e-4,
+        },
+        "before": shares(0.25, 0.4),
+        "after": shares(0.95, 0.0),
+        "reward_by_step": [0.25, 0.875],
+        "kl_by_step": [0.0, 0.1234],
+        "report": {
+            "steps": 2,
+            "other_text": {
+                "before": {"cross_entropy": 0.9},
+                "after": {"cross_entropy": 0.95},
+                "change": 0.05,
+                "change_standard_error": 0.004,
+            },
+        },
+    }
+    lines = step_tables.json_replies(found)
+    assert rows_of(lines) == [
+        ["as it came", "0.25 (0.15 to 0.30)", "0.40", "0.90 (0.15 to 0.30)"],
+        ["after reinforcement", "0.95 (0.85 to 1.00)", "0.00", "0.90 (0.85 to 1.00)"],
+    ]
+    assert lines[-1] == (
+        "48 held-out prompts; 2 steps of 16 replies, 8 to a prompt, of at most 32 tokens, at a "
+        "learning rate of 0.0006. Share of valid replies by step: 0.25, 0.88. KL from the start "
+        "at the last step 0.123 nats a token. On other text the cross-entropy went from 0.900 to "
+        "0.950 (0.0500 ± 0.004)."
+    )
+
+
+def test_students_of_two_teachers_are_shown_with_their_paired_difference() -> None:
+    def judged(cross_entropy: float, right: float) -> dict[str, Any]:
+        return {"cross_entropy": cross_entropy, "right": right, "right_interval": [0.0, 0.5]}
+
+    run = {
+        "models": {"teacher tuned": judged(0.2, 0.5), "student of it": judged(0.4, 0.1)},
+        "tuned_student_less": {"other student": {"change": -1.5, "standard_error": 0.05}},
+    }
+    found = {"settings": {"held_out": 30, "keep": [0, 1, 3], "tokens": 4000}, "runs": [run]}
+    lines = step_tables.align_then_distil(found)
+    assert rows_of(lines) == [
+        ["teacher tuned", "0.200", "0.50 (0.00 to 0.50)"],
+        ["student of it", "0.400", "0.10 (0.00 to 0.50)"],
+    ]
+    assert lines[-1] == (
+        "30 held-out sums; students of 3 layers, 4,000 tokens each. The cross-entropy of the "
+        "student of the tuned teacher is, paired: lower by 1.50 ± 0.05 than that of the other "
+        "student."
+    )
+
+
 def rows_of(lines: list[str]) -> list[list[str]]:
     """The cells of a table below its head."""
     cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]

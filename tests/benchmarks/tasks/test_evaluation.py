@@ -1,6 +1,7 @@
 """Tasks: the small offline set, and lm-evaluation-harness where it is installed.
 
-MISTILL_LM_EVAL_VENV names an environment with lm-eval 0.4.13 and what mistill[compress] needs.
+MISTILL_LM_EVAL_VENV names an environment with lm-eval[ifeval] 0.4.13 and what mistill[compress]
+needs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import benchmarks
 import export
 from benchmarks import EvalSettings, evaluate
 from mistill.cli.app import main
-from mistill.errors import MissingExtraError, SettingsError
+from mistill.errors import MissingExtraError, SettingsError, TextError
 from tests.tiny import SENTENCES, tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -276,6 +277,109 @@ def test_figures_come_with_intervals_and_unknown_tasks_are_refused(report: dict[
     assert scores["smoke", "acc_norm"]["questions"] == 8
     assert report["api"]["harness"]
     assert "has no task no_such_task" in report["refused"]
+
+
+Instruction = tuple[str, dict[str, Any]]
+IFEVAL = """
+import importlib.util, json, sys
+import torch
+torch.set_num_threads(1)
+import benchmarks
+from mistill.errors import SettingsError
+
+folder, file = sys.argv[1:]
+if importlib.util.find_spec("langdetect") is None:
+    print("null")
+    sys.exit()
+data = ("ifeval=" + file,)
+found = benchmarks.evaluate(folder, tasks=("ifeval",), task_data=data, threads=1).to_dict()
+try:
+    benchmarks.evaluate(folder, tasks=("mmlu",), task_data=("mmlu=" + file,), threads=1)
+except SettingsError as error:
+    found["refused"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_ifeval_reads_its_questions_from_a_local_file(harness_python: str, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", seed=2, max_position_embeddings=2048)
+    # What any reply follows, what none does, and both.
+    short: Instruction = (
+        "length_constraints:number_words",
+        {"relation": "less than", "num_words": 1_000_000},
+    )
+    zebra: Instruction = "keywords:existence", {"keywords": ["zebra in a hat"]}
+    rows = [
+        {
+            "key": number,
+            "prompt": SENTENCES[number],
+            "instruction_id_list": [name for name, _ in instructions],
+            "kwargs": [
+                {"relation": None, "num_words": None, "keywords": None, **numbers}
+                for _, numbers in instructions
+            ],
+        }
+        for number, instructions in enumerate([[short], [zebra], [short, zebra]])
+    ]
+    file = tmp_path / "input_data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    # lm-eval looks for nltk's data when it is imported, and no check here reads them.
+    (tmp_path / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    done = subprocess.run(
+        [harness_python, "-c", IFEVAL, str(model), str(file)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "NLTK_DATA": str(tmp_path / "nltk"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found is None:
+        pytest.skip("the environment has no lm-eval[ifeval]")
+    scores = {score["measure"]: score for score in found["scores"]}
+    for kind in ("strict", "loose"):
+        assert scores[f"prompt_level_{kind}_acc"]["value"] == pytest.approx(1 / 3)
+        assert scores[f"inst_level_{kind}_acc"]["value"] == pytest.approx(2 / 4)
+    assert scores["prompt_level_strict_acc"]["questions"] == 3
+    assert "mmlu is no single task" in found["refused"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task_data": ("ifeval",)}, "must be TASK=FILE"),
+        ({"task_data": ("=x.jsonl",)}, "must be TASK=FILE"),
+        ({"task_data": ("arc_easy=x.jsonl",)}, "which is none of tasks"),
+        ({"tasks": ("smoke",), "task_data": ("smoke=x.jsonl",)}, "which is none of tasks"),
+        ({"task_data": ("ifeval=x.jsonl", "ifeval=y.jsonl")}, "names a task twice"),
+    ],
+)
+def test_files_of_questions_that_belong_to_no_task_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        EvalSettings(**{"tasks": ("ifeval",), **options})
+    settings = EvalSettings(tasks=("ifeval",), task_data=("ifeval=a=b.jsonl",))
+    assert settings.data_files == {"ifeval": Path("a=b.jsonl")}
+
+
+def test_a_file_of_questions_that_is_missing_or_no_json_is_refused_at_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.tasks.evaluation._published", None)
+    with pytest.raises(TextError, match=r"missing\.jsonl"):
+        evaluate(model, tasks=("ifeval",), task_data=(f"ifeval={tmp_path / 'missing.jsonl'}",))
+    (tmp_path / "rows.txt").write_text("rows")
+    with pytest.raises(TextError, match=r"should end in \.jsonl or \.json"):
+        evaluate(model, tasks=("ifeval",), task_data=(f"ifeval={tmp_path / 'rows.txt'}",))
 
 
 def _numbers(value: Any) -> list[float]:

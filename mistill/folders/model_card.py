@@ -106,7 +106,8 @@ def base_model(steps: Sequence[Mapping[str, Any]]) -> BaseModel:
         named = str(_settings(step).get("source") or "") if step["step"] == "teacher" else ""
         if named == "@smollm2":
             return _SMOLLM2
-        if _HUB_ID.fullmatch(named):
+        named = str(step.get("hub") or named)
+        if len(named) < 200 and _HUB_ID.fullmatch(named):
             return BaseModel(name=named)
     if steps and str(steps[0].get("file", "")).startswith("SmolLM2-135M-Instruct."):
         return _SMOLLM2

@@ -16,9 +16,10 @@ import export
 import quantize
 from mistill.errors import FolderError
 from mistill.folders.folder import open_folder
-from mistill.folders.lineage import add_lineage, fingerprint
+from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
 from mistill.folders.model_card import BaseModel, base_model, relation
 from mistill.folders.ownership import why_not_ours
+from mistill.sources.source import save_model
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,26 @@ def test_the_embedded_teacher_is_known_with_its_licence() -> None:
         name="HuggingFaceTB/SmolLM2-135M-Instruct", licence="apache-2.0", language="en"
     )
     assert base_model([{"step": "teacher", "settings": {"source": "folder"}}]) == BaseModel()
+
+
+def test_what_was_made_of_a_model_of_the_hub_at_once_names_it(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "hub" / "models--owner--large--7b" / "snapshots" / ("0" * 40)
+    small = quantize.to_rounding(shutil.copytree(model, kept), tmp_path / "small", group_size=32)
+    (step,) = read_lineage(small)
+    assert (step["hub"], step["source"]) == ("owner/large--7b", "large--7b")
+    metadata = yaml.safe_load((small / "README.md").read_text("utf-8").split("---")[1])
+    assert metadata["base_model"] == ["owner/large--7b"]
+    assert metadata["base_model_relation"] == "quantized"
+
+
+def test_a_path_is_not_taken_for_a_model_of_the_hub(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, tmp_path / "models" / "large")
+    monkeypatch.chdir(tmp_path)
+    teacher = save_model("models/large", "teacher")
+    assert base_model(read_lineage(teacher)) == BaseModel()
+    assert "models/large" not in (teacher / "README.md").read_text("utf-8")
 
 
 def test_every_model_folder_has_a_card_that_names_what_reads_it(

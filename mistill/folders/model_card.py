@@ -203,16 +203,18 @@ def _how_to_use(info: FolderInfo, name: str, scores: bool) -> str:
             f"`mistill tune reinforce MODEL OUT --reward {word}` learns from its scores, and "
             f"transformers' `AutoModelForSequenceClassification` opens it."
         )
+    chats = _has_chat_template(info.path)
     if info.form != "onnx":
+        asked = 'mistill chat chatbot "What is a mistral?"\n' if chats else ""
+        base = "" if chats else "It has no chat template, and continues texts. "
         return (
-            f"```sh\npip install 'mistill[compress]'\nmistill export {word} chatbot\n"
-            'mistill chat chatbot "What is a mistral?"\n```\n\n'
-            f"{_who_reads(info)}"
+            f"```sh\npip install 'mistill[compress]'\nmistill export {word} chatbot\n{asked}```\n\n"
+            f"{base}{_who_reads(info)}"
         )
     if (info.path / _FOR_THE_BROWSER).is_dir():
         quoted = in_code(name.replace("\\", "\\\\").replace("'", "\\'"))
         return f"transformers.js opens it: `await pipeline('text-generation', '{quoted}')`."
-    if not _has_chat_template(info.path):
+    if not chats:
         return (
             "It has no chat template, and continues texts: `mistill.open_model` opens it, and "
             "ONNX Runtime GenAI does."

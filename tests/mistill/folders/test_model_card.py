@@ -133,7 +133,7 @@ def test_a_card_that_was_changed_is_kept_and_changes_nothing_else(
     card = bot / "README.md"
     card.write_text(card.read_text() + "My words.\n")
     open_folder(bot)
-    with pytest.raises(FolderError, match=r"holds README\.md"):
+    with pytest.raises(FolderError, match=r"README\.md, which is not as mistill wrote"):
         export.to_onnx(model, bot, overwrite=True, parity_positions=0)
     assert "My words." in card.read_text()
     (Path(shutil.copytree(chatbot, tmp_path / "other")) / "README.md").write_text("mine")
@@ -183,6 +183,17 @@ def test_what_a_stranger_recorded_is_neither_markup_nor_a_reason_to_fail(
     assert f"mistill export {shlex.quote(name)} chatbot\n" in text
     assert "| perplexity | 5.00 | 4.00 |" in text
     assert "KL to the teacher" not in text
+
+
+def test_a_model_without_a_chat_template_is_not_said_to_chat(model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    (source / "chat_template.jinja").unlink()
+    small = quantize.to_rounding(source, tmp_path / "small", group_size=32)
+    bot = export.to_onnx(small, tmp_path / "bot", parity_positions=0)
+    for folder in (small, bot):
+        text = (folder / "README.md").read_text("utf-8")
+        assert "It has no chat template, and continues texts" in text
+        assert "mistill chat" not in text
 
 
 def test_a_folder_for_the_browser_names_the_library_that_opens_it(

@@ -90,7 +90,10 @@ def add_card(folder: Path, name: str) -> None:
         _licence(steps),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    card.write_text(signed_card(text), "utf-8")
+    # Half a card would be taken for one that somebody has changed, and stay.
+    partial = folder / f".{CARD_FILE}.partial"
+    partial.write_text(signed_card(text), "utf-8", newline="\n")
+    partial.replace(card)
 
 
 def base_model(steps: Sequence[Mapping[str, Any]]) -> BaseModel:

@@ -17,8 +17,8 @@ import quantize
 from mistill.errors import FolderError
 from mistill.folders.folder import open_folder
 from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
-from mistill.folders.model_card import BaseModel, base_model, relation
-from mistill.folders.ownership import why_not_ours
+from mistill.folders.model_card import BaseModel, add_card, base_model, relation
+from mistill.folders.ownership import is_own_card, why_not_ours
 from mistill.sources.source import save_model
 
 
@@ -183,6 +183,26 @@ def test_what_a_stranger_recorded_is_neither_markup_nor_a_reason_to_fail(
     assert f"mistill export {shlex.quote(name)} chatbot\n" in text
     assert "| perplexity | 5.00 | 4.00 |" in text
     assert "KL to the teacher" not in text
+
+
+def test_a_kill_while_a_card_is_written_leaves_no_half_of_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = quantize.to_rounding(model, tmp_path / "small", group_size=32)
+    (small / "README.md").unlink()
+    write_text = Path.write_text
+
+    def half(file: Path, text: str, *arguments: Any, **options: Any) -> int:
+        write_text(file, text[: len(text) // 2], *arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            add_card(small, "small")
+    add_card(small, "small")
+    assert is_own_card(small / "README.md")
+    assert why_not_ours(small) is None
 
 
 def test_a_model_without_a_chat_template_is_not_said_to_chat(model: Path, tmp_path: Path) -> None:

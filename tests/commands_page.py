@@ -28,6 +28,8 @@ def page() -> str:
     # The usage repeats how this very program was started.
     text = re.sub(r"^(mistill .*?) -m [\w.]+", r"\1", text, flags=re.MULTILINE)
     text = text.replace(" *[default: ()]*", "").replace(" *[default: None]*", "")
+    # The name of a heading keeps the dashes that an entry begins with.
+    text = re.sub(r"(\[`--[^`]+`\]\(#mistill-)", r"\1--", text)
     return f"{HEAD}\n{text[text.index('**Commands**') :].rstrip()}\n"
 
 

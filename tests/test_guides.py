@@ -18,8 +18,9 @@ from tests.mistill.cli.test_help import COMMANDS, options
 DOCS = Path(__file__).parent.parent / "docs"
 # In an order in which each finds what it needs.
 GUIDES = ("quantizing", "exporting", "chatting", "korean-chatbot")
-# Those whose commands are run in tests of their own are held to their options and links here.
-PAGES = (*GUIDES, "tuning", "preferences")
+# Those whose commands are run in tests of their own, or take long, are held to their options here.
+PAGES = (*GUIDES, "tuning", "preferences", "distilling", "data", "reports")
+README = DOCS.parent / "README.md"
 
 
 def blocks(guide: str, language: str) -> list[str]:
@@ -66,8 +67,17 @@ def test_every_option_that_a_guide_names_exists(guide):
     assert {name.removeprefix("no_") for name in named} <= known
 
 
-@pytest.mark.parametrize("guide", PAGES)
-def test_every_file_that_is_linked_exists(guide):
-    text = (DOCS / f"{guide}.md").read_text("utf-8")
-    for name in re.findall(r"\]\(([^)#]+)\)", text):
-        assert name.startswith("http") or (DOCS / name).exists(), name
+@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), README], ids=lambda page: page.stem)
+def test_every_place_that_is_linked_exists(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if not link.startswith("http"):
+            name, _, place = link.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), link
+            assert not place or place in places(file), link
+
+
+def places(page: Path) -> set[str]:
+    """The names of a page's headings in links, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.strip().lower()).replace(" ", "-") for head in heads}

@@ -91,7 +91,8 @@ def _command(
     if step == "teacher":
         command.append(_name(settings.pop("source", None) or entry.get("source")))
     else:
-        command.append(source or _name(entry.get("source") or entry.get("file") or "SOURCE"))
+        first = entry.get("hub") or entry.get("source") or entry.get("file") or "SOURCE"
+        command.append(source or _name(first))
     if step == "merge":
         command.append(_name(settings.pop("adapter", "ADAPTER")))
     command.append(f"{target}.gguf" if step == "gguf" and source else target)

@@ -117,21 +117,32 @@ def lineage_after(
 
     Returns:
         One entry per step. ``changed_settings`` names the settings that are not the defaults, so
-        that a reader of the entry needs no settings class.
+        that a reader of the entry needs no settings class. Where the source was fetched from the
+        Hub, ``hub`` is its id.
     """
     by_name = dict(settings) if isinstance(settings, Mapping) else settings_dict(settings)
     changed = list(by_name) if isinstance(settings, Mapping) else changed_settings(settings)
+    hub_id = None if source is None else _hub_id(source)
     entry = {
         "step": step,
         "settings": without_paths(by_name),
         "changed_settings": changed,
-        "source": None if source is None else file_name(source),
+        "source": hub_id.rpartition("/")[2] if hub_id else file_name(source),
+        **({"hub": hub_id} if hub_id else {}),
         "source_fingerprint": None if source is None else fingerprint(source),
         "versions": installed_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **without_paths(facts),
     }
     return [*([] if source is None else read_lineage(source)), entry]
+
+
+def _hub_id(folder: Path) -> str | None:
+    """The id of a model of the Hub, from where its library keeps it; None for other folders."""
+    kept = folder.absolute().parts[-3:]
+    if len(kept) < 3 or kept[1] != "snapshots" or not kept[0].startswith("models--"):
+        return None
+    return "/".join(kept[0].split("--", 2)[1:])
 
 
 def without_paths(value: Any) -> Any:

@@ -90,7 +90,10 @@ def add_card(folder: Path, name: str) -> None:
         _licence(steps),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    card.write_text(signed_card(text), "utf-8")
+    # Half a card would be taken for one that somebody has changed, and stay.
+    partial = folder / f".{CARD_FILE}.partial"
+    partial.write_text(signed_card(text), "utf-8", newline="\n")
+    partial.replace(card)
 
 
 def base_model(steps: Sequence[Mapping[str, Any]]) -> BaseModel:
@@ -106,7 +109,8 @@ def base_model(steps: Sequence[Mapping[str, Any]]) -> BaseModel:
         named = str(_settings(step).get("source") or "") if step["step"] == "teacher" else ""
         if named == "@smollm2":
             return _SMOLLM2
-        if _HUB_ID.fullmatch(named):
+        named = str(step.get("hub") or named)
+        if len(named) < 200 and _HUB_ID.fullmatch(named):
             return BaseModel(name=named)
     if steps and str(steps[0].get("file", "")).startswith("SmolLM2-135M-Instruct."):
         return _SMOLLM2
@@ -202,16 +206,18 @@ def _how_to_use(info: FolderInfo, name: str, scores: bool) -> str:
             f"`mistill tune reinforce MODEL OUT --reward {word}` learns from its scores, and "
             f"transformers' `AutoModelForSequenceClassification` opens it."
         )
+    chats = _has_chat_template(info.path)
     if info.form != "onnx":
+        asked = 'mistill chat chatbot "What is a mistral?"\n' if chats else ""
+        base = "" if chats else "It has no chat template, and continues texts. "
         return (
-            f"```sh\npip install 'mistill[compress]'\nmistill export {word} chatbot\n"
-            'mistill chat chatbot "What is a mistral?"\n```\n\n'
-            f"{_who_reads(info)}"
+            f"```sh\npip install 'mistill[compress]'\nmistill export {word} chatbot\n{asked}```\n\n"
+            f"{base}{_who_reads(info)}"
         )
     if (info.path / _FOR_THE_BROWSER).is_dir():
         quoted = in_code(name.replace("\\", "\\\\").replace("'", "\\'"))
         return f"transformers.js opens it: `await pipeline('text-generation', '{quoted}')`."
-    if not _has_chat_template(info.path):
+    if not chats:
         return (
             "It has no chat template, and continues texts: `mistill.open_model` opens it, and "
             "ONNX Runtime GenAI does."

@@ -33,6 +33,8 @@ _FOLDERS = ("onnx", "tensorboard")
 _ADAPTER, _ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
 
 
+_OF_OTHERS = "no step of mistill wrote"
+
 CARD_FILE = "README.md"
 """A model card, which is ours as long as nobody has changed it."""
 
@@ -85,7 +87,8 @@ def why_not_ours(folder: Path, *, any_card: bool = False) -> str | None:
         if any_card and item.name == CARD_FILE and item.is_file() and not item.is_symlink():
             continue
         if item.is_symlink() or not _is_ours(item):
-            return f"holds {item.name}, which no step of mistill wrote"
+            by = "is not as mistill wrote it" if item.name == CARD_FILE else _OF_OTHERS
+            return f"holds {item.name}, which {by}"
     return None
 
 

@@ -7,6 +7,8 @@ import threading
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from mistill.errors import SettingsError
+
 PATIENCE_SECONDS = 5.0
 """How long a name and a connection may take before the Hub counts as out of reach."""
 
@@ -19,21 +21,23 @@ def hub_answers(seconds: float = PATIENCE_SECONDS) -> bool:
 
     Returns:
         False in the library's offline mode too; True without looking where a proxy stands between.
+
+    Raises:
+        SettingsError: If HF_ENDPOINT is no address.
     """
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
         return False
-    address = urlsplit(constants.ENDPOINT)
-    if address.scheme in getproxies() or "all" in getproxies():
+    scheme, host, port = _address(constants.ENDPOINT)
+    if scheme in getproxies() or "all" in getproxies():
         return True
-    port = address.port or (80 if address.scheme == "http" else 443)
     opened = threading.Event()
 
     def connect() -> None:
         try:
-            socket.create_connection((address.hostname or "", port), timeout=seconds).close()
-        except OSError:
+            socket.create_connection((host, port), timeout=seconds).close()
+        except (OSError, UnicodeError):  # the second where no resolver takes the name
             return
         opened.set()
 
@@ -42,3 +46,18 @@ def hub_answers(seconds: float = PATIENCE_SECONDS) -> bool:
     thread.start()
     thread.join(seconds)
     return opened.is_set()
+
+
+def _address(endpoint: str) -> tuple[str, str, int]:
+    """Scheme, name and port of the Hub."""
+    try:
+        address = urlsplit(endpoint)
+        host, port = address.hostname, address.port
+    except ValueError:
+        host, port = None, None
+    if host is None or address.scheme not in ("http", "https"):
+        raise SettingsError(
+            f"HF_ENDPOINT should be an address such as https://huggingface.co, not "
+            f"{endpoint!r:.80}; set it to one, or unset it"
+        )
+    return address.scheme, host, port or (80 if address.scheme == "http" else 443)

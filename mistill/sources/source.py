@@ -124,7 +124,10 @@ def save_model(source: str | Path, target: str | Path, overwrite: bool = False) 
         others = [weight_index(folder), folder / AUTO_GPTQ_CONFIG]
         for file in weight_files(folder) + [file for file in others if file and file.is_file()]:
             shutil.copyfile(file, partial / file.name)
-        add_lineage(partial, step="teacher", settings={"source": str(source)}, source=folder)
+        # A path such as models/large would read like an id of the Hub.
+        path = Path(source).expanduser()
+        named = path.name if path.name and path.exists() else str(source)
+        add_lineage(partial, step="teacher", settings={"source": named}, source=folder)
     return target
 
 

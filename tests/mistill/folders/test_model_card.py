@@ -16,9 +16,10 @@ import export
 import quantize
 from mistill.errors import FolderError
 from mistill.folders.folder import open_folder
-from mistill.folders.lineage import add_lineage, fingerprint
-from mistill.folders.model_card import BaseModel, base_model, relation
-from mistill.folders.ownership import why_not_ours
+from mistill.folders.lineage import add_lineage, fingerprint, read_lineage
+from mistill.folders.model_card import BaseModel, add_card, base_model, relation
+from mistill.folders.ownership import is_own_card, why_not_ours
+from mistill.sources.source import save_model
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,26 @@ def test_the_embedded_teacher_is_known_with_its_licence() -> None:
     assert base_model([{"step": "teacher", "settings": {"source": "folder"}}]) == BaseModel()
 
 
+def test_what_was_made_of_a_model_of_the_hub_at_once_names_it(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "hub" / "models--owner--large--7b" / "snapshots" / ("0" * 40)
+    small = quantize.to_rounding(shutil.copytree(model, kept), tmp_path / "small", group_size=32)
+    (step,) = read_lineage(small)
+    assert (step["hub"], step["source"]) == ("owner/large--7b", "large--7b")
+    metadata = yaml.safe_load((small / "README.md").read_text("utf-8").split("---")[1])
+    assert metadata["base_model"] == ["owner/large--7b"]
+    assert metadata["base_model_relation"] == "quantized"
+
+
+def test_a_path_is_not_taken_for_a_model_of_the_hub(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, tmp_path / "models" / "large")
+    monkeypatch.chdir(tmp_path)
+    teacher = save_model("models/large", "teacher")
+    assert base_model(read_lineage(teacher)) == BaseModel()
+    assert "models/large" not in (teacher / "README.md").read_text("utf-8")
+
+
 def test_every_model_folder_has_a_card_that_names_what_reads_it(
     model: Path, tmp_path: Path
 ) -> None:
@@ -112,7 +133,7 @@ def test_a_card_that_was_changed_is_kept_and_changes_nothing_else(
     card = bot / "README.md"
     card.write_text(card.read_text() + "My words.\n")
     open_folder(bot)
-    with pytest.raises(FolderError, match=r"holds README\.md"):
+    with pytest.raises(FolderError, match=r"README\.md, which is not as mistill wrote"):
         export.to_onnx(model, bot, overwrite=True, parity_positions=0)
     assert "My words." in card.read_text()
     (Path(shutil.copytree(chatbot, tmp_path / "other")) / "README.md").write_text("mine")
@@ -162,6 +183,37 @@ def test_what_a_stranger_recorded_is_neither_markup_nor_a_reason_to_fail(
     assert f"mistill export {shlex.quote(name)} chatbot\n" in text
     assert "| perplexity | 5.00 | 4.00 |" in text
     assert "KL to the teacher" not in text
+
+
+def test_a_kill_while_a_card_is_written_leaves_no_half_of_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = quantize.to_rounding(model, tmp_path / "small", group_size=32)
+    (small / "README.md").unlink()
+    write_text = Path.write_text
+
+    def half(file: Path, text: str, *arguments: Any, **options: Any) -> int:
+        write_text(file, text[: len(text) // 2], *arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            add_card(small, "small")
+    add_card(small, "small")
+    assert is_own_card(small / "README.md")
+    assert why_not_ours(small) is None
+
+
+def test_a_model_without_a_chat_template_is_not_said_to_chat(model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    (source / "chat_template.jinja").unlink()
+    small = quantize.to_rounding(source, tmp_path / "small", group_size=32)
+    bot = export.to_onnx(small, tmp_path / "bot", parity_positions=0)
+    for folder in (small, bot):
+        text = (folder / "README.md").read_text("utf-8")
+        assert "It has no chat template, and continues texts" in text
+        assert "mistill chat" not in text
 
 
 def test_a_folder_for_the_browser_names_the_library_that_opens_it(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from mistill.errors import SettingsError
 from mistill.sources.hub import hub_answers
 
 ENDPOINT = "huggingface_hub.constants.ENDPOINT"
@@ -49,6 +50,24 @@ def test_a_proxy_is_asked_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ENDPOINT, "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:10")
     assert hub_answers()
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://host:port", "http://[x", "https://host:99999", "hub.example.org", "ftp://h"],
+)
+def test_an_endpoint_that_is_no_address_is_named(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ENDPOINT, endpoint)
+    with pytest.raises(SettingsError, match="HF_ENDPOINT should be an address such as https"):
+        hub_answers()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_name_that_no_resolver_takes_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ENDPOINT, f"http://{'a' * 70}.org")
+    assert not hub_answers()
 
 
 def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

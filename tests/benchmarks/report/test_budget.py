@@ -328,12 +328,18 @@ def test_healing_is_among_the_commands(comparison: Report):
 def test_a_tuned_model_names_its_pairs_and_prompts(comparison: Report):
     found = made_by(
         comparison["student"],
-        {"step": "preferences", "settings": {}, "source": "base", "pairs": ["p.jsonl"]},
+        {
+            "step": "preferences",
+            "settings": {},
+            "source": "base",
+            "pairs": ["p.jsonl"],
+            "other_texts": ["more.jsonl"],
+        },
         {"step": "reinforce", "settings": {}, "source": "better", "reward": "judge"},
     )
 
     assert found == [
-        "mistill tune preferences base better --pairs p.jsonl",
+        "mistill tune preferences base better --pairs p.jsonl --other-texts more.jsonl",
         "mistill tune reinforce better student --prompts PROMPTS --reward judge",
     ]
 

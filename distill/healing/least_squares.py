@@ -51,15 +51,16 @@ class Fit:
 class Equations:
     """The normal equations of a fit, to which tokens are added batch by batch."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, device: torch.device | None = None) -> None:
         """Begin without tokens.
 
         Args:
             inputs: Columns of the matrix, K.
             outputs: Its rows, N.
+            device: Where the tokens are, and the sums are made; the CPU if not given.
         """
-        self._H = torch.zeros(inputs, inputs)
-        self._C = torch.zeros(outputs, inputs)
+        self._H = torch.zeros(inputs, inputs, device=device)
+        self._C = torch.zeros(outputs, inputs, device=device)
         self._missed = 0.0
         self._numbers = 0
         self._left_out: list[tuple[Tensor, Tensor]] = []

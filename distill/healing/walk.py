@@ -223,7 +223,7 @@ class _Walk:
         return healed
 
     def _equations(self, matrix: nn.Linear) -> Equations:
-        return Equations(matrix.in_features, matrix.out_features)
+        return Equations(matrix.in_features, matrix.out_features, matrix.weight.device)
 
     def _add(
         self, equations: Equations, number: int, x: Tensor, stream: Tensor, target: Tensor

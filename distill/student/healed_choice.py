@@ -218,7 +218,7 @@ class _Search:
     ) -> list[Tensor]:
         """The changes of a matrix that take a stream nearest to each of several targets."""
         width = stream[0].shape[-1]
-        equations = Equations(x[0].shape[-1], width * len(targets))
+        equations = Equations(x[0].shape[-1], width * len(targets), x[0].device)
         for number, rows in enumerate(self._fitted):
             if rows.any():
                 missed = [target[number][rows] - stream[number][rows] for target in targets]

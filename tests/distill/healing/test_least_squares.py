@@ -41,6 +41,18 @@ def test_the_change_is_that_of_lstsq(inputs: int, ridge: float) -> None:
     assert fit.missed_before == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_tokens_on_a_gpu_give_the_same_change() -> None:
+    x, r, weights = problem(600, 300, 5)
+    changes = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        equations = Equations(300, 5, device)
+        equations.add(x.to(device), r.to(device), weights.to(device))
+        changes.append(equations.solve([0.3]).change)
+    assert changes[1].device.type == "cuda"
+    torch.testing.assert_close(changes[1].cpu(), changes[0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("noise", [0.01, 3.0, 30.0])
 def test_the_ridge_is_the_one_that_misses_least_of_the_tokens_left_out(noise: float) -> None:
     x, r, weights = problem(200, 60, 4, noise)

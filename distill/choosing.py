@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.replies import Reply
+from distill.replies import Reply, text_of
 from distill.settings import GenerateSettings
 from mistill.errors import FolderError
 from mistill.folders.folder import open_folder
@@ -84,7 +84,7 @@ def scorer(
     def by_judge(
         rows: Sequence[PromptRow], ids: Sequence[Sequence[int]], replies: Sequence[Reply]
     ) -> list[float]:
-        return judge()(rows, [vocabulary.decode(reply.ids).strip() for reply in replies])
+        return judge()(rows, [text_of(reply, vocabulary) for reply in replies])
 
     return require_judged, by_judge
 

@@ -34,6 +34,7 @@ from distill.conversation_file import (
 from distill.own_prompts import OWN_PROMPTS, own_prompts, turn_of_the_user
 from distill.remote_teacher import RemoteTeacher, remote_replies, remote_teacher
 from distill.replies import Reply as Reply
+from distill.replies import text_of
 from distill.replies import write_replies as write_replies
 from distill.reply_filter import without_spelling
 from distill.reversing import REVERSED_PROMPT, gains, read_texts
@@ -236,7 +237,7 @@ def _write(
     settings: GenerateSettings,
 ) -> None:
     """Choose among the replies where there are several, and write what is kept."""
-    texts = [vocabulary.decode(reply.ids).strip() for reply in replies]
+    texts = [text_of(reply, vocabulary) for reply in replies]
     finished = [reply.finished for reply in replies]
     if choice is None and not settings.reverse:
         talks = [row.prompt for row in rows]
@@ -374,10 +375,10 @@ def _fates(texts: Sequence[str], finished: Sequence[bool], settings: GenerateSet
     fates, before = [], set()
     for text, ended in zip(texts, finished, strict=True):
         words = without_spelling(text)
-        if not text:
-            fate = "empty"
-        elif not ended and not settings.keep_unfinished:
+        if not ended and not settings.keep_unfinished:
             fate = f"cut off after {settings.max_new_tokens} tokens"
+        elif not text:
+            fate = "empty"
         elif settings.max_repeats and most_repeats(text) > settings.max_repeats:
             fate = "that repeat themselves"
         elif settings.drop_duplicates and words in before:

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mistill.chat.stream_text import TextStream
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from mistill.text.vocabulary import Vocabulary
 
 
 class Reply(NamedTuple):
@@ -25,6 +29,23 @@ class Reply(NamedTuple):
 
     ids: list[int]
     finished: bool
+
+
+def text_of(reply: Reply, vocabulary: Vocabulary) -> str:
+    """What a reply says.
+
+    Args:
+        reply: The reply.
+        vocabulary: The teacher's vocabulary.
+
+    Returns:
+        Its text without the white space around it; of one that was cut off within a character,
+        without the beginning of that.
+    """
+    if reply.finished:
+        return vocabulary.decode(reply.ids).strip()
+    stream = TextStream(vocabulary)
+    return ("".join(map(stream.add, reply.ids)) + stream.finish(cut_off=True)).strip()
 
 
 def write_replies(

@@ -412,7 +412,7 @@ CASES: dict[str, tuple[str, str, Prepare | None]] = {
         swap_tokens,
     ),
     "a chat with a folder that is not there": ("chat nowhere", "no folder or file", None),
-    "an inspection of nothing": ("inspect nowhere", "not a folder", None),
+    "an inspection of nothing": ("inspect nowhere", "no folder or file", None),
     "a recipe that is not there": ("run none.toml", "none.toml is missing", None),
     "a recipe that is no TOML": ("run r.toml", "not a TOML", write("r.toml", "= 3")),
     "a recipe without steps": ("run r.toml", "no steps", write("r.toml", 'out = "x"')),

@@ -314,7 +314,12 @@ def process(chatbot: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[st
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_command_with_0(chatbot: Path, number: int) -> None:
-    with process(chatbot, stderr=subprocess.PIPE) as (command, port):
+    # Whoever runs the tests in the background may have them ignore SIGINT, and a server that
+    # inherits that goes on ignoring it.
+    def heed() -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    with process(chatbot, stderr=subprocess.PIPE, preexec_fn=heed) as (command, port):
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("GET", "/health")
         assert connection.getresponse().status == 200

@@ -237,7 +237,7 @@ def joining(server: Server, writers: int, rounds: int) -> dict[str, Any]:
         threads = [threading.Thread(target=write, args=(replies,)) for _ in range(writers)]
         for thread in threads:
             thread.start()
-        time.sleep(2.0)
+        time.sleep(0.5)
         joiner = server.reply(long.next(), max_tokens=2, temperature=0)
         for thread in threads:
             thread.join()

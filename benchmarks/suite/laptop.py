@@ -227,9 +227,7 @@ def _models(
     first = next(iter(rows.values()))
     source, small = folder / "source", folder / "small"
     _say(f"writing {first.layers} layers of width {first.width}")
-    parameters[first.layers, first.width] = make_folder(
-        source, first.layers, first.width, alike=True
-    )
+    parameters[first.layers, first.width] = make_folder(source, first.layers, first.width)
     order: tuple[_Form, ...] = ("16-bit", "nf4", "onnx")
     named = sorted(rows, key=lambda name: order.index(rows[name].form))
     for name in named:

@@ -57,15 +57,13 @@ def config_of(layers: int, width: int = WIDTH) -> dict[str, Any]:
     }
 
 
-def make_folder(folder: Path, layers: int, width: int = WIDTH, *, alike: bool = False) -> int:
+def make_folder(folder: Path, layers: int, width: int = WIDTH) -> int:
     """Write such a model, in bfloat16, with a tokenizer of bytes.
 
     Args:
         folder: Where; it is made.
         layers: Decoder layers.
         width: Hidden size; a multiple of 512.
-        alike: Whether matrices of one shape may hold the same random numbers, which are then drawn
-            once: a fifth of the time for 32 layers.
 
     Returns:
         Its parameters.
@@ -86,17 +84,11 @@ def make_folder(folder: Path, layers: int, width: int = WIDTH, *, alike: bool = 
     _write_tokenizer(folder)
     generator = torch.Generator().manual_seed(0)
     count = 0
-    drawn: dict[tuple[int, ...], torch.Tensor] = {}
 
     def noise(*shape: int) -> torch.Tensor:
         nonlocal count
         count += shape[0] * shape[1]
-        if shape in drawn:
-            return drawn[shape]
-        matrix = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        if alike:
-            drawn[shape] = matrix
-        return matrix
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
     def ones() -> torch.Tensor:
         nonlocal count

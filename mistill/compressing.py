@@ -15,13 +15,8 @@ from typing import Any
 
 from mistill.cost_model.step_time import TimedSize, size_for_speed, time_steps
 from mistill.errors import MistillError, TrainingError
-from mistill.folders.folder import describe, read_config, read_json
-from mistill.folders.lineage import (
-    LINEAGE_FILE,
-    fingerprint,
-    installed_versions,
-    read_lineage,
-)
+from mistill.folders.folder import MANIFEST_FILE, describe, read_config, read_json
+from mistill.folders.lineage import fingerprint, installed_versions
 from mistill.folders.publishing import publish, refuse_existing, working, write_atomically
 from mistill.folders.renaming import remove_work
 from mistill.progress import track
@@ -203,13 +198,14 @@ def _make_for_speed(work: Path, inputs: Mapping[str, Any], settings: CompressSet
         size_mb = _megabytes_of_codes(inputs["source"], settings, facts["size_mb"])
         _make(work, inputs, size_mb, settings)
     (seconds,) = _time_chatbots([result])
-    steps = read_lineage(result)
-    steps[-1] |= {
-        "tokens_per_second_wanted": wanted,
-        "tokens_per_second_predicted": facts["predicted"],
-        "tokens_per_second": round(1 / seconds, 2),
+    # The manifest has the checksums of all other files, and none of its own.
+    manifest = read_json(result / MANIFEST_FILE)
+    manifest["speed"] = {
+        "wanted": wanted,
+        "predicted": facts["predicted"],
+        "measured": round(1 / seconds, 2),
     }
-    write_atomically(result / LINEAGE_FILE, json.dumps(steps, indent=2) + "\n")
+    write_atomically(result / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     if seconds > 1 / wanted:
         _log.warning(
             "the chatbot writes %.0f tokens a second, and not the %g that were asked for: %.0f "

@@ -500,20 +500,14 @@ def compress(
     folder = compress(
         source, target, texts=texts, held_out=held_out, settings=settings, overwrite=overwrite
     )
-    return print_folder(folder, json, **_speeds(folder))
+    from mistill.cli.onnx_report import speed_in_words
+    from mistill.folders.folder import MANIFEST_FILE, read_json
 
-
-def _speeds(folder: Path) -> dict[str, float]:
-    """What the lineage of a compressed model tells of its speed; printed as a line of its own."""
-    from mistill.folders.lineage import read_lineage
-
-    entry = read_lineage(folder)[-1]
-    names = ("tokens_per_second_wanted", "tokens_per_second_predicted", "tokens_per_second")
-    found = {name: float(entry[name]) for name in names if name in entry}
-    if found:
-        wanted, predicted, measured = found.values()
-        print(f"{wanted:g} tokens/s asked for, {predicted:.0f} predicted, {measured:.0f} measured")
-    return found
+    speed = read_json(folder / MANIFEST_FILE).get("speed")
+    if speed is None:
+        return print_folder(folder, json)
+    print(speed_in_words(speed))
+    return print_folder(folder, json, speed=speed)
 
 
 @app.command(help_formatter=HelpPage({"Weights": ("dtype", "table_dtype")}))

@@ -49,6 +49,8 @@ def manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
             f"{manifest['ceiling_tokens_per_second']:,.0f} tokens/s at a memory bandwidth of "
             f"{manifest['memory_bytes_per_second'] / 1e9:.1f} GB/s"
         )
+    if manifest.get("speed"):
+        rows["speed"] = speed_in_words(manifest["speed"])
     parity = manifest.get("parity")
     rows["against PyTorch"] = (
         "not compared"
@@ -75,6 +77,21 @@ def manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
             f"{tuning['machine']}, {tuning['threads']} threads: {chosen or 'no kernel was chosen'}"
         )
     return facts_table(rows)
+
+
+def speed_in_words(speed: Mapping[str, float]) -> str:
+    """What a chatbot that was made for a speed was asked for, and what became of it.
+
+    Args:
+        speed: The entry ``speed`` of its manifest.json.
+
+    Returns:
+        Tokens a second, on the processor that it was made on.
+    """
+    return (
+        f"{speed['wanted']:g} tokens/s asked for, {speed['predicted']:.0f} predicted, "
+        f"{speed['measured']:.0f} measured where it was made"
+    )
 
 
 def tuning_table(tuning: Mapping[str, Any]) -> RenderableType:

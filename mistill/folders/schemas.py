@@ -205,6 +205,14 @@ class Tuning(Struct, kw_only=True):
     table: list[TunedRow] = []
 
 
+class Speed(Struct, kw_only=True):
+    """Tokens a second of a chatbot that was made for a speed."""
+
+    wanted: _Figure
+    predicted: _Figure
+    measured: _Figure
+
+
 class OnnxManifest(Struct, kw_only=True):
     """manifest.json of an ONNX folder."""
 
@@ -220,6 +228,7 @@ class OnnxManifest(Struct, kw_only=True):
     parity: Parity | None = None
     codes: Codes | None = None
     tuning: Tuning | None = None
+    speed: Speed | None = None
 
     def __post_init__(self) -> None:
         """Refuse names that lead out of the folder, and one half of a pair."""

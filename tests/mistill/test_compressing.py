@@ -15,6 +15,7 @@ import export
 import mistill
 import quantize
 from mistill import compressing
+from mistill.cli.inspection import inspect_folder
 from mistill.errors import (
     FolderError,
     SettingsError,
@@ -22,7 +23,7 @@ from mistill.errors import (
     TextError,
     TrainingError,
 )
-from mistill.folders.folder import describe
+from mistill.folders.folder import describe, read_json
 from mistill.folders.lineage import read_lineage
 from tests.tiny import tiny_model
 
@@ -144,7 +145,7 @@ def test_what_was_made_is_used_again_and_other_text_is_other_work(
     assert {item.name for item in tmp_path.iterdir()} == {"texts.jsonl", "chatbot"}
 
 
-def test_a_speed_decides_the_size_and_the_lineage_tells_it(
+def test_a_speed_decides_the_size_and_the_manifest_tells_it(
     wide: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[list[float]] = []
@@ -173,11 +174,10 @@ def test_a_speed_decides_the_size_and_the_lineage_tells_it(
     predicted = small + (wanted - 0.002) / 0.002 * (large - small)
     assert small < made <= predicted + 0.01
     assert made > small + 0.5 * (predicted - small)
-    entry = read_lineage(chatbot)[-1]
-    assert entry["step"] == "export"
-    assert entry["tokens_per_second_wanted"] == 320
-    assert entry["tokens_per_second_predicted"] == pytest.approx(336, abs=0.01)
-    assert entry["tokens_per_second"] == 312.5
+    speed = read_json(chatbot / "manifest.json")["speed"]
+    assert speed == {"wanted": 320, "predicted": pytest.approx(336, abs=0.01), "measured": 312.5}
+    inspection = inspect_folder(chatbot)
+    assert inspection.problems == (), "a checksum is no longer that of its file"
     assert {item.name for item in tmp_path.iterdir()} == {"chatbot"}
 
 

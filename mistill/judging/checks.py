@@ -229,8 +229,10 @@ def _limit() -> None:
         ("RLIMIT_FSIZE", (0, 0)),
         ("RLIMIT_CORE", (0, 0)),
     ):
-        # macOS has RLIMIT_AS and refuses to set it; the others hold all the same.
-        with contextlib.suppress(AttributeError, ValueError, OSError):
+        # macOS has RLIMIT_AS and refuses to set it. Anything else that is refused ends the code
+        # before it begins.
+        refused = (ValueError, OSError) if (name, sys.platform) == ("RLIMIT_AS", "darwin") else ()
+        with contextlib.suppress(*refused):
             resource.setrlimit(getattr(resource, name), bounds)
 
 

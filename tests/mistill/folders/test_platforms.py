@@ -206,6 +206,10 @@ def test_limits_that_macos_refuses_leave_the_others(monkeypatch: pytest.MonkeyPa
         limited.append(number)
 
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    # Elsewhere code whose memory is not bounded does not run.
+    with pytest.raises(ValueError, match="current limit"):
+        checks._limit()
+    monkeypatch.setattr(checks, "sys", SimpleNamespace(platform="darwin"))
     checks._limit()
     assert limited == [resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE]
     limited.clear()

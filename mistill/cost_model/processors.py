@@ -49,11 +49,16 @@ def processors_at_work(seconds: float = 0.5) -> float:
         seconds: For how long they are watched.
 
     Returns:
-        From 0 to the number of processors of the machine.
+        From 0 to the number of processors of the machine. Where psutil is not installed, the
+        system's average of the last minute; 0 where it has none.
     """
-    import psutil
-
-    return float(psutil.cpu_percent(seconds)) / 100 * (psutil.cpu_count() or 1)
+    processors = os.cpu_count() or 1
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        return min(average, float(processors))
+    return float(psutil.cpu_percent(seconds)) / 100 * processors
 
 
 def warn_if_busy(threads: int) -> None:

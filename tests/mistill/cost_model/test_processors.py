@@ -35,8 +35,20 @@ def test_a_machine_without_free_processors_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: percent)
-    for module in (os, psutil):
-        monkeypatch.setattr(module, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     warn_if_busy(threads)
     assert ("other programs keep" in caplog.text) is warns
     assert not warns or f"{percent / 25:.1f} of the 4 processors" in caplog.text
+
+
+def test_without_psutil_the_average_of_the_last_minute_stands_for_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 0.0, 0.0))
+    assert processors_at_work() == 4.0
+    warn_if_busy(1)
+    assert "other programs keep 4.0 of the 4 processors" in caplog.text
+    monkeypatch.delattr(os, "getloadavg")
+    assert processors_at_work() == 0.0

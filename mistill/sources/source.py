@@ -180,7 +180,7 @@ def _holds_graph(name: str, cached: bool) -> bool:
 
     try:
         manifest = read_json(Path(hf_hub_download(name, MANIFEST_FILE, local_files_only=cached)))
-    except errors.EntryNotFoundError:
+    except (errors.EntryNotFoundError, FolderError):  # none, or one of something else
         return False
     files = manifest.get("files")
     return isinstance(files, Mapping) and "model.onnx" in files

@@ -433,11 +433,13 @@ def test_a_chatbot_of_the_hub_is_fetched_with_its_graph(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     resolve_model("owner/name")
+    (hub / "manifest.json").write_text('["of something else"]')
+    resolve_model("owner/name")
     shutil.rmtree(hub)
     export.to_onnx(model, hub, parity_positions=0)
     assert resolve_model("owner/name") == hub
     graph = {"model.onnx", "model.onnx.data*"}
-    assert [graph <= set(patterns) for patterns in asked] == [False, True]
+    assert [graph <= set(patterns) for patterns in asked] == [False, False, True]
     for command in (
         ["inspect", "owner/name"],
         ["chat", "owner/name", "--max-new-tokens", "2", "Hello"],

@@ -286,9 +286,11 @@ def _make_shards(
         done += _tokens(plan.run(shard))
     if not missing:
         return checksums
+    from mistill.pytorch.products import fast_products
+
     teacher = _load_teacher(info, plan)
     total = sum(_tokens(plan.run(shard)) for shard in mine)
-    with track("caching targets", total=total, unit="tok", done=done) as bar:
+    with track("caching targets", total=total, unit="tok", done=done) as bar, fast_products():
         for shard in missing:
             pieces = plan.run(shard)
             answers: dict[int, StoredTargets] = {}

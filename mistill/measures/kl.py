@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from mistill.errors import TextError, VocabularyError
 from mistill.measures.uncertainty import mean_of, standard_error_of_mean
+from mistill.pytorch.products import fast_products
 from mistill.text.blocks import TokenBlocks
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Fidelity:
     tokens: int
 
 
+@fast_products()
 @torch.inference_mode()
 def predict(model: PreTrainedModel, blocks: TokenBlocks) -> Predictions:
     """What a loaded model predicts at the positions of a text that count.
@@ -110,6 +112,7 @@ def predict(model: PreTrainedModel, blocks: TokenBlocks) -> Predictions:
     return Predictions(torch.cat(kept_states), head.weight.detach())
 
 
+@fast_products()
 @torch.inference_mode()
 def compare(
     references: Mapping[str, Predictions],

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mistill.pytorch.loading import empty_model, plain_config
+from mistill.pytorch.products import fast_products
 from mistill.pytorch.reading import require_finite
 from mistill.weights.gptq_layout import EMBEDDING, HEAD
 from mistill.weights.plain_weights import PlainWeights
@@ -117,7 +118,8 @@ class LayeredModel:
         layer = self._layers[index]
         self._fill(layer, f"model.layers.{index}.")
         try:
-            yield layer
+            with fast_products():
+                yield layer
         finally:
             if not self._holds:
                 layer.to_empty(device="meta")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mistill.errors import TrainingError
 from mistill.folders.renaming import rename_synced
 from mistill.progress import track
+from mistill.pytorch.products import fast_products
 from mistill.settings import settings_dict
 from mistill.training.checkpoints import load_checkpoint, remove_others, save_checkpoint
 from mistill.training.metrics import Metrics
@@ -185,6 +186,7 @@ class TrainingLoop(Generic[EvaluationT]):
         self.accelerator, self.work = accelerator, work
         self.metrics = Metrics(work, accelerator, settings_dict(settings))
 
+    @fast_products()
     def to_the_end(self) -> TrainingProgress[EvaluationT]:
         """Train from the last checkpoint, or from the start, to the last step.
 

@@ -28,6 +28,7 @@ from mistill.folders.publishing import begun_on, publish, refuse_existing, worki
 from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
 from mistill.progress import track
 from mistill.pytorch.loading import load_pytorch, require_finite_weights, stored_tensors
+from mistill.pytorch.products import fast_products
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
@@ -204,6 +205,7 @@ class _Tuner:
         for parameter in self.norms.values():
             parameter.requires_grad_(True)
 
+    @fast_products()
     def tune(
         self, training: TokenBlocks, judging: TokenBlocks, work: Path
     ) -> tuple[Fidelity, Fidelity]:

@@ -26,6 +26,7 @@ from mistill.errors import TrainingError
 from mistill.folders.publishing import replacing, write_atomically
 from mistill.folders.renaming import remove
 from mistill.progress import Tracker, track
+from mistill.pytorch.products import fast_products
 from mistill.training.metrics import Metrics
 from tune.settings import TrainerSettings
 from tune.trainers.library import quiet_trl
@@ -309,7 +310,7 @@ def run_trainer(
             if checkpoint is None:
                 watch.judge(0, trainer.model)
             trainer.add_callback(watch)
-            with quiet_trl():
+            with quiet_trl(), fast_products():
                 trainer.train(
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )

@@ -35,6 +35,18 @@ WAYS: dict[str, dict[str, float]] = {
     }
     for temperature in (0, 0.7)
     for penalty in (1.0, 1.05, 1.1, 1.2, 1.3)
+} | {
+    f"temperature {temperature}, repetition penalty {penalty}, DRY {multiplier} beyond {allowed}": {
+        "temperature": temperature,
+        "repetition_penalty": penalty,
+        "dry_multiplier": multiplier,
+        "dry_allowed_length": allowed,
+    }
+    for temperature in (0, 0.7)
+    for penalty, multiplier, allowed in (
+        *((1.0, 2.0, 2), (1.05, 0.8, 2), (1.05, 0.8, 4)),
+        *((1.05, 2.0, 2), (1.05, 2.0, 3), (1.05, 2.0, 4), (1.05, 5.0, 3)),
+    )
 }
 
 

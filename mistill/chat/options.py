@@ -16,6 +16,8 @@ class ChatOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    dry_multiplier: float | None
+    dry_allowed_length: int | None
     seed: int | None
     max_new_tokens: int
     stop: Sequence[str]

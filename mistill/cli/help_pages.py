@@ -18,7 +18,16 @@ Groups = Mapping[str, Sequence[str]]
 OUTPUT: Groups = {"Output": ("out", "markdown", "fail_on_regression", "overwrite", "json")}
 ROWS: Groups = {"Rows of a text": ("skip_bad_rows",)}
 SAMPLING: Groups = {
-    "Sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    "Sampling": (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "dry_multiplier",
+        "dry_allowed_length",
+        "seed",
+    )
 }
 GRID: Groups = {
     "Grid of the quantized weights": (

@@ -2,7 +2,8 @@
 
 The order is that of ``transformers``: repetition penalty, temperature, top-k, top-p, min-p, then
 a draw. Every function takes the logits (V,) of one position. None of them sorts the whole
-vocabulary, because a step of a small model takes only a few milliseconds on a laptop.
+vocabulary, because a step of a small model takes only a few milliseconds on a laptop. It is one
+file because the rules are few and short, and are read one after another as they are applied.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Logits = NDArray[np.float32]
 # Number of logits of which the largest is taken first in a search for the top k.
 _GROUP = 64
 GENERATION_FILE = "generation_config.json"
-OWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_PENALTIES = ("repetition_penalty", "dry_multiplier", "dry_allowed_length")
+OWN = ("temperature", "top_k", "top_p", "min_p", *_PENALTIES)
 """What a model says in its generation_config.json about how it is sampled."""
 
 FOR_SMALL_MODELS: dict[str, Any] = {
@@ -35,8 +37,16 @@ FOR_SMALL_MODELS: dict[str, Any] = {
     "top_p": 0.95,
     "min_p": 0.05,
     "repetition_penalty": 1.05,
+    "dry_multiplier": 2.0,
+    "dry_allowed_length": 3,
 }
 """What an export writes for a chatbot whose model says nothing; see ``docs/experiments.md``."""
+
+DRY_BASE = 1.75
+"""By how much DRY's penalty grows with every token of a repeated run; llama.cpp's default."""
+
+# A longer run is penalized like one of this many tokens, which no logit outweighs.
+_LONGEST_RUN = 40
 
 LEAST_TEMPERATURE = 1e-30
 """Lowest temperature above 0: logits divided by it stay finite in float32."""
@@ -55,6 +65,11 @@ class SamplingSettings:
             all.
         repetition_penalty: Makes tokens of the prompt and the reply less probable, the more the
             further above 1; 1 changes nothing.
+        dry_multiplier: Makes tokens less probable that would go on with a run of tokens as the
+            reply has gone on with it before (DRY): this times 1.75 to the power of the run's length
+            beyond ``dry_allowed_length`` is taken from their logits; 0 changes nothing, 0.8 is
+            usual.
+        dry_allowed_length: Runs of fewer tokens are repeated without a penalty.
         seed: Seed of the random numbers. By default, replies differ from run to run.
     """
 
@@ -63,6 +78,8 @@ class SamplingSettings:
     top_p: float = 0.95
     min_p: float = 0.05
     repetition_penalty: float = 1.0
+    dry_multiplier: float = 0.0
+    dry_allowed_length: int = 2
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +93,8 @@ class SamplingSettings:
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         require_range("min_p", self.min_p, 0, 1)
         require_range("repetition_penalty", self.repetition_penalty, 0, exclusive=True)
+        require_range("dry_multiplier", self.dry_multiplier, 0, 100)
+        require_range("dry_allowed_length", self.dry_allowed_length, 1)
         require_range("seed", self.seed, 0)
 
 
@@ -96,6 +115,12 @@ class ChosenSampling:
             all. By default the chatbot's own, or 0.05.
         repetition_penalty: Makes tokens of the prompt and the reply less probable, the more the
             further above 1; 1 changes nothing. By default the chatbot's own, or 1.
+        dry_multiplier: Makes tokens less probable that would go on with a run of tokens as the
+            reply has gone on with it before (DRY): this times 1.75 to the power of the run's length
+            beyond ``dry_allowed_length`` is taken from their logits; 0 changes nothing, 0.8 is
+            usual. By default the chatbot's own, or 0.
+        dry_allowed_length: Runs of fewer tokens are repeated without a penalty. By default the
+            chatbot's own, or 2.
         seed: Seed of the random numbers. By default, replies differ from run to run.
     """
 
@@ -104,6 +129,8 @@ class ChosenSampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_allowed_length: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -131,7 +158,7 @@ def own_sampling(folder: Path) -> dict[str, Any]:
         folder: A model folder or an ONNX folder.
 
     Returns:
-        Fields of ``SamplingSettings``: of what is said only the repetition penalty counts where
+        Fields of ``SamplingSettings``: of what is said only the penalties of repetition count where
         ``do_sample`` is not true.
 
     Raises:
@@ -139,7 +166,7 @@ def own_sampling(folder: Path) -> dict[str, Any]:
     """
     file = folder / GENERATION_FILE
     stated = optional_json(file)
-    names = OWN if stated.get("do_sample") else ("repetition_penalty",)
+    names = OWN if stated.get("do_sample") else _PENALTIES
     own = {name: stated[name] for name in names if stated.get(name) is not None}
     try:
         SamplingSettings(**own)
@@ -177,6 +204,62 @@ def penalize_repetition(logits: Logits, seen: NDArray[np.int64], penalty: float)
     penalized = logits.copy()
     scores = penalized[seen]
     penalized[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+    return penalized
+
+
+def repeated_runs(written: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the last tokens of a text stand in it already.
+
+    Args:
+        written: Token ids, shape (T,).
+
+    Returns:
+        Places p, shape (N,), and lengths, shape (N,): as many tokens before p as the length says
+        are those at the text's end, so that another ``written[p]`` would go on with them as
+        before. Lengths are 1 to 40.
+    """
+    if written.size < 2:
+        none = np.zeros(0, np.int64)
+        return none, none
+    places = np.flatnonzero(written[:-1] == written[-1]) + 1
+    lengths = np.ones(places.size, np.int64)
+    longer = np.arange(places.size)
+    for length in range(1, _LONGEST_RUN):
+        longer = longer[places[longer] > length]
+        longer = longer[written[places[longer] - 1 - length] == written[-1 - length]]
+        if longer.size == 0:
+            break
+        lengths[longer] += 1
+    return places, lengths
+
+
+def penalize_runs(
+    logits: Logits, written: NDArray[np.int64], multiplier: float, allowed_length: int
+) -> Logits:
+    """Make tokens less probable that would go on with a run of tokens as before: DRY.
+
+    "Don't repeat yourself" (https://github.com/oobabooga/text-generation-webui/pull/5677), without
+    sequence breakers: ``multiplier * 1.75 ** (length - allowed_length)`` is taken from the logit of
+    a token that follows an earlier copy of the text's last ``length`` tokens.
+
+    Args:
+        logits: Shape (V,).
+        written: Token ids of the reply so far, shape (T,).
+        multiplier: 0 changes nothing.
+        allowed_length: Shorter runs cost nothing, at least 1.
+
+    Returns:
+        New logits, shape (V,).
+    """
+    places, lengths = repeated_runs(written)
+    long = lengths >= allowed_length
+    penalized = logits.copy()
+    if long.any():
+        tokens, excess = written[places[long]], lengths[long] - allowed_length
+        penalties = multiplier * DRY_BASE ** excess.astype(np.float64)
+        # Of several copies of the run the longest counts.
+        changed = logits[tokens] - penalties.astype(np.float32)
+        np.minimum.at(penalized, tokens, changed)
     return penalized
 
 
@@ -233,7 +316,7 @@ def above_top_p(odds: NDArray[np.floating], p: float) -> NDArray[np.int64]:
 
 
 def candidates(logits: Logits, settings: SamplingSettings) -> Candidates:
-    """The distribution that the next token is drawn from, without the repetition penalty.
+    """The distribution that the next token is drawn from, without penalties of repetition.
 
     Args:
         logits: Shape (V,).
@@ -315,9 +398,10 @@ def _probability_of(token: int, distribution: Candidates) -> float:
 
 
 class Sampler:
-    """Chooses one token after another, and remembers the tokens for the repetition penalty.
+    """Chooses one token after another, and remembers the tokens for the penalties of repetition.
 
-    One sampler serves one reply; the penalty counts the tokens of the prompt and the reply.
+    One sampler serves one reply; the repetition penalty counts the tokens of the prompt and the
+    reply, DRY those of the reply.
 
     Attributes:
         settings: Sampling settings.
@@ -344,6 +428,7 @@ class Sampler:
         self._penalizes = settings.repetition_penalty != 1
         self._seen = set(seen) if self._penalizes else set()
         self._seen_ids = np.fromiter(self._seen, np.int64)
+        self._written = np.zeros(0, np.int64)
 
     def __call__(self, logits: Logits) -> int:
         """Choose the next token.
@@ -385,14 +470,21 @@ class Sampler:
         return self._record(accept_or_redraw(ours, token, theirs, self._generator))
 
     def _penalized(self, logits: Logits) -> Logits:
-        if not self._penalizes:
-            return logits
-        return penalize_repetition(logits, self._seen_ids, self.settings.repetition_penalty)
+        settings = self.settings
+        if self._penalizes:
+            logits = penalize_repetition(logits, self._seen_ids, settings.repetition_penalty)
+        if settings.dry_multiplier:
+            logits = penalize_runs(
+                logits, self._written, settings.dry_multiplier, settings.dry_allowed_length
+            )
+        return logits
 
     def _record(self, token: int) -> int:
         if self._penalizes and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = np.append(self._seen_ids, token)
+        if self.settings.dry_multiplier:
+            self._written = np.append(self._written, token)
         return token
 
 

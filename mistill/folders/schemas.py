@@ -118,6 +118,8 @@ class GenerationConfig(Struct, kw_only=True):
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_allowed_length: int | None = None
 
 
 class SpecialToken(Struct, kw_only=True):

@@ -316,6 +316,8 @@ class Served:
                 top_p=either("top_p"),
                 min_p=either("min_p"),
                 repetition_penalty=either("repetition_penalty"),
+                dry_multiplier=either("dry_multiplier"),
+                dry_allowed_length=int(either("dry_allowed_length")),
                 seed=ours.seed if request.seed is None else request.seed,
             )
         except SettingsError as error:

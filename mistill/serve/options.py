@@ -17,6 +17,8 @@ class ServeOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    dry_multiplier: float | None
+    dry_allowed_length: int | None
     seed: int | None
     host: str
     port: int

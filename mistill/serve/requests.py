@@ -82,6 +82,8 @@ class Generation(Struct, kw_only=True):
         top_k: Sample among this many of the most probable tokens; 0 or -1 keeps all.
         min_p: Drop tokens less probable than this share of the most probable one.
         repetition_penalty: Makes tokens of the prompt and the reply less probable.
+        dry_multiplier: Makes tokens less probable that would repeat a run of tokens of the reply.
+        dry_allowed_length: Runs of fewer tokens are repeated without a penalty.
         presence_penalty: Taken from the logit of every token that the reply holds already.
         frequency_penalty: Taken from it once for each time.
         logit_bias: Added to the logits of tokens, by their ids.
@@ -101,6 +103,8 @@ class Generation(Struct, kw_only=True):
     top_k: Annotated[int, Meta(ge=-1, le=_MOST)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    dry_multiplier: Annotated[float, Meta(ge=0, le=100)] | None = None
+    dry_allowed_length: Annotated[int, Meta(ge=1, le=_MOST)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None

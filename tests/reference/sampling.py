@@ -48,3 +48,18 @@ def normalised(scores: Sequence[float], kept: Collection[int]) -> list[float]:
     odds = [math.exp(score - most) if token in kept else 0.0 for token, score in enumerate(scores)]
     total = sum(odds)
     return [value / total for value in odds]
+
+
+def dry_penalties(
+    written: list[int], multiplier: float, base: float, allowed: int
+) -> dict[int, float]:
+    """DRY by its definition: every earlier place, and how much of the text before it is the end."""
+    penalties: dict[int, float] = {}
+    for place in range(1, len(written)):
+        length = 0
+        while length < place and written[place - 1 - length] == written[-1 - length]:
+            length += 1
+        if length >= allowed:
+            penalty = multiplier * base ** (length - allowed)
+            penalties[written[place]] = max(penalty, penalties.get(written[place], 0.0))
+    return penalties

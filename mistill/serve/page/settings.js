@@ -11,6 +11,8 @@ export const SAMPLING = [
   { name: "top_k", least: 0, most: 1_000_000, whole: true },
   { name: "min_p", least: 0, most: 1, step: 0.05 },
   { name: "repetition_penalty", least: 0.01, most: 10, step: 0.01 },
+  { name: "dry_multiplier", least: 0, most: 100, step: 0.1 },
+  { name: "dry_allowed_length", least: 1, most: 1_000_000, whole: true },
   { name: "presence_penalty", least: -2, most: 2, step: 0.1 },
   { name: "frequency_penalty", least: -2, most: 2, step: 0.1 },
   { name: "max_tokens", least: 1, most: 1_000_000, whole: true },

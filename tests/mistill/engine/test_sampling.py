@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from mistill.engine.sampling import (
+    DRY_BASE,
     FOR_SMALL_MODELS,
     Candidates,
     ChangedLogits,
@@ -34,6 +35,7 @@ from mistill.engine.sampling import (
     draw,
     own_sampling,
     penalize_repetition,
+    penalize_runs,
 )
 from mistill.errors import FolderError, SettingsError
 from tests.reference import sampling as slow
@@ -201,10 +203,44 @@ def test_the_penalty_counts_the_prompt_and_what_the_sampler_chose_itself() -> No
     assert [plain(logits) for _ in range(3)] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_a_run_that_was_written_before_costs_what_its_definition_says(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    written = generator.integers(0, generator.integers(1, 5), generator.integers(0, 38))
+    allowed = int(generator.integers(1, 5))
+    logits = some_logits(seed)
+    logits[1] = -np.inf
+    expected = logits.astype(np.float64)
+    for token, penalty in slow.dry_penalties(written.tolist(), 0.8, DRY_BASE, allowed).items():
+        expected[token] -= penalty
+    ours = penalize_runs(logits, written, 0.8, allowed)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_longer_than_forty_tokens_costs_no_more() -> None:
+    logits = np.zeros(2, np.float32)
+    long, longer = (penalize_runs(logits, np.zeros(n, np.int64), 0.8, 2)[0] for n in (41, 400))
+    assert long == longer == np.float32(-0.8 * DRY_BASE**38)
+
+
+def test_dry_counts_what_the_sampler_chose_and_not_the_prompt() -> None:
+    wishes = np.array([[3.0, 2, 0, 0], [0, 3, 2, 0], [0, 0, 3, 2]], np.float32)
+
+    def reply(**options: Any) -> list[int]:
+        sampler = Sampler(SamplingSettings(temperature=0, **options), seen=[0, 1, 2] * 5)
+        return [sampler(wishes[number % 3]) for number in range(9)]
+
+    assert reply() == [0, 1, 2] * 3
+    # The fifth token is the first that would be the third of a run.
+    assert reply(dry_multiplier=2) == [0, 1, 2, 0, 1, 3, 0, 1, 2]
+    assert reply(dry_multiplier=2, dry_allowed_length=4) == [0, 1, 2, 0, 1, 2, 0, 2, 2]
+
+
 def test_the_sampler_leaves_the_logits_as_they_are() -> None:
     logits = some_logits()
     before = logits.copy()
-    choose = Sampler(SamplingSettings(repetition_penalty=1.2, seed=0), seen=range(V))
+    settings = SamplingSettings(repetition_penalty=1.2, dry_multiplier=1, top_k=1, seed=0)
+    choose = Sampler(settings, seen=range(V))
     for _ in range(5):
         choose(logits)
     np.testing.assert_array_equal(logits, before)
@@ -223,6 +259,9 @@ def test_the_sampler_leaves_the_logits_as_they_are() -> None:
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("nan")),
+        ("dry_multiplier", -1.0),
+        ("dry_multiplier", float("inf")),
+        ("dry_allowed_length", 0),
         ("seed", -3),
     ],
 )
@@ -337,7 +376,10 @@ def test_a_models_own_sampling_is_what_transformers_would_use(tmp_path: Path) ->
     assert own_sampling(tmp_path) == {}
     own = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.0, "repetition_penalty": 1.05}
     assert said(tmp_path, do_sample=True, eos_token_id=2, **own) == own
-    assert said(tmp_path, **own) == {"repetition_penalty": 1.05}
+    own |= {"dry_multiplier": 0.8, "dry_allowed_length": 3}
+    assert said(tmp_path, do_sample=True, **own) == own
+    kept = {"repetition_penalty": 1.05, "dry_multiplier": 0.8, "dry_allowed_length": 3}
+    assert said(tmp_path, **own) == kept
     assert said(tmp_path, do_sample=True, top_k=None) == {}
 
 

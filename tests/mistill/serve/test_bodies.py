@@ -117,6 +117,8 @@ NUMBERS = {
     "top_k": (-5, 2**40, 1.5),
     "min_p": (-0.1, 1.1),
     "repetition_penalty": (0, -1, 11),
+    "dry_multiplier": (-1, 101),
+    "dry_allowed_length": (0, 1.5),
     "presence_penalty": (-2.1, 2.1),
     "frequency_penalty": (-2.1, 2.1),
     "max_tokens": (-1, 2**31, 2**63, 1e300, 0, 1.5),

@@ -27,7 +27,8 @@ class Level:
         new_tokens: Tokens of all replies.
         tokens_per_second: Tokens of all replies for each second of the level.
         first_token_seconds: Times to the first token, one for each reply.
-        gap_seconds: Times between one token and the next, of all replies.
+        gap_seconds: Times between one event and the next, of all replies.
+        tokens_per_event: Tokens that an event held, on average.
         prompt_tokens: Tokens of a prompt, on average.
         processor_seconds: Processor time of the server; None where it is not known.
         peak_bytes: The most memory that the server has held so far; None where it is not known.
@@ -40,6 +41,7 @@ class Level:
     tokens_per_second: float
     first_token_seconds: tuple[float, ...]
     gap_seconds: tuple[float, ...]
+    tokens_per_event: float
     prompt_tokens: float
     processor_seconds: float | None
     peak_bytes: int | None
@@ -132,6 +134,7 @@ def run_level(
         tokens_per_second=new_tokens_of_all / seconds,
         first_token_seconds=tuple(one.first_token_seconds for one in times),
         gap_seconds=tuple(gap for one in times for gap in one.gap_seconds),
+        tokens_per_event=new_tokens_of_all / sum(one.events for one in times),
         prompt_tokens=float(np.mean([one.prompt_tokens for one in times])),
         processor_seconds=_between(before, after),
         peak_bytes=None if after is None else after.peak_bytes,

@@ -68,6 +68,7 @@ class ServingReport:
                 "first_token_p99": first["p99"],
                 "gap_p50": gaps["p50"],
                 "gap_p99": gaps["p99"],
+                "tokens_per_event": statistics.mean(level.tokens_per_event for level in rounds),
                 "failures": float(sum(level.failures for level in rounds)),
             }
             busy = [
@@ -96,6 +97,7 @@ class ServingReport:
             "x": lambda one: f"{one['times_the_first']:.2f}",
             "first token, ms": lambda one: _middle_and_end(one, "first_token"),
             "gap, ms": lambda one: _middle_and_end(one, "gap"),
+            "tokens/event": lambda one: f"{one['tokens_per_event']:.1f}",
             "failures": lambda one: f"{one['failures']:.0f}",
         }
         if any("peak_bytes" in one for one in figures_of.values()):
@@ -104,7 +106,8 @@ class ServingReport:
         table = Table(
             title=f"{visible(self.name)} under load",
             title_justify="left",
-            caption="first token and gap: median and 99th percentile; CPU time is that of a token",
+            caption="first token and gap: median and 99th percentile; a gap lies between two "
+            "events of a reply; CPU time is that of a token",
             caption_justify="left",
         )
         for head in ("clients", *heads):

@@ -27,12 +27,13 @@ class StreamTimes:
 
     Attributes:
         began: When it was asked for, as ``time.perf_counter`` tells.
-        first_token_seconds: From the request to the first piece of text.
-        gap_seconds: Times between one piece and the next; most servers send a piece for each token.
+        first_token_seconds: From the request to the first event with text.
+        gap_seconds: Times between one event with text and the next. A server may send several
+            tokens in one.
         seconds: From the request to the end.
         prompt_tokens: Tokens of the prompt, as the server counts them; 0 if it does not.
         cached_tokens: Those that the server did not read again; 0 if it does not tell.
-        new_tokens: Tokens of the reply, as the server counts them; else the number of pieces.
+        new_tokens: Tokens of the reply, as the server counts them; else the number of events.
         text: The reply.
     """
 
@@ -44,6 +45,17 @@ class StreamTimes:
     cached_tokens: int
     new_tokens: int
     text: str
+
+    @property
+    def events(self) -> int:
+        """Events with text."""
+        return len(self.gap_seconds) + 1
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens after the first one by the time from it to the last; None where there is none."""
+        seconds = sum(self.gap_seconds)
+        return (self.new_tokens - 1) / seconds if seconds else None
 
 
 class Server:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -148,6 +148,7 @@ def totals(levels: Mapping[str, Mapping[int, Sequence[Level]]]) -> dict[str, Any
                 "ours_over_it": _ratio(ours[clients], rounds),
                 "first_token": quantiles([s for one in rounds for s in one.first_token_seconds]),
                 "gap": quantiles([s for one in rounds for s in one.gap_seconds]),
+                "tokens_per_event": mean(one.tokens_per_event for one in rounds),
                 **_taken(rounds),
             }
             for clients, rounds in of.items()
@@ -200,8 +201,8 @@ def beside_the_engine(
         list(bot.reply(messages[0]["content"]))
         theirs = server.reply(prompts.next(), max_tokens=64, temperature=0)
         assert bot.last_speed is not None
-        speed = len(theirs.gap_seconds) / sum(theirs.gap_seconds)
-        speeds.append(speed / bot.last_speed.tokens_per_second)
+        assert theirs.tokens_per_second is not None
+        speeds.append(theirs.tokens_per_second / bot.last_speed.tokens_per_second)
         ids = prompt_ids(Conversation(tuple(prompts.next())), vocabulary)
         started = time.perf_counter()
         next(engine.stream(ids))
@@ -223,11 +224,12 @@ def joining(server: Server, writers: int, rounds: int) -> dict[str, Any]:
         rounds: How often.
 
     Returns:
-        Median gap between tokens before it came, the 99th percentile while its prompt was read,
-        that as a multiple, and when its first token came, in seconds.
+        Median gap between events before it came, the 99th percentile while its prompt was read,
+        that as a multiple, tokens of an event on average, and when its first token came, in
+        seconds.
     """
     short, long = (Prompts(server, count, seed=10 * writers + count) for count in (40, 512))
-    before, during, multiples, first = [], [], [], []
+    before, during, multiples, first, tokens = [], [], [], [], []
 
     def write(replies: list[StreamTimes]) -> None:
         replies.append(server.reply(short.next(), max_tokens=400, temperature=0, ignore_eos=True))
@@ -256,10 +258,12 @@ def joining(server: Server, writers: int, rounds: int) -> dict[str, Any]:
         during.append(float(np.quantile(meanwhile, 0.99)))
         multiples.append(during[-1] / before[-1])
         first.append(joiner.first_token_seconds)
+        tokens += [reply.new_tokens / reply.events for reply in replies]
     return {
         "median_gap_before": median(before),
         "p99_gap_while_it_joins": median(during),
         "multiple": _spread(multiples),
+        "tokens_per_event": mean(tokens),
         "first_token_seconds": _spread(first),
     }
 

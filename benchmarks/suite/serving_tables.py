@@ -11,6 +11,8 @@ def serving(found: Found) -> list[str]:
     """Tokens a second by the number of clients, over other servers; and what else was watched."""
     ours = found["totals"][_OURS]
     rivals = {name: of for name, of in found["totals"].items() if name != _OURS}
+    # Earlier documents do not tell it.
+    counted = all("tokens_per_event" in one for one in ours.values())
     rows = [
         [
             clients,
@@ -20,12 +22,14 @@ def serving(found: Found) -> list[str]:
             _milliseconds(one["first_token"]),
             *(_milliseconds(of[clients]["first_token"]) for of in rivals.values()),
             _milliseconds(one["gap"]),
+            *([number(one["tokens_per_event"])] if counted else []),
         ]
         for clients, one in ours.items()
     ]
     heads = ["clients", "mistill, tokens/s", "over one client"]
     heads += [f"over {name}" for name in rivals]
     heads += ["first token, ms", *(f"{name}'s" for name in rivals), "gap, ms"]
+    heads += ["tokens an event"] if counted else []
     peaks = [
         f"{name} {max(one['peak_bytes'] for one in of.values()) / 1e6:,.0f} MB"
         for name, of in found["totals"].items()
@@ -34,8 +38,9 @@ def serving(found: Found) -> list[str]:
     return [
         *table(heads, rows),
         "",
-        "Ratios as medians of turns, with the lowest and the highest; first tokens and gaps as "
-        f"medians and 99th percentiles. Peak memory: {', '.join(peaks)}.",
+        "Ratios as medians of turns, with the lowest and the highest; first tokens and gaps, which "
+        "lie between two events of mistill's, as medians and 99th percentiles. Peak memory: "
+        f"{', '.join(peaks)}.",
         "",
         *_watched(found),
     ]

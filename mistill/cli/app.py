@@ -697,7 +697,7 @@ def chat(
             "Address": ("host", "port", "allow_host", "allow_origin"),
             "Keys": ("api_key_file", "no_key"),
             "Model": ("model_name", "any_model", "threads", "provider", "context"),
-            "Load": ("slots", "queue", "queue_seconds", "prefix_mib"),
+            "Load": ("slots", "queue", "queue_seconds", "prefix_mib", "stream_interval_ms"),
             "Replies that do not say how": ("max_new_tokens", *SAMPLING["Sampling"]),
             "Other pages": ("metrics", "page"),
         }

@@ -240,6 +240,7 @@ class Scheduler:
         slots: int | None = None,
         prefix_bytes: int | None = None,
         queue: int | None = None,
+        after_tokens: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the engine's thread.
 
@@ -252,6 +253,9 @@ class Scheduler:
                 there, so that its next turn is not read anew, but with 0 every prompt is read
                 whole.
             queue: Most jobs that wait; None takes 32.
+            after_tokens: Called in the engine's thread after sinks were called, once for all of
+                them: when a prompt was read, and when each text has its next token. It must be
+                quick and never fail.
 
         Raises:
             SettingsError: If a number is out of range, or the model runs elsewhere than on the
@@ -290,6 +294,7 @@ class Scheduler:
         # A moving average of the time of a step, and the positions that are read beside it.
         self._step_seconds = 0.0
         self._chunk = float(LEAST_CHUNK)
+        self._after_tokens = after_tokens
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="mistill engine", daemon=True)
         self._thread.start()
@@ -415,6 +420,7 @@ class Scheduler:
                 self._left.clear()
             for job in jobs:
                 self._fail(job, EngineStoppedError(_stopped(state)))
+            self._after_tokens()
 
     def _work_is_there(self) -> bool:
         """Wait until there is something to do.
@@ -438,7 +444,9 @@ class Scheduler:
     def _step(self) -> None:
         self._let_leave()
         self._read_prompts(CHUNK if not self._of_jobs(reading=False) else int(self._chunk))
+        self._after_tokens()
         self._write_tokens()
+        self._after_tokens()
         if not self._waiting and not self._running():
             self._free_a_row()
 

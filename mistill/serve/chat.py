@@ -13,7 +13,15 @@ from mistill.serve.refusals import bad_request
 from mistill.serve.replies import Event, Inbox, Piece, Reply
 from mistill.serve.requests import ChatRequest, read_request
 from mistill.serve.streaming import Answer, respond
-from mistill.serve.tool_calls import Call, CallReader, Form, form_of, grammar_of_calls, mark_ids
+from mistill.serve.tool_calls import (
+    Call,
+    CallReader,
+    Form,
+    end_of_call,
+    form_of,
+    grammar_of_calls,
+    mark_ids,
+)
 from mistill.text.vocabulary import Vocabulary
 
 
@@ -54,6 +62,7 @@ def _prepare(served: Served, content: bytes, inbox: Inbox, owner: str) -> _Answe
         top=(request.top_logprobs or 0) if request.logprobs else None,
         constraint=constraint,
         shown_tokens=() if form is None else mark_ids(form, served.vocabulary),
+        urgent=None if form is None else end_of_call(form),
         every_byte=request.continue_final_message,
     )
     return _Answer(served, request, replies, form, ignored)
@@ -122,7 +131,7 @@ class _Turn:
         self._reader = None if form is None else CallReader(form)
 
     def take(self, happened: Event) -> tuple[str, list[Call], list[dict[str, Any]]]:
-        """What an event adds: text, calls, log-probabilities."""
+        """What an event adds: text, calls after it, log-probabilities."""
         text = getattr(happened, "text", "")
         scores = []
         if self._reader is not None:
@@ -169,16 +178,28 @@ class _Answer(Answer):
         delta = {"role": "assistant", "content": ""}
         return b"".join(self._delta(index, delta) for index in range(len(self._turns)))
 
-    def part(self, reply: Reply, happened: Event) -> bytes:
+    def part(self, reply: Reply, happened: Sequence[Event]) -> bytes:
         turn = self._turns[reply.index]
-        numbered = len(turn.calls)
-        text, calls, scores = turn.take(happened)
-        parts = []
-        if text or scores:
-            parts.append(self._delta(reply.index, {"content": text}, scores))
-        for number, call in enumerate(calls, numbered):
-            entry = {"index": number, **_call(call)}
-            parts.append(self._delta(reply.index, {"tool_calls": [entry]}))
+        parts: list[bytes] = []
+        text = ""
+        scores: list[dict[str, Any]] = []
+
+        def flush() -> None:
+            nonlocal text, scores
+            if text or scores:
+                parts.append(self._delta(reply.index, {"content": text}, scores))
+                text, scores = "", []
+
+        for one in happened:
+            numbered = len(turn.calls)
+            more, calls, more_scores = turn.take(one)
+            text += more
+            scores += more_scores
+            for number, call in enumerate(calls, numbered):
+                flush()
+                entry = {"index": number, **_call(call)}
+                parts.append(self._delta(reply.index, {"tool_calls": [entry]}))
+        flush()
         if turn.reason is not None:
             parts.append(self._delta(reply.index, {}, reason=turn.reason))
         return b"".join(parts)

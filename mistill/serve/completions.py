@@ -104,21 +104,22 @@ class _Answer(Answer):
         self._prompt = request.prompt
         self._echoed, self._scored = bool(request.echo), request.logprobs is not None
         self._texts = [_Text() for _ in replies]
-        self._offsets = [0] * len(self.replies)
+        self._offsets = [Offsets() for _ in self.replies]
         self._echoes = [self._echo(reply) for reply in self.replies]
 
     def opening(self) -> bytes:
         return b"".join(self._piece(index, echo) for index, echo in enumerate(self._echoes) if echo)
 
-    def part(self, reply: Reply, happened: Event) -> bytes:
+    def part(self, reply: Reply, happened: Sequence[Event]) -> bytes:
         state = self._texts[reply.index]
-        text, score = state.take(happened)
-        if not (text or score is not None or state.reason is not None):
+        taken = [state.take(one) for one in happened]
+        text = "".join(text for text, _ in taken)
+        scores = [score for _, score in taken if score is not None]
+        if not (text or scores or state.reason is not None):
             return b""
         logprobs = None
-        if score is not None:
-            logprobs = legacy_logprobs([score], self._vocabulary, self._offsets[reply.index])
-            self._offsets[reply.index] += len(logprobs["tokens"][0])
+        if scores:
+            logprobs = legacy_logprobs(scores, self._vocabulary, self._offsets[reply.index])
         return self._piece(reply.index, text, logprobs, state.reason)
 
     def choices(self) -> list[dict[str, Any]]:
@@ -162,22 +163,45 @@ class _Answer(Answer):
         )
 
 
+class Offsets:
+    """Where each token of a text begins, in characters."""
+
+    def __init__(self) -> None:
+        """Begin a text."""
+        self._next = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def of(self, spelled: bytes) -> int:
+        """Where the next token begins.
+
+        Args:
+            spelled: Its bytes, which may end within a character; that counts to the token that
+                completes it.
+
+        Returns:
+            Characters before it.
+        """
+        offset = self._next
+        self._next += len(self._decoder.decode(spelled))
+        return offset
+
+
 def legacy_logprobs(
-    scores: Sequence[TokenScore], vocabulary: Vocabulary, offset: int = 0
+    scores: Sequence[TokenScore], vocabulary: Vocabulary, places: Offsets | None = None
 ) -> dict[str, Any]:
     """How probable tokens are, as clients of completions read it.
 
     Args:
         scores: The tokens, each with the most probable ones.
         vocabulary: Of the model.
-        offset: Characters before the first.
+        places: Where the text before them ended; None if they begin it.
 
     Returns:
         ``tokens``, ``token_logprobs``, ``top_logprobs`` and ``text_offset``. Where two tokens
         spell the same text, the more probable one stands for both.
     """
     tokens, values, tops, offsets = [], [], [], []
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    places = places or Offsets()
     for score in scores:
         tokens.append(token_text(score.token, vocabulary))
         values.append(max(score.log_probability, _LEAST))
@@ -186,8 +210,7 @@ def legacy_logprobs(
             text = token_text(token, vocabulary)
             top[text] = max(value, top.get(text, _LEAST))
         tops.append(top)
-        offsets.append(offset)
-        offset += len(decoder.decode(vocabulary.token_bytes(score.token)))
+        offsets.append(places.of(vocabulary.token_bytes(score.token)))
     return {
         "tokens": tokens,
         "token_logprobs": values,

@@ -24,7 +24,7 @@ from mistill.errors import MissingExtraError, SettingsError
 from mistill.serve.counts import Counts
 from mistill.serve.prompts import Prompts
 from mistill.serve.refusals import RefusalError, bad_request, busy
-from mistill.serve.replies import Inbox, Reply
+from mistill.serve.replies import DueInboxes, Inbox, Reply
 from mistill.serve.requests import ChatRequest, Generation
 from mistill.serve.settings import Limits, ServeSettings
 from mistill.text.vocabulary import Vocabulary
@@ -50,6 +50,7 @@ class Served:
         end_ids: Tokens that end a turn.
         workers: Threads that read and render requests.
         counts: What was served.
+        due: The inboxes in which something is due.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Served:
     end_ids: frozenset[int]
     workers: Workers
     counts: Counts
+    due: DueInboxes
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class Served:
         settings: ServeSettings,
         sampling: SamplingSettings,
         limits: Limits,
+        due: DueInboxes,
     ) -> None:
         """Take a model that runs.
 
@@ -82,6 +85,7 @@ class Served:
             settings: The settings of the server.
             sampling: How replies are sampled that do not say how.
             limits: Bounds on what a request may ask for.
+            due: The inboxes in which something is due; the scheduler lets it tell after each step.
         """
         self.name = name
         self.vocabulary = vocabulary
@@ -89,6 +93,7 @@ class Served:
         self.settings = settings
         self.sampling = sampling
         self.limits = limits
+        self.due = due
         self.context_length = scheduler.model.context_length
         self.prompts = Prompts(vocabulary, self.context_length, limits)
         self.end_ids = frozenset(vocabulary.end_ids)
@@ -129,6 +134,7 @@ class Served:
         constraint: Constraint | None = None,
         shown_tokens: Sequence[int] = (),
         every_byte: bool = False,
+        urgent: str | None = None,
     ) -> list[Reply]:
         """The replies of a request, each with its job.
 
@@ -143,6 +149,7 @@ class Served:
             constraint: The form of the replies.
             shown_tokens: Special tokens that become text.
             every_byte: Whether a reply goes on with a text, whose next space belongs to it.
+            urgent: Text after which the client is told at once.
 
         Returns:
             For each prompt as many as the request asks for.
@@ -187,7 +194,13 @@ class Served:
                     shown=shown_tokens,
                 )
                 reply = Reply(
-                    number * request.choices + choice, prompt, inbox, text, end_ids, scored
+                    number * request.choices + choice,
+                    prompt,
+                    inbox,
+                    text,
+                    end_ids,
+                    scored,
+                    urgent,
                 )
                 reply.job = Job(
                     prompt=list(prompt),

@@ -36,5 +36,6 @@ class ServeOptions(TypedDict, total=False):
     queue: int
     queue_seconds: float
     prefix_mib: int | None
+    stream_interval_ms: int
     metrics: bool
     page: bool

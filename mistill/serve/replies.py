@@ -1,12 +1,15 @@
 """Replies while they are written: from the engine's thread to the server's loop.
 
-A reply is a job of the scheduler. What the engine writes goes into the request's inbox, which wakes
-the loop once for all that came since it last looked. A client that leaves ends its jobs.
+A reply is a job of the scheduler. What the engine writes goes into the request's inbox. The loop is
+woken once for all inboxes in which something is due after a step of the engine: a token takes a few
+milliseconds, and on a laptop whatever the loop does for one lengthens the next. A client that
+leaves ends its jobs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -71,45 +74,144 @@ _REASONS: dict[Ending, str] = {
 }
 
 
-class Inbox:
-    """What the engine has written for one request and the loop has not taken yet."""
+class DueInboxes:
+    """The inboxes of a server in which something is due, of which its loop is told at once.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Time is divided into intervals that are the same for all, so that the replies that are written
+    side by side are due after the same step of the engine.
+
+    Used in the engine's thread alone.
+    """
+
+    def __init__(
+        self, interval_seconds: float, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """Begin without one.
+
+        Args:
+            interval_seconds: Length of an interval, in each of which a stream gets one event; 0
+                makes every token due by itself.
+            clock: Tells the time in seconds.
+        """
+        self.interval_seconds = interval_seconds
+        self._clock = clock
+        self._due: list[Inbox] = []
+
+    def interval(self) -> float:
+        """The number of the interval that it is now.
+
+        Returns:
+            It; 0 where every token is due.
+        """
+        return self._clock() // self.interval_seconds if self.interval_seconds else 0.0
+
+    def passed(self, interval: float) -> bool:
+        """Whether an interval is over.
+
+        Args:
+            interval: Its number.
+
+        Returns:
+            True where every token is due.
+        """
+        return not self.interval_seconds or self.interval() != interval
+
+    def add(self, inbox: Inbox) -> None:
+        """Note that something is due.
+
+        Args:
+            inbox: Where.
+        """
+        if inbox not in self._due:
+            self._due.append(inbox)
+
+    def tell(self) -> None:
+        """Wake the loop, if something is due: once for all that the engine wrote in a step."""
+        if not self._due:
+            return
+        due, self._due = self._due, []
+        try:
+            due[0].loop.call_soon_threadsafe(_open_all, due)
+        except RuntimeError:  # the loop is closed, as that of a server that was stopped
+            for inbox in due:
+                inbox.closed = True
+
+
+def _open_all(inboxes: Sequence[Inbox]) -> None:
+    for inbox in inboxes:
+        inbox.open()
+
+
+class Inbox:
+    """What the engine has written for one request and the loop has not taken yet.
+
+    Attributes:
+        loop: The server's loop.
+        closed: Whether nobody will take anything any more.
+        holds: Whether pieces wait for the end of the reply, as in an answer that is not streamed.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    closed: bool
+    holds: bool
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, due: DueInboxes) -> None:
         """Open an inbox.
 
         Args:
             loop: The server's loop.
+            due: Where it is noted that something is due in this one.
         """
-        self._loop = loop
+        self.loop = loop
+        self.closed = False
+        self.holds = False
+        self._due = due
         self._events: deque[tuple[int, Event]] = deque()
         self._there = asyncio.Event()
         self._woken = False
+        self._interval = -1.0
+        self._begun: set[int] = set()
 
-    def put(self, index: int, event: Event) -> bool:
-        """Put an event in, from any thread.
+    def put(self, index: int, event: Event, *, urgent: bool = False) -> bool:
+        """Put an event in, from the engine's thread.
+
+        Due are the first token of all, the first one of each reply that a client notices, the
+        first in an interval, whatever is urgent, and what is no token; the rest waits for one of
+        them.
 
         Args:
             index: Number of the reply.
             event: The event.
+            urgent: Whether the client waits for it.
 
         Returns:
             False once the server is gone.
         """
         self._events.append((index, event))
-        if not self._woken:
-            self._woken = True
-            try:
-                self._loop.call_soon_threadsafe(self._there.set)
-            except RuntimeError:
-                return False
-        return True
+        if isinstance(event, Piece):
+            noticed = bool(event.text) or event.score is not None
+            due = urgent or (noticed and index not in self._begun)
+            due = due or (not self.holds and self._due.passed(self._interval))
+            if noticed:
+                self._begun.add(index)
+        else:
+            due = True
+        if due:
+            self._interval = self._due.interval()
+            self._due.add(self)
+        return not self.closed
+
+    def open(self) -> None:
+        """Let whoever waits take what is there, from the loop."""
+        self._there.set()
 
     def wake(self) -> None:
-        """Let whoever waits look, from the loop."""
+        """Let whoever waits look, even if nothing is there, from the loop."""
+        self._woken = True
         self._there.set()
 
     async def take(self, seconds: float | None) -> list[tuple[int, Event]]:
-        """Take all that came.
+        """Take all that came, once something is due.
 
         Args:
             seconds: How long to wait; None for as long as it takes.
@@ -117,12 +219,11 @@ class Inbox:
         Returns:
             The events, in the order in which they came; none if none came in time.
         """
-        if not self._events:
-            try:
-                async with asyncio.timeout(seconds):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not (self._woken or (self._there.is_set() and self._events)):
+                    self._there.clear()
                     await self._there.wait()
-            except TimeoutError:
-                return []
         self._there.clear()
         self._woken = False
         events = []
@@ -154,6 +255,7 @@ class Reply:
         text: TextStream,
         end_ids: Collection[int],
         scored: Scored | None = None,
+        urgent: str | None = None,
     ) -> None:
         """Begin a reply.
 
@@ -164,6 +266,7 @@ class Reply:
             text: Makes text of its tokens.
             end_ids: Tokens that end the turn.
             scored: Records how probable the tokens are.
+            urgent: Text after which the client is told at once, such as the end of a call.
         """
         self.index = index
         self.prompt = prompt
@@ -172,13 +275,17 @@ class Reply:
         self._text = text
         self._end_ids = end_ids
         self._scored = scored
+        self._urgent = urgent
+        self._last_text = ""
 
     def token(self, token: int) -> bool:
         """Take a token; see ``Sink``."""
         ends = token in self._end_ids
         text = "" if ends else self._text.add(token)
         score = None if self._scored is None else self._scored.scores[-1]
-        listened = self._inbox.put(self.index, Piece(token, text, ends, score))
+        listened = self._inbox.put(
+            self.index, Piece(token, text, ends, score), urgent=self._is_urgent(text)
+        )
         return listened and not self._text.stopped
 
     def end(self, ending: Ending) -> None:
@@ -189,6 +296,15 @@ class Reply:
     def fail(self, error: Exception) -> None:
         """Take what went wrong; see ``Sink``."""
         self._inbox.put(self.index, Failure(error))
+
+    def _is_urgent(self, text: str) -> bool:
+        """Whether the text that is urgent has been written to its end now."""
+        if self._urgent is None:
+            return False
+        text = self._last_text + text
+        urgent = self._urgent in text
+        self._last_text = text.rpartition(self._urgent)[2][1 - len(self._urgent) :]
+        return urgent
 
     def scorer(self, top: int) -> Callable[[int, NDArray[np.float32]], None]:
         """What records how probable the tokens of the prompt are.

@@ -95,6 +95,7 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
     from mistill.engine.sampling import own_sampling
     from mistill.engine.scheduler import Scheduler
     from mistill.serve.generation import Served
+    from mistill.serve.replies import DueInboxes
 
     info = open_folder(resolve_model(folder))
     if info.form != "onnx":
@@ -115,13 +116,15 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
         context=settings.context,
         provider=settings.provider,
     )
+    due = DueInboxes(settings.stream_interval_ms / 1000)
     scheduler = Scheduler(
         model,
         slots=settings.slots,
         queue=settings.queue,
         prefix_bytes=None if settings.prefix_mib is None else settings.prefix_mib << 20,
+        after_tokens=due.tell,
     )
-    return Served(name, vocabulary, scheduler, settings, sampling, limits)
+    return Served(name, vocabulary, scheduler, settings, sampling, limits, due)
 
 
 def _check_template(vocabulary: Vocabulary, folder: str | Path) -> None:

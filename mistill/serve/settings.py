@@ -46,6 +46,9 @@ class ServeSettings(ChosenSampling):
         queue_seconds: Seconds that a request may wait.
         prefix_mib: Memory in MiB for what was read of earlier prompts and is not read again; by
             default a part of the free memory, and 0 for none.
+        stream_interval_ms: Milliseconds between two events of a reply that is streamed. Tokens that
+            come faster share an event, which saves time for writing; the first one comes at once,
+            and so do the end, an error and a call of a tool. 0 sends every token by itself.
         metrics: Offer /metrics in the text format of Prometheus.
         page: Offer the page to chat in at /.
     """
@@ -66,6 +69,7 @@ class ServeSettings(ChosenSampling):
     queue: int = 32
     queue_seconds: float = 60.0
     prefix_mib: int | None = None
+    stream_interval_ms: int = 25
     metrics: bool = False
     page: bool = True
 
@@ -81,6 +85,7 @@ class ServeSettings(ChosenSampling):
         require_range("queue", self.queue, 0, 10_000)
         require_range("queue_seconds", self.queue_seconds, 0, exclusive=True)
         require_range("prefix_mib", self.prefix_mib, 0)
+        require_range("stream_interval_ms", self.stream_interval_ms, 0, 1000)
         require(
             HOST_NAME.fullmatch(self.host.lower()) is not None or _is_address(self.host),
             f"host must be an address such as 127.0.0.1, not {self.host!r:.80}",

@@ -133,15 +133,15 @@ class Answer(ABC):
         """Events at the beginning of a stream."""
 
     @abstractmethod
-    def part(self, reply: Reply, happened: Event) -> bytes:
+    def part(self, reply: Reply, happened: Sequence[Event]) -> bytes:
         """Take what happened to a reply.
 
         Args:
             reply: The reply.
-            happened: A piece of it, or its end.
+            happened: Pieces of it, or its end, in order.
 
         Returns:
-            Events for a stream; may be none.
+            Events for a stream, as few as hold all of it; may be none.
         """
 
     @abstractmethod
@@ -195,20 +195,22 @@ async def respond(served: Served, exchange: Exchange, prepare: Prepare) -> None:
         ClientGoneError: If the client leaves.
     """
     content = await exchange.body()
-    inbox = Inbox(asyncio.get_running_loop())
+    inbox = Inbox(asyncio.get_running_loop(), served.due)
     answer = await served.workers.run(prepare, served, content, inbox, exchange.owner)
+    inbox.holds = not answer.request.streams
     replies = Replies(served.scheduler, answer.replies, inbox, served.settings.queue_seconds)
     try:
         replies.start(exchange)
         if answer.request.streams:
-            await _stream(exchange, replies, answer, served.limits.ping_seconds)
+            together = served.due.interval_seconds > 0
+            await _stream(exchange, replies, answer, served.limits.ping_seconds, together)
         else:
+            written: list[tuple[Reply, Event]] = []
             while replies.unfinished:
                 events = await replies.take()
                 _raise_failure(events)
-                for reply, happened in events:
-                    answer.part(reply, happened)
-            whole = await served.workers.run(answer.whole)
+                written += events
+            whole = await served.workers.run(_whole, answer, written)
             await exchange.answer_json(whole, answer.headers)
     finally:
         replies.stop()
@@ -216,7 +218,7 @@ async def respond(served: Served, exchange: Exchange, prepare: Prepare) -> None:
 
 
 async def _stream(
-    exchange: Exchange, replies: Replies, answer: Answer, ping_seconds: float
+    exchange: Exchange, replies: Replies, answer: Answer, ping_seconds: float, together: bool
 ) -> None:
     """Send replies as they are written.
 
@@ -227,14 +229,17 @@ async def _stream(
     try:
         while replies.unfinished:
             events = await replies.take(ping_seconds)
-            _raise_failure(events)
-            content = b"".join([answer.part(reply, happened) for reply, happened in events])
+            whole = _before_failure(events)
+            if not began:
+                _raise_failure(events)
+            content = _parts(answer, whole, together=together)
             if not began:
                 began = True
                 await exchange.begin_stream(answer.headers)
                 content = answer.opening() + content
             if content or not events:
                 await exchange.stream(content or PING)
+            _raise_failure(events[len(whole) :])
     except ClientGoneError:
         raise
     except Exception as error:
@@ -247,6 +252,36 @@ async def _stream(
     await exchange.end_stream()
 
 
+def _whole(answer: Answer, events: Sequence[tuple[Reply, Event]]) -> dict[str, Any]:
+    """A whole answer of all that happened; in a thread of its own."""
+    _parts(answer, events, together=True)
+    return answer.whole()
+
+
+def _parts(answer: Answer, events: Sequence[tuple[Reply, Event]], *, together: bool) -> bytes:
+    """What happened as events for a stream: of each reply together, or of each token alone."""
+    if not together:
+        return b"".join([answer.part(reply, (happened,)) for reply, happened in events])
+    of: dict[int, tuple[Reply, list[Event]]] = {}
+    for reply, happened in events:
+        of.setdefault(reply.index, (reply, []))[1].append(happened)
+    return b"".join([answer.part(reply, all_of_it) for reply, all_of_it in of.values()])
+
+
+def _before_failure(events: list[tuple[Reply, Event]]) -> list[tuple[Reply, Event]]:
+    """What happened before something failed, which a client gets before it is told of that."""
+    for number, (_, happened) in enumerate(events):
+        if _failed(happened):
+            return events[:number]
+    return events
+
+
+def _failed(happened: Event) -> bool:
+    return isinstance(happened, Failure) or (
+        isinstance(happened, End) and happened.reason == "cancelled"
+    )
+
+
 def _raise_failure(events: list[tuple[Reply, Event]]) -> None:
     """Raise what a client is told of a reply that failed, or that somebody else has ended."""
     for _, happened in events:
@@ -256,7 +291,7 @@ def _raise_failure(events: list[tuple[Reply, Event]]) -> None:
                     500, "the server stopped before the reply was whole", code="stopped"
                 )
             raise refusal_of(happened.error)
-        if isinstance(happened, End) and happened.reason == "cancelled":
+        if _failed(happened):
             raise RefusalError(500, "the reply was ended before it was whole", code="stopped")
 
 

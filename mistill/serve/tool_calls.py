@@ -71,6 +71,18 @@ def mark_ids(form: Form, vocabulary: Vocabulary) -> tuple[int, ...]:
     return tuple(int(entry["id"]) for entry in vocabulary.added_tokens if entry["content"] in marks)
 
 
+def end_of_call(form: Form) -> str | None:
+    """What stands at the end of a call.
+
+    Args:
+        form: The form.
+
+    Returns:
+        The mark; None where calls end with the reply.
+    """
+    return _CLOSE if form == "hermes" else None
+
+
 def grammar_of_calls(
     form: Form, tools: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, *, several: bool
 ) -> str:

@@ -37,7 +37,7 @@ class Clock {
     this.#pieces += 1;
   }
 
-  /** Tokens, seconds and speed; until the server has counted, a piece is taken for a token. */
+  /** Tokens, seconds and speed; if the server does not count, a piece is taken for a token. */
   facts(usage = null) {
     if (this.#first === null) return undefined;
     const count = (value) => (Number.isInteger(value) && value >= 0 ? value : undefined);
@@ -75,7 +75,7 @@ export async function writeAnswer(chat, message, { model, continued, signal, onT
       if (!value.text) continue;
       clock.piece();
       message.content += value.text;
-      onText(clock.facts());
+      onText(clock.facts(usage));
     }
   } catch (error) {
     if (error.name === "AbortError") {

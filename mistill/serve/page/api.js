@@ -145,9 +145,9 @@ export async function* eventsOf(stream) {
 /**
  * Ask for an answer, and give it out piece by piece.
  *
- * Yields {text} for each piece and {usage} once; returns the reason of the end: "stop", "length"
- * or another word of the server's. A stream that breaks off is an error, and so is one that ends
- * without a reason.
+ * Yields {usage} and {text} for each piece, which may hold several tokens; returns the reason of
+ * the end: "stop", "length" or another word of the server's. A stream that breaks off is an error,
+ * and so is one that ends without a reason.
  */
 export async function* streamChat({ model, messages, settings, continued, signal }) {
   const clean = (text) => (text.toWellFormed ? text.toWellFormed() : text);
@@ -156,7 +156,7 @@ export async function* streamChat({ model, messages, settings, continued, signal
     messages: messages.map(({ role, content }) => ({ role, content: clean(content) })),
     ...settings,
     stream: true,
-    stream_options: { include_usage: true },
+    stream_options: { include_usage: true, continuous_usage_stats: true },
   };
   if (continued) Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
   const answer = await request("v1/chat/completions", {
@@ -174,11 +174,11 @@ export async function* streamChat({ model, messages, settings, continued, signal
         const { message } = event.error;
         throw new ApiError("broken", typeof message === "string" ? message.slice(0, 2000) : word("broke_off"));
       }
+      if (event.usage) yield { usage: event.usage };
       const choice = event.choices?.[0];
       const text = choice?.delta?.content;
       if (typeof text === "string" && text) yield { text };
       if (choice?.finish_reason) reason = String(choice.finish_reason);
-      if (event.usage) yield { usage: event.usage };
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof ApiError) throw error;

@@ -35,6 +35,7 @@ class Scripted(BaseHTTPRequestHandler):
     asked: ClassVar[list[dict[str, Any]]] = []
     keys: ClassVar[list[str | None]] = []
     broken: ClassVar[str] = ""
+    pieces: ClassVar[list[str]] = ["one", " two", " three"]
 
     def do_GET(self) -> None:
         self._send(b'{"data": [{"id": "a model"}]}')
@@ -46,7 +47,7 @@ class Scripted(BaseHTTPRequestHandler):
         if self.broken == "refused":
             self.send_error(429)
             return
-        pieces = ["one", " two", " three"][: body["max_tokens"]]
+        pieces = self.pieces[: body["max_tokens"]]
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -57,7 +58,8 @@ class Scripted(BaseHTTPRequestHandler):
         if self.broken == "error":
             self._event({"error": {"message": "out of tea"}})
         words = len(body["messages"][0]["content"].split())
-        usage = {"prompt_tokens": 2 * words + 5, "completion_tokens": len(pieces)}
+        written = len(" ".join(pieces).split())
+        usage = {"prompt_tokens": 2 * words + 5, "completion_tokens": written}
         self._event({"choices": [], "usage": usage})
         if self.broken != "cut":
             self._chunk(b"data: [DONE]\n\n")
@@ -103,6 +105,20 @@ def test_the_times_of_a_reply_are_those_at_which_it_came(url: str) -> None:
     assert reply.seconds >= reply.first_token_seconds + sum(reply.gap_seconds)
     assert Scripted.keys == ["Bearer secret"]
     assert Scripted.asked[0]["stream_options"] == {"include_usage": True}
+
+
+def test_tokens_that_share_an_event_all_count(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "pieces", ["one", " two three four", " five six"])
+    server = Server(url)
+    reply = server.reply([{"role": "user", "content": "a"}], max_tokens=6)
+    assert (reply.events, reply.new_tokens) == (3, 6)
+    # Five tokens come after the first one, in two gaps.
+    assert reply.tokens_per_second == pytest.approx(5 / sum(reply.gap_seconds))
+    level = run_level(server, Prompts(server, 40), clients=2, requests=1, new_tokens=6)
+    assert (level.new_tokens, level.tokens_per_event) == (12, 2.0)
+    assert len(level.gap_seconds) == 4
+    one = server.reply([{"role": "user", "content": "a"}], max_tokens=1)
+    assert one.tokens_per_second is None
 
 
 def test_prompts_have_the_length_that_was_asked_for_and_differ_from_the_start(url: str) -> None:
@@ -175,7 +191,10 @@ def test_the_report_holds_every_number_of_clients(url: str) -> None:
     assert len(report.to_dict()["levels"]) == 4
     console = Console(width=100, record=True)
     console.print(report.table())
-    assert "tokens/s" in console.export_text()
+    shown = console.export_text()
+    assert "tokens/s" in shown
+    assert "tokens/event" in shown
+    assert figures[1]["tokens_per_event"] == 1
 
 
 def test_a_folder_is_served_while_it_is_measured(tmp_path: Path) -> None:
@@ -194,8 +213,8 @@ def test_a_folder_is_served_while_it_is_measured(tmp_path: Path) -> None:
 def test_where_no_gap_was_timed_the_table_has_a_dash() -> None:
     level = Level(
         clients=1, replies=1, failures=0, new_tokens=1, tokens_per_second=5.0,
-        first_token_seconds=(0.2,), gap_seconds=(), prompt_tokens=9.0, processor_seconds=None,
-        peak_bytes=None,
+        first_token_seconds=(0.2,), gap_seconds=(), tokens_per_event=1.0, prompt_tokens=9.0,
+        processor_seconds=None, peak_bytes=None,
     )  # fmt: skip
     report = ServingReport(
         name="bot", settings=ServingSettings(clients=(1,)), machine={}, levels={1: [level]}

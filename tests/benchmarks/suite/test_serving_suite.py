@@ -18,6 +18,7 @@ def level(clients: int, speed: float, processor_seconds: float | None = 2.0) -> 
         tokens_per_second=speed,
         first_token_seconds=(0.1, 0.3),
         gap_seconds=(0.01,),
+        tokens_per_event=5.0,
         prompt_tokens=5.0,
         processor_seconds=processor_seconds,
         peak_bytes=None if processor_seconds is None else int(speed),
@@ -74,8 +75,8 @@ def test_the_table_shows_ratios_of_turns_and_what_else_was_watched():
     )
     text = "\n".join(lines)
     assert (
-        "| 4 | 60.0 | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) | 200, 298 | 200, 298 | 10, 10 |"
-        in lines
+        "| 4 | 60.0 | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) | 200, 298 | 200, 298 "
+        "| 10, 10 | 5.00 |" in lines
     )
     assert "mistill 0 MB, other 0 MB" in text
     assert "0.98 (0.97 to 1.0) times as fast as `ChatBot`" in text

@@ -118,6 +118,22 @@ def test_chunks_are_even_where_more_follows_and_none_has_one_position() -> None:
             assert 1 not in sizes or total == 1
 
 
+def test_what_sinks_were_told_in_a_step_is_told_of_once_after_it(model: OnnxModel) -> None:
+    told: list[object] = []
+    sinks = [Heard() for _ in range(3)]
+    for sink in sinks:
+        sink.hold = told.append
+    with Scheduler(model, slots=3, after_tokens=lambda: told.append("after")) as scheduler:
+        for number, sink in enumerate(sinks):
+            scheduler.submit(a_job(some_ids(20, number), sink, tokens=30))
+        for sink in sinks:
+            sink.wait()
+    steps = "".join("t" if isinstance(one, int) else "|" for one in told).split("|")
+    assert sum(map(len, steps)) == 90
+    assert max(map(len, steps)) == 3  # of all who write side by side
+    assert steps[-1] == ""
+
+
 def test_a_seed_draws_the_same_beside_others(model: OnnxModel) -> None:
     def sampler(seed: int) -> Sampler:
         settings = SamplingSettings(temperature=1.5, repetition_penalty=1.2)

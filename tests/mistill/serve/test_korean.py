@@ -17,7 +17,7 @@ from mistill.chat.bot import ChatBot
 from mistill.cli.app import main
 from mistill.constraints import regex
 from mistill.text.vocabulary import load_vocabulary
-from tests.mistill.serve.running import RunningServer
+from tests.mistill.serve.running import RunningServer, running
 
 REPLY = "안녕하세요, 미스트랄은 북쪽에서 부는 차가운 바람입니다"
 SYLLABLES = [letter for letter in REPLY if "가" <= letter <= "힣"]
@@ -83,9 +83,10 @@ def test_every_write_to_the_terminal_is_whole(
     assert len([piece for piece in pieces if is_whole(piece)]) > 5
 
 
-def test_events_of_the_server_hold_whole_syllables(server: RunningServer) -> None:
+def test_events_of_the_server_hold_whole_syllables(chatbot: Path) -> None:
     form = {"type": "regex", "regex": REPLY}
-    events = server.chat("안녕?", stream=True, response_format=form, max_tokens=200).events
+    with running(chatbot, stream_interval_ms=0) as server:
+        events = server.chat("안녕?", stream=True, response_format=form, max_tokens=200).events
     deltas = [event["choices"][0]["delta"].get("content") or "" for event in events]
     parts = [delta for delta in deltas if delta]
     assert "".join(parts) == REPLY

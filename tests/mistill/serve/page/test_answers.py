@@ -36,7 +36,7 @@ def test_an_answer_appears_while_it_is_written(chat, script):
     assert contents(body) == [("user", "Count")]
     assert body["model"] == "chatbot"
     assert body["stream"] is True
-    assert body["stream_options"] == {"include_usage": True}
+    assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
     # The chatbot's own defaults hold where the reader set nothing.
     assert set(body) == {"model", "messages", "stream", "stream_options"}
 

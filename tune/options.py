@@ -56,6 +56,7 @@ class PreferenceOptions(TypedDict, total=False):
     skip_bad_rows: bool
     lora_rank: int
     lora_alpha: int | None
+    base: Base
     epochs: float
     steps: int | None
     batch_size: int
@@ -87,6 +88,7 @@ class RewardOptions(TypedDict, total=False):
     skip_bad_rows: bool
     lora_rank: int
     lora_alpha: int | None
+    base: Base
     epochs: float
     steps: int | None
     batch_size: int
@@ -114,6 +116,7 @@ class ReinforceOptions(TypedDict, total=False):
     skip_bad_rows: bool
     lora_rank: int
     lora_alpha: int | None
+    base: Base
     epochs: float
     steps: int | None
     batch_size: int

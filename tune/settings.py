@@ -187,12 +187,8 @@ class SupervisedSettings(TextSettings):
         self._check_adapters()
 
     def _check_adapters(self) -> None:
+        require_adapters_beside(self.base, self.lora_rank)
         if self.lora_rank == 0:
-            require(
-                self.base == "float",
-                "base nf4 is for frozen weights beside adapters, and lora_rank 0 trains all "
-                "weights, which 4 bits cannot hold; give a lora_rank, such as 16",
-            )
             others = {
                 "lora_alpha": self.lora_alpha is not None,
                 "lora_targets": self.lora_targets != MATRICES,
@@ -233,6 +229,23 @@ class SupervisedSettings(TextSettings):
         )
 
 
+def require_adapters_beside(base: Base, lora_rank: int) -> None:
+    """Refuse to train weights that 4 bits hold.
+
+    Args:
+        base: How frozen weights are held.
+        lora_rank: Rank of the adapters beside them; 0 for none.
+
+    Raises:
+        SettingsError: If they would be trained.
+    """
+    require(
+        base == "float" or lora_rank > 0,
+        "base nf4 is for frozen weights beside adapters, and lora_rank 0 trains all weights, which "
+        "4 bits cannot hold; give a lora_rank, such as 16",
+    )
+
+
 def _as_tuple(name: str, value: object) -> tuple[object, ...]:
     require(
         isinstance(value, list | tuple) and len(set(value)) == len(value),
@@ -269,10 +282,12 @@ class TrainerSettings(TextSettings):
             all weights.
         lora_alpha: The adapters' product is scaled by lora_alpha / lora_rank; if not given, twice
             the rank.
+        base: How frozen weights are held beside adapters: float, or nf4, in 4 bits with double
+            quantization (QLoRA).
         epochs: How often the data are gone through.
         steps: Optimizer steps; if given, epochs does not count.
-        batch_size: Rows of one optimizer step.
-        micro_batch_size: Rows that are computed at once; must divide batch_size. It changes
+        batch_size: Rows of one optimizer step, over all processes.
+        micro_batch_size: Rows that one process computes at once; must divide batch_size. It changes
             memory and speed; with the losses kto and orpo, which compare the rows of a
             micro-batch or average over its tokens, also a little of the result.
         warmup: Share of the steps in which the learning rate rises, 0 to 1.
@@ -290,6 +305,7 @@ class TrainerSettings(TextSettings):
 
     lora_rank: int = 16
     lora_alpha: int | None = None
+    base: Base = "float"
     epochs: float = 1.0
     steps: int | None = None
     batch_size: int = 16
@@ -324,6 +340,8 @@ class TrainerSettings(TextSettings):
             require_range(name, getattr(self, name), 0)
         require_range("warmup", self.warmup, 0, 1)
         require_choice("precision", self.precision, get_args(Precision))
+        require_choice("base", self.base, get_args(Base))
+        require_adapters_beside(self.base, self.lora_rank)
         require(
             self.lora_alpha is None or self.lora_rank > 0,
             "lora_alpha is for adapters; give a lora_rank above 0, or leave it out",

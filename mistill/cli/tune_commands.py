@@ -135,7 +135,7 @@ _OPTIMIZATION = (
     *("learning_rate", "warmup", "weight_decay", "max_gradient_norm", "epochs", "steps"),
     *("batch_size", "lora_rank", "lora_alpha", "seed"),
 )
-_MEMORY = ("micro_batch_size", "gradient_checkpointing", "precision")
+_MEMORY = ("base", "micro_batch_size", "gradient_checkpointing", "precision")
 
 
 @app.command(

@@ -39,21 +39,24 @@ if TYPE_CHECKING:
 _TOKENS_AT_ONCE = 2048
 
 
-def new_reward_model(folder: Path, padding: int, seed: int) -> PreTrainedModel:
+def new_reward_model(
+    folder: Path, padding: int, seed: int, *, base: PreTrainedModel | None = None
+) -> PreTrainedModel:
     """The layers of a language model below a new head.
 
     The head is drawn from a normal distribution of variance 1 / (D + 1) (Stiennon et al., 2020,
     https://arxiv.org/abs/2009.01325, appendix B.1).
 
     Args:
-        folder: A float folder of a language model.
+        folder: The folder of a language model.
         padding: The token that fills rows up; it must end none.
         seed: Decides the head.
+        base: The language model, where it is loaded already; if None, it is loaded in float32.
 
     Returns:
-        A model for sequence classification with one output, float32.
+        A model for sequence classification with one output, whose head is in float32.
     """
-    layers = cast(Any, load_pytorch(folder, torch.float32)).model
+    layers = cast(Any, base or load_pytorch(folder, torch.float32)).model
     model = _with_layers(plain_config(folder), layers, padding)
     width = model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
@@ -195,20 +198,22 @@ def _batches(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 def write_reward_model(
     parameters: Iterable[tuple[str, torch.Tensor]], padding: int, base: Path, folder: Path
 ) -> None:
-    """Write a reward model: the layers in the type of its base, and the head in float32.
+    """Write a reward model.
 
     Args:
-        parameters: Names and tensors of the model, without adapters.
+        parameters: Names and tensors of the model, without adapters, in the types in which they are
+            stored: the layers in that of its base, and the head in float32.
         padding: The token that fills rows up.
         base: The folder of the language model that it was made from.
         folder: Where to; the folder is there.
     """
-    types = {name: tensor.dtype for name, tensor in stored_tensors(base)}
     with TensorWriter(folder) as writer:
         for name, parameter in parameters:
-            writer.add(name, parameter.detach().cpu().to(types.get(name, torch.float32)))
+            writer.add(name, parameter.detach().cpu().contiguous())
+    described = read_config(base)
+    described.pop("quantization_config", None)
     config = {
-        **read_config(base),
+        **described,
         "architectures": [_classes()[plain_config(base).model_type].__name__],
         "id2label": {"0": "score"},
         "label2id": {"score": 0},

@@ -138,7 +138,7 @@ def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     state = this_process()
-    micro_batches = _micro_batches(batch, state.num_processes)
+    steps = micro_batches(batch.batch_size, batch.micro_batch_size, state.num_processes)
     precision = batch.precision
     if precision == "auto":
         precision = "float32" if state.device.type == "cpu" else "bfloat16"
@@ -147,7 +147,7 @@ def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
             mixed_precision="no" if precision == "float32" else "bf16",
             # As a plugin: a bare number would give way to one in the environment.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=micro_batches, sync_with_dataloader=False
+                num_steps=steps, sync_with_dataloader=False
             ),
             log_with=list(batch.trackers) or None,
             project_config=ProjectConfiguration(
@@ -155,25 +155,36 @@ def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
             ),
         )
         try:
-            _configure(accelerator, batch, micro_batches)
+            _configure(accelerator, batch, steps)
             yield accelerator
         finally:
             accelerator.free_memory()
 
 
-def _micro_batches(batch: StepSettings, processes: int) -> int:
-    """How many micro-batches each process has in a step."""
-    count, left_over = divmod(batch.batch_size, batch.micro_batch_size * processes)
+def micro_batches(batch_size: int, micro_batch_size: int, processes: int) -> int:
+    """How many micro-batches each process has in a step.
+
+    Args:
+        batch_size: Rows, or blocks, of an optimizer step.
+        micro_batch_size: Those that one process computes at once.
+        processes: How many there are.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        SettingsError: If the processes cannot share a step evenly.
+    """
+    count, left_over = divmod(batch_size, micro_batch_size * processes)
     if left_over:
         raise SettingsError(
-            f"{processes} processes with micro-batches of {batch.micro_batch_size} blocks "
-            f"cannot share a batch_size of {batch.batch_size}; make it a multiple of "
-            f"{batch.micro_batch_size * processes}"
+            f"{processes} processes with micro-batches of {micro_batch_size} cannot share a "
+            f"batch_size of {batch_size}; make it a multiple of {micro_batch_size * processes}"
         )
     return count
 
 
-def _configure(accelerator: Accelerator, batch: StepSettings, micro_batches: int) -> None:
+def _configure(accelerator: Accelerator, batch: StepSettings, steps: int) -> None:
     """Tell DeepSpeed what it cannot see; refuse what FSDP cannot do."""
     from accelerate.utils import parse_flag_from_env
 
@@ -199,7 +210,7 @@ def _configure(accelerator: Accelerator, batch: StepSettings, micro_batches: int
     plugin: Any = accelerator.state.deepspeed_plugin
     config = plugin.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
-    config["gradient_accumulation_steps"] = micro_batches
+    config["gradient_accumulation_steps"] = steps
     # DeepSpeed clips by itself, between the last backward pass and its own step.
     config["gradient_clipping"] = batch.max_gradient_norm
     if config["zero_optimization"]["stage"] == 3:

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo
 from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
-from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.folders.publishing import publish, refuse_existing
 from mistill.preferences.reading import divided, read_labelled, read_pairs
 from mistill.preferences.tokens import Answer, digest_of, labelled_tokens, pair_tokens
 from mistill.settings import result_settings, settings_from
 from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import Vocabulary
-from mistill.training.processes import precision_of_its_own
+from mistill.training.processes import precision_of_its_own, this_process
+from mistill.training.together import working_together
 from tune.settings import PreferenceSettings
 from tune.trainers.library import require_trl
 from tune.trainers.opening import open_to_tune
@@ -32,6 +33,8 @@ from tune.trainers.other_text import OtherText, check_other_text, read_other_tex
 
 if TYPE_CHECKING:
     from tune.options import PreferenceOptions
+    from tune.trainers.ending import End
+    from tune.trainers.running import Run
 
 _log = logging.getLogger(__name__)
 
@@ -61,9 +64,15 @@ def preferences(
     is what the target holds, its adapters merged, with the adapter beside it in ``adapter/``. An
     interrupted call resumes from its last checkpoint when it is made again.
 
+    With ``base="nf4"`` the frozen weights are held in 4 bits while training (QLoRA), and of the
+    two ways to merge the one with the lower held-out loss is taken, of the model that came as the
+    reference. Under ``accelerate launch`` or torchrun every process makes the same call; one of
+    them writes. Several processes learn the same as one, but with the loss kto, for which P
+    processes are one with micro-batches of P times the rows.
+
     Args:
-        model: The model to tune, with float weights and a chat template: a folder, a Hub id, a
-            .gguf file, or ``@smollm2``.
+        model: The model to tune, with a chat template: a float folder, or one in NF4 for
+            ``base="nf4"``; a Hub id, a .gguf file, or ``@smollm2``.
         target: The folder to make: the tuned model, ``adapter/``, ``metrics.jsonl`` and
             ``tuning_report.json``.
         pairs: Pairs or rankings of answers; for the loss kto labelled answers too.
@@ -79,7 +88,8 @@ def preferences(
 
     Raises:
         SettingsError: If a setting is out of range.
-        FolderError: If the folder is missing, broken or not of float weights.
+        FolderError: If the folder is missing, broken or of a form that cannot be tuned.
+        ArchitectureError: If the model is neither Llama nor Mistral, or its rows do not fit NF4.
         TextError: If the data are missing, or a row is no preference.
         VocabularyError: If there is no chat template.
         TrainingError: If the model got no better, or the loss was not a number.
@@ -87,7 +97,7 @@ def preferences(
     """
     settings = settings_from(PreferenceSettings, settings, options)
     target = refuse_existing(target, overwrite, [model])
-    require_trl()
+    require_trl(settings)
     check_other_text(other_texts, settings)
     info, vocabulary = open_to_tune(model, target, (pairs, held_out), settings)
     learned, judged = _read(pairs, held_out, vocabulary, settings)
@@ -100,27 +110,41 @@ def preferences(
         "held_out": digest_of(judged),
         **vocabulary.date_key,
     }
-    base = name_of_base(model, info.path)
-    with precision_of_its_own(), working(target, key, anew=overwrite) as work:
-        named = {
-            "pairs": sources_of(pairs),
-            "held_out": [] if held_out is None else sources_of(held_out),
-            "other_texts": [] if other_texts is None else sources_of(other_texts),
-        }
-        _tune(
-            work,
-            info,
-            base,
-            vocabulary,
-            learned,
-            judged,
-            other,
-            settings,
-            fingerprint(info.path),
-            named,
-        )
-        publish(work, target, overwrite)
+    data = Data(learned, judged, other)
+    with (
+        precision_of_its_own(),
+        working_together(target, key, this_process(), overwrite) as work,
+    ):
+        facts = _tune(work, info, name_of_base(model, info.path), vocabulary, data, settings)
+        if this_process().is_main_process:
+            add_lineage(
+                work / "result",
+                step="preferences",
+                settings=settings,
+                source=info.path,
+                pairs=sources_of(pairs),
+                held_out=[] if held_out is None else sources_of(held_out),
+                other_texts=[] if other_texts is None else sources_of(other_texts),
+                **facts,
+            )
+            publish(work, target, overwrite)
+        this_process().wait_for_everyone()
     return target
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What a model learns from and is judged by.
+
+    Attributes:
+        learned: Judged answers to learn from.
+        judged: Those to evaluate on.
+        other: Text that it is not tuned on; None for none.
+    """
+
+    learned: Any
+    judged: Any
+    other: OtherText | None
 
 
 def _read(
@@ -154,45 +178,44 @@ def _tune(
     info: FolderInfo,
     base: str,
     vocabulary: Vocabulary,
-    learned: Any,
-    judged: Any,
-    other: OtherText | None,
+    data: Data,
     settings: PreferenceSettings,
-    model_fingerprint: str,
-    named: dict[str, list[str]],
-) -> None:
-    """Train, evaluate, and gather in ``work/result`` what the target will hold."""
-    import torch
+) -> dict[str, Any]:
+    """Train, evaluate, gather in ``work/result`` what the target will hold, and say what it is.
 
-    from mistill.judging.likelihood import answer_log_probabilities
-    from mistill.pytorch.loading import load_pytorch
+    Processes that do not write have nothing to say.
+    """
+    from mistill.judging.likelihood import GROUP, answer_log_probabilities
     from tune.pairwise.figures import figures_of
     from tune.pairwise.log_probabilities import recorded_log_probabilities
     from tune.pairwise.training import answers_of, preference_trainer
-    from tune.trainers.running import between_evaluations, emptied, run_trainer, step_total
+    from tune.trainers.arguments import between_evaluations, step_total
+    from tune.trainers.ending import end_as_trained, load_to_look_at, merged_end
+    from tune.trainers.placing import computes_in_bfloat16, load_base, type_of_base
+    from tune.trainers.running import emptied, run_trainer
+    from tune.trainers.shares import in_shares
 
-    steps = step_total(settings, len(learned))
+    steps = step_total(settings, len(data.learned))
     every = between_evaluations(settings.evaluate_every, steps)
-    low = settings.precision == "bfloat16" or (
-        settings.precision == "auto" and torch.cuda.is_available()
-    )
-    model: Any = load_pytorch(info.path, torch.float32)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    device = this_process().device
+    low = computes_in_bfloat16(settings, device)
+    dtype = type_of_base(settings.base, device, low_precision=low)
+    model = load_base(info, settings.base, dtype, device)
+    held = (fingerprint(info.path), settings.base, dtype, low)
 
     def reference(answers: Sequence[Answer], name: str) -> Any:
-        digest = hashlib.sha256(repr((model_fingerprint, low, answers)).encode()).hexdigest()
+        digest = hashlib.sha256(repr((*held, answers)).encode()).hexdigest()
         return recorded_log_probabilities(
             model, answers, work / f"reference-{name}.jsonl", digest, low_precision=low
         )
 
-    held_out = answers_of(judged)
+    held_out = answers_of(data.judged)
     start = reference(held_out, "held-out")
     trainer = preference_trainer(
         model,
         info.path,
         vocabulary,
-        learned,
+        data.learned,
         reference,
         settings,
         work,
@@ -200,9 +223,16 @@ def _tune(
         checkpoint_every=settings.checkpoint_every or every,
     )
 
+    def said_by(one: Any) -> Any:
+        return answer_log_probabilities(one, held_out, low_precision=low)
+
     def evaluate(step: int) -> dict[str, Any]:
-        now = answer_log_probabilities(trainer.model, held_out, low_precision=low)
-        return figures_of(judged, now, start, settings).to_dict()
+        now = in_shares(
+            held_out,
+            lambda some: answer_log_probabilities(trainer.model, some, low_precision=low),
+            GROUP,
+        )
+        return figures_of(data.judged, now, start, settings).to_dict()
 
     run = run_trainer(
         trainer,
@@ -221,75 +251,64 @@ def _tune(
             f"and {last['loss']:.4f} after {run.steps} steps; lower learning_rate (now "
             f"{settings.peak_learning_rate:g}), raise beta or give more pairs"
         )
-    _finish(
-        work, trainer, info, base, run, learned, judged, other, settings, named, model_fingerprint
-    )
+    if not this_process().is_main_process:
+        return {}
+    if settings.base == "float":
+        end = end_as_trained(run, trainer.model)
+    else:
+        came = start if info.form == "nf4" else said_by(load_to_look_at(info.path, device))
+        end = merged_end(
+            work,
+            info,
+            run,
+            trainer.model,
+            base,
+            settings,
+            dtype,
+            before=figures_of(data.judged, came, came, settings).to_dict(),
+            measure=lambda one: figures_of(data.judged, said_by(one), came, settings).to_dict(),
+        )
+    return _finish(work, info, base, run, end, data, settings)
 
 
 def _finish(
     work: Path,
-    trainer: Any,
     info: FolderInfo,
     base: str,
-    run: Any,
-    learned: Any,
-    judged: Any,
-    other: OtherText | None,
+    run: Run,
+    end: End,
+    data: Data,
     settings: PreferenceSettings,
-    named: dict[str, list[str]],
-    model_fingerprint: str,
-) -> None:
+) -> dict[str, Any]:
     from mistill.pytorch.loading import load_pytorch
-    from mistill.training.metrics import METRICS_FILE
     from tune.pairwise.figures import interval_of, length_figures
     from tune.pairwise.training import answers_of
+    from tune.trainers.ending import facts_of, write_end
     from tune.trainers.moved import divergence_from_start, forgetting
-    from tune.trainers.tuned_folder import ADAPTER_FOLDER, write_adapter, write_merged, write_report
+    from tune.trainers.tuned_folder import write_report
 
-    before, after = run.judged[0], run.judged[run.kept_step]
+    learned, judged = data.learned, data.judged
     report = {
         "loss": settings.loss,
         "rows": {"learned": len(learned), "held_out": len(judged)},
-        "before": before,
-        "after": after,
-        "margin_accuracy_interval": interval_of(after["margin_accuracy"], len(judged)),
+        **end.told,
+        "margin_accuracy_interval": interval_of(end.after["margin_accuracy"], len(judged)),
         "tokens_of_answers": {
             "learned": length_figures(learned),
             "held_out": length_figures(judged),
         },
         "kl": divergence_from_start(
-            trainer.model, lambda: load_pytorch(info.path), answers_of(judged), _KL_TOKENS
+            end.model, lambda: load_pytorch(info.path), answers_of(judged), _KL_TOKENS
         ),
-        "other_text": forgetting(trainer.model, lambda: load_pytorch(info.path), other),
-        "reference": {"model": model_fingerprint, "pairs": digest_of(learned)},
-        "steps": run.steps,
-        "kept_step": run.kept_step,
-        "steps_done_again": run.again,
-        "evaluations": {str(step): figures for step, figures in run.judged.items()},
+        "other_text": forgetting(end.model, lambda: load_pytorch(info.path), data.other),
+        "reference": {"model": fingerprint(info.path), "pairs": digest_of(learned)},
+        **facts_of(run),
     }
-    warn_of_displacement(before, after)
-    result = work / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    result.mkdir()
-    if settings.lora_rank:
-        write_adapter(trainer.model, result / ADAPTER_FOLDER, base)
-    write_merged(trainer.model, info.path, result)
-    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
-    write_report(result, report)
-    add_lineage(
-        result,
-        step="preferences",
-        settings=settings,
-        source=info.path,
-        **named,
-        before=before,
-        after=after,
-        kl=report["kl"],
-        other_text=report["other_text"],
-        steps=run.steps,
-        kept_step=run.kept_step,
-        steps_done_again=run.again,
-    )
+    warn_of_displacement(end.before, end.after)
+    write_end(work, info, base, end, settings)
+    write_report(work / "result", report)
+    told = (*end.told, "kl", "other_text", "steps", "kept_step", "steps_done_again", "processes")
+    return {name: report[name] for name in told}
 
 
 def warn_of_displacement(before: Mapping[str, float], after: Mapping[str, float]) -> None:

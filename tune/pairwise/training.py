@@ -22,11 +22,19 @@ from numpy.typing import NDArray
 from mistill.errors import TrainingError
 from mistill.preferences.tokens import Answer, LabelledTokens, PairTokens
 from mistill.text.vocabulary import Vocabulary
+from mistill.training.processes import this_process
 from tune.pairwise.losses import first_loss
 from tune.settings import PreferenceSettings
-from tune.trainers.adapters import adapter_config, library_tokenizer, padding_id
+from tune.trainers.adapters import (
+    adapter_config,
+    library_tokenizer,
+    padding_id,
+    take_for_float,
+)
+from tune.trainers.arguments import arguments
 from tune.trainers.library import as_given, quiet_class, quiet_trl
-from tune.trainers.running import arguments, in_float32
+from tune.trainers.running import in_float32
+from tune.trainers.shares import filled, order_of_run
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +104,7 @@ def preference_trainer(
     """A trainer of TRL for a loss.
 
     Args:
-        model: The model to train, in float32.
+        model: The model to train: in float32, or frozen in 4 bits.
         folder: Its folder.
         vocabulary: Its vocabulary.
         learned: What it learns from.
@@ -123,6 +131,7 @@ def preference_trainer(
         checkpoint_every=checkpoint_every,
     )
     tokenizer = library_tokenizer(folder, vocabulary, padding)
+    take_for_float(model)
     shared = {
         "model": model,
         "processing_class": tokenizer,
@@ -135,7 +144,8 @@ def preference_trainer(
             trainer = _odds_trainer(shared, given, learned, settings)
         else:
             trainer = _pair_trainer(shared, given, learned, reference, settings, padding)
-    in_float32(trainer.model)
+        in_float32(trainer.model)
+        _check_first_loss(trainer, settings)
     return trainer
 
 
@@ -158,7 +168,7 @@ def _pair_trainer(
             "ref_rejected_logps": known[1::2],
         }
     )
-    trainer = quiet_class(DPOTrainer, _prepare_dataset=as_given, _precompute_ref_logps=as_given)(
+    return quiet_class(DPOTrainer, _prepare_dataset=as_given, _precompute_ref_logps=as_given)(
         **shared,
         args=DPOConfig(
             **given,
@@ -168,11 +178,14 @@ def _pair_trainer(
             max_length=None,
             precompute_ref_log_probs=True,
         ),
-        train_dataset=rows,
+        train_dataset=rows.select(_order(learned, given, settings)),
         data_collator=PairCollator(padding),
     )
-    _check_first_loss(trainer, rows, settings)
-    return trainer
+
+
+def _order(learned: Items, given: Mapping[str, Any], settings: PreferenceSettings) -> list[int]:
+    """The rows of all steps, in their order."""
+    return order_of_run(len(learned), given["max_steps"] * settings.batch_size, settings.seed)
 
 
 def _pair_columns(learned: Items) -> dict[str, list[Any]]:
@@ -185,11 +198,12 @@ def _pair_columns(learned: Items) -> dict[str, list[Any]]:
     }
 
 
-def _check_first_loss(trainer: Any, rows: Any, settings: PreferenceSettings) -> None:
+def _check_first_loss(trainer: Any, settings: PreferenceSettings) -> None:
     """Refuse a reference that is not the model itself, before a step is taken."""
     expected = first_loss(settings.loss, settings.beta)
     if expected is None:
         return
+    rows = trainer.train_dataset
     batch = trainer.data_collator([rows[row] for row in range(min(2, len(rows)))])
     batch = {name: tensor.to(trainer.accelerator.device) for name, tensor in batch.items()}
     model = trainer.model
@@ -254,8 +268,9 @@ def _label_trainer(
 
     items = [item for item in learned if isinstance(item, LabelledTokens)]
     _warn_of_imbalance(items, settings)
-    size = settings.micro_batch_size
-    order = label_order(len(items), size, settings.seed)
+    # What all processes compute at once, over which the divergence is estimated.
+    size = settings.micro_batch_size * this_process().num_processes
+    order = filled(label_order(len(items), size, settings.seed), size)
     answers = [items[row].answer for row in order]
     behind = [items[row].answer for row in neighbours(order, size)]
     mismatched = [
@@ -272,6 +287,7 @@ def _label_trainer(
             "ref_KL_logps": reference(mismatched, "mismatched"),
         }
     )
+    needed = given["max_steps"] * settings.batch_size
     return quiet_class(KTOTrainer, _prepare_dataset=as_given, _precompute_ref_logps=as_given)(
         **shared,
         args=KTOConfig(
@@ -282,7 +298,7 @@ def _label_trainer(
             max_length=None,
             precompute_ref_log_probs=True,
         ),
-        train_dataset=rows,
+        train_dataset=rows.select([row % len(order) for row in range(needed)]),
     )
 
 
@@ -320,7 +336,9 @@ def _odds_trainer(
     return quiet_class(ORPOTrainer, tokenize_row=_odds_row)(
         **shared,
         args=ORPOConfig(**given, beta=settings.beta, max_length=settings.max_length),
-        train_dataset=Dataset.from_dict(_pair_columns(learned)),
+        train_dataset=Dataset.from_dict(_pair_columns(learned)).select(
+            _order(learned, given, settings)
+        ),
     )
 
 

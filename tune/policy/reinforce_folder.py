@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -38,6 +37,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SAME_RESULT = ("checkpoint_every", "gradient_checkpointing", "other_tokens")
+_ALONE = (
+    "reinforcement draws its answers in one process, as several would draw others than one does"
+)
 # Shares above which the run is warned of.
 _MANY_ALIKE, _MANY_CUT = 0.5, 0.3
 
@@ -59,9 +61,13 @@ def reinforce(
     The judge is a reward model, a function, or a check that a machine can make. An interrupted
     call resumes from its last checkpoint when it is made again.
 
+    With ``base="nf4"`` the frozen weights are held in 4 bits while training (QLoRA), and of the
+    two ways to merge the one with the higher held-out reward is taken. Several processes are
+    refused: each would draw answers of its own.
+
     Args:
-        model: The model to tune, with float weights and a chat template: a folder, a Hub id, a
-            .gguf file, or ``@smollm2``.
+        model: The model to tune, with a chat template: a float folder, or one in NF4 for
+            ``base="nf4"``; a Hub id, a .gguf file, or ``@smollm2``.
         target: The folder to make: the tuned model, ``adapter/``, ``metrics.jsonl`` and
             ``tuning_report.json``.
         prompts: Prompts to answer, with the columns that the judge reads.
@@ -80,6 +86,7 @@ def reinforce(
     Raises:
         SettingsError: If a setting is out of range, or not exactly one judge is given.
         FolderError: If a folder is missing, broken or not of its kind.
+        ArchitectureError: If the model is neither Llama nor Mistral, or its rows do not fit NF4.
         TextError: If there are no prompts, or one lacks what the judge reads.
         VocabularyError: If there is no chat template.
         TrainingError: If the judge fails, or the model got no better.
@@ -89,7 +96,7 @@ def reinforce(
     folder_of_judge = reward if isinstance(reward, str | Path) else None
     sources = [model] if folder_of_judge is None else [model, folder_of_judge]
     target = refuse_existing(target, overwrite, sources)
-    require_trl()
+    require_trl(settings, alone=_ALONE)
     opened = judge_of(
         reward=reward,
         check=settings.check,
@@ -218,32 +225,40 @@ def _train(
     settings: ReinforceSettings,
 ) -> dict[str, Any]:
     """Train, evaluate, and gather in ``work/result`` what the target will hold."""
-    import torch
-
     from mistill.pytorch.loading import load_pytorch
     from mistill.training.metrics import METRICS_FILE
+    from mistill.training.processes import this_process
     from tune.policy.training import Prompts, policy_figures, policy_trainer
+    from tune.trainers.arguments import between_evaluations, step_total
+    from tune.trainers.ending import (
+        end_as_trained,
+        facts_of,
+        load_to_look_at,
+        merged_end,
+        write_end,
+    )
     from tune.trainers.moved import forgetting
+    from tune.trainers.placing import computes_in_bfloat16, load_base, type_of_base
     from tune.trainers.running import (
-        between_evaluations,
         emptied,
         metric_means,
         run_trainer,
-        step_total,
     )
-    from tune.trainers.tuned_folder import ADAPTER_FOLDER, write_adapter, write_merged, write_report
+    from tune.trainers.tuned_folder import write_report
 
     # Each step answers batch_size / samples prompts.
     steps = step_total(settings, len(learned) * settings.samples)
     every = between_evaluations(settings.evaluate_every, steps)
-    model: Any = load_pytorch(info.path, torch.float32)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    device = this_process().device
+    low = computes_in_bfloat16(settings, device)
+    dtype = type_of_base(settings.base, device, low_precision=low)
+    model: Any = load_base(info, settings.base, dtype, device)
     start: list[Any] = []
 
     def start_model() -> Any:
         if not start:
-            start.append(load_pytorch(info.path, torch.float32).to(model.device))
+            came: Any = load_pytorch(info.path)
+            start.append(came.to(device))
         return start[0]
 
     held_out = Prompts([row for row, _ in judged], [ids for _, ids in judged])
@@ -260,6 +275,9 @@ def _train(
         checkpoint_every=settings.checkpoint_every or every,
     )
 
+    def measured(one: Any) -> dict[str, float]:
+        return policy_figures(one, held_out, judge, vocabulary, settings.max_new_tokens)
+
     def stop(logs: Mapping[str, float]) -> str | None:
         moved = logs.get("kl_from_start", 0.0)
         if moved <= settings.max_kl:
@@ -274,9 +292,7 @@ def _train(
         work,
         steps=steps,
         what=f"reinforcement ({settings.method})",
-        evaluate=lambda step: policy_figures(
-            trainer.model, held_out, judge, vocabulary, settings.max_new_tokens
-        ),
+        evaluate=lambda step: measured(trainer.model),
         every=every,
         keep=settings.keep,
         stop=stop,
@@ -291,32 +307,38 @@ def _train(
             f"before and {last['reward']:.4f} after {run.steps} steps; give it more steps or "
             "samples, another learning_rate, or prompts of which it answers some well"
         )
+    if settings.base == "float":
+        end = end_as_trained(run, trainer.model)
+    else:
+        end = merged_end(
+            work,
+            info,
+            run,
+            trainer.model,
+            base,
+            settings,
+            dtype,
+            before=run.judged[0]
+            if info.form == "nf4"
+            else measured(load_to_look_at(info.path, device)),
+            measure=measured,
+        )
     report = {
         "method": settings.method,
         "judge": judge.name,
         "rows": {"learned": len(learned), "held_out": len(judged)},
-        "before": run.judged[0],
-        "after": run.judged[run.kept_step],
+        **end.told,
         "kl_from_start": means.get("last kl_from_start"),
-        "other_text": forgetting(trainer.model, start_model, other),
+        "other_text": forgetting(end.model, start_model, other),
         "groups_without_variance": means.get("frac_reward_zero_std"),
         "answers_cut_off": means.get("completions/clipped_ratio"),
-        "steps": run.steps,
-        "kept_step": run.kept_step,
-        "steps_done_again": run.again,
+        **facts_of(run),
         "stopped": run.stopped,
-        "evaluations": {str(step): figures for step, figures in run.judged.items()},
     }
-    result = work / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    result.mkdir()
-    if settings.lora_rank:
-        write_adapter(trainer.model, result / ADAPTER_FOLDER, base)
-    write_merged(trainer.model, info.path, result)
-    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
-    write_report(result, report)
+    write_end(work, info, base, end, settings)
+    write_report(work / "result", report)
     told = (
-        *("before", "after", "kl_from_start", "other_text"),
+        *(*end.told, "kl_from_start", "other_text"),
         *("steps", "kept_step", "steps_done_again", "stopped"),
     )
     return {name: report[name] for name in told}

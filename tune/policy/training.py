@@ -22,10 +22,16 @@ from mistill.preferences.reading import PromptRow
 from mistill.preferences.tokens import Answer
 from mistill.text.vocabulary import Vocabulary
 from tune.settings import ReinforceSettings
-from tune.trainers.adapters import adapter_config, library_tokenizer, padding_id
+from tune.trainers.adapters import (
+    adapter_config,
+    library_tokenizer,
+    padding_id,
+    take_for_float,
+)
+from tune.trainers.arguments import arguments
 from tune.trainers.library import quiet_class, quiet_trl
 from tune.trainers.moved import divergence_from_start
-from tune.trainers.running import arguments, in_float32
+from tune.trainers.running import in_float32
 
 # Tokens of one step's answers on which the divergence from the start is measured.
 _KL_TOKENS = 2048
@@ -78,7 +84,7 @@ def policy_trainer(
     """A trainer of TRL for a method.
 
     Args:
-        model: The model to train, in float32.
+        model: The model to train: in float32, or frozen in 4 bits.
         folder: Its folder.
         vocabulary: Its vocabulary.
         prompts: What it answers.
@@ -95,6 +101,7 @@ def policy_trainer(
     used = {token for ids in prompts.ids for token in ids}
     padding = padding_id(vocabulary, used)
     trainer: Any = None
+    take_for_float(model)
 
     def rewards(numbers: Sequence[str], written: Sequence[Sequence[int]], log: Any) -> list[float]:
         asked = [int(number) for number in numbers]
@@ -119,6 +126,7 @@ def policy_trainer(
             rate=settings.peak_learning_rate,
             steps=steps,
             checkpoint_every=checkpoint_every,
+            in_order=False,
         ),
         "num_generations": settings.samples,
         "max_completion_length": settings.max_new_tokens,

@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
+from mistill.folders.folder import FolderInfo
 from mistill.preferences.tokens import PairTokens
-from mistill.pytorch.reward_model import new_reward_model, scores
+from mistill.pytorch.reward_model import new_reward_model
 from mistill.text.vocabulary import Vocabulary
+from mistill.training.processes import this_process
 from tune.pairwise.losses import log_sigmoid
 from tune.settings import RewardSettings
 from tune.trainers.adapters import adapter_config, library_tokenizer, padding_id
+from tune.trainers.arguments import arguments
 from tune.trainers.library import quiet_class, quiet_trl
-from tune.trainers.running import arguments, in_float32
+from tune.trainers.placing import computes_in_bfloat16, load_base, type_of_base
+from tune.trainers.running import in_float32
+from tune.trainers.shares import order_of_run
 
 
 def rows_of(pairs: Sequence[PairTokens]) -> list[list[int]]:
@@ -24,19 +29,17 @@ def rows_of(pairs: Sequence[PairTokens]) -> list[list[int]]:
     return [list(answer.ids) for pair in pairs for answer in pair.answers]
 
 
-def reward_figures(model: Any, pairs: Sequence[PairTokens]) -> dict[str, float]:
-    """What a reward model says of held-out pairs.
+def reward_figures(found: NDArray[np.float64]) -> dict[str, float]:
+    """What a reward model says of N held-out pairs.
 
     Args:
-        model: The reward model.
-        pairs: N pairs.
+        found: Its scores of ``rows_of`` them, shape (2 N,).
 
     Returns:
         ``loss``, the mean of -log sigmoid(score of the better answer - score of the other);
         ``accuracy``, the share of pairs whose better answer scores higher, in which a tie counts
         as half; and the mean scores ``chosen`` and ``rejected``.
     """
-    found = scores(model, rows_of(pairs))
     chosen, rejected = found[0::2], found[1::2]
     return {
         "loss": float(-log_sigmoid(chosen - rejected).mean()),
@@ -47,7 +50,7 @@ def reward_figures(model: Any, pairs: Sequence[PairTokens]) -> dict[str, float]:
 
 
 def reward_trainer(
-    folder: Path,
+    info: FolderInfo,
     vocabulary: Vocabulary,
     learned: Sequence[PairTokens],
     judged: Sequence[PairTokens],
@@ -60,7 +63,7 @@ def reward_trainer(
     """A trainer of TRL for a reward model.
 
     Args:
-        folder: The folder of the language model.
+        info: The folder of the language model.
         vocabulary: Its vocabulary.
         learned: Pairs to learn from.
         judged: Pairs to evaluate on, whose tokens must not be padding either.
@@ -74,9 +77,11 @@ def reward_trainer(
     """
     used = {token for row in rows_of([*learned, *judged]) for token in row}
     padding = padding_id(vocabulary, used)
-    model: Any = new_reward_model(folder, padding, settings.seed)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    device = this_process().device
+    low = computes_in_bfloat16(settings, device)
+    dtype = type_of_base(settings.base, device, low_precision=low)
+    base = load_base(info, settings.base, dtype, device)
+    model: Any = new_reward_model(info.path, padding, settings.seed, base=base).to(device)
     columns: dict[str, list[Any]] = {
         "chosen_ids": [list(pair.chosen.ids) for pair in learned],
         "rejected_ids": [list(pair.rejected.ids) for pair in learned],
@@ -99,8 +104,10 @@ def reward_trainer(
             args=RewardConfig(
                 **given, max_length=None, center_rewards_coefficient=settings.centering or None
             ),
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=library_tokenizer(folder, vocabulary, padding),
+            train_dataset=Dataset.from_dict(columns).select(
+                order_of_run(len(learned), steps * settings.batch_size, settings.seed)
+            ),
+            processing_class=library_tokenizer(info.path, vocabulary, padding),
             peft_config=adapter_config(model, settings, kind="SEQ_CLS"),
         )
     in_float32(trainer.model)

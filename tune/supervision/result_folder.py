@@ -6,35 +6,28 @@ published, and the one that the text costs least is taken.
 
 from __future__ import annotations
 
-import gc
 import logging
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.errors import TrainingError
 from mistill.folders.folder import FolderInfo, copy_companions
 from tune.settings import SupervisedSettings
 from tune.supervision.reading import Reading
 from tune.trainers.other_text import OtherText
-from tune.trainers.tuned_folder import ADAPTER_FOLDER, write_report
+from tune.trainers.placing import place_for
+from tune.trainers.tuned_folder import write_report
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import PartialState
 
     from mistill.text.vocabulary import Vocabulary
-    from mistill.training.adapters import Adapter
     from mistill.training.progress import TrainingProgress
     from tune.supervision.report import Look
     from tune.supervision.trainer import HeldOut
 
 _log = logging.getLogger(__name__)
-
-# Bytes of a GPU that a look at a model takes beside its weights.
-_ROOM = 2 * 2**30
 
 
 def gather_result(
@@ -70,8 +63,8 @@ def gather_result(
     from mistill.training.adapters import load_adapters
     from mistill.training.loop import best_model
     from mistill.training.metrics import METRICS_FILE
-    from tune.supervision.merged_folder import moved_entries
     from tune.supervision.report import TuningReport, look_at
+    from tune.trainers.merged_folder import merged_folders, moved_entries, require_better
     from tune.trainers.moved import comparison, on_other_text
 
     result, best = work / "result", best_model(work, progress.best_step)
@@ -93,18 +86,21 @@ def gather_result(
 
     base = look(info.path)
     adapters = load_adapters(best) if settings.lora_rank else None
-    candidates = _candidates(work, info, best, adapters, settings, dtype)
+    if adapters is None:
+        candidates = {"whole": _whole(work, info, best)}
+    else:
+        candidates = merged_folders(work, info, best, settings.base, dtype)
     looks = {name: look(folder) for name, folder in candidates.items()}
     chosen = min(looks, key=lambda name: looks[name].cross_entropy)
     for name, one in looks.items():
         _log.info("merged into the %s weights: cross-entropy %.4f", name, one.cross_entropy)
-    if not looks[chosen].cross_entropy < base.cross_entropy:
-        raise TrainingError(
-            f"what was trained got better, from {progress.before.cross_entropy:.4f} to "
-            f"{progress.best.cross_entropy:.4f} nats of held-out cross-entropy, and the merged "
-            f"model is none: {looks[chosen].cross_entropy:.4f}, where the model that came has "
-            f"{base.cross_entropy:.4f}; train on more tokens, or beside float weights"
-        )
+    require_better(
+        base.cross_entropy,
+        looks[chosen].cross_entropy,
+        progress.before.cross_entropy,
+        progress.best.cross_entropy,
+        measure="nats of held-out cross-entropy",
+    )
     shutil.rmtree(result, ignore_errors=True)
     shutil.move(candidates[chosen], result)
     shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
@@ -154,63 +150,15 @@ def gather_result(
     }
 
 
-def place_for(model_bytes: int, device: torch.device) -> torch.device:
-    """Where a whole model is looked at: on the device that trained, if it fits there.
+def _whole(work: Path, info: FolderInfo, best: Path) -> Path:
+    """The folder of a model whose weights were all trained."""
+    from tune.trainers.merged_folder import write_plain_config
 
-    A model that was trained in four bits may be larger than the GPU when its weights are floats.
-
-    Args:
-        model_bytes: Of its weights.
-        device: The device that trained.
-
-    Returns:
-        That device, or the CPU.
-    """
-    import torch
-
-    if device.type != "cuda":
-        return device
-    gc.collect()
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    if model_bytes + _ROOM <= free:
-        return device
-    _log.info("the merged model does not fit the GPU and is measured on the CPU")
-    return torch.device("cpu")
-
-
-def _candidates(
-    work: Path,
-    info: FolderInfo,
-    best: Path,
-    adapters: Mapping[str, Adapter] | None,
-    settings: SupervisedSettings,
-    dtype: torch.dtype,
-) -> dict[str, Path]:
-    """The folders of which the better one is published, by what the adapter was merged into."""
-    from mistill.training.adapters import CONFIG_FILE, WEIGHTS_FILE
-    from tune.supervision.merged_folder import merge_adapters, write_plain_config
-
-    if adapters is None:
-        whole = work / "merged-whole"
-        shutil.rmtree(whole, ignore_errors=True)
-        shutil.copytree(best, whole)
-        if not (info.path / "generation_config.json").is_file():
-            (whole / "generation_config.json").unlink(missing_ok=True)
-        write_plain_config(info, whole, "float32")
-        copy_companions(info.path, whole)
-        return {"whole": whole}
-    ways: dict[str, torch.dtype | None] = {"float": None}
-    if info.form == "nf4":
-        ways = {"dequantized": None}
-    elif settings.base == "nf4":
-        ways["dequantized"] = dtype
-    folders = {}
-    for name, through in ways.items():
-        folder = folders[name] = work / f"merged-{name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        merge_adapters(info, adapters, folder, through_nf4=through)
-        (folder / ADAPTER_FOLDER).mkdir()
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(best / file, folder / ADAPTER_FOLDER / file)
-    return folders
+    whole = work / "merged-whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    shutil.copytree(best, whole)
+    if not (info.path / "generation_config.json").is_file():
+        (whole / "generation_config.json").unlink(missing_ok=True)
+    write_plain_config(info, whole, "float32")
+    copy_companions(info.path, whole)
+    return whole

@@ -12,12 +12,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from mistill.errors import ArchitectureError, FolderError, SettingsError, TrainingError
-from mistill.folders.folder import FolderInfo, open_folder
+from mistill.errors import SettingsError, TrainingError
+from mistill.folders.folder import FolderInfo
 from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
 from mistill.folders.publishing import begun_on, publish, refuse_existing
 from mistill.settings import require, result_settings, settings_from
-from mistill.sources.source import resolve_model
 from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.together import keeping_the_best, working_together
@@ -162,40 +161,15 @@ def supervised(
 
 def _open_model(model: str | Path, settings: SupervisedSettings) -> FolderInfo:
     """Refuse a folder that cannot be tuned as the settings ask, before its weights are read."""
-    from mistill.pytorch.loading import check_weights, plain_config, require_readable
-    from mistill.pytorch.spread import require_nf4_fits
+    from mistill.pytorch.loading import plain_config
+    from tune.trainers.tuned_folder import tunable_folder
 
-    info = open_folder(resolve_model(model))
-    if info.form == "onnx":
-        raise FolderError(
-            f"{model} is an ONNX chatbot, which cannot be tuned; give the model folder that it was "
-            "exported from"
-        )
-    if info.form == "gptq":
-        raise FolderError(
-            f"{model} holds gptq weights, into which no adapter can be merged; give the float "
-            "model that they were made from, or what mistill quantize dequantize makes of them"
-        )
-    if info.form == "nf4" and settings.base != "nf4":
-        raise FolderError(
-            f"{model} holds nf4 weights, which can only be tuned through adapters beside them; "
-            "set base to nf4, or give the float model that they were made from"
-        )
-    require_readable(info)
-    config = plain_config(info.path)
-    check_weights(info.path, config)
-    if "lm_head" in settings.lora_targets and config.tie_word_embeddings:
+    info = tunable_folder(model, settings.base, [settings.lora_rank, *settings.ranks.values()])
+    tied = plain_config(info.path).tie_word_embeddings
+    if "lm_head" in settings.lora_targets and tied:
         raise SettingsError(
             f"the head of {model} is its embedding, and an adapter on it could not be merged "
             "without changing both; leave lm_head out of lora_targets"
-        )
-    if settings.base == "nf4" and info.form == "model":
-        require_nf4_fits(info)
-    smallest = min(config.hidden_size, config.intermediate_size)
-    if max([settings.lora_rank, *settings.ranks.values()]) > smallest:
-        raise ArchitectureError(
-            f"a lora_rank above {smallest}, the width of {model}, is no low rank; lower it, or "
-            "train all weights by lora_rank 0"
         )
     return info
 
@@ -297,15 +271,12 @@ def _load(
     """The model as it is trained: what is frozen may be in bfloat16 or in four bits."""
     import torch
 
-    from mistill.pytorch.loading import load_pytorch
-    from mistill.pytorch.spread import load_spread
+    from tune.trainers.placing import load_base
 
-    if not settings.lora_rank:
-        return load_pytorch(info.path, dtype=torch.float32)
-    dtype = _compute_dtype(accelerator)
-    if settings.base == "nf4" and info.form == "model":
-        return load_spread(info, dtype, {"": accelerator.device}, nf4=True)
-    return load_pytorch(info.path, dtype=dtype)
+    dtype = _compute_dtype(accelerator) if settings.lora_rank else torch.float32
+    # Float weights wait on the CPU until accelerate has decided who holds which.
+    device = accelerator.device if settings.base == "nf4" else torch.device("cpu")
+    return load_base(info, settings.base, dtype, device)
 
 
 def _compute_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -45,6 +45,20 @@ def adapter_config(model: nn.Module, settings: TrainerSettings, *, kind: str = "
     )
 
 
+def take_for_float(model: Any) -> None:
+    """Let TRL take a model for one of float weights, in place.
+
+    It would round the adapters and heads beside 4-bit weights to bfloat16, as they begin and as
+    they are trained. To peft a layer of bitsandbytes is a linear layer then, which it is: the
+    adapter adds to what comes out.
+
+    Args:
+        model: A model, with layers of bitsandbytes or without.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        model.is_loaded_in_4bit = False
+
+
 def padding_id(vocabulary: Vocabulary, used: set[int]) -> int:
     """A token to pad with that ends no reply and stands in no row.
 

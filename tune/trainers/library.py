@@ -18,28 +18,41 @@ from typing import Any
 
 from mistill.errors import missing_extra
 from mistill.settings import environment_number, require
+from mistill.training.processes import micro_batches
 from mistill.training.schedule import learning_rate_at
+from tune.settings import TrainerSettings
 
 # What transformers says while TRL makes a trainer, about its own names.
 _OWN_NAMES = r".*(gradient_checkpointing|is_gradient_checkpointing).*"
 
 
-def require_trl() -> None:
-    """Refuse to train without the libraries for it, or in several processes.
+def require_trl(settings: TrainerSettings, *, alone: str | None = None) -> None:
+    """Refuse to train without the libraries for it, or in processes that cannot share the work.
+
+    Args:
+        settings: How to train.
+        alone: Why one process alone can do it, as the beginning of a sentence; None where several
+            can.
 
     Raises:
         MissingExtraError: If TRL or peft is not installed.
-        SettingsError: If a launcher has started several processes.
+        SettingsError: If a launcher has started several processes, and they cannot share the work.
     """
     for library in ("trl", "peft"):
         if find_spec(library) is None:
             raise missing_extra(library, "tune")
     processes = environment_number("WORLD_SIZE", 1, 1)
     require(
-        processes == 1,
-        f"preferences and rewards are learned by one process, and a launcher has started "
-        f"{processes}; run the command without the launcher",
+        processes == 1 or alone is None,
+        f"{alone}, and a launcher has started {processes}; run the command without the launcher",
     )
+    for name in ("FSDP", "DEEPSPEED"):
+        require(
+            processes == 1 or os.environ.get(f"ACCELERATE_USE_{name}", "false") != "true",
+            f"accelerate's config asks for {name}, and here every process holds the whole model; "
+            "use a config without it, such as examples/accelerate/ddp.yaml",
+        )
+    micro_batches(settings.batch_size, settings.micro_batch_size, processes)
 
 
 @contextmanager

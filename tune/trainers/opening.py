@@ -28,15 +28,18 @@ def open_to_tune(
 
     Raises:
         SettingsError: If max_length does not fit the model's context.
-        FolderError: If the folder is missing, broken or not of float weights.
+        FolderError: If the folder is missing or broken, or holds weights that cannot be trained.
+        ArchitectureError: If the model is neither Llama nor Mistral, or does not fit the settings.
         TextError: If data are missing.
     """
     for given in data:
         if given is not None:
             check_texts(given, skip_bad_rows=settings.skip_bad_rows)
+    from mistill.pytorch.reading import require_finite_weights
     from tune.trainers.tuned_folder import tunable_folder
 
-    info = tunable_folder(model)
+    info = tunable_folder(model, settings.base, [settings.lora_rank])
+    require_finite_weights(info.path)
     require(
         settings.max_length <= info.context_length,
         f"a max_length of {settings.max_length} does not fit the model's context of "

@@ -28,7 +28,7 @@ from mistill.folders.renaming import remove
 from mistill.progress import Tracker, track
 from mistill.pytorch.products import fast_products
 from mistill.training.metrics import Metrics
-from tune.settings import TrainerSettings
+from mistill.training.processes import this_process
 from tune.trainers.library import quiet_trl
 
 _log = logging.getLogger(__name__)
@@ -59,73 +59,6 @@ class Run:
     again: int
     judged: dict[int, dict[str, float]]
     stopped: str | None = None
-
-
-def step_total(settings: TrainerSettings, rows: int) -> int:
-    """Optimizer steps of a run.
-
-    Args:
-        settings: Asks for steps, or for epochs.
-        rows: Rows to learn from.
-
-    Returns:
-        At least 1.
-    """
-    if settings.steps is not None:
-        return settings.steps
-    return max(1, math.ceil(rows / settings.batch_size * settings.epochs - 1e-9))
-
-
-def between_evaluations(every: int | None, steps: int) -> int:
-    """Optimizer steps between two evaluations: as asked for, or a fifth of the run."""
-    return every or max(1, math.ceil(steps / 5))
-
-
-def arguments(
-    settings: TrainerSettings, work: Path, *, rate: float, steps: int, checkpoint_every: int
-) -> dict[str, Any]:
-    """What every trainer is told, whatever it trains.
-
-    Args:
-        settings: How to train.
-        work: The folder for its checkpoints.
-        rate: The highest learning rate.
-        steps: Optimizer steps.
-        checkpoint_every: Optimizer steps between two checkpoints.
-
-    Returns:
-        Keywords of transformers' ``TrainingArguments``.
-    """
-    on_gpu = torch.cuda.is_available()
-    wanted = settings.precision
-    return {
-        "output_dir": str(work / "trainer"),
-        "max_steps": steps,
-        "per_device_train_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
-        "learning_rate": rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": round(settings.warmup * steps),
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_gradient_norm,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "use_cpu": not on_gpu,
-        "bf16": wanted == "bfloat16" or (wanted == "auto" and on_gpu),
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "steps",
-        "save_steps": checkpoint_every,
-        "save_total_limit": 2,
-        "eval_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "push_to_hub": False,
-        "dataloader_pin_memory": on_gpu,
-        "remove_unused_columns": False,
-    }
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -202,7 +135,7 @@ class Watch(TrainerCallback):
             )
         self.judged[step] = figures
         self._metrics.write(step, held_out=figures)
-        if self.kept_step == step:
+        if self.kept_step == step and this_process().is_main_process:
             weights = {
                 name: parameter.detach().cpu().contiguous()
                 for name, parameter in trained_parameters(model).items()
@@ -241,6 +174,10 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Mark a checkpoint as whole, and remove weights that are not to be kept."""
+        processes = this_process()
+        processes.wait_for_everyone()  # each writes a file of its own
+        if not processes.is_main_process:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / _WHOLE).touch()
         best = kept_file(self._work, self.kept_step)
@@ -285,17 +222,16 @@ def run_trainer(
     """
     from transformers.trainer_callback import PrinterCallback
 
-    ended = work / _END_FILE
+    ended, processes = work / _END_FILE, this_process()
     if not ended.is_file():
-        checkpoint = _newest(work / "trainer")
-        start = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         metrics = Metrics(work, trainer.accelerator, {})
-        lost, again = _steps_after(metrics.file, start), _again(work)
-        metrics.keep_until(start if checkpoint else -1)
-        if lost:
-            write_atomically(work / "again.json", json.dumps(again + lost))
+        lost = again = 0
+        if processes.is_main_process:
+            lost, again = _prepared(work, metrics)
+        processes.wait_for_everyone()
+        checkpoint = _newest(work / "trainer")
         trainer.remove_callback(PrinterCallback)
-        with track(what, steps, "steps", done=start) as progress:
+        with track(what, steps, "steps", done=_step_of(checkpoint)) as progress:
             watch = Watch(
                 work,
                 steps=steps,
@@ -314,7 +250,7 @@ def run_trainer(
                 trainer.train(
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
-        if watch.why_stopped is not None:
+        if watch.why_stopped is not None and processes.is_main_process:
             _log.warning("%s stopped: %s", what, watch.why_stopped)
         document = {
             "steps": trainer.state.global_step,
@@ -323,15 +259,17 @@ def run_trainer(
             "stopped": watch.why_stopped,
             "judged": {str(step): figures for step, figures in watch.judged.items()},
         }
-        write_atomically(ended, json.dumps(document))
-        shutil.rmtree(work / "trainer", ignore_errors=True)
+        if processes.is_main_process:
+            write_atomically(ended, json.dumps(document))
+            shutil.rmtree(work / "trainer", ignore_errors=True)
+        processes.wait_for_everyone()
     document = json.loads(ended.read_text("utf-8"))
     judged = {int(step): figures for step, figures in document["judged"].items()}
     run = Run(
         document["steps"], document["kept_step"], document["again"], judged, document["stopped"]
     )
     load_kept(trainer.model, work, run.kept_step)
-    if run.again:
+    if run.again and processes.is_main_process:
         _log.info(
             "%s: %d steps, and %d of them were done again after an interruption",
             what,
@@ -341,12 +279,32 @@ def run_trainer(
     return run
 
 
+def _prepared(work: Path, metrics: Metrics) -> tuple[int, int]:
+    """Take back what a killed run did after its newest whole checkpoint.
+
+    It says how many steps those were, and how many earlier kills had cost.
+    """
+    checkpoint = _newest(work / "trainer")
+    start = _step_of(checkpoint)
+    lost, again = _steps_after(metrics.file, start), _again(work)
+    metrics.keep_until(start if checkpoint else -1)
+    if lost:
+        write_atomically(work / "again.json", json.dumps(again + lost))
+    return lost, again
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
 def emptied(work: Path) -> None:
     """Remove the state of a run that came to nothing: the same call would end the same way.
 
     Args:
         work: The folder of the run.
     """
+    if not this_process().is_main_process:
+        return
     for item in work.iterdir():
         if item.name != "lock":
             remove(item)
@@ -374,7 +332,7 @@ def _newest(folder: Path) -> Path | None:
             whole.append(checkpoint)
         else:
             shutil.rmtree(checkpoint)
-    return max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+    return max(whole, key=_step_of, default=None)
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:

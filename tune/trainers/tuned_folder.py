@@ -4,53 +4,77 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from mistill.errors import FolderError
+from mistill.errors import ArchitectureError, FolderError
 from mistill.folders.folder import FolderInfo, copy_companions, open_folder
 from mistill.folders.publishing import write_atomically
 from mistill.pytorch.loading import (
     check_weights,
     plain_config,
-    require_finite_weights,
     require_readable,
     stored_tensors,
 )
+from mistill.pytorch.spread import require_nf4_fits
 from mistill.sources.source import resolve_model
 from mistill.training.adapters import merged_parameters
 from mistill.weights.tensor_writer import TensorWriter
+from tune.settings import Base
 
 ADAPTER_FOLDER = "adapter"
 REPORT_FILE = "tuning_report.json"
 
 
-def tunable_folder(model: str | Path) -> FolderInfo:
-    """The folder of a model that is to be tuned.
+def tunable_folder(model: str | Path, base: Base, ranks: Sequence[int]) -> FolderInfo:
+    """The folder of a model that is to be tuned, looked at before its weights are read.
 
     Args:
         model: A folder, a Hub id, a .gguf file, or ``@smollm2``.
+        base: How its frozen weights will be held.
+        ranks: Of the adapters; 0 where all weights are trained.
 
     Returns:
-        What it holds: float weights of an architecture that mistill reads.
+        What it holds: float weights of an architecture that mistill reads, or such in NF4 for the
+        base ``nf4``.
 
     Raises:
-        FolderError: If it is missing or broken, or holds weights that cannot be trained, or one
-            that is not a finite number.
-        ArchitectureError: If it is neither Llama nor Mistral.
+        FolderError: If it is missing or broken, or holds weights that cannot be trained.
+        ArchitectureError: If it is neither Llama nor Mistral, its rows do not fit NF4, or a rank is
+            above its width.
+        MissingExtraError: If bitsandbytes is needed and not installed.
     """
     info = open_folder(resolve_model(model))
-    if info.form != "model":
+    if info.form == "onnx":
         raise FolderError(
-            f"{model} holds {info.form} weights, which cannot be tuned by preferences or rewards; "
-            "give the float model that they were made from"
+            f"{model} is an ONNX chatbot, which cannot be tuned; give the model folder that it was "
+            "exported from"
+        )
+    if info.form == "gptq":
+        raise FolderError(
+            f"{model} holds gptq weights, into which no adapter can be merged; give the float "
+            "model that they were made from, or what mistill quantize dequantize makes of them"
+        )
+    if info.form == "nf4" and base != "nf4":
+        raise FolderError(
+            f"{model} holds nf4 weights, which can only be tuned through adapters beside them; "
+            "set base to nf4, or give the float model that they were made from"
         )
     require_readable(info)
-    check_weights(info.path, plain_config(info.path))
-    require_finite_weights(info.path)
+    config = plain_config(info.path)
+    check_weights(info.path, config)
+    if base == "nf4" and info.form == "model":
+        require_nf4_fits(info)
+    smallest = min(config.hidden_size, config.intermediate_size)
+    if max(ranks) > smallest:
+        raise ArchitectureError(
+            f"a lora_rank above {smallest}, the width of {model}, is no low rank; lower it, or "
+            "train all weights by lora_rank 0"
+        )
     return info
 
 

@@ -37,7 +37,8 @@ from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 from mistill.training import loop
 from tests.reference import supervised as reference
 from tests.tiny import SENTENCES, changed_config, tiny_model
-from tune.supervision import merged_folder, trainer, tuned_folder
+from tune.supervision import trainer, tuned_folder
+from tune.trainers import merged_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 

@@ -20,8 +20,8 @@ from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
 from tests.tune.supervision.test_tuned_folder import QUICK, hidden_beside, report_of
 from tune.settings import SupervisedSettings
-from tune.supervision.result_folder import place_for
 from tune.supervision.tuned_folder import _compute_dtype, require_divisible
+from tune.trainers.placing import place_for
 
 PROGRAM = """
 import json, sys

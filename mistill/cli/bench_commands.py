@@ -19,7 +19,7 @@ from benchmarks import (
     ShipSettings,
 )
 from mistill.cli.help_pages import HelpPage
-from mistill.cli.options import Flat, Texts
+from mistill.cli.options import LISTS, Flat, Texts
 from mistill.settings import require, settings_dict
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _SHIP = {"Limits of the model to ship": ("ship_mb", "ship_tps")}
 
 app = App(
     name="bench",
+    default_parameter=LISTS,
     help="Compare models: size, quality, speed and memory, in one table.",
     help_formatter=HelpPage(
         {

@@ -120,12 +120,18 @@ def test_chunks_are_even_where_more_follows_and_none_has_one_position() -> None:
 
 def test_what_sinks_were_told_in_a_step_is_told_of_once_after_it(model: OnnxModel) -> None:
     told: list[object] = []
+    everybody_is_there = threading.Event()
+
+    def hold(token: int) -> None:
+        assert everybody_is_there.wait(LONG)
+        told.append(token)
+
     sinks = [Heard() for _ in range(3)]
-    for sink in sinks:
-        sink.hold = told.append
     with Scheduler(model, slots=3, after_tokens=lambda: told.append("after")) as scheduler:
         for number, sink in enumerate(sinks):
+            sink.hold = hold
             scheduler.submit(a_job(some_ids(20, number), sink, tokens=30))
+        everybody_is_there.set()
         for sink in sinks:
             sink.wait()
     steps = "".join("t" if isinstance(one, int) else "|" for one in told).split("|")

@@ -255,7 +255,11 @@ def serve(
 
 @app.command(
     help_formatter=HelpPage(
-        {"Data": ("judge", "prompts", "limit"), "Replies": ("new_tokens", "threads")}
+        {
+            "Judge": ("judge", "server", "server_model", "api_key_file"),
+            "Data": ("prompts", "limit"),
+            "Replies": ("new_tokens", "threads"),
+        }
     )
 )
 def judge(
@@ -263,7 +267,7 @@ def judge(
     second: str,
     /,
     *,
-    judge: str,
+    judge: str | None = None,
     prompts: Texts,
     settings: Annotated[JudgeSettings, Flat] = JudgeSettings(),
     out: Path | None = None,
@@ -279,7 +283,7 @@ def judge(
         first: A chat model, such as the one that was tuned: a folder of any form.
         second: The other one, such as what tuning made of it.
         judge: The chat model that judges: a folder of any form, a Hub id, or @smollm2. Best one
-            that is neither of the two, nor made from them.
+            that is neither of the two, nor made from them. Leave it out for one behind a server.
         prompts: Prompts to answer. A .txt file with a prompt on each line, or a .jsonl, .json,
             .csv or .parquet file.
         settings: How many prompts, and how long the replies.
@@ -299,7 +303,8 @@ def judge(
     if out is not None:
         print(f"result: {out}")
     if json:
-        print(json_library.dumps({"models": found.models, "judge": found.judge, **found.figures}))
+        told = {"models": found.models, "judge": found.judge, "read_by": found.read_by}
+        print(json_library.dumps({**told, **found.figures}))
 
 
 def _step_defaults(step: str) -> dict[str, Any] | None:

@@ -48,6 +48,7 @@ from mistill.pytorch.loading import (
     stored_tensors,
 )
 from mistill.settings import require, settings_dict
+from mistill.shown import one_line
 from mistill.sources.source import resolve_model
 from mistill.text.rows import Texts, check_texts
 from mistill.text.tokenizer_settings import TEMPLATE_FILE, read_template
@@ -319,9 +320,8 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
     except FolderError:
         raise
     except Exception as error:  # an option of a stranger's adapter may lead anywhere in peft
-        reason = " ".join(str(error).split())[:300]
         raise FolderError(
-            f"{adapter} cannot be merged, or does not fit {base}: {reason}"
+            f"{adapter} cannot be merged, or does not fit {base}: {one_line(error, 300)}"
         ) from error
     with creating(target) as partial:
         with TensorWriter(partial) as writer:

@@ -10,7 +10,6 @@ text (``quantize.conversions.merge_measuring``); so is the same choice between t
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -37,7 +36,12 @@ from mistill.folders.lineage import (
     fingerprint,
     read_lineage,
 )
-from mistill.folders.publishing import creating, refuse_existing, scratch_beside, write_atomically
+from mistill.folders.publishing import (
+    creating,
+    refuse_existing,
+    scratch_beside,
+    write_json,
+)
 from mistill.folders.safetensors_file import read_header
 from mistill.pytorch.loading import (
     check_weights,
@@ -328,8 +332,7 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
             for name, parameter in merged.named_parameters():
                 if name in names:
                     writer.add(name, parameter.detach().to(types.get(name, torch.float32)))
-        config = json.dumps(read_config(base), indent=2) + "\n"
-        write_atomically(partial / "config.json", config)
+        write_json(partial / "config.json", read_config(base))
         _copy_companions(base, adapter, partial)
     check_weights(target, plain_config(target))
     return target
@@ -376,7 +379,7 @@ def _publish(
         for file in merged.iterdir():
             shutil.move(file, partial / file.name)
         if facts:
-            write_atomically(partial / MERGE_FILE, json.dumps(facts, indent=1) + "\n")
+            write_json(partial / MERGE_FILE, facts, indent=1)
         add_lineage(
             partial,
             step="merge",

@@ -19,6 +19,7 @@ from export.checks.parity import Cache, mean_kl, text_runner
 from export.settings import MODEL_FILE
 from export.weights.architecture import Architecture
 from mistill.errors import ExportError
+from mistill.shown import one_line
 
 _CHUNK = 256
 LARGEST_CODE = 127
@@ -86,7 +87,7 @@ def quantize_cache(
 
         raise ExportError(
             f"ONNX Runtime {onnxruntime.__version__} does not support an int8 KV cache for this "
-            f"model ({' '.join(str(error).split())[:200]}); leave cache at float32"
+            f"model ({one_line(error, 200)}); leave cache at float32"
         ) from error
     width = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim
     return CacheReport(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from copy import copy
 from dataclasses import asdict, replace
@@ -38,7 +37,7 @@ from mistill.folders.folder import (
 )
 from mistill.folders.lineage import add_lineage
 from mistill.folders.ownership import CARD_FILE
-from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.publishing import creating, refuse_existing, write_json
 from mistill.folders.schemas import optional_json
 from mistill.folders.settled_config import says_tied
 from mistill.settings import require, settings_from
@@ -125,7 +124,7 @@ def to_onnx(
         copy_companions(info.path, folder)
         if vocabulary.chat_template is not None:
             _say_how_to_sample(folder, vocabulary)
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config, ascii_only=False)
         if chosen.layout == "transformersjs":
             bits = _layer_bits(resolved, info)
             arrange_for_transformersjs(folder, config, vocabulary, bits)
@@ -137,7 +136,7 @@ def to_onnx(
                 config.get("pad_token_id"),
                 in_place=not chosen.portable,
             )
-            _write_json(folder / GENAI_FILE, genai)
+            write_json(folder / GENAI_FILE, genai, ascii_only=False)
         add_lineage(folder, step="export", settings=chosen, source=info.path)
         manifest = {
             "format": 1,
@@ -147,7 +146,7 @@ def to_onnx(
             **facts,
             "files": checksums(folder),
         }
-        _write_json(folder / MANIFEST_FILE, manifest)
+        write_json(folder / MANIFEST_FILE, manifest, ascii_only=False)
     return path
 
 
@@ -158,7 +157,7 @@ def _say_how_to_sample(folder: Path, vocabulary: Vocabulary) -> None:
     if stated.get("do_sample") is None and not any(stated.get(name) for name in OWN):
         ends = list(vocabulary.end_ids)
         stated = stated or ({"eos_token_id": ends} if ends else {})
-        _write_json(file, {**stated, **FOR_SMALL_MODELS})
+        write_json(file, {**stated, **FOR_SMALL_MODELS}, ascii_only=False)
 
 
 def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, GraphOptions]:
@@ -367,10 +366,6 @@ def _calibration_ids(
         settings.cache_texts, vocabulary, limit=tokens, skip_bad_rows=settings.skip_bad_rows
     )
     return np.concatenate([np.array(one.ids, np.int64) for one in documents])[:tokens]
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    write_atomically(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:

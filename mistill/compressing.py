@@ -17,7 +17,13 @@ from mistill.cost_model.step_time import TimedSize, size_for_speed, time_steps
 from mistill.errors import MistillError, TrainingError
 from mistill.folders.folder import MANIFEST_FILE, describe, read_config, read_json
 from mistill.folders.lineage import fingerprint, installed_versions
-from mistill.folders.publishing import publish, refuse_existing, working, write_atomically
+from mistill.folders.publishing import (
+    publish,
+    refuse_existing,
+    working,
+    write_atomically,
+    write_json,
+)
 from mistill.folders.renaming import remove_work
 from mistill.progress import track
 from mistill.recipe import step_kinds
@@ -219,7 +225,7 @@ def _make_for_speed(work: Path, inputs: Mapping[str, Any], settings: CompressSet
         "predicted": facts["predicted"],
         "measured": round(1 / seconds, 2),
     }
-    write_atomically(result / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+    write_json(result / MANIFEST_FILE, manifest)
     if seconds > 1 / wanted:
         _log.warning(
             "the chatbot writes %.0f tokens a second, and not the %g that were asked for: %.0f "

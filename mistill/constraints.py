@@ -21,6 +21,7 @@ from mistill.bounded import OutOfBoundsError, call_bounded
 from mistill.engine.language_model import Choose
 from mistill.errors import FolderError, MissingExtraError, SettingsError, VocabularyError
 from mistill.folders.json_text import parse_json
+from mistill.shown import one_line
 from mistill.text.vocabulary import Vocabulary
 
 # White space as json.dumps writes it; a schema may set it under x-guidance. Arbitrary white space
@@ -176,7 +177,7 @@ class ConstrainedChoice:
 
     def _complain(self) -> None:
         if self._matcher.is_error():
-            reason = _one_line(self._matcher.get_error())
+            reason = _without_state(self._matcher.get_error())
             raise SettingsError(f"the {self._kind} cannot constrain this reply: {reason}")
 
 
@@ -236,7 +237,7 @@ def _compiled(kind: str, text: str) -> Constraint:
         ) from error
     if complaint:
         raise SettingsError(
-            f"this {kind} cannot be used for constrained decoding: {_one_line(complaint)}"
+            f"this {kind} cannot be used for constrained decoding: {_without_state(complaint)}"
         )
     return Constraint(kind, grammar)
 
@@ -276,9 +277,9 @@ def grammar_of(kind: str, text: str) -> tuple[str, str]:
     return results[0]
 
 
-def _one_line(complaint: str) -> str:
+def _without_state(complaint: str) -> str:
     """What llguidance says, without the parser's state that it adds."""
-    return " ".join(complaint.partition("<state>")[0].split())
+    return one_line(complaint.partition("<state>")[0])
 
 
 def _text(file: Path) -> str:

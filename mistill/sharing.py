@@ -17,6 +17,7 @@ from mistill.folders.folder import open_folder
 from mistill.folders.json_text import read_json_file
 from mistill.folders.lineage import is_place, read_lineage
 from mistill.folders.ownership import CARD_FILE, why_not_ours
+from mistill.shown import one_line
 from mistill.sources.hub import hub_answers
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -129,7 +130,7 @@ def _send(path: Path, repository: str, private: bool) -> None:
     except LocalTokenNotFoundError as error:
         raise FolderError("nobody is logged in at the Hub; log in with: hf auth login") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise FolderError(
-            f"{path} could not be sent to {repository}: {reason}; the same command goes on"
+            f"{path} could not be sent to {repository}: {one_line(error, 300)}; the same command "
+            "goes on"
         ) from error

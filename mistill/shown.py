@@ -39,6 +39,19 @@ def _spelt(letter: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+def one_line(text: object, most: int | None = None) -> str:
+    """Anything's text on one line, such as a library's error inside one of ours.
+
+    Args:
+        text: Anything; as ``str`` shows it.
+        most: Characters after which it is cut off; by default it is not.
+
+    Returns:
+        The words, with one space between them.
+    """
+    return " ".join(str(text).split())[:most]
+
+
 def escaped(text: str) -> str:
     """Escape the characters of names and replies that Markdown would interpret.
 
@@ -48,7 +61,7 @@ def escaped(text: str) -> str:
     Returns:
         One line of Markdown.
     """
-    line = " ".join(visible(text).replace("&", "&amp;").replace("<", "&lt;").split())
+    line = one_line(visible(text).replace("&", "&amp;").replace("<", "&lt;"))
     return re.sub(r"([\\|`*\[\]])", r"\\\1", line)
 
 
@@ -61,7 +74,7 @@ def in_code(text: str) -> str:
     Returns:
         One line without a backtick or a bar, which would end the code or the cell.
     """
-    return " ".join(visible(text).replace("`", "'").replace("|", "/").split())
+    return one_line(visible(text).replace("`", "'").replace("|", "/"))
 
 
 def plain(text: object, style: str = "") -> Text:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.rivals.engines import Note, import_library
 from benchmarks.rivals.writing import GreedyEngine
 from mistill.errors import FolderError
+from mistill.shown import one_line
 
 
 def describe(library: str) -> dict[str, str]:
@@ -86,8 +87,7 @@ class CTranslate2Model(GreedyEngine):
                 intra_threads=threads,
             )
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise FolderError(f"ctranslate2 cannot open {folder}: {reason}") from error
+            raise FolderError(f"ctranslate2 cannot open {folder}: {one_line(error)}") from error
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores of every next token at every position.

@@ -16,6 +16,7 @@ from typing import Any
 
 from mistill.engine.language_model import LanguageModel
 from mistill.errors import MissingExtraError, SettingsError
+from mistill.shown import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,9 +211,9 @@ def import_library(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
-        reason = " ".join(str(error).split())
         raise MissingExtraError(
-            f"{package} cannot be imported here ({reason}); install it with: pip install {package}"
+            f"{package} cannot be imported here ({one_line(error)}); install it with: "
+            f"pip install {package}"
         ) from error
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.rivals.engines import Note, import_library
 from mistill.engine.language_model import Choose, greedy
 from mistill.errors import FolderError
+from mistill.shown import one_line
 
 
 def describe(library: str) -> dict[str, str]:
@@ -96,8 +97,9 @@ class GenaiModel:
         try:
             self._model = self._genai.Model(config)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise FolderError(f"onnxruntime-genai cannot open {folder}: {reason}") from error
+            raise FolderError(
+                f"onnxruntime-genai cannot open {folder}: {one_line(error)}"
+            ) from error
 
     def reserve(self, positions: int) -> None:
         """Make room for this many positions in the texts that follow.

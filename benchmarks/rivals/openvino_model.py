@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.rivals.engines import Note, import_library
 from benchmarks.rivals.writing import GreedyEngine
 from mistill.errors import FolderError
+from mistill.shown import one_line
 
 MODEL_FILE = "openvino_model.xml"
 
@@ -128,8 +129,7 @@ class OpenVinoModel(GreedyEngine):
                 str(folder), scheduler, _DEVICE, self._properties
             )
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise FolderError(f"openvino-genai cannot open {folder}: {reason}") from error
+            raise FolderError(f"openvino-genai cannot open {folder}: {one_line(error)}") from error
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores of every next token at every position.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.rivals.engines import Note, import_library
 from mistill.engine.language_model import Choose, greedy
 from mistill.errors import FolderError
+from mistill.shown import one_line
 
 _PACKAGE = "'optimum-onnx[onnxruntime]'"
 
@@ -96,8 +97,7 @@ class OptimumModel:
                 folder, file_name=file.name, session_options=options, local_files_only=True
             )
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise FolderError(f"optimum cannot open {folder}: {reason}") from error
+            raise FolderError(f"optimum cannot open {folder}: {one_line(error)}") from error
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores of every next token at every position; see ``LanguageModel.logits``."""

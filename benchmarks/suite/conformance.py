@@ -39,6 +39,7 @@ from benchmarks.suite.conformance_losses import (
     with_side,
 )
 from benchmarks.suite.conformance_roads import ROADS, Place, Road, workshop
+from mistill.shown import one_line
 
 Status = Literal["pass", "fail", "n/a"]
 B, T, V, D, TEACHER_D = 2, 6, 31, 64, 24
@@ -369,7 +370,7 @@ def agree_or_refuse(adapter: Adapter, case: Case) -> str:
     try:
         found = answer(adapter, case)
     except Exception as error:  # whatever it raises, it gives no wrong answer
-        return f"refused: {_one_line(error)}"
+        return f"refused: {_type_and_reason(error)}"
     return agree(found, expected(adapter, case))
 
 
@@ -590,7 +591,7 @@ def refuses(attempt: Callable[[], Any]) -> str:
     try:
         attempt()
     except Exception as error:  # a refusal of any kind
-        return f"refused: {_one_line(error)}"
+        return f"refused: {_type_and_reason(error)}"
     raise WrongError("it was not refused")
 
 
@@ -721,7 +722,7 @@ def ask(adapter: Adapter, question: Check) -> Finding:
         except WrongError as error:
             status, detail = "fail", str(error)
         except Exception as error:  # a loss that raises has given no answer
-            status, detail = "fail", f"raises {_one_line(error)}"
+            status, detail = "fail", f"raises {_type_and_reason(error)}"
     return Finding(adapter.name, adapter.version, question.trap, question.name, status, detail)
 
 
@@ -740,9 +741,8 @@ def ask_all(adapters: Sequence[Adapter]) -> list[Finding]:
     return [ask(adapter, question) for adapter in adapters for question in CHECKS]
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:110]}"
+def _type_and_reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error, 110)}"
 
 
 def ask_elsewhere(python: str) -> list[Finding]:

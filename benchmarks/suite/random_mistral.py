@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mistill.folders.publishing import write_json
 from mistill.text.spelling import byte_characters
 from mistill.weights.tensor_writer import TensorWriter
 
@@ -80,7 +81,7 @@ def make_folder(folder: Path, layers: int, width: int = WIDTH) -> int:
         "mlp.down_proj": (width, inner),
     }
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_json(folder / "config.json", config)
     _write_tokenizer(folder)
     generator = torch.Generator().manual_seed(0)
     count = 0

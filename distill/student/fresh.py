@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from distill.settings import StudentSettings
 from distill.student.sizing import Sizes, fitting_layers
+from mistill.folders.publishing import write_json
 from mistill.pytorch.loading import plain_config
 from mistill.settings import require
 
@@ -30,7 +30,7 @@ def write_fresh(folder: Path, config: Mapping[str, Any], seed: int) -> None:
     """
     from safetensors.torch import save_file
 
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_json(folder / "config.json", config)
     weights = random_weights(plain_config(folder), seed)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 

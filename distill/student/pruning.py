@@ -8,7 +8,6 @@ cut and written.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 
 from distill.student.width import Cut, KeptWidth, apply_cut, cut_of, narrowed_config
 from mistill.folders.folder import read_config, weight_files
+from mistill.folders.publishing import write_json
 from mistill.folders.safetensors_file import (
     Header,
     NewTensor,
@@ -107,7 +107,7 @@ def copy_layers(
     """
     config = read_config(source) if width is None else completed_config(source)
     config = pruned_config(config, keep, width)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_json(target / "config.json", config)
     kept = {file: _kept_tensors(read_header(file), keep, width) for file in weight_files(source)}
     kept = {file: tensors for file, tensors in kept.items() if tensors}
     names = _file_names(len(kept))
@@ -122,7 +122,7 @@ def copy_layers(
             "weight_map": {tensor: name for name, tensors in files for tensor in tensors},
         }
         file = target / "model.safetensors.index.json"
-        file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        write_json(file, index)
 
 
 def _file_names(count: int) -> list[str]:

@@ -8,14 +8,13 @@ the student is better than both at is the teacher's doing.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.training.evaluation import Evaluation
 from mistill.folders.folder import FIDELITY_FILE
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 
 if TYPE_CHECKING:
     from distill.settings import TrainSettings
@@ -62,7 +61,7 @@ class FidelityCard:
         Args:
             folder: The folder.
         """
-        write_atomically(folder / FIDELITY_FILE, json.dumps(asdict(self), indent=1) + "\n")
+        write_json(folder / FIDELITY_FILE, asdict(self), indent=1)
 
 
 def trained(progress: TrainingProgress[Evaluation]) -> Trained:

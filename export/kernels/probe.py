@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from mistill.cost_model.processors import MOST_THREADS
 from mistill.cost_model.products import Kernel
 from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import open_folder, read_config, read_json
-from mistill.folders.publishing import refuse_existing, write_atomically
+from mistill.folders.publishing import refuse_existing, write_json
 from mistill.settings import require_range
 
 HERE = "here"
@@ -89,7 +88,7 @@ class Probe:
                 for (kernel, rows, columns), timing in self.timings.items()
             ],
         }
-        write_atomically(Path(file), json.dumps(document, indent=1) + "\n")
+        write_json(Path(file), document, indent=1)
         return Path(file)
 
 

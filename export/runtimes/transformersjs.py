@@ -15,13 +15,12 @@ position only, unless it is portable, which is enough for a conversation.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from export.settings import DATA_FILE, MODEL_FILE
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.folders.schemas import optional_json
 from mistill.text.vocabulary import Vocabulary
 
@@ -55,16 +54,18 @@ def arrange_for_transformersjs(
         "use_external_data_format": {name: data_files},
         "kv_cache_dtype": "float32",
     }
-    _write_json(folder / "config.json", plain)
+    write_json(folder / "config.json", plain, ascii_only=False)
     if vocabulary.end_ids:
         file = folder / "generation_config.json"
         stated = optional_json(file)
         ends = list(vocabulary.end_ids)
-        _write_json(file, {**stated, "eos_token_id": ends if len(ends) > 1 else ends[0]})
+        write_json(
+            file, {**stated, "eos_token_id": ends if len(ends) > 1 else ends[0]}, ascii_only=False
+        )
     if vocabulary.chat_template is not None:
         file = folder / "tokenizer_config.json"
         settings = optional_json(file)
-        _write_json(file, {**settings, "chat_template": vocabulary.chat_template})
+        write_json(file, {**settings, "chat_template": vocabulary.chat_template}, ascii_only=False)
 
 
 def _move_graph(folder: Path, name: str) -> int:
@@ -118,7 +119,3 @@ def _copy(source: Any, target: Any, length: int) -> None:
         content = source.read(min(length, _COPY_BYTES))
         target.write(content)
         length -= len(content)
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    write_atomically(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -16,6 +16,7 @@ from mistill.errors import FolderError, SettingsError, TextError
 from mistill.folders.json_text import check, parse_json
 from mistill.folders.publishing import refuse_existing, write_atomically
 from mistill.settings import require
+from mistill.shown import one_line
 
 HELP = """\
 /reset        forget the conversation and begin anew; /clear does the same
@@ -209,7 +210,7 @@ def whole_message(text: str, name: str = "the prompt") -> str:
 
 
 def _shortened(text: str, most: int = 60) -> str:
-    line = " ".join(text.split())
+    line = one_line(text)
     return line if len(line) <= most else f"{line[: most - 3]}..."
 
 

@@ -35,7 +35,7 @@ from mistill.folders.targets_folder import (
     targets_problems,
 )
 from mistill.progress import track
-from mistill.shown import facts_table, plain
+from mistill.shown import facts_table, one_line, plain
 from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 from mistill.weights.gptq_doctor import Diagnosis, examine
@@ -291,7 +291,7 @@ def _graph_problems(folder: Path, info: FolderInfo) -> list[str]:
     except ModuleNotFoundError:
         return []
     except Exception as error:  # a file of another tool may be anything
-        return [f"model.onnx is damaged: {' '.join(str(error).split())[:120]}"]
+        return [f"model.onnx is damaged: {one_line(error, 120)}"]
     if not any(node.op_type == "GroupQueryAttention" for node in graph):
         return []  # a portable graph, which this engine does not run
     types = {str(value.name): f"tensor({str(value.dtype).lower()})" for value in graph.inputs}
@@ -331,9 +331,7 @@ def _lint_graphs(folder: Path) -> tuple[dict[str, Lint], list[str]]:
         except MissingExtraError as error:
             return {}, [f"the ONNX graph was not checked: {error}"]
         except Exception as error:  # a file of another tool may be anything
-            remarks.append(
-                f"{name} cannot be read as a graph: {' '.join(str(error).split())[:120]}"
-            )
+            remarks.append(f"{name} cannot be read as a graph: {one_line(error, 120)}")
     return graphs, remarks
 
 

@@ -22,7 +22,7 @@ from cyclopts.exceptions import UnknownOptionError
 
 from mistill.errors import FolderError, MistillError, SettingsError
 from mistill.folders.publishing import is_full_disk
-from mistill.shown import visible
+from mistill.shown import one_line, visible
 
 OUR_PACKAGES = ("mistill", "tune", "distill", "quantize", "export", "benchmarks")
 
@@ -256,7 +256,7 @@ def refuse(error: Exception) -> int:
         The exit code.
     """
     with contextlib.suppress(OSError):  # a full or closed stream takes no message
-        print(f"mistill: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+        print(f"mistill: {visible(one_line(error))}", file=sys.stderr, flush=True)
     return 2
 
 

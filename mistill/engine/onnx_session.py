@@ -12,6 +12,7 @@ from mistill.engine.key_value_cache import CACHE_TYPES
 from mistill.engine.language_model import Provider
 from mistill.errors import FolderError, MissingExtraError
 from mistill.folders.folder import MANIFEST_FILE, read_json
+from mistill.shown import one_line
 
 # A program may have imported ONNX Runtime before mistill could tell it to report nothing.
 onnxruntime.disable_telemetry_events()
@@ -85,9 +86,9 @@ def open_session(
             folder / "model.onnx", options, providers=_PROVIDERS[provider]
         )
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise FolderError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot open {folder / 'model.onnx'}: {reason}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot open {folder / 'model.onnx'}: "
+            f"{one_line(error)}"
         ) from error
     wanted = _PROVIDERS[provider][0]
     if wanted not in session.get_providers():
@@ -181,9 +182,8 @@ def run_bound(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBind
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime."):
             raise
-        reason = " ".join(str(error).split())[:300]
         raise FolderError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot run the graph: {reason}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot run the graph: {one_line(error, 300)}"
         ) from error
 
 

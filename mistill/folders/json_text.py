@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from mistill.errors import FolderError, MistillError
+from mistill.shown import one_line
 
 MOST_BYTES = 1 << 30
 """Bytes of the largest JSON file that is read; a tokenizer of a million tokens takes a tenth."""
@@ -50,7 +51,7 @@ def parse_json(text: str | bytes, origin: str, error: type[MistillError] = Folde
     except RecursionError as problem:
         raise error(f"{origin} is not valid JSON: it is nested too deeply") from problem
     except ValueError as problem:
-        reason = " ".join(str(problem).split())[:200]
+        reason = one_line(problem, 200)
         if "integer string conversion" in reason:
             reason = f"a number has more than {sys.get_int_max_str_digits():,} digits"
         raise error(f"{origin} is not valid JSON: {reason}") from problem

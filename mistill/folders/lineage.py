@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from mistill.errors import FolderError
 from mistill.folders.folder import MANIFEST_FILE, QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
 from mistill.folders.json_text import check, read_json_file
 from mistill.folders.ownership import CARD_FILE
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.folders.schemas import LineageStep
 from mistill.settings import changed_settings, settings_dict
 
@@ -101,7 +100,7 @@ def add_lineage(
         **facts: What else the step wants remembered, as JSON values.
     """
     steps = lineage_after(source, step=step, settings=settings, **facts)
-    write_atomically(folder / LINEAGE_FILE, json.dumps(steps, indent=2) + "\n")
+    write_json(folder / LINEAGE_FILE, steps)
 
 
 def lineage_after(

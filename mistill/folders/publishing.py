@@ -166,16 +166,8 @@ def creating_file(
     if not (overwrite and path.is_file()):
         refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    try:
-        with _naming_a_full_disk(target):
-            yield partial
-            sync_file(partial)
-            partial.replace(path)
-            sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        yield partial
 
 
 @contextmanager
@@ -377,6 +369,21 @@ def write_atomically(path: Path, text: str) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(text, "utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any, *, indent: int = 2, ascii_only: bool = True) -> None:
+    """Write a JSON file that appears whole or not at all.
+
+    Args:
+        path: The file; replaced if it exists.
+        value: What JSON can hold.
+        indent: Spaces before what lies one level deeper.
+        ascii_only: Whether other characters are written as escapes.
+
+    Raises:
+        FolderError: If the disk is full.
+    """
+    write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=ascii_only) + "\n")
 
 
 @contextmanager

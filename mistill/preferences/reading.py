@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -73,8 +72,8 @@ def read_pairs(
     """
     pairs: list[Pair] = []
     counts = RowCounts(sources_of(texts))
-    for row in _rows(texts, counts, skip_bad_rows):
-        with _passing_over(row, counts, skip_bad_rows):
+    for row in _records(texts, counts, skip_bad_rows):
+        with counts.passing_over(row, skip=skip_bad_rows):
             judged = judgement_of_row(row)
             says = judged.says
             if isinstance(says, Labelled):
@@ -87,7 +86,7 @@ def read_pairs(
                 counts.pass_over(row, "all answers of the row tie")
             pairs += new
             counts.unread.update(judged.unread)
-    return _some(pairs, "pairs", texts, counts)
+    return _some(pairs, "pairs", counts)
 
 
 def read_labelled(
@@ -113,8 +112,8 @@ def read_labelled(
     """
     labelled: list[Labelled] = []
     counts = RowCounts(sources_of(texts))
-    for row in _rows(texts, counts, skip_bad_rows):
-        with _passing_over(row, counts, skip_bad_rows):
+    for row in _records(texts, counts, skip_bad_rows):
+        with counts.passing_over(row, skip=skip_bad_rows):
             judged = judgement_of_row(row)
             says = judged.says
             counts.unread.update(judged.unread)
@@ -127,7 +126,7 @@ def read_labelled(
             for pair in pairs:
                 labelled.append(Labelled(pair.prompt, pair.chosen, True, pair.origin))
                 labelled.append(Labelled(pair.prompt, pair.rejected, False, pair.origin))
-    return _some(labelled, "labelled answers", texts, counts)
+    return _some(labelled, "labelled answers", counts)
 
 
 def read_prompt_rows(texts: Texts, *, skip_bad_rows: bool = False) -> list[PromptRow]:
@@ -154,12 +153,12 @@ def read_prompt_rows(texts: Texts, *, skip_bad_rows: bool = False) -> list[Promp
                     turn = {"role": "user", "content": line.strip()}
                     prompts.append(PromptRow(Conversation((turn,)), {}, f"{path}, line {number}"))
             continue
-        for row in _rows(source, counts, skip_bad_rows):
-            with _passing_over(row, counts, skip_bad_rows):
+        for row in _records(source, counts, skip_bad_rows):
+            with counts.passing_over(row, skip=skip_bad_rows):
                 says = prompt_of_row(row).says
                 assert isinstance(says, Conversation), "a prompt is a conversation"
                 prompts.append(PromptRow(says.joined(), dict(row.value), row.origin))
-    return _some(prompts, "prompts", texts, counts)
+    return _some(prompts, "prompts", counts)
 
 
 def pairs_of(ranking: Ranking, kind: PairsOfRanking, seed: int = 0) -> list[Pair]:
@@ -245,31 +244,13 @@ def divided(
     return rest, judged
 
 
-def _rows(texts: Texts, counts: RowCounts, skip: bool) -> Iterator[Row]:
-    for row in itertools.chain.from_iterable(first_row(source) for source in sources_of(texts)):
-        counts.rows += 1
-        if row.problem is None:
-            yield row
-        elif skip:
-            counts.pass_over(row, row.problem)
-        else:
-            raise row.problem
+def _records(texts: Texts, counts: RowCounts, skip: bool) -> Iterator[Row]:
+    rows = itertools.chain.from_iterable(first_row(source) for source in sources_of(texts))
+    return counts.records(rows, skip=skip)
 
 
-@contextmanager
-def _passing_over(row: Row, counts: RowCounts, skip: bool) -> Iterator[None]:
-    """Pass over a row that cannot be read, where that is asked for."""
-    try:
-        yield
-    except TextError as error:
-        if not skip:
-            raise
-        counts.pass_over(row, error)
-
-
-def _some(items: list[ItemT], what: str, texts: Texts, counts: RowCounts) -> list[ItemT]:
+def _some(items: list[ItemT], kind: str, counts: RowCounts) -> list[ItemT]:
     if not items:
-        reasons = f"; passed over: {counts.reasons()}" if counts.passed_over else ""
-        raise TextError(f"there are no {what} in {', '.join(sources_of(texts))}{reasons}")
+        raise counts.nothing_read(f"there are no {kind}")
     counts.tell("")
     return items

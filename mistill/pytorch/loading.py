@@ -37,6 +37,7 @@ from mistill.pytorch.reading import read_tensors as read_tensors
 from mistill.pytorch.reading import require_finite
 from mistill.pytorch.reading import require_finite_weights as require_finite_weights
 from mistill.pytorch.reading import stored_tensors as stored_tensors
+from mistill.shown import one_line
 from mistill.weights.gptq_doctor import require_sound
 from mistill.weights.gptq_layout import TENSOR_NAMES, read_quantization
 from mistill.weights.nf4_doctor import nf4_states
@@ -96,7 +97,7 @@ def plain_config(folder: Path) -> PreTrainedConfig:
         config = kind.from_dict(values, attn_implementation="sdpa")
         empty_model(config)
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, KeyError):
             reason = f"{reason} is not a value that transformers knows"
         raise FolderError(f"config.json of {folder} does not describe a model: {reason}") from error

@@ -9,7 +9,6 @@ B is batch, T positions, D width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,7 +26,7 @@ from mistill.folders.folder import (
     read_config,
     tensor_headers,
 )
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.pytorch.loading import empty_model, load_pytorch, plain_config, require_readable
 from mistill.pytorch.reading import read_tensors, require_finite, stored_tensors
 from mistill.weights.tensor_writer import TensorWriter
@@ -219,4 +218,4 @@ def write_reward_model(
         "label2id": {"score": 0},
         "pad_token_id": padding,
     }
-    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mistill.errors import ArchitectureError, FolderError
+from mistill.shown import one_line
 
 _PIECE = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
@@ -272,8 +273,9 @@ def _read(file: Path) -> GgufFile:
         _check_counts(file)
         reader = GGUFReader(file)
     except Exception as error:  # gguf raises whatever numpy raises on a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise FolderError(f"{file} is not a GGUF file, or is damaged: {reason}") from error
+        raise FolderError(
+            f"{file} is not a GGUF file, or is damaged: {one_line(error, 200)}"
+        ) from error
     return GgufFile(file.name, reader.fields, {one.name: one for one in reader.tensors})
 
 

@@ -7,7 +7,6 @@ a sliding window that such a file does not record.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mistill.errors import ArchitectureError, FolderError
+from mistill.folders.publishing import write_json
 from mistill.folders.safetensors_file import NewTensor, write_safetensors
 from mistill.sources.gguf_fields import GgufFile, open_gguf
 from mistill.sources.gguf_rope import ROPE_FACTORS, read_rope
@@ -82,10 +82,10 @@ def convert_gguf(file: Path, target: Path) -> None:
     shapes = _shapes(config)
     _check_tensors(opened, shapes)
     write_tokenizer(opened, target, ids, config["max_position_embeddings"])
-    _write_json(target / "config.json", config)
+    write_json(target / "config.json", config)
     generation = {name: config[name] for name in ("bos_token_id", "pad_token_id")}
     stops = ends if len(ends) > 1 else ends[0]
-    _write_json(target / "generation_config.json", {**generation, "eos_token_id": stops})
+    write_json(target / "generation_config.json", {**generation, "eos_token_id": stops})
     _write_weights(opened, target, shapes, config)
 
 
@@ -231,7 +231,7 @@ def _write_weights(
     if len(shards) > 1:
         total = sum(4 * math.prod(shape) for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": homes}
-        _write_json(target / "model.safetensors.index.json", index)
+        write_json(target / "model.safetensors.index.json", index)
 
 
 def _chunks(
@@ -287,7 +287,3 @@ def split_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]
     """
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

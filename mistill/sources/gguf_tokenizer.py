@@ -8,7 +8,6 @@ are found in it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mistill.errors import VocabularyError
+from mistill.folders.publishing import write_json
 from mistill.sources.gguf_fields import GgufFile
 from mistill.sources.tokenizer_parts import (
     Pieces,
@@ -108,8 +108,7 @@ def write_tokenizer(
         "model_max_length": context_length,
         **specials,
     }
-    text = json.dumps(settings, indent=2) + "\n"
-    (target / "tokenizer_config.json").write_text(text, "utf-8")
+    write_json(target / "tokenizer_config.json", settings)
     if template is not None:
         (target / "chat_template.jinja").write_text(template, "utf-8")
 

@@ -40,7 +40,7 @@ from mistill.folders.folder import (
 )
 from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.publishing import creating, refuse_existing, write_atomically, write_json
 from mistill.folders.renaming import link_or_copy
 from mistill.folders.schemas import ListedToken
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
@@ -319,7 +319,7 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
     }
     settings.pop("auto_map", None)
     (target / file.name).unlink(missing_ok=True)  # a link to the original
-    (target / file.name).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    write_json(target / file.name, settings)
 
 
 # --- GGUF ---------------------------------------------------------------------------------------

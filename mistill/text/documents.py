@@ -13,7 +13,7 @@ through ``datasets``, without a copy in a cache.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -81,8 +81,7 @@ def read_documents(
     documents = _documents(itertools.chain.from_iterable(opened), vocabulary, counts, skip_bad_rows)
     first = next(documents, None)
     if first is None:
-        reasons = f"; passed over: {counts.reasons()}" if counts.passed_over else ""
-        raise TextError(f"there is no text in {', '.join(sources)}{reasons}")
+        raise counts.nothing_read("there is no text")
     return _counted(itertools.chain([first], documents), limit, block_length, counts, vocabulary)
 
 
@@ -113,7 +112,7 @@ def read_stream(
     for source in sources_of(texts):
         path = find_file(source)
         joint = "" if path is not None and suffix_of(path) == ".txt" else "\n\n"
-        rows = _read_rows(first_row(source), counts, skip_bad_rows)
+        rows = counts.records(first_row(source), skip=skip_bad_rows)
         rendered = [_rendered(row, vocabulary, counts) for row in rows]
         hidden = hidden or any(typed for _, typed in rendered)
         source_texts.append(joint.join(text for text, _ in rendered))
@@ -148,29 +147,13 @@ def _counted(
     )
 
 
-def _read_rows(rows: Iterator[Row], counts: RowCounts, skip: bool) -> Iterator[Row]:
-    """The rows that are records."""
-    for row in rows:
-        counts.rows += 1
-        if row.problem is None:
-            yield row
-        elif skip:
-            counts.pass_over(row, row.problem)
-        else:
-            raise row.problem
-
-
 def _documents(
     rows: Iterator[Row], vocabulary: Vocabulary, counts: RowCounts, skip: bool
 ) -> Iterator[Document]:
-    for row in _read_rows(rows, counts, skip):
-        try:
+    for row in counts.records(rows, skip=skip):
+        documents: Iterable[Document] = ()
+        with counts.passing_over(row, skip=skip):
             documents = _documents_of_row(row, vocabulary, counts)
-        except TextError as error:
-            if not skip:
-                raise
-            counts.pass_over(row, error)
-            continue
         yield from documents
 
 
@@ -307,20 +290,14 @@ def read_prompt_conversations(prompts: Texts, *, skip_bad_rows: bool = False) ->
             counts.rows += len(texts)
             conversations += [Conversation(({"role": "user", "content": text},)) for text in texts]
             continue
-        for row in _read_rows(first_row(source), counts, skip_bad_rows):
-            try:
+        for row in counts.records(first_row(source), skip=skip_bad_rows):
+            with counts.passing_over(row, skip=skip_bad_rows):
                 content = prompt_of_row(row)
-            except TextError as error:
-                if not skip_bad_rows:
-                    raise
-                counts.pass_over(row, error)
-                continue
-            counts.unread.update(content.unread)
-            assert isinstance(content.says, Conversation), "a prompt is a conversation"
-            conversations.append(content.says.joined())
+                counts.unread.update(content.unread)
+                assert isinstance(content.says, Conversation), "a prompt is a conversation"
+                conversations.append(content.says.joined())
     if not conversations:
-        reasons = f"; passed over: {counts.reasons()}" if counts.passed_over else ""
-        raise TextError(f"there are no prompts in {', '.join(sources_of(prompts))}{reasons}")
+        raise counts.nothing_read("there are no prompts")
     if counts.passed_over or counts.unread:
         counts.tell("")
     return conversations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from mistill.errors import TextError
 from mistill.text.rows import Row
@@ -66,6 +67,60 @@ class RowCounts:
         places = self._places.setdefault(words, [])
         if len(places) < _NAMED:
             places.append(row.origin.rpartition(", ")[2])
+
+    def records(self, rows: Iterable[Row], *, skip: bool) -> Iterator[Row]:
+        """Count rows, and leave out those that are no records.
+
+        Args:
+            rows: Rows as they stand in the text.
+            skip: Whether such a row is passed over and counted, instead of refused.
+
+        Yields:
+            The records.
+
+        Raises:
+            TextError: If a row is no record and ``skip`` is False.
+        """
+        for row in rows:
+            self.rows += 1
+            if row.problem is None:
+                yield row
+                continue
+            with self.passing_over(row, skip=skip):
+                raise row.problem
+
+    @contextmanager
+    def passing_over(self, row: Row, *, skip: bool) -> Iterator[None]:
+        """Pass over and count a row that the body refuses, where that is asked for.
+
+        Args:
+            row: The row.
+            skip: Whether it is passed over, instead of refused.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            TextError: If the body raises it and ``skip`` is False.
+        """
+        try:
+            yield
+        except TextError as error:
+            if not skip:
+                raise
+            self.pass_over(row, error)
+
+    def nothing_read(self, nothing: str) -> TextError:
+        """The error for texts in which nothing was found.
+
+        Args:
+            nothing: Such as "there is no text".
+
+        Returns:
+            The error to raise, which names the texts and why rows were passed over.
+        """
+        reasons = f"; passed over: {self.reasons()}" if self.passed_over else ""
+        return TextError(f"{nothing} in {self._name}{reasons}")
 
     def reasons(self) -> str:
         """Why rows were passed over, with the first lines of each reason."""

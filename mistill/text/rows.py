@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 from mistill.errors import TextError, missing_extra
 from mistill.folders.json_text import parse_json
+from mistill.shown import one_line
 from mistill.sources.hub import hub_answers
 from mistill.text.memory import (
     TextInMemory,
@@ -259,9 +260,9 @@ def read_lines(path: Path) -> Iterator[str]:
         problem = f"{error.reason} at byte {error.start}; save it as UTF-8"
         raise TextError(f"{path} is not UTF-8 text: {problem}") from error
     except (EOFError, zlib.error) as error:
-        raise TextError(f"{path} is damaged: {_one_line(error)}") from error
+        raise TextError(f"{path} is damaged: {_reason(error)}") from error
     except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror or _one_line(error)}") from error
+        raise TextError(f"{path} cannot be read: {error.strerror or _reason(error)}") from error
 
 
 def _opened(path: Path) -> io.TextIOWrapper:
@@ -378,7 +379,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for number, value in enumerate(values, 1):
                 yield Row(_of_table(value), f"{path}, row {number}")
     except (ArrowException, OSError, ValueError) as error:
-        raise TextError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise TextError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def _of_table(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -426,8 +427,8 @@ def _dataset_rows(source: str, *arguments: str | None, **options: str) -> Iterat
     except (ConnectionError, TimeoutError) as error:
         raise TextError(out_of_reach) from error
     except Exception as error:  # datasets raises whatever its readers raise
-        raise TextError(f"{source} cannot be read: {_one_line(error)}") from error
+        raise TextError(f"{source} cannot be read: {_reason(error)}") from error
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _reason(error: BaseException) -> str:
+    return one_line(error) or type(error).__name__

@@ -8,7 +8,6 @@ neighbour one too low, so that asymmetric codes are best left in ``gptq_v2``.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +19,7 @@ from torch import Tensor
 from mistill.errors import FolderError
 from mistill.folders.folder import AUTO_GPTQ_CONFIG, copy_companions, open_folder, read_config
 from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.publishing import creating, refuse_existing, write_json
 from mistill.progress import track
 from mistill.pytorch.loading import stored_tensors
 from mistill.settings import require
@@ -113,6 +112,6 @@ def _write_configs(
     if quantization.pop("model_file_base_name", None):
         quantization["model_file_base_name"] = "model"
     config["quantization_config"] = quantization
-    write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(target / "config.json", config)
     if (source / AUTO_GPTQ_CONFIG).is_file():
-        write_atomically(target / AUTO_GPTQ_CONFIG, json.dumps(quantization, indent=2) + "\n")
+        write_json(target / AUTO_GPTQ_CONFIG, quantization)

@@ -6,7 +6,6 @@ No precision comes back: the float folder predicts what the quantized one does.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from mistill.errors import FolderError
 from mistill.folders.folder import copy_companions, open_folder, read_config
 from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.publishing import creating, refuse_existing, write_json
 from mistill.progress import track
 from mistill.pytorch.loading import (
     check_weights,
@@ -101,4 +100,4 @@ def _write_config(source: Path, target: Path, dtype: str) -> None:
     for name in ("quantization_config", "torch_dtype"):
         config.pop(name, None)
     config["dtype"] = dtype
-    write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(target / "config.json", config)

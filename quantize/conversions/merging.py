@@ -10,7 +10,6 @@ text (``quantize.conversions.merge_measuring``); so is the same choice between t
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -37,7 +36,12 @@ from mistill.folders.lineage import (
     fingerprint,
     read_lineage,
 )
-from mistill.folders.publishing import creating, refuse_existing, scratch_beside, write_atomically
+from mistill.folders.publishing import (
+    creating,
+    refuse_existing,
+    scratch_beside,
+    write_json,
+)
 from mistill.folders.safetensors_file import read_header
 from mistill.pytorch.loading import (
     check_weights,
@@ -48,6 +52,7 @@ from mistill.pytorch.loading import (
     stored_tensors,
 )
 from mistill.settings import require, settings_dict
+from mistill.shown import one_line
 from mistill.sources.source import resolve_model
 from mistill.text.rows import Texts, check_texts
 from mistill.text.tokenizer_settings import TEMPLATE_FILE, read_template
@@ -319,17 +324,15 @@ def _merge(base: Path, adapter: Path, target: Path) -> Path:
     except FolderError:
         raise
     except Exception as error:  # an option of a stranger's adapter may lead anywhere in peft
-        reason = " ".join(str(error).split())[:300]
         raise FolderError(
-            f"{adapter} cannot be merged, or does not fit {base}: {reason}"
+            f"{adapter} cannot be merged, or does not fit {base}: {one_line(error, 300)}"
         ) from error
     with creating(target) as partial:
         with TensorWriter(partial) as writer:
             for name, parameter in merged.named_parameters():
                 if name in names:
                     writer.add(name, parameter.detach().to(types.get(name, torch.float32)))
-        config = json.dumps(read_config(base), indent=2) + "\n"
-        write_atomically(partial / "config.json", config)
+        write_json(partial / "config.json", read_config(base))
         _copy_companions(base, adapter, partial)
     check_weights(target, plain_config(target))
     return target
@@ -376,7 +379,7 @@ def _publish(
         for file in merged.iterdir():
             shutil.move(file, partial / file.name)
         if facts:
-            write_atomically(partial / MERGE_FILE, json.dumps(facts, indent=1) + "\n")
+            write_json(partial / MERGE_FILE, facts, indent=1)
         add_lineage(
             partial,
             step="merge",

@@ -22,7 +22,7 @@ from typing import Any
 from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import AUTO_GPTQ_CONFIG, read_json, weight_files
 from mistill.folders.gptq_format import EMBEDDING, HEAD
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_atomically, write_json
 from mistill.settings import require, settings_from
 from quantize.options import GptqOptions
 from quantize.settings import GptqSettings
@@ -247,4 +247,4 @@ def name_as_auto_gptq(folder: Path, base_name: str) -> None:
         index.unlink()
     config = read_json(folder / "config.json")["quantization_config"]
     config["model_file_base_name"] = base_name
-    write_atomically(folder / AUTO_GPTQ_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_json(folder / AUTO_GPTQ_CONFIG, config)

@@ -21,6 +21,7 @@ from mistill.folders.lineage import add_lineage, installed_versions
 from mistill.folders.publishing import creating
 from mistill.progress import track
 from mistill.settings import require, settings_dict
+from mistill.shown import one_line
 from mistill.text.blocks import TokenBlocks
 from mistill.weights.gptq_layout import GptqFormat
 from quantize.folders.float_model import FloatModel
@@ -244,7 +245,7 @@ def _probe_auto_gptq() -> None:
         versions = installed_versions()
         raise MissingExtraError(
             f"auto_gptq cannot be imported with transformers {versions.get('transformers')}: "
-            f"{' '.join(str(error).split())}; its last version, 0.7.1 of March 2024, does not "
+            f"{one_line(error)}; its last version, 0.7.1 of March 2024, does not "
             f"support transformers 5, and the project is archived; {instead}"
         ) from error
     raise SettingsError(

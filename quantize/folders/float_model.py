@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import open_folder, read_config
 from mistill.folders.lineage import read_lineage
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.pytorch.loading import check_weights, empty_model, plain_config, require_readable
 from mistill.sources.source import resolve_model
 from mistill.weights.gptq_layout import (
@@ -120,7 +119,7 @@ def write_config(source: Path, target: Path, layout: GptqFormat, **facts: Any) -
     config = read_config(source)
     facts["meta"] = {"quantizer": [f"mistill:{__version__}"]}
     config["quantization_config"] = layout.to_config(**facts)
-    write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(target / "config.json", config)
 
 
 def tensor_patterns(names: Iterable[str]) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mistill.folders.folder import QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_atomically, write_json
 from mistill.weights.gptq_layout import QuantizedWeight
 from quantize.gptq.gptq import GptqResult
 
@@ -82,7 +81,7 @@ def write_report(
         "modules": [asdict(module) for module in modules],
         "kept": list(float_names),
     }
-    write_atomically(target / QUANTIZE_REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    write_json(target / QUANTIZE_REPORT_FILE, report, indent=1)
     table = io.StringIO()
     lines = csv.DictWriter(
         table, [field.name for field in fields(ModuleReport)], lineterminator="\n"

@@ -11,7 +11,6 @@ https://doi.org/10.1109/29.90373). What is made is an ordinary GPTQ folder.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -26,7 +25,7 @@ import torch
 
 from mistill.errors import SettingsError
 from mistill.folders.folder import describe, tensor_headers, weight_files
-from mistill.folders.publishing import begun_on, refuse_existing, write_atomically
+from mistill.folders.publishing import begun_on, refuse_existing, write_json
 from mistill.settings import settings_from
 from mistill.text.rows import Texts, check_texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, codes_per_unit
@@ -120,7 +119,7 @@ def to_mixed(
                 for name, choice in chosen.items()
             },
         }
-        write_atomically(folder / CHOICE_FILE, json.dumps(summary, indent=1) + "\n")
+        write_json(folder / CHOICE_FILE, summary, indent=1)
 
     return make_gptq(
         model,

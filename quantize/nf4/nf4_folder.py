@@ -7,7 +7,6 @@ mistill.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Unpack
 from mistill.errors import ArchitectureError, FolderError
 from mistill.folders.folder import copy_companions, read_config, tensor_headers
 from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.publishing import creating, refuse_existing, write_json
 from mistill.progress import track
 from mistill.pytorch.loading import read_tensors
 from mistill.settings import settings_dict, settings_from
@@ -148,7 +147,7 @@ def _write_config(source: Path, target: Path, settings: Nf4Settings) -> None:
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
-    write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(target / "config.json", config)
 
 
 def _require_whole_blocks(model: FloatModel) -> None:

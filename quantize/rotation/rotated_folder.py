@@ -12,7 +12,6 @@ shared its table with the embedding has one of its own now: the gains of the las
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from mistill.folders.folder import copy_companions, read_config
 from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing, write_atomically
+from mistill.folders.publishing import creating, refuse_existing, write_json
 from mistill.progress import track
 from mistill.pytorch.loading import read_tensors
 from mistill.settings import settings_from
@@ -97,7 +96,7 @@ def rotate(
         config = read_config(model.folder)
         config.pop("torch_dtype", None)
         config |= {"dtype": settings.dtype, "tie_word_embeddings": False}
-        write_atomically(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(partial / "config.json", config)
         copy_companions(model.folder, partial)
         add_lineage(
             partial,

@@ -8,7 +8,6 @@ quantized layers before it; so Hessians are a variant's own and are not shared.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import shutil
@@ -23,7 +22,7 @@ import msgspec
 from mistill.errors import ArchitectureError, FolderError, SettingsError, TargetExistsError
 from mistill.folders.folder import describe, read_json
 from mistill.folders.lineage import fingerprint, installed_versions
-from mistill.folders.publishing import day_of, refuse_existing, write_atomically
+from mistill.folders.publishing import day_of, refuse_existing, write_json
 from mistill.folders.renaming import remove_finished_work, remove_leftovers
 from mistill.measures.kl import Predictions
 from mistill.progress import track
@@ -291,7 +290,7 @@ def _read_state(file: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, state: Mapping[str, Any]) -> None:
-    write_atomically(folder / SWEEP_FILE, json.dumps(state, indent=1) + "\n")
+    write_json(folder / SWEEP_FILE, state, indent=1)
 
 
 def _make(

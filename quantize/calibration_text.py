@@ -125,15 +125,3 @@ def _draw(blocks: TokenBlocks, count: int, generator: np.random.Generator) -> To
     if len(blocks) <= count:
         return blocks
     return blocks[np.sort(generator.choice(len(blocks), count, replace=False))]
-
-
-def names_of(texts: Texts) -> list[str]:
-    """Names of some text, for lineage and reports.
-
-    Args:
-        texts: A file, a folder, a name, or several of them.
-
-    Returns:
-        One name for each.
-    """
-    return [str(texts)] if isinstance(texts, str | Path) else [str(text) for text in texts]

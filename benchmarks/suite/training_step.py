@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.suite.turns import paired_ratio, serve, summary, take_turns
+from benchmarks.suite.turns import paired_ratio, peak_bytes, serve, summary, take_turns
 from mistill.loss.batches import make_batch
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
@@ -94,7 +94,7 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
             "loss": sums.loss,
             "tokens_per_second": sums.tokens / seconds,
             "waited_for_teacher": waited[0] / seconds,
-            "process_peak_mib": _highest(),
+            "process_peak_mib": peak_bytes() / 2**20,
         }
 
     serve(work)
@@ -180,18 +180,10 @@ def trl(given: argparse.Namespace) -> None:
         return {
             "loss": float(loss),
             "tokens_per_second": tokens / seconds,
-            "process_peak_mib": _highest(),
+            "process_peak_mib": peak_bytes() / 2**20,
         }
 
     serve(work)
-
-
-def _highest() -> float:
-    """The highest resident memory of this process in this turn, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 def main() -> None:

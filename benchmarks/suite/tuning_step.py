@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.suite.turns import paired_ratio, serve, summary, take_turns
+from benchmarks.suite.turns import paired_ratio, peak_bytes, serve, summary, take_turns
 from mistill.folders.folder import open_folder
 from mistill.loss.batches import make_batch
 from mistill.pytorch.loading import load_pytorch
@@ -165,16 +165,8 @@ def _figures(loss: float, tokens: int, started: float, used: float) -> dict[str,
         "loss": loss,
         "tokens_per_second": tokens / seconds,
         "processor_seconds": time.process_time() - used,
-        "process_peak_mib": _highest(),
+        "process_peak_mib": peak_bytes() / 2**20,
     }
-
-
-def _highest() -> float:
-    """The highest resident memory of this process in this turn, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 def main() -> None:

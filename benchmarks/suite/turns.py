@@ -7,9 +7,7 @@ a time, so that whatever else the machine does falls on all of them alike.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -18,7 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.figures.footprint import own_memory
 from benchmarks.figures.latency import SETTLE_SECONDS
+from mistill.training.memory import give_back
 
 _MIB = 2**20
 
@@ -36,7 +36,7 @@ def serve(work: Callable[[], Mapping[str, Any]]) -> None:
         started = time.perf_counter()
         figures = dict(work())
         figures["seconds"] = time.perf_counter() - started
-        figures["peak_mib"] = (_peak() - before) / _MIB
+        figures["peak_mib"] = (peak_bytes() - before) / _MIB
         print(json.dumps(figures), flush=True)
 
 
@@ -46,20 +46,15 @@ def _reset_peak() -> int:
     What the last turn freed and the allocator kept is given back first: it would hide as much of
     what this turn allocates.
     """
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return own_memory().resident_bytes
 
 
-def _peak() -> int:
-    return max(_status("VmHWM"), _status("VmRSS"))
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_bytes() -> int:
+    """The highest resident memory of this process in this turn, in bytes."""
+    memory = own_memory()
+    return max(memory.peak_bytes, memory.resident_bytes)
 
 
 def take_turns(
@@ -120,8 +115,7 @@ def summary(samples: Sequence[Mapping[str, Any]], figure: str) -> dict[str, floa
     Returns:
         Median, lowest and highest.
     """
-    values = [float(sample[figure]) for sample in samples]
-    return {"median": median(values), "lowest": min(values), "highest": max(values)}
+    return spread_of([float(sample[figure]) for sample in samples])
 
 
 def paired_ratio(
@@ -141,4 +135,9 @@ def paired_ratio(
         float(a[figure]) / float(b[figure]) if b[figure] else float("nan")
         for a, b in zip(ours, theirs, strict=True)
     ]
-    return {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    return spread_of(ratios)
+
+
+def spread_of(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest of some figures."""
+    return {"median": median(values), "lowest": min(values), "highest": max(values)}

@@ -29,8 +29,7 @@ from mistill.folders.folder import (
     tensor_headers,
 )
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions, read_lineage
-from mistill.folders.publishing import begun_on, publish, refuse_existing, working
-from mistill.folders.renaming import sync_file
+from mistill.folders.publishing import begun_on, publish, refuse_existing, replacing, working
 from mistill.progress import track
 from mistill.pytorch.layers import LayeredModel, accelerator_or_cpu
 from mistill.pytorch.loading import (
@@ -332,11 +331,8 @@ def _healed_tensor(work: Path, name: str, tensor: Tensor) -> Tensor:
 
 
 def _keep_layer(work: Path, layer: HealedLayer) -> None:
-    file = _file(work, layer.index)
-    partial = file.with_suffix(".partial")
-    save_file(layer.weights, partial, metadata={_FACTS: json.dumps(layer.fits)})
-    sync_file(partial)
-    partial.replace(file)
+    with replacing(_file(work, layer.index)) as partial:
+        save_file(layer.weights, partial, metadata={_FACTS: json.dumps(layer.fits)})
 
 
 def _read_layer(work: Path, index: int) -> HealedLayer | None:

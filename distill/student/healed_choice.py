@@ -43,7 +43,7 @@ from distill.healing.least_squares import Equations
 from distill.healing.walk import ATTENTION, MLP
 from mistill.errors import FolderError
 from mistill.progress import track
-from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu
+from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu, per_batch
 from mistill.pytorch.stages import attended_inputs, gated_inputs
 from mistill.weights.gptq_layout import HEAD
 
@@ -131,11 +131,11 @@ class _Search:
         self._states: dict[tuple[int, int], _State] = {(0, 0): _State((), 0.0, start)}
         number = torch.arange(len(blocks))
         judging = number % _JUDGES == _JUDGES - 1 if len(blocks) >= _JUDGES else number == 0
-        parts = judging.split([len(hidden) for hidden in start])
+        parts = per_batch(judging, self._batches)
         divided = list(zip(self._batches, parts, strict=True))
         self._fitted = [_rows(batch, ~part) for batch, part in divided]
         self._judged = [_rows(batch, part) for batch, part in divided]
-        kept = torch.from_numpy(blocks.kept).split([len(hidden) for hidden in start])
+        kept = per_batch(torch.from_numpy(blocks.kept), self._batches)
         counted = [rows & one.to(rows.device) for rows, one in zip(self._judged, kept, strict=True)]
         self._counted = counted if any(rows.any() for rows in counted) else self._judged
         self._gains: list[Tensor] = []

@@ -32,7 +32,7 @@ from distill.student.angular import angular_distances, sampled_positions
 from distill.student.width import WidthGauge, WidthScores
 from mistill.errors import FolderError
 from mistill.progress import track
-from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu
+from mistill.pytorch.layers import Batch, LayeredModel, accelerator_or_cpu, per_batch
 
 if TYPE_CHECKING:
     from mistill.text.blocks import TokenBlocks
@@ -114,7 +114,7 @@ def measure_scores(
     with torch.inference_mode(), track("scores", len(model), "layers") as bar:
         batches = model.batches(blocks)
         sample = sampled_positions(torch.cat([batch.present for batch in batches]))
-        sampled = sample.split([len(batch.hidden) for batch in batches])
+        sampled = per_batch(sample, batches)
         states = [_states_at(sampled, batches)]
         for index in range(len(model)):
             with model.layer(index) as layer, gauge.watching(layer):

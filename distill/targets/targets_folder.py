@@ -36,14 +36,14 @@ from distill.targets.shards import (
     template_digest,
 )
 from mistill.errors import FolderError, SettingsError, TargetExistsError, TextError
-from mistill.folders.folder import MANIFEST_FILE, FolderInfo, open_folder
+from mistill.folders.folder import MANIFEST_FILE, FolderInfo
 from mistill.folders.lineage import LINEAGE_FILE, fingerprint, lineage_after
 from mistill.folders.location import Location, location_of
 from mistill.folders.publishing import day_of, is_full_disk, refuse_existing
 from mistill.folders.targets_folder import PLAN_FILE, is_targets, read_document
 from mistill.progress import track
 from mistill.settings import environment_number, require, result_settings, settings_from
-from mistill.sources.source import resolve_model
+from mistill.sources.source import open_weights
 from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, check_texts
@@ -105,12 +105,7 @@ def cache_targets(
     check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
     workers = _workers(settings)
     _check_target(location, workers, overwrite)
-    info = open_folder(resolve_model(teacher))
-    if info.form == "onnx":
-        raise FolderError(
-            f"{teacher} is an ONNX chatbot, which shows no hidden states; give the model folder "
-            "that it was exported from"
-        )
+    info = open_weights(teacher)
     require(
         settings.block_length <= info.context_length,
         f"a block_length of {settings.block_length} does not fit the teacher's context of "

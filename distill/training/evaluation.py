@@ -190,8 +190,7 @@ def percentile(values: Tensor, share: float) -> float:
     Returns:
         One of the values.
     """
-    place = max(0, math.ceil(share * len(values)) - 1)
-    return float(values.sort().values[place])
+    return float(values.kthvalue(max(1, math.ceil(share * len(values)))).values)
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = _CONFIDENCE_BINS) -> float:

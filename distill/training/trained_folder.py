@@ -28,7 +28,7 @@ from mistill.folders.folder import FolderInfo, copy_companions, open_folder
 from mistill.folders.lineage import add_lineage, file_name, fingerprint
 from mistill.folders.publishing import publish, refuse_existing
 from mistill.settings import require, result_settings, settings_from
-from mistill.sources.source import resolve_model
+from mistill.sources.source import open_weights, resolve_model
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import Vocabulary, load_vocabulary, same_vocabulary
@@ -193,12 +193,7 @@ def _student_folder(student: str | Path) -> FolderInfo:
 
 
 def _teacher_folder(teacher: str | Path, settings: TrainSettings) -> FolderInfo:
-    info = open_folder(resolve_model(teacher))
-    if info.form == "onnx":
-        raise FolderError(
-            f"{teacher} is an ONNX chatbot, which shows no hidden states; give the model folder "
-            "that it was exported from"
-        )
+    info = open_weights(teacher)
     if (
         settings.teacher_precision == "nf4"
         or settings.teacher_device_map is not None

@@ -171,13 +171,12 @@ def mean_kl(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> floa
     Returns:
         Nats.
     """
-    ours, theirs = _log_softmax(logits), _log_softmax(reference)
-    return float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
+    import torch
 
+    from mistill.measures.kl import kl_sum
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+    total = kl_sum(torch.from_numpy(reference).double(), torch.from_numpy(logits).double())
+    return total.item() / len(reference)
 
 
 # --- the graph ----------------------------------------------------------------------------------

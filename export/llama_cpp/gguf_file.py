@@ -12,8 +12,8 @@ from export.llama_cpp.gguf_tensors import BLOCK
 from export.llama_cpp.gguf_vocabulary import GgufVocabulary, read_gguf_vocabulary
 from export.settings import GgufSettings, GgufType, OnnxSettings
 from export.weights.architecture import Architecture, read_architecture
-from mistill.errors import ArchitectureError, FolderError, missing_extra
-from mistill.folders.folder import open_folder, read_config
+from mistill.errors import ArchitectureError, missing_extra
+from mistill.folders.folder import read_config
 from mistill.folders.gptq_format import ModuleFormat, read_quantization
 from mistill.folders.lineage import lineage_after
 from mistill.folders.publishing import creating_file
@@ -21,7 +21,7 @@ from mistill.progress import track
 from mistill.settings import settings_from
 from mistill.sources.gguf_model import CONTEXT_KEY
 from mistill.sources.gguf_rope import ROPE_KEY
-from mistill.sources.source import resolve_model
+from mistill.sources.source import open_weights
 from mistill.text.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -91,11 +91,7 @@ def to_gguf(
     """
     chosen = settings_from(GgufSettings, settings, options)
     with creating_file(target, overwrite, [source]) as partial:
-        info = open_folder(resolve_model(source))
-        if info.form == "onnx":
-            raise FolderError(
-                f"{source} is an ONNX folder; give the model folder that it was exported from"
-            )
+        info = open_weights(source)
         config = read_config(info.path)
         architecture = read_architecture(config)
         _require_known(architecture)

@@ -126,8 +126,37 @@ class DenseTargets:
         return divergence.rows(log_p, log_q, scratch[1:], gradient=gradient)
 
 
+class _PartOfDistributions:
+    """What both ways of storing a part of each distribution share.
+
+    Attributes:
+        ids: The stored tokens, int64, shape (N, K).
+        temperature: Of the distributions.
+    """
+
+    ids: Tensor
+    temperature: float
+
+    def __len__(self) -> int:
+        """Number of kept positions, N."""
+        return self.ids.shape[0]
+
+    def require(self, divergence: Divergence, temperature: float) -> None:
+        """Refuse a divergence or a temperature that the stored targets cannot serve."""
+        if divergence.name != "forward_kl":
+            raise SettingsError(
+                f"{divergence.name} needs the teacher's whole distribution, and cached targets "
+                "hold part of it; choose forward_kl or give the teacher itself"
+            )
+        if temperature != self.temperature:
+            raise SettingsError(
+                f"the targets were cached at temperature {self.temperature:g} and the loss asks "
+                f"for {temperature:g}; train at {self.temperature:g} or cache them again"
+            )
+
+
 @dataclass(frozen=True)
-class SampledTargets:
+class SampledTargets(_PartOfDistributions):
     """A random sample of each distribution, with which the gradient of forward KL is unbiased.
 
     The gradient of KL(p || q) with respect to the logits is q - p, which is linear in p: a sample
@@ -150,17 +179,9 @@ class SampledTargets:
     vocabulary_size: int
     temperature: float = 1.0
 
-    def __len__(self) -> int:
-        """Number of kept positions, N."""
-        return self.ids.shape[0]
-
     def finite(self) -> Tensor:
         """At which positions what is stored is finite; see ``TeacherTargets.finite``."""
         return self.weights.isfinite().all(dim=-1)
-
-    def require(self, divergence: Divergence, temperature: float) -> None:
-        """Refuse a divergence or a temperature that the stored targets cannot serve."""
-        _require_stored(divergence, temperature, self.temperature)
 
     def diverge(
         self,
@@ -181,7 +202,7 @@ class SampledTargets:
 
 
 @dataclass(frozen=True)
-class TopKTargets:
+class TopKTargets(_PartOfDistributions):
     """The most probable tokens of each distribution, and one bucket for all others.
 
     The divergence is that of the distributions over K + 1 outcomes, a lower bound of the whole
@@ -199,17 +220,9 @@ class TopKTargets:
     vocabulary_size: int
     temperature: float = 1.0
 
-    def __len__(self) -> int:
-        """Number of kept positions, N."""
-        return self.ids.shape[0]
-
     def finite(self) -> Tensor:
         """At which positions what is stored is finite; see ``TeacherTargets.finite``."""
         return self.probabilities.isfinite().all(dim=-1)
-
-    def require(self, divergence: Divergence, temperature: float) -> None:
-        """Refuse a divergence or a temperature that the stored targets cannot serve."""
-        _require_stored(divergence, temperature, self.temperature)
 
     def diverge(
         self,
@@ -237,16 +250,3 @@ class TopKTargets:
             log_q.exp_().sub_(outside.exp_().mul_(share[:, None]))
             log_q.scatter_add_(1, ids, -p)
         return row.clamp_(min=0)
-
-
-def _require_stored(divergence: Divergence, temperature: float, stored: float) -> None:
-    if divergence.name != "forward_kl":
-        raise SettingsError(
-            f"{divergence.name} needs the teacher's whole distribution, and cached targets hold "
-            "part of it; choose forward_kl or give the teacher itself"
-        )
-    if temperature != stored:
-        raise SettingsError(
-            f"the targets were cached at temperature {stored:g} and the loss asks for "
-            f"{temperature:g}; train at {stored:g} or cache them again"
-        )

@@ -133,11 +133,8 @@ def compare(
         VocabularyError: If two of them have different numbers of logits.
         TextError: If the text holds no token to predict.
     """
-    kept = blocks.kept
-    lengths = kept.sum(axis=1)
-    total = int(lengths.sum())
-    if not total:
-        raise TextError("the text to measure on holds no token to predict; give more of it")
+    next_ids, boundaries = _predicted(blocks)
+    total = len(next_ids)
     sizes = {name: len(one.head) for name, one in (*references.items(), *models.items())}
     if len(set(sizes.values())) > 1:
         words = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -145,7 +142,6 @@ def compare(
             f"models can be compared where they share a vocabulary, but their logits are {words}; "
             "give models with the same tokenizer"
         )
-    next_ids = torch.from_numpy(blocks.ids[:, 1:][kept[:, :-1]])
     reference_losses = {name: np.empty(total) for name in references}
     losses = {name: np.empty(total) for name in models}
     kl = {model: {name: np.empty(total) for name in references} for model in models}
@@ -164,7 +160,6 @@ def compare(
                 kl[model][name][rows] = reference.divergences(logits)
                 agrees[model][name][rows] = (reference.top == logits.top).cpu().numpy()
 
-    boundaries = np.cumsum(lengths[lengths > 0])[:-1]
     return {
         model: {
             name: _fidelity(
@@ -220,18 +215,23 @@ def next_token_losses(predictions: Predictions, blocks: TokenBlocks) -> list[NDA
     Raises:
         TextError: If the text holds no token to predict.
     """
-    kept = blocks.kept
-    lengths = kept.sum(axis=1)
-    total = int(lengths.sum())
-    if not total:
-        raise TextError("the text to measure on holds no token to predict; give more of it")
-    next_ids = torch.from_numpy(blocks.ids[:, 1:][kept[:, :-1]])
+    next_ids, boundaries = _predicted(blocks)
+    total = len(next_ids)
     losses = np.empty(total)
     step = max(1, _LOGITS_AT_ONCE // len(predictions.head))
     for start in range(0, total, step):
         rows = slice(start, start + step)
         losses[rows] = _Logits.of(predictions.logits(rows)).losses(next_ids[rows])
-    return np.split(losses, np.cumsum(lengths[lengths > 0])[:-1])
+    return np.split(losses, boundaries)
+
+
+def _predicted(blocks: TokenBlocks) -> tuple[Tensor, NDArray[np.int64]]:
+    """The tokens to predict, shape (N,), and before which of them a new block begins."""
+    lengths = blocks.kept.sum(axis=1)
+    if not lengths.any():
+        raise TextError("the text to measure on holds no token to predict; give more of it")
+    next_ids = torch.from_numpy(blocks.ids[:, 1:][blocks.kept[:, :-1]])
+    return next_ids, np.cumsum(lengths[lengths > 0])[:-1]
 
 
 def kl_sum(reference_logits: Tensor, logits: Tensor) -> Tensor:

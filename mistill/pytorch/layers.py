@@ -10,7 +10,7 @@ N is blocks, B blocks of one batch, T positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +189,19 @@ class LayeredModel:
         if any(weight.is_meta for weight in module.parameters()):
             weights = {name: self._read(prefix + name) for name in module.state_dict()}
             module.load_state_dict(weights, assign=True)
+
+
+def per_batch(values: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
+    """Take apart what was stated of all blocks.
+
+    Args:
+        values: Shape (N, ...), in the order of the blocks.
+        batches: From ``LayeredModel.batches``.
+
+    Returns:
+        Shape (B, ...) of each batch.
+    """
+    return list(values.split([len(batch.hidden) for batch in batches]))
 
 
 def accelerator_or_cpu(device: torch.device | None = None) -> torch.device:

@@ -32,6 +32,7 @@ from mistill.errors import (
 )
 from mistill.folders.folder import (
     MANIFEST_FILE,
+    FolderInfo,
     copy_companions,
     open_folder,
     read_json,
@@ -99,6 +100,27 @@ def resolve_model(source: str | Path) -> Path:
             f"mistralai/Mistral-7B-v0.1, a .gguf file, or {DEFAULT_TEACHER}"
         )
     return _with_tokenizer(_download(name))
+
+
+def open_weights(source: str | Path) -> FolderInfo:
+    """Open a model whose weights are to be read, in any form but an ONNX graph.
+
+    Args:
+        source: A model as ``resolve_model`` finds it.
+
+    Returns:
+        Facts about its folder.
+
+    Raises:
+        FolderError: If there is no such model, its folder is broken, or it holds an ONNX graph.
+        ArchitectureError: If it needs code from its repository, or is of another kind.
+    """
+    info = open_folder(resolve_model(source))
+    if info.form == "onnx":
+        raise FolderError(
+            f"{source} is an ONNX folder; give the model folder that it was exported from"
+        )
+    return info
 
 
 def save_model(source: str | Path, target: str | Path, overwrite: bool = False) -> Path:

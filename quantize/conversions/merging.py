@@ -53,7 +53,7 @@ from mistill.pytorch.loading import (
 )
 from mistill.settings import require, settings_dict
 from mistill.shown import one_line
-from mistill.sources.source import resolve_model
+from mistill.sources.source import open_weights, resolve_model
 from mistill.text.rows import Texts, check_texts
 from mistill.text.tokenizer_settings import TEMPLATE_FILE, read_template
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, read_quantization
@@ -117,9 +117,7 @@ def merge_lora(
         MissingExtraError: If peft is not installed.
     """
     target = refuse_existing(target, overwrite, [base, adapter])
-    info = open_folder(resolve_model(base))
-    if info.form == "onnx":
-        raise FolderError(f"{base} is an ONNX folder; merge into the folder it was exported from")
+    info = open_weights(base)
     require_readable(info)
     check_weights(info.path, plain_config(info.path))
     _check_adapter(Path(adapter), info.path)

@@ -15,22 +15,22 @@ import torch
 
 from mistill.errors import SettingsError
 from mistill.folders.folder import context_length, copy_companions
-from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
+from mistill.folders.lineage import fingerprint, installed_versions
 from mistill.folders.publishing import begun_on, publish, refuse_existing, working
 from mistill.progress import Tracker, track
 from mistill.pytorch.layers import Batch, LayeredModel
 from mistill.pytorch.loading import read_tensors, require_finite_weights
 from mistill.pytorch.stages import kept_rows
-from mistill.settings import result_settings, settings_dict, settings_from
+from mistill.settings import result_settings, settings_from
 from mistill.text.blocks import TokenBlocks
-from mistill.text.rows import Texts, check_texts
+from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
 from mistill.weights.gptq_layout import EMBEDDING
 from mistill.weights.tensor_writer import TensorWriter, packed_tensors
-from quantize.calibration_text import draw_blocks, names_of
+from quantize.calibration_text import draw_blocks
 from quantize.folders.auto_gptq_names import name_as_auto_gptq, translated
 from quantize.folders.backends import Backend, by_gptqmodel, require_backend
-from quantize.folders.float_model import FloatModel, open_float, tensor_patterns, write_config
+from quantize.folders.float_model import FloatModel, open_float, write_config
 from quantize.folders.plan import (
     Plan,
     layer_rest,
@@ -39,11 +39,11 @@ from quantize.folders.plan import (
     round_table,
     rounded_rows,
 )
-from quantize.folders.report import report_of, write_report
+from quantize.folders.report import report_of, write_records
 from quantize.folders.resuming import Part, PartStore
 from quantize.gptq.gptq import GptqResult
 from quantize.gptq.layers import quantize_head, quantize_layer
-from quantize.measuring.fidelity import FidelityCheck, open_check, report_entry
+from quantize.measuring.fidelity import FidelityCheck, open_check
 from quantize.settings import GptqSettings
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _open_job(model: FloatModel, texts: Texts, settings: GptqSettings, today: da
     require_finite_weights(model.folder)
     blocks = draw_blocks(texts, model.folder, settings, today=today)
     dated = load_vocabulary(model.folder, today=today).date_key
-    return _Job(model, plan, settings, names_of(texts), blocks, dated)
+    return _Job(model, plan, settings, sources_of(texts), blocks, dated)
 
 
 def _run(
@@ -361,29 +361,19 @@ def _assemble(
     if settings.model_file_base_name is not None:
         name_as_auto_gptq(result, settings.model_file_base_name)
     copy_companions(model.folder, result)
-    used = settings_dict(settings)
-    calibration = {
-        "blocks": len(job.blocks),
-        "block_length": job.blocks.block_length,
-        "tokens": job.blocks.tokens,
-    }
-    seconds = round(time.perf_counter() - started, 2)
-    write_report(
+    write_records(
         result,
+        model,
         reports,
         float_names,
         step="gptq",
-        settings=used,
-        calibration=calibration,
-        seconds=seconds,
-        **report_entry(check, result),
-    )
-    add_lineage(
-        result,
-        step="gptq",
         settings=settings,
-        source=model.folder,
+        started=started,
+        check=check,
         texts=job.texts,
-        calibration=calibration,
-        kept_float=tensor_patterns(float_names),
+        calibration={
+            "blocks": len(job.blocks),
+            "block_length": job.blocks.block_length,
+            "tokens": job.blocks.tokens,
+        },
     )

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mistill.folders.folder import QUANTIZE_REPORT_FILE, QUANTIZE_TABLE_FILE
+from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import write_atomically, write_json
+from mistill.settings import settings_dict
 from mistill.weights.gptq_layout import QuantizedWeight
+from quantize.folders.float_model import FloatModel, tensor_patterns
 from quantize.gptq.gptq import GptqResult
+from quantize.measuring.fidelity import FidelityCheck, report_entry
+from quantize.settings import GridSettings, Nf4Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,52 @@ def report_of(
         loss=float(result.losses.mean()),
         damping=result.damping,
         dead_columns=result.dead_columns,
+    )
+
+
+def write_records(
+    target: Path,
+    model: FloatModel,
+    modules: Sequence[ModuleReport],
+    float_names: Sequence[str],
+    *,
+    step: str,
+    settings: Nf4Settings | GridSettings,
+    started: float,
+    check: FidelityCheck | None,
+    **facts: Any,
+) -> None:
+    """Measure a quantized folder, and write its report and its lineage.
+
+    Args:
+        target: The folder being made, which holds the model already.
+        model: The float model.
+        modules: One entry per quantized matrix.
+        float_names: Tensors that stay float.
+        step: Name of the step.
+        settings: How it was quantized.
+        started: When the work began, by ``time.perf_counter``.
+        check: Measures the result; None if nothing is to be measured.
+        **facts: Further entries of the lineage; ``calibration`` is one of the report too.
+    """
+    seconds = round(time.perf_counter() - started, 2)
+    write_report(
+        target,
+        modules,
+        float_names,
+        step=step,
+        settings=settings_dict(settings),
+        **{name: fact for name, fact in facts.items() if name == "calibration"},
+        seconds=seconds,
+        **report_entry(check, target),
+    )
+    add_lineage(
+        target,
+        step=step,
+        settings=settings,
+        source=model.folder,
+        **facts,
+        kept_float=tensor_patterns(float_names),
     )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mistill.folders.renaming import sync_file
+from mistill.folders.publishing import replacing
 from mistill.pytorch.layers import Batch
 from mistill.weights.tensor_writer import TensorWriter
 from quantize.folders.report import ModuleReport
@@ -171,7 +171,5 @@ def _readable(file: Path) -> bool:
 
 
 def _save_whole(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    partial = file.with_suffix(".partial")
-    save_file(dict(tensors), partial, metadata={"format": "pt", **metadata})
-    sync_file(partial)
-    partial.replace(file)
+    with replacing(file) as partial:
+        save_file(dict(tensors), partial, metadata={"format": "pt", **metadata})

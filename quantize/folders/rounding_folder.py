@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Unpack
 from torch import Tensor
 
 from mistill.folders.folder import copy_companions
-from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing
 from mistill.progress import Tracker, track
 from mistill.pytorch.loading import read_tensors
 from mistill.pytorch.stages import MATRICES
-from mistill.settings import settings_dict, settings_from
+from mistill.settings import settings_from
 from mistill.text.rows import Texts
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat, QuantizedWeight
 from mistill.weights.tensor_writer import TensorWriter
-from quantize.folders.float_model import FloatModel, open_float, tensor_patterns, write_config
+from quantize.folders.float_model import FloatModel, open_float, write_config
 from quantize.folders.plan import Plan, layer_rest, make_plan, read_table, round_table
-from quantize.folders.report import ModuleReport, report_of, write_report
+from quantize.folders.report import ModuleReport, report_of, write_records
 from quantize.gptq.rounding import round_weight
-from quantize.measuring.fidelity import open_check, report_entry
+from quantize.measuring.fidelity import open_check
 from quantize.settings import RoundingSettings
 
 if TYPE_CHECKING:
@@ -79,25 +78,17 @@ def to_rounding(
             work.tables()
             for index in range(model.config.num_hidden_layers):
                 work.layer(index)
-        used = settings_dict(settings)
         write_config(model.folder, partial, plan.layout)
         copy_companions(model.folder, partial)
-        seconds = round(time.perf_counter() - started, 2)
-        write_report(
+        write_records(
             partial,
+            model,
             work.reports,
             work.float_names,
             step="rounding",
-            settings=used,
-            seconds=seconds,
-            **report_entry(check, partial),
-        )
-        add_lineage(
-            partial,
-            step="rounding",
             settings=settings,
-            source=model.folder,
-            kept_float=tensor_patterns(work.float_names),
+            started=started,
+            check=check,
         )
     return target
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from mistill.errors import FolderError, SettingsError, TextError, VocabularyError
-from mistill.folders.folder import FolderInfo, context_length, open_folder, read_config
+from mistill.errors import SettingsError, TextError, VocabularyError
+from mistill.folders.folder import FolderInfo, context_length, read_config
 from mistill.folders.lineage import without_paths
 from mistill.measures.kl import Fidelity, Predictions, compare
-from mistill.pytorch.layers import LayeredModel
+from mistill.pytorch.layers import LayeredModel, per_batch
 from mistill.pytorch.loading import check_weights, require_readable
-from mistill.sources.source import resolve_model
+from mistill.sources.source import open_weights
 from mistill.text.blocks import TokenBlocks
-from mistill.text.rows import Texts, check_texts
+from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
 from mistill.weights.gptq_layout import HEAD
-from quantize.calibration_text import draw_up_to, names_of
+from quantize.calibration_text import draw_up_to
 from quantize.settings import SweepSettings
 
 _log = logging.getLogger(__name__)
@@ -51,9 +51,7 @@ def predictions(folder: str | Path, blocks: TokenBlocks) -> Predictions:
         FolderError: If the folder is broken, or holds an ONNX graph.
         ArchitectureError: If it is neither Llama nor Mistral.
     """
-    info = open_folder(folder)
-    if info.form == "onnx":
-        raise FolderError(f"{folder} is an ONNX folder; give the folder it was exported from")
+    info = open_weights(folder)
     require_readable(info)
     check_weights(info.path)
     model = LayeredModel(info.path)
@@ -63,7 +61,7 @@ def predictions(folder: str | Path, blocks: TokenBlocks) -> Predictions:
             for batch in batches:
                 batch.hidden = batch.through(layer)
     norm = model.final_norm()
-    kept = torch.from_numpy(blocks.kept).split([len(batch.hidden) for batch in batches])
+    kept = per_batch(torch.from_numpy(blocks.kept), batches)
     rows = [norm(batch.hidden)[mask] for batch, mask in zip(batches, kept, strict=True)]
     return Predictions(torch.cat(rows), model.table(HEAD))
 
@@ -170,7 +168,7 @@ def open_check(
     )
     if not blocks.kept.any():
         raise TextError("held_out holds no token to predict; give more text")
-    return FidelityCheck(source, teacher_folder, blocks, names_of(held_out))
+    return FidelityCheck(source, teacher_folder, blocks, sources_of(held_out))
 
 
 def open_teacher(teacher: str | Path, folder: Path) -> FolderInfo:
@@ -188,9 +186,7 @@ def open_teacher(teacher: str | Path, folder: Path) -> FolderInfo:
         ArchitectureError: If it is neither Llama nor Mistral.
         VocabularyError: If the two do not share every token.
     """
-    info = open_folder(resolve_model(teacher))
-    if info.form == "onnx":
-        raise FolderError(f"{teacher} is an ONNX folder; give the model that it was exported from")
+    info = open_weights(teacher)
     require_readable(info)
     differences = same_vocabulary(load_vocabulary(folder), load_vocabulary(info.path))
     if differences:

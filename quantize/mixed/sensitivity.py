@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mistill.measures.kl import Predictions, compare
 from mistill.progress import Tracker, track
-from mistill.pytorch.layers import Batch, LayeredModel
+from mistill.pytorch.layers import Batch, LayeredModel, per_batch
 from mistill.pytorch.stages import MATRICES, matrices
 from mistill.text.blocks import TokenBlocks
 from mistill.weights.gptq_layout import EMBEDDING, HEAD, ModuleFormat
@@ -68,7 +68,7 @@ def estimate_costs(
     """
     layers = LayeredModel(model.folder)
     batches = layers.batches(blocks)
-    masks = _kept_masks(blocks, batches)
+    masks = per_batch(torch.from_numpy(blocks.kept), batches)
     count = sum(int(mask.sum()) for mask in masks)
     costs: Costs = {name: {} for name in candidates}
     with track("Estimating", total=2 * len(layers), unit="layers") as progress:
@@ -101,12 +101,6 @@ def estimate_costs(
             cost = _cost(fisher, change, count)
             costs[EMBEDDING][form] = costs[EMBEDDING].get(form, 0.0) + cost
     return costs
-
-
-def _kept_masks(blocks: TokenBlocks, batches: Sequence[Batch]) -> list[Tensor]:
-    """Positions whose predictions count, in the batches' parts of the blocks."""
-    mask = torch.from_numpy(blocks.kept)
-    return list(mask.split([len(batch.hidden) for batch in batches]))
 
 
 def _forward(

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Unpack
 
 from mistill.errors import ArchitectureError, FolderError
 from mistill.folders.folder import copy_companions, read_config, tensor_headers
-from mistill.folders.lineage import add_lineage
 from mistill.folders.publishing import creating, refuse_existing, write_json
 from mistill.progress import track
 from mistill.pytorch.loading import read_tensors
-from mistill.settings import settings_dict, settings_from
+from mistill.settings import settings_from
 from mistill.text.rows import Texts
 from mistill.weights.tensor_writer import TensorWriter
-from quantize.folders.float_model import FloatModel, open_float, tensor_patterns
-from quantize.folders.report import ModuleReport, write_report
-from quantize.measuring.fidelity import open_check, report_entry
+from quantize.folders.float_model import FloatModel, open_float
+from quantize.folders.report import ModuleReport, write_records
+from quantize.measuring.fidelity import open_check
 from quantize.nf4.nf4_codec import BLOCK, encode_nf4
 from quantize.settings import Nf4Settings
 
@@ -100,23 +99,15 @@ def to_nf4(
                 progress.advance(1)
         _write_config(model.folder, partial, settings)
         copy_companions(model.folder, partial)
-        used = settings_dict(settings)
-        seconds = round(time.perf_counter() - started, 2)
-        write_report(
+        write_records(
             partial,
+            model,
             reports,
             float_names,
             step="nf4",
-            settings=used,
-            seconds=seconds,
-            **report_entry(check, partial),
-        )
-        add_lineage(
-            partial,
-            step="nf4",
             settings=settings,
-            source=model.folder,
-            kept_float=tensor_patterns(float_names),
+            started=started,
+            check=check,
         )
     return target
 

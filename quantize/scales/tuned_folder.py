@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from mistill.errors import FolderError, TextError, TrainingError
 from mistill.folders.folder import copy_companions, open_folder, read_config
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
-from mistill.folders.publishing import begun_on, publish, refuse_existing, working
+from mistill.folders.publishing import begun_on, publish, refuse_existing, replacing, working
 from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
 from mistill.progress import track
 from mistill.pytorch.loading import load_pytorch, require_finite_weights, stored_tensors
@@ -334,9 +334,8 @@ def _save_state(work: Path, optimizer: torch.optim.Optimizer, step: int) -> None
             f"{number}.exp_avg": state["exp_avg"],
             f"{number}.exp_avg_sq": state["exp_avg_sq"],
         }
-    partial = work / "state.partial"
-    save_file(tensors, partial, metadata={"step": str(step)})
-    partial.replace(work / "state.safetensors")
+    with replacing(work / "state.safetensors") as partial:
+        save_file(tensors, partial, metadata={"step": str(step)})
 
 
 def _load_state(work: Path, optimizer: torch.optim.Optimizer) -> int:

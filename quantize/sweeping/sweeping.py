@@ -29,9 +29,9 @@ from mistill.progress import track
 from mistill.settings import result_settings, settings_dict, settings_from
 from mistill.shown import visible
 from mistill.text.blocks import TokenBlocks
-from mistill.text.rows import Texts, check_texts
+from mistill.text.rows import Texts, check_texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
-from quantize.calibration_text import draw_blocks, names_of
+from quantize.calibration_text import draw_blocks
 from quantize.folders.float_model import open_float
 from quantize.folders.gptq_folder import to_gptq
 from quantize.folders.rounding_folder import to_rounding
@@ -344,7 +344,7 @@ def _command(
 ) -> str:
     """The command that makes the same folder."""
     words = ["mistill", "quantize", step, str(source), str(target)]
-    for name in [] if texts is None else names_of(texts):
+    for name in [] if texts is None else sources_of(texts):
         words += ["--texts", name]
     words += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     return shlex.join(words)

@@ -111,6 +111,17 @@ def test_a_gptq_folder_says_what_it_is_and_how_it_was_made(
         assert (target / name).read_bytes() == (model / name).read_bytes()
 
 
+def test_text_in_memory_is_named_in_the_lineage_and_not_written_into_it(
+    model: Path, tmp_path: Path
+) -> None:
+    texts = ["The mill grinds what the wind brings. " * 40, "A secret of its owner. " * 40]
+    target = to_gptq(model, tmp_path / "quantized", texts=texts, held_out=texts, **SMALL)
+    step = read_lineage(target)[-1]
+    assert [text.partition(" (")[0] for text in step["texts"]] == ["2 rows in memory"]
+    measured = read_json(target / QUANTIZE_REPORT_FILE)["measured"]
+    assert measured["held_out"] == step["texts"]
+
+
 def test_the_report_names_every_matrix_and_everything_that_stayed(
     model: Path, chats: Path, tmp_path: Path
 ) -> None:

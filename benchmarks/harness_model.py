@@ -7,6 +7,7 @@ Texts are written many at once by an ONNX folder, and one by one by others.
 
 from __future__ import annotations
 
+import codecs
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
@@ -347,10 +348,18 @@ class _Continuation:
         """What was written, up to a stop string.
 
         Returns:
-            The text.
+            The text; of one that was cut off within a character, without the beginning of that, as
+            a server leaves it out.
         """
         text = self._decoded(self.ids)
+        if len(self.ids) == self.most and self._ends_within_a_character():
+            text = text.removesuffix("\ufffd")
         return min((text.split(stop)[0] for stop in self._stops), key=len, default=text)
+
+    def _ends_within_a_character(self) -> bool:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder.decode(b"".join(map(self._vocabulary.token_bytes, self.ids)))
+        return bool(decoder.getstate()[0])
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return self._vocabulary.decode([i for i in ids if not self._vocabulary.is_special(i)])

@@ -313,3 +313,18 @@ def test_tokens_that_llama_cpp_counts_are_those_of_each_second_half(tmp_path: Pa
     (tmp_path / "other").write_bytes(b"_nothing")
     with pytest.raises(SystemExit, match="does not begin as"):
         counted_tokens(tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_silent_mistakes_of_tuning_are_told_apart() -> None:
+    found = run("tuning_traps")
+    status = {(one["trap"], one["way"]): one["status"] for one in found["answers"]}
+    traps = {trap for trap, _ in status}
+    assert len(traps) == 9
+    assert {status[trap, "mistill"] for trap in traps} == {"pass"}
+    page = (ROOT / "docs" / "tuning.md").read_text("utf-8")
+    # What processors differ in is not compared: only some have what the last question is about.
+    for trap in traps - {"an evaluation changes no later gradient (NF4)"}:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {trap} |")]
+        shown = [cell.split(":")[0].strip(" *") for cell in row.split("|")[2:5]]
+        assert shown == [status[trap, way] for way in ("mistill", "trl", "guides")], trap

@@ -115,12 +115,12 @@ def likelihoods(
         model.to("cuda")
     answers = [
         Answer(
-            (*asked, *reply.ids, *(vocabulary.end_ids[:1] if reply.finished else ())), len(asked)
+            (*prompt, *reply.ids, *(vocabulary.end_ids[:1] if reply.finished else ())), len(prompt)
         )
-        for asked, reply in zip(ids, replies, strict=True)
+        for prompt, reply in zip(ids, replies, strict=True)
     ]
-    told = [answer for answer in answers if answer.length]
-    sums = iter(answer_log_probabilities(model, told))
+    not_empty = [answer for answer in answers if answer.length]
+    sums = iter(answer_log_probabilities(model, not_empty))
     return [float(next(sums)) / answer.length if answer.length else -np.inf for answer in answers]
 
 

@@ -73,10 +73,10 @@ def chosen_lines(
             )
         elif texts[best] != texts[worst]:
             beside = beside_the_reply(row.prompt, None)
-            told = {"prompt": beside.pop("messages"), **beside}
+            pair = {"prompt": beside.pop("messages"), **beside}
             for name, place in (("chosen", best), ("rejected", worst)):
-                told |= {name: opening + texts[place], f"score_{name}": scores[place]}
-            lines.append(told)
+                pair |= {name: opening + texts[place], f"score_{name}": scores[place]}
+            lines.append(pair)
         else:
             ties += 1
     if ties:

@@ -149,9 +149,9 @@ def generate_conversations(
         require_finite_weights(folder)
     with working(target, key, anew=overwrite) as work:
         if settings.without_prompts:
-            asked = [begin] * settings.without_prompts
+            beginnings = [begin] * settings.without_prompts
             record = work / "prompts.jsonl"
-            turns = _resumed_replies(record, folder, vocabulary, asked, settings, _OWN)
+            turns = _resumed_replies(record, folder, vocabulary, beginnings, settings, _OWN)
             own = own_prompts(turns, after, vocabulary, settings.system)
             rows = [
                 PromptRow(talk, {}, f"prompt {number} of the teacher")
@@ -246,17 +246,17 @@ def _write(
         return
     fates = _fates(texts, finished, settings)
     good = [fate == _KEPT for fate in fates]
-    asked = [row for row in rows for _ in range(settings.best_of)]
+    row_of_reply = [row for row in rows for _ in range(settings.best_of)]
     _report(fates, settings)
     if settings.reverse:
         graded = None
         if forward is not None:
-            known = [row.columns["text"] for row in asked]
-            graded = gains(resolve_model(forward), texts, known)
+            source_texts = [row.columns["text"] for row in row_of_reply]
+            graded = gains(resolve_model(forward), texts, source_texts)
         lines = instruction_lines(rows, texts, good, graded, settings)
     else:
         assert choice is not None, "several replies have a judge"
-        scores = choice[1](asked, ids, replies)
+        scores = choice[1](row_of_reply, ids, replies)
         lines = chosen_lines(rows, texts, good, scores, vocabulary, settings)
     if not lines:
         raise TextError(
@@ -356,8 +356,8 @@ def _prompt_ids(number: int, talk: Conversation, vocabulary: Vocabulary) -> list
 
 def _digest(talks: Sequence[Conversation]) -> str:
     rows = [beside_the_reply(talk, None) for talk in talks]
-    said = [row if len(row) > 1 else row["messages"] for row in rows]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    contents = [row if len(row) > 1 else row["messages"] for row in rows]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
@@ -419,17 +419,17 @@ def _resumed_replies(
     The number of a prompt, counted from ``first``, seeds its random numbers.
     """
     size = settings.batch_size
-    done = _recorded(record, len(prompts), size)
-    with track("writing conversations", len(prompts), "prompts", done=len(done)) as progress:
-        if len(done) < len(prompts):
+    all_replies = _recorded(record, len(prompts), size)
+    with track("writing conversations", len(prompts), "prompts", done=len(all_replies)) as progress:
+        if len(all_replies) < len(prompts):
             write = _writer(folder, vocabulary, settings)
-            for start in range(len(done), len(prompts), size):
+            for start in range(len(all_replies), len(prompts), size):
                 batch = prompts[start : start + size]
                 numbers = range(first + start, first + start + len(batch))
                 replies = write(batch, numbers, progress.advance)
                 _record(record, replies)
-                done += replies
-    return done
+                all_replies += replies
+    return all_replies
 
 
 def _recorded(record: Path, prompts: int, batch_size: int) -> list[Reply]:
@@ -437,8 +437,8 @@ def _recorded(record: Path, prompts: int, batch_size: int) -> list[Reply]:
     if not record.is_file():
         return []
     lines = record.read_bytes().split(b"\n")[:-1]  # the last line has an end only if it is whole
-    whole = len(lines) if len(lines) == prompts else len(lines) // batch_size * batch_size
-    whole_lines = lines[:whole]
+    count = len(lines) if len(lines) == prompts else len(lines) // batch_size * batch_size
+    whole_lines = lines[:count]
     with record.open("r+b") as opened:
         opened.truncate(sum(len(line) + 1 for line in whole_lines))
     return [Reply(**json.loads(line)) for line in whole_lines]

@@ -304,10 +304,10 @@ class StudentSettings(TextSettings):
         )
 
     def _check_names(self) -> None:
-        named = self.choose == "named"
-        require(not named or bool(self.keep), "choose 'named' needs keep: the layers to keep")
+        by_name = self.choose == "named"
+        require(not by_name or bool(self.keep), "choose 'named' needs keep: the layers to keep")
         require(
-            named or not self.keep,
+            by_name or not self.keep,
             f"keep names layers and choose asks for {self.choose!r} ones; set choose to 'named'",
         )
         _check_ascending("keep", self.keep)

@@ -112,19 +112,19 @@ def describe_plan(recipe: Recipe, planned: list[PlannedStep]) -> str:
             continue
         why = f" ({step.reason})" if step.reason else ""
         about = "as before " if step.measured else "about "
-        known = [
+        estimates = [
             *([] if step.seconds is None else [f"{about}{_duration(step.seconds)}"]),
             *([] if step.size_bytes is None else [_megabytes(step.size_bytes)]),
         ]
-        cost = ", ".join(known) or "not estimated"
+        cost = ", ".join(estimates) or "not estimated"
         lines.append(f"{step.name:<{width}}  {step.kind}{why}: {cost}")
-    left = [step for step in planned if step.reason is not None]
-    seconds = sum(step.seconds or 0 for step in left)
-    size = sum(step.size_bytes or 0 for step in left)
-    unknown = [step.name for step in left if step.seconds is None]
+    todo = [step for step in planned if step.reason is not None]
+    seconds = sum(step.seconds or 0 for step in todo)
+    size = sum(step.size_bytes or 0 for step in todo)
+    unknown = [step.name for step in todo if step.seconds is None]
     place = next(place for place in (recipe.out, *recipe.out.parents) if place.exists())
     lines.append(
-        f"{len(left)} of {len(planned)} steps to run, about {_duration(seconds)} on this processor"
+        f"{len(todo)} of {len(planned)} steps to run, about {_duration(seconds)} on this processor"
         + (f", {', '.join(unknown)} not counted" if unknown else "")
         + f"; {_megabytes(size)} in {recipe.out}, where {_megabytes(shutil.disk_usage(place).free)}"
         " are free"
@@ -140,10 +140,10 @@ def _first_model(step: Step) -> str:
     return str(getattr(step.settings, "source", "") or step.inputs.get("teacher", ""))
 
 
-def _parameters(model: str, known: Mapping[str, float | None]) -> float | None:
+def _parameters(model: str, by_model: Mapping[str, float | None]) -> float | None:
     """Parameters of a model: of an earlier step, of a folder, or as its name says."""
-    if model in known:
-        return known[model]
+    if model in by_model:
+        return by_model[model]
     if model in _EMBEDDED:
         return _EMBEDDED[model]
     if Path(model).is_dir():
@@ -157,8 +157,8 @@ def _parameters(model: str, known: Mapping[str, float | None]) -> float | None:
 
 def _own_parameters(step: Step, inherited: float | None) -> float | None:
     """Those of the step's output; a student of unknown size counts as its teacher."""
-    wanted = getattr(step.settings, "parameters", None)
-    return float(wanted) if isinstance(wanted, int | float) and wanted else inherited
+    count = getattr(step.settings, "parameters", None)
+    return float(count) if isinstance(count, int | float) and count else inherited
 
 
 def _bits(step: Step, before: float) -> float:

@@ -201,8 +201,8 @@ def read_recipe(file: str | Path, out: str | Path | None = None) -> Recipe:
         try:
             steps.append(_read_step(name, table, kinds, steps, folder, path.parent))
         except MistillError as error:
-            shown = name if name.isprintable() else repr(name)
-            raise RecipeError(f"{file}, [{shown:.80}]: {error}") from error
+            printable = name if name.isprintable() else repr(name)
+            raise RecipeError(f"{file}, [{printable:.80}]: {error}") from error
     return Recipe(source=path, out=folder, steps=tuple(steps))
 
 
@@ -302,8 +302,8 @@ def _join_shared_steps(recipe: Recipe) -> dict[str, Path]:
     targets = {step.name: step.target for step in recipe.steps}
     for step in recipe.steps:
         if step.kind.together:
-            wanted, overwrite = _share_decision(None)
-            if wanted:
+            is_due, overwrite = _share_decision(None)
+            if is_due:
                 step.kind.run(_inputs(step, targets), step.settings, step.target, overwrite)
     return targets
 
@@ -404,8 +404,8 @@ def _read_model(key: str, value: Any, earlier: Sequence[str]) -> Any:
         raise RecipeError(f"{key} should be a name, got {value!r}")
     if value in earlier or value.startswith("@") or "/" in value or Path(value).exists():
         return value
-    known = f"earlier tables are {', '.join(earlier)}" if earlier else "no table stands before"
-    raise RecipeError(f"{key} = {value!r} is neither an earlier table nor a model; {known}")
+    hint = f"earlier tables are {', '.join(earlier)}" if earlier else "no table stands before"
+    raise RecipeError(f"{key} = {value!r} is neither an earlier table nor a model; {hint}")
 
 
 def _read_text(value: Any, earlier: Sequence[str], beside: Path) -> Any:

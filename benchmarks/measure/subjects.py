@@ -253,8 +253,8 @@ def models_to_ask(
         SettingsError: If a name is not among them.
         VocabularyError: If one has no chat template.
     """
-    asked = named_subjects(subjects, option, names)
-    folders = {subject.name: subject.info.path for subject in asked}
+    chosen_subjects = named_subjects(subjects, option, names)
+    folders = {subject.name: subject.info.path for subject in chosen_subjects}
     for name, folder in folders.items():
         if load_vocabulary(folder).chat_template is None:
             raise VocabularyError(

@@ -192,7 +192,7 @@ def measure(
         What was found.
     """
     way = find_way(limit_bytes)
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     parameters: dict[tuple[int, int], int] = {}
     # Models of one shape follow one another, and share a source.
     for shape in dict.fromkeys((shapes[name].layers, shapes[name].width) for name in rows):
@@ -200,9 +200,9 @@ def measure(
         for name, model in _models(folder, {name: shapes[name] for name in named}, parameters):
             row = shapes[name]
             _say(f"{name}: answering")
-            found[name] = measure_row(row, model, way, limit_bytes, limit_seconds, replies)
-            found[name]["parameters"] = parameters[shape]
-            _say(f"{name}: {json.dumps(found[name])[:400]}")
+            report[name] = measure_row(row, model, way, limit_bytes, limit_seconds, replies)
+            report[name]["parameters"] = parameters[shape]
+            _say(f"{name}: {json.dumps(report[name])[:400]}")
     return {
         "benchmark": "laptop",
         "threads": PROCESSORS,
@@ -212,7 +212,7 @@ def measure(
         "limit_bytes": limit_bytes,
         "limited_by": way,
         "limit_seconds": limit_seconds,
-        "rows": {name: found[name] for name in rows},
+        "rows": {name: report[name] for name in rows},
         "machine": asdict(describe_machine(PROCESSORS)),
     }
 
@@ -333,30 +333,30 @@ def main() -> None:
         "--quick", action="store_true", help="two layers of width 512 for every row: a rehearsal"
     )
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        form, folder, *numbers = given.child
+    args = parser.parse_args()
+    if args.child:
+        form, folder, *numbers = args.child
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:PROCESSORS])
         answer_here(form, Path(folder), *map(int, numbers))
         return
-    if given.replies < 1 or given.memory_gb <= 0 or given.most_seconds <= 0:
+    if args.replies < 1 or args.memory_gb <= 0 or args.most_seconds <= 0:
         parser.error("--replies, --memory-gb and --most-seconds must be above 0")
-    if given.folder is not None:
-        given.folder.mkdir(parents=True, exist_ok=True)
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     shapes = ROWS
-    if given.quick:
+    if args.quick:
         shapes = {name: Row(row.form, 2, 512, row.limited) for name, row in ROWS.items()}
-    with TemporaryDirectory(dir=given.folder) as folder:
-        found = measure(
+    with TemporaryDirectory(dir=args.folder) as folder:
+        report = measure(
             Path(folder),
-            given.rows,
-            int(given.memory_gb * 1e9),
-            given.most_seconds,
-            given.replies,
+            args.rows,
+            int(args.memory_gb * 1e9),
+            args.most_seconds,
+            args.replies,
             shapes,
         )
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

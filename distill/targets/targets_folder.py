@@ -160,12 +160,12 @@ class _Workers:
 
 
 def _workers(settings: TargetSettings) -> _Workers:
-    stated = settings.ranks is not None
-    rank, ranks = (settings.rank, settings.ranks) if stated else (None, None)
-    if not stated and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    by_settings = settings.ranks is not None
+    rank, ranks = (settings.rank, settings.ranks) if by_settings else (None, None)
+    if not by_settings and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, ranks = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1, 1)
         require(rank < ranks, f"RANK is {rank} and WORLD_SIZE {ranks}; ranks begin at 0")
-    return _Workers(rank or 0, ranks or 1, launched=not stated and ranks is not None)
+    return _Workers(rank or 0, ranks or 1, launched=not by_settings and ranks is not None)
 
 
 def _check_target(location: Location, workers: _Workers, overwrite: bool) -> None:

@@ -65,9 +65,9 @@ class Probe:
             shapes,
             key=lambda shape: (_apart(shape[1], columns), _apart(shape[0], rows)),
         )
-        measured = self.timings[kernel, *nearest]
+        of_nearest = self.timings[kernel, *nearest]
         scale = rows * columns / (nearest[0] * nearest[1])
-        return Timing(token=measured.token * scale, prompt=measured.prompt * scale)
+        return Timing(token=of_nearest.token * scale, prompt=of_nearest.prompt * scale)
 
     def save(self, file: str | Path) -> Path:
         """Write the probe to a file, for ``tune_for`` on another machine.

@@ -290,15 +290,15 @@ def judge(
     from mistill.folders.publishing import creating_file
 
     with nullcontext() if out is None else creating_file(out, overwrite) as file:
-        found = judge_replies(first, second, judge=judge, prompts=prompts, settings=settings)
+        rates = judge_replies(first, second, judge=judge, prompts=prompts, settings=settings)
         if file is not None:
-            document = json_library.dumps(found.to_dict(), indent=1, ensure_ascii=False)
+            document = json_library.dumps(rates.to_dict(), indent=1, ensure_ascii=False)
             file.write_text(f"{document}\n", "utf-8")
-    Console().print(found.table())
+    Console().print(rates.table())
     if out is not None:
         print(f"result: {out}")
     if json:
-        print(json_library.dumps({"models": found.models, "judge": found.judge, **found.figures}))
+        print(json_library.dumps({"models": rates.models, "judge": rates.judge, **rates.figures}))
 
 
 def _step_defaults(step: str) -> dict[str, Any] | None:

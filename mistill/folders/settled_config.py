@@ -125,8 +125,8 @@ def _names_no_row(config: Mapping[str, Any]) -> bool:
 
 
 def _table(homes: Mapping[str, _Home], module: str) -> dict[str, _Home]:
-    named = {part: homes.get(f"{module}.{part}") for part in _PARTS}
-    return {part: home for part, home in named.items() if home is not None}
+    parts = {part: homes.get(f"{module}.{part}") for part in _PARTS}
+    return {part: home for part, home in parts.items() if home is not None}
 
 
 def _known(home: _Home) -> tuple[Path, StoredTensor, tuple[int, int]]:

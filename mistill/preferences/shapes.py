@@ -302,13 +302,13 @@ def _split(
     if not beside.messages or len(turns) == 1:
         return _last_turn(_behind(beside, turns), origin, name)
     before = _said(turns[:-1])
-    known = _said(beside.messages)
-    spoken = [turn for turn in known if turn[0] not in SYSTEMS]
-    if before and before in (known, spoken):
+    of_prompt = _said(beside.messages)
+    without_system = [turn for turn in of_prompt if turn[0] not in SYSTEMS]
+    if before and before in (of_prompt, without_system):
         return _last_turn(_behind(beside, turns[-1:]), origin, name)
-    if before[-len(known) :] == known:  # it holds earlier turns too, or a system prompt
-        whole = replace(beside, messages=tuple(turns[:-1]))
-        return _last_turn(_behind(whole, turns[-1:]), origin, name)
+    if before[-len(of_prompt) :] == of_prompt:  # it holds earlier turns too, or a system prompt
+        earlier = replace(beside, messages=tuple(turns[:-1]))
+        return _last_turn(_behind(earlier, turns[-1:]), origin, name)
     raise TextError(
         f"{name} of {origin} is a conversation of {len(turns)} turns that does not repeat its "
         "prompt; give the answer alone, one turn of the assistant"

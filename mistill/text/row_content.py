@@ -85,11 +85,11 @@ def content_of_row(row: Row) -> Content:
     question, answer = _question_and_answer(value)
     if question is not None and answer is not None:
         read = {question, answer}
-        asked = _asked(row, question, read)
+        prompt = _asked(row, question, read)
         reply = _turns_of(value[answer], "assistant", f"{answer} of {row.origin}", row.origin)
-        talk = _joined(asked, reply)
+        talk = _joined(prompt, reply)
         # What a prompt lets the assistant say was said before; the completion is what is learned.
-        earlier = _assistants(asked.messages) if isinstance(value[question], list) else ()
+        earlier = _assistants(prompt.messages) if isinstance(value[question], list) else ()
         talk = replace(talk, unlearned=talk.unlearned | frozenset(earlier))
         return _beside(row, talk, read)
     if "text" in value:
@@ -144,8 +144,8 @@ def _given(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def _columns(row: Row) -> str:
     """What the columns of a row are, for a message that none of them is read."""
-    known = (*_CONVERSATIONS, *_ANSWERS, *(name for names in _ANSWERS.values() for name in names))
-    empty = [name for name in row.value if name in known and row.value[name] is None]
+    usual = (*_CONVERSATIONS, *_ANSWERS, *(name for names in _ANSWERS.values() for name in names))
+    empty = [name for name in row.value if name in usual and row.value[name] is None]
     if empty:
         be = "is" if len(empty) == 1 else "are"
         return f"{', '.join(empty)} of {row.origin} {be} null"
@@ -240,15 +240,15 @@ def _with_system(row: Row, talk: Conversation, read: set[str]) -> Conversation:
             continue
         read.add(name)
         system = _string(row.value[name], f"{name} of {row.origin}")
-        stated = [turn for turn in talk.messages if turn["role"] in SYSTEMS]
-        if not stated:
+        systems = [turn for turn in talk.messages if turn["role"] in SYSTEMS]
+        if not systems:
             turn: Message = {"role": "system", "content": system}
             talk = replace(
                 talk,
                 messages=(turn, *talk.messages),
                 unlearned=frozenset(number + 1 for number in talk.unlearned),
             )
-        elif all(turn.get("content") != system for turn in stated):
+        elif all(turn.get("content") != system for turn in systems):
             raise TextError(
                 f"{row.origin} has a system prompt in its turns and another in the column {name}; "
                 "leave one of them out"

@@ -194,8 +194,8 @@ def _overrides(dynamic: Any) -> tuple[tuple[str, ...], dict[str, int]]:
         if module in (HEAD, EMBEDDING) and "bits" in values:
             tables[module] = values["bits"]
             continue
-        named = {"symmetric" if name == "sym" else name: value for name, value in values.items()}
-        words = (f"{name}={str(value).lower()}" for name, value in named.items())
+        renamed = {"symmetric" if name == "sym" else name: value for name, value in values.items()}
+        words = (f"{name}={str(value).lower()}" for name, value in renamed.items())
         overrides.append(f"{pattern}: {', '.join(words)}")
     return tuple(overrides), tables
 
@@ -213,10 +213,10 @@ def _refuse_formats(theirs: Mapping[str, Any]) -> None:
 
 def _require_checkpoint_format(theirs: Mapping[str, Any], symmetric: bool) -> None:
     requested = theirs.get("checkpoint_format") or theirs.get("format")
-    written = "gptq" if symmetric else "gptq_v2"
+    stored_as = "gptq" if symmetric else "gptq_v2"
     require(
-        requested in (None, written),
-        f"{'symmetric' if symmetric else 'asymmetric'} codes are written as {written}, got "
+        requested in (None, stored_as),
+        f"{'symmetric' if symmetric else 'asymmetric'} codes are written as {stored_as}, got "
         f"checkpoint_format {requested!r}; quantize.convert makes the other",
     )
 

@@ -160,8 +160,8 @@ def choose(
             f"({least * 8 / parameters:.2f} bits per weight), more than the limit of "
             f"{budget / 1e6:.1f} MB; raise the size or give smaller formats"
         )
-    drawn = replace(settings.gptq(), samples=settings.sensitivity_samples)
-    blocks = draw_blocks(texts, model.folder, drawn, today=today)
+    own = replace(settings.gptq(), samples=settings.sensitivity_samples)
+    blocks = draw_blocks(texts, model.folder, own, today=today)
     generator = torch.Generator().manual_seed(settings.seed)
     forms = {name: [f for f in by_form if f is not None] for name, by_form in sizes.items()}
     costs = estimate_costs(model, blocks, forms, settings.gptq(), generator)

@@ -138,13 +138,13 @@ def best_and_worst(
         For each prompt the numbers of two replies, equal where all tie; None where none may be
         chosen. Of replies that tie the first is taken.
     """
-    chosen: list[tuple[int, int] | None] = []
+    places: list[tuple[int, int] | None] = []
     for start in range(0, len(scores), samples):
         group = [place for place in range(start, start + samples) if good[place]]
         if not group:
-            chosen.append(None)
+            places.append(None)
             continue
         best = max(group, key=lambda place: (scores[place], -place))
         worst = min(group, key=lambda place: (scores[place], place))
-        chosen.append((best, worst if scores[worst] < scores[best] else best))
-    return chosen
+        places.append((best, worst if scores[worst] < scores[best] else best))
+    return places

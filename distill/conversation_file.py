@@ -113,9 +113,9 @@ def instruction_lines(
             {"role": "assistant", "content": row.columns["text"]},
         ]
         lines.append({"messages": turns} | ({} if graded is None else {"score": scores[both[0]]}))
-    kept = max(1, round(settings.keep_share * len(lines)))
-    if kept < len(lines):
-        bound = sorted((line["score"] for line in lines), reverse=True)[kept - 1]
+    count = max(1, round(settings.keep_share * len(lines)))
+    if count < len(lines):
+        bound = sorted((line["score"] for line in lines), reverse=True)[count - 1]
         lines = [line for line in lines if line["score"] >= bound]
     return lines
 

@@ -152,10 +152,10 @@ def generate_conversations(
             beginnings = [begin] * settings.without_prompts
             record = work / "prompts.jsonl"
             turns = _resumed_replies(record, folder, vocabulary, beginnings, settings, _OWN)
-            own = own_prompts(turns, after, vocabulary, settings.system)
+            own_talks = own_prompts(turns, after, vocabulary, settings.system)
             rows = [
                 PromptRow(talk, {}, f"prompt {number} of the teacher")
-                for number, talk in enumerate(own, 1)
+                for number, talk in enumerate(own_talks, 1)
             ]
             ids = [
                 _prompt_ids(number, row.prompt, vocabulary) for number, row in enumerate(rows, 1)
@@ -176,9 +176,9 @@ def _refuse_missing_sides(
     settings: GenerateSettings,
 ) -> None:
     """Refuse options that need one another."""
-    own = str(prompts) == OWN_PROMPTS
+    writes_prompts = str(prompts) == OWN_PROMPTS
     require(
-        own == (settings.without_prompts > 0),
+        writes_prompts == (settings.without_prompts > 0),
         f"without_prompts and the prompts {OWN_PROMPTS} belong together; give both, or a file of "
         "prompts",
     )

@@ -553,12 +553,12 @@ class GenerateSettings(TextSettings):
             "reverse writes instructions, which a forward model grades; leave pairs, by and "
             "without_prompts out",
         )
-        for name, used in (
+        for name, is_set in (
             ("best_of", self.best_of > 1),
             ("without_prompts", self.without_prompts > 0),
             ("reverse", self.reverse),
         ):
             require(
-                self.server is None or not used,
+                self.server is None or not is_set,
                 f"{name} needs a teacher on this machine, and a server is given; leave one out",
             )

@@ -179,10 +179,10 @@ def rival_source_of(subjects: Sequence[Subject], named: str | Path | None) -> Su
     by_children = sorted(subjects, key=lambda s: -sum(parent is s for parent in parents))
     floats = [subject for subject in by_children if subject.info.form == "model"]
     others = [subject for subject in subjects if subject.info.form != "onnx"]
-    chosen = next(iter([*floats, *others]), None)
-    check_source(None if chosen is None else chosen.info)
-    assert chosen is not None, "check_source refuses None"
-    return chosen
+    default = next(iter([*floats, *others]), None)
+    check_source(None if default is None else default.info)
+    assert default is not None, "check_source refuses None"
+    return default
 
 
 def add_rivals(

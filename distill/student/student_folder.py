@@ -355,8 +355,8 @@ def _choose(
         facts |= {"calibration_tokens": blocks.tokens, "scores_reused": reused}
     keep = tuple(range(info.layers))
     if plan.fewer_layers:
-        keep, chosen = _choose_layers(info, settings, plan.layers, scores, texts)
-        facts |= chosen
+        keep, choice = _choose_layers(info, settings, plan.layers, scores, texts)
+        facts |= choice
     width = None
     if plan.narrower:
         assert scores is not None

@@ -172,8 +172,8 @@ def train(
                 else (None, None)
             )
         if state.is_main_process:
-            read = {"texts": _named(texts), "held_out": _named(held_out)}
-            _finish(work, progress, twins, student_info, source, settings, state, read)
+            text_names = {"texts": _named(texts), "held_out": _named(held_out)}
+            _finish(work, progress, twins, student_info, source, settings, state, text_names)
             publish(work, target, overwrite)
         state.wait_for_everyone()
     return target
@@ -385,7 +385,7 @@ def _finish(
     source: LiveSource | CachedSource,
     settings: TrainSettings,
     state: PartialState,
-    read: Mapping[str, list[str]],
+    text_names: Mapping[str, list[str]],
 ) -> None:
     """Gather in ``work/result`` what the target will hold."""
     from distill.training.fidelity import FidelityCard, trained
@@ -415,7 +415,7 @@ def _finish(
         settings=settings,
         source=student.path,
         **facts,
-        **read,
+        **text_names,
         before=asdict(progress.before),
         after=asdict(progress.best),
         steps=progress.step,

@@ -81,7 +81,7 @@ def time_steps(models: Sequence[Writer]) -> list[float]:
     """
     seconds: list[list[float]] = [[] for _ in models]
     for number in range(1 + _ROUNDS):
-        for model, own in zip(models, seconds, strict=True):
+        for model, samples in zip(models, seconds, strict=True):
             time.sleep(_SETTLE_SECONDS)
             # A first token, and one to be timed, whatever the context holds.
             prompt = max(1, min(_PROMPT_TOKENS, model.context_length - 2))
@@ -92,9 +92,9 @@ def time_steps(models: Sequence[Writer]) -> list[float]:
                 now = time.perf_counter()
                 # The first round warms up.
                 if last is not None and number:
-                    own.append(now - last)
+                    samples.append(now - last)
                 last = now
-    return [median(own) for own in seconds]
+    return [median(samples) for samples in seconds]
 
 
 def size_for_speed(

@@ -268,9 +268,9 @@ def _without(row: Row, names: Sequence[str]) -> Row:
     return replace(row, value=rest)
 
 
-def _prompt(row: Row, judged: Sequence[str]) -> Content | None:
+def _prompt(row: Row, judged_columns: Sequence[str]) -> Content | None:
     """The prompt of a row that stands in columns of its own; None if none does."""
-    rest = _without(row, (*judged, "margin"))
+    rest = _without(row, (*judged_columns, "margin"))
     name = next((name for name in _PROMPTS if rest.value.get(name) is not None), None)
     if name is None:
         return None

@@ -89,11 +89,11 @@ def write_tokenizer(
     keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     texts = file.texts(f"{_PREFIX}tokens")
     # A word that is named as padding stays a word: to name it here would make it a special token.
-    kept = tokenizer.get_added_tokens_decoder()
+    added = tokenizer.get_added_tokens_decoder()
     specials = {
         ours: texts[token]
         for ours, name in keys.items()
-        if (token := ids[name]) is not None and token in kept
+        if (token := ids[name]) is not None and token in added
     }
     is_sentencepiece = file.text(f"{_PREFIX}model") == "llama"
     adds_bos = file.flag(f"{_PREFIX}add_bos_token", is_sentencepiece)

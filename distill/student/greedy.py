@@ -84,7 +84,6 @@ def greedy_drops(
     blocks: TokenBlocks,
     count: int,
     known: Sequence[Drop] = (),
-    device: torch.device | None = None,
 ) -> list[Drop]:
     """Drop layers one at a time, each time the one whose absence costs least.
 
@@ -93,7 +92,6 @@ def greedy_drops(
         blocks: The text; one position at least is kept.
         count: How many layers to drop, fewer than there are.
         known: The first drops, where an earlier search on the same text found them.
-        device: Where to compute; the accelerator if there is one, else the CPU.
 
     Returns:
         What was dropped, in order, ``known`` first.
@@ -104,7 +102,7 @@ def greedy_drops(
     drops = list(known[:count])
     if len(drops) == count:
         return drops
-    search = _Search(LayeredModel(teacher, accelerator_or_cpu(device), _HOLD_BYTES), blocks)
+    search = _Search(LayeredModel(teacher, accelerator_or_cpu(), _HOLD_BYTES), blocks)
     remaining = [
         layer for layer in range(len(search.model)) if layer not in {d.layer for d in drops}
     ]

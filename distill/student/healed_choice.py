@@ -89,19 +89,13 @@ class _State:
     hidden: list[Tensor]
 
 
-def healed_choices(
-    teacher: Path,
-    blocks: TokenBlocks,
-    count: int,
-    device: torch.device | None = None,
-) -> list[HealedChoice]:
+def healed_choices(teacher: Path, blocks: TokenBlocks, count: int) -> list[HealedChoice]:
     """Choose the layers to keep for every number that goes, up to one.
 
     Args:
         teacher: A float folder of a readable architecture.
         blocks: Calibration text of two blocks or more; positions of padding do not count.
         count: The most layers to drop, fewer than there are.
-        device: Where to compute; the accelerator if there is one, else the CPU.
 
     Returns:
         The choice without 0, 1, ... ``count`` layers.
@@ -109,7 +103,7 @@ def healed_choices(
     Raises:
         FolderError: If the teacher computes something that is not a number.
     """
-    search = _Search(LayeredModel(teacher, accelerator_or_cpu(device)), blocks, count)
+    search = _Search(LayeredModel(teacher, accelerator_or_cpu()), blocks, count)
     with torch.inference_mode(), track("healed choice", len(search), "layers") as bar:
         search.read_gains()
         for depth in range(len(search)):

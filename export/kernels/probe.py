@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -99,7 +99,6 @@ def run_probe(
     machine: str,
     threads: int,
     memory_bytes_per_second: float,
-    kernels: Sequence[Kernel] = KERNELS,
 ) -> Probe:
     """Time every kernel on every shape.
 
@@ -109,7 +108,6 @@ def run_probe(
         machine: The processor, in words.
         threads: Threads that the timer multiplies with.
         memory_bytes_per_second: Memory bandwidth of the machine.
-        kernels: Kernels to time.
 
     Returns:
         The probe.
@@ -118,7 +116,7 @@ def run_probe(
         (kernel, rows, columns): timing
         for rows, columns in dict.fromkeys(shapes)
         for kernel, timing in timer(
-            [one for one in kernels if columns % max(one.block, 1) == 0], rows, columns
+            [one for one in KERNELS if columns % max(one.block, 1) == 0], rows, columns
         ).items()
     }
     return Probe(

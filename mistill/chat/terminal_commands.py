@@ -209,9 +209,9 @@ def whole_message(text: str, name: str = "the prompt") -> str:
     return message
 
 
-def _shortened(text: str, most: int = 60) -> str:
+def _shortened(text: str) -> str:
     line = one_line(text)
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    return line if len(line) <= 60 else f"{line[:57]}..."
 
 
 def checked(message: str, name: str = "it") -> str:

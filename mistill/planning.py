@@ -19,6 +19,7 @@ import numpy as np
 
 from mistill.errors import MistillError
 from mistill.folders.folder import open_folder
+from mistill.progress import duration
 from mistill.recipe import Recipe, Step, steps_to_run
 
 _SIZE_IN_NAME = re.compile(r"(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z])")
@@ -113,7 +114,7 @@ def describe_plan(recipe: Recipe, planned: list[PlannedStep]) -> str:
         why = f" ({step.reason})" if step.reason else ""
         about = "as before " if step.measured else "about "
         estimates = [
-            *([] if step.seconds is None else [f"{about}{_duration(step.seconds)}"]),
+            *([] if step.seconds is None else [f"{about}{duration(step.seconds)}"]),
             *([] if step.size_bytes is None else [_megabytes(step.size_bytes)]),
         ]
         cost = ", ".join(estimates) or "not estimated"
@@ -124,7 +125,7 @@ def describe_plan(recipe: Recipe, planned: list[PlannedStep]) -> str:
     unknown = [step.name for step in todo if step.seconds is None]
     place = next(place for place in (recipe.out, *recipe.out.parents) if place.exists())
     lines.append(
-        f"{len(todo)} of {len(planned)} steps to run, about {_duration(seconds)} on this processor"
+        f"{len(todo)} of {len(planned)} steps to run, about {duration(seconds)} on this processor"
         + (f", {', '.join(unknown)} not counted" if unknown else "")
         + f"; {_megabytes(size)} in {recipe.out}, where {_megabytes(shutil.disk_usage(place).free)}"
         " are free"
@@ -208,14 +209,6 @@ def _flops() -> float:
         a @ a
         samples.append(time.perf_counter() - began)
     return 2 * 1024**3 / min(samples)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 3 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
 def _megabytes(size: float) -> str:

@@ -59,6 +59,9 @@ class JudgeOptions(TypedDict, total=False):
     limit: int | None
     new_tokens: int
     threads: int | None
+    server: str | None
+    server_model: str | None
+    api_key_file: str | Path | None
 
 
 class ServingOptions(TypedDict, total=False):

@@ -273,16 +273,28 @@ class JudgeSettings(TextSettings):
         new_tokens: Most tokens of a reply.
         threads: Threads to compute with; by default one for each processor that this process may
             use.
+        server: Address of a server that speaks OpenAI's chat completions, such as
+            http://127.0.0.1:8000/v1, and has the judge. Prompts and replies are sent to it.
+        server_model: What the server calls the judge; if not given, the only model that it has.
+        api_key_file: A file with the API key for that server.
     """
 
     limit: int | None = None
     new_tokens: int = 128
     threads: int | None = None
+    server: str | None = None
+    server_model: str | None = None
+    api_key_file: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("limit", "new_tokens"):
             require_range(name, getattr(self, name), 1)
         require_range("threads", self.threads, 1, MOST_THREADS)
+        for name in ("server_model", "api_key_file"):
+            require(
+                getattr(self, name) is None or self.server is not None,
+                f"{name} is for a judge behind a server; give server too",
+            )
 
 
 SMOKE = "smoke"

@@ -32,7 +32,7 @@ from distill.conversation_file import (
     publish_lines,
 )
 from distill.own_prompts import OWN_PROMPTS, own_prompts, turn_of_the_user
-from distill.remote_teacher import RemoteTeacher, remote_replies, remote_teacher
+from distill.remote_teacher import remote_replies
 from distill.replies import Reply as Reply
 from distill.replies import text_of
 from distill.replies import write_replies as write_replies
@@ -48,6 +48,7 @@ from mistill.folders.renaming import FINISHED, remove_finished_work, remove_work
 from mistill.measures.repetition import most_repeats
 from mistill.preferences.reading import PromptRow, read_prompt_rows
 from mistill.progress import track
+from mistill.remote.chat_server import ChatServer, open_chat_server
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.answers import prompt_ids, refuse_unwritten, thoughts_opening
@@ -121,7 +122,7 @@ def generate_conversations(
     if settings.system is not None and not settings.without_prompts:
         rows = [replace(row, prompt=_with_system(row.prompt, settings.system)) for row in rows]
     if settings.server is not None:
-        remote = remote_teacher(settings.server, str(teacher), settings.api_key_file)
+        remote = open_chat_server(settings.server, str(teacher), settings.api_key_file)
         talks = [row.prompt for row in rows]
         return _from_server(remote, talks, target, held_out, settings, overwrite)
     folder = resolve_model(teacher)
@@ -269,7 +270,7 @@ def _write(
 
 
 def _from_server(
-    teacher: RemoteTeacher,
+    teacher: ChatServer,
     talks: Sequence[Conversation],
     target: Path,
     held_out: Path | None,

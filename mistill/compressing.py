@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from mistill.cost_model.step_time import TimedSize, size_for_speed, time_steps
 from mistill.errors import MistillError, TrainingError
@@ -116,6 +116,20 @@ class CompressSettings(TextSettings):
         require_range("seed", self.seed, 0)
 
 
+class CompressOptions(TypedDict, total=False):
+    """Fields of ``CompressSettings``."""
+
+    skip_bad_rows: bool
+    size_mb: float | None
+    bits_per_weight: float | None
+    tokens_per_second: float | None
+    samples: int
+    tuning_steps: int
+    block_length: int
+    context_length: int | None
+    seed: int
+
+
 def compress(
     source: str | Path,
     target: str | Path,
@@ -124,7 +138,7 @@ def compress(
     held_out: Texts = "@demo-held-out",
     settings: CompressSettings | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[CompressOptions],
 ) -> Path:
     """Make a chatbot for a CPU of a model.
 

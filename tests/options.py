@@ -56,15 +56,9 @@ def written(module_name: str, classes: tuple[str, ...]) -> str:
     module = importlib.import_module(module_name)
     body, needed = [], set()
     for name in classes:
-        settings = getattr(module, name)
-        body += ["", "", f"class {name.removesuffix('Settings')}Options(TypedDict, total=False):"]
-        body += [f'    """Fields of ``{name}``."""', ""]
-        for field in fields(settings):
-            # A step takes a list where it keeps a tuple, and a text where it keeps a path.
-            kind = re.sub(r"tuple\[(.*?), \.\.\.\]", r"Sequence[\1]", str(field.type))
-            kind = re.sub(r"\bPath\b", "str | Path", kind)
-            body.append(f"    {field.name}: {kind}")
-            needed |= set(re.findall(r"\b[A-Z]\w*", kind))
+        of_class = written_class(getattr(module, name))
+        body += ["", "", *of_class]
+        needed |= set(re.findall(r"\b[A-Z]\w*", "\n".join(of_class[3:])))
     text = "\n".join(body)
     lines = []
     if "Sequence" in needed:
@@ -80,6 +74,22 @@ def written(module_name: str, classes: tuple[str, ...]) -> str:
     if imports:
         lines += ["", *imports]
     return HEAD + "\n".join(lines) + text + "\n"
+
+
+def written_class(settings: Any) -> list[str]:
+    """The lines of the options of one settings class."""
+    name = settings.__name__
+    lines = [
+        f"class {name.removesuffix('Settings')}Options(TypedDict, total=False):",
+        f'    """Fields of ``{name}``."""',
+        "",
+    ]
+    for field in fields(settings):
+        # A step takes a list where it keeps a tuple, and a text where it keeps a path.
+        kind = re.sub(r"tuple\[(.*?), \.\.\.\]", r"Sequence[\1]", str(field.type))
+        kind = re.sub(r"\bPath\b", "str | Path", kind)
+        lines.append(f"    {field.name}: {kind}")
+    return lines
 
 
 def _home(name: str, module: Any) -> str:

@@ -78,7 +78,9 @@ def _commands(app: Any, path: tuple[str, ...]) -> Iterator[tuple[str, list[str]]
         if not name.startswith("-"):
             yield from _commands(app[name], (*path, name))
     if app.default_command:
-        arguments = app.assemble_argument_collection(parse_docstring=True)
+        from mistill.cli.options import LISTS
+
+        arguments = app.assemble_argument_collection(default_parameter=LISTS, parse_docstring=True)
         names = {name for argument in arguments for name in argument.names}
         yield " ".join(path), sorted(names - {"*"})
 

@@ -9,7 +9,8 @@ from dataclasses import fields
 
 import pytest
 
-from tests.options import CLASSES, ROOT, formatted, written
+from mistill.compressing import CompressSettings
+from tests.options import CLASSES, ROOT, formatted, written, written_class
 
 
 @pytest.mark.parametrize("file", CLASSES)
@@ -23,6 +24,11 @@ def test_the_typed_options_are_those_of_the_settings(file: str) -> None:
         settings = getattr(importlib.import_module(module), name)
         known = getattr(options, f"{name.removesuffix('Settings')}Options").__annotations__
         assert list(known) == [field.name for field in fields(settings)]
+
+
+def test_the_options_of_compress_stand_beside_its_settings() -> None:
+    source = (ROOT / "mistill" / "compressing.py").read_text("utf-8")
+    assert "\n".join(written_class(CompressSettings)) in source
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,7 @@ def test_the_typed_options_are_those_of_the_settings(file: str) -> None:
         ("tune.reward", "RewardOptions"),
         ("tune.reinforce", "ReinforceOptions"),
         ("mistill.ChatBot", "ChatOptions"),
+        ("mistill.compress", "CompressOptions"),
         ("mistill.serve.running.serve", "ServeOptions"),
     ],
 )

@@ -41,10 +41,12 @@ class Letters:
     Attributes:
         first: log p of the letter of the reply that it reads first, in nats.
         second: log p of the other letter.
+        written: Whether the letter was written, and only the sign of their difference is known.
     """
 
     first: float
     second: float
+    written: bool = False
 
     @property
     def log_odds(self) -> float:
@@ -55,6 +57,10 @@ class Letters:
     def probability(self) -> float:
         """Of either letter; little of it says that the judge did not understand the question."""
         return math.exp(self.first) + math.exp(self.second)
+
+
+NO_LETTER = Letters(0.0, 0.0)
+"""What a judge says that answered with neither letter."""
 
 
 class LetterJudge(Protocol):
@@ -69,7 +75,8 @@ class LetterJudge(Protocol):
             second: The other one.
 
         Returns:
-            The probabilities of its letters; None where both replies do not fit its context.
+            The probabilities of its letters, or ``NO_LETTER`` itself; None where both replies do
+            not fit its context.
         """
 
 
@@ -93,8 +100,8 @@ class ModelJudge:
         if len(ids) >= self.model.context_length:
             return None
         logits = _next_logits(self.model, ids)
-        both = (token_score(logits, token).log_probability for token in letters)
-        return Letters(*both)
+        first_one, other = (token_score(logits, token).log_probability for token in letters)
+        return Letters(first_one, other)
 
 
 def judge_prompt(prompt: Conversation, first: str, second: str) -> Conversation:

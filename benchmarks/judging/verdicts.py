@@ -12,10 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.judging.letters import LetterJudge, Letters
+from benchmarks.judging.letters import NO_LETTER, LetterJudge, Letters
 from mistill.measures.shares import simple_interval
 from mistill.progress import Tracker
 from mistill.text.conversation import Conversation
+
+RARE = 0.5
+"""Mean probability of both letters below which a judge would mostly say something else."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,13 @@ class Verdicts:
         given: A verdict for each pair that was judged.
         same: Pairs whose replies are equal, which are not judged.
         too_long: Pairs that do not fit the judge's context, which are not judged either.
+        unclear: Pairs of which a judge behind a server said no letter.
     """
 
     given: Sequence[Verdict]
     same: int
     too_long: int
+    unclear: int = 0
 
 
 def judge_pairs(
@@ -77,7 +82,7 @@ def judge_pairs(
         What it said.
     """
     given: list[Verdict] = []
-    same = too_long = 0
+    same = too_long = unclear = 0
     for prompt, one, other in pairs:
         if one == other:
             same += 1
@@ -85,10 +90,12 @@ def judge_pairs(
             forward, backward = judge(prompt, one, other), judge(prompt, other, one)
             if forward is None or backward is None:
                 too_long += 1
+            elif forward is NO_LETTER or backward is NO_LETTER:
+                unclear += 1
             else:
                 given.append(Verdict(prompt, (one, other), forward, backward))
         progress.advance()
-    return Verdicts(given, same, too_long)
+    return Verdicts(given, same, too_long, unclear)
 
 
 def figures_of(verdicts: Verdicts) -> dict[str, Any]:
@@ -103,8 +110,9 @@ def figures_of(verdicts: Verdicts) -> dict[str, Any]:
         ``mean_win_rate``, of all pairs by the mean log-odds of both orders, in which a tie counts
         as half; ``first_place``, the share of all answers for the reply that stood first;
         ``longer_wins``, how often the longer reply won among the agreeing pairs whose lengths in
-        characters differ; and ``letters``, the mean probability of the two letters. A share of
-        nothing is None. Also the pairs that were not judged, ``same`` and ``too_long``.
+        characters differ; ``letters``, the mean probability of the two letters, None where they
+        were written; and ``letters_are_rare``, whether that is below a half. A share of nothing is
+        None. Also the pairs that were not judged, ``same``, ``too_long`` and ``unclear``.
     """
     given = verdicts.given
     winners = [verdict.winner for verdict in given]
@@ -113,6 +121,8 @@ def figures_of(verdicts: Verdicts) -> dict[str, Any]:
     ahead = sum(mean > 0 for mean in means)
     half = ahead + sum(mean == 0 for mean in means) / 2
     answers = [letters for verdict in given for letters in (verdict.forward, verdict.backward)]
+    told = [one.probability for one in answers if not one.written]
+    letters = _share(sum(told), len(told))
     longer = [
         (len(verdict.replies[1]) > len(verdict.replies[0])) == (winner == 1)
         for verdict, winner in zip(given, winners, strict=True)
@@ -130,9 +140,11 @@ def figures_of(verdicts: Verdicts) -> dict[str, Any]:
         "mean_win_rate_interval": _interval(round(half), len(given)),
         "first_place": _share(sum(one.log_odds > 0 for one in answers), len(answers)),
         "longer_wins": _share(sum(longer), len(longer)),
-        "letters": _share(sum(one.probability for one in answers), len(answers)),
+        "letters": letters,
+        "letters_are_rare": letters is not None and letters < RARE,
         "same": verdicts.same,
         "too_long": verdicts.too_long,
+        "unclear": verdicts.unclear,
     }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from benchmarks.figures.latency import SETTLE_SECONDS
 from benchmarks.figures.machine import describe_machine
 from benchmarks.serving.load import Level, quantiles, run_level
 from benchmarks.serving.processes import running_folder
@@ -209,6 +211,7 @@ def load_in_turns(
         for turn in range(1 + settings.rounds):
             for clients in map(int, settings.clients):
                 for name, (server, process) in servers.items():
+                    time.sleep(SETTLE_SECONDS)
                     level = run_level(
                         server,
                         prompts[name],

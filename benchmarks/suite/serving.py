@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.figures.latency import SETTLE_SECONDS
 from benchmarks.figures.machine import describe_machine
 from benchmarks.rivals.contest import InstalledRival, find_rivals, make_files
 from benchmarks.serving.load import Level, quantiles
@@ -198,15 +199,19 @@ def beside_the_engine(
     for _ in range(2 * rounds):
         messages = prompts.next()
         bot = ChatBot(chatbot, model=engine, temperature=0, max_new_tokens=64)
+        time.sleep(SETTLE_SECONDS)
         list(bot.reply(messages[0]["content"]))
+        time.sleep(SETTLE_SECONDS)
         theirs = server.reply(prompts.next(), max_tokens=64, temperature=0)
         assert bot.last_speed is not None
         assert theirs.tokens_per_second is not None
         speeds.append(theirs.tokens_per_second / bot.last_speed.tokens_per_second)
         ids = prompt_ids(Conversation(tuple(prompts.next())), vocabulary)
+        time.sleep(SETTLE_SECONDS)
         started = time.perf_counter()
         next(engine.stream(ids))
         seconds = time.perf_counter() - started
+        time.sleep(SETTLE_SECONDS)
         reply = server.reply(prompts.next(), max_tokens=2, temperature=0)
         first.append(1000 * (reply.first_token_seconds - seconds))
     return {

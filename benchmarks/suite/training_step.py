@@ -45,6 +45,7 @@ def ours(args: argparse.Namespace, targets: str | None) -> None:
     from distill.teacher.teacher import LiveTeacher, Teacher
     from distill.training.step import DistillationStep, accumulate_gradients
     from mistill.pytorch.loading import load_pytorch
+    from mistill.pytorch.products import fast_products
     from mistill.training.lean import remember_less
     from mistill.training.memory import unmap_when_freed
     from mistill.training.optimizers import make_optimizer
@@ -77,6 +78,7 @@ def ours(args: argparse.Namespace, targets: str | None) -> None:
     halves = [blocks[: args.blocks], blocks[args.blocks :]]
     teacher.expect(halves[0])
 
+    @fast_products()  # as the training loop does
     def work() -> Mapping[str, Any]:
         waited[0] = 0.0
         started = time.perf_counter()

@@ -46,6 +46,7 @@ def blocks_of(args: argparse.Namespace) -> TokenBlocks:
 
 def ours(args: argparse.Namespace, base: Any) -> None:
     """A child that trains with mistill."""
+    from mistill.pytorch.products import fast_products
     from mistill.pytorch.spread import load_spread
     from mistill.training.adapters import add_adapters
     from mistill.training.lean import remember_less
@@ -79,6 +80,7 @@ def ours(args: argparse.Namespace, base: Any) -> None:
         )
         give_back()
 
+        @fast_products()  # as the training loop does
         def work() -> Mapping[str, Any]:
             now = halves.pop(0)
             halves.append(now)

@@ -37,7 +37,7 @@ from mistill.chat.settings import ChatSettings
 from mistill.cli import bench_commands, eval_commands, quantize_commands, tune_commands
 from mistill.cli.command_output import is_main_process, print_folder, print_result
 from mistill.cli.help_pages import SAMPLING, HelpPage
-from mistill.cli.options import Flat, Texts
+from mistill.cli.options import LISTS, Flat, Texts
 from mistill.cli.outside import (
     OUR_PACKAGES,
     SignalledError,
@@ -53,10 +53,10 @@ from mistill.cli.outside import (
     without_output,
     without_verbose,
 )
+from mistill.cli.serving import ServeCommandSettings, print_address
 from mistill.compressing import CompressSettings
 from mistill.engine.language_model import Provider
 from mistill.errors import MissingExtraError, MistillError, SettingsError
-from mistill.serve.settings import ServeSettings
 from mistill.settings import require
 
 _log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ app = App(
     version_flags=("--version", "-V"),
     help_format="plaintext",
     help_formatter=HelpPage(),
+    default_parameter=LISTS,
     # An interruption is told what becomes of the work, below.
     suppress_keyboard_interrupt=False,
 )
@@ -703,7 +704,9 @@ def chat(
         }
     )
 )
-def serve(folder: Path, /, *, settings: Annotated[ServeSettings, Flat] = ServeSettings()) -> int:
+def serve(
+    folder: Path, /, *, settings: Annotated[ServeCommandSettings, Flat] = ServeCommandSettings()
+) -> int:
     """Serve a chatbot to OpenAI's clients and to a page in the browser.
 
     Args:
@@ -713,7 +716,6 @@ def serve(folder: Path, /, *, settings: Annotated[ServeSettings, Flat] = ServeSe
     Returns:
         0 after it was told to stop, 1 if the engine crashed.
     """
-    from mistill.cli.serving import print_address
     from mistill.serve.running import serve as serve_folder
 
     return serve_folder(folder, settings=settings, started=print_address)

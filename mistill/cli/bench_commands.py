@@ -19,7 +19,7 @@ from benchmarks import (
     ShipSettings,
 )
 from mistill.cli.help_pages import HelpPage
-from mistill.cli.options import Flat, Texts
+from mistill.cli.options import LISTS, Flat, Texts
 from mistill.settings import require, settings_dict
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _SHIP = {"Limits of the model to ship": ("ship_mb", "ship_tps")}
 
 app = App(
     name="bench",
+    default_parameter=LISTS,
     help="Compare models: size, quality, speed and memory, in one table.",
     help_formatter=HelpPage(
         {
@@ -254,7 +255,11 @@ def serve(
 
 @app.command(
     help_formatter=HelpPage(
-        {"Data": ("judge", "prompts", "limit"), "Replies": ("new_tokens", "threads")}
+        {
+            "Judge": ("judge", "server", "server_model", "api_key_file"),
+            "Data": ("prompts", "limit"),
+            "Replies": ("new_tokens", "threads"),
+        }
     )
 )
 def judge(
@@ -262,7 +267,7 @@ def judge(
     second: str,
     /,
     *,
-    judge: str,
+    judge: str | None = None,
     prompts: Texts,
     settings: Annotated[JudgeSettings, Flat] = JudgeSettings(),
     out: Path | None = None,
@@ -278,7 +283,7 @@ def judge(
         first: A chat model, such as the one that was tuned: a folder of any form.
         second: The other one, such as what tuning made of it.
         judge: The chat model that judges: a folder of any form, a Hub id, or @smollm2. Best one
-            that is neither of the two, nor made from them.
+            that is neither of the two, nor made from them. Leave it out for one behind a server.
         prompts: Prompts to answer. A .txt file with a prompt on each line, or a .jsonl, .json,
             .csv or .parquet file.
         settings: How many prompts, and how long the replies.
@@ -298,7 +303,8 @@ def judge(
     if out is not None:
         print(f"result: {out}")
     if json:
-        print(json_library.dumps({"models": rates.models, "judge": rates.judge, **rates.figures}))
+        about = {"models": rates.models, "judge": rates.judge, "read_by": rates.read_by}
+        print(json_library.dumps({**about, **rates.figures}))
 
 
 def _step_defaults(step: str) -> dict[str, Any] | None:

@@ -12,10 +12,11 @@ from rich.console import Console
 
 from benchmarks import EvalSettings
 from mistill.cli.help_pages import HelpPage
-from mistill.cli.options import Flat
+from mistill.cli.options import LISTS, Flat
 
 app = App(
     name="eval",
+    default_parameter=LISTS,
     help="Evaluate a model on tasks: a small offline set, or those of lm-evaluation-harness.",
     help_formatter=HelpPage(
         {

@@ -9,6 +9,8 @@ from cyclopts import Parameter
 
 Texts = Annotated[tuple[str, ...], Parameter(negative=())]
 Flat = Parameter(name="*")
+LISTS = Parameter(negative_iterable=())
+"""For every program: an option that takes several values has no second form that takes none."""
 
 
 @dataclass(frozen=True, kw_only=True)

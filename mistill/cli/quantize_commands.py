@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mistill.cli.command_output import is_main_process, print_folder
 from mistill.cli.help_pages import GPTQ, GRID, HelpPage
-from mistill.cli.options import Flat, OutputOptions, Texts
+from mistill.cli.options import LISTS, Flat, OutputOptions, Texts
 from mistill.errors import SettingsError
 from mistill.settings import settings_dict
 from quantize import (
@@ -29,6 +29,7 @@ from quantize import (
 
 app = App(
     name="quantize",
+    default_parameter=LISTS,
     help="Quantize the weights of a model folder.",
     help_formatter=HelpPage(
         {

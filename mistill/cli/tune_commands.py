@@ -9,12 +9,16 @@ from cyclopts import App
 
 from mistill.cli.command_output import is_main_process, print_folder, print_result
 from mistill.cli.help_pages import HelpPage
-from mistill.cli.options import Flat, Texts
+from mistill.cli.options import LISTS, Flat, Texts
 from mistill.folders.folder import read_json
 from mistill.shown import visible
 from tune import PreferenceSettings, ReinforceSettings, RewardSettings, SupervisedSettings
 
-app = App(name="tune", help="Tune a model on conversations, preferences or rewards.")
+app = App(
+    name="tune",
+    default_parameter=LISTS,
+    help="Tune a model on conversations, preferences or rewards.",
+)
 
 
 @app.command(

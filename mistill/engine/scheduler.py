@@ -241,6 +241,7 @@ class Scheduler:
         prefix_bytes: int | None = None,
         queue: int | None = None,
         after_tokens: Callable[[], None] = lambda: None,
+        unnoticed_seconds: float = 0.0,
     ) -> None:
         """Start the engine's thread.
 
@@ -256,6 +257,9 @@ class Scheduler:
             after_tokens: Called in the engine's thread after sinks were called, once for all of
                 them: when a prompt was read, and when each text has its next token. It must be
                 quick and never fail.
+            unnoticed_seconds: Time between two tokens that nobody notices, because those who read
+                get what was written in such a time at once. So long a step may take while a
+                prompt joins; larger pieces of it take less time together.
 
         Raises:
             SettingsError: If a number is out of range, or the model runs elsewhere than on the
@@ -295,6 +299,7 @@ class Scheduler:
         self._step_seconds = 0.0
         self._chunk = float(LEAST_CHUNK)
         self._after_tokens = after_tokens
+        self._unnoticed_seconds = unnoticed_seconds
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="mistill engine", daemon=True)
         self._thread.start()
@@ -473,7 +478,9 @@ class Scheduler:
             left -= self._read_chunk(row, left)
         if most < CHUNK and most - left >= LEAST_CHUNK:
             seconds = time.monotonic() - before
-            wanted = (most - left) * READING_SHARE * self._step_seconds / seconds
+            step = self._step_seconds
+            allowed = max(READING_SHARE * step, self._unnoticed_seconds - step)
+            wanted = (most - left) * allowed / seconds
             self._chunk = min(max(_moved(self._chunk, wanted), LEAST_CHUNK), CHUNK - 1.0)
 
     def _next_to_read(self) -> int | None:

@@ -27,8 +27,11 @@ from mistill.engine.key_value_cache import as_value, cache_shapes, pages, window
 from mistill.engine.onnx_session import run_bound
 from mistill.engine.prefix_store import StoredText
 
-MOST_BINDINGS = 16
-"""Groups of rows whose bindings are kept; to bind a group takes about half a millisecond."""
+MOST_BINDINGS = 128
+"""Groups of rows whose bindings are kept; to bind a group takes about half a millisecond.
+
+Prompts are read in one row after another, so that fewer than there are rows would be of no use.
+"""
 
 Scored = Literal["none", "last", "every"]
 """Of which positions of a chunk the scores are wanted."""
@@ -69,7 +72,6 @@ class TextRows:
         self.read_together = [0] * rows
         self.position_bytes = bytes_per_position(session)
         self._session = session
-        self._vocabulary_size = vocabulary_size
         shapes = cache_shapes(session)
         # In buffers longer than the text, a graph with a sliding window drops nothing.
         # One position more is read where positions are read in pairs.
@@ -85,6 +87,8 @@ class TextRows:
             # A huge page would take two megabytes where a short text needs four kilobytes.
             _advise(memory, "MADV_NOHUGEPAGE", 0, len(memory))
         self._ones = np.ones((1, capacity), np.int64)
+        # One buffer for all bindings: what a run writes is valid until the next.
+        self._logits = np.empty((rows + 1, 1, vocabulary_size), np.float32)
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 
     def step(
@@ -249,7 +253,7 @@ class TextRows:
         if len(self._bindings) == MOST_BINDINGS:
             self._bindings.popitem(last=False)
         arrays = {name: array[first : first + count] for name, array in self._arrays.items()}
-        binding = self._bindings[key] = _Binding(self._session, arrays, self._vocabulary_size)
+        binding = self._bindings[key] = _Binding(self._session, arrays, self._logits[:count])
         return binding
 
     def _run(self, binding: _Binding, mask: NDArray[np.int64]) -> None:
@@ -274,14 +278,14 @@ class _Binding:
         self,
         session: onnxruntime.InferenceSession,
         arrays: dict[str, NDArray[Any]],
-        vocabulary_size: int,
+        logits: NDArray[np.float32],
     ) -> None:
         """Bind keys and values.
 
         Args:
             session: Session of the graph.
             arrays: The rows of each buffer by name.
-            vocabulary_size: V.
+            logits: Where the scores of a step go, shape (B, 1, V).
         """
         self.graph = session.io_binding()
         for name, array in arrays.items():
@@ -290,7 +294,7 @@ class _Binding:
             self.graph.bind_ortvalue_output(f"present.{name}", value)
             rows = len(array)
         self.ids = np.zeros((rows, 1), np.int64)
-        self.logits = np.empty((rows, 1, vocabulary_size), np.float32)
+        self.logits = logits
         self._bound: tuple[Any, Any] | None = None
 
     def bind(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mistill.errors import ArchitectureError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 LAYER = "Linear4bit"
@@ -36,6 +37,37 @@ def keep_as_stored(model: nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
         require_as_stored(layer)
+    return len(layers)
+
+
+def hold_codes_as(model: nn.Module, dtype: torch.dtype) -> int:
+    """Hold the codes of 4-bit layers in tensors of floats, whose bits they are, in place.
+
+    FSDP2 divides tensors of floats alone; what it gathers again has the same bits, as long as it
+    casts nothing on the way.
+
+    Args:
+        model: The model; its codes are in bytes.
+        dtype: The type of its other weights, whatever the bits would come to as floats.
+
+    Returns:
+        How many 4-bit layers there are.
+
+    Raises:
+        ArchitectureError: If a layer was repacked, or its codes do not fill such floats.
+    """
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == LAYER]
+    for layer in layers:
+        require_as_stored(layer)
+        codes, state = layer.weight.data, layer.weight.quant_state
+        if codes.numel() % dtype.itemsize:
+            raise ArchitectureError(
+                f"{codes.numel()} bytes of 4-bit codes do not fill numbers of type {dtype}; use "
+                "several processes without FSDP"
+            )
+        layer.weight.data = codes.reshape(-1).view(dtype).reshape(-1, 1)
+        layer.weight.quant_storage = layer.quant_storage = dtype
+        layer.quant_state = state  # found here when FSDP has made another tensor of the weight
     return len(layers)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -355,7 +356,7 @@ def read_request(
         raise bad_request(
             f"messages holds {len(messages)}; at most {limits.messages} are read", "messages"
         )
-    known = {field.encode_name for field in msgspec.structs.fields(form)}
+    known = _names_of(form)
     for name, (instead, nothing) in _UNSUPPORTED.items():
         if name in value and name not in known and value[name] not in (None, nothing):
             raise bad_request(f"{name} is not supported: {instead}", name)
@@ -367,6 +368,12 @@ def read_request(
     unknown = [name for name in value if name not in known and name not in _HARMLESS]
     shown = [name for name in unknown if _SHOWN_NAME.fullmatch(name) and name not in _UNSUPPORTED]
     return request, tuple(shown[:_MOST_SHOWN])
+
+
+@cache
+def _names_of(form: type[Struct]) -> frozenset[str]:
+    """The fields of a form; to find them out takes a third of a millisecond."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(form))
 
 
 def _refuse_odd_numbers(document: Mapping[str, Any]) -> None:

@@ -123,6 +123,7 @@ def open_served(folder: str | Path, settings: ServeSettings, limits: Limits) -> 
         queue=settings.queue,
         prefix_bytes=None if settings.prefix_mib is None else settings.prefix_mib << 20,
         after_tokens=due.tell,
+        unnoticed_seconds=due.interval_seconds,
     )
     return Served(name, vocabulary, scheduler, settings, sampling, limits, due)
 

@@ -48,7 +48,8 @@ class ServeSettings(ChosenSampling):
             default a part of the free memory, and 0 for none.
         stream_interval_ms: Milliseconds between two events of a reply that is streamed. Tokens that
             come faster share an event, which saves time for writing; the first one comes at once,
-            and so do the end, an error and a call of a tool. 0 sends every token by itself.
+            and so do the end, an error and a call of a tool. A prompt that joins is read in pieces
+            that fit in between. 0 sends every token by itself.
         metrics: Offer /metrics in the text format of Prometheus.
         page: Offer the page to chat in at /.
     """

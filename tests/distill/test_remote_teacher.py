@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,13 @@ import pytest
 
 import distill
 import export
-from distill import remote_teacher
 from mistill.cli import main
+from mistill.remote import chat_server
 from tests.mistill.serve.running import running
+from tests.scripted_server import Answer, Start, scripted
 from tests.tiny import SENTENCES, SPECIAL_TOKENS, tiny_model
 
-Answer = tuple[int, dict[str, str], Any]
+__all__ = ["scripted"]
 
 
 @pytest.fixture(scope="module")
@@ -37,83 +35,16 @@ def prompts(tmp_path: Path) -> Path:
     return file
 
 
-class Scripted:
-    """A server that answers as it is told, and remembers what it was asked."""
-
-    def __init__(self, answer: Callable[[dict[str, Any], int], Answer]) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.most_at_once = 0
-        at_once, lock = 0, threading.Lock()
-        script = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def reply(self, status: int, headers: dict[str, str], value: Any) -> None:
-                content = value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(status)
-                for name, text in headers.items():
-                    self.send_header(name, text)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def do_GET(self) -> None:
-                self.reply(200, {}, {"data": [{"id": "big"}]})
-
-            def do_POST(self) -> None:
-                nonlocal at_once
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    at_once += 1
-                    script.most_at_once = max(script.most_at_once, at_once)
-                    script.bodies.append(body)
-                    script.keys.append(self.headers["Authorization"])
-                    number = len(script.bodies)
-                self.reply(*answer(body, number))
-                with lock:
-                    at_once -= 1
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
-
-
-@pytest.fixture
-def scripted() -> Iterator[Callable[[Callable[[dict[str, Any], int], Answer]], Scripted]]:
-    servers: list[Scripted] = []
-
-    def start(answer: Callable[[dict[str, Any], int], Answer]) -> Scripted:
-        servers.append(Scripted(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
-
-
 def said(body: dict[str, Any], reason: str = "stop") -> Answer:
     text = f"You said: {body['messages'][-1]['content']}"
     return 200, {}, {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
-
-
-Start = Callable[[Callable[[dict[str, Any], int], Answer]], Scripted]
 
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long the teacher would have waited; it does not."""
     seconds: list[float] = []
-    monkeypatch.setattr(remote_teacher, "_wait", seconds.append)
+    monkeypatch.setattr(chat_server, "_wait", seconds.append)
     return seconds
 
 

@@ -239,7 +239,7 @@ def _train_in(
 
 
 def require_divisible(settings: SupervisedSettings, accelerator: Accelerator) -> None:
-    """Refuse four-bit weights where FSDP or ZeRO-3 would divide them.
+    """Refuse four-bit weights where FSDP would change them, or ZeRO-3 divide them.
 
     Args:
         settings: How to tune.
@@ -258,10 +258,10 @@ def require_divisible(settings: SupervisedSettings, accelerator: Accelerator) ->
                 "ZeRO-3 divides weights before they are quantized, and cannot hold base nf4; use "
                 "ZeRO-2, by which every process has the 4-bit weights whole, or base float"
             )
-    if kind == "FSDP":
+    if kind == "FSDP" and accelerator.mixed_precision != "no":
         raise SettingsError(
-            "FSDP divides weights of one type only, and base nf4 has 4-bit weights beside float32 "
-            "adapters; use ZeRO-2 or several processes without FSDP, or base float"
+            "FSDP would cast the weights that it gathers to bfloat16, and with base nf4 their "
+            "codes too; set precision to float32, or use ZeRO-2 or several processes without FSDP"
         )
 
 
@@ -276,7 +276,12 @@ def _load(
     dtype = _compute_dtype(accelerator) if settings.lora_rank else torch.float32
     # Float weights wait on the CPU until accelerate has decided who holds which.
     device = accelerator.device if settings.base == "nf4" else torch.device("cpu")
-    return load_base(info, settings.base, dtype, device)
+    model = load_base(info, settings.base, dtype, device)
+    if settings.base == "nf4" and accelerator.distributed_type.value == "FSDP":
+        from mistill.pytorch.four_bit import hold_codes_as
+
+        hold_codes_as(model, dtype)
+    return model
 
 
 def _compute_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -48,7 +48,7 @@ class BoundedProtocol(H11Protocol):
         self._phase = ""
         self.rests_since = self.loop.time()
         self.access_log = False  # it would hold the addresses that clients ask for
-        super().connection_made(transport)
+        super().connection_made(GatheringTransport(transport, self.loop))  # type: ignore[arg-type]
         if len(self.connections) > self.bounds.connections:
             resting = [
                 one
@@ -128,6 +128,49 @@ class BoundedProtocol(H11Protocol):
     def _expire(self) -> None:
         if not self.transport.is_closing():
             self.transport.abort()
+
+
+class GatheringTransport:
+    """A transport that sends at once what was written to it before the loop goes on.
+
+    uvicorn writes the head of an answer, each part of its body and its end by themselves. Whoever
+    reads wakes at each, and on two processors takes the place of whoever writes the rest.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        """Stand before a transport.
+
+        Args:
+            transport: The transport.
+            loop: Its loop.
+        """
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        """Send bytes soon.
+
+        Args:
+            data: The bytes.
+        """
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        """Send what was written, and close."""
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the transport's."""
+        return getattr(self._transport, name)
+
+    def _flush(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts and not self._transport.is_closing():
+            self._transport.write(b"".join(parts))
 
 
 def uvicorn_options(limits: Limits) -> dict[str, Any]:

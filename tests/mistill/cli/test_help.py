@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from mistill.cli.app import app, main
 from mistill.cli.help_pages import option_name
+from mistill.cli.options import LISTS
 
 
 def commands(part: Any = app, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -25,7 +26,8 @@ in_each_command = pytest.mark.parametrize("command", COMMANDS)
 
 
 def arguments(command: str) -> list[Any]:
-    return list(COMMANDS[command].assemble_argument_collection(parse_docstring=True))
+    part = COMMANDS[command]
+    return list(part.assemble_argument_collection(default_parameter=LISTS, parse_docstring=True))
 
 
 def options(command: str) -> set[str]:
@@ -79,3 +81,26 @@ def test_help_has_no_markup_of_a_docstring_and_no_empty_defaults(monkeypatch, ca
         assert "default: (" not in text
         names = {name for name in options(command) if "_" in name} - {"top_k"}  # also a choice
         assert not [name for name in names if name in text]
+
+
+@in_each_command
+def test_options_have_the_forms_that_make_sense_and_no_others(command, capsys):
+    text = help_text(command, capsys)
+    assert "--no-no-" not in text
+    assert "--empty-" not in text
+    for argument in arguments(command):
+        names = {name for name in argument.names if name.startswith("--")}
+        negatives = {name for name in names if name.startswith("--no-")} - {argument.name}
+        is_boolean = bool in (argument.hint, *get_args(argument.hint))
+        if argument.name.startswith("--no-") or not is_boolean:
+            assert not negatives, argument.name
+        else:  # both forms, or the one that changes what happens by default
+            assert negatives in ({argument.name.replace("--", "--no-", 1)}, set()), argument.name
+            assert negatives or argument.field_info.default is False, argument.name
+
+
+def test_a_server_without_a_key_is_asked_for_in_one_way(tmp_path, capsys):
+    assert main(["serve", str(tmp_path), "--no-no-key"]) != 0
+    assert "--no-no-key" in capsys.readouterr().err
+    assert main(["chat", str(tmp_path), "--empty-stop"]) != 0
+    assert "--empty-stop" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import export
+from mistill.engine import scheduler as scheduler_module
 from mistill.engine.language_model import Choose, greedy
 from mistill.engine.onnx_model import CHUNK, OnnxModel, chunk_size
 from mistill.engine.sampling import Sampler, SamplingSettings
@@ -120,18 +122,69 @@ def test_chunks_are_even_where_more_follows_and_none_has_one_position() -> None:
 
 def test_what_sinks_were_told_in_a_step_is_told_of_once_after_it(model: OnnxModel) -> None:
     told: list[object] = []
+    everybody_is_there = threading.Event()
+
+    def hold(token: int) -> None:
+        assert everybody_is_there.wait(LONG)
+        told.append(token)
+
     sinks = [Heard() for _ in range(3)]
-    for sink in sinks:
-        sink.hold = told.append
     with Scheduler(model, slots=3, after_tokens=lambda: told.append("after")) as scheduler:
         for number, sink in enumerate(sinks):
+            sink.hold = hold
             scheduler.submit(a_job(some_ids(20, number), sink, tokens=30))
+        everybody_is_there.set()
         for sink in sinks:
             sink.wait()
     steps = "".join("t" if isinstance(one, int) else "|" for one in told).split("|")
     assert sum(map(len, steps)) == 90
     assert max(map(len, steps)) == 3  # of all who write side by side
     assert steps[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("unnoticed", "positions"), [(0.0, 4), (0.025, 4), (0.185, 16), (9.0, 126)]
+)
+def test_a_prompt_that_joins_is_read_in_pieces_that_nobody_notices(
+    model: OnnxModel, unnoticed: float, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    sizes: list[int] = []
+    read, step = TextRows.read, TextRows.step
+
+    def slow_read(rows: TextRows, row: int, tokens: list[int], *given: Any, **named: Any) -> Any:
+        nonlocal now
+        now += 0.01 * len(tokens)
+        sizes.append(len(tokens))
+        return read(rows, row, tokens, *given, **named)
+
+    def slow_step(rows: TextRows, *given: Any, **named: Any) -> Any:
+        nonlocal now
+        now += 0.01
+        return step(rows, *given, **named)
+
+    monkeypatch.setattr(scheduler_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(TextRows, "read", slow_read)
+    monkeypatch.setattr(TextRows, "step", slow_step)
+    writes, joins = threading.Event(), threading.Event()
+    writer, joiner = Heard(), Heard()
+
+    def hold(token: int) -> None:
+        if len(writer.tokens) == 5:
+            writes.set()
+            assert joins.wait(LONG)
+
+    with Scheduler(model, slots=2, unnoticed_seconds=unnoticed) as scheduler:
+        writer.hold = hold
+        scheduler.submit(a_job(some_ids(20, 1), writer, tokens=200))
+        assert writes.wait(LONG)
+        scheduler.submit(a_job(some_ids(400, 2), joiner, tokens=1))
+        joins.set()
+        joiner.wait()
+        writer.wait()
+    assert sizes[0] == 20
+    assert max(sizes[1:]) == positions
+    assert sizes.count(positions) > 1
 
 
 def test_a_seed_draws_the_same_beside_others(model: OnnxModel) -> None:

@@ -19,7 +19,7 @@ import quantize
 from mistill.errors import ArchitectureError
 from mistill.folders.folder import open_folder
 from mistill.loss.heads import read_head
-from mistill.pytorch.four_bit import keep_as_stored
+from mistill.pytorch.four_bit import hold_codes_as, keep_as_stored
 from mistill.pytorch.loading import load_pytorch
 from mistill.pytorch.spread import load_spread
 from mistill.training.adapters import add_adapters
@@ -165,3 +165,78 @@ def test_a_head_that_was_repacked_is_not_read(model: Path, tmp_path: Path) -> No
     head.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ArchitectureError, match="has repacked a 4-bit layer"):
         read_head(four_bit)
+
+
+# --- codes that are held as numbers of the other weights' type -----------------------------------
+
+
+def four_bit_layers(model: Any) -> dict[str, Any]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_held_as_floats_are_those_that_bitsandbytes_stores_so(
+    dtype: torch.dtype, model: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    ours: Any = load_spread(open_folder(model), torch.float32, {"": "cpu"}, nf4=True)
+    bytes_before = {name: one.weight.data.clone() for name, one in four_bit_layers(ours).items()}
+    assert hold_codes_as(ours, dtype) == len(bytes_before) == 14
+    theirs = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_quant_storage=dtype,
+        ),
+    )
+    stored = four_bit_layers(theirs)
+    state = ours.state_dict()
+    for name, layer in four_bit_layers(ours).items():
+        assert layer.weight.dtype == layer.quant_storage == dtype
+        codes = layer.weight.data.view(torch.uint8)
+        assert torch.equal(codes, stored[name].weight.data.view(torch.uint8))
+        # What a checkpoint holds is read again as the codes that came.
+        held = state[f"{name}.weight"].view(torch.uint8).reshape(-1, 1)
+        assert torch.equal(held, bytes_before[name])
+
+
+def test_the_gradients_are_those_of_codes_in_bytes(model: Path) -> None:
+    found = []
+    for floats in (False, True):
+        torch.manual_seed(3)
+        loaded: Any = load_spread(open_folder(model), torch.float32, {"": "cpu"}, nf4=True)
+        if floats:
+            hold_codes_as(loaded, torch.float32)
+        add_adapters(loaded, 4)
+        for name, parameter in loaded.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        assert {one.dtype for one in loaded.parameters() if one.requires_grad} == {torch.float32}
+        loaded.requires_grad_(False)
+        trained = {name: one for name, one in loaded.named_parameters() if ".lora_" in name}
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        loss = loaded(IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        found.append({name: one.grad.clone() for name, one in trained.items()})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert gradient.abs().max() > 0
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def test_codes_that_fill_no_floats_are_refused() -> None:
+    layer: Any = modules.Linear4bit(2, 3, bias=False, quant_type="nf4").to("cpu")
+    assert layer.weight.numel() == 3
+    with pytest.raises(ArchitectureError, match="3 bytes of 4-bit codes do not fill"):
+        hold_codes_as(torch.nn.Sequential(layer), torch.float32)

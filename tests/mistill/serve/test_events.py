@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from asyncio import selector_events
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import pytest
 from mistill.chat.stream_text import TextStream
 from mistill.errors import SettingsError
 from mistill.serve import chat as chat_module
+from mistill.serve.http.connections import GatheringTransport
 from mistill.serve.replies import DueInboxes, End, Failure, Inbox, Piece, Reply
 from mistill.serve.requests import ChatRequest
 from mistill.serve.settings import ServeSettings
@@ -384,3 +386,61 @@ def test_the_tokens_so_far_are_counted_in_every_event(together: RunningServer) -
     assert counts == sorted(counts)
     assert counts[-1] == 20
     assert json.dumps(events[1]["usage"]) != "null"
+
+
+# --- what is written at once ----------------------------------------------------------------------
+
+
+def test_an_answer_is_one_write_and_so_is_the_beginning_and_the_end_of_a_stream(
+    together: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    true_write = selector_events._SelectorSocketTransport.write  # type: ignore[attr-defined]
+
+    def write(transport: asyncio.Transport, data: bytes) -> None:
+        written.append(data)
+        true_write(transport, data)
+
+    monkeypatch.setattr(selector_events._SelectorSocketTransport, "write", write)  # type: ignore[attr-defined]
+    assert together.chat().status == 200
+    assert len(written) == 1
+    assert written[0].startswith(b"HTTP/1.1 200")
+    written.clear()
+    assert together.chat(stream=True, max_tokens=30, ignore_eos=True).status == 200
+    assert written[0].startswith(b"HTTP/1.1 200")
+    assert b'"content":' in written[0]
+    assert b"data: [DONE]" in written[-1]
+    assert written[-1].endswith(b"\r\n0\r\n\r\n")
+
+
+def test_what_was_written_goes_out_before_a_connection_is_closed_and_not_after() -> None:
+    class Transport:
+        def __init__(self) -> None:
+            self.done: list[object] = []
+
+        def write(self, data: bytes) -> None:
+            self.done.append(data)
+
+        def close(self) -> None:
+            self.done.append("closed")
+
+        def is_closing(self) -> bool:
+            return "closed" in self.done
+
+    async def use() -> tuple[list[object], list[object]]:
+        first, second = Transport(), Transport()
+        loop = asyncio.get_running_loop()
+        one, two = (GatheringTransport(other, loop) for other in (first, second))  # type: ignore[arg-type]
+        for data in (b"a", b"b"):
+            one.write(data)
+            two.write(data)
+        assert first.done == []
+        one.close()
+        await asyncio.sleep(0)
+        two.write(b"c")
+        two.write(b"d")
+        second.close()  # by the other side
+        await asyncio.sleep(0)
+        return first.done, second.done
+
+    assert asyncio.run(use()) == ([b"ab", "closed"], [b"ab", "closed"])

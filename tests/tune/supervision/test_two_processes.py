@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import tune
 from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
+from tests.mistill.training.test_processes import environment_of
 from tests.tune.supervision.test_tuned_folder import QUICK, hidden_beside, report_of
 from tune.settings import SupervisedSettings
 from tune.supervision.tuned_folder import _compute_dtype, require_divisible
@@ -76,6 +77,76 @@ def test_two_processes_tune_as_one_does(
     assert hidden_beside(tmp_path) == []
 
 
+FSDP_PROGRAM = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+import tune
+from tune.supervision import trainer
+# accelerate divides weights among GPUs only; what it would do there works on CPUs too
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+model, target, texts, options, dies_at = sys.argv[1:]
+original, count = trainer.accumulate_gradients, 0
+def dying(module, *words):
+    global count
+    count += 1
+    if count == int(dies_at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if count == 1:
+        codes = [one for name, one in module.named_parameters() if "base_layer.weight" in name]
+        here, whole = (sum(map(torch.Tensor.numel, some)) for some in (
+            [one.to_local() for one in codes], codes))
+        os.write(1, f"HELD {here} {whole} {codes[0].dtype}\\n".encode())
+    return original(module, *words)
+trainer.accumulate_gradients = dying
+tune.supervised(model, target, texts=texts, **json.loads(options))
+"""
+
+
+@pytest.mark.slow
+def test_fsdp2_divides_four_bit_weights_and_learns_as_one_process_does(
+    tmp_path: Path, model: Path, chats: Path
+) -> None:
+    options = {**QUICK, "base": "nf4", "precision": "float32"}
+    one = tune.supervised(model, tmp_path / "one", texts=chats, **options)
+    program = tmp_path / "program.py"
+    program.write_text(FSDP_PROGRAM)
+
+    def launched(target: Path, dies_at: int) -> subprocess.CompletedProcess[str]:
+        words = [program, model, target, chats, json.dumps(options), dies_at]
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             *map(str, words)],
+            env={**os.environ, **environment_of("fsdp2-qlora"), "OMP_NUM_THREADS": "1",
+                 "PYTHONPATH": str(Path(__file__).parents[3])},
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+
+    two, resumed = tmp_path / "two", tmp_path / "resumed"
+    done = launched(two, 0)
+    assert done.returncode == 0, done.stderr
+    held = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("HELD")]
+    assert len(held) == 2
+    for here, whole, dtype in held:
+        assert int(here) * 2 == int(whole)
+        assert dtype == "torch.float32"
+    assert read_lineage(two)[-1]["distributed"] == "FSDP"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (two, one))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert launched(resumed, 4).returncode != 0
+    assert not resumed.exists()
+    again = launched(resumed, 0)
+    assert again.returncode == 0, again.stderr
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (resumed / name).read_bytes() == (two / name).read_bytes(), name
+    assert hidden_beside(tmp_path) == []
+
+
 def accelerator(kind: str, stage: int = 0) -> Any:
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
     return SimpleNamespace(
@@ -83,12 +154,16 @@ def accelerator(kind: str, stage: int = 0) -> Any:
     )
 
 
-def test_four_bit_weights_are_divided_by_neither_zero3_nor_fsdp() -> None:
+def test_four_bit_weights_are_neither_divided_by_zero3_nor_cast_by_fsdp() -> None:
     four_bits = SupervisedSettings(base="nf4")
     with pytest.raises(SettingsError, match=r"ZeRO-3 divides weights before .* use ZeRO-2"):
         require_divisible(four_bits, accelerator("DEEPSPEED", 3))
-    with pytest.raises(SettingsError, match="FSDP divides weights of one type only"):
-        require_divisible(four_bits, accelerator("FSDP"))
+    fsdp = accelerator("FSDP")
+    fsdp.mixed_precision = "bf16"
+    with pytest.raises(SettingsError, match=r"FSDP would cast .* codes too; set precision"):
+        require_divisible(four_bits, fsdp)
+    fsdp.mixed_precision = "no"
+    require_divisible(four_bits, fsdp)
     require_divisible(four_bits, accelerator("DEEPSPEED", 2))
     require_divisible(four_bits, accelerator("MULTI_GPU"))
     require_divisible(SupervisedSettings(), accelerator("DEEPSPEED", 3))

@@ -76,7 +76,7 @@ def plan_recipe(recipe: Recipe, flops: float | None = None) -> list[PlannedStep]
         parameters[step.name] = _own_parameters(step, inherited)
         bits[step.name] = _bits(step, bits.get(source, 32))
         size = _size(step, parameters[step.name], bits[step.name])
-        work = _work(step, parameters, inherited)
+        work = _operations(step, parameters, inherited)
         seconds = None if work is None else work / (speed * _EFFICIENCY)
         if size is not None and seconds is None and step.kind.name not in _LONG:
             seconds = size / _DISK_BYTES_PER_SECOND
@@ -176,7 +176,7 @@ def _size(step: Step, parameters: float | None, bits: float) -> float | None:
     return None if parameters is None else parameters * bits / 8
 
 
-def _work(
+def _operations(
     step: Step, parameters: Mapping[str, float | None], inherited: float | None
 ) -> float | None:
     """Operations of a step: two for each parameter and token read, six for each that is learned."""

@@ -363,8 +363,8 @@ def answer(adapter: Adapter, case: Case, factor: float = 1.0, *, evaluate: bool 
     """Compute a loss and its gradients.
 
     Args:
-        adapter: Whose.
-        case: Of what.
+        adapter: The loss to compute.
+        case: The models and the text.
         factor: The loss is multiplied by it before the backward pass.
         evaluate: Whether to compute it as its evaluation does, without a gradient.
 

@@ -84,17 +84,17 @@ def answer_here(form: _Form, folder: Path, prompt: int, new_tokens: int, replies
     """
     begun = time.perf_counter()
     write = _onnx_writer(folder) if form == "onnx" else _transformers_writer(folder)
-    _tell(event="loaded", seconds=time.perf_counter() - begun)  # as _READY begins
+    _print_event(event="loaded", seconds=time.perf_counter() - begun)  # as _READY begins
     for reply in range(replies + 1):
         # Every prompt begins otherwise, so that nothing of it is in the cache.
         ids = [(7 * reply + 11 * place) % 200 + 5 for place in range(prompt)]
         asked = time.perf_counter()
 
         def on_token(reply: int = reply, asked: float = asked) -> None:
-            _tell(event="token", reply=reply, seconds=time.perf_counter() - asked)
+            _print_event(event="token", reply=reply, seconds=time.perf_counter() - asked)
 
         write(ids, new_tokens, on_token)
-        _tell(event="memory", bytes=_peak_bytes())
+        _print_event(event="memory", bytes=_peak_bytes())
 
 
 def measure_row(
@@ -199,10 +199,10 @@ def measure(
         named = [name for name in rows if (shapes[name].layers, shapes[name].width) == shape]
         for name, model in _models(folder, {name: shapes[name] for name in named}, parameters):
             row = shapes[name]
-            _say(f"{name}: answering")
+            _log_line(f"{name}: answering")
             report[name] = measure_row(row, model, way, limit_bytes, limit_seconds, replies)
             report[name]["parameters"] = parameters[shape]
-            _say(f"{name}: {json.dumps(report[name])[:400]}")
+            _log_line(f"{name}: {json.dumps(report[name])[:400]}")
     return {
         "benchmark": "laptop",
         "threads": PROCESSORS,
@@ -226,17 +226,17 @@ def _models(
 
     first = next(iter(rows.values()))
     source, small = folder / "source", folder / "small"
-    _say(f"writing {first.layers} layers of width {first.width}")
+    _log_line(f"writing {first.layers} layers of width {first.width}")
     parameters[first.layers, first.width] = make_folder(source, first.layers, first.width)
     order: tuple[_Form, ...] = ("16-bit", "nf4", "onnx")
     named = sorted(rows, key=lambda name: order.index(rows[name].form))
     for name in named:
         form = rows[name].form
         if form == "nf4":
-            _say(f"{name}: quantizing")
+            _log_line(f"{name}: quantizing")
             quantize.to_nf4(source, small)
         elif form == "onnx":
-            _say(f"{name}: exporting")
+            _log_line(f"{name}: exporting")
             export.to_onnx(source, small, precision="int4", parity_positions=0)
         if name == named[-1]:
             # A source that nobody reads any more leaves its room, on the disk and in memory.
@@ -307,11 +307,11 @@ def _peak_bytes() -> int:
     return own_memory().peak_bytes
 
 
-def _tell(**event: Any) -> None:
+def _print_event(**event: Any) -> None:
     print(json.dumps(event), flush=True)
 
 
-def _say(line: str) -> None:
+def _log_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

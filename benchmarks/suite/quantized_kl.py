@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, home: Path) -> dict[str, Any]:
         for name in ways:
             if WAYS[name].calibrated or not by_way[name]:
                 by_way[name].append(_remembered(args, name, seed, home))
-                _say(f"{name}-{by_way[name][-1]['seed']}", by_way[name][-1])
+                _print_run(f"{name}-{by_way[name][-1]['seed']}", by_way[name][-1])
     blocks = held_out_blocks(args)
     text = {"held_out": Path(args.held_out).name, "tokens": int(blocks.kept.sum())}
     runs = {f"{name}-{run['seed']}": run for name in ways for run in by_way[name]}
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace, home: Path) -> dict[str, Any]:
             for name, figures in measured(folders, reference, blocks).items():
                 runs[name] |= figures | {"measured_on": text}
                 _record(home, name, runs[name])
-                _say(name, runs[name])
+                _print_run(name, runs[name])
     return {
         "model": Path(args.model).name,
         "machine": asdict(describe_machine(args.threads)),
@@ -354,7 +354,7 @@ def over_gptqmodel(by_way: dict[str, list[dict[str, Any]]]) -> dict[str, dict[st
     }
 
 
-def _say(name: str, run: dict[str, Any]) -> None:
+def _print_run(name: str, run: dict[str, Any]) -> None:
     words = ", ".join(
         f"{figure} {run[figure]:.5g}" for figure in ("kl", "seconds", "peak_mib") if figure in run
     )

@@ -195,7 +195,7 @@ def run_llama_bench(program: Path, folder: Path, args: argparse.Namespace) -> di
     """Run ``llama-bench`` once.
 
     Args:
-        program: It.
+        program: The path of llama-bench.
         folder: The rival's folder.
         args: The command line.
 

@@ -166,7 +166,7 @@ class _Search:
                 if state is not None:
                     for name, weight in weights.items():
                         layer.get_submodule(name).weight.copy_(weight)
-                    self._leave(depth, dropped, state, layer, middle)
+                    self._heal_and_drop(depth, dropped, state, layer, middle)
         self._theirs.popleft()
 
     def _look_ahead(self, depth: int) -> None:
@@ -182,7 +182,7 @@ class _Search:
                 )
             self._computed += 1
 
-    def _leave(
+    def _heal_and_drop(
         self, depth: int, dropped: int, state: _State, layer: Any, middle: Sequence[Tensor]
     ) -> None:
         """Keep and heal a layer, and drop none, one, two ... of those behind it."""

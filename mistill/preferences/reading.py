@@ -86,7 +86,7 @@ def read_pairs(
                 counts.pass_over(row, "all answers of the row tie")
             pairs += new
             counts.unread.update(judgement.unread)
-    return _some(pairs, "pairs", counts)
+    return _require_any(pairs, "pairs", counts)
 
 
 def read_labelled(
@@ -126,7 +126,7 @@ def read_labelled(
             for pair in pairs:
                 labelled.append(Labelled(pair.prompt, pair.chosen, True, pair.origin))
                 labelled.append(Labelled(pair.prompt, pair.rejected, False, pair.origin))
-    return _some(labelled, "labelled answers", counts)
+    return _require_any(labelled, "labelled answers", counts)
 
 
 def read_prompt_rows(texts: Texts, *, skip_bad_rows: bool = False) -> list[PromptRow]:
@@ -158,7 +158,7 @@ def read_prompt_rows(texts: Texts, *, skip_bad_rows: bool = False) -> list[Promp
                 says = prompt_of_row(row).says
                 assert isinstance(says, Conversation), "a prompt is a conversation"
                 prompts.append(PromptRow(says.joined(), dict(row.value), row.origin))
-    return _some(prompts, "prompts", counts)
+    return _require_any(prompts, "prompts", counts)
 
 
 def pairs_of(ranking: Ranking, kind: PairsOfRanking, seed: int = 0) -> list[Pair]:
@@ -251,7 +251,7 @@ def _records(texts: Texts, counts: RowCounts, skip: bool) -> Iterator[Row]:
     return counts.records(rows, skip=skip)
 
 
-def _some(items: list[ItemT], kind: str, counts: RowCounts) -> list[ItemT]:
+def _require_any(items: list[ItemT], kind: str, counts: RowCounts) -> list[ItemT]:
     if not items:
         raise counts.nothing_read(f"there are no {kind}")
     counts.tell("")

@@ -165,7 +165,7 @@ def _pair(row: Row, chosen: str, rejected: str) -> Judged:
         prompt, answer = _split(value[name], name, content, row.origin)
         prompts.append(prompt)
         answers.append(answer)
-    if _said(prompts[0].messages) != _said(prompts[1].messages):
+    if _roles_and_texts(prompts[0].messages) != _roles_and_texts(prompts[1].messages):
         raise TextError(
             f"{chosen} and {rejected} of {row.origin} differ before their last turn, so that they "
             "are no two answers to one prompt"
@@ -301,8 +301,8 @@ def _split(
     turns = read_conversation(value, f"{name} of {origin}").joined().messages
     if not beside.messages or len(turns) == 1:
         return _last_turn(_behind(beside, turns), origin, name)
-    before = _said(turns[:-1])
-    of_prompt = _said(beside.messages)
+    before = _roles_and_texts(turns[:-1])
+    of_prompt = _roles_and_texts(beside.messages)
     without_system = [turn for turn in of_prompt if turn[0] not in SYSTEMS]
     if before and before in (of_prompt, without_system):
         return _last_turn(_behind(beside, turns[-1:]), origin, name)
@@ -336,7 +336,7 @@ def _last_turn(
     return replace(talk.until(stop), unlearned=frozenset()), answer
 
 
-def _said(messages: Sequence[Message]) -> list[tuple[str, str]]:
+def _roles_and_texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(str(turn["role"]), content_of(turn).strip()) for turn in messages]
 
 

@@ -77,7 +77,7 @@ def content_of_row(row: Row) -> Content:
         TextError: If it says nothing that mistill reads, or something that would be lost.
     """
     value = row.value
-    column = _given(value, _CONVERSATIONS)
+    column = _first_present(value, _CONVERSATIONS)
     if column is not None:
         read_columns = {column}
         talk = read_conversation(value[column], row.origin)
@@ -85,7 +85,7 @@ def content_of_row(row: Row) -> Content:
     question, answer = _question_and_answer(value)
     if question is not None and answer is not None:
         read_columns = {question, answer}
-        prompt = _asked(row, question, read_columns)
+        prompt = _question_turns(row, question, read_columns)
         reply = _turns_of(value[answer], "assistant", f"{answer} of {row.origin}", row.origin)
         talk = _joined(prompt, reply)
         # What a prompt lets the assistant say was said before; the completion is what is learned.
@@ -113,7 +113,7 @@ def prompt_of_row(row: Row) -> Content:
     Raises:
         TextError: If there is no prompt, or something in it would be lost.
     """
-    column = _given(row.value, _CONVERSATIONS)
+    column = _first_present(row.value, _CONVERSATIONS)
     if column is not None:
         read_columns = {column}
         talk = read_conversation(row.value[column], row.origin)
@@ -125,7 +125,7 @@ def prompt_of_row(row: Row) -> Content:
                 "question, messages or conversations; docs/data.md shows a line of each"
             )
         read_columns = {question, *_ANSWERS[question]}
-        talk = _asked(row, question, read_columns)
+        talk = _question_turns(row, question, read_columns)
     content = _beside(row, talk, read_columns)
     assert isinstance(content.says, Conversation), "turns make a conversation"
     talk = content.says
@@ -138,7 +138,7 @@ def prompt_of_row(row: Row) -> Content:
     return replace(content, says=replace(talk.until(stop), unlearned=unlearned))
 
 
-def _given(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def _first_present(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return next((name for name in names if value.get(name) is not None), None)
 
 
@@ -154,7 +154,7 @@ def _columns(row: Row) -> str:
 
 def _question_and_answer(value: Mapping[str, Any]) -> tuple[str | None, str | None]:
     for question, answers in _ANSWERS.items():
-        answer = _given(value, answers)
+        answer = _first_present(value, answers)
         if value.get(question) is not None and answer is not None:
             return question, answer
     return None, None
@@ -163,7 +163,7 @@ def _question_and_answer(value: Mapping[str, Any]) -> tuple[str | None, str | No
 # --- questions ----------------------------------------------------------------------------------
 
 
-def _asked(row: Row, question: str, read_columns: set[str]) -> Conversation:
+def _question_turns(row: Row, question: str, read_columns: set[str]) -> Conversation:
     """The turns of a question, with the passage that it is about."""
     value = row.value
     talk = _turns_of(value[question], "user", f"{question} of {row.origin}", row.origin)

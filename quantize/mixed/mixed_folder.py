@@ -109,7 +109,8 @@ def to_mixed(
     def summarize(folder: Path) -> None:
         summary = {
             "budget_bytes": budget,
-            "expected_bytes": sum(choice.size for choice in chosen.values()) + _rest_bytes(model),
+            "expected_bytes": sum(choice.size for choice in chosen.values())
+            + _bytes_of_others(model),
             "weight_bytes": sum(file.stat().st_size for file in weight_files(folder)),
             "expected_kl": sum(choice.cost for choice in chosen.values()),
             "modules": {
@@ -151,7 +152,7 @@ def choose(
     """
     sizes = _possible_sizes(model, settings)
     budget = size_limit(model, settings)
-    rest = _rest_bytes(model)
+    rest = _bytes_of_others(model)
     least = sum(min(by_form.values()) for by_form in sizes.values()) + rest
     if least > budget:
         parameters = describe(model.folder).parameters
@@ -181,7 +182,7 @@ def uniform_bytes(model: FloatModel, group_size: int) -> int:
     Returns:
         At least what the files have.
     """
-    total = _rest_bytes(model)
+    total = _bytes_of_others(model)
     for by_form in _possible_sizes(model, MixedSettings()).values():
         fours = {f: size for f, size in by_form.items() if f is not None and f.bits == 4}
         matching = [size for f, size in fours.items() if f.group_size == group_size]
@@ -304,17 +305,17 @@ def size_limit(model: FloatModel, settings: BudgetSettings) -> int:
     return q4_k_m_bytes(
         model.matrices,
         {name: (width, rows) for name, (rows, width) in tables.items()},
-        sum(math.prod(present[name].shape) for name in _rest(model)),
+        sum(math.prod(present[name].shape) for name in _other_tensors(model)),
     )
 
 
-def _rest_bytes(model: FloatModel) -> int:
+def _bytes_of_others(model: FloatModel) -> int:
     """Bytes of norms and biases, which stay as they are."""
     present = tensor_headers(model.folder)
-    return sum(present[name].size + len(name) + _HEADER_BYTES for name in _rest(model))
+    return sum(present[name].size + len(name) + _HEADER_BYTES for name in _other_tensors(model))
 
 
-def _rest(model: FloatModel) -> list[str]:
+def _other_tensors(model: FloatModel) -> list[str]:
     """Names of the tensors that are neither matrices nor tables."""
     chosen = {f"{name}.weight" for name in (*model.matrices, EMBEDDING, HEAD)}
     return [

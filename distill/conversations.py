@@ -245,10 +245,10 @@ def _write(
         openings = [thoughts_opening(talk, vocabulary) for talk in talks]
         _finish(work, talks, texts, finished, openings, target, held_out, settings)
         return
-    fates = _fates(texts, finished, settings)
-    good = [fate == _KEPT for fate in fates]
+    outcomes = _outcomes(texts, finished, settings)
+    good = [outcome == _KEPT for outcome in outcomes]
     row_of_reply = [row for row in rows for _ in range(settings.best_of)]
-    _report(fates, settings)
+    _report(outcomes, settings)
     if settings.reverse:
         graded = None
         if forward is not None:
@@ -320,13 +320,13 @@ def _finish(
     settings: GenerateSettings,
 ) -> None:
     """Write the conversations whose replies are kept, and remove what the work has left."""
-    fates = _fates(texts, finished, settings)
+    outcomes = _outcomes(texts, finished, settings)
     conversations = [
         beside_the_reply(talk, opening + text)
-        for talk, opening, text, fate in zip(talks, openings, texts, fates, strict=True)
-        if fate == _KEPT
+        for talk, opening, text, outcome in zip(talks, openings, texts, outcomes, strict=True)
+        if outcome == _KEPT
     ]
-    _report(fates, settings)
+    _report(outcomes, settings)
     (work / FINISHED).touch()
     publish_lines(conversations, target, held_out, settings.held_out_share)
     remove_work(work)
@@ -371,35 +371,37 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: 
         )
 
 
-def _fates(texts: Sequence[str], finished: Sequence[bool], settings: GenerateSettings) -> list[str]:
+def _outcomes(
+    texts: Sequence[str], finished: Sequence[bool], settings: GenerateSettings
+) -> list[str]:
     """What becomes of every reply: that it is kept, or why it is dropped."""
-    fates, before = [], set()
+    outcomes, before = [], set()
     for text, ended in zip(texts, finished, strict=True):
         words = without_spelling(text)
         if not ended and not settings.keep_unfinished:
-            fate = f"cut off after {settings.max_new_tokens} tokens"
+            outcome = f"cut off after {settings.max_new_tokens} tokens"
         elif not text:
-            fate = "empty"
+            outcome = "empty"
         elif settings.max_repeats and most_repeats(text) > settings.max_repeats:
-            fate = "that repeat themselves"
+            outcome = "that repeat themselves"
         elif settings.drop_duplicates and words in before:
-            fate = "given before"
+            outcome = "given before"
         else:
-            fate = _KEPT
+            outcome = _KEPT
             before.add(words)
-        fates.append(fate)
-    return fates
+        outcomes.append(outcome)
+    return outcomes
 
 
-def _report(fates: Sequence[str], settings: GenerateSettings) -> None:
-    dropped = Counter(fate for fate in fates if fate != _KEPT)
-    kept = len(fates) - dropped.total()
-    reasons = ", ".join(f"{count} {fate}" for fate, count in dropped.items())
+def _report(outcomes: Sequence[str], settings: GenerateSettings) -> None:
+    dropped = Counter(outcome for outcome in outcomes if outcome != _KEPT)
+    kept = len(outcomes) - dropped.total()
+    reasons = ", ".join(f"{count} {outcome}" for outcome, count in dropped.items())
     words = f"; dropped replies: {reasons}" if reasons else ""
-    _log.info("%d prompts, %d conversations kept%s", len(fates), kept, words)
+    _log.info("%d prompts, %d conversations kept%s", len(outcomes), kept, words)
     if not kept:
         raise TextError(
-            f"none of the {len(fates)} replies is kept: {reasons}; raise max_new_tokens "
+            f"none of the {len(outcomes)} replies is kept: {reasons}; raise max_new_tokens "
             f"(now {settings.max_new_tokens}), set keep_unfinished, or ask for less of the replies"
         )
 

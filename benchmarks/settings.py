@@ -104,14 +104,14 @@ class BenchSettings(TextSettings):
             *("perplexity_tokens", "sample_tokens", "reply_tokens"),
         ):
             require_range(name, getattr(self, name), 1)
-        for named, asked in (
+        for option, needed in (
             *(("task_models", "tasks"), ("reply_models", "replies")),
             ("sample_models", "sample_prompts"),
         ):
             require(
-                bool(getattr(self, asked)) or not getattr(self, named),
-                f"{named} names models, and nothing is asked of them; give {asked}, or leave out "
-                f"{named}",
+                bool(getattr(self, needed)) or not getattr(self, option),
+                f"{option} names models, and nothing is asked of them; give {needed}, or leave out "
+                f"{option}",
             )
         require_range("threads", self.threads, 1, MOST_THREADS)
         require(

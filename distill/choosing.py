@@ -115,12 +115,12 @@ def likelihoods(
         model.to("cuda")
     answers = [
         Answer(
-            (*asked, *reply.ids, *(vocabulary.end_ids[:1] if reply.finished else ())), len(asked)
+            (*prompt, *reply.ids, *(vocabulary.end_ids[:1] if reply.finished else ())), len(prompt)
         )
-        for asked, reply in zip(ids, replies, strict=True)
+        for prompt, reply in zip(ids, replies, strict=True)
     ]
-    told = [answer for answer in answers if answer.length]
-    sums = iter(answer_log_probabilities(model, told))
+    not_empty = [answer for answer in answers if answer.length]
+    sums = iter(answer_log_probabilities(model, not_empty))
     return [float(next(sums)) / answer.length if answer.length else -np.inf for answer in answers]
 
 
@@ -138,13 +138,13 @@ def best_and_worst(
         For each prompt the numbers of two replies, equal where all tie; None where none may be
         chosen. Of replies that tie the first is taken.
     """
-    chosen: list[tuple[int, int] | None] = []
+    places: list[tuple[int, int] | None] = []
     for start in range(0, len(scores), samples):
         group = [place for place in range(start, start + samples) if good[place]]
         if not group:
-            chosen.append(None)
+            places.append(None)
             continue
         best = max(group, key=lambda place: (scores[place], -place))
         worst = min(group, key=lambda place: (scores[place], place))
-        chosen.append((best, worst if scores[worst] < scores[best] else best))
-    return chosen
+        places.append((best, worst if scores[worst] < scores[best] else best))
+    return places

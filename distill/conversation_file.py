@@ -73,10 +73,10 @@ def chosen_lines(
             )
         elif texts[best] != texts[worst]:
             beside = beside_the_reply(row.prompt, None)
-            told = {"prompt": beside.pop("messages"), **beside}
+            pair = {"prompt": beside.pop("messages"), **beside}
             for name, place in (("chosen", best), ("rejected", worst)):
-                told |= {name: opening + texts[place], f"score_{name}": scores[place]}
-            lines.append(told)
+                pair |= {name: opening + texts[place], f"score_{name}": scores[place]}
+            lines.append(pair)
         else:
             ties += 1
     if ties:
@@ -113,9 +113,9 @@ def instruction_lines(
             {"role": "assistant", "content": row.columns["text"]},
         ]
         lines.append({"messages": turns} | ({} if graded is None else {"score": scores[both[0]]}))
-    kept = max(1, round(settings.keep_share * len(lines)))
-    if kept < len(lines):
-        bound = sorted((line["score"] for line in lines), reverse=True)[kept - 1]
+    count = max(1, round(settings.keep_share * len(lines)))
+    if count < len(lines):
+        bound = sorted((line["score"] for line in lines), reverse=True)[count - 1]
         lines = [line for line in lines if line["score"] >= bound]
     return lines
 

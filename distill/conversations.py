@@ -150,13 +150,13 @@ def generate_conversations(
         require_finite_weights(folder)
     with working(target, key, anew=overwrite) as work:
         if settings.without_prompts:
-            asked = [begin] * settings.without_prompts
+            beginnings = [begin] * settings.without_prompts
             record = work / "prompts.jsonl"
-            turns = _resumed_replies(record, folder, vocabulary, asked, settings, _OWN)
-            own = own_prompts(turns, after, vocabulary, settings.system)
+            turns = _resumed_replies(record, folder, vocabulary, beginnings, settings, _OWN)
+            own_talks = own_prompts(turns, after, vocabulary, settings.system)
             rows = [
                 PromptRow(talk, {}, f"prompt {number} of the teacher")
-                for number, talk in enumerate(own, 1)
+                for number, talk in enumerate(own_talks, 1)
             ]
             ids = [
                 _prompt_ids(number, row.prompt, vocabulary) for number, row in enumerate(rows, 1)
@@ -177,9 +177,9 @@ def _refuse_missing_sides(
     settings: GenerateSettings,
 ) -> None:
     """Refuse options that need one another."""
-    own = str(prompts) == OWN_PROMPTS
+    writes_prompts = str(prompts) == OWN_PROMPTS
     require(
-        own == (settings.without_prompts > 0),
+        writes_prompts == (settings.without_prompts > 0),
         f"without_prompts and the prompts {OWN_PROMPTS} belong together; give both, or a file of "
         "prompts",
     )
@@ -245,19 +245,19 @@ def _write(
         openings = [thoughts_opening(talk, vocabulary) for talk in talks]
         _finish(work, talks, texts, finished, openings, target, held_out, settings)
         return
-    fates = _fates(texts, finished, settings)
-    good = [fate == _KEPT for fate in fates]
-    asked = [row for row in rows for _ in range(settings.best_of)]
-    _report(fates, settings)
+    outcomes = _outcomes(texts, finished, settings)
+    good = [outcome == _KEPT for outcome in outcomes]
+    row_of_reply = [row for row in rows for _ in range(settings.best_of)]
+    _report(outcomes, settings)
     if settings.reverse:
         graded = None
         if forward is not None:
-            known = [row.columns["text"] for row in asked]
-            graded = gains(resolve_model(forward), texts, known)
+            source_texts = [row.columns["text"] for row in row_of_reply]
+            graded = gains(resolve_model(forward), texts, source_texts)
         lines = instruction_lines(rows, texts, good, graded, settings)
     else:
         assert choice is not None, "several replies have a judge"
-        scores = choice[1](asked, ids, replies)
+        scores = choice[1](row_of_reply, ids, replies)
         lines = chosen_lines(rows, texts, good, scores, vocabulary, settings)
     if not lines:
         raise TextError(
@@ -320,13 +320,13 @@ def _finish(
     settings: GenerateSettings,
 ) -> None:
     """Write the conversations whose replies are kept, and remove what the work has left."""
-    fates = _fates(texts, finished, settings)
+    outcomes = _outcomes(texts, finished, settings)
     conversations = [
         beside_the_reply(talk, opening + text)
-        for talk, opening, text, fate in zip(talks, openings, texts, fates, strict=True)
-        if fate == _KEPT
+        for talk, opening, text, outcome in zip(talks, openings, texts, outcomes, strict=True)
+        if outcome == _KEPT
     ]
-    _report(fates, settings)
+    _report(outcomes, settings)
     (work / FINISHED).touch()
     publish_lines(conversations, target, held_out, settings.held_out_share)
     remove_work(work)
@@ -357,8 +357,8 @@ def _prompt_ids(number: int, talk: Conversation, vocabulary: Vocabulary) -> list
 
 def _digest(talks: Sequence[Conversation]) -> str:
     rows = [beside_the_reply(talk, None) for talk in talks]
-    said = [row if len(row) > 1 else row["messages"] for row in rows]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    contents = [row if len(row) > 1 else row["messages"] for row in rows]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
@@ -371,35 +371,37 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: 
         )
 
 
-def _fates(texts: Sequence[str], finished: Sequence[bool], settings: GenerateSettings) -> list[str]:
+def _outcomes(
+    texts: Sequence[str], finished: Sequence[bool], settings: GenerateSettings
+) -> list[str]:
     """What becomes of every reply: that it is kept, or why it is dropped."""
-    fates, before = [], set()
+    outcomes, before = [], set()
     for text, ended in zip(texts, finished, strict=True):
         words = without_spelling(text)
         if not ended and not settings.keep_unfinished:
-            fate = f"cut off after {settings.max_new_tokens} tokens"
+            outcome = f"cut off after {settings.max_new_tokens} tokens"
         elif not text:
-            fate = "empty"
+            outcome = "empty"
         elif settings.max_repeats and most_repeats(text) > settings.max_repeats:
-            fate = "that repeat themselves"
+            outcome = "that repeat themselves"
         elif settings.drop_duplicates and words in before:
-            fate = "given before"
+            outcome = "given before"
         else:
-            fate = _KEPT
+            outcome = _KEPT
             before.add(words)
-        fates.append(fate)
-    return fates
+        outcomes.append(outcome)
+    return outcomes
 
 
-def _report(fates: Sequence[str], settings: GenerateSettings) -> None:
-    dropped = Counter(fate for fate in fates if fate != _KEPT)
-    kept = len(fates) - dropped.total()
-    reasons = ", ".join(f"{count} {fate}" for fate, count in dropped.items())
+def _report(outcomes: Sequence[str], settings: GenerateSettings) -> None:
+    dropped = Counter(outcome for outcome in outcomes if outcome != _KEPT)
+    kept = len(outcomes) - dropped.total()
+    reasons = ", ".join(f"{count} {outcome}" for outcome, count in dropped.items())
     words = f"; dropped replies: {reasons}" if reasons else ""
-    _log.info("%d prompts, %d conversations kept%s", len(fates), kept, words)
+    _log.info("%d prompts, %d conversations kept%s", len(outcomes), kept, words)
     if not kept:
         raise TextError(
-            f"none of the {len(fates)} replies is kept: {reasons}; raise max_new_tokens "
+            f"none of the {len(outcomes)} replies is kept: {reasons}; raise max_new_tokens "
             f"(now {settings.max_new_tokens}), set keep_unfinished, or ask for less of the replies"
         )
 
@@ -420,17 +422,17 @@ def _resumed_replies(
     The number of a prompt, counted from ``first``, seeds its random numbers.
     """
     size = settings.batch_size
-    done = _recorded(record, len(prompts), size)
-    with track("writing conversations", len(prompts), "prompts", done=len(done)) as progress:
-        if len(done) < len(prompts):
+    all_replies = _recorded(record, len(prompts), size)
+    with track("writing conversations", len(prompts), "prompts", done=len(all_replies)) as progress:
+        if len(all_replies) < len(prompts):
             write = _writer(folder, vocabulary, settings)
-            for start in range(len(done), len(prompts), size):
+            for start in range(len(all_replies), len(prompts), size):
                 batch = prompts[start : start + size]
                 numbers = range(first + start, first + start + len(batch))
                 replies = write(batch, numbers, progress.advance)
                 _record(record, replies)
-                done += replies
-    return done
+                all_replies += replies
+    return all_replies
 
 
 def _recorded(record: Path, prompts: int, batch_size: int) -> list[Reply]:
@@ -438,8 +440,8 @@ def _recorded(record: Path, prompts: int, batch_size: int) -> list[Reply]:
     if not record.is_file():
         return []
     lines = record.read_bytes().split(b"\n")[:-1]  # the last line has an end only if it is whole
-    whole = len(lines) if len(lines) == prompts else len(lines) // batch_size * batch_size
-    whole_lines = lines[:whole]
+    count = len(lines) if len(lines) == prompts else len(lines) // batch_size * batch_size
+    whole_lines = lines[:count]
     with record.open("r+b") as opened:
         opened.truncate(sum(len(line) + 1 for line in whole_lines))
     return [Reply(**json.loads(line)) for line in whole_lines]

@@ -36,8 +36,8 @@ def turn_of_the_user(system: str | None, vocabulary: Vocabulary) -> tuple[list[i
     """
     before = [] if system is None else [{"role": "system", "content": system}]
     text = vocabulary.render([*before, {"role": "user", "content": _PROBE}], True)
-    begin, found, after = text.rpartition(_PROBE)
-    if not found:
+    begin, probe, after = text.rpartition(_PROBE)
+    if not probe:
         raise TextError("the chat template changes what the user says; give prompts of your own")
     return vocabulary.encode(begin), after
 
@@ -67,8 +67,8 @@ def own_prompts(
         if not mark:
             text = vocabulary.decode(reply.ids)
         # A mark inside means that it went on to write the other side's turn.
-        whole = (reply.finished or cut) and not any(one in text for one in vocabulary.mark_texts)
-        if whole and text.strip():
+        is_whole = (reply.finished or cut) and not any(one in text for one in vocabulary.mark_texts)
+        if is_whole and text.strip():
             turn = {"role": "user", "content": text.strip()}
             talks.setdefault(text.strip(), Conversation((*before, turn)))
     if not talks:

@@ -87,11 +87,11 @@ def read_texts(texts: Texts) -> list[str]:
     Raises:
         TextError: If there are none, or one is empty.
     """
-    found: list[str] = []
+    contents: list[str] = []
     for source in sources_of(texts):
         path = find_file(source)
         if path is not None and suffix_of(path) == ".txt":
-            found += [line.strip() for line in read_lines(path) if line.strip()]
+            contents += [line.strip() for line in read_lines(path) if line.strip()]
             continue
         for row in first_row(source):
             if row.problem is not None:
@@ -100,10 +100,10 @@ def read_texts(texts: Texts) -> list[str]:
             text = says if isinstance(says, str) else content_of(says.joined().messages[-1])
             if not text.strip():
                 raise TextError(f"{row.origin} has an empty text")
-            found.append(text.strip())
-    if not found:
+            contents.append(text.strip())
+    if not contents:
         raise TextError(f"there are no texts in {', '.join(sources_of(texts))}")
-    return found
+    return contents
 
 
 def gains(forward: Path, instructions: Sequence[str], texts: Sequence[str]) -> list[float]:
@@ -133,11 +133,11 @@ def gains(forward: Path, instructions: Sequence[str], texts: Sequence[str]) -> l
         turn = {"role": "assistant", "content": text}
         return answer_tokens(prompt, turn, vocabulary, f"the text {text!r:.40}")
 
-    told = [tokens(*both) for both in zip(instructions, texts, strict=True)]
+    instructed = [tokens(*both) for both in zip(instructions, texts, strict=True)]
     bare = [tokens(_NO_INSTRUCTION, text) for text in texts]
-    behind = answer_log_probabilities(model, told)
+    behind = answer_log_probabilities(model, instructed)
     alone = answer_log_probabilities(model, bare)
     return [
         float(one / first.length - other / second.length)
-        for one, first, other, second in zip(behind, told, alone, bare, strict=True)
+        for one, first, other, second in zip(behind, instructed, alone, bare, strict=True)
     ]

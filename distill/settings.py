@@ -304,10 +304,10 @@ class StudentSettings(TextSettings):
         )
 
     def _check_names(self) -> None:
-        named = self.choose == "named"
-        require(not named or bool(self.keep), "choose 'named' needs keep: the layers to keep")
+        by_name = self.choose == "named"
+        require(not by_name or bool(self.keep), "choose 'named' needs keep: the layers to keep")
         require(
-            named or not self.keep,
+            by_name or not self.keep,
             f"keep names layers and choose asks for {self.choose!r} ones; set choose to 'named'",
         )
         _check_ascending("keep", self.keep)
@@ -553,12 +553,12 @@ class GenerateSettings(TextSettings):
             "reverse writes instructions, which a forward model grades; leave pairs, by and "
             "without_prompts out",
         )
-        for name, used in (
+        for name, is_set in (
             ("best_of", self.best_of > 1),
             ("without_prompts", self.without_prompts > 0),
             ("reverse", self.reverse),
         ):
             require(
-                self.server is None or not used,
+                self.server is None or not is_set,
                 f"{name} needs a teacher on this machine, and a server is given; leave one out",
             )

@@ -153,11 +153,11 @@ def to_onnx(
 def _say_how_to_sample(folder: Path, vocabulary: Vocabulary) -> None:
     """Let the chatbot say how it is sampled, where its model says nothing of it."""
     file = folder / GENERATION_FILE
-    stated = optional_json(file)
-    if stated.get("do_sample") is None and not any(stated.get(name) for name in OWN):
+    config = optional_json(file)
+    if config.get("do_sample") is None and not any(config.get(name) for name in OWN):
         ends = list(vocabulary.end_ids)
-        stated = stated or ({"eos_token_id": ends} if ends else {})
-        write_json(file, {**stated, **FOR_SMALL_MODELS}, ascii_only=False)
+        config = config or ({"eos_token_id": ends} if ends else {})
+        write_json(file, {**config, **FOR_SMALL_MODELS}, ascii_only=False)
 
 
 def resolve(settings: OnnxSettings, info: FolderInfo) -> tuple[OnnxSettings, GraphOptions]:

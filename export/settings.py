@@ -164,9 +164,9 @@ class OnnxSettings(TextSettings):
         """Refuse float16 beside what is made for a CPU, or for runtimes without these operators."""
         if self.activations is not None:
             require_choice("activations", self.activations, ("float32", "float16"))
-        wanted = (self.precision, self.activations)
+        types = (self.precision, self.activations)
         require(
-            wanted not in (("float16", "float32"), ("float32", "float16")),
+            types not in (("float16", "float32"), ("float32", "float16")),
             f"precision {self.precision} has activations of the same type, not "
             f"{self.activations}; leave activations out",
         )
@@ -214,12 +214,12 @@ class GgufSettings:
         return "q8_0" if self.matrices in ("q4_0", "q4_1") else self.matrices
 
     def __post_init__(self) -> None:
-        known = get_args(GgufType)
+        types = get_args(GgufType)
         for name in ("dtype", "table_dtype"):
             value = getattr(self, name)
             require(
-                value is None or value in known,
-                f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}",
+                value is None or value in types,
+                f"{name} must be {', '.join(types[:-1])} or {types[-1]}, got {value!r}",
             )
 
 

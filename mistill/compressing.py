@@ -97,13 +97,13 @@ class CompressSettings(TextSettings):
 
     def __post_init__(self) -> None:
         """Refuse settings out of their ranges."""
-        given = [name for name in _SIZES if getattr(self, name) is not None]
+        sizes = [name for name in _SIZES if getattr(self, name) is not None]
         require(
-            len(given) < 2,
+            len(sizes) < 2,
             f"give either size_mb, bits_per_weight or tokens_per_second, not both "
-            f"{' and '.join(given)}",
+            f"{' and '.join(sizes)}",
         )
-        for name in given:
+        for name in sizes:
             require_range(name, getattr(self, name), 0, exclusive=True)
         require_range("samples", self.samples, 1)
         require_range("tuning_steps", self.tuning_steps, 0)
@@ -195,8 +195,8 @@ def compress(
 
 def _make_for_speed(work: Path, inputs: Mapping[str, Any], settings: CompressSettings) -> None:
     """Make the largest chatbot that writes as fast as asked for, and tell how fast it does."""
-    wanted = settings.tokens_per_second
-    assert wanted is not None
+    requested_speed = settings.tokens_per_second
+    assert requested_speed is not None
     speeds = work / _SPEEDS_FILE
     if not speeds.is_file():
         with track("timing chatbots", 2, "sizes") as bar:
@@ -206,7 +206,7 @@ def _make_for_speed(work: Path, inputs: Mapping[str, Any], settings: CompressSet
                 bar.advance()
         pairs = zip(folders, _time_chatbots(folders), strict=True)
         timed = [TimedSize(describe(folder).weight_bytes, seconds) for folder, seconds in pairs]
-        size_bytes, predicted = size_for_speed(wanted, *timed)
+        size_bytes, predicted = size_for_speed(requested_speed, *timed)
         facts = {"size_mb": round(size_bytes / 1e6, 3), "predicted": round(predicted, 2)}
         write_atomically(speeds, json.dumps(facts) + "\n")
     facts = read_json(speeds)
@@ -221,17 +221,17 @@ def _make_for_speed(work: Path, inputs: Mapping[str, Any], settings: CompressSet
     # The manifest has the checksums of all other files, and none of its own.
     manifest = read_json(result / MANIFEST_FILE)
     manifest["speed"] = {
-        "wanted": wanted,
+        "wanted": requested_speed,
         "predicted": facts["predicted"],
         "measured": round(1 / seconds, 2),
     }
     write_json(result / MANIFEST_FILE, manifest)
-    if seconds > 1 / wanted:
+    if seconds > 1 / requested_speed:
         _log.warning(
             "the chatbot writes %.0f tokens a second, and not the %g that were asked for: %.0f "
             "were predicted, and the machine may be busy",
             1 / seconds,
-            wanted,
+            requested_speed,
             facts["predicted"],
         )
 
@@ -341,8 +341,8 @@ def _megabytes_of_codes(folder: Path, settings: CompressSettings, size_mb: float
     )
     # A float32 cosine and sine for every position and half of the dimensions of a head.
     rotary = 2 * context * int(head_dim) // 2 * 4
-    left = size_limit(model, size) - rotary - _GRAPH_BYTES * (info.layers + 1)
-    return max(left, 1) / 1e6
+    bytes_left = size_limit(model, size) - rotary - _GRAPH_BYTES * (info.layers + 1)
+    return max(bytes_left, 1) / 1e6
 
 
 def _step(kind: str, target: Path, inputs: Mapping[str, Any], **options: Any) -> Path:

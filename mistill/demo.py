@@ -54,8 +54,8 @@ class _Plan:
             A whole number of blocks; at least a few, and no more than the text holds.
         """
         slower = first_seconds / self.first_seconds
-        left = 60 * self.minutes * _SHARE_OF_TIME - first_seconds - slower * self.last_seconds
-        tokens = int(left * self.tokens_per_second / slower)
+        seconds = 60 * self.minutes * _SHARE_OF_TIME - first_seconds - slower * self.last_seconds
+        tokens = int(seconds * self.tokens_per_second / slower)
         return min(max(tokens, _LEAST_TOKENS), _MOST_TOKENS) // _BLOCK * _BLOCK
 
 

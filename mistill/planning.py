@@ -19,6 +19,7 @@ import numpy as np
 
 from mistill.errors import MistillError
 from mistill.folders.folder import open_folder
+from mistill.progress import duration
 from mistill.recipe import Recipe, Step, steps_to_run
 
 _SIZE_IN_NAME = re.compile(r"(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z])")
@@ -75,7 +76,7 @@ def plan_recipe(recipe: Recipe, flops: float | None = None) -> list[PlannedStep]
         parameters[step.name] = _own_parameters(step, inherited)
         bits[step.name] = _bits(step, bits.get(source, 32))
         size = _size(step, parameters[step.name], bits[step.name])
-        work = _work(step, parameters, inherited)
+        work = _operations(step, parameters, inherited)
         seconds = None if work is None else work / (speed * _EFFICIENCY)
         if size is not None and seconds is None and step.kind.name not in _LONG:
             seconds = size / _DISK_BYTES_PER_SECOND
@@ -112,19 +113,19 @@ def describe_plan(recipe: Recipe, planned: list[PlannedStep]) -> str:
             continue
         why = f" ({step.reason})" if step.reason else ""
         about = "as before " if step.measured else "about "
-        known = [
-            *([] if step.seconds is None else [f"{about}{_duration(step.seconds)}"]),
+        estimates = [
+            *([] if step.seconds is None else [f"{about}{duration(step.seconds)}"]),
             *([] if step.size_bytes is None else [_megabytes(step.size_bytes)]),
         ]
-        cost = ", ".join(known) or "not estimated"
+        cost = ", ".join(estimates) or "not estimated"
         lines.append(f"{step.name:<{width}}  {step.kind}{why}: {cost}")
-    left = [step for step in planned if step.reason is not None]
-    seconds = sum(step.seconds or 0 for step in left)
-    size = sum(step.size_bytes or 0 for step in left)
-    unknown = [step.name for step in left if step.seconds is None]
+    todo = [step for step in planned if step.reason is not None]
+    seconds = sum(step.seconds or 0 for step in todo)
+    size = sum(step.size_bytes or 0 for step in todo)
+    unknown = [step.name for step in todo if step.seconds is None]
     place = next(place for place in (recipe.out, *recipe.out.parents) if place.exists())
     lines.append(
-        f"{len(left)} of {len(planned)} steps to run, about {_duration(seconds)} on this processor"
+        f"{len(todo)} of {len(planned)} steps to run, about {duration(seconds)} on this processor"
         + (f", {', '.join(unknown)} not counted" if unknown else "")
         + f"; {_megabytes(size)} in {recipe.out}, where {_megabytes(shutil.disk_usage(place).free)}"
         " are free"
@@ -140,10 +141,10 @@ def _first_model(step: Step) -> str:
     return str(getattr(step.settings, "source", "") or step.inputs.get("teacher", ""))
 
 
-def _parameters(model: str, known: Mapping[str, float | None]) -> float | None:
+def _parameters(model: str, by_model: Mapping[str, float | None]) -> float | None:
     """Parameters of a model: of an earlier step, of a folder, or as its name says."""
-    if model in known:
-        return known[model]
+    if model in by_model:
+        return by_model[model]
     if model in _EMBEDDED:
         return _EMBEDDED[model]
     if Path(model).is_dir():
@@ -157,8 +158,8 @@ def _parameters(model: str, known: Mapping[str, float | None]) -> float | None:
 
 def _own_parameters(step: Step, inherited: float | None) -> float | None:
     """Those of the step's output; a student of unknown size counts as its teacher."""
-    wanted = getattr(step.settings, "parameters", None)
-    return float(wanted) if isinstance(wanted, int | float) and wanted else inherited
+    count = getattr(step.settings, "parameters", None)
+    return float(count) if isinstance(count, int | float) and count else inherited
 
 
 def _bits(step: Step, before: float) -> float:
@@ -175,7 +176,7 @@ def _size(step: Step, parameters: float | None, bits: float) -> float | None:
     return None if parameters is None else parameters * bits / 8
 
 
-def _work(
+def _operations(
     step: Step, parameters: Mapping[str, float | None], inherited: float | None
 ) -> float | None:
     """Operations of a step: two for each parameter and token read, six for each that is learned."""
@@ -208,14 +209,6 @@ def _flops() -> float:
         a @ a
         samples.append(time.perf_counter() - began)
     return 2 * 1024**3 / min(samples)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 3 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
 def _megabytes(size: float) -> str:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from typing import Any, Protocol, TextIO
 
@@ -82,7 +82,7 @@ class LineTracker:
         if rate > 0:
             parts.append(f"{rate:,.1f} {self._unit}/s")
             if self._total:
-                parts.append(f"{_duration((self._total - self._completed) / rate)} left")
+                parts.append(f"{duration((self._total - self._completed) / rate)} left")
         if self._note:
             parts.append(self._note)
         return f"{self._description}: {', '.join(parts)}"
@@ -107,19 +107,10 @@ class LineTracker:
         Yields:
             Nothing.
         """
-        ended = threading.Event()
-
-        def work() -> None:
-            while not ended.wait(seconds):
-                show()
-
-        thread = threading.Thread(target=work, daemon=True, name="mistill-progress")
-        thread.start()
         try:
-            yield
+            with _repeating(show, seconds):
+                yield
         finally:
-            ended.set()
-            thread.join()
             show()
 
     @contextmanager
@@ -133,29 +124,48 @@ class LineTracker:
         Yields:
             Nothing.
         """
-        ended = threading.Event()
 
         def write() -> None:
-            while not ended.wait(seconds):
-                try:
-                    print(self.line(), file=stream, flush=True)
-                except (OSError, ValueError):  # nobody reads it any more
-                    return
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                print(self.line(), file=stream, flush=True)
 
-        writer = threading.Thread(target=write, daemon=True, name="mistill-progress")
-        writer.start()
-        try:
+        with _repeating(write, seconds):
             yield
-        finally:
-            ended.set()
-            writer.join()
 
 
-def _duration(seconds: float) -> str:
+@contextmanager
+def _repeating(act: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Do something every so often, in a thread of its own, while the body runs."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            act()
+
+    thread = threading.Thread(target=work, daemon=True, name="mistill-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    Args:
+        seconds: Not below 0.
+
+    Returns:
+        Such as ``34 min``.
+    """
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes / 60:.1f} h" if seconds < 3 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
 def _notebook_display() -> Callable[..., Any] | None:

@@ -201,8 +201,8 @@ def read_recipe(file: str | Path, out: str | Path | None = None) -> Recipe:
         try:
             steps.append(_read_step(name, table, kinds, steps, folder, path.parent))
         except MistillError as error:
-            shown = name if name.isprintable() else repr(name)
-            raise RecipeError(f"{file}, [{shown:.80}]: {error}") from error
+            printable = name if name.isprintable() else repr(name)
+            raise RecipeError(f"{file}, [{printable:.80}]: {error}") from error
     return Recipe(source=path, out=folder, steps=tuple(steps))
 
 
@@ -302,8 +302,8 @@ def _join_shared_steps(recipe: Recipe) -> dict[str, Path]:
     targets = {step.name: step.target for step in recipe.steps}
     for step in recipe.steps:
         if step.kind.together:
-            wanted, overwrite = _share_decision(None)
-            if wanted:
+            is_due, overwrite = _share_decision(None)
+            if is_due:
                 step.kind.run(_inputs(step, targets), step.settings, step.target, overwrite)
     return targets
 
@@ -328,11 +328,11 @@ def _inputs(step: Step, targets: Mapping[str, Path]) -> dict[str, Any]:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def _check_keys(kind: StepKind, own: Sequence[str], table: Mapping[str, Any]) -> None:
+def _check_keys(kind: StepKind, setting_names: Sequence[str], table: Mapping[str, Any]) -> None:
     """Refuse a table with a key that is not known or may not stand there, or without one."""
     for key in table:
-        if key not in (*own, *kind.models, *kind.texts, "step"):
-            close = difflib.get_close_matches(key, [*own, *kind.models, *kind.texts], n=1)
+        if key not in (*setting_names, *kind.models, *kind.texts, "step"):
+            close = difflib.get_close_matches(key, [*setting_names, *kind.models, *kind.texts], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise RecipeError(f"{kind.name} has no {key}{hint}")
     for key in kind.by_hand:
@@ -368,12 +368,12 @@ def _read_step(
     if kind_name not in kinds:
         raise RecipeError(f"step {kind_name!r} is not known; known are {', '.join(kinds)}")
     kind = kinds[kind_name]
-    own = [item.name for item in fields(kind.settings)] if kind.settings else []
-    _check_keys(kind, own, table)
+    setting_names = [item.name for item in fields(kind.settings)] if kind.settings else []
+    _check_keys(kind, setting_names, table)
     names = [step.name for step in earlier]
     inputs = {key: _read_model(key, table[key], names) for key in kind.models if key in table}
     inputs |= {key: _read_text(table[key], names, beside) for key in kind.texts if key in table}
-    options = {key: table[key] for key in own if key in table}
+    options = {key: table[key] for key in setting_names if key in table}
     suffix = "" if kind.output == "folder" else kind.output
     return Step(
         name=name,
@@ -404,8 +404,8 @@ def _read_model(key: str, value: Any, earlier: Sequence[str]) -> Any:
         raise RecipeError(f"{key} should be a name, got {value!r}")
     if value in earlier or value.startswith("@") or "/" in value or Path(value).exists():
         return value
-    known = f"earlier tables are {', '.join(earlier)}" if earlier else "no table stands before"
-    raise RecipeError(f"{key} = {value!r} is neither an earlier table nor a model; {known}")
+    hint = f"earlier tables are {', '.join(earlier)}" if earlier else "no table stands before"
+    raise RecipeError(f"{key} = {value!r} is neither an earlier table nor a model; {hint}")
 
 
 def _read_text(value: Any, earlier: Sequence[str], beside: Path) -> Any:

@@ -169,11 +169,11 @@ def settings_with(settings: SettingsT, options: Mapping[str, Any]) -> SettingsT:
 
 
 def _require_known(settings_class: type[Any], options: Mapping[str, Any]) -> None:
-    known = [field.name for field in fields(settings_class)]
+    names = [field.name for field in fields(settings_class)]
     for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(names)}"
             raise SettingsError(f"{settings_class.__name__} has no option {name}{hint}")
 
 
@@ -207,10 +207,10 @@ def typed_options(settings_class: type[Any], options: Mapping[str, Any]) -> dict
     return typed
 
 
-def _as_path(wanted: type[Any], value: Any) -> Any:
-    if wanted is Path and isinstance(value, str | Path):
+def _as_path(kind: type[Any], value: Any) -> Any:
+    if kind is Path and isinstance(value, str | Path):
         return Path(value)
-    raise TypeError(f"Expected `{wanted.__name__}`, got `{type(value).__name__}`")
+    raise TypeError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")
 
 
 _JSON_TYPES = {

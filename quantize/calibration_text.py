@@ -115,8 +115,8 @@ def equal_shares(total: int, sizes: Sequence[int]) -> list[int]:
     """
     shares = [0] * len(sizes)
     # The smallest supply decides first; what it lacks is taken from the larger ones.
-    for done, index in enumerate(sorted(range(len(sizes)), key=lambda item: sizes[item])):
-        shares[index] = min(sizes[index], -(-(total - sum(shares)) // (len(sizes) - done)))
+    for served, index in enumerate(sorted(range(len(sizes)), key=lambda item: sizes[item])):
+        shares[index] = min(sizes[index], -(-(total - sum(shares)) // (len(sizes) - served)))
     return shares
 
 

@@ -97,19 +97,19 @@ def cut_prompts(passages: Sequence[Passage], *, length: int, count: int) -> list
     """
     tokens = np.concatenate([passage.ids for passage in passages])
     prompts: list[list[int]] = []
-    used: set[int] = set()
+    first_tokens: set[int] = set()
     start = 0
     for _ in range(count):
         ahead = (start + np.arange(len(tokens))) % len(tokens)
-        fresh = [int(place) for place in ahead if int(tokens[place]) not in used]
+        fresh = [int(place) for place in ahead if int(tokens[place]) not in first_tokens]
         if not fresh:
-            used = {prompts[-1][0]}
-            fresh = [int(place) for place in ahead if int(tokens[place]) not in used]
+            first_tokens = {prompts[-1][0]}
+            fresh = [int(place) for place in ahead if int(tokens[place]) not in first_tokens]
         start = fresh[0] if fresh else start
         prompts.append(
             [int(token) for token in tokens.take(start + np.arange(length), mode="wrap")]
         )
-        used.add(prompts[-1][0])
+        first_tokens.add(prompts[-1][0])
         start = (start + length) % len(tokens)
     return prompts
 

@@ -95,8 +95,8 @@ class ModelJudge:
 
     def __call__(self, prompt: Conversation, first: str, second: str) -> Letters | None:
         """See ``LetterJudge``."""
-        asked = judge_prompt(prompt, first, second)
-        ids, letters = letter_tokens(asked, self.vocabulary)
+        talk = judge_prompt(prompt, first, second)
+        ids, letters = letter_tokens(talk, self.vocabulary)
         if len(ids) >= self.model.context_length:
             return None
         logits = _next_logits(self.model, ids)
@@ -128,14 +128,14 @@ def judge_prompt(prompt: Conversation, first: str, second: str) -> Conversation:
     return Conversation(({"role": "user", "content": words},))
 
 
-def letter_tokens(asked: Conversation, vocabulary: Vocabulary) -> tuple[list[int], tuple[int, int]]:
+def letter_tokens(talk: Conversation, vocabulary: Vocabulary) -> tuple[list[int], tuple[int, int]]:
     """Where the answers A and B part, in the tokens of a conversation that ends in one of them.
 
     Some tokenizers write a letter with the space before it, and some templates end a prompt with a
     token that the answer melts into. What both answers begin with belongs to the prompt.
 
     Args:
-        asked: From ``judge_prompt``.
+        talk: From ``judge_prompt``.
         vocabulary: The judge's, with a chat template.
 
     Returns:
@@ -146,7 +146,7 @@ def letter_tokens(asked: Conversation, vocabulary: Vocabulary) -> tuple[list[int
     """
     rows = [
         answer_tokens(
-            asked, {"role": "assistant", "content": letter}, vocabulary, "the judge's prompt"
+            talk, {"role": "assistant", "content": letter}, vocabulary, "the judge's prompt"
         ).ids
         for letter in LETTERS
     ]
@@ -160,11 +160,11 @@ def letter_tokens(asked: Conversation, vocabulary: Vocabulary) -> tuple[list[int
 
 def _next_logits(model: LanguageModel, ids: Sequence[int]) -> NDArray[np.float32]:
     """Logits (V,) of the token after some others."""
-    seen: list[NDArray[np.float32]] = []
+    logits_of_step: list[NDArray[np.float32]] = []
 
     def choose(logits: NDArray[np.float32]) -> int:
-        seen.append(np.array(logits, np.float32))
+        logits_of_step.append(np.array(logits, np.float32))
         return int(logits.argmax())
 
     next(iter(model.stream(ids, choose)))
-    return seen[0]
+    return logits_of_step[0]

@@ -118,7 +118,7 @@ class Judgement:
 
         from mistill.shown import plain
 
-        found, second = self.figures, self.models[1]
+        figures, second = self.figures, self.models[1]
         table = Table(box=box.SIMPLE_HEAD, show_edge=False)
         by = "the probabilities of its letters"
         if self.read_by == "letters":
@@ -127,23 +127,23 @@ class Judgement:
         for head in ("of", "share", "95% interval"):
             table.add_column(head, justify="right")
         rows: list[tuple[str, int | None, str, str | None]] = [
-            ("both orders agree", found["pairs"], "agreement", "agreement_interval"),
+            ("both orders agree", figures["pairs"], "agreement", "agreement_interval"),
             (
                 f"{second} wins, where they agree",
-                found["agreeing"],
+                figures["agreeing"],
                 "win_rate",
                 "win_rate_interval",
             ),
             (
-                *(f"{second} wins, by the mean of both orders", found["pairs"]),
+                *(f"{second} wins, by the mean of both orders", figures["pairs"]),
                 *("mean_win_rate", "mean_win_rate_interval"),
             ),
-            ("the reply that stood first wins", 2 * found["pairs"], "first_place", None),
+            ("the reply that stood first wins", 2 * figures["pairs"], "first_place", None),
             ("the longer reply wins, where they agree", None, "longer_wins", None),
             ("probability of the two letters", None, "letters", None),
         ]
         for words, count, share, interval in rows:
-            value, between = found[share], None if interval is None else found[interval]
+            value, between = figures[share], None if interval is None else figures[interval]
             table.add_row(
                 plain(words),
                 "" if count is None else f"{count:,}",
@@ -208,12 +208,12 @@ def judge_replies(
     chosen = _evenly(
         read_prompt_rows(prompts, skip_bad_rows=settings.skip_bad_rows), settings.limit
     )
-    asked = [rendered_prompts(info.path, chosen, settings.new_tokens) for info in models]
+    rendered = [rendered_prompts(info.path, chosen, settings.new_tokens) for info in models]
     threads = settings.threads or usable_threads()
     machine = describe_machine(threads)
     replies = []
     with track("replying", 2 * len(chosen), "replies") as progress:
-        for info, texts in zip(models, asked, strict=True):
+        for info, texts in zip(models, rendered, strict=True):
             replies.append(
                 write_replies(
                     info.path,
@@ -269,26 +269,26 @@ def _evenly(prompts: Sequence[PromptRow], limit: int | None) -> list[PromptRow]:
 
 def _warn(judgement: Judgement) -> None:
     """Say so where a win rate means nothing."""
-    found = judgement.figures
-    if found["same"] or found["too_long"]:
+    figures = judgement.figures
+    if figures["same"] or figures["too_long"]:
         _log.warning(
             "%d pairs of equal replies and %d that do not fit the judge's context are left out",
-            found["same"],
-            found["too_long"],
+            figures["same"],
+            figures["too_long"],
         )
-    if found["unclear"]:
-        _log.warning("%d pairs are left out: the judge answered with no letter", found["unclear"])
-    if found["letters_are_rare"]:
+    if figures["unclear"]:
+        _log.warning("%d pairs are left out: the judge answered with no letter", figures["unclear"])
+    if figures["letters_are_rare"]:
         _log.warning(
             "the letters A and B together have a probability of %.3f: the judge would mostly say "
             "something else, and the win rate says little; give a better judge",
-            found["letters"],
+            figures["letters"],
         )
-    interval = found["agreement_interval"]
+    interval = figures["agreement_interval"]
     if interval is not None and interval[0] <= _CHANCE:
         _log.warning(
             "both orders agree about %.0f%% of the pairs, and those of a judge that draws its "
             "letters about %.0f%%: the win rate says little; give a better judge, or more prompts",
-            100 * found["agreement"],
+            100 * figures["agreement"],
             100 * _CHANCE,
         )

@@ -118,11 +118,11 @@ def compare(
     installed_rivals = find_rivals(settings.against, rivals or {})
     source = rival_source_of(subjects, rival_source) if installed_rivals else None
     check_vocabularies(reference_subject, [] if source is None else [source])
-    sampled = asked = {}
+    sampling = replying = {}
     if settings.sample_prompts:
-        sampled = models_to_ask(subjects, "sample_models", settings.sample_models)
+        sampling = models_to_ask(subjects, "sample_models", settings.sample_models)
     if settings.replies:
-        asked = models_to_ask(subjects, "reply_models", settings.reply_models)
+        replying = models_to_ask(subjects, "reply_models", settings.reply_models)
     named_subjects(subjects, "task_models", settings.task_models)
     passages = read_passages(texts, reference_subject.info.path, settings, subjects)
     vocabulary = load_vocabulary(reference_subject.info.path)
@@ -139,8 +139,8 @@ def compare(
     with temporary_folder() as scratch:
         subjects += add_rivals(installed_rivals, source, subjects, scratch)
         _measure(subjects, passages, quoted, settings, threads)
-    samples = collect_samples(sampled, settings.sample_prompts, settings.sample_tokens, threads)
-    everyday = collect_replies(asked, settings.reply_tokens, threads)
+    samples = collect_samples(sampling, settings.sample_prompts, settings.sample_tokens, threads)
+    everyday = collect_replies(replying, settings.reply_tokens, threads)
     for subject in subjects:
         if subject.entry is None:
             subject.replies = everyday.get(subject.name)

@@ -42,16 +42,13 @@ class Question:
     right: int
 
 
-def read_questions(file: Path = QUESTIONS_FILE) -> list[Question]:
-    """Read a set of questions.
-
-    Args:
-        file: JSON lines.
+def read_questions() -> list[Question]:
+    """Read the questions that ship with mistill.
 
     Returns:
         The questions.
     """
-    rows = map(json.loads, file.read_text("utf-8").splitlines())
+    rows = map(json.loads, QUESTIONS_FILE.read_text("utf-8").splitlines())
     return [Question(row["kind"], row["text"], tuple(row["answers"]), row["right"]) for row in rows]
 
 
@@ -68,16 +65,13 @@ def questions_fingerprint(questions: Sequence[Question]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def read_everyday_prompts(file: Path = EVERYDAY_FILE) -> list[str]:
+def read_everyday_prompts() -> list[str]:
     """Read prompts as a chat model gets them every day.
 
-    Args:
-        file: A text file, one prompt a line.
-
     Returns:
-        The prompts.
+        The prompts that ship with mistill.
     """
-    return file.read_text("utf-8").splitlines()
+    return EVERYDAY_FILE.read_text("utf-8").splitlines()
 
 
 def prompts_fingerprint(prompts: Sequence[str], max_new_tokens: int) -> str:

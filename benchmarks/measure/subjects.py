@@ -179,10 +179,10 @@ def rival_source_of(subjects: Sequence[Subject], named: str | Path | None) -> Su
     by_children = sorted(subjects, key=lambda s: -sum(parent is s for parent in parents))
     floats = [subject for subject in by_children if subject.info.form == "model"]
     others = [subject for subject in subjects if subject.info.form != "onnx"]
-    chosen = next(iter([*floats, *others]), None)
-    check_source(None if chosen is None else chosen.info)
-    assert chosen is not None, "check_source refuses None"
-    return chosen
+    default = next(iter([*floats, *others]), None)
+    check_source(None if default is None else default.info)
+    assert default is not None, "check_source refuses None"
+    return default
 
 
 def add_rivals(
@@ -253,8 +253,8 @@ def models_to_ask(
         SettingsError: If a name is not among them.
         VocabularyError: If one has no chat template.
     """
-    asked = named_subjects(subjects, option, names)
-    folders = {subject.name: subject.info.path for subject in asked}
+    chosen_subjects = named_subjects(subjects, option, names)
+    folders = {subject.name: subject.info.path for subject in chosen_subjects}
     for name, folder in folders.items():
         if load_vocabulary(folder).chat_template is None:
             raise VocabularyError(

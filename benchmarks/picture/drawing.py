@@ -39,25 +39,24 @@ def to_svg(marks: Sequence[Mark], title: str, description: str, plane: Plane = W
     )
 
 
-def svg_file(marks: Sequence[Mark], title: str, description: str, plane: Plane = WIDE) -> str:
+def svg_file(marks: Sequence[Mark], title: str, description: str) -> str:
     """Draw an SVG file, light or dark according to the reader's colour scheme.
 
     Args:
         marks: The elements of the picture.
         title: Its accessible name.
         description: Its accessible description.
-        plane: Size and margins of the picture.
 
     Returns:
         A self-contained SVG document.
     """
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" class="picture" '
-        f'width="{plane.width}" height="{plane.height}" '
-        f'viewBox="0 0 {plane.width} {plane.height}" role="img">\n'
+        f'width="{WIDE.width}" height="{WIDE.height}" '
+        f'viewBox="0 0 {WIDE.width} {WIDE.height}" role="img">\n'
         f"<title>{escape(title)}</title>\n<desc>{escape(description)}</desc>\n"
         f"<style>\n{picture_style()}</style>\n"
-        f'<rect class="paper" width="{plane.width}" height="{plane.height}"/>\n'
+        f'<rect class="paper" width="{WIDE.width}" height="{WIDE.height}"/>\n'
         f"{_body(marks, alone=True)}\n</svg>\n"
     )
 
@@ -124,12 +123,11 @@ _LINES: dict[str, tuple[str, float, str]] = {
 _INKS = {"name": _INK, "beaten-name": _FADED, "axis-name": _INK}
 
 
-def to_png(marks: Sequence[Mark], plane: Plane = WIDE) -> bytes:
+def to_png(marks: Sequence[Mark]) -> bytes:
     """Draw a PNG in the light theme, two pixels to a unit of the plane.
 
     Args:
         marks: The elements of the picture.
-        plane: Size and margins of the picture.
 
     Returns:
         A PNG file.
@@ -146,9 +144,9 @@ def to_png(marks: Sequence[Mark], plane: Plane = WIDE) -> bytes:
     except ModuleNotFoundError as error:
         raise missing_extra("matplotlib", "compress") from error
 
-    figure = Figure(figsize=(plane.width / 100, plane.height / 100), dpi=200, facecolor="white")
+    figure = Figure(figsize=(WIDE.width / 100, WIDE.height / 100), dpi=200, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, plane.width), ylim=(plane.height, 0))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDE.width), ylim=(WIDE.height, 0))
     axes.set_axis_off()
     points = 0.72  # a unit of the plane in points
     for order, mark in enumerate(marks, start=1):

@@ -43,16 +43,16 @@ def main() -> None:
     parser.add_argument("--method", default="gptaq", choices=["gptq", "gptaq"])
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(run(given, Path(scratch))))
+        print(json.dumps(run(args, Path(scratch))))
 
 
-def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Quantize by both, and measure both.
 
     Args:
-        given: The command line.
+        args: The command line.
         scratch: An empty folder.
 
     Returns:
@@ -63,40 +63,41 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     import export
     import quantize
 
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(args.threads)
     exact, small = scratch / "float32.gguf", scratch / "q4_k_m.gguf"
-    export.to_gguf(given.model, exact, dtype="float32")
-    _call(given.llama_cpp / "llama-quantize", str(exact), str(small), "Q4_K_M")
-    theirs, blocks = measure_llama_cpp(given, exact, small, scratch / "logits")
+    export.to_gguf(args.model, exact, dtype="float32")
+    _call(args.llama_cpp / "llama-quantize", str(exact), str(small), "Q4_K_M")
+    theirs, blocks = measure_llama_cpp(args, exact, small, scratch / "logits")
     budget = tensor_bytes(small)
-    reference = predict(load_pytorch(given.model), blocks)
+    reference = predict(load_pytorch(args.model), blocks)
     ours = []
-    for seed in given.seeds:
-        made = quantize.to_mixed(
-            given.model,
+    for seed in args.seeds:
+        mixed = quantize.to_mixed(
+            args.model,
             scratch / f"mixed-{seed}",
-            texts=given.texts,
+            texts=args.texts,
             size_mb=budget / 1e6,
-            method=given.method,
-            symmetric=given.symmetric,
-            samples=given.samples,
+            method=args.method,
+            symmetric=args.symmetric,
+            samples=args.samples,
             seed=seed,
         )
-        found = compare({"": reference}, {"": predict(load_pytorch(made), blocks)}, blocks)[""][""]
+        predicted = {"": predict(load_pytorch(mixed), blocks)}
+        fidelity = compare({"": reference}, predicted, blocks)[""][""]
         ours.append(
             {
                 "seed": seed,
-                "kl": found.kl,
-                "kl_standard_error": found.kl_standard_error,
-                "perplexity": found.perplexity,
-                "bytes": sum(file.stat().st_size for file in made.glob("*.safetensors")),
+                "kl": fidelity.kl,
+                "kl_standard_error": fidelity.kl_standard_error,
+                "perplexity": fidelity.perplexity,
+                "bytes": sum(file.stat().st_size for file in mixed.glob("*.safetensors")),
             }
         )
-        print(f"mixed (seed {seed}): KL {found.kl:.5f}", file=sys.stderr, flush=True)
+        print(f"mixed (seed {seed}): KL {fidelity.kl:.5f}", file=sys.stderr, flush=True)
     return {
-        "model": given.model,
+        "model": args.model,
         "tokens": int(blocks.kept.sum()),
-        "float_perplexity": found.reference_perplexity,
+        "float_perplexity": fidelity.reference_perplexity,
         "q4_k_m": {**theirs, "bytes": budget, "file_bytes": small.stat().st_size},
         "mistill": ours,
         "kl_over_q4_k_m": [run["kl"] / theirs["kl"] for run in ours],
@@ -104,12 +105,12 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def measure_llama_cpp(
-    given: argparse.Namespace, exact: Path, small: Path, logits: Path
+    args: argparse.Namespace, exact: Path, small: Path, logits: Path
 ) -> tuple[dict[str, float], TokenBlocks]:
     """KL of one GGUF file to another by llama.cpp itself, and the tokens it was measured on.
 
     Args:
-        given: The command line.
+        args: The command line.
         exact: The float file.
         small: The quantized one.
         logits: Where llama.cpp may leave the logits of the float file.
@@ -117,16 +118,16 @@ def measure_llama_cpp(
     Returns:
         Its figures; and its tokens, with the positions kept that it counts.
     """
-    program = given.llama_cpp / "llama-perplexity"
-    common = ["-c", "512", "-b", "512", "-t", str(given.threads), "--kl-divergence-base"]
-    text = ["-f", given.held_out, "--chunks", str(given.chunks)]
+    program = args.llama_cpp / "llama-perplexity"
+    common = ["-c", "512", "-b", "512", "-t", str(args.threads), "--kl-divergence-base"]
+    text = ["-f", args.held_out, "--chunks", str(args.chunks)]
     _call(program, "-m", str(exact), *text, *common, str(logits))
-    said = _call(program, "-m", str(small), *common, str(logits), "--kl-divergence")
+    output = _call(program, "-m", str(small), *common, str(logits), "--kl-divergence")
     figures = {}
     for name, words in (("kl", "Mean    KLD"), ("perplexity", "Mean PPL\\(Q\\)  ")):
-        match = re.search(rf"{words}\s*:\s*([\d.]+)\s*±\s*([\d.]+)", said)
+        match = re.search(rf"{words}\s*:\s*([\d.]+)\s*±\s*([\d.]+)", output)
         if match is None:
-            raise SystemExit(f"llama-perplexity named no {name}:\n{said[-3000:]}")
+            raise SystemExit(f"llama-perplexity named no {name}:\n{output[-3000:]}")
         figures[name] = float(match[1])
         figures[f"{name}_standard_error"] = float(match[2])
     return figures, counted_tokens(logits)

@@ -121,11 +121,11 @@ def paired(old: Samples, new: Samples) -> dict[str, float]:
     return {"change": shift.change, "standard_error": shift.error}
 
 
-def run(given: argparse.Namespace, place: Path, seed: int) -> dict[str, Any]:
+def run(args: argparse.Namespace, place: Path, seed: int) -> dict[str, Any]:
     """Tune, cut, distil and judge.
 
     Args:
-        given: The command line.
+        args: The command line.
         place: A folder for the models; those that are there are not made again.
         seed: Of the sums, the adapters and the order of the text.
 
@@ -133,10 +133,10 @@ def run(given: argparse.Namespace, place: Path, seed: int) -> dict[str, Any]:
         Figures of all models.
     """
     rows = sums(100, seed)
-    learned, held = rows[: -given.held_out], rows[-given.held_out :]
+    learned, held = rows[: -args.held_out], rows[-args.held_out :]
     texts = written(learned, place / "learned.jsonl")
     held_out = written(held, place / "held-out.jsonl")
-    base = resolve_model(given.model)
+    base = resolve_model(args.model)
     common: dict[str, Any] = {
         "texts": texts,
         "held_out": held_out,
@@ -149,7 +149,7 @@ def run(given: argparse.Namespace, place: Path, seed: int) -> dict[str, Any]:
     tuned = place / "tuned"
     if not tuned.is_dir():
         options: dict[str, Any] = {"replies": 0, "other_tokens": 0}
-        options |= {"learning_rate": given.tuning_rate, "tokens": given.tuning_tokens}
+        options |= {"learning_rate": args.tuning_rate, "tokens": args.tuning_tokens}
         tune.supervised(base, tuned, **options, **common)
     models = {"teacher as it came": base, "teacher tuned": tuned}
     arms: dict[str, tuple[Path, dict[str, float]]] = {
@@ -157,30 +157,28 @@ def run(given: argparse.Namespace, place: Path, seed: int) -> dict[str, Any]:
         "student of the teacher as it came": (base, {}),
         "student of the teacher as it came, and the text": (base, {"cross_entropy": 0.5}),
     }
-    for name in list(arms)[: given.arms]:
+    for name in list(arms)[: args.arms]:
         teacher, loss = arms[name]
         models[name] = target = place / name.replace(" ", "-").replace(",", "")
         if target.is_dir():
             continue
         student = target.with_name(f"{target.name}-cut")
         if not student.is_dir():
-            distill.new_student(
-                teacher, student, choose="named", keep=tuple(given.keep), heal=False
-            )
-        options = {"learning_rate": given.rate, "tokens": given.tokens, **loss}
+            distill.new_student(teacher, student, choose="named", keep=tuple(args.keep), heal=False)
+        options = {"learning_rate": args.rate, "tokens": args.tokens, **loss}
         distill.train(student, target, teacher=teacher, **options, **common)
-    found = {name: judged(folder, held, held_out) for name, folder in models.items()}
+    figures = {name: judged(folder, held, held_out) for name, folder in models.items()}
     document: dict[str, Any] = {
         "seed": seed,
         "tuned_student_less": {
-            name: paired(one["losses"], found[TUNED]["losses"])
-            for name, one in found.items()
+            name: paired(one["losses"], figures[TUNED]["losses"])
+            for name, one in figures.items()
             if name in arms and name != TUNED
         },
     }
-    for one in found.values():
+    for one in figures.values():
         del one["losses"]
-    return {**document, "models": found}
+    return {**document, "models": figures}
 
 
 def main() -> None:
@@ -202,21 +200,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where models are kept, for a later run to go on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     started = time.perf_counter()
     runs = []
-    for seed in given.seeds:
+    for seed in args.seeds:
         with tempfile.TemporaryDirectory() as scratch:
-            place = (given.out or Path(scratch)) / f"seed-{seed}"
+            place = (args.out or Path(scratch)) / f"seed-{seed}"
             place.mkdir(parents=True, exist_ok=True)
-            runs.append(run(given, place, seed))
+            runs.append(run(args, place, seed))
             print(json.dumps(runs[-1]), flush=True)
     document = {
         "benchmark": "align_then_distil",
-        "model": given.model,
-        "settings": {name: value for name, value in vars(given).items() if name != "out"},
-        "machine": vars(describe_machine(given.threads)),
+        "model": args.model,
+        "settings": {name: value for name, value in vars(args).items() if name != "out"},
+        "machine": vars(describe_machine(args.threads)),
         "runs": runs,
         "seconds": round(time.perf_counter() - started),
     }

@@ -119,9 +119,9 @@ def measure(
         )
         if done.returncode:
             raise RuntimeError(f"{words[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         print(f"{words[0]}: {done.stdout.splitlines()[-1][:300]}", file=sys.stderr, flush=True)
-        return found
+        return figures
 
     exported = child("export", small, chatbot)
     shutil.rmtree(small)
@@ -157,22 +157,22 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        what, *words = given.child
+    args = parser.parse_args()
+    if args.child:
+        what, *words = args.child
         if what == "export":
             print(json.dumps(export_here(Path(words[0]), Path(words[1]))))
         else:
             numbers = [int(word) for word in words[1:]]
             print(json.dumps(run_here(Path(words[0]), *numbers)))
         return
-    if given.folder is not None:
-        given.folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=given.folder) as folder:
-        found = measure(
-            Path(folder), given.layers, given.width, given.threads, given.prompt, given.new_tokens
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=args.folder) as folder:
+        report = measure(
+            Path(folder), args.layers, args.width, args.threads, args.prompt, args.new_tokens
         )
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

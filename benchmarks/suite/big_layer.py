@@ -74,8 +74,8 @@ def measure(layers: int, width: int, tokens: int, threads: int, settings: str) -
     Returns:
         What was found.
     """
-    with TemporaryDirectory() as made:
-        folder = Path(made)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         make_folder(folder / "model", layers, width)
         text = folder / "text.txt"
         text.write_text(random_text(_TEXT * tokens), "utf-8")
@@ -87,14 +87,14 @@ def measure(layers: int, width: int, tokens: int, threads: int, settings: str) -
         )
         if done.returncode:
             raise RuntimeError(f"GPTQ ended with {done.returncode}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    figures = json.loads(done.stdout.splitlines()[-1])
     return {
         "layers": layers,
         "width": width,
         "threads": threads,
         "settings": json.loads(settings),
-        **found,
-        "estimated_seconds_of_32_layers": round(found["seconds_of_layers"] / layers * ALL_LAYERS),
+        **figures,
+        "estimated_seconds_of_32_layers": round(figures["seconds_of_layers"] / layers * ALL_LAYERS),
     }
 
 
@@ -111,12 +111,12 @@ def main() -> None:
     if options.child:
         source, target, text = map(Path, options.child)
         more = json.loads(options.settings)
-        found = quantize_here(source, target, text, options.tokens, **more)
+        report = quantize_here(source, target, text, options.tokens, **more)
     else:
-        found = measure(
+        report = measure(
             options.layers, options.width, options.tokens, options.threads, options.settings
         )
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def measure(
     """
     source = folder / "model"
     parameters = make_folder(source, layers, width)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "layers": layers,
         "width": width,
         "threads": threads,
@@ -83,10 +83,10 @@ def measure(
         )
         if done.returncode:
             raise RuntimeError(f"{method} ended with {done.returncode}: {done.stderr[-2000:]}")
-        found[method] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{method}: {found[method]}", file=sys.stderr)
+        figures[method] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{method}: {figures[method]}", file=sys.stderr)
         shutil.rmtree(target)
-    return found
+    return figures
 
 
 def main() -> None:
@@ -108,10 +108,10 @@ def main() -> None:
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=options.folder) as folder:
-        found = measure(
+        report = measure(
             Path(folder), options.layers, options.width, tuple(options.methods), options.threads
         )
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -96,25 +96,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.child is not None:
-        print(json.dumps(step_here(given.child, given.tokens, given.rank, given.checkpointing)))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child is not None:
+        print(json.dumps(step_here(args.child, args.tokens, args.rank, args.checkpointing)))
         return
     rest = [
-        *("--tokens", str(given.tokens), "--rank", str(given.rank)),
-        *("--threads", str(given.threads)),
+        *("--tokens", str(args.tokens), "--rank", str(args.rank)),
+        *("--threads", str(args.threads)),
     ]
-    report: dict[str, Any] = {"tokens": given.tokens, "rank": given.rank, "layers": {}}
+    report: dict[str, Any] = {"tokens": args.tokens, "rank": args.rank, "layers": {}}
     with TemporaryDirectory() as home:
         for layers in (1, 2):
             folder = Path(home) / str(layers)
-            make_folder(folder, layers, given.width)
+            make_folder(folder, layers, args.width)
             for way in ((), ("--checkpointing",)):
                 command = [sys.executable, "-m", "benchmarks.suite.big_tuning_layer", *rest, *way]
                 done = subprocess.run(
                     [*command, "--child", str(folder)],
-                    env=child_environment(given.threads),
+                    env=child_environment(args.threads),
                     stdout=subprocess.PIPE,
                     text=True,
                     check=True,

@@ -77,8 +77,8 @@ class JudgedByTheTeacher:
 
     def targets(self, blocks: TokenBlocks, batch: Batch) -> TeacherTargets:
         """From the judge about held-out text, else from the other."""
-        asked = self.judge if self._judges(blocks) else self.lessons
-        return asked.targets(blocks, batch)
+        teacher = self.judge if self._judges(blocks) else self.lessons
+        return teacher.targets(blocks, batch)
 
     def expect(self, blocks: TokenBlocks) -> None:
         """Pass on what will be asked."""
@@ -86,54 +86,54 @@ class JudgedByTheTeacher:
             self.lessons.expect(blocks)
 
 
-def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train a student by every method and seed.
 
     Args:
-        given: The command line.
+        args: The command line.
         folder: For what is made on the way.
 
     Returns:
         The JSON document.
     """
-    vocabulary = load_vocabulary(given.teacher)
-    live = LiveTeacher(load_pytorch(given.teacher).requires_grad_(False))
-    found: dict[str, list[dict[str, Any]]] = {}
+    vocabulary = load_vocabulary(args.teacher)
+    live = LiveTeacher(load_pytorch(args.teacher).requires_grad_(False))
+    runs_of: dict[str, list[dict[str, Any]]] = {}
     bytes_of: dict[str, float] = {"top-12": 12 * _TOP_K_BYTES, "top-50": 50 * _TOP_K_BYTES}
-    for seed in given.seeds:
+    for seed in args.seeds:
         settings = TrainSettings(
-            tokens=given.tokens,
-            block_length=given.block_length,
+            tokens=args.tokens,
+            block_length=args.block_length,
             batch_size=1,
-            learning_rate=given.learning_rate,
-            held_out_tokens=given.held_out_tokens,
+            learning_rate=args.learning_rate,
+            held_out_tokens=args.held_out_tokens,
             evaluate_every=0,
             checkpoint_every=0,
             seed=seed,
         )
-        training, judged = read_blocks(given.texts, given.held_out, vocabulary, settings)
-        for method in given.methods:
-            lessons = _lessons(method, given, live, vocabulary, training, folder, seed, bytes_of)
+        training, judged = read_blocks(args.texts, args.held_out, vocabulary, settings)
+        for method in args.methods:
+            lessons = _lessons(method, args, live, vocabulary, training, folder, seed, bytes_of)
             teacher = JudgedByTheTeacher(lessons, live, judged)
             work = folder / f"{method}-{seed}"
             work.mkdir()
             with accelerating(settings, logs=work) as accelerator:
-                student = load_pytorch(given.student)
+                student = load_pytorch(args.student)
                 progress = train_student(
                     student, teacher, training, judged, settings, accelerator=accelerator, work=work
                 )
             if isinstance(lessons, CachedTeacher):
                 lessons.close()
             result = {"seed": seed, "seconds": progress.seconds, **asdict(progress.last)}
-            found.setdefault(method, []).append(result)
-            found.setdefault("before", [asdict(progress.before)])
+            runs_of.setdefault(method, []).append(result)
+            runs_of.setdefault("before", [asdict(progress.before)])
             logger.warning("%s, seed %d: held-out KL %.4f", method, seed, progress.last.kl)
-    return _report(given, found, bytes_of)
+    return _report(args, runs_of, bytes_of)
 
 
 def _lessons(
     method: str,
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     live: LiveTeacher,
     vocabulary: Vocabulary,
     training: TokenBlocks,
@@ -147,11 +147,11 @@ def _lessons(
         return TopOfTheTeacher(live, int(method.removeprefix("top-")))
     targets = folder / f"targets-{method}-{seed}"
     distill.cache_targets(
-        given.teacher,
+        args.teacher,
         targets,
-        texts=given.texts,
+        texts=args.texts,
         method=cast(Any, method),
-        block_length=given.block_length,
+        block_length=args.block_length,
         seed=seed,
     )
     size = sum(file.stat().st_size for file in targets.rglob("*") if file.is_file())
@@ -161,22 +161,24 @@ def _lessons(
 
 
 def _report(
-    given: argparse.Namespace, found: dict[str, list[dict[str, Any]]], bytes_of: dict[str, float]
+    args: argparse.Namespace, runs_of: dict[str, list[dict[str, Any]]], bytes_of: dict[str, float]
 ) -> dict[str, Any]:
-    before = found.pop("before")[0]
+    before = runs_of.pop("before")[0]
     report: dict[str, Any] = {
-        "teacher": given.teacher,
-        "student": given.student,
-        "tokens": given.tokens,
+        "teacher": args.teacher,
+        "student": args.student,
+        "tokens": args.tokens,
         "before": before,
-        "runs": found,
+        "runs": runs_of,
         "bytes_a_position": bytes_of,
-        "mean_kl": {method: mean(run["kl"] for run in runs) for method, runs in found.items()},
+        "mean_kl": {method: mean(run["kl"] for run in runs) for method, runs in runs_of.items()},
     }
-    if "live" in found:
+    if "live" in runs_of:
         report["kl_over_live"] = {
-            method: [run["kl"] / base["kl"] for run, base in zip(runs, found["live"], strict=True)]
-            for method, runs in found.items()
+            method: [
+                run["kl"] / base["kl"] for run, base in zip(runs, runs_of["live"], strict=True)
+            ]
+            for method, runs in runs_of.items()
         }
     return report
 
@@ -195,10 +197,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=["live", "systematic", "top-12", "top-50"])
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(compare(given, Path(folder))))
+        print(json.dumps(compare(args, Path(folder))))
 
 
 if __name__ == "__main__":

@@ -54,50 +54,50 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--scored-tokens", type=int, default=4096, help="of each held-out text")
     parser.add_argument("--llama-cpp-programs", type=Path, help="the folder of llama-quantize")
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args(words)
+    args = parser.parse_args(words)
     with TemporaryDirectory() as scratch:
-        print(json.dumps(run(given, Path(scratch))))
+        print(json.dumps(run(args, Path(scratch))))
 
 
-def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Make the models and measure them.
 
     Args:
-        given: The command line.
+        args: The command line.
         scratch: An empty folder.
 
     Returns:
         The JSON document.
     """
-    torch.set_num_threads(given.threads)
-    source = resolve_model(given.source)
+    torch.set_num_threads(args.threads)
+    source = resolve_model(args.source)
     vocabulary = load_vocabulary(source)
-    held_out = held_out_blocks(given.held_out, vocabulary, given.scored_tokens, given.block_length)
+    held_out = held_out_blocks(args.held_out, vocabulary, args.scored_tokens, args.block_length)
     references = predictions_of(source, held_out)
     models = []
-    if given.llama_cpp_programs is not None:
+    if args.llama_cpp_programs is not None:
         exact, small = scratch / "float32.gguf", scratch / "q4_k_m.gguf"
         export.to_gguf(source, exact, dtype="float32")
-        program = given.llama_cpp_programs / "llama-quantize"
+        program = args.llama_cpp_programs / "llama-quantize"
         subprocess.run([program, exact, small, "Q4_K_M"], check=True, capture_output=True)
         figures = figures_of(references, predictions_of(resolve_model(small), held_out), held_out)
         models.append(
             {"name": "llama.cpp Q4_K_M", "bytes": tensor_bytes(small), "held_out": figures}
         )
-    for steps in given.tuning_steps:
-        models.append(_compressed(given, source, scratch / f"{steps}", steps, references, held_out))
+    for steps in args.tuning_steps:
+        models.append(_compressed(args, source, scratch / f"{steps}", steps, references, held_out))
         print(json.dumps(models[-1]), file=sys.stderr, flush=True)
     return {
-        "source": Path(given.source).name,
-        "machine": asdict(describe_machine(given.threads)),
-        "texts": [Path(text).name for text in given.texts],
+        "source": Path(args.source).name,
+        "machine": asdict(describe_machine(args.threads)),
+        "texts": [Path(text).name for text in args.texts],
         "scored_tokens": {name: int(blocks.kept.sum()) for name, blocks in held_out.items()},
         "models": models,
     }
 
 
 def _compressed(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     source: Path,
     target: Path,
     steps: int,
@@ -108,15 +108,15 @@ def _compressed(
     chatbot = mistill.compress(
         source,
         target,
-        texts=given.texts,
-        held_out=given.held_out,
-        bits_per_weight=given.bits_per_weight,
-        samples=given.samples,
-        block_length=given.block_length,
+        texts=args.texts,
+        held_out=args.held_out,
+        bits_per_weight=args.bits_per_weight,
+        samples=args.samples,
+        block_length=args.block_length,
         tuning_steps=steps,
     )
     seconds = time.perf_counter() - started
-    model = OnnxModel(chatbot, threads=given.threads)
+    model = OnnxModel(chatbot, threads=args.threads)
     figures = {
         name: {"kl": onnx_kl(model, references[name], blocks)} for name, blocks in held_out.items()
     }
@@ -139,13 +139,13 @@ def onnx_kl(model: OnnxModel, reference: Predictions, blocks: TokenBlocks) -> fl
     Returns:
         In nats.
     """
-    total, done = 0.0, 0
+    total, count = 0.0, 0
     for block, start, end in _pieces(blocks):
         logits = model.logits(blocks.ids[block : block + 1, start:end])[0]
-        said = torch.from_numpy(logits[blocks.kept[block, start:end]])
-        total += float(kl_sum(reference.logits(slice(done, done + len(said))), said))
-        done += len(said)
-    return total / done
+        part = torch.from_numpy(logits[blocks.kept[block, start:end]])
+        total += float(kl_sum(reference.logits(slice(count, count + len(part))), part))
+        count += len(part)
+    return total / count
 
 
 def _pieces(blocks: TokenBlocks) -> Iterator[tuple[int, int, int]]:

@@ -160,25 +160,25 @@ def near_models(case: Case, distance: float, seed: int = 9) -> Case:
     return replace(case, student=replace(case.teacher, hidden=hidden))
 
 
-def close(found: float, right: float, relative: float) -> str:
+def close(actual: float, right: float, relative: float) -> str:
     """Complain unless a loss is the right one."""
-    error = abs(found - right) / max(abs(right), 1e-30)
+    error = abs(actual - right) / max(abs(right), 1e-30)
     if not error <= relative:
-        raise WrongError(f"the loss is {found:.6g} and should be {right:.6g}")
+        raise WrongError(f"the loss is {actual:.6g} and should be {right:.6g}")
     return f"relative error {error:.1g}"
 
 
-def agree(found: Answer, right: Answer, relative: float = 1e-4) -> str:
+def agree(actual: Answer, right: Answer, relative: float = 1e-4) -> str:
     """Complain unless the loss and both gradients are the right ones."""
-    told = close(found.loss, right.loss, relative)
-    pairs = [("hidden states", found.hidden, right.hidden)]
-    if found.weight is not None and right.weight is not None:
-        pairs.append(("head", found.weight, right.weight))
+    complaint = close(actual.loss, right.loss, relative)
+    pairs = [("hidden states", actual.hidden, right.hidden)]
+    if actual.weight is not None and right.weight is not None:
+        pairs.append(("head", actual.weight, right.weight))
     for name, mine, his in pairs:
         gap = float((mine - his).norm() / his.norm())
         if not gap <= 10 * relative:
             raise WrongError(f"the gradient of the {name} is off by {gap:.2g} of its length")
-    return told
+    return complaint
 
 
 def expected(adapter: Adapter, case: Case) -> Answer:
@@ -188,12 +188,12 @@ def expected(adapter: Adapter, case: Case) -> Answer:
 
 def alone(adapter: Adapter, case: Case) -> list[float]:
     """The loss of each token by itself."""
-    found = []
+    actual = []
     for row, column in (case.labels != -100).nonzero().tolist():
         labels = torch.full_like(case.labels, -100)
         labels[row, column] = case.labels[row, column]
-        found.append(answer(adapter, replace(case, labels=labels)).loss)
-    return found
+        actual.append(answer(adapter, replace(case, labels=labels)).loss)
+    return actual
 
 
 def padded(case: Case, extra: int) -> Case:
@@ -224,13 +224,13 @@ def padded(case: Case, extra: int) -> Case:
 def temperature_counts(adapter: Adapter) -> str:
     """Right up to a factor of T^2, which the next check asks for."""
     case = replace(make_case(), temperature=3.0)
-    found, view = answer(adapter, case).loss, adapter.view
+    actual, view = answer(adapter, case).loss, adapter.view
     with_square, without = truth(case, view).loss, truth(case, view, squared=False).loss
     unsoftened = truth(replace(case, temperature=1.0), view).loss
-    if abs(found - unsoftened) < 1e-3 * unsoftened:
-        raise WrongError(f"at temperature 3 the loss is {found:.4g}, that of temperature 1")
-    nearer = min(with_square, without, key=lambda value: abs(found - value))
-    return close(found, nearer, 1e-4)
+    if abs(actual - unsoftened) < 1e-3 * unsoftened:
+        raise WrongError(f"at temperature 3 the loss is {actual:.4g}, that of temperature 1")
+    nearer = min(with_square, without, key=lambda value: abs(actual - value))
+    return close(actual, nearer, 1e-4)
 
 
 @check(1, "times T^2", "its square keeps the size of the gradients", "temperature")
@@ -243,8 +243,8 @@ def temperature_squared(adapter: Adapter) -> str:
 @check(2, "no hidden cross-entropy", "a student that equals its teacher is left as it is")
 def no_cross_entropy(adapter: Adapter) -> str:
     """The text's own loss would go on pulling."""
-    found = answer(adapter, same_models(make_case()))
-    pull = float(found.hidden.abs().max())
+    actual = answer(adapter, same_models(make_case()))
+    pull = float(actual.hidden.abs().max())
     if not pull < 1e-5:
         raise WrongError(f"the student equals its teacher and is pulled by {pull:.2g}")
     return f"largest gradient {pull:.1g}"
@@ -260,11 +260,11 @@ def ignored_labels(adapter: Adapter) -> str:
     other[loud] -= 5
     changed = with_side(with_side(case, "student", hidden=hidden), "teacher", hidden=other)
     before, after = answer(adapter, case), answer(adapter, changed)
-    told = close(after.loss, before.loss, 1e-6)
+    complaint = close(after.loss, before.loss, 1e-6)
     pull = float(after.hidden[loud].abs().max())
     if pull > 0:
         raise WrongError(f"an ignored position gets a gradient of {pull:.2g}")
-    return told
+    return complaint
 
 
 @check(4, "padding", "padding changes nothing")
@@ -283,12 +283,12 @@ def padding(adapter: Adapter) -> str:
 def shift(adapter: Adapter) -> str:
     """Without the shift the last two would."""
     case = make_case(torch.tensor([[-100, 5, 2]]))
-    found = answer(adapter, case)
-    counted = (found.hidden.abs().amax(dim=-1) > 0)[0].tolist()
+    actual = answer(adapter, case)
+    counted = (actual.hidden.abs().amax(dim=-1) > 0)[0].tolist()
     if counted != [True, True, False]:
         places = [place for place, counts in enumerate(counted) if counts]
         raise WrongError(f"positions {places} count, not [0, 1]")
-    return agree(found, truth(case))
+    return agree(actual, truth(case))
 
 
 @check(6, "mean per token", "the loss is a mean per kept token, in nats")
@@ -320,10 +320,10 @@ def micro_batches(adapter: Adapter) -> str:
             present=case.present[rows],
             in_step=case.positions_in_step,
         )
-        found = answer(adapter, part)
+        actual = answer(adapter, part)
         share = 0.5 if adapter.mean_of_means else 1.0
-        loss += share * found.loss
-        gradient[rows] = share * found.hidden
+        loss += share * actual.loss
+        gradient[rows] = share * actual.hidden
     return agree(Answer(loss, gradient, None), whole, 1e-5)
 
 
@@ -368,10 +368,10 @@ def bias(adapter: Adapter) -> str:
 def agree_or_refuse(adapter: Adapter, case: Case) -> str:
     """Right, or no answer at all."""
     try:
-        found = answer(adapter, case)
+        actual = answer(adapter, case)
     except Exception as error:  # whatever it raises, it gives no wrong answer
         return f"refused: {_type_and_reason(error)}"
-    return agree(found, expected(adapter, case))
+    return agree(actual, expected(adapter, case))
 
 
 @check(12, "LoRA on the head", "an adapter of the head counts, or is refused", "lora|folders")
@@ -406,12 +406,12 @@ def four_bit_head(adapter: Adapter) -> str:
 def nothing_to_learn(adapter: Adapter) -> str:
     """0 / 0, or a zero that DDP waits for in vain."""
     case = replace(make_case(torch.full((B, T), -100)), in_step=10)
-    found = answer(adapter, case)
-    if found.loss != 0:
-        raise WrongError(f"the loss is {found.loss}")
-    if not found.graph:
+    actual = answer(adapter, case)
+    if actual.loss != 0:
+        raise WrongError(f"the loss is {actual.loss}")
+    if not actual.graph:
         raise WrongError("the loss is 0 and has no graph")
-    pull = found.hidden.abs().max()
+    pull = actual.hidden.abs().max()
     if not pull == 0:
         raise WrongError(f"the gradient is {pull:.2g}")
     return "0, with a graph"
@@ -419,10 +419,10 @@ def nothing_to_learn(adapter: Adapter) -> str:
 
 def _sharp(adapter: Adapter, dtype: torch.dtype, scale: float, relative: float) -> str:
     case = make_case(dtype=dtype, scale=scale)
-    found = answer(adapter, case)
-    if not (math.isfinite(found.loss) and bool(found.hidden.isfinite().all())):
+    actual = answer(adapter, case)
+    if not (math.isfinite(actual.loss) and bool(actual.hidden.isfinite().all())):
         raise WrongError("the loss or a gradient is not finite")
-    return close(found.loss, expected(adapter, case).loss, relative)
+    return close(actual.loss, expected(adapter, case).loss, relative)
 
 
 @check(14, "sharp, float32", "logits of hundreds give finite numbers in float32")
@@ -486,10 +486,10 @@ def disjoint_jsd(adapter: Adapter) -> str:
         Side(sure, weight), Side(other, weight), labels, labels.clamp(min=0), labels == labels,
         divergence="jsd",
     )  # fmt: skip
-    found = answer(adapter, case)
-    if not bool(found.hidden.isfinite().all()):
+    actual = answer(adapter, case)
+    if not bool(actual.hidden.isfinite().all()):
         raise WrongError("a gradient is not finite")
-    return close(found.loss, expected(adapter, case).loss, 1e-5)
+    return close(actual.loss, expected(adapter, case).loss, 1e-5)
 
 
 @check(18, "none below 0", "near its teacher, no token is below zero, and each still pulls", "kl")
@@ -498,13 +498,13 @@ def near_zero(adapter: Adapter) -> str:
     labels = torch.full((1, 33), 5)
     labels[0, 0] = -100
     case = near_models(make_case(labels, vocabulary=500), 1e-2)
-    told = _none_below(alone(adapter, case), 1e-6)
-    found, true = answer(adapter, case).hidden, expected(adapter, case).hidden
+    complaint = _none_below(alone(adapter, case), 1e-6)
+    actual, true = answer(adapter, case).hidden, expected(adapter, case).hidden
     counts = true.abs().amax(dim=-1) > 0
-    cosine = torch.cosine_similarity(found[counts], true[counts], dim=-1)
+    cosine = torch.cosine_similarity(actual[counts], true[counts], dim=-1)
     if not float(cosine.min()) > 0.99:
         raise WrongError(f"a token's gradient has a cosine of {cosine.min():.2g} to the true one")
-    return told
+    return complaint
 
 
 def _top_k_case() -> Case:
@@ -527,14 +527,14 @@ def _top_k_case() -> Case:
 def top_k_pulls(adapter: Adapter) -> str:
     """A list cut short is no distribution: its "KL" is negative here, and clamped it is still."""
     case = _top_k_case()
-    found, true = answer(adapter, case), expected(adapter, case)
-    if not found.loss >= 0:
-        raise WrongError(f"the divergence is {found.loss:.3g}, below zero")
-    assert found.weight is not None
+    actual, true = answer(adapter, case), expected(adapter, case)
+    if not actual.loss >= 0:
+        raise WrongError(f"the divergence is {actual.loss:.3g}, below zero")
+    assert actual.weight is not None
     assert true.weight is not None
-    if float(found.weight.norm()) == 0:
+    if float(actual.weight.norm()) == 0:
         raise WrongError("the student is not pulled at all")
-    cosine = torch.cosine_similarity(found.weight.flatten(), true.weight.flatten(), dim=0)
+    cosine = torch.cosine_similarity(actual.weight.flatten(), true.weight.flatten(), dim=0)
     if not float(cosine) > 0.99:
         raise WrongError(f"the gradient has a cosine of {cosine:.2g} to the true one")
     return f"cosine {cosine:.4f}"
@@ -544,9 +544,9 @@ def top_k_pulls(adapter: Adapter) -> str:
 def top_k_unbiased(adapter: Adapter) -> str:
     """Renormalised, the list would ask it to be surer."""
     case = _top_k_case()
-    found = answer(adapter, replace(case, student=case.teacher))
-    assert found.weight is not None
-    pull = float(found.weight.abs().max())
+    actual = answer(adapter, replace(case, student=case.teacher))
+    assert actual.weight is not None
+    pull = float(actual.weight.abs().max())
     if not pull < 1e-5:
         raise WrongError(f"the student equals its teacher and is pulled by {pull:.2g}")
     return f"largest gradient {pull:.1g}"
@@ -567,8 +567,8 @@ def downhill(adapter: Adapter) -> str:
     labels = torch.full((B, T), 5)
     labels[:, 0] = -100
     case = make_case(labels)
-    found, true = answer(adapter, case).hidden, expected(adapter, case).hidden
-    cosine = torch.cosine_similarity(found.flatten(), true.flatten(), dim=0)
+    actual, true = answer(adapter, case).hidden, expected(adapter, case).hidden
+    cosine = torch.cosine_similarity(actual.flatten(), true.flatten(), dim=0)
     if not float(cosine) > 0.9999:
         raise WrongError(f"the gradient has a cosine of {cosine:.4g} to the true one")
     return f"cosine {cosine:.6f}"
@@ -672,17 +672,17 @@ def evaluation(adapter: Adapter) -> str:
 def teacher_dropout(adapter: Adapter) -> str:
     """With dropout of a half."""
     case = make_case()
-    found = answer(adapter, with_side(case, "teacher", dropout=0.5))
-    return close(found.loss, truth(case).loss, 1e-4)
+    actual = answer(adapter, with_side(case, "teacher", dropout=0.5))
+    return close(actual.loss, truth(case).loss, 1e-4)
 
 
 @check(32, "no floor", "a student that equals its teacher has a loss of 0")
 def no_floor(adapter: Adapter) -> str:
     """As a cross-entropy it would be the teacher's entropy."""
-    found = answer(adapter, same_models(make_case())).loss
-    if not abs(found) < 1e-6:
-        raise WrongError(f"the loss is {found:.4g}")
-    return f"{found:.1g}"
+    actual = answer(adapter, same_models(make_case())).loss
+    if not abs(actual) < 1e-6:
+        raise WrongError(f"the loss is {actual:.4g}")
+    return f"{actual:.1g}"
 
 
 @check(0, "scaled gradient", "a loss times 3 has 3 times the gradient")
@@ -799,14 +799,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rivals-python", help="Python that has trl and liger-kernel")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    if given.child:
+    if args.child:
         print(json.dumps([asdict(finding) for finding in ask_all(ELSEWHERE)]))
         return
     findings = ask_all(HERE)
-    if given.rivals_python:
-        findings += ask_elsewhere(given.rivals_python)
+    if args.rivals_python:
+        findings += ask_elsewhere(args.rivals_python)
     show(findings)
     print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
 

@@ -172,8 +172,8 @@ def _head(side: Side) -> nn.Module:
         up.copy_(torch.randn(up.shape, generator=values))
         down = adapted.lora_A["default"].weight
         down.copy_(torch.randn(down.shape, generator=values) * 0.2)
-    found: nn.Module = adapted
-    return found
+    head_module: nn.Module = adapted
+    return head_module
 
 
 def dense_weight(model: Model) -> Tensor:
@@ -195,8 +195,8 @@ def dense_weight(model: Model) -> Tensor:
         base: Tensor = head.base_layer.weight.detach().double()
         added: Tensor = head.get_delta_weight("default").detach().double()
         return base + added
-    found: Tensor = head.weight.detach().double()
-    return found
+    weight: Tensor = head.weight.detach().double()
+    return weight
 
 
 # --- the truth ----------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def top_k_of(case: Case) -> tuple[Tensor, Tensor]:
     teacher = Model(case.teacher)
     with torch.no_grad():
         log_p = _log_probabilities(teacher.hidden.double(), dense_weight(teacher), case, "teacher")
-    found = log_p.topk(case.top_k, dim=-1)
-    return found.indices, found.values.float()
+    top = log_p.topk(case.top_k, dim=-1)
+    return top.indices, top.values.float()
 
 
 # --- adapters -----------------------------------------------------------------------------------
@@ -363,8 +363,8 @@ def answer(adapter: Adapter, case: Case, factor: float = 1.0, *, evaluate: bool 
     """Compute a loss and its gradients.
 
     Args:
-        adapter: Whose.
-        case: Of what.
+        adapter: The loss to compute.
+        case: The models and the text.
         factor: The loss is multiplied by it before the backward pass.
         evaluate: Whether to compute it as its evaluation does, without a gradient.
 
@@ -435,8 +435,8 @@ def mistill(student: Model, teacher: Model, case: Case) -> Tensor:
         ).loss  # fmt: skip
     live = LiveTeacher(models[1]).targets(blocks, batch)
     step = DistillationStep(models[0], settings)
-    found: Tensor = step("loss", batch, live, positions, 0.0).loss
-    return found
+    loss: Tensor = step("loss", batch, live, positions, 0.0).loss
+    return loss
 
 
 def mistill_evaluation(student: Model, teacher: Model, case: Case) -> Tensor:
@@ -488,8 +488,8 @@ def trl_gkd(student: Model, teacher: Model, case: Case, *, counted: bool = True)
         "labels": case.labels,
     }
     total = torch.tensor(max(case.positions_in_step, 1)) if counted else None
-    found: Tensor = GKDTrainer.compute_loss(trainer, student, inputs, num_items_in_batch=total)
-    return found
+    loss: Tensor = GKDTrainer.compute_loss(trainer, student, inputs, num_items_in_batch=total)
+    return loss
 
 
 def trl_distillation(student: Model, teacher: Model, case: Case, *, counted: bool = True) -> Tensor:
@@ -516,8 +516,8 @@ def trl_distillation(student: Model, teacher: Model, case: Case, *, counted: boo
         "tool_mask": (case.labels[:, 1:] != -100).long(),
     }
     total = torch.tensor(float(case.positions_in_step)).clamp(min=1.0) if counted else None
-    found: Tensor = DistillationTrainer._compute_loss(trainer, student, inputs, total)[0]
-    return found
+    loss: Tensor = DistillationTrainer._compute_loss(trainer, student, inputs, total)[0]
+    return loss
 
 
 def _uncounted(loss: Callable[..., Tensor]) -> Loss:

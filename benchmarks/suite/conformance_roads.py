@@ -138,9 +138,9 @@ class Place:
         return [
             [
                 {"role": "user", "content": "What is a mistral?"},
-                {"role": "assistant", "content": said},
+                {"role": "assistant", "content": answer},
             ]
-            for said in answers
+            for answer in answers
         ]
 
 
@@ -248,8 +248,8 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _adapter_of_the_head(wanted: bool) -> Any:
-    if not wanted:
+def _adapter_of_the_head(is_there: bool) -> Any:
+    if not is_there:
         return None
     from peft import LoraConfig
 

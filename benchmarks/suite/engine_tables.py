@@ -21,7 +21,7 @@ _TELLING = (
 # --- export and engine --------------------------------------------------------------------------
 
 
-def export_time(found: Found) -> list[str]:
+def export_time(report: Found) -> list[str]:
     """Exporting a folder, by ours and by onnxruntime-genai's builder."""
     rows = [
         [
@@ -30,43 +30,43 @@ def export_time(found: Found) -> list[str]:
             number(one["peak_mib"]["median"]),
             number(one["bytes"] / 1e6),
         ]
-        for name, one in found["methods"].items()
+        for name, one in report["methods"].items()
     ]
     lines = table(["", "seconds", "peak of the process, MiB", "MB"], rows)
-    if "time_over_genai" not in found:
+    if "time_over_genai" not in report:
         return lines
     return [
         *lines,
         "",
-        f"mistill over genai's builder: {spread(found['time_over_genai'])} of the time, "
-        f"{spread(found['peak_over_genai'])} of the peak memory.",
+        f"mistill over genai's builder: {spread(report['time_over_genai'])} of the time, "
+        f"{spread(report['peak_over_genai'])} of the peak memory.",
     ]
 
 
-def export_parity(found: Found) -> list[str]:
+def export_parity(report: Found) -> list[str]:
     """An ONNX folder against PyTorch with the same weights."""
     row = [
-        f"{found['source']}, {found['precision']}",
-        f"{found['positions']:,}",
-        number(found["max_difference"]),
-        number(found["mean_kl"]),
-        f"{found['other_top']:,}",
+        f"{report['source']}, {report['precision']}",
+        f"{report['positions']:,}",
+        number(report["max_difference"]),
+        number(report["mean_kl"]),
+        f"{report['other_top']:,}",
     ]
     heads = ["", "positions", "largest difference of a logit", "mean KL, nats"]
     return table([*heads, "other first token"], [row])
 
 
-def step_time(found: Found) -> list[str]:
+def step_time(report: Found) -> list[str]:
     """A step of one token from sources whose codes are harder to multiply."""
     rows = [
         [
             name,
             spread(milliseconds),
-            spread(found["to_plain"][name]) if name in found["to_plain"] else "",
-            number(found["packed_bytes_per_token"][name] / 1e6),
-            spread(found["around_us"][name]),
+            spread(report["to_plain"][name]) if name in report["to_plain"] else "",
+            number(report["packed_bytes_per_token"][name] / 1e6),
+            spread(report["around_us"][name]),
         ]
-        for name, milliseconds in found["step_ms"].items()
+        for name, milliseconds in report["step_ms"].items()
     ]
     return table(
         ["source", "ms a step", "over plain", "MB read a token", "microseconds outside the run"],
@@ -74,9 +74,9 @@ def step_time(found: Found) -> list[str]:
     )
 
 
-def later_turn(found: Found) -> list[str]:
+def later_turn(report: Found) -> list[str]:
     """The first token of a later turn."""
-    ratios = {"warm": found["warm_to_cold"], "restored": found["restored_to_cold"]}
+    ratios = {"warm": report["warm_to_cold"], "restored": report["restored_to_cold"]}
     rows = [
         [
             {
@@ -87,19 +87,19 @@ def later_turn(found: Found) -> list[str]:
             spread(_milliseconds(seconds)),
             spread(ratios[name], 2) if name in ratios else "",
         ]
-        for name, seconds in found["first_token_seconds"].items()
+        for name, seconds in report["first_token_seconds"].items()
     ]
     return [
         *table(["the chatbot", "first token, ms", "over reading it all"], rows),
         "",
-        f"A prompt of {found['prompt_tokens']:,} tokens in all; {found['kept_bytes'] / 1e6:,.1f} "
+        f"A prompt of {report['prompt_tokens']:,} tokens in all; {report['kept_bytes'] / 1e6:,.1f} "
         "MB kept on disk.",
     ]
 
 
-def big_chatbot(found: Found) -> list[str]:
+def big_chatbot(report: Found) -> list[str]:
     """A chatbot of Mistral 7B's size: exporting it, and running it."""
-    exported, ran = found["export"], found["run"]
+    exported, ran = report["export"], report["run"]
     rows = [
         ["exporting, s", number(exported["seconds"])],
         ["its peak memory, GB", f"{exported['peak_memory_bytes'] / 1e9:.2f}"],
@@ -107,30 +107,30 @@ def big_chatbot(found: Found) -> list[str]:
         ["opening, s", number(ran["load_seconds"])],
         [
             f"reading {ran['prompt_tokens']} tokens, tok/s",
-            number(found["prompt_tokens_per_second"]),
+            number(report["prompt_tokens_per_second"]),
         ],
-        ["writing, tok/s", number(found["decode_tokens_per_second"])],
+        ["writing, tok/s", number(report["decode_tokens_per_second"])],
         ["peak memory, GB", f"{ran['peak_memory_bytes'] / 1e9:.2f}"],
-        ["share of the roofline", number(found["roofline_share"], 2)],
+        ["share of the roofline", number(report["roofline_share"], 2)],
     ]
     return [
         *table(["", ""], rows),
         "",
-        f"{found['layers']} layers, {found['width']:,} wide, {found['parameters'] / 1e9:.2f} "
+        f"{report['layers']} layers, {report['width']:,} wide, {report['parameters'] / 1e9:.2f} "
         "billion random weights.",
     ]
 
 
-def laptop(found: Found) -> list[str]:
+def laptop(report: Found) -> list[str]:
     """Which model answers in time within the memory of a laptop."""
     names = {
         "16-bit": "transformers, 16 bits",
         "nf4": "transformers, NF4",
         "onnx": "mistill, 4-bit ONNX",
     }
-    limit = f"{found['limit_bytes'] / 1e9:g} GB"
+    limit = f"{report['limit_bytes'] / 1e9:g} GB"
     rows = []
-    for one in found["rows"].values():
+    for one in report["rows"].values():
         fits = one["ending"] != "memory"
         rows.append(
             [
@@ -151,17 +151,17 @@ def laptop(found: Found) -> list[str]:
         "mapped weights too while it writes",
     }
     return [
-        *table([*heads, "first token, s", f"reply of {found['new_tokens']} tokens, s"], rows),
+        *table([*heads, "first token, s", f"reply of {report['new_tokens']} tokens, s"], rows),
         "",
-        f"Random weights of Mistral's shapes; prompts of {found['prompt_tokens']} tokens, medians "
-        f"of {found['replies']} replies after a first, on {found['threads']} processors. Memory "
-        f"was limited to {limit} by {ways[found['limited_by']]}.",
+        f"Random weights of Mistral's shapes; prompts of {report['prompt_tokens']} tokens, medians "
+        f"of {report['replies']} replies after a first, on {report['threads']} processors. Memory "
+        f"was limited to {limit} by {ways[report['limited_by']]}.",
     ]
 
 
-def korean_tokens(found: Found) -> list[str]:
+def korean_tokens(report: Found) -> list[str]:
     """What a Korean syllable costs in a vocabulary, and how many a chatbot writes."""
-    vocabularies = found["vocabularies"]
+    vocabularies = report["vocabularies"]
     rows = [
         [
             name,
@@ -175,11 +175,11 @@ def korean_tokens(found: Found) -> list[str]:
     lines = [
         *table(["vocabulary", "tokens", "tokens a syllable", "syllables in pieces"], rows),
         "",
-        f"{first['syllables']:,} syllables of {found['texts']}, {first['different_syllables']:,} "
+        f"{first['syllables']:,} syllables of {report['texts']}, {first['different_syllables']:,} "
         "different ones; all tokens count, those of spaces and marks too. A syllable in pieces has "
         "no token of its own.",
     ]
-    rates = found.get("tokens_per_second")
+    rates = report.get("tokens_per_second")
     if not rates:
         return lines
     rows = [
@@ -205,7 +205,7 @@ def _median(values: Sequence[float]) -> float | None:
     return median(values) if values else None
 
 
-def speculation(found: Found) -> list[str]:
+def speculation(report: Found) -> list[str]:
     """Guessing ahead."""
     rows = [
         [
@@ -214,7 +214,7 @@ def speculation(found: Found) -> list[str]:
             f"{one['right']:,} of {one['tried']:,}",
             f"{one['same_tokens']} of {one['tokens']}",
         ]
-        for name, one in found["replies"].items()
+        for name, one in report["replies"].items()
     ]
     return table(
         ["reply, guesses", "plain time over guessing", "guesses right", "same tokens"], rows
@@ -228,35 +228,35 @@ def _milliseconds(seconds: Found) -> dict[str, float]:
 # --- whole models -------------------------------------------------------------------------------
 
 
-def comparison(found: Found) -> list[str]:
+def comparison(report: Found) -> list[str]:
     """A comparison of ``mistill bench``: the figures that fit a page."""
     columns = [
         column
         for column in COLUMNS
         if column.key in _TELLING
-        and any(model["summary"].get(column.key) is not None for model in found["models"])
+        and any(model["summary"].get(column.key) is not None for model in report["models"])
     ]
     heads = ["", *(f"{one.title}{f', {one.unit}' if one.unit else ''}" for one in columns)]
     rows = []
-    for model in found["models"]:
+    for model in report["models"]:
         row = [model["name"]]
         for column in columns:
             value = model["summary"].get(column.key)
             row.append("" if value is None else column.write(value))
         rows.append(row)
-    text = found["text"]
+    text = report["text"]
     return [
         *table(heads, rows),
         "",
         f"{text['tokens_scored']:,} tokens of {', '.join(text['sources'])} (fingerprint "
-        f"{text['fingerprint'][:16]}); KL to {found['reference']}; "
-        f"{found['settings']['rounds']} rounds, all models taking turns.",
+        f"{text['fingerprint'][:16]}); KL to {report['reference']}; "
+        f"{report['settings']['rounds']} rounds, all models taking turns.",
     ]
 
 
-def rivals(found: Found) -> list[str]:
+def rivals(report: Found) -> list[str]:
     """Chatbots beside other engines of the same weights, and every chatbot over every engine."""
-    models, pairs = found["models"], found["ratios"]
+    models, pairs = report["models"], report["ratios"]
     measures = [name for name, value in next(iter(models.values())).items() if _is_spread(value)]
 
     def cell(model: Found, measure: str) -> str:
@@ -276,22 +276,22 @@ def rivals(found: Found) -> list[str]:
     if pairs:
         lines += [*table(["ratio, lowest and highest", *pairs], over), ""]
     engines = [f"{name}: {one['version']}" for name, one in models.items() if one.get("version")]
-    return [*lines, f"{found['rounds']} rounds, all taking turns. {'; '.join(engines)}"]
+    return [*lines, f"{report['rounds']} rounds, all taking turns. {'; '.join(engines)}"]
 
 
-def rival_tools(found: Found) -> list[str]:
+def rival_tools(report: Found) -> list[str]:
     """What mistill measures of other engines, over what their own programs say."""
     measures = {
-        "prompt_tokens_per_second": f"reading {found['prompt']}",
-        "decode_tokens_per_second": f"writing {found['new_tokens']}",
+        "prompt_tokens_per_second": f"reading {report['prompt']}",
+        "decode_tokens_per_second": f"writing {report['new_tokens']}",
     }
     rows = [
         [name, what, *(spread(rival[measure][who]) for who in ("ours", "its_own", "ratio"))]
-        for name, rival in found["rivals"].items()
+        for name, rival in report["rivals"].items()
         for measure, what in measures.items()
     ]
     heads = ["", "tokens", "tok/s, by mistill", "by its own program", "ratio"]
-    return [*table(heads, rows), "", f"{found['rounds']} turns of each, one after the other."]
+    return [*table(heads, rows), "", f"{report['rounds']} turns of each, one after the other."]
 
 
 _MEASURES = (
@@ -323,10 +323,10 @@ def _ratio(pair: Found, measure: str) -> str:
     return spread(pair[measure]) if measure in pair else ""
 
 
-def quoted_perplexity(found: Found) -> list[str]:
+def quoted_perplexity(report: Found) -> list[str]:
     """Perplexities in two conventions, beside what others measure."""
     rows = []
-    for name, one in found["conventions"].items():
+    for name, one in report["conventions"].items():
         theirs = one.get("theirs")
         rows.append(
             [
@@ -339,11 +339,11 @@ def quoted_perplexity(found: Found) -> list[str]:
             ]
         )
     heads = ["as", "tokens scored", "mistill", "others", "difference", "bits per byte"]
-    prints = {one["text_fingerprint"][:8] for one in found["conventions"].values()}
+    prints = {one["text_fingerprint"][:8] for one in report["conventions"].values()}
     return [
         *table(heads, rows),
         "",
-        f"{found['model']} on the beginning of {found['text']} (fingerprints "
+        f"{report['model']} on the beginning of {report['text']} (fingerprints "
         f"{', '.join(sorted(prints))}).",
     ]
 
@@ -352,17 +352,17 @@ def _plus_minus(error: float | None) -> str:
     return "" if error is None else f" \u00b1 {significant(error, 2)}"
 
 
-def same_twice(found: Found) -> list[str]:
+def same_twice(report: Found) -> list[str]:
     """What was called a difference where there is none."""
     rows = [
-        [key, f"{found['alarms'].get(key, 0)}", f"{100 * width:.1f} %"]
-        for key, width in found["half_widths"].items()
+        [key, f"{report['alarms'].get(key, 0)}", f"{100 * width:.1f} %"]
+        for key, width in report["half_widths"].items()
     ]
     return [
         *table(["figure", "false alarms", "half of the 95% interval, median"], rows),
         "",
-        f"{found['model']} compared with itself {found['times']} times, "
-        f"{'in runs of their own' if found['apart'] else 'taking turns'}, {found['rounds']} rounds "
-        f"each: {found['comparisons_with_an_alarm']} of {found['times']} comparisons called "
-        "anything a difference.",
+        f"{report['model']} compared with itself {report['times']} times, "
+        f"{'in runs of their own' if report['apart'] else 'taking turns'}, {report['rounds']} "
+        f"rounds each: {report['comparisons_with_an_alarm']} of {report['times']} comparisons "
+        "called anything a difference.",
     ]

@@ -138,9 +138,9 @@ def called(
     words = [f"benchmarks.suite.{program.name}"]
     words += [word.format(**places) for word in program.arguments]
     for rival in program.rivals:
-        given = rival.found(environment)
-        if given is not None:
-            words += [rival.option, given]
+        path = rival.found(environment)
+        if path is not None:
+            words += [rival.option, path]
     there = [word for rival in program.rivals if rival.found(environment) for word in rival.against]
     return [*words, "--against", *there] if there else words
 
@@ -159,8 +159,8 @@ def shown(program: Program, environment: Mapping[str, str], threads: int = 2) ->
     names = {"model": "MODEL", "chatbot": "CHATBOT", "source": "SOURCE", "work": "WORK"}
     words = called(program, names | {"threads": str(threads)}, environment)
     for rival in program.rivals:
-        given = rival.found(environment)
-        words = ["PATH" if word == given else word for word in words]
+        path = rival.found(environment)
+        words = ["PATH" if word == path else word for word in words]
     return " ".join(["python", "-m", *words])
 
 
@@ -206,11 +206,11 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=[program.name for program in PROGRAMS])
-    given = parser.parse_args()
-    places = prepare(given.model, given.work) | {"threads": str(given.threads)}
+    args = parser.parse_args()
+    places = prepare(args.model, args.work) | {"threads": str(args.threads)}
     failed, left_out = [], set()
     for program in PROGRAMS:
-        if given.only and program.name not in given.only:
+        if args.only and program.name not in args.only:
             continue
         left_out |= {rival for rival in program.rivals if not rival.found(os.environ)}
         words = called(program, places, os.environ)
@@ -224,7 +224,7 @@ def main() -> int:
             failed.append(program.name)
             continue
         page.keep(
-            program.name, page.last_document(done.stdout), shown(program, os.environ, given.threads)
+            program.name, page.last_document(done.stdout), shown(program, os.environ, args.threads)
         )
     page.write()
     for rival in sorted(left_out, key=lambda one: one.name):

@@ -56,10 +56,10 @@ def settings_of(chatbot: Path) -> OnnxSettings:
         raise FolderError(
             f"{chatbot} has no export in its lineage; give a folder of mistill export"
         )
-    known = {field.name for field in fields(OnnxSettings)}
-    kept = {name: value for name, value in steps[-1]["settings"].items() if name in known}
-    kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
-    return OnnxSettings(**kept)
+    names = {field.name for field in fields(OnnxSettings)}
+    options = {name: value for name, value in steps[-1]["settings"].items() if name in names}
+    options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    return OnnxSettings(**options)
 
 
 def measure(
@@ -94,10 +94,10 @@ def measure(
     started = time.perf_counter()
     for start in range(0, len(ids), block):
         piece = ids[start : start + block]
-        expected, found = model_logits(reference, piece), model.logits(piece[None])[0]
-        differences.append(float(np.abs(found - expected).max()))
-        divergences.append(mean_kl(expected, found))
-        same.append(int((found.argmax(-1) == expected.argmax(-1)).sum()))
+        expected, actual = model_logits(reference, piece), model.logits(piece[None])[0]
+        differences.append(float(np.abs(actual - expected).max()))
+        divergences.append(mean_kl(expected, actual))
+        same.append(int((actual.argmax(-1) == expected.argmax(-1)).sum()))
         counts.append(len(piece))
     exact = resolved.precision == "float32" or settings.accuracy_level == 0
     exact = exact and settings.cache == "float32"
@@ -136,16 +136,16 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=4000)
     parser.add_argument("--block", type=int, default=250)
     parser.add_argument("--threads", type=int)
-    given = parser.parse_args()
+    args = parser.parse_args()
     print(
         json.dumps(
             measure(
-                given.chatbot,
-                given.source,
-                given.texts,
-                given.positions,
-                given.block,
-                given.threads,
+                args.chatbot,
+                args.source,
+                args.texts,
+                args.positions,
+                args.block,
+                args.threads,
             )
         )
     )

@@ -59,12 +59,12 @@ def commands(
         Command lines by name.
     """
     ours = [sys.executable, "-c", _OURS, str(model), str(target)]
-    found = {"mistill": [*ours, "0"], "mistill, checked against PyTorch": [*ours, "48"]}
+    ways = {"mistill": [*ours, "0"], "mistill, checked against PyTorch": [*ours, "48"]}
     if genai_python:
         builder = [genai_python, "-m", "onnxruntime_genai.models.builder"]
         places = ["-i", str(model), "-o", str(target), "-c", str(cache)]
-        found["genai's builder"] = [*builder, *places, "-p", "int4", "-e", "cpu"]
-    return found
+        ways["genai's builder"] = [*builder, *places, "-p", "int4", "-e", "cpu"]
+    return ways
 
 
 def timed(command: Sequence[str], threads: int) -> dict[str, float]:
@@ -99,8 +99,8 @@ def timed(command: Sequence[str], threads: int) -> dict[str, float]:
         )
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
 
 
 def measure(model: Path, genai_python: str | None, threads: int, rounds: int) -> dict[str, Any]:
@@ -115,9 +115,9 @@ def measure(model: Path, genai_python: str | None, threads: int, rounds: int) ->
     Returns:
         What was found.
     """
-    with TemporaryDirectory() as made:
-        target = Path(made) / "out"
-        calls = commands(model.resolve(), target, Path(made) / "cache", genai_python)
+    with TemporaryDirectory() as scratch:
+        target = Path(scratch) / "out"
+        calls = commands(model.resolve(), target, Path(scratch) / "cache", genai_python)
         samples: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
         sizes = {}
         for turn in range(1 + rounds):
@@ -127,7 +127,7 @@ def measure(model: Path, genai_python: str | None, threads: int, rounds: int) ->
                 shutil.rmtree(target)
                 if turn:
                     samples[name].append(figures)
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "benchmark": "export_time",
         "model": model.name,
         "threads": threads,
@@ -143,9 +143,9 @@ def measure(model: Path, genai_python: str | None, threads: int, rounds: int) ->
     }
     if "genai's builder" in samples:
         theirs = samples["genai's builder"]
-        found["time_over_genai"] = paired_ratio(samples["mistill"], theirs, "seconds")
-        found["peak_over_genai"] = paired_ratio(samples["mistill"], theirs, "peak_mib")
-    return found
+        report["time_over_genai"] = paired_ratio(samples["mistill"], theirs, "seconds")
+        report["peak_over_genai"] = paired_ratio(samples["mistill"], theirs, "peak_mib")
+    return report
 
 
 def main() -> None:
@@ -155,8 +155,8 @@ def main() -> None:
     parser.add_argument("--genai-python", help="Python that has onnxruntime-genai")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    print(json.dumps(measure(given.model, given.genai_python, given.threads, given.rounds)))
+    args = parser.parse_args()
+    print(json.dumps(measure(args.model, args.genai_python, args.threads, args.rounds)))
 
 
 if __name__ == "__main__":

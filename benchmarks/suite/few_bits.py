@@ -36,42 +36,42 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Quantize in every way, and measure.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         The JSON document.
     """
-    torch.set_num_threads(given.threads)
-    model = resolve_model(given.model)
+    torch.set_num_threads(args.threads)
+    model = resolve_model(args.model)
     held_out = held_out_blocks(
-        given.held_out, load_vocabulary(model), given.scored_tokens, given.block_length
+        args.held_out, load_vocabulary(model), args.scored_tokens, args.block_length
     )
     references = predictions_of(model, held_out)
-    found = []
-    for way in given.ways:
+    rows = []
+    for way in args.ways:
         options = dict(WAYS[way])
-        texts = given.texts[:1] if options.pop("one", False) else given.texts
+        texts = args.texts[:1] if options.pop("one", False) else args.texts
         with tempfile.TemporaryDirectory() as folder:
             started = time.process_time()
             quantized = quantize.to_gptq(
                 model,
                 Path(folder) / "quantized",
                 texts=texts,
-                bits=given.bits,
-                group_size=given.group_size,
-                samples=given.samples,
-                block_length=given.block_length,
-                seed=given.seed,
+                bits=args.bits,
+                group_size=args.group_size,
+                samples=args.samples,
+                block_length=args.block_length,
+                seed=args.seed,
                 **options,
             )
             seconds = time.process_time() - started
             size = describe(quantized).weight_bytes
             figures = figures_of(references, predictions_of(quantized, held_out), held_out)
-        found.append(
+        rows.append(
             {
                 "way": way,
                 "texts": [Path(text).name for text in texts],
@@ -80,17 +80,17 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
                 "held_out": figures,
             }
         )
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return {
-        "model": Path(given.model).name,
-        "bits": given.bits,
-        "group_size": given.group_size,
-        "samples": given.samples,
-        "block_length": given.block_length,
-        "seed": given.seed,
-        "threads": given.threads,
+        "model": Path(args.model).name,
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "samples": args.samples,
+        "block_length": args.block_length,
+        "seed": args.seed,
+        "threads": args.threads,
         "scored_tokens": {name: int(blocks.kept.sum()) for name, blocks in held_out.items()},
-        "ways": found,
+        "ways": rows,
     }
 
 

@@ -80,17 +80,17 @@ def in_four_bits(model: Any, device: str) -> Any:
     for module in list(model.get_decoder().modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear):
-                made = quantized.Linear4bit(
+                linear = quantized.Linear4bit(
                     child.in_features,
                     child.out_features,
                     bias=False,
                     compute_dtype=torch.bfloat16,
                     quant_type="nf4",
                 )
-                made.weight = quantized.Params4bit(
+                linear.weight = quantized.Params4bit(
                     child.weight.data.cpu(), requires_grad=False, quant_type="nf4"
                 )
-                setattr(module, name, made.to(device))
+                setattr(module, name, linear.to(device))
     return model
 
 
@@ -137,26 +137,26 @@ def measured(work: Callable[[], object], device: str, rounds: int) -> dict[str, 
         if is_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    found = {"seconds": median(seconds), "lowest": min(seconds), "highest": max(seconds)}
+    figures = {"seconds": median(seconds), "lowest": min(seconds), "highest": max(seconds)}
     if is_gpu:
         peak = torch.cuda.max_memory_allocated()
-        found |= {"peak_gib": peak / 2**30, "workspace_mib": (peak - before) / 2**20}
-    return found
+        figures |= {"peak_gib": peak / 2**30, "workspace_mib": (peak - before) / 2**20}
+    return figures
 
 
-def training(given: argparse.Namespace, kind: str) -> dict[str, Any]:
+def training(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Whole optimizer steps with one kind of teacher, in micro-batches of growing size."""
     from accelerate import Accelerator
 
-    teacher_sizes, student_sizes = (TINY, TINY) if given.tiny else (LARGE, SMALL)
-    is_gpu = given.device.startswith("cuda")
+    teacher_sizes, student_sizes = (TINY, TINY) if args.tiny else (LARGE, SMALL)
+    is_gpu = args.device.startswith("cuda")
     accelerator = Accelerator(cpu=not is_gpu, mixed_precision="bf16" if is_gpu else "no")
     vocabulary_size = teacher_sizes["vocab_size"]
     teacher: Any = FromDisk(vocabulary_size)
     if kind != "targets":
-        model = make_model(teacher_sizes, torch.bfloat16 if is_gpu else torch.float32, given.device)
-        teacher = LiveTeacher(in_four_bits(model, given.device) if kind == "nf4" else model)
-    student = make_model(student_sizes, torch.float32, given.device).requires_grad_(True).train()
+        model = make_model(teacher_sizes, torch.bfloat16 if is_gpu else torch.float32, args.device)
+        teacher = LiveTeacher(in_four_bits(model, args.device) if kind == "nf4" else model)
+    student = make_model(student_sizes, torch.float32, args.device).requires_grad_(True).train()
     settings = TrainSettings(batch_size=1, gradient_checkpointing=True)
     student.activation_checkpointing_enable({"use_reentrant": False})
     module, optimizer = accelerator.prepare(
@@ -177,39 +177,39 @@ def training(given: argparse.Namespace, kind: str) -> dict[str, Any]:
 
     report: dict[str, Any] = {}
     blocks = 1
-    while blocks <= given.most_blocks:
-        text = random_blocks(blocks, given.block_length, vocabulary_size)
+    while blocks <= args.most_blocks:
+        text = random_blocks(blocks, args.block_length, vocabulary_size)
         try:
-            found = measured(partial(step, text), given.device, given.rounds)
+            figures = measured(partial(step, text), args.device, args.rounds)
         except torch.OutOfMemoryError:
             break
-        found["tokens_per_second"] = text.tokens / found["seconds"]
-        report[f"{blocks} blocks"] = found
+        figures["tokens_per_second"] = text.tokens / figures["seconds"]
+        report[f"{blocks} blocks"] = figures
         report["largest_micro_batch"] = blocks
         blocks *= 2
     accelerator.free_memory()
     return report
 
 
-def head(given: argparse.Namespace) -> dict[str, Any]:
+def head(args: argparse.Namespace) -> dict[str, Any]:
     """One loss head on the GPU, in the Python that has it."""
     from benchmarks.suite.loss_head import LOSSES
 
-    V, T, D, wide = (500, 64, 32, 48) if given.tiny else (32_000, 8_192, 1_024, 4_096)
-    dtype = torch.bfloat16 if given.device.startswith("cuda") else torch.float32
+    V, T, D, wide = (500, 64, 32, 48) if args.tiny else (32_000, 8_192, 1_024, 4_096)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
 
     def numbers(*size: int) -> Tensor:
-        return torch.randn(*size, device=given.device, dtype=dtype) / math.sqrt(math.sqrt(size[-1]))
+        return torch.randn(*size, device=args.device, dtype=dtype) / math.sqrt(math.sqrt(size[-1]))
 
     hidden, weight = numbers(T, D).requires_grad_(), numbers(V, D).requires_grad_()
     p_hidden, p_weight = numbers(T, wide), numbers(V, wide)
-    mask = torch.ones(T, dtype=torch.bool, device=given.device)
+    mask = torch.ones(T, dtype=torch.bool, device=args.device)
 
     def work() -> None:
-        LOSSES[given.head](hidden, weight, p_hidden, p_weight, mask).backward()
+        LOSSES[args.head](hidden, weight, p_hidden, p_weight, mask).backward()
         hidden.grad = weight.grad = None
 
-    return measured(work, given.device, given.rounds)
+    return measured(work, args.device, args.rounds)
 
 
 def main() -> int:
@@ -222,29 +222,29 @@ def main() -> int:
     parser.add_argument("--most-blocks", type=int, default=64)
     parser.add_argument("--rivals-python", help="Python that has trl and liger-kernel")
     parser.add_argument("--head", choices=HEADS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.device.startswith("cuda") and not torch.cuda.is_available():
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("there is no CUDA device; try --device cpu --tiny", file=sys.stderr)
         return 2
-    if given.head:
-        print(json.dumps(head(given)))
+    if args.head:
+        print(json.dumps(head(args)))
         return 0
-    report: dict[str, Any] = {"device": given.device, "loss_heads": {}}
-    if given.device.startswith("cuda"):
+    report: dict[str, Any] = {"device": args.device, "loss_heads": {}}
+    if args.device.startswith("cuda"):
         report["device"] = torch.cuda.get_device_name()
     for method in HEADS:
-        python = sys.executable if method in ("ours", "full logits") else given.rivals_python
+        python = sys.executable if method in ("ours", "full logits") else args.rivals_python
         if python:
             command = [python, "-m", "benchmarks.suite.gpu_scale", "--head", method]
-            command += ["--device", given.device, "--rounds", str(given.rounds)]
+            command += ["--device", args.device, "--rounds", str(args.rounds)]
             done = subprocess.run(
-                [*command, *(["--tiny"] if given.tiny else [])],
+                [*command, *(["--tiny"] if args.tiny else [])],
                 check=True, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
             report["loss_heads"][method] = json.loads(done.stdout.splitlines()[-1])
     report["training"] = {}
     for kind in ("bfloat16", "nf4", "targets"):
-        report["training"][kind] = training(given, kind)
+        report["training"][kind] = training(args, kind)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

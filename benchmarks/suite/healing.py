@@ -52,37 +52,37 @@ def main(words: Sequence[str] | None = None) -> None:
     print(json.dumps(run(parser.parse_args(words))))
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Make the students and measure them.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         The JSON document.
     """
-    torch.set_num_threads(given.threads)
-    teacher = resolve_model(given.teacher)
+    torch.set_num_threads(args.threads)
+    teacher = resolve_model(args.teacher)
     vocabulary = load_vocabulary(teacher)
-    held_out = held_out_blocks(given.held_out, vocabulary, given.scored_tokens, given.block_length)
+    held_out = held_out_blocks(args.held_out, vocabulary, args.scored_tokens, args.block_length)
     references = predictions_of(teacher, held_out)
     students = []
-    for tokens in [0, *given.tokens]:
-        students.append(_student(given, teacher, tokens, held_out, references))
+    for tokens in [0, *args.tokens]:
+        students.append(_student(args, teacher, tokens, held_out, references))
         print(json.dumps(students[-1]), file=sys.stderr)
     return {
-        "teacher": Path(given.teacher).name,
-        "machine": asdict(describe_machine(given.threads)),
-        "threads": given.threads,
-        "intermediate_size": given.intermediate_size,
-        "texts": [Path(text).name for text in given.texts],
+        "teacher": Path(args.teacher).name,
+        "machine": asdict(describe_machine(args.threads)),
+        "threads": args.threads,
+        "intermediate_size": args.intermediate_size,
+        "texts": [Path(text).name for text in args.texts],
         "scored_tokens": {name: int(blocks.kept.sum()) for name, blocks in held_out.items()},
         "students": students,
     }
 
 
 def _student(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     teacher: Path,
     tokens: int,
     held_out: dict[str, TokenBlocks],
@@ -95,21 +95,21 @@ def _student(
         student = distill.new_student(
             teacher,
             Path(folder) / "student",
-            texts=given.texts,
-            layers=given.layers,
-            intermediate_size=given.intermediate_size,
-            choose=given.choose,
-            block_length=given.block_length,
+            texts=args.texts,
+            layers=args.layers,
+            intermediate_size=args.intermediate_size,
+            choose=args.choose,
+            block_length=args.block_length,
             **options,
         )
         seconds = time.perf_counter() - started
         entry = read_lineage(student)[-1]
-        said = predictions_of(student, held_out)
+        predicted = predictions_of(student, held_out)
     return {
         "healing_tokens": entry.get("healing_tokens", 0),
         "seconds": seconds,
         "kept_layers": entry["kept_layers"],
-        "held_out": figures_of(references, said, held_out),
+        "held_out": figures_of(references, predicted, held_out),
     }
 
 
@@ -149,14 +149,14 @@ def predictions_of(folder: Path, held_out: Mapping[str, TokenBlocks]) -> dict[st
 
 def figures_of(
     references: Mapping[str, Predictions],
-    said: Mapping[str, Predictions],
+    predicted: Mapping[str, Predictions],
     held_out: Mapping[str, TokenBlocks],
 ) -> dict[str, dict[str, Any]]:
     """How close a model is to another one on every text.
 
     Args:
         references: What the other one predicts.
-        said: What the model predicts.
+        predicted: What the model predicts.
         held_out: The texts.
 
     Returns:
@@ -164,7 +164,7 @@ def figures_of(
     """
     figures = {}
     for name, blocks in held_out.items():
-        fidelity = compare({"": references[name]}, {"": said[name]}, blocks)[""][""]
+        fidelity = compare({"": references[name]}, {"": predicted[name]}, blocks)[""][""]
         figures[name] = {
             "kl": fidelity.kl,
             "kl_standard_error": fidelity.kl_standard_error,

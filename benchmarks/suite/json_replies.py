@@ -82,18 +82,18 @@ def replies_of(
     vocabulary = load_vocabulary(folder)
     model: Any = load_pytorch(folder)
     ends = list(vocabulary.end_ids)
-    asked = [
+    all_ids = [
         prompt_ids(Conversation(({"role": "user", "content": prompt},)), vocabulary)
         for prompt in prompts
     ]
     torch.manual_seed(seed)
     texts: list[str | None] = []
-    for start in range(0, len(asked), _AT_ONCE):
-        batch = asked[start : start + _AT_ONCE]
+    for start in range(0, len(all_ids), _AT_ONCE):
+        batch = all_ids[start : start + _AT_ONCE]
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(one)) + one for one in batch])
         seen = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
-        drawn = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
         written = model.generate(
             input_ids=ids,
             attention_mask=seen,
@@ -101,7 +101,7 @@ def replies_of(
             do_sample=sampled,
             eos_token_id=ends,
             pad_token_id=ends[0],
-            **drawn,
+            **sampling,
         )[:, width:]
         for one in written.tolist():
             stop = next((place for place, token in enumerate(one) if token in ends), None)
@@ -151,17 +151,17 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    asked = prompts_of(given.prompts + given.held_out, given.seed)
-    learned, held_out = asked[: given.prompts], asked[given.prompts :]
-    folder = resolve_model(given.model)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    prompts = prompts_of(args.prompts + args.held_out, args.seed)
+    learned, held_out = prompts[: args.prompts], prompts[args.prompts :]
+    folder = resolve_model(args.model)
     document: dict[str, Any] = {
         "benchmark": "json_replies",
-        "model": given.model,
-        "settings": {name: value for name, value in vars(given).items() if name != "out"},
-        "machine": vars(describe_machine(given.threads)),
-        "before": shares(folder, held_out, given.max_new_tokens),
+        "model": args.model,
+        "settings": {name: value for name, value in vars(args).items() if name != "out"},
+        "machine": vars(describe_machine(args.threads)),
+        "before": shares(folder, held_out, args.max_new_tokens),
     }
     print("before", json.dumps(document["before"]), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -171,26 +171,26 @@ def main() -> None:
         started = time.perf_counter()
         tuned = tune.reinforce(
             folder,
-            given.out or place / "tuned",
+            args.out or place / "tuned",
             prompts=place / "prompts.txt",
             held_out=place / "held-out.txt",
             check="json",
             schema=json.dumps(SCHEMA),
-            method=given.method,
-            steps=given.steps,
-            samples=given.samples,
-            batch_size=given.batch_size,
-            micro_batch_size=given.micro_batch_size,
-            learning_rate=given.learning_rate,
-            lora_rank=given.lora_rank,
-            evaluate_every=given.steps,
-            max_new_tokens=given.max_new_tokens,
+            method=args.method,
+            steps=args.steps,
+            samples=args.samples,
+            batch_size=args.batch_size,
+            micro_batch_size=args.micro_batch_size,
+            learning_rate=args.learning_rate,
+            lora_rank=args.lora_rank,
+            evaluate_every=args.steps,
+            max_new_tokens=args.max_new_tokens,
             max_length=256,
             keep="last",
-            seed=given.seed,
+            seed=args.seed,
         )
         document["seconds"] = round(time.perf_counter() - started)
-        document["after"] = shares(tuned, held_out, given.max_new_tokens)
+        document["after"] = shares(tuned, held_out, args.max_new_tokens)
         report = json.loads((tuned / "tuning_report.json").read_text("utf-8"))
         document["report"] = report
         lines = (tuned / "metrics.jsonl").read_text("utf-8").splitlines()

@@ -98,13 +98,13 @@ def tokens_per_second(laptop: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _published() -> dict[str, Path]:
-    found = importlib.util.find_spec("mistral_common")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("mistral_common")
+    if package is None or not package.submodule_search_locations:
         sys.exit(
             "mistral-common is not installed, whose files hold Mistral's vocabularies; install it "
             "with: pip install mistral-common, or name others with --vocabularies NAME=PATH"
         )
-    data = Path(found.submodule_search_locations[0]) / "data"
+    data = Path(package.submodule_search_locations[0]) / "data"
     return {name: data / file for name, file in _PUBLISHED.items()}
 
 
@@ -126,17 +126,17 @@ def main() -> None:
     parser.add_argument("texts", help="a .jsonl file, of which all texts are read")
     parser.add_argument("--vocabularies", nargs="+", default=[], metavar="NAME=PATH")
     parser.add_argument("--laptop", type=Path, help="what benchmarks.suite.laptop printed")
-    given = parser.parse_args()
+    args = parser.parse_args()
     texts = [
         value
-        for row in read_rows(given.texts)
+        for row in read_rows(args.texts)
         for value in row.value.values()
         if isinstance(value, str)
     ]
     if not any(is_syllable(character) for text in texts for character in text):
-        parser.error(f"{given.texts} holds no Korean syllable")
-    named = dict(word.split("=", 1) for word in given.vocabularies if "=" in word)
-    if len(named) < len(given.vocabularies):
+        parser.error(f"{args.texts} holds no Korean syllable")
+    named = dict(word.split("=", 1) for word in args.vocabularies if "=" in word)
+    if len(named) < len(args.vocabularies):
         parser.error("--vocabularies takes NAME=PATH, each name once")
     places = {name: Path(place) for name, place in named.items()} or _published()
     counts = {}
@@ -145,17 +145,17 @@ def main() -> None:
             counts[name] = count(texts, _opened(place, Path(folder) / str(number)))
     if not named:
         counts["SmolLM2"] = count(texts, load_vocabulary(resolve_model(_EMBEDDED)))
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "benchmark": "korean_tokens",
-        "texts": given.texts,
+        "texts": args.texts,
         "vocabularies": counts,
     }
-    if given.laptop is not None:
-        written = given.laptop.read_text("utf-8")
+    if args.laptop is not None:
+        written = args.laptop.read_text("utf-8")
         # A record is one document of many lines; an output ends in one of one line.
         laptop = json.loads(written) if written.startswith("{\n") else last_document(written)
-        found["tokens_per_second"] = tokens_per_second(laptop.get("found", laptop))
-    print(json.dumps(found))
+        report["tokens_per_second"] = tokens_per_second(laptop.get("found", laptop))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -84,17 +84,17 @@ def answer_here(form: _Form, folder: Path, prompt: int, new_tokens: int, replies
     """
     begun = time.perf_counter()
     write = _onnx_writer(folder) if form == "onnx" else _transformers_writer(folder)
-    _tell(event="loaded", seconds=time.perf_counter() - begun)  # as _READY begins
+    _print_event(event="loaded", seconds=time.perf_counter() - begun)  # as _READY begins
     for reply in range(replies + 1):
         # Every prompt begins otherwise, so that nothing of it is in the cache.
         ids = [(7 * reply + 11 * place) % 200 + 5 for place in range(prompt)]
         asked = time.perf_counter()
 
         def on_token(reply: int = reply, asked: float = asked) -> None:
-            _tell(event="token", reply=reply, seconds=time.perf_counter() - asked)
+            _print_event(event="token", reply=reply, seconds=time.perf_counter() - asked)
 
         write(ids, new_tokens, on_token)
-        _tell(event="memory", bytes=_peak_bytes())
+        _print_event(event="memory", bytes=_peak_bytes())
 
 
 def measure_row(
@@ -192,17 +192,17 @@ def measure(
         What was found.
     """
     way = find_way(limit_bytes)
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     parameters: dict[tuple[int, int], int] = {}
     # Models of one shape follow one another, and share a source.
     for shape in dict.fromkeys((shapes[name].layers, shapes[name].width) for name in rows):
         named = [name for name in rows if (shapes[name].layers, shapes[name].width) == shape]
         for name, model in _models(folder, {name: shapes[name] for name in named}, parameters):
             row = shapes[name]
-            _say(f"{name}: answering")
-            found[name] = measure_row(row, model, way, limit_bytes, limit_seconds, replies)
-            found[name]["parameters"] = parameters[shape]
-            _say(f"{name}: {json.dumps(found[name])[:400]}")
+            _log_line(f"{name}: answering")
+            report[name] = measure_row(row, model, way, limit_bytes, limit_seconds, replies)
+            report[name]["parameters"] = parameters[shape]
+            _log_line(f"{name}: {json.dumps(report[name])[:400]}")
     return {
         "benchmark": "laptop",
         "threads": PROCESSORS,
@@ -212,7 +212,7 @@ def measure(
         "limit_bytes": limit_bytes,
         "limited_by": way,
         "limit_seconds": limit_seconds,
-        "rows": {name: found[name] for name in rows},
+        "rows": {name: report[name] for name in rows},
         "machine": asdict(describe_machine(PROCESSORS)),
     }
 
@@ -226,17 +226,17 @@ def _models(
 
     first = next(iter(rows.values()))
     source, small = folder / "source", folder / "small"
-    _say(f"writing {first.layers} layers of width {first.width}")
+    _log_line(f"writing {first.layers} layers of width {first.width}")
     parameters[first.layers, first.width] = make_folder(source, first.layers, first.width)
     order: tuple[_Form, ...] = ("16-bit", "nf4", "onnx")
     named = sorted(rows, key=lambda name: order.index(rows[name].form))
     for name in named:
         form = rows[name].form
         if form == "nf4":
-            _say(f"{name}: quantizing")
+            _log_line(f"{name}: quantizing")
             quantize.to_nf4(source, small)
         elif form == "onnx":
-            _say(f"{name}: exporting")
+            _log_line(f"{name}: exporting")
             export.to_onnx(source, small, precision="int4", parity_positions=0)
         if name == named[-1]:
             # A source that nobody reads any more leaves its room, on the disk and in memory.
@@ -307,11 +307,11 @@ def _peak_bytes() -> int:
     return own_memory().peak_bytes
 
 
-def _tell(**event: Any) -> None:
+def _print_event(**event: Any) -> None:
     print(json.dumps(event), flush=True)
 
 
-def _say(line: str) -> None:
+def _log_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -333,30 +333,30 @@ def main() -> None:
         "--quick", action="store_true", help="two layers of width 512 for every row: a rehearsal"
     )
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        form, folder, *numbers = given.child
+    args = parser.parse_args()
+    if args.child:
+        form, folder, *numbers = args.child
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:PROCESSORS])
         answer_here(form, Path(folder), *map(int, numbers))
         return
-    if given.replies < 1 or given.memory_gb <= 0 or given.most_seconds <= 0:
+    if args.replies < 1 or args.memory_gb <= 0 or args.most_seconds <= 0:
         parser.error("--replies, --memory-gb and --most-seconds must be above 0")
-    if given.folder is not None:
-        given.folder.mkdir(parents=True, exist_ok=True)
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     shapes = ROWS
-    if given.quick:
+    if args.quick:
         shapes = {name: Row(row.form, 2, 512, row.limited) for name, row in ROWS.items()}
-    with TemporaryDirectory(dir=given.folder) as folder:
-        found = measure(
+    with TemporaryDirectory(dir=args.folder) as folder:
+        report = measure(
             Path(folder),
-            given.rows,
-            int(given.memory_gb * 1e9),
-            given.most_seconds,
-            given.replies,
+            args.rows,
+            int(args.memory_gb * 1e9),
+            args.most_seconds,
+            args.replies,
             shapes,
         )
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

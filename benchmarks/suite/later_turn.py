@@ -128,7 +128,7 @@ def measure(folder: Path, tokens: int, threads: int | None, rounds: int) -> dict
         "folder": folder.name,
         "prompt_tokens": bot.last_speed.prompt_tokens if bot.last_speed else 0,
         "kept_bytes": kept_bytes,
-        "first_token_seconds": {name: summary(found, "seconds") for name, found in samples.items()},
+        "first_token_seconds": {name: summary(turns, "seconds") for name, turns in samples.items()},
         "warm_to_cold": paired_ratio(samples["warm"], samples["cold"], "seconds"),
         "restored_to_cold": paired_ratio(samples["restored"], samples["cold"], "seconds"),
         "samples": samples,
@@ -142,8 +142,8 @@ def main() -> None:
     parser.add_argument("--history", type=int, default=2000)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
-    print(json.dumps(measure(given.chatbot, given.history, given.threads, given.rounds)))
+    args = parser.parse_args()
+    print(json.dumps(measure(args.chatbot, args.history, args.threads, args.rounds)))
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def trl(hidden: Tensor, head: Tensor, p_hidden: Tensor, p_head: Tensor, mask: Te
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     each, _ = ChunkedDivergenceFunction.apply(hidden, head, None, p_hidden, p_head, None, 0.0, 1.0)
-    found: Tensor = each.masked_fill(~mask, 0).sum() / mask.sum()
-    return found
+    value: Tensor = each.masked_fill(~mask, 0).sum() / mask.sum()
+    return value
 
 
 def liger(hidden: Tensor, head: Tensor, p_hidden: Tensor, p_head: Tensor, mask: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ def liger(hidden: Tensor, head: Tensor, p_hidden: Tensor, p_head: Tensor, mask: 
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False, chunk_size=256
     )
     labels = torch.where(mask, 0, -100)
-    found: Tensor = loss(hidden, head, p_hidden, p_head, labels)
-    return found
+    value: Tensor = loss(hidden, head, p_hidden, p_head, labels)
+    return value
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -119,21 +119,21 @@ def exactness(shape: str) -> dict[str, float]:
     hidden, head, p_hidden, p_head, mask = made(shape, 1.0)
     few = slice(0, 256)
     hidden, p_hidden, mask = hidden[few], p_hidden[few], mask[few]
-    found: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     loss = ours(*leaves, p_hidden, p_head, mask)
     loss.backward()
     exact = hidden.double().requires_grad_(), head.double().requires_grad_()
     true = full_logits(*exact, p_hidden.double(), p_head.double(), mask)
     true.backward()
-    found["loss_relative_error"] = abs(loss.item() / true.item() - 1)
+    errors["loss_relative_error"] = abs(loss.item() / true.item() - 1)
     for name, mine, his in zip(("hidden", "head"), leaves, exact, strict=True):
         assert mine.grad is not None
         assert his.grad is not None
         cosine = torch.cosine_similarity(mine.grad.double().flatten(), his.grad.flatten(), dim=0)
-        found[f"{name}_gradient_cosine"] = cosine.item()
-    found["loss_of_a_model_with_itself"] = ours(p_hidden, p_head, p_hidden, p_head, mask).item()
-    return found
+        errors[f"{name}_gradient_cosine"] = cosine.item()
+    errors["loss_of_a_model_with_itself"] = ours(p_hidden, p_head, p_hidden, p_head, mask).item()
+    return errors
 
 
 def main() -> None:
@@ -145,20 +145,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--kept", type=float, default=1.0, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        child(given.child, given.shape, given.kept, given.threads)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, args.shape, args.kept, args.threads)
         return
-    report: dict[str, Any] = {"shape": SHAPES[given.shape], "threads": given.threads}
+    report: dict[str, Any] = {"shape": SHAPES[args.shape], "threads": args.threads}
     for kept in (1.0, 0.5):
         commands = {}
         for method in METHODS:
-            python = sys.executable if method in ("ours", "full logits") else given.rivals_python
+            python = sys.executable if method in ("ours", "full logits") else args.rivals_python
             if python:
-                module = [python, "-m", "benchmarks.suite.loss_head", "--shape", given.shape]
-                options = ["--child", method, "--kept", str(kept), "--threads", str(given.threads)]
+                module = [python, "-m", "benchmarks.suite.loss_head", "--shape", args.shape]
+                options = ["--child", method, "--kept", str(kept), "--threads", str(args.threads)]
                 commands[method] = [*module, *options]
-        samples = take_turns(commands, given.rounds)
+        samples = take_turns(commands, args.rounds)
         table: dict[str, Any] = {}
         for method, turns in samples.items():
             table[method] = {
@@ -172,8 +172,8 @@ def main() -> None:
                 )
                 table[method]["ours_peak_ratio"] = paired_ratio(samples["ours"], turns, "peak_mib")
         report[f"kept {kept:g}"] = table
-    torch.set_num_threads(given.threads)
-    report["exactness"] = exactness(given.shape)
+    torch.set_num_threads(args.threads)
+    report["exactness"] = exactness(args.shape)
     print(json.dumps(report))
 
 

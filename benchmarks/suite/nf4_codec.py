@@ -21,15 +21,15 @@ from benchmarks.suite.turns import paired_ratio, serve, summary, take_turns
 METHODS = ("mistill", "bitsandbytes")
 
 
-def child(given: argparse.Namespace) -> None:
+def child(args: argparse.Namespace) -> None:
     """A child that encodes with one of the two.
 
     Args:
-        given: The command line.
+        args: The command line.
     """
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(given.size, given.size, generator=generator).mul_(0.02)
-    if given.child == "mistill":
+    W = torch.randn(args.size, args.size, generator=generator).mul_(0.02)
+    if args.child == "mistill":
         from quantize.nf4.nf4_codec import encode_nf4
 
         def work() -> Mapping[str, Any]:
@@ -52,17 +52,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.child:
-        child(given)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child:
+        child(args)
         return
-    shared = ["--size", str(given.size), "--threads", str(given.threads)]
+    shared = ["--size", str(args.size), "--threads", str(args.threads)]
     command = [sys.executable, "-m", "benchmarks.suite.nf4_codec", *shared, "--child"]
-    samples = take_turns({name: [*command, name] for name in METHODS}, given.rounds)
+    samples = take_turns({name: [*command, name] for name in METHODS}, args.rounds)
     report = {
-        "size": given.size,
-        "threads": given.threads,
+        "size": args.size,
+        "threads": args.threads,
         "seconds": {name: summary(turns, "seconds") for name, turns in samples.items()},
         "bytes": {name: turns[0]["bytes"] for name, turns in samples.items()},
         "over_bitsandbytes": paired_ratio(samples["mistill"], samples["bitsandbytes"], "seconds"),

@@ -54,19 +54,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--theirs", nargs="+", choices=_THEIRS, default=_THEIRS)
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        report = run(given, Path(scratch))
+        report = run(args, Path(scratch))
     # onnxruntime's bars end without a new line.
     print("\n" + json.dumps(report))
 
 
-def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Quantize by all, and measure all.
 
     Args:
-        given: The command line.
+        args: The command line.
         scratch: An empty folder.
 
     Returns:
@@ -77,15 +77,15 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from quantize.calibration_text import draw_blocks
     from quantize.settings import GptqSettings
 
-    drawn = {"samples": given.samples, "block_length": given.block_length, "seed": given.seed}
-    calibration = draw_blocks(given.texts, Path(given.model), GptqSettings(**drawn))
-    graph = export.to_onnx(given.model, scratch / "graph", precision="float32")
-    documents = read_documents(given.held_out, load_vocabulary(given.model))
-    blocks = pack(documents, given.block_length)
-    wanted = min(len(blocks), -(-given.tokens // given.block_length))
-    blocks = blocks[np.linspace(0, len(blocks) - 1, wanted).astype(np.int64)]
-    reference = predict(load_pytorch(given.model), blocks)
-    found: dict[str, dict[str, Any]] = {}
+    draw = {"samples": args.samples, "block_length": args.block_length, "seed": args.seed}
+    calibration = draw_blocks(args.texts, Path(args.model), GptqSettings(**draw))
+    graph = export.to_onnx(args.model, scratch / "graph", precision="float32")
+    documents = read_documents(args.held_out, load_vocabulary(args.model))
+    blocks = pack(documents, args.block_length)
+    count = min(len(blocks), -(-args.tokens // args.block_length))
+    blocks = blocks[np.linspace(0, len(blocks) - 1, count).astype(np.int64)]
+    reference = predict(load_pytorch(args.model), blocks)
+    ways: dict[str, dict[str, Any]] = {}
 
     def measure(name: str, made: Callable[[], Any]) -> None:
         started = time.perf_counter()
@@ -93,12 +93,12 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             model = made()
         except ValueError as error:
             # onnxruntime's GPTQ cannot pack the zeros of an odd number of groups.
-            found[name] = {"failed": f"{type(error).__name__}: {error}"}
+            ways[name] = {"failed": f"{type(error).__name__}: {error}"}
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             return
         seconds = time.perf_counter() - started
         one = compare({"": reference}, {"": predict(model, blocks)}, blocks)[""][""]
-        found[name] = {
+        ways[name] = {
             "kl": one.kl,
             "kl_standard_error": one.kl_standard_error,
             "perplexity": one.perplexity,
@@ -107,35 +107,35 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         print(f"{name}: KL {one.kl:.5f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
     def ours(call: str, **options: Any) -> Callable[[], Any]:
-        target = scratch / f"ours-{len(found)}"
-        texts = {} if call == "to_rounding" else {"texts": given.texts, **drawn}
+        target = scratch / f"ours-{len(ways)}"
+        texts = {} if call == "to_rounding" else {"texts": args.texts, **draw}
         make = getattr(quantize, call)
-        options |= {"bits": 4, "group_size": given.group_size, **texts}
-        return lambda: load_pytorch(make(given.model, target, **options))
+        options |= {"bits": 4, "group_size": args.group_size, **texts}
+        return lambda: load_pytorch(make(args.model, target, **options))
 
     for symmetric, kind in ((True, "symmetric"), (False, "asymmetric")):
         measure(f"rounding, {kind}", ours("to_rounding", symmetric=symmetric))
         measure(f"mistill gptq, {kind}", ours("to_gptq", symmetric=symmetric))
         measure(f"mistill gptaq, {kind}", ours("to_gptq", symmetric=symmetric, method="gptaq"))
-        if "gptq" in given.theirs:
+        if "gptq" in args.theirs:
             measure(
                 f"onnxruntime gptq, {kind}",
-                partial(theirs, given, graph, "gptq", symmetric, calibration),
+                partial(theirs, args, graph, "gptq", symmetric, calibration),
             )
-    if "k_quant" in given.theirs:
-        measure("onnxruntime k-quant", partial(theirs, given, graph, "k_quant", False, calibration))
+    if "k_quant" in args.theirs:
+        measure("onnxruntime k-quant", partial(theirs, args, graph, "k_quant", False, calibration))
 
     def ratio(name: str, other: str) -> dict[str, float]:
         """Ours over theirs, unless it was not asked for or failed."""
-        there = found.get(other, {}).get("kl")
-        return {} if there is None else {name.removeprefix("mistill "): found[name]["kl"] / there}
+        there = ways.get(other, {}).get("kl")
+        return {} if there is None else {name.removeprefix("mistill "): ways[name]["kl"] / there}
 
     return {
-        "model": given.model,
+        "model": args.model,
         "held_out_tokens": int(blocks.kept.sum()),
         "calibration_tokens": calibration.tokens,
-        "group_size": given.group_size,
-        "ways": found,
+        "group_size": args.group_size,
+        "ways": ways,
         "over_onnxruntime_gptq": {
             name: value
             for method in ("gptq", "gptaq")
@@ -153,7 +153,7 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def theirs(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     graph: Path,
     algorithm: str,
     symmetric: bool,
@@ -162,7 +162,7 @@ def theirs(
     """The model with the codes of onnxruntime's quantizer.
 
     Args:
-        given: The command line.
+        args: The command line.
         graph: A float32 ONNX folder of the model.
         algorithm: "gptq" or "k_quant".
         symmetric: Whether the zero is the middle code.
@@ -198,16 +198,16 @@ def theirs(
     quantizer = MatMulNBitsQuantizer(
         loaded,
         bits=4,
-        block_size=given.group_size,
+        block_size=args.group_size,
         is_symmetric=symmetric,
         nodes_to_exclude=["logits"],
         algo_config=config,
     )
     quantizer.process()
-    model = load_pytorch(given.model)
+    model = load_pytorch(args.model)
     replaced = 0
     with torch.no_grad():
-        for output, weight in _weights(quantizer.model, given.group_size):
+        for output, weight in _weights(quantizer.model, args.group_size):
             _, layer, kind = output.split(".")
             start = 0
             for name in _PARTS[kind]:
@@ -229,10 +229,10 @@ def _feeds(graph: Any, blocks: TokenBlocks) -> list[dict[str, NDArray[Any]]]:
             "input_ids": ids[None],
             "attention_mask": np.ones((1, len(ids)), np.int64),
         }
-        for given in graph.graph.input:
-            if given.name.startswith("past_key_values"):
-                dims = given.type.tensor_type.shape.dim
-                feed[given.name] = np.zeros((1, dims[1].dim_value, 0, dims[3].dim_value), "f4")
+        for entry in graph.graph.input:
+            if entry.name.startswith("past_key_values"):
+                dims = entry.type.tensor_type.shape.dim
+                feed[entry.name] = np.zeros((1, dims[1].dim_value, 0, dims[3].dim_value), "f4")
         feeds.append(feed)
     return feeds
 

@@ -72,18 +72,18 @@ def keep(
     Returns:
         The record that was written.
     """
-    found = dict(document)
-    if str(found.get("schema")).startswith(_COMPARISON):
-        found = condensed(found)
-    threads = found.get("threads") or usable_threads()
-    machine = found.pop("machine", None) or asdict(describe_machine(int(threads)))
+    contents = dict(document)
+    if str(contents.get("schema")).startswith(_COMPARISON):
+        contents = condensed(contents)
+    threads = contents.get("threads") or usable_threads()
+    machine = contents.pop("machine", None) or asdict(describe_machine(int(threads)))
     record: dict[str, Any] = _without_places(
         {
             "program": name.partition("-")[0],
             "command": command,
-            "date": found.pop("date", None) or datetime.now(UTC).date().isoformat(),
+            "date": contents.pop("date", None) or datetime.now(UTC).date().isoformat(),
             "machine": machine,
-            "found": found,
+            "found": contents,
         }
     )
     results.mkdir(parents=True, exist_ok=True)
@@ -150,14 +150,14 @@ def table_of(record: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: If there is no form for this program's table.
     """
-    found = record["found"]
+    document = record["found"]
     program = record["program"]
-    if str(found.get("schema")).startswith(_COMPARISON):
+    if str(document.get("schema")).startswith(_COMPARISON):
         program = "comparison"
     form = tables.FORMS.get(program)
     if form is None:
         raise ValueError(f"there is no form for {program}; write one in benchmarks/suite/tables.py")
-    return [f"`{record['command']}`", "", *form(found), "", f"<sub>{conditions(record)}</sub>"]
+    return [f"`{record['command']}`", "", *form(document), "", f"<sub>{conditions(record)}</sub>"]
 
 
 def conditions(record: Mapping[str, Any]) -> str:
@@ -273,13 +273,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--add", nargs=2, metavar=("NAME", "OUTPUT"))
     parser.add_argument("--command", help="how the program was called")
-    given = parser.parse_args()
-    if given.add:
-        name, output = given.add
-        if not given.command:
+    args = parser.parse_args()
+    if args.add:
+        name, output = args.add
+        if not args.command:
             parser.error("--add needs --command: how the program was called")
-        keep(name, last_document(Path(output).read_text("utf-8")), given.command)
-    if not given.check:
+        keep(name, last_document(Path(output).read_text("utf-8")), args.command)
+    if not args.check:
         write()
     complaints = outdated()
     for complaint in complaints:

@@ -35,18 +35,18 @@ def add_options(parser: argparse.ArgumentParser, against: Sequence[str]) -> None
     parser.add_argument("--new-tokens", type=int, default=128)
 
 
-def places(given: argparse.Namespace) -> dict[str, str]:
+def places(args: argparse.Namespace) -> dict[str, str]:
     """Where the rivals are that a command line names.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         Paths by the names that ``rivals`` of ``benchmarks.compare`` takes.
     """
     names = [name for engine in ENGINES for name in (engine, f"{engine}-programs")]
-    found = {name: getattr(given, _option(name)[2:].replace("-", "_"), None) for name in names}
-    return {name: str(place) for name, place in found.items() if place}
+    by_name = {name: getattr(args, _option(name)[2:].replace("-", "_"), None) for name in names}
+    return {name: str(place) for name, place in by_name.items() if place}
 
 
 def _option(name: str) -> str:

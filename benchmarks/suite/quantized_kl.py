@@ -82,9 +82,9 @@ getattr(quantize, call)(source, target, **extra, **options)
 
 def main() -> None:
     """Quantize, measure, and print a JSON document."""
-    given = arguments()
+    args = arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(run(given, given.keep or Path(scratch))))
+        print(json.dumps(run(args, args.keep or Path(scratch))))
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -111,11 +111,11 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def run(given: argparse.Namespace, home: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     """Make and measure.
 
     Args:
-        given: The command line.
+        args: The command line.
         home: Where the quantized models lie.
 
     Returns:
@@ -123,56 +123,56 @@ def run(given: argparse.Namespace, home: Path) -> dict[str, Any]:
     """
     import torch
 
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(args.threads)
     home.mkdir(parents=True, exist_ok=True)
-    ways = [name for name in given.ways if name != "gptqmodel-64" or given.gptqmodel_python]
-    made: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    ways = [name for name in args.ways if name != "gptqmodel-64" or args.gptqmodel_python]
+    by_way: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     # Seeds outside, ways inside: whatever else the machine does falls on all alike.
-    for seed in given.seeds:
+    for seed in args.seeds:
         for name in ways:
-            if WAYS[name].calibrated or not made[name]:
-                made[name].append(_remembered(given, name, seed, home))
-                _say(f"{name}-{made[name][-1]['seed']}", made[name][-1])
-    blocks = held_out_blocks(given)
-    text = {"held_out": Path(given.held_out).name, "tokens": int(blocks.kept.sum())}
-    runs = {f"{name}-{run['seed']}": run for name in ways for run in made[name]}
+            if WAYS[name].calibrated or not by_way[name]:
+                by_way[name].append(_remembered(args, name, seed, home))
+                _print_run(f"{name}-{by_way[name][-1]['seed']}", by_way[name][-1])
+    blocks = held_out_blocks(args)
+    text = {"held_out": Path(args.held_out).name, "tokens": int(blocks.kept.sum())}
+    runs = {f"{name}-{run['seed']}": run for name in ways for run in by_way[name]}
     missing = [name for name, run in runs.items() if run.get("measured_on") != text]
     if missing:
-        reference = predictions(Path(given.model), blocks)
+        reference = predictions(Path(args.model), blocks)
         for start in range(0, len(missing), _AT_ONCE):
             folders = [home / name for name in missing[start : start + _AT_ONCE]]
             for name, figures in measured(folders, reference, blocks).items():
                 runs[name] |= figures | {"measured_on": text}
                 _record(home, name, runs[name])
-                _say(name, runs[name])
+                _print_run(name, runs[name])
     return {
-        "model": Path(given.model).name,
-        "machine": asdict(describe_machine(given.threads)),
-        "calibration_tokens": given.samples * given.block_length,
+        "model": Path(args.model).name,
+        "machine": asdict(describe_machine(args.threads)),
+        "calibration_tokens": args.samples * args.block_length,
         "held_out_tokens": int(blocks.kept.sum()),
-        "threads": given.threads,
-        "float_perplexity": made[ways[0]][0]["float_perplexity"],
-        "ways": {name: summary(runs) for name, runs in made.items()},
-        "recovered": recovered(made),
-        "over_gptqmodel": over_gptqmodel(made),
+        "threads": args.threads,
+        "float_perplexity": by_way[ways[0]][0]["float_perplexity"],
+        "ways": {name: summary(runs) for name, runs in by_way.items()},
+        "recovered": recovered(by_way),
+        "over_gptqmodel": over_gptqmodel(by_way),
     }
 
 
-def _remembered(given: argparse.Namespace, name: str, seed: int, home: Path) -> dict[str, Any]:
+def _remembered(args: argparse.Namespace, name: str, seed: int, home: Path) -> dict[str, Any]:
     """What an earlier run left in this folder, or a new one."""
-    asked = {
-        "model": _from_anywhere(given.model),
-        "texts": _from_anywhere(given.texts) if WAYS[name].calibrated else None,
-        "samples": given.samples,
-        "block_length": given.block_length,
+    request = {
+        "model": _from_anywhere(args.model),
+        "texts": _from_anywhere(args.texts) if WAYS[name].calibrated else None,
+        "samples": args.samples,
+        "block_length": args.block_length,
         "way": asdict(WAYS[name]),
     }
     file = home / f"{name}-{seed}.json"
     if file.exists() and (home / f"{name}-{seed}").is_dir():
-        known: dict[str, Any] = read_json(file)
-        if known["asked"] == asked:
-            return known
-    run = quantize(given, name, seed, home) | {"asked": asked}
+        earlier: dict[str, Any] = read_json(file)
+        if earlier["asked"] == request:
+            return earlier
+    run = quantize(args, name, seed, home) | {"asked": request}
     _record(home, f"{name}-{seed}", run)
     return run
 
@@ -194,27 +194,27 @@ def measured(
     Returns:
         By the folder's name: KL, perplexities, agreement and bytes.
     """
-    said = {folder.name: predictions(folder, blocks) for folder in folders}
-    found = compare({"": reference}, said, blocks)
+    predicted = {folder.name: predictions(folder, blocks) for folder in folders}
+    fidelity = compare({"": reference}, predicted, blocks)
     return {
         folder.name: {
-            "kl": found[folder.name][""].kl,
-            "kl_standard_error": found[folder.name][""].kl_standard_error,
-            "kl_p99": found[folder.name][""].kl_p99,
-            "agreement": found[folder.name][""].agreement,
-            "perplexity": found[folder.name][""].perplexity,
-            "float_perplexity": found[folder.name][""].reference_perplexity,
+            "kl": fidelity[folder.name][""].kl,
+            "kl_standard_error": fidelity[folder.name][""].kl_standard_error,
+            "kl_p99": fidelity[folder.name][""].kl_p99,
+            "agreement": fidelity[folder.name][""].agreement,
+            "perplexity": fidelity[folder.name][""].perplexity,
+            "float_perplexity": fidelity[folder.name][""].reference_perplexity,
             "weight_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         }
         for folder in folders
     }
 
 
-def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dict[str, Any]:
+def quantize(args: argparse.Namespace, name: str, seed: int, home: Path) -> dict[str, Any]:
     """Quantize in a child, and say what that took.
 
     Args:
-        given: The command line.
+        args: The command line.
         name: Which way.
         seed: Of its calibration text.
         home: Where to put it.
@@ -225,12 +225,12 @@ def quantize(given: argparse.Namespace, name: str, seed: int, home: Path) -> dic
     way, target = WAYS[name], home / f"{name}-{seed}"
     options = dict(way.options)
     if way.calibrated:
-        options |= {"samples": given.samples, "block_length": given.block_length, "seed": seed}
-    texts = _from_anywhere(given.texts) if way.calibrated else None
-    python = given.gptqmodel_python if "backend" in options else sys.executable
-    places = [_from_anywhere(given.model), str(target.resolve())]
+        options |= {"samples": args.samples, "block_length": args.block_length, "seed": seed}
+    texts = _from_anywhere(args.texts) if way.calibrated else None
+    python = args.gptqmodel_python if "backend" in options else sys.executable
+    places = [_from_anywhere(args.model), str(target.resolve())]
     work = json.dumps([way.call, *places, texts, options | {"overwrite": True}])
-    return {"seed": seed, **_in_a_child(python, work, home, given.threads)}
+    return {"seed": seed, **_in_a_child(python, work, home, args.threads)}
 
 
 def _in_a_child(python: str, work: str, home: Path, threads: int) -> dict[str, float]:
@@ -263,18 +263,18 @@ def _from_anywhere(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
-def held_out_blocks(given: argparse.Namespace) -> TokenBlocks:
+def held_out_blocks(args: argparse.Namespace) -> TokenBlocks:
     """Blocks to measure on, spread evenly over the text.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         The blocks.
     """
-    blocks = pack(read_documents(given.held_out, load_vocabulary(given.model)), given.block_length)
-    wanted = min(len(blocks), max(1, given.tokens // given.block_length + 1))
-    return blocks[np.linspace(0, len(blocks) - 1, wanted).astype(np.int64)]
+    blocks = pack(read_documents(args.held_out, load_vocabulary(args.model)), args.block_length)
+    count = min(len(blocks), max(1, args.tokens // args.block_length + 1))
+    return blocks[np.linspace(0, len(blocks) - 1, count).astype(np.int64)]
 
 
 def predictions(folder: Path, blocks: TokenBlocks) -> Predictions:
@@ -314,47 +314,47 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def recovered(made: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+def recovered(by_way: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
     """How much of what rounding loses each way does not, per seed.
 
     Args:
-        made: The runs of each way.
+        by_way: The runs of each way.
 
     Returns:
         (rounding - way) / rounding for every way with the same bits and groups.
     """
-    found = {}
-    for name, runs in made.items():
-        rounding = made.get(f"rounding-{name.split('-')[1]}") if "-" in name else None
+    shares = {}
+    for name, runs in by_way.items():
+        rounding = by_way.get(f"rounding-{name.split('-')[1]}") if "-" in name else None
         if rounding and not name.startswith("rounding"):
             base = rounding[0]["kl"]
-            found[name] = [1 - run["kl"] / base for run in runs]
-    return found
+            shares[name] = [1 - run["kl"] / base for run in runs]
+    return shares
 
 
-def over_gptqmodel(made: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+def over_gptqmodel(by_way: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
     """Our figures over gptqmodel's, seed by seed, at the same bits and groups.
 
     Args:
-        made: The runs of each way.
+        by_way: The runs of each way.
 
     Returns:
         Ratios of KL, seconds and peak memory.
     """
-    theirs = made.get("gptqmodel-64", [])
+    theirs = by_way.get("gptqmodel-64", [])
     return {
         name: {
             figure: [
-                run[figure] / rival[figure] for run, rival in zip(made[name], theirs, strict=True)
+                run[figure] / rival[figure] for run, rival in zip(by_way[name], theirs, strict=True)
             ]
             for figure in ("kl", "seconds", "peak_mib")
         }
         for name in ("gptq-64", "gptaq-64")
-        if theirs and name in made
+        if theirs and name in by_way
     }
 
 
-def _say(name: str, run: dict[str, Any]) -> None:
+def _print_run(name: str, run: dict[str, Any]) -> None:
     words = ", ".join(
         f"{figure} {run[figure]:.5g}" for figure in ("kl", "seconds", "peak_mib") if figure in run
     )

@@ -62,10 +62,10 @@ def by_llama_cpp(
             text=True,
             check=False,
         )
-    said = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout)
-    if said is None:
+    estimate = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout)
+    if estimate is None:
         raise SystemExit(f"llama-perplexity named no perplexity:\n{done.stdout[-2000:]}")
-    return {"perplexity": float(said[1]), "standard_error": float(said[2])}
+    return {"perplexity": float(estimate[1]), "standard_error": float(estimate[2])}
 
 
 def by_transformers(model: Path, text: QuotedText) -> float:
@@ -109,7 +109,7 @@ def measure(
     cut = cut_texts(text, load_vocabulary(model), tuple(CONVENTIONS), chunks * length)
     worker = Worker(model, threads)
     worker.open()
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for one in cut:
         ours = quote(worker, one)
         theirs: dict[str, Any] | None = None
@@ -118,19 +118,19 @@ def measure(
         elif programs is not None:
             figures = by_llama_cpp(model, text, programs, chunks, threads)
             theirs = {"by": "llama-perplexity", **figures}
-        found[one.convention] = _compared(ours, theirs)
+        report[one.convention] = _compared(ours, theirs)
     return {
         "model": model.name,
         "text": text.name,
         "threads": threads,
         "goal": GOAL,
         "machine": asdict(describe_machine(threads)),
-        "conventions": found,
+        "conventions": report,
     }
 
 
 def _compared(ours: QuotedPerplexity, theirs: dict[str, Any] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "perplexity": ours.value,
         "standard_error": ours.standard_error,
         "bits_per_byte": ours.bits_per_byte,
@@ -139,8 +139,8 @@ def _compared(ours: QuotedPerplexity, theirs: dict[str, Any] | None) -> dict[str
     }
     if theirs is not None:
         difference = ours.value / theirs["perplexity"] - 1
-        found |= {"theirs": theirs, "difference": difference, "met": abs(difference) <= GOAL}
-    return found
+        row |= {"theirs": theirs, "difference": difference, "met": abs(difference) <= GOAL}
+    return row
 
 
 def main() -> None:
@@ -151,8 +151,8 @@ def main() -> None:
     parser.add_argument("--llama-cpp-programs", type=Path, help="the folder of llama-perplexity")
     parser.add_argument("--chunks", type=int, default=32, help="windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    found = measure(given.model, given.text, given.llama_cpp_programs, given.chunks, given.threads)
+    args = parser.parse_args()
+    found = measure(args.model, args.text, args.llama_cpp_programs, args.chunks, args.threads)
     print(json.dumps(found))
 
 

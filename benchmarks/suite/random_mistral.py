@@ -114,16 +114,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="is made")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=WIDTH, help="a multiple of 512")
-    given = parser.parse_args()
-    if given.layers < 1 or given.width < 512 or given.width % 512:
+    args = parser.parse_args()
+    if args.layers < 1 or args.width < 512 or args.width % 512:
         parser.error(
             "give at least one layer and a width that is a multiple of 512, not "
-            f"--layers {given.layers} --width {given.width}"
+            f"--layers {args.layers} --width {args.width}"
         )
-    if given.folder.exists():
-        parser.error(f"{given.folder} is there already; name a folder that is to be made")
-    count = make_folder(given.folder, given.layers, given.width)
-    print(f"{given.folder}: {count:,} parameters")
+    if args.folder.exists():
+        parser.error(f"{args.folder} is there already; name a folder that is to be made")
+    count = make_folder(args.folder, args.layers, args.width)
+    print(f"{args.folder}: {count:,} parameters")
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -33,40 +33,40 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Cut, train and judge.
 
     Args:
-        given: The command line.
+        args: The command line.
         folder: For the students.
 
     Returns:
         The JSON document.
     """
     common: dict[str, Any] = {
-        "teacher": given.teacher,
-        "texts": given.texts,
-        "held_out": given.held_out,
-        "block_length": given.block_length,
-        "batch_size": given.batch_size,
-        "learning_rate": given.learning_rate,
-        "held_out_tokens": given.held_out_tokens,
+        "teacher": args.teacher,
+        "texts": args.texts,
+        "held_out": args.held_out,
+        "block_length": args.block_length,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "held_out_tokens": args.held_out_tokens,
         "checkpoint_every": 0,
     }
     student = distill.new_student(
-        given.teacher, folder / "student", texts=given.texts, layers=given.layers, heal=False
+        args.teacher, folder / "student", texts=args.texts, layers=args.layers, heal=False
     )
     trained = distill.train(
         student,
         folder / "trained",
-        tokens=given.tokens,
-        evaluate_every=given.evaluate_every,
+        tokens=args.tokens,
+        evaluate_every=args.evaluate_every,
         **common,
     )
     entry = read_lineage(trained)[-1]
     report = {
-        "teacher": given.teacher,
-        "layers": given.layers,
+        "teacher": args.teacher,
+        "layers": args.layers,
         "tokens": entry["tokens"],
         "seconds": entry["seconds"],
         "settings": entry["settings"],
@@ -74,10 +74,10 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "after": entry["after"],
         "history": history(trained),
     }
-    if given.random_tokens:
+    if args.random_tokens:
         fresh = distill.new_student(student, folder / "fresh", fresh=True)
         learnt = distill.train(
-            fresh, folder / "learnt", tokens=given.random_tokens, evaluate_every=0, **common
+            fresh, folder / "learnt", tokens=args.random_tokens, evaluate_every=0, **common
         )
         end = read_lineage(learnt)[-1]
         goal = end["after"]["kl"]
@@ -106,10 +106,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(run(given, Path(folder))))
+        print(json.dumps(run(args, Path(folder))))
 
 
 if __name__ == "__main__":

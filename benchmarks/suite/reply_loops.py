@@ -121,10 +121,10 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=32, help="prompts to ask")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--threads", type=int)
-    given = parser.parse_args()
-    prompts = given.prompts.read_text("utf-8").splitlines()
-    prompts = prompts[:: max(1, len(prompts) // given.most)][: given.most]
-    found = measure(given.chatbot, given.judge, prompts, given.max_new_tokens, given.threads)
+    args = parser.parse_args()
+    prompts = args.prompts.read_text("utf-8").splitlines()
+    prompts = prompts[:: max(1, len(prompts) // args.most)][: args.most]
+    found = measure(args.chatbot, args.judge, prompts, args.max_new_tokens, args.threads)
     for name, figures in found["ways"].items():
         print(name, {key: value for key, value in figures.items() if key != "example"})
     print(json.dumps(found))

@@ -74,22 +74,22 @@ def main() -> None:
     print(json.dumps(run(parser.parse_args())))
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Make the files, and let the two take turns with each.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         The JSON document.
     """
-    source = open_folder(given.model)
-    settings = BenchSettings(scored_tokens=4 * given.prompt)
-    passages = read_passages(given.texts, source.path, settings)
+    source = open_folder(args.model)
+    settings = BenchSettings(scored_tokens=4 * args.prompt)
+    passages = read_passages(args.texts, source.path, settings)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for contestant in find_rivals(given.against, places(given)):
-            own = own_benchmark(contestant, given)
+        for contestant in find_rivals(args.against, places(args)):
+            own = own_benchmark(contestant, args)
             if own is None:
                 continue
             entry = make_files(contestant, source, source.path.name, Path(scratch))
@@ -97,13 +97,13 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
                 "version": entry.rival.version,
                 "system": entry.rival.system,
                 "made": entry.rival.made,
-                **take_turns(entry.note, own, passages, given),
+                **take_turns(entry.note, own, passages, args),
             }
     return {
-        "rounds": given.rounds,
-        "threads": given.threads,
-        "prompt": given.prompt,
-        "new_tokens": given.new_tokens,
+        "rounds": args.rounds,
+        "threads": args.threads,
+        "prompt": args.prompt,
+        "new_tokens": args.new_tokens,
         "rivals": found,
     }
 
@@ -112,7 +112,7 @@ Own = Callable[[Note], dict[str, float]]
 
 
 def take_turns(
-    note: Note, own: Own, passages: Sequence[Passage], given: argparse.Namespace
+    note: Note, own: Own, passages: Sequence[Passage], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Let our child and the rival's own program run one file in turn.
 
@@ -120,18 +120,18 @@ def take_turns(
         note: The rival's files, and what runs them.
         own: Runs the rival's own program on it.
         passages: Where our prompts come from.
-        given: The command line.
+        args: The command line.
 
     Returns:
         Of reading and writing: both medians, the ratio, and whether it is within 3%.
     """
     ours, theirs = [], []
-    prompts = cut_prompts(passages, length=given.prompt, count=1 + given.rounds)
-    with start_children([note], given.threads) as (child,):
+    prompts = cut_prompts(passages, length=args.prompt, count=1 + args.rounds)
+    with start_children([note], args.threads) as (child,):
         child.ask("open")
-        our_turn(child, prompts[0], given)
+        our_turn(child, prompts[0], args)
         for prompt in prompts[1:]:
-            ours.append(our_turn(child, prompt, given))
+            ours.append(our_turn(child, prompt, args))
             theirs.append(own(note))
     report: dict[str, Any] = {}
     for name in (_PROMPT, _DECODE):
@@ -145,7 +145,7 @@ def take_turns(
     return report
 
 
-def our_turn(child: Child, prompt: list[int], given: argparse.Namespace) -> dict[str, float]:
+def our_turn(child: Child, prompt: list[int], args: argparse.Namespace) -> dict[str, float]:
     """One turn of our own: a prompt, and what is written at the depth where its tool writes.
 
     ``llama-bench`` writes from the start of an empty text, the others after the prompt.
@@ -153,12 +153,12 @@ def our_turn(child: Child, prompt: list[int], given: argparse.Namespace) -> dict
     Args:
         child: Runs the rival.
         prompt: What to read.
-        given: The command line.
+        args: The command line.
 
     Returns:
         Tokens per second of both.
     """
-    limits = {"new_tokens": given.new_tokens, "seconds": _HOURS}
+    limits = {"new_tokens": args.new_tokens, "seconds": _HOURS}
     first = child.ask("turn", prompt=prompt, **limits)
     apart = (child.folder / MODEL_FILE).is_file()
     second = child.ask("turn", prompt=prompt[:1], **limits) if apart else first
@@ -168,12 +168,12 @@ def our_turn(child: Child, prompt: list[int], given: argparse.Namespace) -> dict
     }
 
 
-def own_benchmark(contestant: InstalledRival, given: argparse.Namespace) -> Own | None:
+def own_benchmark(contestant: InstalledRival, args: argparse.Namespace) -> Own | None:
     """How a rival's own benchmark is run.
 
     Args:
         contestant: The rival.
-        given: The command line.
+        args: The command line.
 
     Returns:
         A function of the rival's files; None if its own benchmark is not known.
@@ -183,54 +183,54 @@ def own_benchmark(contestant: InstalledRival, given: argparse.Namespace) -> Own 
         program = environment.programs and environment.programs / "llama-bench"
         if not program or not os.access(program, os.X_OK):
             return None
-        return lambda note: run_llama_bench(program, Path(note.folder), given)
+        return lambda note: run_llama_bench(program, Path(note.folder), args)
     if contestant.choice.engine.name == "openvino":
-        return lambda note: run_llm_pipeline(environment.python, note, given)
-    if contestant.choice.engine.name != "genai" or given.genai_benchmark is None:
+        return lambda note: run_llm_pipeline(environment.python, note, args)
+    if contestant.choice.engine.name != "genai" or args.genai_benchmark is None:
         return None
-    return lambda note: run_genai(environment.python, Path(note.folder), given)
+    return lambda note: run_genai(environment.python, Path(note.folder), args)
 
 
-def run_llama_bench(program: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:
+def run_llama_bench(program: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Run ``llama-bench`` once.
 
     Args:
-        program: It.
+        program: The path of llama-bench.
         folder: The rival's folder.
-        given: The command line.
+        args: The command line.
 
     Returns:
         Tokens per second of reading and of writing.
     """
-    command = [str(program), "-m", str(folder / MODEL_FILE), "-t", str(given.threads)]
-    command += ["-p", str(given.prompt), "-n", str(given.new_tokens), "-r", "1", "-o", "json"]
+    command = [str(program), "-m", str(folder / MODEL_FILE), "-t", str(args.threads)]
+    command += ["-p", str(args.prompt), "-n", str(args.new_tokens), "-r", "1", "-o", "json"]
     said = run_program(command)
     tests = json.loads(said[said.index("[\n") : said.rindex("]") + 1])
     return {(_PROMPT if test["n_prompt"] else _DECODE): test["avg_ts"] for test in tests}
 
 
-def run_genai(python: Path, folder: Path, given: argparse.Namespace) -> dict[str, float]:
+def run_genai(python: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Run ONNX Runtime GenAI's own benchmark once.
 
     Args:
         python: The Python of its environment.
         folder: The rival's folder.
-        given: The command line.
+        args: The command line.
 
     Returns:
         Tokens per second of reading and of writing.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        same = with_threads(folder, Path(scratch) / "model", given.threads)
-        command = [str(python), str(given.genai_benchmark), "-i", str(same), "-k", "1"]
-        command += ["-l", str(given.prompt), "-g", str(given.new_tokens), "-r", "1", "-w", "1"]
+        same = with_threads(folder, Path(scratch) / "model", args.threads)
+        command = [str(python), str(args.genai_benchmark), "-i", str(same), "-k", "1"]
+        command += ["-l", str(args.prompt), "-g", str(args.new_tokens), "-r", "1", "-w", "1"]
         command += ["--use_random_tokens", "-o", str(Path(scratch) / "genai.csv")]
         said = run_program(command, {**os.environ, "ORT_DISABLE_TELEMETRY": "1"})
     found = {}
     for name, words in _SAID.items():
         match = re.search(words, said)
         if match is None:
-            raise SystemExit(f"{given.genai_benchmark} named no {name}:\n{said[-2000:]}")
+            raise SystemExit(f"{args.genai_benchmark} named no {name}:\n{said[-2000:]}")
         found[name] = float(match[1])
     return found
 
@@ -256,22 +256,22 @@ def with_threads(folder: Path, target: Path, threads: int) -> Path:
     return target
 
 
-def run_llm_pipeline(python: Path, note: Note, given: argparse.Namespace) -> dict[str, float]:
+def run_llm_pipeline(python: Path, note: Note, args: argparse.Namespace) -> dict[str, float]:
     """Run OpenVINO GenAI's own pipeline, and take what it says after three turns of warming up.
 
     Args:
         python: The Python of its environment.
         note: The rival's files, and what runs them.
-        given: The command line.
+        args: The command line.
 
     Returns:
         Tokens per second of reading and of writing.
     """
     told = {name: value for name, value in note.settings.items() if name in EXACT}
-    numbers = map(str, (given.prompt, given.new_tokens, given.threads, note.vocabulary_size))
+    numbers = map(str, (args.prompt, args.new_tokens, args.threads, note.vocabulary_size))
     command = [str(python), "-P", "-c", _LLM_PIPELINE, note.folder, *numbers, json.dumps(told)]
     first, each = json.loads(run_offline(command).splitlines()[-1])
-    return {_PROMPT: 1e3 * given.prompt / first, _DECODE: 1e3 / each}
+    return {_PROMPT: 1e3 * args.prompt / first, _DECODE: 1e3 / each}
 
 
 if __name__ == "__main__":

@@ -38,42 +38,42 @@ def main() -> None:
     print(json.dumps(run(parser.parse_args())))
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and hold every chatbot against every rival.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         The JSON document.
     """
     settings = BenchSettings(
-        threads=given.threads,
-        rounds=given.rounds,
+        threads=args.threads,
+        rounds=args.rounds,
         prompt_tokens=128,
-        new_tokens=given.new_tokens,
+        new_tokens=args.new_tokens,
         turn_seconds=600.0,
         scored_tokens=256,
         transformers_generate=False,
-        prompts=(given.prompt,),
-        depths=(0, given.depth),
-        loads=given.loads,
-        against=tuple(given.against),
+        prompts=(args.prompt,),
+        depths=(0, args.depth),
+        loads=args.loads,
+        against=tuple(args.against),
     )
     found = compare(
-        given.chatbots,
-        texts=given.texts,
-        reference=given.source,
-        rivals=places(given),
-        rival_source=given.source,
+        args.chatbots,
+        texts=args.texts,
+        reference=args.source,
+        rivals=places(args),
+        rival_source=args.source,
         settings=settings,
     )
-    measures = measures_of(given.prompt, given.depth)
+    measures = measures_of(args.prompt, args.depth)
     ours = [model for model in found.models if model.rival is None]
     rivals = [model for model in found.models if model.rival is not None]
     return {
-        "rounds": given.rounds,
-        "threads": given.threads,
+        "rounds": args.rounds,
+        "threads": args.threads,
         "machine": found.to_dict()["machine"],
         "models": {model.name: figures(model, measures) for model in found.models},
         "ratios": {

@@ -138,16 +138,16 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--scored-tokens", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
+    args = parser.parse_args()
     settings = benchmarks.BenchSettings(
-        rounds=given.rounds,
-        prompt_tokens=given.prompt_tokens,
-        new_tokens=given.new_tokens,
-        scored_tokens=given.scored_tokens,
-        threads=given.threads,
+        rounds=args.rounds,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        scored_tokens=args.scored_tokens,
+        threads=args.threads,
         transformers_generate=False,
     )
-    print(json.dumps(measure(given.model, given.texts, given.times, given.apart, settings)))
+    print(json.dumps(measure(args.model, args.texts, args.times, args.apart, settings)))
 
 
 if __name__ == "__main__":

@@ -167,14 +167,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
+    args = parser.parse_args()
     found = measure(
-        given.chatbot,
-        given.draft,
-        exact=not given.inexact,
-        tokens=given.tokens,
-        threads=given.threads,
-        rounds=given.rounds,
+        args.chatbot,
+        args.draft,
+        exact=not args.inexact,
+        tokens=args.tokens,
+        threads=args.threads,
+        rounds=args.rounds,
     )
     print(json.dumps(found))
 

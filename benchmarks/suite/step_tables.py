@@ -13,9 +13,9 @@ _KL = ("kl", "kl_standard_error")
 # --- distillation -------------------------------------------------------------------------------
 
 
-def loss_head(found: Found) -> list[str]:
+def loss_head(report: Found) -> list[str]:
     """Time and memory of every way to compute the loss, with all positions and with some."""
-    kept = {name.removeprefix("kept "): one for name, one in found.items() if "kept " in name}
+    kept = {name.removeprefix("kept "): one for name, one in report.items() if "kept " in name}
     heads = [""]
     for share in kept:
         words = (
@@ -38,8 +38,8 @@ def loss_head(found: Found) -> list[str]:
                 ]
             )
         rows.append(row)
-    V, T, student, teacher = found["shape"]
-    exact = found["exactness"]
+    V, T, student, teacher = report["shape"]
+    exact = report["exactness"]
     return [
         *table(heads, rows),
         "",
@@ -51,7 +51,7 @@ def loss_head(found: Found) -> list[str]:
     ]
 
 
-def training_step(found: Found) -> list[str]:
+def training_step(report: Found) -> list[str]:
     """Tokens a second and memory of a whole training step."""
     rows = [
         [
@@ -60,15 +60,15 @@ def training_step(found: Found) -> list[str]:
             number(figures["process_peak_mib"]["median"]),
             number(figures["peak_mib"]["median"]),
         ]
-        for method, figures in found["methods"].items()
+        for method, figures in report["methods"].items()
     ]
     lines = table(["", "tokens/s", "peak of the process, MiB", "peak above rest, MiB"], rows)
-    words = [f"Cached over live: {spread(found['cached_over_live'])} times the tokens a second."]
-    if "live_over_trl" in found:
+    words = [f"Cached over live: {spread(report['cached_over_live'])} times the tokens a second."]
+    if "live_over_trl" in report:
         words.append(
-            f"Live over TRL: {spread(found['live_over_trl'])} times, "
-            f"{number(found['live_peak_over_trl']['median'], 2)} of the process's peak memory, "
-            f"{number(found['live_step_memory_over_trl']['median'], 2)} of what the step adds."
+            f"Live over TRL: {spread(report['live_over_trl'])} times, "
+            f"{number(report['live_peak_over_trl']['median'], 2)} of the process's peak memory, "
+            f"{number(report['live_step_memory_over_trl']['median'], 2)} of what the step adds."
         )
     return [*lines, "", " ".join(words)]
 
@@ -76,12 +76,12 @@ def training_step(found: Found) -> list[str]:
 # --- quantization -------------------------------------------------------------------------------
 
 
-def healing(found: Found) -> list[str]:
+def healing(report: Found) -> list[str]:
     """KL of a pruned student on every text, as it was cut and as it was healed."""
-    texts = list(found["scored_tokens"])
-    cut = found["students"][0]["held_out"]
+    texts = list(report["scored_tokens"])
+    cut = report["students"][0]["held_out"]
     rows = []
-    for student in found["students"]:
+    for student in report["students"]:
         tokens = student["healing_tokens"]
         row = [f"healed on {tokens:,} tokens" if tokens else "cut, not healed"]
         for text in texts:
@@ -90,23 +90,23 @@ def healing(found: Found) -> list[str]:
             row.append(with_error(figures["kl"], figures["kl_standard_error"]) + share)
         rows.append([*row, number(student["seconds"])])
     lines = table(["KL(teacher \\|\\| student)", *texts, "seconds to make"], rows)
-    scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
-    kept = len(found["students"][0]["kept_layers"])
-    neurons = found.get("intermediate_size")
+    scored = ", ".join(f"{count:,} of {text}" for text, count in report["scored_tokens"].items())
+    kept = len(report["students"][0]["kept_layers"])
+    neurons = report.get("intermediate_size")
     narrower = f", with {neurons:,} neurons each" if neurons else ""
     return [
         *lines,
         "",
-        f"{kept} layers kept{narrower}; healed on {', '.join(found['texts'])}, as many tokens of "
+        f"{kept} layers kept{narrower}; healed on {', '.join(report['texts'])}, as many tokens of "
         f"each; scored tokens: {scored}.",
     ]
 
 
-def training_curve(found: Found) -> list[str]:
+def training_curve(report: Found) -> list[str]:
     """KL on every text and processor time, by the tokens that a student learnt from."""
-    texts = list(found["scored_tokens"])
+    texts = list(report["scored_tokens"])
     several: dict[tuple[str, str, int], list[Found]] = {}
-    for run in found["runs"]:
+    for run in report["runs"]:
         key = run.get("trainer", "mistill"), run["start"], run["tokens"]
         several.setdefault(key, []).append(run)
     rows = []
@@ -117,19 +117,19 @@ def training_curve(found: Found) -> list[str]:
             kls = [run["held_out"][text]["kl"] for run in runs]
             row.append(value_range(kls) if len(kls) > 1 else number(kls[0]))
         rows.append([*row, number(sum(run["processor_seconds"] for run in runs) / len(runs))])
-    scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
+    scored = ", ".join(f"{count:,} of {text}" for text, count in report["scored_tokens"].items())
     return [
         *table(["start", "learnt from", *texts, "processor seconds"], rows),
         "",
-        f"KL(teacher \\|\\| student) of {found['layers']} layers; ranges are of seeds. Healed on "
-        f"{', '.join(found['heal_texts'])}, trained on {', '.join(found['texts'])}; scored tokens: "
-        f"{scored}.",
+        f"KL(teacher \\|\\| student) of {report['layers']} layers; ranges are of seeds. Healed on "
+        f"{', '.join(report['heal_texts'])}, trained on {', '.join(report['texts'])}; scored "
+        f"tokens: {scored}.",
     ]
 
 
-def few_bits(found: Found) -> list[str]:
+def few_bits(report: Found) -> list[str]:
     """KL of a model in few bits on every text, by how it was quantized."""
-    texts = list(found["scored_tokens"])
+    texts = list(report["scored_tokens"])
     rows = [
         [
             way["way"],
@@ -137,21 +137,21 @@ def few_bits(found: Found) -> list[str]:
             *(with_error(*(way["held_out"][text][key] for key in _KL)) for text in texts),
             number(way["processor_seconds"]),
         ]
-        for way in found["ways"]
+        for way in report["ways"]
     ]
-    scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
+    scored = ", ".join(f"{count:,} of {text}" for text, count in report["scored_tokens"].items())
     return [
         *table(["KL(float \\|\\| quantized)", "calibrated on", *texts, "processor seconds"], rows),
         "",
-        f"{found['bits']} bits in groups of {found['group_size']}, {found['samples']} blocks of "
-        f"{found['block_length']} tokens, embedding and head float; scored tokens: {scored}.",
+        f"{report['bits']} bits in groups of {report['group_size']}, {report['samples']} blocks of "
+        f"{report['block_length']} tokens, embedding and head float; scored tokens: {scored}.",
     ]
 
 
-def compressing(found: Found) -> list[str]:
+def compressing(report: Found) -> list[str]:
     """KL of a compressed model beside that of Q4_K_M, on every text."""
-    texts = list(found["scored_tokens"])
-    rival = found["models"][0]
+    texts = list(report["scored_tokens"])
+    rival = report["models"][0]
 
     def kl(model: Found, text: str) -> str:
         own, theirs = (one["held_out"][text]["kl"] for one in (model, rival))
@@ -164,23 +164,23 @@ def compressing(found: Found) -> list[str]:
             *(kl(model, text) for text in texts),
             number(model["seconds"]) if "seconds" in model else "",
         ]
-        for model in found["models"]
+        for model in report["models"]
     ]
-    scored = ", ".join(f"{count:,} of {text}" for text, count in found["scored_tokens"].items())
+    scored = ", ".join(f"{count:,} of {text}" for text, count in report["scored_tokens"].items())
     return [
         *table(["KL(float \\|\\| compressed)", "MB", *texts, "seconds to make"], rows),
         "",
-        f"Calibrated on {', '.join(found['texts'])}; scored tokens: {scored}.",
+        f"Calibrated on {', '.join(report['texts'])}; scored tokens: {scored}.",
     ]
 
 
-def quantized_kl(found: Found) -> list[str]:
+def quantized_kl(report: Found) -> list[str]:
     """What every way of quantizing costs; time and memory where a rival's stand beside them."""
-    timed = bool(found["over_gptqmodel"])
+    timed = bool(report["over_gptqmodel"])
     rows = []
-    for name, way in found["ways"].items():
+    for name, way in report["ways"].items():
         runs = way["runs"]
-        regained = found["recovered"].get(name)
+        regained = report["recovered"].get(name)
         rows.append(
             [
                 name,
@@ -198,11 +198,11 @@ def quantized_kl(found: Found) -> list[str]:
     heads += ["MB", *(("seconds", "peak, MiB") if timed else ())]
     lines = table(heads, rows)
     words = [
-        f"KL(float \\|\\| quantized) in nats on {found['held_out_tokens']:,} held-out tokens; "
-        f"calibrated on {found['calibration_tokens']:,}; perplexity of the float model "
-        f"{number(found['float_perplexity'], 4)}."
+        f"KL(float \\|\\| quantized) in nats on {report['held_out_tokens']:,} held-out tokens; "
+        f"calibrated on {report['calibration_tokens']:,}; perplexity of the float model "
+        f"{number(report['float_perplexity'], 4)}."
     ]
-    for name, ratios in found["over_gptqmodel"].items():
+    for name, ratios in report["over_gptqmodel"].items():
         words.append(
             f"{name} over gptqmodel, seed by seed: KL {value_range(ratios['kl'])}, "
             f"time {value_range(ratios['seconds'], 2)}, "
@@ -211,9 +211,9 @@ def quantized_kl(found: Found) -> list[str]:
     return [*lines, "", *words]
 
 
-def against_q4_k_m(found: Found) -> list[str]:
+def against_q4_k_m(report: Found) -> list[str]:
     """A mix of bits against llama.cpp's, at the same bytes."""
-    theirs = found["q4_k_m"]
+    theirs = report["q4_k_m"]
 
     def row(name: str, one: Found, ratio: float | None) -> list[str]:
         return [
@@ -225,17 +225,17 @@ def against_q4_k_m(found: Found) -> list[str]:
         ]
 
     rows = [row("llama.cpp Q4_K_M", theirs, None)]
-    for one, ratio in zip(found["mistill"], found["kl_over_q4_k_m"], strict=True):
+    for one, ratio in zip(report["mistill"], report["kl_over_q4_k_m"], strict=True):
         rows.append(row(f"mistill, seed {one['seed']}", one, ratio))
     return [
         *table(["", "MB", "KL", "over Q4_K_M", "perplexity"], rows),
         "",
-        f"On {found['tokens']:,} tokens; perplexity of the float model "
-        f"{number(found['float_perplexity'], 4)}. llama.cpp is measured by its own program.",
+        f"On {report['tokens']:,} tokens; perplexity of the float model "
+        f"{number(report['float_perplexity'], 4)}. llama.cpp is measured by its own program.",
     ]
 
 
-def onnxruntime_quantizers(found: Found) -> list[str]:
+def onnxruntime_quantizers(report: Found) -> list[str]:
     """The codes of onnxruntime's quantizers against ours."""
     rows = [
         [
@@ -244,91 +244,93 @@ def onnxruntime_quantizers(found: Found) -> list[str]:
             number(way["perplexity"], 4),
             number(way["seconds"]),
         ]
-        for name, way in found["ways"].items()
+        for name, way in report["ways"].items()
         if "kl" in way
     ]
     failed = [
-        f" {name} fails: {way['failed']}." for name, way in found["ways"].items() if "kl" not in way
+        f" {name} fails: {way['failed']}."
+        for name, way in report["ways"].items()
+        if "kl" not in way
     ]
     over = [
         f" KL of mistill over onnxruntime's {theirs}: "
-        + "; ".join(f"{name} {ratio:.2f}" for name, ratio in found[key].items())
+        + "; ".join(f"{name} {ratio:.2f}" for name, ratio in report[key].items())
         + "."
         for theirs, key in (
             ("GPTQ", "over_onnxruntime_gptq"),
             ("k-quant", "over_onnxruntime_k_quant"),
         )
-        if found[key]
+        if report[key]
     ]
     return [
         *table(["", "KL", "perplexity", "seconds"], rows),
         "",
-        f"Groups of {found['group_size']}, {found['calibration_tokens']:,} calibration and "
-        f"{found['held_out_tokens']:,} held-out tokens.{''.join(over)}{''.join(failed)}",
+        f"Groups of {report['group_size']}, {report['calibration_tokens']:,} calibration and "
+        f"{report['held_out_tokens']:,} held-out tokens.{''.join(over)}{''.join(failed)}",
     ]
 
 
-def nf4_codec(found: Found) -> list[str]:
+def nf4_codec(report: Found) -> list[str]:
     """Encoding a weight in NF4."""
     rows = [
-        [name, spread(seconds), f"{found['bytes'][name]:,}"]
-        for name, seconds in found["seconds"].items()
+        [name, spread(seconds), f"{report['bytes'][name]:,}"]
+        for name, seconds in report["seconds"].items()
     ]
     return [
         *table(["", "seconds", "bytes"], rows),
         "",
-        f"A weight of {found['size']:,} rows and columns. mistill over bitsandbytes: "
-        f"{spread(found['over_bitsandbytes'])} of the time.",
+        f"A weight of {report['size']:,} rows and columns. mistill over bitsandbytes: "
+        f"{spread(report['over_bitsandbytes'])} of the time.",
     ]
 
 
-def big_model(found: Found) -> list[str]:
+def big_model(report: Found) -> list[str]:
     """A model of Mistral 7B's size, quantized whole."""
-    methods = [name for name, value in found.items() if isinstance(value, Mapping)]
+    methods = [name for name, value in report.items() if isinstance(value, Mapping)]
     rows = [
         [
             {"nf4": "NF4", "rounding": "4-bit rounding"}.get(name, name),
-            number(found[name]["seconds"]),
-            f"{found[name]['peak_memory_bytes'] / _GIB:.2f}",
-            f"{found[name]['weight_bytes'] / 1e9:.2f}",
+            number(report[name]["seconds"]),
+            f"{report[name]['peak_memory_bytes'] / _GIB:.2f}",
+            f"{report[name]['weight_bytes'] / 1e9:.2f}",
         ]
         for name in methods
     ]
     return [
         *table(["", "seconds", "peak of the process, GiB", "GB on disk"], rows),
         "",
-        f"{found['layers']} layers, {found['width']:,} wide, {found['parameters'] / 1e9:.2f} "
-        f"billion weights, {found['float_bytes'] / 1e9:.1f} GB in bfloat16.",
+        f"{report['layers']} layers, {report['width']:,} wide, {report['parameters'] / 1e9:.2f} "
+        f"billion weights, {report['float_bytes'] / 1e9:.1f} GB in bfloat16.",
     ]
 
 
-def big_layer(found: Found) -> list[str]:
+def big_layer(report: Found) -> list[str]:
     """A layer of Mistral 7B's shapes through GPTQ."""
-    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
     row = [
         settings or "default settings",
-        number(found["seconds"]),
-        number(found["seconds_of_layers"]),
-        f"{found['peak_memory_bytes'] / _GIB:.2f}",
-        f"{found['estimated_seconds_of_32_layers'] / 60:,.0f}",
+        number(report["seconds"]),
+        number(report["seconds_of_layers"]),
+        f"{report['peak_memory_bytes'] / _GIB:.2f}",
+        f"{report['estimated_seconds_of_32_layers'] / 60:,.0f}",
     ]
     heads = ["", "seconds in all", "of the layers", "peak of the process, GiB"]
     return [
         *table([*heads, "32 layers, minutes (estimated)"], [row]),
         "",
-        f"{found['layers']} layer{'' if found['layers'] == 1 else 's'}, {found['width']:,} wide, "
-        f"{found['calibration_tokens']:,} calibration tokens.",
+        f"{report['layers']} layer{'' if report['layers'] == 1 else 's'}, {report['width']:,} "
+        f"wide, {report['calibration_tokens']:,} calibration tokens.",
     ]
 
 
 # --- tuning -------------------------------------------------------------------------------------
 
 
-def json_replies(found: Found) -> list[str]:
+def json_replies(report: Found) -> list[str]:
     """Which share of replies a check of JSON calls valid, before and after reinforcement."""
     rows = []
     for words, name in (("as it came", "before"), ("after reinforcement", "after")):
-        sampled, likeliest = (found[name][kind] for kind in ("sampled", "likeliest"))
+        sampled, likeliest = (report[name][kind] for kind in ("sampled", "likeliest"))
         rows.append(
             [
                 words,
@@ -341,26 +343,26 @@ def json_replies(found: Found) -> list[str]:
         ["valid replies", "sampled at temperature 1", "of them cut off", "the likeliest tokens"],
         rows,
     )
-    settings, report = found["settings"], found["report"]
-    rewards = ", ".join(f"{reward:.2f}" for reward in found["reward_by_step"])
-    other = report["other_text"]
+    settings, run = report["settings"], report["report"]
+    rewards = ", ".join(f"{reward:.2f}" for reward in report["reward_by_step"])
+    other = run["other_text"]
     return [
         *lines,
         "",
-        f"{settings['held_out']} held-out prompts; {report['steps']} steps of "
+        f"{settings['held_out']} held-out prompts; {run['steps']} steps of "
         f"{settings['batch_size']} replies, {settings['samples']} to a prompt, of at most "
         f"{settings['max_new_tokens']} tokens, at a learning rate of "
         f"{settings['learning_rate']:g}. Share of valid replies by step: {rewards}. KL from the "
-        f"start at the last step {found['kl_by_step'][-1]:.3f} nats a token. On other text the "
+        f"start at the last step {report['kl_by_step'][-1]:.3f} nats a token. On other text the "
         f"cross-entropy went from {other['before']['cross_entropy']:.3f} to "
         f"{other['after']['cross_entropy']:.3f} "
         f"({with_error(other['change'], other['change_standard_error'])}).",
     ]
 
 
-def align_then_distil(found: Found) -> list[str]:
+def align_then_distil(report: Found) -> list[str]:
     """What students of a tuned teacher and of the one that came are worth on the tuned task."""
-    runs = found["runs"]
+    runs = report["runs"]
     rows = []
     for name in runs[0]["models"]:
         each = [run["models"][name] for run in runs]
@@ -377,7 +379,7 @@ def align_then_distil(found: Found) -> list[str]:
         for run in runs
         for name, gap in run["tuned_student_less"].items()
     )
-    settings = found["settings"]
+    settings = report["settings"]
     return [
         *lines,
         "",

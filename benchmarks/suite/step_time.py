@@ -215,12 +215,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--child", action="store_true")
-    given = parser.parse_args()
-    if given.child:
-        child(given.model, given.threads, given.depth, given.steps)
+    args = parser.parse_args()
+    if args.child:
+        child(args.model, args.threads, args.depth, args.steps)
         return
-    chatbots = prepare(given.model, given.work, given.group_size)
-    print(json.dumps(measure(chatbots, given.threads, given.depth, given.steps, given.rounds)))
+    chatbots = prepare(args.model, args.work, args.group_size)
+    print(json.dumps(measure(chatbots, args.threads, args.depth, args.steps, args.rounds)))
 
 
 if __name__ == "__main__":

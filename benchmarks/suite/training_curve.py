@@ -56,39 +56,39 @@ def learning_rate(share: float, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - _WARMUP) / (1 - _WARMUP))))
 
 
-def train_ours(given: argparse.Namespace) -> dict[str, Any]:
+def train_ours(args: argparse.Namespace) -> dict[str, Any]:
     """Train with mistill.
 
     Args:
-        given: The command line of a child.
+        args: The command line of a child.
 
     Returns:
         Tokens, and seconds of processor time.
     """
     started = time.process_time()
     trained = distill.train(
-        given.student,
-        given.target,
-        teacher=given.teacher,
-        texts=given.texts,
-        held_out=given.held_out[0],
-        tokens=given.tokens[0],
-        block_length=given.block_length,
+        args.student,
+        args.target,
+        teacher=args.teacher,
+        texts=args.texts,
+        held_out=args.held_out[0],
+        tokens=args.tokens[0],
+        block_length=args.block_length,
         batch_size=1,
-        held_out_tokens=4 * given.block_length,
+        held_out_tokens=4 * args.block_length,
         evaluate_every=0,
         checkpoint_every=0,
-        seed=given.seed,
+        seed=args.seed,
     )
-    assert trained == Path(given.target)
-    return {"tokens": given.tokens[0], "processor_seconds": time.process_time() - started}
+    assert trained == Path(args.target)
+    return {"tokens": args.tokens[0], "processor_seconds": time.process_time() - started}
 
 
-def train_trl(given: argparse.Namespace) -> dict[str, Any]:
+def train_trl(args: argparse.Namespace) -> dict[str, Any]:
     """Train with TRL until the processor time is spent.
 
     Args:
-        given: The command line of a child.
+        args: The command line of a child.
 
     Returns:
         Tokens of text that were read, and seconds of processor time.
@@ -101,7 +101,7 @@ def train_trl(given: argparse.Namespace) -> dict[str, Any]:
     from mistill.text.rows import read_rows
 
     spent = {"begun": 0.0, "tokens": 0.0}
-    budget = float(given.processor_seconds)
+    budget = float(args.processor_seconds)
 
     def share() -> float:
         return (time.process_time() - spent["begun"]) / budget
@@ -121,10 +121,10 @@ def train_trl(given: argparse.Namespace) -> dict[str, Any]:
 
     rows = [
         {"messages": row.value["messages"]}
-        for row in read_rows(given.texts[0])
+        for row in read_rows(args.texts[0])
         if "messages" in row.value
     ]
-    tokenizer = AutoTokenizer.from_pretrained(given.student)
+    tokenizer = AutoTokenizer.from_pretrained(args.student)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
         config = GKDConfig(
@@ -137,7 +137,7 @@ def train_trl(given: argparse.Namespace) -> dict[str, Any]:
             weight_decay=0.01,
             adam_beta2=0.95,
             max_grad_norm=1.0,
-            max_length=given.block_length,
+            max_length=args.block_length,
             per_device_train_batch_size=_ROWS_OF_A_STEP,
             num_train_epochs=100,
             use_cpu=True,
@@ -146,12 +146,12 @@ def train_trl(given: argparse.Namespace) -> dict[str, Any]:
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
-            seed=given.seed,
+            seed=args.seed,
         )
-        student = load_pytorch(given.student)
+        student = load_pytorch(args.student)
         trainer = GKDTrainer(
             model=student,
-            teacher_model=load_pytorch(given.teacher),
+            teacher_model=load_pytorch(args.teacher),
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -167,7 +167,7 @@ def train_trl(given: argparse.Namespace) -> dict[str, Any]:
         trainer.data_collator = counted
         trainer.train()
     seconds = time.process_time() - spent["begun"]
-    _save(student, Path(given.student), Path(given.target))
+    _save(student, Path(args.student), Path(args.target))
     return {"tokens": int(spent["tokens"]), "processor_seconds": seconds}
 
 
@@ -179,20 +179,20 @@ def _save(model: Any, like: Path, target: Path) -> None:
     copy_companions(like, target)
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Make the starts, train from them, and judge.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         The JSON document.
     """
-    work = Path(given.work)
+    work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    teacher = resolve_model(given.teacher)
+    teacher = resolve_model(args.teacher)
     held_out = held_out_blocks(
-        given.held_out, load_vocabulary(teacher), given.scored_tokens, given.block_length
+        args.held_out, load_vocabulary(teacher), args.scored_tokens, args.block_length
     )
     references = predictions_of(teacher, held_out)
 
@@ -202,7 +202,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     def recorded(name: str, **more: Any) -> dict[str, Any]:
         file = work / f"{name}.json"
         if not file.is_file():
-            made = _in_a_child(given, name, **more)
+            made = _in_a_child(args, name, **more)
             made["held_out"] = judged(work / name)
             write_atomically(file, json.dumps(made) + "\n")
         found: dict[str, Any] = read_json_file(file)
@@ -211,7 +211,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
     cut = recorded("cut", do="cut")
     healed = recorded("healed", do="heal")
-    most = max(given.tokens)
+    most = max(args.tokens)
 
     def trained(start: str, tokens: int, seed: int) -> dict[str, Any]:
         name = f"{start}-{tokens}-{seed}"
@@ -221,52 +221,52 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     # What takes longest and decides most comes first; the order of the document is another one.
     runs = [trained("healed", most, 0)]
     budget = healed["processor_seconds"] + runs[0]["processor_seconds"]
-    if given.rivals_python:
+    if args.rivals_python:
         rival = recorded("trl", do="trl", start="cut", processor_seconds=budget)
         runs.append({"start": "cut", "seed": 0, "trainer": "TRL GKDTrainer", **rival})
-    if given.unhealed:
+    if args.unhealed:
         runs.append(trained("cut", most, 0))
-    seeds = {tokens: given.seeds if tokens in given.more_seeds else 1 for tokens in given.tokens}
-    for seed in range(given.seeds):
-        for tokens in given.tokens:
+    seeds = {tokens: args.seeds if tokens in args.more_seeds else 1 for tokens in args.tokens}
+    for seed in range(args.seeds):
+        for tokens in args.tokens:
             if seed < seeds[tokens] and (tokens, seed) != (most, 0):
                 runs.append(trained("healed", tokens, seed))
     runs.sort(key=lambda one: ("trainer" in one, one["start"] == "cut", one["tokens"], one["seed"]))
     runs = [{"start": "cut", "seed": 0, **cut}, {"start": "healed", "seed": 0, **healed}, *runs]
     return {
-        "teacher": Path(given.teacher).name,
-        "layers": given.layers,
-        "threads": given.threads,
-        "texts": [Path(text).name for text in given.texts],
-        "heal_texts": [Path(text).name for text in given.heal_texts],
+        "teacher": Path(args.teacher).name,
+        "layers": args.layers,
+        "threads": args.threads,
+        "texts": [Path(text).name for text in args.texts],
+        "heal_texts": [Path(text).name for text in args.heal_texts],
         "scored_tokens": {name: int(blocks.kept.sum()) for name, blocks in held_out.items()},
-        "rival_processor_seconds": budget if given.rivals_python else None,
+        "rival_processor_seconds": budget if args.rivals_python else None,
         "runs": runs,
     }
 
 
-def _in_a_child(given: argparse.Namespace, name: str, **more: Any) -> dict[str, Any]:
+def _in_a_child(args: argparse.Namespace, name: str, **more: Any) -> dict[str, Any]:
     """Make a folder in a process of its own, and return what that process printed last."""
     values = {
-        "texts": given.texts,
-        "heal-texts": given.heal_texts,
-        "held-out": given.held_out,
-        "layers": [given.layers],
-        "choose": [given.choose],
-        "block-length": [given.block_length],
-        "threads": [given.threads],
-        "heal-tokens": [given.heal_tokens],
-        "work": [given.work],
-        "target": [str(Path(given.work) / name)],
+        "texts": args.texts,
+        "heal-texts": args.heal_texts,
+        "held-out": args.held_out,
+        "layers": [args.layers],
+        "choose": [args.choose],
+        "block-length": [args.block_length],
+        "threads": [args.threads],
+        "heal-tokens": [args.heal_tokens],
+        "work": [args.work],
+        "target": [str(Path(args.work) / name)],
         "tokens": [more.get("tokens", 1)],
         "seed": [more.get("seed", 0)],
         "processor-seconds": [more.get("processor_seconds", 0)],
-        "student": [str(Path(given.work) / more["start"])] if "start" in more else ["none"],
+        "student": [str(Path(args.work) / more["start"])] if "start" in more else ["none"],
     }
-    words = [str(resolve_model(given.teacher)), "--child", more["do"]]
+    words = [str(resolve_model(args.teacher)), "--child", more["do"]]
     for option, arguments in values.items():
         words += [f"--{option}", *map(str, arguments)]
-    return run_child(given.rivals_python if more["do"] == "trl" else sys.executable, words)
+    return run_child(args.rivals_python if more["do"] == "trl" else sys.executable, words)
 
 
 def run_child(python: str, words: Sequence[str]) -> dict[str, Any]:
@@ -289,32 +289,30 @@ def run_child(python: str, words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def work_as_child(given: argparse.Namespace) -> dict[str, Any]:
+def work_as_child(args: argparse.Namespace) -> dict[str, Any]:
     """Cut, heal or train, as a child is told to.
 
     Args:
-        given: The command line of a child.
+        args: The command line of a child.
 
     Returns:
         Tokens, and seconds of processor time.
     """
-    if given.child == "ours":
-        return train_ours(given)
-    if given.child == "trl":
-        return train_trl(given)
+    if args.child == "ours":
+        return train_ours(args)
+    if args.child == "trl":
+        return train_trl(args)
     started = time.process_time()
     options: Mapping[str, Any] = (
-        {"heal": True, "heal_tokens": given.heal_tokens}
-        if given.child == "heal"
-        else {"heal": False}
+        {"heal": True, "heal_tokens": args.heal_tokens} if args.child == "heal" else {"heal": False}
     )
     distill.new_student(
-        given.teacher,
-        given.target,
-        texts=given.heal_texts,
-        layers=given.layers,
-        choose=given.choose,
-        block_length=given.block_length,
+        args.teacher,
+        args.target,
+        texts=args.heal_texts,
+        layers=args.layers,
+        choose=args.choose,
+        block_length=args.block_length,
         **options,
     )
     return {"tokens": 0, "processor_seconds": time.process_time() - started}
@@ -326,9 +324,9 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: The command line; None for this process's own.
     """
-    given = arguments(words)
-    torch.set_num_threads(given.threads)
-    print(json.dumps(work_as_child(given) if given.child else run(given)))
+    args = arguments(words)
+    torch.set_num_threads(args.threads)
+    print(json.dumps(work_as_child(args) if args.child else run(args)))
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -30,14 +30,14 @@ from mistill.text.vocabulary import load_vocabulary
 METHODS = ("live", "cached", "trl")
 
 
-def blocks_of(given: argparse.Namespace) -> TokenBlocks:
+def blocks_of(args: argparse.Namespace) -> TokenBlocks:
     """The blocks of one step, and of the step that is announced next."""
-    documents = read_documents(given.texts, load_vocabulary(given.teacher))
-    blocks = pack(documents, given.block_length)
-    return blocks[: 2 * given.blocks]
+    documents = read_documents(args.texts, load_vocabulary(args.teacher))
+    blocks = pack(documents, args.block_length)
+    return blocks[: 2 * args.blocks]
 
 
-def ours(given: argparse.Namespace, targets: str | None) -> None:
+def ours(args: argparse.Namespace, targets: str | None) -> None:
     """A child that trains with mistill."""
     from accelerate import Accelerator
 
@@ -50,20 +50,20 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
     from mistill.training.memory import unmap_when_freed
     from mistill.training.optimizers import make_optimizer
 
-    blocks = blocks_of(given)
+    blocks = blocks_of(args)
     waited = [0.0]
     teacher: Teacher
     if targets is None:
-        teacher = LiveTeacher(load_pytorch(given.teacher).requires_grad_(False))
+        teacher = LiveTeacher(load_pytorch(args.teacher).requires_grad_(False))
     else:
         from distill.targets.cached_teacher import open_targets
 
-        vocabulary = load_vocabulary(given.teacher)
+        vocabulary = load_vocabulary(args.teacher)
         cached = open_targets(targets, vocabulary, temperature=1.0, texts=[("texts", blocks)])
         teacher = _Clocked(cached, waited)
-    settings = TrainSettings(batch_size=given.blocks, micro_batch_size=given.blocks)
+    settings = TrainSettings(batch_size=args.blocks, micro_batch_size=args.blocks)
     accelerator = Accelerator(cpu=True)
-    student = load_pytorch(given.student).train()
+    student = load_pytorch(args.student).train()
     remember_less(student)
     unmap_when_freed()
     module, optimizer = accelerator.prepare(
@@ -75,7 +75,7 @@ def ours(given: argparse.Namespace, targets: str | None) -> None:
             weight_decay=settings.weight_decay,
         ),
     )
-    halves = [blocks[: given.blocks], blocks[given.blocks :]]
+    halves = [blocks[: args.blocks], blocks[args.blocks :]]
     teacher.expect(halves[0])
 
     @fast_products()  # as the training loop does
@@ -118,7 +118,7 @@ class _Clocked:
         return found
 
 
-def trl(given: argparse.Namespace) -> None:
+def trl(args: argparse.Namespace) -> None:
     """A child that trains with TRL."""
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -126,8 +126,8 @@ def trl(given: argparse.Namespace) -> None:
 
     from mistill.pytorch.loading import load_pytorch
 
-    blocks = blocks_of(given)
-    teacher, student = load_pytorch(given.teacher), load_pytorch(given.student)
+    blocks = blocks_of(args)
+    teacher, student = load_pytorch(args.teacher), load_pytorch(args.student)
     with tempfile.TemporaryDirectory() as folder:
         config = GKDConfig(
             output_dir=folder,
@@ -138,14 +138,14 @@ def trl(given: argparse.Namespace) -> None:
             bf16=False,
             gradient_checkpointing=False,
             report_to=[],
-            per_device_train_batch_size=given.blocks,
+            per_device_train_batch_size=args.blocks,
         )
         trainer = GKDTrainer(
             model=student,
             teacher_model=teacher,
             args=config,
             train_dataset=Dataset.from_list([{"input_ids": [1, 2]}]),
-            processing_class=AutoTokenizer.from_pretrained(given.teacher),
+            processing_class=AutoTokenizer.from_pretrained(args.teacher),
             data_collator=lambda rows: rows,
         )
     optimizer = torch.optim.AdamW(
@@ -153,7 +153,7 @@ def trl(given: argparse.Namespace) -> None:
     )
     student.train()
     halves: list[dict[str, Any]] = []
-    for part in (blocks[: given.blocks], blocks[given.blocks :]):
+    for part in (blocks[: args.blocks], blocks[args.blocks :]):
         batch = make_batch(part, torch.device("cpu"))
         labels = torch.full_like(batch.ids, -100)
         labels[:, 1:][batch.kept[:, :-1]] = batch.next_ids
@@ -199,21 +199,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--targets", help="cached targets of the texts; made where they are not")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.child == "trl":
-        trl(given)
-    elif given.child:
-        ours(given, given.targets)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child == "trl":
+        trl(args)
+    elif args.child:
+        ours(args, args.targets)
     else:
-        print(json.dumps(compare(given)))
+        print(json.dumps(compare(args)))
 
 
-def compare(given: argparse.Namespace) -> dict[str, Any]:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Let all train in turn.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         The JSON document.
@@ -221,31 +221,31 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     import distill
 
     rest = [
-        given.teacher,
-        given.student,
-        *("--texts", given.texts, "--blocks", str(given.blocks)),
-        *("--block-length", str(given.block_length), "--threads", str(given.threads)),
+        args.teacher,
+        args.student,
+        *("--texts", args.texts, "--blocks", str(args.blocks)),
+        *("--block-length", str(args.block_length), "--threads", str(args.threads)),
     ]
     with tempfile.TemporaryDirectory() as folder:
-        targets = given.targets or Path(folder) / "targets"
+        targets = args.targets or Path(folder) / "targets"
         if not Path(targets).exists():
             distill.cache_targets(
-                given.teacher, targets, texts=given.texts, block_length=given.block_length
+                args.teacher, targets, texts=args.texts, block_length=args.block_length
             )
         commands = {}
         for method in METHODS:
-            python = given.rivals_python if method == "trl" else sys.executable
+            python = args.rivals_python if method == "trl" else sys.executable
             if python:
                 command = [python, "-m", "benchmarks.suite.training_step", "--child", method]
                 extra = ["--targets", str(targets)] if method == "cached" else []
                 commands[method] = [*command, *rest, *extra]
-        samples = take_turns(commands, given.rounds)
+        samples = take_turns(commands, args.rounds)
     figures = ("tokens_per_second", "process_peak_mib", "peak_mib")
     report: dict[str, Any] = {
-        "teacher": given.teacher,
-        "student": given.student,
-        "tokens_in_a_step": given.blocks * given.block_length,
-        "threads": given.threads,
+        "teacher": args.teacher,
+        "student": args.student,
+        "tokens_in_a_step": args.blocks * args.block_length,
+        "threads": args.threads,
         "methods": {
             method: {
                 **{figure: summary(turns, figure) for figure in figures},

@@ -37,14 +37,14 @@ METHODS = ("lora", "qlora", "trl_lora", "trl_qlora")
 _RANK = 16
 
 
-def blocks_of(given: argparse.Namespace) -> TokenBlocks:
+def blocks_of(args: argparse.Namespace) -> TokenBlocks:
     """The blocks of two steps."""
-    documents = read_documents(given.texts, load_vocabulary(resolve_model(given.model)))
-    blocks = pack(documents, given.block_length)
-    return blocks[: 2 * given.blocks]
+    documents = read_documents(args.texts, load_vocabulary(resolve_model(args.model)))
+    blocks = pack(documents, args.block_length)
+    return blocks[: 2 * args.blocks]
 
 
-def ours(given: argparse.Namespace, base: Any) -> None:
+def ours(args: argparse.Namespace, base: Any) -> None:
     """A child that trains with mistill."""
     from mistill.pytorch.products import fast_products
     from mistill.pytorch.spread import load_spread
@@ -57,11 +57,11 @@ def ours(given: argparse.Namespace, base: Any) -> None:
     from tune.supervision.step import SupervisedStep, accumulate_gradients
     from tune.supervision.trainer import adapter_plan
 
-    blocks = blocks_of(given)
+    blocks = blocks_of(args)
     settings = SupervisedSettings(
-        batch_size=given.blocks, lora_rank=_RANK, base=base, block_length=given.block_length
+        batch_size=args.blocks, lora_rank=_RANK, base=base, block_length=args.block_length
     )
-    info = open_folder(resolve_model(given.model))
+    info = open_folder(resolve_model(args.model))
     unmap_when_freed()
     if base == "nf4":
         model = load_spread(info, torch.float32, {"": "cpu"}, nf4=True)
@@ -72,7 +72,7 @@ def ours(given: argparse.Namespace, base: Any) -> None:
     add_adapters(model, _RANK, adapter_plan(settings))
     remember_less(model)
     model.train()
-    halves = [blocks[: given.blocks], blocks[given.blocks :]]
+    halves = [blocks[: args.blocks], blocks[args.blocks :]]
     with tempfile.TemporaryDirectory() as folder, accelerating(settings, Path(folder)) as one:
         module, optimizer = one.prepare(
             SupervisedStep(model, settings),
@@ -94,7 +94,7 @@ def ours(given: argparse.Namespace, base: Any) -> None:
         serve(work)
 
 
-def trl(given: argparse.Namespace, base: str) -> None:
+def trl(args: argparse.Namespace, base: str) -> None:
     """A child that trains with TRL."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from datasets import Dataset
@@ -102,8 +102,8 @@ def trl(given: argparse.Namespace, base: str) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    blocks = blocks_of(given)
-    folder = resolve_model(given.model)
+    blocks = blocks_of(args)
+    folder = resolve_model(args.model)
     options: dict[str, Any] = {}
     if base == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -124,7 +124,7 @@ def trl(given: argparse.Namespace, base: str) -> None:
                 gradient_checkpointing=False,
                 report_to=[],
                 max_length=None,
-                per_device_train_batch_size=given.blocks,
+                per_device_train_batch_size=args.blocks,
             ),
             train_dataset=Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}]),
             processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
@@ -138,7 +138,7 @@ def trl(given: argparse.Namespace, base: str) -> None:
     optimizer = torch.optim.AdamW(trained, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     adapted.train()
     halves: list[tuple[dict[str, Any], int]] = []
-    for part in (blocks[: given.blocks], blocks[given.blocks :]):
+    for part in (blocks[: args.blocks], blocks[args.blocks :]):
         batch = make_batch(part, torch.device("cpu"))
         labels = torch.full_like(batch.ids, -100)
         labels[:, 1:][batch.kept[:, :-1]] = batch.next_ids
@@ -180,36 +180,36 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.child is None:
-        print(json.dumps(compare(given)))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child is None:
+        print(json.dumps(compare(args)))
         return
-    base = "nf4" if given.child.endswith("qlora") else "float"
-    (trl if given.child.startswith("trl") else ours)(given, base)
+    base = "nf4" if args.child.endswith("qlora") else "float"
+    (trl if args.child.startswith("trl") else ours)(args, base)
 
 
-def compare(given: argparse.Namespace) -> dict[str, Any]:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Let all train in turn.
 
     Args:
-        given: The command line.
+        args: The command line.
 
     Returns:
         The JSON document.
     """
     rest = [
-        given.model,
-        *("--texts", given.texts, "--blocks", str(given.blocks)),
-        *("--block-length", str(given.block_length), "--threads", str(given.threads)),
+        args.model,
+        *("--texts", args.texts, "--blocks", str(args.blocks)),
+        *("--block-length", str(args.block_length), "--threads", str(args.threads)),
     ]
     child = [sys.executable, "-m", "benchmarks.suite.tuning_step", *rest, "--child"]
-    samples = take_turns({method: [*child, method] for method in given.methods}, given.rounds)
+    samples = take_turns({method: [*child, method] for method in args.methods}, args.rounds)
     figures = ("tokens_per_second", "seconds", "processor_seconds", "process_peak_mib", "peak_mib")
     report: dict[str, Any] = {
-        "model": given.model,
-        "tokens_in_a_step": given.blocks * given.block_length,
-        "threads": given.threads,
+        "model": args.model,
+        "tokens_in_a_step": args.blocks * args.block_length,
+        "threads": args.threads,
         "methods": {
             method: {
                 **{figure: summary(turns, figure) for figure in figures},
@@ -220,7 +220,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     }
     if "trl_lora" in samples:
         theirs = samples["trl_lora"]
-        for method in given.methods:
+        for method in args.methods:
             if method != "trl_lora":
                 report[f"{method}_over_trl_lora"] = {
                     figure: paired_ratio(samples[method], theirs, figure)

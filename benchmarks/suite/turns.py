@@ -110,7 +110,7 @@ def summary(samples: Sequence[Mapping[str, Any]], figure: str) -> dict[str, floa
 
     Args:
         samples: Figures of each turn.
-        figure: Which.
+        figure: Name of the figure.
 
     Returns:
         Median, lowest and highest.
@@ -126,7 +126,7 @@ def paired_ratio(
     Args:
         ours: Figures of each turn.
         theirs: Of the same turns.
-        figure: Which.
+        figure: Name of the figure.
 
     Returns:
         Median, lowest and highest of ours / theirs.

@@ -278,9 +278,9 @@ def _with_data(task: Path, file: Path, folder: Path) -> Path:
         },
     }
     # JSON is YAML.
-    written = folder / task.name
-    written.write_text(json.dumps(described), "utf-8")
-    return written
+    task_file = folder / task.name
+    task_file.write_text(json.dumps(described), "utf-8")
+    return task_file
 
 
 def _scores(task: str, figures: Mapping[str, Any], results: Mapping[str, Any]) -> list[Score]:

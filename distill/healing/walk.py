@@ -207,18 +207,18 @@ class _Walk:
             del attended, equations
             down = layer.mlp.down_proj
             equations = self._equations(down)
-            held: dict[int, Tensor] = {}
-            left = _HELD_BYTES
+            inputs: dict[int, Tensor] = {}
+            bytes_left = _HELD_BYTES
             for number, batch in enumerate(self._ours):
                 x = gated_inputs(layer, batch.hidden)
                 target = self._theirs[number].hidden
                 self._add(equations, number, x, batch.hidden + down(x), target)
-                left -= x.nbytes
-                if left >= 0:
-                    held[number] = x
+                bytes_left -= x.nbytes
+                if bytes_left >= 0:
+                    inputs[number] = x
             self._refit(healed, MLP, down, equations)
             for number, batch in enumerate(self._ours):
-                x = held.pop(number) if number in held else gated_inputs(layer, batch.hidden)
+                x = inputs.pop(number) if number in inputs else gated_inputs(layer, batch.hidden)
                 batch.hidden = batch.hidden + down(x)
         return healed
 

@@ -37,9 +37,9 @@ def sampled_positions(present: Tensor, count: int = _SAMPLED_POSITIONS) -> Tenso
     """
     places = present.flatten().nonzero()[:, 0]
     steps = torch.linspace(0, len(places) - 1, min(count, len(places)), dtype=torch.float64)
-    chosen = torch.zeros_like(present).flatten()
-    chosen[places[steps.round().long().to(places.device)]] = True
-    return chosen.reshape(present.shape)
+    sampled = torch.zeros_like(present).flatten()
+    sampled[places[steps.round().long().to(places.device)]] = True
+    return sampled.reshape(present.shape)
 
 
 def angular_distances(states: Sequence[Tensor]) -> Tensor:

@@ -84,7 +84,6 @@ def greedy_drops(
     blocks: TokenBlocks,
     count: int,
     known: Sequence[Drop] = (),
-    device: torch.device | None = None,
 ) -> list[Drop]:
     """Drop layers one at a time, each time the one whose absence costs least.
 
@@ -93,7 +92,6 @@ def greedy_drops(
         blocks: The text; one position at least is kept.
         count: How many layers to drop, fewer than there are.
         known: The first drops, where an earlier search on the same text found them.
-        device: Where to compute; the accelerator if there is one, else the CPU.
 
     Returns:
         What was dropped, in order, ``known`` first.
@@ -104,14 +102,16 @@ def greedy_drops(
     drops = list(known[:count])
     if len(drops) == count:
         return drops
-    search = _Search(LayeredModel(teacher, accelerator_or_cpu(device), _HOLD_BYTES), blocks)
-    left = [layer for layer in range(len(search.model)) if layer not in {d.layer for d in drops}]
-    trials = sum(len(left) - number for number in range(count - len(drops)))
+    search = _Search(LayeredModel(teacher, accelerator_or_cpu(), _HOLD_BYTES), blocks)
+    remaining = [
+        layer for layer in range(len(search.model)) if layer not in {d.layer for d in drops}
+    ]
+    trials = sum(len(remaining) - number for number in range(count - len(drops)))
     with torch.inference_mode(), track("greedy KL", trials, "layers") as bar:
         search.ask_teacher()
         while len(drops) < count:
-            drops.append(search.cheapest(left, bar))
-            left.remove(drops[-1].layer)
+            drops.append(search.cheapest(remaining, bar))
+            remaining.remove(drops[-1].layer)
             logger.info("without layer %d the KL is %.4f nats", *drops[-1])
     logger.info(
         "greedy KL tried %d layers in the time of %.1f readings of the text by the whole model",
@@ -151,27 +151,27 @@ class _Search:
                 )
             self._parts.append(_Part(blocks, kept, DenseTargets(last, self._head)))
 
-    def cheapest(self, left: Sequence[int], bar: Tracker) -> Drop:
+    def cheapest(self, remaining: Sequence[int], bar: Tracker) -> Drop:
         """Try every remaining layer and find the one whose absence leaves the least KL.
 
         Args:
-            left: Layers that were not dropped, ascending.
+            remaining: Layers that were not dropped, ascending.
             bar: Advanced by one for each layer that is decided on.
 
         Returns:
             The layer, the first of those that tie.
         """
-        sums = dict.fromkeys(left, 0.0)
+        sums = dict.fromkeys(remaining, 0.0)
         first, *others = self._parts
-        self._add(first, left, left, sums, math.inf)
-        favourite = min(left, key=sums.__getitem__)
+        self._add(first, remaining, remaining, sums, math.inf)
+        favourite = min(remaining, key=sums.__getitem__)
         for part in others:
-            self._add(part, left, [favourite], sums, math.inf)
+            self._add(part, remaining, [favourite], sums, math.inf)
         bound = sums[favourite]
-        alive = [layer for layer in left if layer != favourite]
+        alive = [layer for layer in remaining if layer != favourite]
         for part in others:
             alive = self._within(alive, sums, bound, bar)
-            self._add(part, left, alive, sums, bound)
+            self._add(part, remaining, alive, sums, bound)
         alive = self._within(alive, sums, bound, bar)
         bar.advance(len(alive) + 1)
         best = min([favourite, *alive], key=lambda layer: (sums[layer], layer))
@@ -181,14 +181,14 @@ class _Search:
         self, alive: Sequence[int], sums: dict[int, float], bound: float, bar: Tracker
     ) -> list[int]:
         """The trials that can still win."""
-        left = [layer for layer in alive if sums[layer] <= bound]
-        bar.advance(len(alive) - len(left))
-        return left
+        within = [layer for layer in alive if sums[layer] <= bound]
+        bar.advance(len(alive) - len(within))
+        return within
 
     def _add(
         self,
         part: _Part,
-        left: Sequence[int],
+        remaining: Sequence[int],
         trials: Sequence[int],
         sums: dict[int, float],
         bound: float,
@@ -196,7 +196,7 @@ class _Search:
         """Add the KL on some text without each of some layers; stop a trial beyond the bound."""
         if not trials:
             return
-        last = self._without_each(part, left, trials)
+        last = self._without_each(part, remaining, trials)
         V = self._head.vocabulary_size
         device = self.model.device
         forward = Divergence()
@@ -212,13 +212,13 @@ class _Search:
                 sums[layer] += kl.sum(dtype=torch.float64).item()
 
     def _without_each(
-        self, part: _Part, left: Sequence[int], trials: Sequence[int]
+        self, part: _Part, remaining: Sequence[int], trials: Sequence[int]
     ) -> dict[int, Tensor]:
         """Last hidden states at kept positions without each of some layers, shape (N, D) each."""
         batch = self._embedded(part.blocks)
         hidden = batch.hidden
         states: dict[int, Tensor] = {}
-        for index in left:
+        for index in remaining:
             shared = index < max(trials)
             after = self._through(index, [*states.values(), *[hidden] * shared], batch)
             states = dict(zip(states, after, strict=False))

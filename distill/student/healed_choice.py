@@ -89,19 +89,13 @@ class _State:
     hidden: list[Tensor]
 
 
-def healed_choices(
-    teacher: Path,
-    blocks: TokenBlocks,
-    count: int,
-    device: torch.device | None = None,
-) -> list[HealedChoice]:
+def healed_choices(teacher: Path, blocks: TokenBlocks, count: int) -> list[HealedChoice]:
     """Choose the layers to keep for every number that goes, up to one.
 
     Args:
         teacher: A float folder of a readable architecture.
         blocks: Calibration text of two blocks or more; positions of padding do not count.
         count: The most layers to drop, fewer than there are.
-        device: Where to compute; the accelerator if there is one, else the CPU.
 
     Returns:
         The choice without 0, 1, ... ``count`` layers.
@@ -109,7 +103,7 @@ def healed_choices(
     Raises:
         FolderError: If the teacher computes something that is not a number.
     """
-    search = _Search(LayeredModel(teacher, accelerator_or_cpu(device)), blocks, count)
+    search = _Search(LayeredModel(teacher, accelerator_or_cpu()), blocks, count)
     with torch.inference_mode(), track("healed choice", len(search), "layers") as bar:
         search.read_gains()
         for depth in range(len(search)):
@@ -172,7 +166,7 @@ class _Search:
                 if state is not None:
                     for name, weight in weights.items():
                         layer.get_submodule(name).weight.copy_(weight)
-                    self._leave(depth, dropped, state, layer, middle)
+                    self._heal_and_drop(depth, dropped, state, layer, middle)
         self._theirs.popleft()
 
     def _look_ahead(self, depth: int) -> None:
@@ -188,7 +182,7 @@ class _Search:
                 )
             self._computed += 1
 
-    def _leave(
+    def _heal_and_drop(
         self, depth: int, dropped: int, state: _State, layer: Any, middle: Sequence[Tensor]
     ) -> None:
         """Keep and heal a layer, and drop none, one, two ... of those behind it."""

@@ -89,9 +89,7 @@ def evenly_spaced(total: int, count: int) -> tuple[int, ...]:
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def measure_scores(
-    teacher: Path, blocks: TokenBlocks, device: torch.device | None = None
-) -> TeacherScores:
+def measure_scores(teacher: Path, blocks: TokenBlocks) -> TeacherScores:
     """Measure on text how much every part of a teacher does.
 
     One layer is in memory at a time, in float32, with the hidden states of all the text: a
@@ -100,7 +98,6 @@ def measure_scores(
     Args:
         teacher: A float folder of a readable architecture.
         blocks: The text; positions of padding do not count.
-        device: Where to compute; the accelerator if there is one, else the CPU.
 
     Returns:
         Scores of its layers and of the parts of them.
@@ -108,7 +105,7 @@ def measure_scores(
     Raises:
         FolderError: If the teacher computes something that is not a number.
     """
-    model = LayeredModel(teacher, accelerator_or_cpu(device))
+    model = LayeredModel(teacher, accelerator_or_cpu())
     gauge = WidthGauge(int(model.config.num_key_value_heads))
     influence = []
     with torch.inference_mode(), track("scores", len(model), "layers") as bar:

@@ -165,8 +165,8 @@ def _chunks(source: BinaryIO, kept: _Kept, bar: Tracker) -> Iterator[bytes]:
         yield apply_cut(values, kept.cut).contiguous().view(torch.uint8).numpy().tobytes()
         bar.advance(kept.bytes)
         return
-    left = kept.bytes
-    while left and (chunk := source.read(min(left, _COPIED_AT_ONCE))):
+    bytes_left = kept.bytes
+    while bytes_left and (chunk := source.read(min(bytes_left, _COPIED_AT_ONCE))):
         yield chunk
         bar.advance(len(chunk))
-        left -= len(chunk)
+        bytes_left -= len(chunk)

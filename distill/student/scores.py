@@ -70,13 +70,13 @@ def cheapest_drops(teacher: Path, blocks: TokenBlocks, count: int) -> tuple[list
         )
     file = score_file("greedy", teacher, blocks)
     scores = read_scores(file)
-    known: list[Drop] = []
+    measured_drops: list[Drop] = []
     if scores is not None:
         pairs = zip(scores["layers"].tolist(), scores["kl"].tolist(), strict=True)
-        known = [Drop(layer, kl) for layer, kl in pairs]
-    if len(known) >= count:
-        return known[:count], True
-    drops = greedy_drops(teacher, blocks, count, known)
+        measured_drops = [Drop(layer, kl) for layer, kl in pairs]
+    if len(measured_drops) >= count:
+        return measured_drops[:count], True
+    drops = greedy_drops(teacher, blocks, count, measured_drops)
     tensors = {
         "layers": torch.tensor([drop.layer for drop in drops]),
         "kl": torch.tensor([drop.kl for drop in drops], dtype=torch.float64),

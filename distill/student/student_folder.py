@@ -355,8 +355,8 @@ def _choose(
         facts |= {"calibration_tokens": blocks.tokens, "scores_reused": reused}
     keep = tuple(range(info.layers))
     if plan.fewer_layers:
-        keep, chosen = _choose_layers(info, settings, plan.layers, scores, texts)
-        facts |= chosen
+        keep, choice = _choose_layers(info, settings, plan.layers, scores, texts)
+        facts |= choice
     width = None
     if plan.narrower:
         assert scores is not None
@@ -390,8 +390,8 @@ def _choose_layers(
     if settings.choose == "greedy_kl":
         blocks = _calibration_blocks(info, settings.greedy_tokens, settings, texts)
         drops, reused = cheapest_drops(info.path, blocks, dropped)
-        gone = {drop.layer for drop in drops}
-        return tuple(layer for layer in everything if layer not in gone), {
+        dropped_layers = {drop.layer for drop in drops}
+        return tuple(layer for layer in everything if layer not in dropped_layers), {
             "dropped_layers": [drop.layer for drop in drops],
             "kl_without_them": [round(drop.kl, 6) for drop in drops],
             "calibration_tokens": blocks.tokens,
@@ -409,10 +409,10 @@ def _choose_layers(
     assert scores is not None
     if settings.choose == "angular":
         first = least_turning_block(scores.angular, dropped)
-        gone = set(everything[first : first + dropped])
+        dropped_layers = set(everything[first : first + dropped])
         distance = float(scores.angular[first, first + dropped])
-        return tuple(layer for layer in everything if layer not in gone), {
-            "dropped_layers": sorted(gone),
+        return tuple(layer for layer in everything if layer not in dropped_layers), {
+            "dropped_layers": sorted(dropped_layers),
             "angular_distance": round(distance, 6),
         }
     return most_influential(scores.influence, count), {

@@ -47,11 +47,11 @@ def ask(
     packed = pack((piece_document(blocks, piece) for piece in pieces), settings.block_length)
     for start in range(0, len(packed), settings.batch_size):
         part = packed[start : start + settings.batch_size]
-        found = find_pieces(part)
-        numbers = [int(part.documents[piece.row, piece.start]) for piece in found]
+        part_pieces = find_pieces(part)
+        numbers = [int(part.documents[piece.row, piece.start]) for piece in part_pieces]
         with torch.inference_mode():
             dense = teacher.targets(part, make_batch(part, device))
-            yield numbers, part.tokens, keep(dense, found, settings)
+            yield numbers, part.tokens, keep(dense, part_pieces, settings)
 
 
 def keep(dense: DenseTargets, pieces: Sequence[Piece], settings: TargetSettings) -> StoredTargets:

@@ -82,9 +82,9 @@ class CachedTeacher:
             manifest: Its manifest.
             shards: Where the pieces are.
         """
-        known = {field.name for field in fields(TargetSettings)}
-        stated = {name: value for name, value in manifest["settings"].items() if name in known}
-        settings = TargetSettings(**typed_options(TargetSettings, stated))
+        names = {field.name for field in fields(TargetSettings)}
+        options = {name: value for name, value in manifest["settings"].items() if name in names}
+        settings = TargetSettings(**typed_options(TargetSettings, options))
         text = "".join(entry["sha256"] for entry in manifest["files"].values())
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.teacher = dict(manifest["teacher"])
@@ -157,9 +157,9 @@ class CachedTeacher:
     def _places(self, pieces: Sequence[Piece], name: str, block_length: int) -> NDArray[np.int64]:
         """Where each piece is among all that are stored."""
         keys = np.frombuffer(b"".join(piece.key for piece in pieces), np.uint8)
-        wanted = _sortable(keys.reshape(len(pieces), -1))
-        places = np.searchsorted(self._keys, wanted)
-        is_stored = self._keys[np.minimum(places, len(self._keys) - 1)] == wanted
+        piece_keys = _sortable(keys.reshape(len(pieces), -1))
+        places = np.searchsorted(self._keys, piece_keys)
+        is_stored = self._keys[np.minimum(places, len(self._keys) - 1)] == piece_keys
         missing = int((~is_stored).sum())
         if missing:
             first = pieces[int(np.argmin(is_stored))]
@@ -245,14 +245,14 @@ def _refuse_vocabulary(
     stored, name = manifest["vocabulary"], manifest["teacher"]["name"]
     ours = {"size": vocabulary.size, "fingerprint": vocabulary.fingerprint()}
     if ours != stored:
-        what = _what_differs(location, vocabulary)
-        if not what:
-            what = f"{vocabulary.size} rows against {stored['size']}"
+        difference = _what_differs(location, vocabulary)
+        if not difference:
+            difference = f"{vocabulary.size} rows against {stored['size']}"
             if vocabulary.size == stored["size"]:
-                what = "ids stand for different tokens"
+                difference = "ids stand for different tokens"
         raise VocabularyError(
             f"the student and the targets in {location}, from {name}, have different "
-            f"vocabularies: {what}; cache the targets of a teacher with the student's tokens"
+            f"vocabularies: {difference}; cache the targets of a teacher with the student's tokens"
         )
     if template_digest(vocabulary) != manifest["template"]:
         raise VocabularyError(

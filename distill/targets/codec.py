@@ -72,10 +72,10 @@ class StoredTargets:
             Ids and values, shape (n, K) with the largest K of all; 0 in slots that are not used.
         """
         width = int(self.sizes.max(initial=1))
-        used = np.arange(width) < self.sizes[:, None]
-        ids = np.zeros(used.shape, np.int64)
-        values = np.zeros(used.shape, np.float32)
-        ids[used], values[used] = self.ids, self.values
+        is_used = np.arange(width) < self.sizes[:, None]
+        ids = np.zeros(is_used.shape, np.int64)
+        values = np.zeros(is_used.shape, np.float32)
+        ids[is_used], values[is_used] = self.ids, self.values
         return ids, values
 
 

@@ -187,17 +187,17 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     Returns:
         One phrase for each difference that a user can act upon.
     """
-    found = []
+    phrases = []
     for name in ("format", "teacher", "vocabulary", "template", "text"):
         if ours.get(name) != theirs.get(name):
-            found.append(f"another {name}")
+            phrases.append(f"another {name}")
     mine, other = ours.get("settings") or {}, theirs.get("settings") or {}
-    found += [
+    phrases += [
         f"{name} {other.get(name)} instead of {mine.get(name)}"
         for name in sorted(mine.keys() | other.keys())
         if mine.get(name) != other.get(name)
     ]
-    return found
+    return phrases
 
 
 def template_digest(vocabulary: Vocabulary) -> str | None:
@@ -368,18 +368,18 @@ def sound_shard(location: Location, shard: int, plan: Plan) -> tuple[ShardIndex,
     except FolderError:
         return None
     expected = {"plan": plan.name, "shard": shard}
-    stated = {name: index.facts.get(name) for name in expected}
-    return (index, content) if stated == expected and check_codes(index, content) else None
+    stored = {name: index.facts.get(name) for name in expected}
+    return (index, content) if stored == expected and check_codes(index, content) else None
 
 
-def finish(location: Location, plan: Plan, teacher: str, known: Mapping[int, str]) -> bool:
+def finish(location: Location, plan: Plan, teacher: str, checksums: Mapping[int, str]) -> bool:
     """Write the manifest, if every shard is there.
 
     Args:
         location: The folder.
         plan: What it should hold.
         teacher: What to call the teacher.
-        known: Checksums of shards that were just written or checked.
+        checksums: Checksums of shards that were just written or checked.
 
     Returns:
         False if a shard is missing, or was found to be damaged.
@@ -391,8 +391,8 @@ def finish(location: Location, plan: Plan, teacher: str, known: Mapping[int, str
     stored, nats = 0, 0.0
     for shard in range(plan.shards):
         file = shard_name(shard)
-        if shard in known:
-            index, checksum = read_index(location, file), known[shard]
+        if shard in checksums:
+            index, checksum = read_index(location, file), checksums[shard]
         else:
             sound = sound_shard(location, shard, plan)
             if sound is None:

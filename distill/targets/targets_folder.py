@@ -160,12 +160,12 @@ class _Workers:
 
 
 def _workers(settings: TargetSettings) -> _Workers:
-    stated = settings.ranks is not None
-    rank, ranks = (settings.rank, settings.ranks) if stated else (None, None)
-    if not stated and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    by_settings = settings.ranks is not None
+    rank, ranks = (settings.rank, settings.ranks) if by_settings else (None, None)
+    if not by_settings and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, ranks = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1, 1)
         require(rank < ranks, f"RANK is {rank} and WORLD_SIZE {ranks}; ranks begin at 0")
-    return _Workers(rank or 0, ranks or 1, launched=not stated and ranks is not None)
+    return _Workers(rank or 0, ranks or 1, launched=not by_settings and ranks is not None)
 
 
 def _check_target(location: Location, workers: _Workers, overwrite: bool) -> None:
@@ -190,7 +190,7 @@ def _check_target(location: Location, workers: _Workers, overwrite: bool) -> Non
 
 def _facts(info: FolderInfo, vocabulary: Vocabulary, settings: TargetSettings) -> dict[str, Any]:
     """All that decides what the teacher says and how it is written, but for the text."""
-    chosen = result_settings(settings, *_WORKERS)
+    options = result_settings(settings, *_WORKERS)
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if _device_type() == "cuda" else "float32"
@@ -202,7 +202,7 @@ def _facts(info: FolderInfo, vocabulary: Vocabulary, settings: TargetSettings) -
         },
         "vocabulary": {"size": info.vocabulary_size, "fingerprint": vocabulary.fingerprint()},
         "template": template_digest(vocabulary),
-        "settings": chosen,
+        "settings": options,
         **vocabulary.date_key,
     }
 
@@ -270,8 +270,8 @@ def _make_shards(
     checksums: dict[int, str] = {}
     missing = []
     done = 0
-    mine = range(workers.rank, plan.shards, workers.ranks)
-    for shard in mine:
+    own_shards = range(workers.rank, plan.shards, workers.ranks)
+    for shard in own_shards:
         sound = sound_shard(location, shard, plan)
         location.remove_partials(shard_name(shard))
         if sound is None:
@@ -284,7 +284,7 @@ def _make_shards(
     from mistill.pytorch.products import fast_products
 
     teacher = _load_teacher(info, plan)
-    total = sum(_tokens(plan.run(shard)) for shard in mine)
+    total = sum(_tokens(plan.run(shard)) for shard in own_shards)
     with track("caching targets", total=total, unit="tok", done=done) as bar, fast_products():
         for shard in missing:
             pieces = plan.run(shard)

@@ -193,7 +193,7 @@ def percentile(values: Tensor, share: float) -> float:
     return float(values.kthvalue(max(1, math.ceil(share * len(values)))).values)
 
 
-def calibration_error(confidence: Tensor, correct: Tensor, bins: int = _CONFIDENCE_BINS) -> float:
+def calibration_error(confidence: Tensor, correct: Tensor) -> float:
     """How far a model's confidence is from how often it is right.
 
     Positions are sorted into equally wide bins of confidence; the error is the mean over
@@ -202,11 +202,11 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = _CONFIDEN
     Args:
         confidence: Probability of the most probable token, shape (N,).
         correct: Whether it is the next one, bool, shape (N,).
-        bins: How many.
 
     Returns:
         0 to 1.
     """
+    bins = _CONFIDENCE_BINS
     places = (confidence * bins).long().clamp_(0, bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
     gap.index_add_(0, places, confidence.double() - correct.double())

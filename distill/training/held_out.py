@@ -54,11 +54,11 @@ def ask_about(
     Returns:
         Equally many parts in every process.
     """
-    mine = equal_shares(held_out, size, accelerator)
-    for part, _ in mine:
+    own_blocks = equal_shares(held_out, size, accelerator)
+    for part, _ in own_blocks:
         teacher.expect(part)
     parts = []
-    for part, counts in mine:
+    for part, counts in own_blocks:
         batch = make_batch(part, accelerator.device)
         with accelerator.autocast():
             answer = teacher.targets(part, batch)

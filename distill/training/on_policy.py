@@ -119,9 +119,9 @@ def rewrite(
     ]
     if not pieces:  # the others are writing, and need this process's share of the weights
         prompts, limits, seeds = [np.zeros(1, np.int64)], [1], [(0,)]
-    written = write(student, prompts, limits, seeds, temperature=temperature, together=together)
+    replies = write(student, prompts, limits, seeds, temperature=temperature, together=together)
     ids, mask, documents = blocks.ids.copy(), blocks.mask.copy(), blocks.documents.copy()
-    for piece, tokens in zip(pieces, written, strict=False):
+    for piece, tokens in zip(pieces, replies, strict=False):
         begin = piece.start + piece.prompt
         end = begin + len(tokens)
         ids[piece.row, begin:end] = tokens

@@ -146,19 +146,19 @@ def accumulate_gradients(
     Returns:
         The sums of the step, over all processes.
     """
-    mine = list(shares(blocks, settings.micro_batch_size, accelerator))
+    own_parts = list(shares(blocks, settings.micro_batch_size, accelerator))
     cross_entropy = settings.cross_entropy
     counts = [blocks.tokens, int(blocks.kept.sum())]
     if written_in is not None:
         cross_entropy = 0.0
-        mine = list(_written(module, mine, settings, accelerator, written_in))
-        ours = [[part.tokens, int(part.kept.sum())] for _, part in mine]
-        here = torch.tensor(ours, device=accelerator.device).sum(dim=0)
+        own_parts = list(_written(module, own_parts, settings, accelerator, written_in))
+        own_counts = [[part.tokens, int(part.kept.sum())] for _, part in own_parts]
+        here = torch.tensor(own_counts, device=accelerator.device).sum(dim=0)
         counts = accelerator.reduce(here, reduction="sum").tolist()
     tokens, kept = counts
     share = undo_divisions(accelerator)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for _, part in mine:
+    for _, part in own_parts:
         batch = make_batch(part, accelerator.device)
         targets = None
         if cross_entropy < 1:
@@ -189,14 +189,14 @@ def accumulate_gradients(
 
 def _written(
     module: nn.Module,
-    mine: list[tuple[int, TokenBlocks]],
+    own_parts: list[tuple[int, TokenBlocks]],
     settings: TrainSettings,
     accelerator: Accelerator,
     step: int,
 ) -> Iterator[tuple[int, TokenBlocks]]:
     divided = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
     module.eval()
-    for start, part in mine:
+    for start, part in own_parts:
         place = Place(settings.seed, step, start)
         with torch.no_grad(), accelerator.autocast():
             text = module("text", part, place, divided)

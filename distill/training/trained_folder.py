@@ -118,9 +118,9 @@ def train(
     target = refuse_existing(target, overwrite, sources)
     _require_one_teacher(teacher, targets, settings)
     _require_libraries(settings)
-    for given in (texts, held_out):
-        if given is not None:
-            check_texts(given, skip_bad_rows=settings.skip_bad_rows)
+    for some_texts in (texts, held_out):
+        if some_texts is not None:
+            check_texts(some_texts, skip_bad_rows=settings.skip_bad_rows)
     student_info = _student_folder(student)
     settings = with_learning_rate(settings, student_info.path)
     vocabulary = load_vocabulary(student_info.path, today=day_of_the_text(target, targets))
@@ -172,8 +172,8 @@ def train(
                 else (None, None)
             )
         if state.is_main_process:
-            read = {"texts": _named(texts), "held_out": _named(held_out)}
-            _finish(work, progress, twins, student_info, source, settings, state, read)
+            text_names = {"texts": _named(texts), "held_out": _named(held_out)}
+            _finish(work, progress, twins, student_info, source, settings, state, text_names)
             publish(work, target, overwrite)
         state.wait_for_everyone()
     return target
@@ -223,11 +223,11 @@ def _require_one_teacher(
         "teacher_device_map": (settings.teacher_device_map, None),
         "divide_teacher": (settings.divide_teacher, False),
     }
-    for name, (value, wanted) in wrong.items():
+    for name, (value, default) in wrong.items():
         require(
-            value == wanted,
+            value == default,
             f"{name} = {value} needs the teacher itself, and targets hold a part of what it said "
-            f"about given texts; leave {name} at {wanted} or give the teacher",
+            f"about given texts; leave {name} at {default} or give the teacher",
         )
 
 
@@ -385,7 +385,7 @@ def _finish(
     source: LiveSource | CachedSource,
     settings: TrainSettings,
     state: PartialState,
-    read: Mapping[str, list[str]],
+    text_names: Mapping[str, list[str]],
 ) -> None:
     """Gather in ``work/result`` what the target will hold."""
     from distill.training.fidelity import FidelityCard, trained
@@ -415,7 +415,7 @@ def _finish(
         settings=settings,
         source=student.path,
         **facts,
-        **read,
+        **text_names,
         before=asdict(progress.before),
         after=asdict(progress.best),
         steps=progress.step,

@@ -178,8 +178,8 @@ def _norm_of(node: ir.Node) -> ir.Node | None:
     while producer is not None and producer.op_type == "Gather":
         value = producer.inputs[0]
         producer = None if value is None else value.producer()
-    named = producer is not None and producer.op_type.endswith("SimplifiedLayerNormalization")
-    return producer if named else None
+    is_norm = producer is not None and producer.op_type.endswith("SimplifiedLayerNormalization")
+    return producer if is_norm else None
 
 
 def _has_codes(files: TensorFiles, module: str) -> bool:
@@ -372,8 +372,8 @@ def _lanes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return packed
     stream = np.unpackbits(packed, axis=-1, bitorder="little")
-    whole = stream.shape[-1] // bits * bits
-    each = stream[..., :whole].reshape(*packed.shape[:-1], -1, bits)
+    whole_codes = stream.shape[-1] // bits * bits
+    each = stream[..., :whole_codes].reshape(*packed.shape[:-1], -1, bits)
     return np.packbits(each, axis=-1, bitorder="little")[..., 0]
 
 
@@ -382,9 +382,9 @@ def _array(tensor: ir.TensorProtocol | None) -> NDArray[Any]:
     return tensor.numpy()
 
 
-def _require(same: bool, module: str, what: str) -> None:
+def _require(same: bool, module: str, part: str) -> None:
     if not same:
         raise ExportError(
-            f"the {what} of {module} in the graph are not those of the source; nothing was "
+            f"the {part} of {module} in the graph are not those of the source; nothing was "
             "written: this is a fault of the export"
         )

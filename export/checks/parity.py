@@ -107,7 +107,7 @@ def measure_parity(
     reference = model_logits(model, ids)
     del model
     run = text_runner(folder, architecture)
-    whole, _ = run(ids, None)
+    at_once, _ = run(ids, None)
     half = len(ids) // 2
     logits, cache = run(ids[:half], None)
     pieces = [logits]
@@ -116,10 +116,10 @@ def measure_parity(
         pieces.append(logits)
     return Parity(
         positions=len(ids),
-        max_difference=float(np.abs(whole - reference).max()),
-        mean_kl=mean_kl(reference, whole),
-        same_top=float((whole.argmax(-1) == reference.argmax(-1)).mean()),
-        pieces_difference=float(np.abs(np.concatenate(pieces) - whole).max()),
+        max_difference=float(np.abs(at_once - reference).max()),
+        mean_kl=mean_kl(reference, at_once),
+        same_top=float((at_once.argmax(-1) == reference.argmax(-1)).mean()),
+        pieces_difference=float(np.abs(np.concatenate(pieces) - at_once).max()),
         max_rounding=max_rounding,
     )
 

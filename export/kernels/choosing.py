@@ -51,15 +51,15 @@ class Tuning:
         Returns:
             The machine, the choices, the table, and the time of all products of a step.
         """
-        chosen = [row for row in self.table if row["chosen"]]
+        chosen_rows = [row for row in self.table if row["chosen"]]
         return {
             "machine": self.probe.machine,
             "threads": self.probe.threads,
             "choices": {
                 f"{kind}, {bits} bits": str(kernel) for (kind, bits), kernel in self.choices.items()
             },
-            "products_ms_per_token": round(sum(row["token_ms"] for row in chosen), 3),
-            "products_ms_per_prompt": round(sum(row["prompt_ms"] for row in chosen), 1),
+            "products_ms_per_token": round(sum(row["token_ms"] for row in chosen_rows), 3),
+            "products_ms_per_prompt": round(sum(row["prompt_ms"] for row in chosen_rows), 1),
             "table": list(self.table),
         }
 

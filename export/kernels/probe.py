@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,9 +65,9 @@ class Probe:
             shapes,
             key=lambda shape: (_apart(shape[1], columns), _apart(shape[0], rows)),
         )
-        measured = self.timings[kernel, *nearest]
+        of_nearest = self.timings[kernel, *nearest]
         scale = rows * columns / (nearest[0] * nearest[1])
-        return Timing(token=measured.token * scale, prompt=measured.prompt * scale)
+        return Timing(token=of_nearest.token * scale, prompt=of_nearest.prompt * scale)
 
     def save(self, file: str | Path) -> Path:
         """Write the probe to a file, for ``tune_for`` on another machine.
@@ -99,7 +99,6 @@ def run_probe(
     machine: str,
     threads: int,
     memory_bytes_per_second: float,
-    kernels: Sequence[Kernel] = KERNELS,
 ) -> Probe:
     """Time every kernel on every shape.
 
@@ -109,7 +108,6 @@ def run_probe(
         machine: The processor, in words.
         threads: Threads that the timer multiplies with.
         memory_bytes_per_second: Memory bandwidth of the machine.
-        kernels: Kernels to time.
 
     Returns:
         The probe.
@@ -118,7 +116,7 @@ def run_probe(
         (kernel, rows, columns): timing
         for rows, columns in dict.fromkeys(shapes)
         for kernel, timing in timer(
-            [one for one in kernels if columns % max(one.block, 1) == 0], rows, columns
+            [one for one in KERNELS if columns % max(one.block, 1) == 0], rows, columns
         ).items()
     }
     return Probe(

@@ -218,8 +218,8 @@ def _describe_vocabulary(
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(described.pieces.scores)
         writer.add_add_space_prefix(bool(described.space_prefix))
-    named = {text: token for token, text in enumerate(described.pieces.texts)}
-    specials = {kind: named.get(text) for kind, text in vocabulary.special_tokens.items()}
+    token_of_piece = {text: token for token, text in enumerate(described.pieces.texts)}
+    specials = {kind: token_of_piece.get(text) for kind, text in vocabulary.special_tokens.items()}
     ends = list(vocabulary.end_ids)
     first_end = specials.get("eos_token")
     if first_end is not None:

@@ -107,24 +107,24 @@ def read_gguf_vocabulary(folder: Path, vocabulary: Vocabulary) -> GgufVocabulary
 
 def _warn_of_marks(definition: Mapping[str, Any], normalizer: Normalizer | None) -> None:
     """Name the added tokens that llama.cpp finds in a text where the tokenizer does not."""
-    named: dict[str, list[str]] = {}
+    marks: dict[str, list[str]] = {}
     for entry in definition.get("added_tokens") or []:
         content = entry["content"]
         for flag, words in _MARKS.items():
             if entry.get(flag):
-                named.setdefault(words, []).append(content)
+                marks.setdefault(words, []).append(content)
         normal = content if normalizer is None else normalizer.normalize_str(content)
         if entry.get("normalized") and normal.strip("\u2581 ") != content.strip("\u2581 "):
-            named.setdefault("are looked for in normalized text", []).append(content)
-    for words, contents in named.items():
-        shown = ", ".join(contents[:_NAMED_MARKS])
+            marks.setdefault("are looked for in normalized text", []).append(content)
+    for words, contents in marks.items():
+        examples = ", ".join(contents[:_NAMED_MARKS])
         more = len(contents) - _NAMED_MARKS
         _log.warning(
             "%d tokens %s, which llama.cpp does not do, so that conversations may be other tokens "
             "there: %s%s",
             len(contents),
             words,
-            shown,
+            examples,
             f" and {more} more" if more > 0 else "",
         )
 

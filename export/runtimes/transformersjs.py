@@ -57,10 +57,10 @@ def arrange_for_transformersjs(
     write_json(folder / "config.json", plain, ascii_only=False)
     if vocabulary.end_ids:
         file = folder / "generation_config.json"
-        stated = optional_json(file)
+        stored = optional_json(file)
         ends = list(vocabulary.end_ids)
         write_json(
-            file, {**stated, "eos_token_id": ends if len(ends) > 1 else ends[0]}, ascii_only=False
+            file, {**stored, "eos_token_id": ends if len(ends) > 1 else ends[0]}, ascii_only=False
         )
     if vocabulary.chat_template is not None:
         file = folder / "tokenizer_config.json"

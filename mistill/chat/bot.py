@@ -346,8 +346,8 @@ class ChatBot:
     def _ended(self, talk: object, question: Message, written: WrittenReply) -> None:
         with self._turns:
             self.last_ending, self.last_speed = written.ending, written.speed
-            said = written.text or written.ending != "interrupted"
-            if said and talk is self._talk:
+            has_reply = written.text or written.ending != "interrupted"
+            if has_reply and talk is self._talk:
                 self.history += [question, _message("assistant", written.text)]
 
     def _prompt(self, question: Message, settings: ChatSettings) -> list[int]:
@@ -379,8 +379,8 @@ class ChatBot:
         """Refuse a system prompt that fills the context, and warn of one that is not written."""
         if not self.history:
             return
-        asked = Conversation((*self.history, _message("user", "?")))
-        if unwritten_turn(asked, self._vocabulary) == 0:
+        probe = Conversation((*self.history, _message("user", "?")))
+        if unwritten_turn(probe, self._vocabulary) == 0:
             _log.warning("the chat template of %s does not write the system prompt", folder)
         tokens = len(self._tokens(0, _message("user", "?")))
         if tokens >= self._model.context_length:

@@ -208,11 +208,11 @@ class _TerminalChat:
 
     def _handle(self, line: str) -> None:
         if line.startswith("/") and not line.startswith("//"):
-            said = self._commands.run(line)
-            if said.note:
-                self._note(said.note)
-            if said.message:
-                self._answer(said.message)
+            result = self._commands.run(line)
+            if result.note:
+                self._note(result.note)
+            if result.message:
+                self._answer(result.message)
         else:
             self._answer(checked(_message(line)))
 

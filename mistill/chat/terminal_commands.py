@@ -41,7 +41,7 @@ class EndOfChat(Exception):
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """What a command leads to.
 
     Attributes:
@@ -78,7 +78,7 @@ class Commands:
         self.bot = bot
         self._saved: set[Path] = set()
 
-    def run(self, line: str) -> Said:
+    def run(self, line: str) -> CommandResult:
         """Run a command.
 
         Args:
@@ -92,8 +92,8 @@ class Commands:
         """
         name, _, argument = line[1:].strip().partition(" ")
         argument = argument.strip()
-        runs: dict[str, Callable[[str], Said]] = {
-            "help": lambda _: Said(HELP),
+        runs: dict[str, Callable[[str], CommandResult]] = {
+            "help": lambda _: CommandResult(HELP),
             "reset": self._reset,
             "clear": self._reset,
             "system": self._system,
@@ -116,27 +116,27 @@ class Commands:
             require(not argument, f"/{name} takes nothing behind it, not {argument!r}")
         return runs[name](argument)
 
-    def _quit(self, _: str) -> Said:
+    def _quit(self, _: str) -> CommandResult:
         raise EndOfChat
 
-    def _reset(self, _: str) -> Said:
+    def _reset(self, _: str) -> CommandResult:
         self.bot.reset()
-        return Said("The conversation is forgotten.")
+        return CommandResult("The conversation is forgotten.")
 
-    def _system(self, text: str) -> Said:
+    def _system(self, text: str) -> CommandResult:
         if not text:
             first = self.bot.history[:1]
             prompt = first[0]["content"] if first and first[0]["role"] == "system" else None
-            return Said("There is no system prompt." if prompt is None else prompt)
+            return CommandResult("There is no system prompt." if prompt is None else prompt)
         self.bot.reset(system=checked(text))
-        return Said("The conversation begins anew with this system prompt.")
+        return CommandResult("The conversation begins anew with this system prompt.")
 
-    def _undo(self, _: str) -> Said:
+    def _undo(self, _: str) -> CommandResult:
         message = self._take_back()
-        return Said(f"Forgotten: {_shortened(message)}")
+        return CommandResult(f"Forgotten: {_shortened(message)}")
 
-    def _retry(self, _: str) -> Said:
-        return Said(message=self._take_back())
+    def _retry(self, _: str) -> CommandResult:
+        return CommandResult(message=self._take_back())
 
     def _take_back(self) -> str:
         """Remove the last message and its reply from the history; the message."""
@@ -148,15 +148,15 @@ class Commands:
         del history[places[-1] :]
         return message
 
-    def _file(self, name: str) -> Said:
+    def _file(self, name: str) -> CommandResult:
         try:
             with Path(name).expanduser().open("rb") as file:
                 content = file.read(MOST_BYTES + 1)
         except OSError as error:
             raise FolderError(f"{name} cannot be read: {error.strerror}") from error
-        return Said(message=whole_message(_decoded(content, name), name))
+        return CommandResult(message=whole_message(_decoded(content, name), name))
 
-    def _load(self, name: str) -> Said:
+    def _load(self, name: str) -> CommandResult:
         file = Path(name).expanduser()
         try:
             with file.open("rb") as opened:
@@ -167,9 +167,9 @@ class Commands:
         turns = check(talk, _SavedTalk, name).messages
         self.bot.reset()
         self.bot.history = [{"role": turn.role, "content": turn.content} for turn in turns]
-        return Said(f"Loaded {len(turns)} messages from {name}.")
+        return CommandResult(f"Loaded {len(turns)} messages from {name}.")
 
-    def _save(self, name: str) -> Said:
+    def _save(self, name: str) -> CommandResult:
         file = Path(name).expanduser().absolute()
         if file not in self._saved:
             refuse_existing(file)
@@ -178,7 +178,7 @@ class Commands:
         messages = json.dumps({"messages": self.bot.history}, ensure_ascii=False)
         write_atomically(file, messages + "\n")
         self._saved.add(file)
-        return Said(f"Saved to {name}.")
+        return CommandResult(f"Saved to {name}.")
 
 
 def _decoded(content: bytes, name: str) -> str:
@@ -209,9 +209,9 @@ def whole_message(text: str, name: str = "the prompt") -> str:
     return message
 
 
-def _shortened(text: str, most: int = 60) -> str:
+def _shortened(text: str) -> str:
     line = one_line(text)
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    return line if len(line) <= 60 else f"{line[:57]}..."
 
 
 def checked(message: str, name: str = "it") -> str:

@@ -28,15 +28,15 @@ class WholeWords:
             What can be written of it: all but the word that may go on, which is held back unless
             it is as long as a line.
         """
-        written = []
+        words = []
         for letter in text:
             if letter in " \n\t":
-                written.append(self._placed() + self._space(letter))
+                words.append(self._placed() + self._space(letter))
             else:
                 self._word += letter
                 if cell_len(self._word) >= self._width:
-                    written.append(self._placed())
-        return "".join(written)
+                    words.append(self._placed())
+        return "".join(words)
 
     def finish(self) -> str:
         """End the text.

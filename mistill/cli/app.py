@@ -739,9 +739,9 @@ def run(
     if dry_run:
         from mistill.planning import describe_plan, plan_recipe
 
-        read = read_recipe(recipe, out=out)
-        planned = plan_recipe(read)
-        print(describe_plan(read, planned))
+        loaded = read_recipe(recipe, out=out)
+        planned = plan_recipe(loaded)
+        print(describe_plan(loaded, planned))
         if json:
             print(json_library.dumps([asdict(step) for step in planned]))
         return

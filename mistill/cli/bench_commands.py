@@ -295,16 +295,16 @@ def judge(
     from mistill.folders.publishing import creating_file
 
     with nullcontext() if out is None else creating_file(out, overwrite) as file:
-        found = judge_replies(first, second, judge=judge, prompts=prompts, settings=settings)
+        rates = judge_replies(first, second, judge=judge, prompts=prompts, settings=settings)
         if file is not None:
-            document = json_library.dumps(found.to_dict(), indent=1, ensure_ascii=False)
+            document = json_library.dumps(rates.to_dict(), indent=1, ensure_ascii=False)
             file.write_text(f"{document}\n", "utf-8")
-    Console().print(found.table())
+    Console().print(rates.table())
     if out is not None:
         print(f"result: {out}")
     if json:
-        told = {"models": found.models, "judge": found.judge, "read_by": found.read_by}
-        print(json_library.dumps({**told, **found.figures}))
+        about = {"models": rates.models, "judge": rates.judge, "read_by": rates.read_by}
+        print(json_library.dumps({**about, **rates.figures}))
 
 
 def _step_defaults(step: str) -> dict[str, Any] | None:

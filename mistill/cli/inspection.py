@@ -404,8 +404,8 @@ def _facts(info: FolderInfo, name: str) -> RenderableType:
         "fingerprint": name[:16],
     }
     if quantization:
-        shown = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
-        words = [f"{key} {quantization[key]}" for key in shown if key in quantization]
+        keys = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
+        words = [f"{key} {quantization[key]}" for key in keys if key in quantization]
         rows["quantized as"] = ", ".join([str(quantization.get("quant_method")), *words])
     return facts_table(rows)
 
@@ -489,13 +489,13 @@ _CARD = {
 
 def _words(entry: Mapping[str, Any]) -> str:
     """Settings and results of a step on one line."""
-    known = ("step", "settings", "source", "source_fingerprint", "versions", "date")
+    shown_apart = ("step", "settings", "source", "source_fingerprint", "versions", "date")
     pairs = dict(entry.get("settings") or {})
-    pairs |= {key: value for key, value in entry.items() if key not in known}
-    shown = []
+    pairs |= {key: value for key, value in entry.items() if key not in shown_apart}
+    phrases = []
     for key, value in pairs.items():
         if value is None or value == [] or isinstance(value, dict):
             continue
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        shown.append(f"{key} {text if len(text) <= 60 else text[:57] + '...'}")
-    return ", ".join(shown)
+        phrases.append(f"{key} {text if len(text) <= 60 else text[:57] + '...'}")
+    return ", ".join(phrases)

@@ -72,9 +72,9 @@ def manifest_facts(manifest: Mapping[str, Any]) -> RenderableType:
         )
     tuning = manifest.get("tuning")
     if tuning is not None:
-        chosen = "; ".join(f"{kind}: {kernel}" for kind, kernel in tuning["choices"].items())
+        choices = "; ".join(f"{kind}: {kernel}" for kind, kernel in tuning["choices"].items())
         rows["tuned for"] = (
-            f"{tuning['machine']}, {tuning['threads']} threads: {chosen or 'no kernel was chosen'}"
+            f"{tuning['machine']}, {tuning['threads']} threads: {choices or 'no kernel was chosen'}"
         )
     return facts_table(rows)
 

@@ -145,17 +145,17 @@ def without_verbose(words: Sequence[str]) -> tuple[list[str], bool]:
         The other words, and whether one of them was there. Words behind ``--``, and the value of
         an option, are left alone.
     """
-    left: list[str] = []
+    others: list[str] = []
     tells = False
     for place, word in enumerate(words):
         if word == "--":
-            return [*left, *words[place:]], tells
+            return [*others, *words[place:]], tells
         is_value = place > 0 and words[place - 1].startswith("-")
         if word in ("-v", "--verbose") and not is_value:
             tells = True
         else:
-            left.append(word)
-    return left, tells
+            others.append(word)
+    return others, tells
 
 
 def with_counts(words: Sequence[str]) -> list[str]:

@@ -62,8 +62,8 @@ def read_reward(folder: Path) -> dict[str, Any] | None:
         return {}
     value = read_json_file(file)
     check(value, _RewardReport, str(file))
-    found = {name: value[name] for name in _RewardReport.__struct_fields__}
-    return {**found, "after": {"accuracy": value["after"]["accuracy"]}}
+    figures = {name: value[name] for name in _RewardReport.__struct_fields__}
+    return {**figures, "after": {"accuracy": value["after"]["accuracy"]}}
 
 
 def reward_facts(reward: dict[str, Any]) -> RenderableType:

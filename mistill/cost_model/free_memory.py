@@ -45,8 +45,8 @@ def _of_group(folder: Path) -> int:
     newer = (folder / "memory.max").is_file()
     limit = (folder / ("memory.max" if newer else "memory.limit_in_bytes")).read_text()
     used = (folder / ("memory.current" if newer else "memory.usage_in_bytes")).read_text()
-    stated = _fields((folder / "memory.stat").read_text())
-    cached = stated["inactive_file" if newer else "total_inactive_file"]
+    statistics = _fields((folder / "memory.stat").read_text())
+    cached = statistics["inactive_file" if newer else "total_inactive_file"]
     return int(limit) - int(used) + cached
 
 

@@ -81,20 +81,20 @@ def time_steps(models: Sequence[Writer]) -> list[float]:
     """
     seconds: list[list[float]] = [[] for _ in models]
     for number in range(1 + _ROUNDS):
-        for model, own in zip(models, seconds, strict=True):
+        for model, samples in zip(models, seconds, strict=True):
             time.sleep(_SETTLE_SECONDS)
             # A first token, and one to be timed, whatever the context holds.
             prompt = max(1, min(_PROMPT_TOKENS, model.context_length - 2))
-            left = model.context_length - prompt
+            room = model.context_length - prompt
             steps = model.stream([number % model.vocabulary_size] * prompt)
             last = None
-            for _ in islice(steps, min(_NEW_TOKENS, left)):
+            for _ in islice(steps, min(_NEW_TOKENS, room)):
                 now = time.perf_counter()
                 # The first round warms up.
                 if last is not None and number:
-                    own.append(now - last)
+                    samples.append(now - last)
                 last = now
-    return [median(own) for own in seconds]
+    return [median(samples) for samples in seconds]
 
 
 def size_for_speed(
@@ -120,10 +120,10 @@ def size_for_speed(
             "second here; ask for fewer, or compress a student of it that has fewer layers "
             "(mistill student)"
         )
-    wanted = 1 / (tokens_per_second * _MARGIN)
-    if large.step_seconds <= wanted:
+    most_seconds = 1 / (tokens_per_second * _MARGIN)
+    if large.step_seconds <= most_seconds:
         return large.size_bytes, large.tokens_per_second
-    if wanted <= small.step_seconds:
+    if most_seconds <= small.step_seconds:
         return small.size_bytes, small.tokens_per_second
-    share = (wanted - small.step_seconds) / (large.step_seconds - small.step_seconds)
-    return small.size_bytes + share * (large.size_bytes - small.size_bytes), 1 / wanted
+    share = (most_seconds - small.step_seconds) / (large.step_seconds - small.step_seconds)
+    return small.size_bytes + share * (large.size_bytes - small.size_bytes), 1 / most_seconds

@@ -45,11 +45,11 @@ def check_provider(provider: str) -> None:
     Raises:
         MissingExtraError: If ONNX Runtime was built without it.
     """
-    wanted = _PROVIDERS[provider][0]
+    full_name = _PROVIDERS[provider][0]
     available = onnxruntime.get_available_providers()
-    if wanted not in available:
+    if full_name not in available:
         raise MissingExtraError(
-            f"ONNX Runtime {onnxruntime.__version__} has no {wanted} here, only "
+            f"ONNX Runtime {onnxruntime.__version__} has no {full_name} here, only "
             f"{', '.join(available)}; {_BUILDS[provider]}, or use provider cpu"
         )
 
@@ -90,11 +90,11 @@ def open_session(
             f"ONNX Runtime {onnxruntime.__version__} cannot open {folder / 'model.onnx'}: "
             f"{one_line(error)}"
         ) from error
-    wanted = _PROVIDERS[provider][0]
-    if wanted not in session.get_providers():
+    full_name = _PROVIDERS[provider][0]
+    if full_name not in session.get_providers():
         # ONNX Runtime continues without a provider whose libraries it cannot load.
         raise MissingExtraError(
-            f"{wanted} does not start, because its libraries or a driver are missing; install "
+            f"{full_name} does not start, because its libraries or a driver are missing; install "
             "them, or use provider cpu"
         )
     return session
@@ -149,18 +149,18 @@ def graph_faults(
         A phrase for each fault.
     """
     parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    wanted = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
-    faults = [f"the input {name} is missing" for name in sorted(wanted - inputs.keys())]
-    faults += [f"the input {name} is not known" for name in sorted(inputs.keys() - wanted)]
+    expected = {"input_ids", "attention_mask", *(f"past_key_values.{part}" for part in parts)}
+    faults = [f"the input {name} is missing" for name in sorted(expected - inputs.keys())]
+    faults += [f"the input {name} is not known" for name in sorted(inputs.keys() - expected)]
     faults += [
         f"the input {name} is a {inputs[name]}"
-        for name in sorted(wanted & inputs.keys())
+        for name in sorted(expected & inputs.keys())
         if inputs[name] not in (CACHE_TYPES if name.startswith("past") else ("tensor(int64)",))
     ]
     if "first_logit" not in optional:
         faults.append("the optional input first_logit is missing")
-    wanted = {"logits", *(f"present.{part}" for part in parts)}
-    faults += [f"the output {name} is missing" for name in sorted(wanted - outputs.keys())]
+    expected = {"logits", *(f"present.{part}" for part in parts)}
+    faults += [f"the output {name} is missing" for name in sorted(expected - outputs.keys())]
     rows = (outputs.get("logits") or [None])[-1]
     if isinstance(rows, int) and rows != vocabulary_size:
         faults.append(f"it has {rows} logits where config.json has a vocab_size {vocabulary_size}")

@@ -127,8 +127,8 @@ class Pace:
 
     def _speed_up(self, drafted: int) -> float:
         """Expected tokens of a step with draft tokens in the time of a plain step."""
-        written = sum(self._acceptance**count for count in range(drafted + 1))
-        return written / self._cost(drafted)
+        tokens = sum(self._acceptance**count for count in range(drafted + 1))
+        return tokens / self._cost(drafted)
 
     def _cost(self, drafted: int) -> float:
         """Time of a step with draft tokens, in plain steps."""

@@ -146,9 +146,9 @@ class ChosenSampling:
         Returns:
             What was chosen, else the chatbot's own, else the defaults.
         """
-        chosen = {name: getattr(self, name) for name in (*OWN, "seed")}
-        given = {name: value for name, value in chosen.items() if value is not None}
-        return SamplingSettings(**{**own, **given})
+        values = {name: getattr(self, name) for name in (*OWN, "seed")}
+        chosen = {name: value for name, value in values.items() if value is not None}
+        return SamplingSettings(**{**own, **chosen})
 
 
 def own_sampling(folder: Path) -> dict[str, Any]:
@@ -165,9 +165,9 @@ def own_sampling(folder: Path) -> dict[str, Any]:
         FolderError: If a value is out of its range.
     """
     file = folder / GENERATION_FILE
-    stated = optional_json(file)
-    names = OWN if stated.get("do_sample") else _PENALTIES
-    own = {name: stated[name] for name in names if stated.get(name) is not None}
+    config = optional_json(file)
+    names = OWN if config.get("do_sample") else _PENALTIES
+    own = {name: config[name] for name in names if config.get(name) is not None}
     try:
         SamplingSettings(**own)
     except SettingsError as error:
@@ -301,7 +301,7 @@ def above_top_p(odds: NDArray[np.floating], p: float) -> NDArray[np.int64]:
     Returns:
         Indices into ``odds``, most probable first; at least one.
     """
-    wanted = p * odds.sum(dtype=np.float64)
+    mass = p * odds.sum(dtype=np.float64)
     count = 128
     while True:
         if count >= odds.size:
@@ -310,8 +310,8 @@ def above_top_p(odds: NDArray[np.floating], p: float) -> NDArray[np.int64]:
             head = np.argpartition(odds, odds.size - count)[-count:]
         order = head[np.argsort(-odds[head], kind="stable")]
         reached = np.cumsum(odds[order], dtype=np.float64)
-        if reached[-1] >= wanted or count >= odds.size:
-            return order[: int(np.searchsorted(reached, wanted)) + 1]
+        if reached[-1] >= mass or count >= odds.size:
+            return order[: int(np.searchsorted(reached, mass)) + 1]
         count *= 8
 
 

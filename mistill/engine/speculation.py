@@ -177,16 +177,13 @@ class SpeculativeModel:
             reading_prompt = False
 
 
-def with_draft(
-    model: LanguageModel, draft: str | Path, *, exact: bool = True, threads: int | None = None
-) -> SpeculativeModel:
+def with_draft(model: LanguageModel, draft: str | Path, *, exact: bool = True) -> SpeculativeModel:
     """Let a model decode speculatively.
 
     Args:
         model: An open ONNX folder; for a draft model, opened with ``alone=False``.
         draft: ``lookup``, or the ONNX folder of a draft model with the same vocabulary.
         exact: Whether greedy text must be what the model writes without a draft.
-        threads: Threads of the draft model. By default as many as the model has.
 
     Returns:
         The model with its draft.
@@ -200,7 +197,7 @@ def with_draft(
         "speculative decoding needs an ONNX folder; export the model, or leave out the draft",
     )
     assert isinstance(model, OnnxModel)
-    source = PromptLookup() if str(draft) == LOOK_UP else DraftModel.open(draft, model, threads)
+    source = PromptLookup() if str(draft) == LOOK_UP else DraftModel.open(draft, model)
     return SpeculativeModel(model, source, exact=exact)
 
 

@@ -201,8 +201,8 @@ class TextRows:
         Returns:
             Views of the buffers by name, shape (heads, T, width).
         """
-        used = len(self.texts[row])
-        return {name: array[row, :, :used] for name, array in self._arrays.items()}
+        length = len(self.texts[row])
+        return {name: array[row, :, :length] for name, array in self._arrays.items()}
 
     def load(self, row: int, text: StoredText, positions: int) -> None:
         """Copy the first positions of a stored text into a row.
@@ -238,9 +238,9 @@ class TextRows:
             first, second = second, first
         long, short = len(self.texts[first]), len(self.texts[second])
         for array in self._arrays.values():
-            held = array[second, :, :short].copy()
+            copy = array[second, :, :short].copy()
             array[second, :, :long] = array[first, :, :long]
-            array[first, :, :short] = held
+            array[first, :, :short] = copy
         texts, together = self.texts, self.read_together
         texts[first], texts[second] = texts[second], texts[first]
         together[first], together[second] = together[second], together[first]

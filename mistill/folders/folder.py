@@ -341,18 +341,18 @@ def _config_problems(folder: Path) -> list[str]:
         config = read_config(folder)
     except FolderError as error:
         return [_inside(folder, error)]
-    wanted = (
+    required = (
         "model_type",
         "vocab_size",
         "num_hidden_layers",
         "hidden_size",
         "max_position_embeddings",
     )
-    missing = [name for name in wanted if name not in config]
+    missing = [name for name in required if name not in config]
     faults = [f"config.json lacks {', '.join(missing)}"] if missing else []
     faults += [
         f"{name} in config.json should be a whole number, not None"
-        for name in wanted[1:]
+        for name in required[1:]
         if name in config and config[name] is None
     ]
     try:

@@ -138,10 +138,10 @@ def lineage_after(
 
 def _hub_id(folder: Path) -> str | None:
     """The id of a model of the Hub, from where its library keeps it; None for other folders."""
-    kept = folder.absolute().parts[-3:]
-    if len(kept) < 3 or kept[1] != "snapshots" or not kept[0].startswith("models--"):
+    parts = folder.absolute().parts[-3:]
+    if len(parts) < 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
         return None
-    return "/".join(kept[0].split("--", 2)[1:])
+    return "/".join(parts[0].split("--", 2)[1:])
 
 
 def without_paths(value: Any) -> Any:

@@ -106,12 +106,12 @@ def base_model(steps: Sequence[Mapping[str, Any]]) -> BaseModel:
         What is known of it.
     """
     for step in steps:
-        named = str(_settings(step).get("source") or "") if step["step"] == "teacher" else ""
-        if named == "@smollm2":
+        source = str(_settings(step).get("source") or "") if step["step"] == "teacher" else ""
+        if source == "@smollm2":
             return _SMOLLM2
-        named = str(step.get("hub") or named)
-        if len(named) < 200 and _HUB_ID.fullmatch(named):
-            return BaseModel(name=named)
+        source = str(step.get("hub") or source)
+        if len(source) < 200 and _HUB_ID.fullmatch(source):
+            return BaseModel(name=source)
     if steps and str(steps[0].get("file", "")).startswith("SmolLM2-135M-Instruct."):
         return _SMOLLM2
     return BaseModel()
@@ -131,10 +131,10 @@ def relation(steps: Sequence[Mapping[str, Any]]) -> str | None:
     Returns:
         The word; None for the model itself.
     """
-    made = {step["step"] for step in steps}
-    if _LEARNING & made:
+    names = {step["step"] for step in steps}
+    if _LEARNING & names:
         return "finetune"
-    return "quantized" if made - {"teacher"} else None
+    return "quantized" if names - {"teacher"} else None
 
 
 def _described(folder: Path) -> FolderInfo:
@@ -172,13 +172,13 @@ def _metadata(info: FolderInfo, steps: Sequence[Mapping[str, Any]], scores: bool
         lines.append(f"license: {base.licence}")
     if base.language is not None:
         lines += ["language:", f"- {base.language}"]
-    made = {step["step"] for step in steps}
+    step_names = {step["step"] for step in steps}
     tags = ["mistill"]
     if info.form == "onnx":
         browser = (info.path / _FOR_THE_BROWSER).is_dir()
         tags += ["onnx", *(["transformers.js"] if browser else ["onnxruntime", "cpu"])]
     tags += ["reward-model"] if scores else []
-    lines += ["tags:", *(f"- {tag}" for tag in (*tags, *(m for m in _METHODS if m in made)))]
+    lines += ["tags:", *(f"- {tag}" for tag in (*tags, *(m for m in _METHODS if m in step_names)))]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -208,10 +208,10 @@ def _how_to_use(info: FolderInfo, name: str, scores: bool) -> str:
         )
     chats = _has_chat_template(info.path)
     if info.form != "onnx":
-        asked = 'mistill chat chatbot "What is a mistral?"\n' if chats else ""
+        chat = 'mistill chat chatbot "What is a mistral?"\n' if chats else ""
         base = "" if chats else "It has no chat template, and continues texts. "
         return (
-            f"```sh\npip install 'mistill[compress]'\nmistill export {word} chatbot\n{asked}```\n\n"
+            f"```sh\npip install 'mistill[compress]'\nmistill export {word} chatbot\n{chat}```\n\n"
             f"{base}{_who_reads(info)}"
         )
     if (info.path / _FOR_THE_BROWSER).is_dir():

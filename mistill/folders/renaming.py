@@ -227,7 +227,7 @@ def _alive_on_windows(process: int) -> bool:
         return bool(getattr(ctypes, "get_last_error")() == _REFUSED)  # noqa: B009
     code = ctypes.c_ulong()
     try:
-        told = kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code))
+        answered = kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code))
     finally:
         kernel.CloseHandle(ctypes.c_void_p(handle))
-    return not told or code.value == _STILL_RUNS
+    return not answered or code.value == _STILL_RUNS

@@ -170,9 +170,9 @@ def write_safetensors(
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for name, tensor in tensors.items():
-            written = sum(opened.write(chunk) for chunk in tensor.chunks)
-            if written != tensor.size:
-                raise EOFError(f"{name} has {written} bytes where {tensor.size} were expected")
+            size = sum(opened.write(chunk) for chunk in tensor.chunks)
+            if size != tensor.size:
+                raise EOFError(f"{name} has {size} bytes where {tensor.size} were expected")
 
 
 def _parse(file: Path) -> tuple[int, dict[str, Any]]:

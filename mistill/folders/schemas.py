@@ -46,14 +46,14 @@ class Rope(Struct, kw_only=True):
     def __post_init__(self) -> None:
         """Refuse a scaled embedding that lacks what it is scaled by."""
         kind = self.rope_type or self.type
-        wanted: tuple[str, ...] = {
+        required: tuple[str, ...] = {
             "linear": ("factor",),
             "llama3": (
                 *("factor", "low_freq_factor", "high_freq_factor"),
                 "original_max_position_embeddings",
             ),
         }.get(str(kind), ())
-        missing = [name for name in wanted if getattr(self, name) is None]
+        missing = [name for name in required if getattr(self, name) is None]
         if missing:
             raise ValueError(f"a rotary embedding of type {kind} needs {', '.join(missing)}")
         if kind == "llama3" and self.low_freq_factor == self.high_freq_factor:

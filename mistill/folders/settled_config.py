@@ -114,7 +114,10 @@ def has_own_head(folder: Path) -> bool:
         return False
     if embedding.keys() != head.keys():
         return True
-    return any(_differ(*_known(embedding[part]), *_known(head[part])) for part in embedding)
+    return any(
+        _differ(*_with_file_state(embedding[part]), *_with_file_state(head[part]))
+        for part in embedding
+    )
 
 
 def _names_no_row(config: Mapping[str, Any]) -> bool:
@@ -125,11 +128,11 @@ def _names_no_row(config: Mapping[str, Any]) -> bool:
 
 
 def _table(homes: Mapping[str, _Home], module: str) -> dict[str, _Home]:
-    named = {part: homes.get(f"{module}.{part}") for part in _PARTS}
-    return {part: home for part, home in named.items() if home is not None}
+    parts = {part: homes.get(f"{module}.{part}") for part in _PARTS}
+    return {part: home for part, home in parts.items() if home is not None}
 
 
-def _known(home: _Home) -> tuple[Path, StoredTensor, tuple[int, int]]:
+def _with_file_state(home: _Home) -> tuple[Path, StoredTensor, tuple[int, int]]:
     """A tensor and what tells the state of its file apart from later ones."""
     status = home[0].stat()
     return (*home, (status.st_mtime_ns, status.st_size))

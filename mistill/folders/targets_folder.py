@@ -94,10 +94,10 @@ def is_targets(location: Location) -> bool:
     for name in (MANIFEST_FILE, PLAN_FILE):
         if name in names:
             try:
-                stated = str(read_document(location, name).get("format"))
+                format_name = str(read_document(location, name).get("format"))
             except FolderError:
                 return any(other.startswith("shard-") for other in names)
-            return stated.startswith(_ANY_FORMAT)
+            return format_name.startswith(_ANY_FORMAT)
     return False
 
 

@@ -46,7 +46,7 @@ class Divergence:
     @property
     def buffers(self) -> int:
         """Tensors of the shape of a chunk's logits that ``rows`` needs beside the student's."""
-        return 2 if self.name in ("forward_kl", "reverse_kl", "tvd") else 3
+        return 3 if self.name in MIXING else 2
 
     def rows(
         self, log_p: Tensor, log_q: Tensor, scratch: tuple[Tensor, ...], *, gradient: bool

@@ -74,8 +74,8 @@ def read_pairs(
     counts = RowCounts(sources_of(texts))
     for row in _records(texts, counts, skip_bad_rows):
         with counts.passing_over(row, skip=skip_bad_rows):
-            judged = judgement_of_row(row)
-            says = judged.says
+            judgement = judgement_of_row(row)
+            says = judgement.says
             if isinstance(says, Labelled):
                 raise TextError(
                     f"{row.origin} has a label for one answer, and pairs of two answers are "
@@ -85,8 +85,8 @@ def read_pairs(
             if not new:
                 counts.pass_over(row, "all answers of the row tie")
             pairs += new
-            counts.unread.update(judged.unread)
-    return _some(pairs, "pairs", counts)
+            counts.unread.update(judgement.unread)
+    return _require_any(pairs, "pairs", counts)
 
 
 def read_labelled(
@@ -114,9 +114,9 @@ def read_labelled(
     counts = RowCounts(sources_of(texts))
     for row in _records(texts, counts, skip_bad_rows):
         with counts.passing_over(row, skip=skip_bad_rows):
-            judged = judgement_of_row(row)
-            says = judged.says
-            counts.unread.update(judged.unread)
+            judgement = judgement_of_row(row)
+            says = judgement.says
+            counts.unread.update(judgement.unread)
             if isinstance(says, Labelled):
                 labelled.append(says)
                 continue
@@ -126,7 +126,7 @@ def read_labelled(
             for pair in pairs:
                 labelled.append(Labelled(pair.prompt, pair.chosen, True, pair.origin))
                 labelled.append(Labelled(pair.prompt, pair.rejected, False, pair.origin))
-    return _some(labelled, "labelled answers", counts)
+    return _require_any(labelled, "labelled answers", counts)
 
 
 def read_prompt_rows(texts: Texts, *, skip_bad_rows: bool = False) -> list[PromptRow]:
@@ -158,7 +158,7 @@ def read_prompt_rows(texts: Texts, *, skip_bad_rows: bool = False) -> list[Promp
                 says = prompt_of_row(row).says
                 assert isinstance(says, Conversation), "a prompt is a conversation"
                 prompts.append(PromptRow(says.joined(), dict(row.value), row.origin))
-    return _some(prompts, "prompts", counts)
+    return _require_any(prompts, "prompts", counts)
 
 
 def pairs_of(ranking: Ranking, kind: PairsOfRanking, seed: int = 0) -> list[Pair]:
@@ -178,14 +178,14 @@ def pairs_of(ranking: Ranking, kind: PairsOfRanking, seed: int = 0) -> list[Pair
     if not lower:
         return []
     if kind == "best_worst":
-        chosen = [(order[0], lower[-1])]
+        places = [(order[0], lower[-1])]
     elif kind == "best_random":
         text = repr((seed, [dict(turn) for turn in ranking.prompt.messages]))
         digest = hashlib.sha256(text.encode()).digest()
         generator = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-        chosen = [(order[0], lower[int(generator.integers(len(lower)))])]
+        places = [(order[0], lower[int(generator.integers(len(lower)))])]
     else:
-        chosen = [
+        places = [
             (one, other)
             for one, other in itertools.combinations(order, 2)
             if ranking.values[one] > ranking.values[other]
@@ -198,7 +198,7 @@ def pairs_of(ranking: Ranking, kind: PairsOfRanking, seed: int = 0) -> list[Pair
             ranking.values[better] - ranking.values[worse] if ranking.scored else None,
             ranking.origin,
         )
-        for better, worse in chosen
+        for better, worse in places
     ]
 
 
@@ -228,10 +228,12 @@ def divided(
             )
         count = min(max(1, round(share * len(places))), len(places) - 1)
         kept_out = set(places[:count])
-        judged = [item for item, place in zip(items, shares, strict=True) if place in kept_out]
+        held_out_items = [
+            item for item, place in zip(items, shares, strict=True) if place in kept_out
+        ]
     else:
-        judged = list(held_out)
-        kept_out = {prompt_share(item.prompt.messages) for item in judged}
+        held_out_items = list(held_out)
+        kept_out = {prompt_share(item.prompt.messages) for item in held_out_items}
     rest = [item for item, place in zip(items, shares, strict=True) if place not in kept_out]
     if held_out is not None and len(rest) < len(items):
         _log.warning(
@@ -241,7 +243,7 @@ def divided(
         )
     if not rest:
         raise TextError("every prompt to learn from is held out too; give other held-out data")
-    return rest, judged
+    return rest, held_out_items
 
 
 def _records(texts: Texts, counts: RowCounts, skip: bool) -> Iterator[Row]:
@@ -249,7 +251,7 @@ def _records(texts: Texts, counts: RowCounts, skip: bool) -> Iterator[Row]:
     return counts.records(rows, skip=skip)
 
 
-def _some(items: list[ItemT], kind: str, counts: RowCounts) -> list[ItemT]:
+def _require_any(items: list[ItemT], kind: str, counts: RowCounts) -> list[ItemT]:
     if not items:
         raise counts.nothing_read(f"there are no {kind}")
     counts.tell("")

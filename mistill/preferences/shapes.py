@@ -165,7 +165,7 @@ def _pair(row: Row, chosen: str, rejected: str) -> Judged:
         prompt, answer = _split(value[name], name, content, row.origin)
         prompts.append(prompt)
         answers.append(answer)
-    if _said(prompts[0].messages) != _said(prompts[1].messages):
+    if _roles_and_texts(prompts[0].messages) != _roles_and_texts(prompts[1].messages):
         raise TextError(
             f"{chosen} and {rejected} of {row.origin} differ before their last turn, so that they "
             "are no two answers to one prompt"
@@ -268,9 +268,9 @@ def _without(row: Row, names: Sequence[str]) -> Row:
     return replace(row, value=rest)
 
 
-def _prompt(row: Row, judged: Sequence[str]) -> Content | None:
+def _prompt(row: Row, judged_columns: Sequence[str]) -> Content | None:
     """The prompt of a row that stands in columns of its own; None if none does."""
-    rest = _without(row, (*judged, "margin"))
+    rest = _without(row, (*judged_columns, "margin"))
     name = next((name for name in _PROMPTS if rest.value.get(name) is not None), None)
     if name is None:
         return None
@@ -301,14 +301,14 @@ def _split(
     turns = read_conversation(value, f"{name} of {origin}").joined().messages
     if not beside.messages or len(turns) == 1:
         return _last_turn(_behind(beside, turns), origin, name)
-    before = _said(turns[:-1])
-    known = _said(beside.messages)
-    spoken = [turn for turn in known if turn[0] not in SYSTEMS]
-    if before and before in (known, spoken):
+    before = _roles_and_texts(turns[:-1])
+    of_prompt = _roles_and_texts(beside.messages)
+    without_system = [turn for turn in of_prompt if turn[0] not in SYSTEMS]
+    if before and before in (of_prompt, without_system):
         return _last_turn(_behind(beside, turns[-1:]), origin, name)
-    if before[-len(known) :] == known:  # it holds earlier turns too, or a system prompt
-        whole = replace(beside, messages=tuple(turns[:-1]))
-        return _last_turn(_behind(whole, turns[-1:]), origin, name)
+    if before[-len(of_prompt) :] == of_prompt:  # it holds earlier turns too, or a system prompt
+        earlier = replace(beside, messages=tuple(turns[:-1]))
+        return _last_turn(_behind(earlier, turns[-1:]), origin, name)
     raise TextError(
         f"{name} of {origin} is a conversation of {len(turns)} turns that does not repeat its "
         "prompt; give the answer alone, one turn of the assistant"
@@ -336,7 +336,7 @@ def _last_turn(
     return replace(talk.until(stop), unlearned=frozenset()), answer
 
 
-def _said(messages: Sequence[Message]) -> list[tuple[str, str]]:
+def _roles_and_texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(str(turn["role"]), content_of(turn).strip()) for turn in messages]
 
 

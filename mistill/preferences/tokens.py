@@ -104,10 +104,10 @@ def answer_tokens(
         (document,) = conversation_documents(talk, vocabulary)
     except TextError as error:
         raise TextError(f"{origin}: {error}") from error
-    kept = np.flatnonzero(document.mask)
-    if not len(kept):
+    places = np.flatnonzero(document.mask)
+    if not len(places):
         raise TextError(f"{origin}: the chat template writes nothing of the answer")
-    return Answer(tuple(document.ids[: kept[-1] + 1].tolist()), int(kept[0]))
+    return Answer(tuple(document.ids[: places[-1] + 1].tolist()), int(places[0]))
 
 
 def pair_tokens(
@@ -199,7 +199,7 @@ def digest_of(items: Iterable[PairTokens | LabelledTokens]) -> str:
     """
     digest = hashlib.sha256()
     for item in items:
-        judged = item.margin if isinstance(item, PairTokens) else item.good
+        judgement = item.margin if isinstance(item, PairTokens) else item.good
         answers = [(one.start, one.ids) for one in item.answers]
-        digest.update(repr((answers, judged)).encode())
+        digest.update(repr((answers, judgement)).encode())
     return digest.hexdigest()

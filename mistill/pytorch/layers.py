@@ -204,16 +204,13 @@ def per_batch(values: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
     return list(values.split([len(batch.hidden) for batch in batches]))
 
 
-def accelerator_or_cpu(device: torch.device | None = None) -> torch.device:
-    """The device to compute on where the caller leaves it open.
-
-    Args:
-        device: The caller's choice, if there is one.
+def accelerator_or_cpu() -> torch.device:
+    """The device to compute on.
 
     Returns:
-        That, or the accelerator if there is one, else the CPU.
+        The accelerator if there is one, else the CPU.
     """
-    return device or torch.accelerator.current_accelerator(check_available=True) or _CPU
+    return torch.accelerator.current_accelerator(check_available=True) or _CPU
 
 
 def attention_mask(documents: Tensor, window: int | None = None) -> Tensor:

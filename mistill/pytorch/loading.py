@@ -294,12 +294,12 @@ def quiet_transformers() -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_shown:
             logging.enable_progress_bar()
 
 

@@ -113,12 +113,12 @@ def _layers_of(
 ) -> nn.Module:
     """The layers of a reward folder in float32."""
     model: Any = type(empty_model(config))(config)
-    wanted = dict(model.model.named_parameters())
+    parameters = dict(model.model.named_parameters())
     with torch.no_grad():
         for name, tensor in stored_tensors(folder):
             if name in expected and name != REWARD_HEAD:
                 require_finite(name, tensor)
-                wanted[name.removeprefix("model.")].copy_(tensor)
+                parameters[name.removeprefix("model.")].copy_(tensor)
     layers: nn.Module = model.model
     return layers
 
@@ -144,8 +144,8 @@ def _with_layers(config: PreTrainedConfig, layers: nn.Module, padding: int) -> P
         model: Any = _empty(config)
     model.model = layers
     model.score = nn.Linear(config.hidden_size, 1, bias=False)
-    made: PreTrainedModel = model
-    return made
+    reward: PreTrainedModel = model
+    return reward
 
 
 def scores(model: Any, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
@@ -169,12 +169,12 @@ def scores(model: Any, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
             batch = rows[start:stop]
             width = max(map(len, batch))
             ids = torch.zeros(len(batch), width, dtype=torch.long)
-            seen = torch.zeros_like(ids)
+            mask = torch.zeros_like(ids)
             for place, row in enumerate(batch):
                 ids[place, : len(row)] = torch.tensor(row)
-                seen[place, : len(row)] = 1
+                mask[place, : len(row)] = 1
             states = body(
-                input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
             ).last_hidden_state
             last = torch.tensor([len(row) - 1 for row in batch], device=device)
             at_end = states[torch.arange(len(batch), device=device), last]

@@ -257,11 +257,11 @@ def open_gguf(file: Path) -> GgufFile:
         if repeated:
             raise FolderError(f"{piece.name} repeats the tensor {repeated[0]} of another piece")
         first.tensors.update(other.tensors)
-    stated = first.whole("split.tensors.count", len(first.tensors), low=0)
-    if stated != len(first.tensors):
+    tensors = first.whole("split.tensors.count", len(first.tensors), low=0)
+    if tensors != len(first.tensors):
         raise FolderError(
-            f"the pieces of {file.name} hold {len(first.tensors)} tensors, not the {stated} that "
-            "they should"
+            f"the pieces of {file.name} hold {len(first.tensors)} tensors, not the {tensors} "
+            "that they should"
         )
     return first
 
@@ -281,11 +281,11 @@ def _read(file: Path) -> GgufFile:
 
 def _check_counts(file: Path) -> None:
     """Walk over the header, and refuse a count that the file has no bytes for."""
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
-        if held[:4] != b"GGUF":
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
             raise ValueError("it does not begin with the letters GGUF")
-        (version,) = struct.unpack_from("<I", held, 4)
-        walk = _Walk(held, "<" if version < 1 << 16 else ">")
+        (version,) = struct.unpack_from("<I", data, 4)
+        walk = _Walk(data, "<" if version < 1 << 16 else ">")
         tensors, fields = walk.numbers("QQ")
         for _ in range(fields):
             walk.text()
@@ -299,8 +299,8 @@ def _check_counts(file: Path) -> None:
 class _Walk:
     """A position in the header of a file, which never leaves it."""
 
-    def __init__(self, held: mmap.mmap, order: str) -> None:
-        self._held, self._order, self._place = held, order, 8
+    def __init__(self, data: mmap.mmap, order: str) -> None:
+        self._held, self._order, self._place = data, order, 8
 
     def numbers(self, format_letters: str) -> Sequence[int]:
         layout = self._order + format_letters

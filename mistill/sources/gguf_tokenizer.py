@@ -66,8 +66,8 @@ def ends_of(ids: Mapping[str, int | None]) -> list[int]:
     Returns:
         Ids, each once.
     """
-    named = (ids[name] for name in _ENDS)
-    return list(dict.fromkeys(end for end in named if end is not None))
+    keys = (ids[name] for name in _ENDS)
+    return list(dict.fromkeys(end for end in keys if end is not None))
 
 
 def write_tokenizer(
@@ -86,14 +86,14 @@ def write_tokenizer(
     """
     template = file.text("tokenizer.chat_template")
     tokenizer = _tokenizer(file, ids, template or "")
-    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     texts = file.texts(f"{_PREFIX}tokens")
     # A word that is named as padding stays a word: to name it here would make it a special token.
-    kept = tokenizer.get_added_tokens_decoder()
+    added = tokenizer.get_added_tokens_decoder()
     specials = {
         ours: texts[token]
-        for ours, name in named.items()
-        if (token := ids[name]) is not None and token in kept
+        for ours, name in keys.items()
+        if (token := ids[name]) is not None and token in added
     }
     is_sentencepiece = file.text(f"{_PREFIX}model") == "llama"
     adds_bos = file.flag(f"{_PREFIX}add_bos_token", is_sentencepiece)

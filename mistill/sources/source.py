@@ -312,18 +312,18 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
     tokenizer = sentencepiece_tokenizer(
         pieces, str(folder / "tokenizer.model"), legacy=settings.get("legacy") is not False
     )
-    stated = settings.get("added_tokens_decoder", {})
-    added: dict[str, ListedToken] = check(stated, dict[str, ListedToken], file)
+    decoder = settings.get("added_tokens_decoder", {})
+    added: dict[str, ListedToken] = check(decoder, dict[str, ListedToken], file)
     if not all(token.isdecimal() and len(token) < 10 for token in added):
         raise VocabularyError(f"added_tokens_decoder in {file} should name tokens by their ids")
-    for token, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        known = AddedToken(entry.content, normalized=False, special=entry.special)
-        add = tokenizer.add_special_tokens if known.special else tokenizer.add_tokens
-        add([known])
-        if tokenizer.token_to_id(known.content) != int(token):
+    for token_id, entry in sorted(added.items(), key=lambda item: int(item[0])):
+        token = AddedToken(entry.content, normalized=False, special=entry.special)
+        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+        add([token])
+        if tokenizer.token_to_id(token.content) != int(token_id):
             raise VocabularyError(
-                f"{file} gives {known.content!r} the id {token}, but it would get "
-                f"{tokenizer.token_to_id(known.content)}; the tokens before it are missing"
+                f"{file} gives {token.content!r} the id {token_id}, but it would get "
+                f"{tokenizer.token_to_id(token.content)}; the tokens before it are missing"
             )
     specials = {}
     for name, index in (("bos_token", 1), ("eos_token", 2), ("unk_token", 0)):

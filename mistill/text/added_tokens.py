@@ -34,11 +34,11 @@ def add_missing_tokens(folder: Path, definition: dict[str, Any], tokenizer: Toke
     """
     settings = optional_json(folder / _CONFIG)
     listed = list(definition.get("added_tokens") or [])
-    known = {str(entry.get("content")) for entry in listed}
+    contents = {str(entry.get("content")) for entry in listed}
     for token, stated_id in (*_listed(folder, settings), *_named(folder, settings)):
-        if not token.content or token.content in known:
+        if not token.content or token.content in contents:
             continue
-        known.add(token.content)
+        contents.add(token.content)
         tokenizer.add_tokens([token])
         token_id = tokenizer.token_to_id(token.content)
         if stated_id not in (None, token_id):

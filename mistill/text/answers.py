@@ -62,16 +62,16 @@ def conversation_documents(
     typed = in_template_form(talk, vocabulary)
     talk = with_typed_marks_hidden(typed, vocabulary)
     hidden = talk is not typed
-    whole = talk.render(vocabulary)
+    rendered = talk.render(vocabulary)
     turns = [
         _prompt_and_answer(talk.until(number + 1), vocabulary)
         for number, message in enumerate(talk.messages)
         if message["role"] == "assistant" and number not in talk.unlearned
     ]
     refuse_unwritten(talk, vocabulary)
-    if all(whole.startswith(prompt + answer) for prompt, answer in turns):
+    if all(rendered.startswith(prompt + answer) for prompt, answer in turns):
         spans = [(len(prompt), len(prompt) + len(answer)) for prompt, answer in turns]
-        return [_masked(whole, spans, vocabulary, hidden)] if spans else []
+        return [_masked(rendered, spans, vocabulary, hidden)] if spans else []
     return [
         _masked(prompt + answer, [(len(prompt), len(prompt) + len(answer))], vocabulary, hidden)
         for prompt, answer in turns
@@ -103,10 +103,10 @@ def in_template_form(talk: Conversation, vocabulary: Vocabulary) -> Conversation
             probes += [part["text"] for part in parts]
             probed = probed.but(number, content=parts)
     try:
-        written = probed.render(vocabulary)
+        rendered = probed.render(vocabulary)
     except TextError:
         return talk.joined()
-    as_parts = "{'type'" not in written and all(probe in written for probe in probes)
+    as_parts = "{'type'" not in rendered and all(probe in rendered for probe in probes)
     return talk if as_parts else talk.joined()
 
 
@@ -198,10 +198,10 @@ def unwritten_turn(talk: Conversation, vocabulary: Vocabulary) -> int | None:
             )
             probed = probed.but(number, content=probe)
     try:
-        written = probed.render(vocabulary, add_generation_prompt=True)
+        rendered = probed.render(vocabulary, add_generation_prompt=True)
     except TextError:  # it asks for a content of a certain form
         return None
-    lost = [number for number, probe in probes.items() if probe not in written]
+    lost = [number for number, probe in probes.items() if probe not in rendered]
     return lost[0] if lost else None
 
 
@@ -239,9 +239,9 @@ def _prompt_and_answer(talk: Conversation, vocabulary: Vocabulary) -> tuple[str,
 def _begin(prompt: str, turn: str, content: str) -> int | None:
     """Where the reply begins in a rendered turn; None if the turn does not hold it as it is."""
     if turn.startswith(prompt):
-        written = turn[len(prompt) :]
-        whole = content in written or "".join(content.split()) in "".join(written.split())
-        return len(prompt) if whole else None
+        reply = turn[len(prompt) :]
+        holds_content = content in reply or "".join(content.split()) in "".join(reply.split())
+        return len(prompt) if holds_content else None
     position = turn.rfind(content) if content else -1
     # After the last characters of the prompt, usually at the content or a space before it.
     for begin in range(position, max(position - _SEAM, 0), -1):
@@ -271,10 +271,10 @@ def _around_a_probe(talk: Conversation, vocabulary: Vocabulary) -> tuple[str | N
     last = talk.messages[-1]
     content = probe if not isinstance(last.get("content"), list) else _parts(probe)
     try:
-        written = talk.but(len(talk.messages) - 1, content=content).render(vocabulary)
+        rendered = talk.but(len(talk.messages) - 1, content=content).render(vocabulary)
     except TextError:
         return None, None
-    before, occurs, after = written.rpartition(probe)
+    before, occurs, after = rendered.rpartition(probe)
     return (before, after) if occurs else (None, None)
 
 
@@ -316,8 +316,8 @@ def _reply_as_it_stands(prompt: str, turn: str, talk: Conversation, vocabulary: 
         content = _after_the_opening(content, opening)
     else:
         # All that is missing is the beginning of the content.
-        written = turn[len(before) : len(turn) - len(after)].strip()
-        if not (turn.startswith(before) and turn.endswith(after) and content.endswith(written)):
+        shown_part = turn[len(before) : len(turn) - len(after)].strip()
+        if not (turn.startswith(before) and turn.endswith(after) and content.endswith(shown_part)):
             raise TextError(_CHANGED)
     end, ends = _end_of_turn(after, 0, vocabulary)
     return content + (after[:end] if ends else "")

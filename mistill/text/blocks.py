@@ -158,10 +158,10 @@ def pack(documents: Iterable[Document], block_length: int) -> TokenBlocks:
             else:
                 block, room, blocks = blocks, block_length, blocks + 1
             placed.append((block, block_length - room, number, document, start))
-            left = room - length
-            if left:
-                rooms[left].append(block)
-                open_rooms |= 1 << left
+            padding = room - length
+            if padding:
+                rooms[padding].append(block)
+                open_rooms |= 1 << padding
     if not placed:
         raise TextError("there is no text to pack")
     packed = TokenBlocks(

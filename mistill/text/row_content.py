@@ -77,21 +77,21 @@ def content_of_row(row: Row) -> Content:
         TextError: If it says nothing that mistill reads, or something that would be lost.
     """
     value = row.value
-    column = _given(value, _CONVERSATIONS)
+    column = _first_present(value, _CONVERSATIONS)
     if column is not None:
-        read = {column}
+        read_columns = {column}
         talk = read_conversation(value[column], row.origin)
-        return _beside(row, talk, read)
+        return _beside(row, talk, read_columns)
     question, answer = _question_and_answer(value)
     if question is not None and answer is not None:
-        read = {question, answer}
-        asked = _asked(row, question, read)
+        read_columns = {question, answer}
+        prompt = _question_turns(row, question, read_columns)
         reply = _turns_of(value[answer], "assistant", f"{answer} of {row.origin}", row.origin)
-        talk = _joined(asked, reply)
+        talk = _joined(prompt, reply)
         # What a prompt lets the assistant say was said before; the completion is what is learned.
-        earlier = _assistants(asked.messages) if isinstance(value[question], list) else ()
+        earlier = _assistants(prompt.messages) if isinstance(value[question], list) else ()
         talk = replace(talk, unlearned=talk.unlearned | frozenset(earlier))
-        return _beside(row, talk, read)
+        return _beside(row, talk, read_columns)
     if "text" in value:
         text = _string(value["text"] or "", f"text of {row.origin}")
         beside = (*_SYSTEMS, *_CONTEXTS, "tools", "documents", "history", _VARIABLES)
@@ -113,9 +113,9 @@ def prompt_of_row(row: Row) -> Content:
     Raises:
         TextError: If there is no prompt, or something in it would be lost.
     """
-    column = _given(row.value, _CONVERSATIONS)
+    column = _first_present(row.value, _CONVERSATIONS)
     if column is not None:
-        read = {column}
+        read_columns = {column}
         talk = read_conversation(row.value[column], row.origin)
     else:
         question = next((name for name in _ANSWERS if row.value.get(name) is not None), None)
@@ -124,9 +124,9 @@ def prompt_of_row(row: Row) -> Content:
                 f"{_columns(row)}; prompts are read from prompt, instruction (and input), "
                 "question, messages or conversations; docs/data.md shows a line of each"
             )
-        read = {question, *_ANSWERS[question]}
-        talk = _asked(row, question, read)
-    content = _beside(row, talk, read)
+        read_columns = {question, *_ANSWERS[question]}
+        talk = _question_turns(row, question, read_columns)
+    content = _beside(row, talk, read_columns)
     assert isinstance(content.says, Conversation), "turns make a conversation"
     talk = content.says
     stop = len(talk.messages)
@@ -138,14 +138,14 @@ def prompt_of_row(row: Row) -> Content:
     return replace(content, says=replace(talk.until(stop), unlearned=unlearned))
 
 
-def _given(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def _first_present(value: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return next((name for name in names if value.get(name) is not None), None)
 
 
 def _columns(row: Row) -> str:
     """What the columns of a row are, for a message that none of them is read."""
-    known = (*_CONVERSATIONS, *_ANSWERS, *(name for names in _ANSWERS.values() for name in names))
-    empty = [name for name in row.value if name in known and row.value[name] is None]
+    usual = (*_CONVERSATIONS, *_ANSWERS, *(name for names in _ANSWERS.values() for name in names))
+    empty = [name for name in row.value if name in usual and row.value[name] is None]
     if empty:
         be = "is" if len(empty) == 1 else "are"
         return f"{', '.join(empty)} of {row.origin} {be} null"
@@ -154,7 +154,7 @@ def _columns(row: Row) -> str:
 
 def _question_and_answer(value: Mapping[str, Any]) -> tuple[str | None, str | None]:
     for question, answers in _ANSWERS.items():
-        answer = _given(value, answers)
+        answer = _first_present(value, answers)
         if value.get(question) is not None and answer is not None:
             return question, answer
     return None, None
@@ -163,15 +163,15 @@ def _question_and_answer(value: Mapping[str, Any]) -> tuple[str | None, str | No
 # --- questions ----------------------------------------------------------------------------------
 
 
-def _asked(row: Row, question: str, read: set[str]) -> Conversation:
+def _question_turns(row: Row, question: str, read_columns: set[str]) -> Conversation:
     """The turns of a question, with the passage that it is about."""
     value = row.value
     talk = _turns_of(value[question], "user", f"{question} of {row.origin}", row.origin)
     for name in _CONTEXTS:
         context = value.get(name)
-        if name in read or not context:
+        if name in read_columns or not context:
             continue
-        read.add(name)
+        read_columns.add(name)
         passage = _string(context, f"{name} of {row.origin}")
         text = talk.joined().messages[-1].get("content") or ""
         if question == "instruction" or passage.strip() not in text:
@@ -209,21 +209,23 @@ def _string(value: Any, name: str) -> str:
 # --- columns beside the turns -------------------------------------------------------------------
 
 
-def _beside(row: Row, talk: Conversation, read: set[str]) -> Content:
+def _beside(row: Row, talk: Conversation, read_columns: set[str]) -> Content:
     """A conversation with what stands in the columns beside its turns."""
     for name in _MEDIA:
         if row.value.get(name):
             raise TextError(f"{row.origin} holds {name}, and mistill reads text only")
-    talk = _with_history(row, talk, read)
-    talk = _with_system(row, talk, read)
-    tools = _objects(row, "tools", read)
-    documents = _objects(row, "documents", read)
-    variables = _variables(row, read)
+    talk = _with_history(row, talk, read_columns)
+    talk = _with_system(row, talk, read_columns)
+    tools = _objects(row, "tools", read_columns)
+    documents = _objects(row, "documents", read_columns)
+    variables = _variables(row, read_columns)
     talk = replace(talk, tools=tools, documents=documents, variables=variables)
     unread = tuple(
         str(name)
         for name, value in row.value.items()
-        if name not in read and value not in (None, "", [], {}) and not _is_harmless(str(name))
+        if name not in read_columns
+        and value not in (None, "", [], {})
+        and not _is_harmless(str(name))
     )
     _refuse_half_characters(talk, row.origin)
     return Content(talk, unread)
@@ -234,21 +236,21 @@ def _is_harmless(name: str) -> bool:
     return name in _HARMLESS or name.startswith("__") or name.endswith(_HARMLESS_ENDS)
 
 
-def _with_system(row: Row, talk: Conversation, read: set[str]) -> Conversation:
+def _with_system(row: Row, talk: Conversation, read_columns: set[str]) -> Conversation:
     for name in _SYSTEMS:
-        if name in read or not row.value.get(name):
+        if name in read_columns or not row.value.get(name):
             continue
-        read.add(name)
+        read_columns.add(name)
         system = _string(row.value[name], f"{name} of {row.origin}")
-        stated = [turn for turn in talk.messages if turn["role"] in SYSTEMS]
-        if not stated:
+        systems = [turn for turn in talk.messages if turn["role"] in SYSTEMS]
+        if not systems:
             turn: Message = {"role": "system", "content": system}
             talk = replace(
                 talk,
                 messages=(turn, *talk.messages),
                 unlearned=frozenset(number + 1 for number in talk.unlearned),
             )
-        elif all(turn.get("content") != system for turn in stated):
+        elif all(turn.get("content") != system for turn in systems):
             raise TextError(
                 f"{row.origin} has a system prompt in its turns and another in the column {name}; "
                 "leave one of them out"
@@ -256,11 +258,11 @@ def _with_system(row: Row, talk: Conversation, read: set[str]) -> Conversation:
     return talk
 
 
-def _with_history(row: Row, talk: Conversation, read: set[str]) -> Conversation:
+def _with_history(row: Row, talk: Conversation, read_columns: set[str]) -> Conversation:
     history = row.value.get("history")
-    if not history or "history" in read:
+    if not history or "history" in read_columns:
         return talk
-    read.add("history")
+    read_columns.add("history")
     pairs = isinstance(history, list | tuple) and all(
         isinstance(pair, list | tuple)
         and len(pair) == 2
@@ -284,14 +286,14 @@ def _with_history(row: Row, talk: Conversation, read: set[str]) -> Conversation:
     return _joined(earlier, talk)
 
 
-def _objects(row: Row, name: str, read: set[str]) -> list[Mapping[str, Any]] | None:
+def _objects(row: Row, name: str, read_columns: set[str]) -> list[Mapping[str, Any]] | None:
     """A column that holds a list of objects, or such a list as JSON in a text."""
     value = row.value.get(name)
     if isinstance(value, str) and value.strip():
         value = parse_json(value, f"{name} of {row.origin}", TextError)
     if not value:
         return None
-    read.add(name)
+    read_columns.add(name)
     if isinstance(value, list | tuple) and name == "tools":
         # Tools of many kinds share a column where each of them stands as JSON in a text.
         value = [
@@ -303,11 +305,11 @@ def _objects(row: Row, name: str, read: set[str]) -> list[Mapping[str, Any]] | N
     return list(value)
 
 
-def _variables(row: Row, read: set[str]) -> Mapping[str, Any]:
+def _variables(row: Row, read_columns: set[str]) -> Mapping[str, Any]:
     value = row.value.get(_VARIABLES)
     if not value:
         return {}
-    read.add(_VARIABLES)
+    read_columns.add(_VARIABLES)
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise TextError(f"{_VARIABLES} of {row.origin} should be an object, not {json_type(value)}")
     return value

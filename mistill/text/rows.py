@@ -229,19 +229,19 @@ def find_file(source: str) -> Path | None:
             raise TextError(f"mistill ships no text {source}; it ships {', '.join(SHIPPED)}")
         return _DATA / SHIPPED[source]
     path = Path(source).expanduser()
-    known = f"{', '.join(_FILES[:-1])} and {_FILES[-1]}"
+    kinds = f"{', '.join(_FILES[:-1])} and {_FILES[-1]}"
     if path.is_dir():
-        raise TextError(f"{source} is a folder; name the {known} files in it")
+        raise TextError(f"{source} is a folder; name the {kinds} files in it")
     if path.is_file():
         if suffix_of(path) not in _FILES:
             raise TextError(
-                f"{source} ends in {path.suffix or 'nothing'}; mistill reads {known}, and all but "
+                f"{source} ends in {path.suffix or 'nothing'}; mistill reads {kinds}, and all but "
                 "the last packed as .gz or .zst too"
             )
         return path
     if path.suffix.lower() in (*_FILES, *_PACKED) or not _HUB_ID.fullmatch(source):
         raise TextError(
-            f"there is no file {source}; give a {known.replace(' and ', ' or ')} file, a Hub "
+            f"there is no file {source}; give a {kinds.replace(' and ', ' or ')} file, a Hub "
             f"dataset such as owner/name:config:split, or one of {', '.join(SHIPPED)}"
         )
     return None

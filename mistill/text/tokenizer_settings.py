@@ -51,13 +51,13 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         files["default"] = folder / TEMPLATE_FILE
     if files:
         return {name: _read_template(file) for name, file in files.items()}
-    stated = settings.get("chat_template")
-    if isinstance(stated, str):
-        return {"default": stated}
-    if isinstance(stated, list):
+    templates = settings.get("chat_template")
+    if isinstance(templates, str):
+        return {"default": templates}
+    if isinstance(templates, list):
         pairs = [
             (entry.get("name"), entry.get("template"))
-            for entry in stated
+            for entry in templates
             if isinstance(entry, Mapping)
         ]
         return {
@@ -98,11 +98,11 @@ def read_special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
     # The older file counts more, unless the newer one lists all added tokens.
     older = optional_json(folder / "special_tokens_map.json")
     files = (settings,) if "added_tokens_decoder" in settings else (settings, older)
-    for stated in files:
-        values |= {name: value for name, value in stated.items() if name.endswith("_token")}
+    for entries in files:
+        values |= {name: value for name, value in entries.items() if name.endswith("_token")}
         for group in ("extra_special_tokens", "model_specific_special_tokens"):
-            named = stated.get(group)
-            values |= named if isinstance(named, Mapping) else {}
+            tokens = entries.get(group)
+            values |= tokens if isinstance(tokens, Mapping) else {}
     spelled = {name: _spelled(value) for name, value in values.items()}
     return {name: text for name, text in spelled.items() if text is not None}
 
@@ -127,7 +127,7 @@ def adds_eos(settings: Mapping[str, Any], processor: Processor | None, eos_token
     return _adds(settings.get("add_eos_token"), processor, eos_token, first=False)
 
 
-def _adds(stated: Any, processor: Processor | None, token: str, *, first: bool) -> bool:
-    if isinstance(stated, bool):
-        return stated
+def _adds(setting: Any, processor: Processor | None, token: str, *, first: bool) -> bool:
+    if isinstance(setting, bool):
+        return setting
     return processor is not None and processor.puts(token, first=first)

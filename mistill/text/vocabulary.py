@@ -250,10 +250,10 @@ class Vocabulary:
             {"role": "user", "content": "?"},
         ]
         try:
-            written = set(self.encode(self.render(turns, add_generation_prompt=True)))
+            rendered_ids = set(self.encode(self.render(turns, add_generation_prompt=True)))
         except (TextError, VocabularyError):
             return frozenset()
-        return frozenset(entry["id"] for entry in plain if entry["id"] in written)
+        return frozenset(entry["id"] for entry in plain if entry["id"] in rendered_ids)
 
     @cached_property
     def _splitting(self) -> TokenizerFile:
@@ -324,8 +324,8 @@ class Vocabulary:
         The end-of-sequence tokens that generation_config.json, config.json and the tokenizer
         name, and the token that the chat template writes after an assistant's turn.
         """
-        named = self.special_tokens.get("eos_token")
-        tokenizer_end = None if named is None else self._tokenizer.token_to_id(named)
+        end = self.special_tokens.get("eos_token")
+        tokenizer_end = None if end is None else self._tokenizer.token_to_id(end)
         ids = [*self._configured_ends, tokenizer_end, self._end_of_turn()]
         return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < self.size))
 
@@ -459,8 +459,8 @@ class Vocabulary:
         config: Mapping[str, Any],
         name: str,
     ) -> int | None:
-        named = None if token is None else self._tokenizer.token_to_id(token)
-        for value in (named, generation.get(name), config.get(name)):
+        token_id = None if token is None else self._tokenizer.token_to_id(token)
+        for value in (token_id, generation.get(name), config.get(name)):
             if isinstance(value, int) and 0 <= value < self.size:
                 return value
         return None

@@ -408,8 +408,8 @@ def load_adapters(folder: Path) -> dict[str, Adapter]:
     tensors = load_file(folder / WEIGHTS_FILE)
     adapters = {}
     for name, down in tensors.items():
-        stem, found, _ = name.partition(".lora_A.weight")
-        if not found:
+        stem, ending, _ = name.partition(".lora_A.weight")
+        if not ending:
             continue
         module = stem.removeprefix("base_model.model.")
         kind = module.rpartition(".")[2]

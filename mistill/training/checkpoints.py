@@ -133,10 +133,10 @@ def _read_whole(folder: Path) -> dict[str, Any] | None:
     try:
         document = json.loads((folder / _PROGRESS_FILE).read_text("utf-8"))
         progress, files = document["progress"], document["files"]
-        whole = all(_checksum(folder / name) == checksum for name, checksum in files.items())
+        is_whole = all(_checksum(folder / name) == checksum for name, checksum in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return progress if whole and isinstance(progress, dict) else None
+    return progress if is_whole and isinstance(progress, dict) else None
 
 
 def _checksum(file: Path) -> int:

@@ -125,8 +125,8 @@ class Metrics:
                 flat.update({f"{name}/{part}": number for part, number in value.items()})
             else:
                 flat[f"train/{name}"] = value
-        known = {name: number for name, number in flat.items() if number is not None}
-        self.accelerator.log(known, step=step)
+        numbers = {name: number for name, number in flat.items() if number is not None}
+        self.accelerator.log(numbers, step=step)
 
     def close(self) -> None:
         """Let go of the trackers' files."""

@@ -63,12 +63,12 @@ def require_known_trackers(trackers: object) -> None:
     Raises:
         SettingsError: If they are not.
     """
-    known = get_args(TrackerName)
+    names = get_args(TrackerName)
     require(
         isinstance(trackers, list | tuple)
-        and set(trackers) <= set(known)
+        and set(trackers) <= set(names)
         and len(set(trackers)) == len(trackers),
-        f"trackers should be some of {', '.join(known)}, each once, not {trackers!r}",
+        f"trackers should be some of {', '.join(names)}, each once, not {trackers!r}",
     )
 
 

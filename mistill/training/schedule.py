@@ -45,8 +45,8 @@ def blocks_of_step(step: int, blocks: int, batch_size: int, seed: int) -> list[i
     Returns:
         ``batch_size`` indices.
     """
-    wanted = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_order(blocks, place // blocks, seed)[place % blocks]) for place in wanted]
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_order(blocks, place // blocks, seed)[place % blocks]) for place in places]
 
 
 @lru_cache(maxsize=4)

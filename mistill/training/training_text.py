@@ -95,8 +95,8 @@ def packed_pair(
     """
     training_blocks = _kept_blocks(documents, settings.block_length, "texts")
     judged_blocks = _kept_blocks(judged, settings.block_length, "held_out")
-    wanted = max(1, settings.held_out_tokens // settings.block_length)
-    return training_blocks, _evenly(judged_blocks, wanted)
+    count = max(1, settings.held_out_tokens // settings.block_length)
+    return training_blocks, _evenly(judged_blocks, count)
 
 
 def split_documents(
@@ -126,33 +126,33 @@ def split_documents(
         TextError: If there is too little text to share.
     """
     sizes = [len(document.ids) for document in documents]
-    wanted = int(share * sum(sizes))
-    chosen: set[int] = set()
-    taken = 0
+    most = int(share * sum(sizes))
+    held_out: set[int] = set()
+    held_out_tokens = 0
     together: dict[Hashable, list[int]] = {}
     for index in range(len(documents)):
         together.setdefault(index if groups is None else groups[index], []).append(index)
     members = list(together.values())
     for place in np.random.default_rng(seed).permutation(len(members)):
         size = sum(sizes[index] for index in members[place])
-        if taken + size <= wanted:
-            chosen.update(members[place])
-            taken += size
-    if chosen:
-        learnt = [document for index, document in enumerate(documents) if index not in chosen]
-        return learnt, [documents[index] for index in sorted(chosen)]
-    if wanted < 2:
+        if held_out_tokens + size <= most:
+            held_out.update(members[place])
+            held_out_tokens += size
+    if held_out:
+        learnt = [document for index, document in enumerate(documents) if index not in held_out]
+        return learnt, [documents[index] for index in sorted(held_out)]
+    if most < 2:
         raise TextError(
             f"the texts hold {sum(sizes)} tokens, of which a share of {share} is too little to "
             "judge the model on; give held_out texts or more text"
         )
     longest = int(np.argmax(sizes))
-    whole = documents[longest]
-    cut = sizes[longest] - wanted
+    divided = documents[longest]
+    cut = sizes[longest] - most
     # Where the document is cut anyway, so that its pieces are those that targets were cached for.
     cut = cut // block_length * block_length or cut
     begin, end = (
-        replace(whole, ids=whole.ids[part], mask=whole.mask[part])
+        replace(divided, ids=divided.ids[part], mask=divided.mask[part])
         for part in (slice(None, cut), slice(cut, None))
     )
     return [*documents[:longest], begin, *documents[longest + 1 :]], [end]
@@ -170,8 +170,8 @@ def _kept_blocks(documents: Sequence[Document], block_length: int, name: str) ->
     return blocks[rows]
 
 
-def _evenly(blocks: TokenBlocks, wanted: int) -> TokenBlocks:
+def _evenly(blocks: TokenBlocks, count: int) -> TokenBlocks:
     """Some of the blocks, evenly spaced from the first to the last."""
-    if wanted >= len(blocks):
+    if count >= len(blocks):
         return blocks
-    return blocks[np.linspace(0, len(blocks) - 1, wanted).round().astype(np.int64)]
+    return blocks[np.linspace(0, len(blocks) - 1, count).round().astype(np.int64)]

@@ -252,17 +252,17 @@ class _Findings:
         if self.varying_but_symmetric:
             self.wrong.append(
                 "config.json says sym, but the zero points vary in "
-                + _some(self.varying_but_symmetric)
+                + _few(self.varying_but_symmetric)
             )
         if self.unfilled:
             self.wrong.append(
-                f"g_idx leaves groups without a column in {_some(self.unfilled)}: it was not "
+                f"g_idx leaves groups without a column in {_few(self.unfilled)}: it was not "
                 "filled in, and the groups are probably in order; remove the g_idx tensors, or "
                 "quantize the float model again"
             )
         if self.mixed and not layout.activation_order:
             self.wrong.append(
-                f"config.json says desc_act false, but g_idx mixes groups in {_some(self.mixed)}"
+                f"config.json says desc_act false, but g_idx mixes groups in {_few(self.mixed)}"
             )
         lost = self._lost_words(detected or layout.checkpoint_format)
         if lost:
@@ -399,6 +399,6 @@ def _two_configs(folder: Path, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _some(names: Sequence[str]) -> str:
+def _few(names: Sequence[str]) -> str:
     rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{rest}"

@@ -127,12 +127,12 @@ class Nf4Weight:
         pairs = np.stack([self.levels[byte >> 4], self.levels[byte & 15]], axis=1)
         weights = pairs.view(np.int64)[:, 0][self.codes].view(np.float32)
         count = math.prod(self.shape)
-        whole = count // self.block_size * self.block_size
-        weights[:whole].reshape(-1, self.block_size)[:] *= self.scales[
-            : whole // self.block_size, None
+        in_whole_blocks = count // self.block_size * self.block_size
+        weights[:in_whole_blocks].reshape(-1, self.block_size)[:] *= self.scales[
+            : in_whole_blocks // self.block_size, None
         ]
-        if whole < count:
-            weights[whole:] *= self.scales[-1]
+        if in_whole_blocks < count:
+            weights[in_whole_blocks:] *= self.scales[-1]
         return weights[:count].reshape(self.shape)
 
 

@@ -156,10 +156,10 @@ class TensorWriter:
 
 def _copied(body: BinaryIO, stored: StoredTensor) -> Iterator[bytes]:
     body.seek(stored.start)
-    left = stored.size
-    while left and (chunk := body.read(min(left, _COPIED_AT_ONCE))):
+    bytes_left = stored.size
+    while bytes_left and (chunk := body.read(min(bytes_left, _COPIED_AT_ONCE))):
         yield chunk
-        left -= len(chunk)
+        bytes_left -= len(chunk)
 
 
 def packed_tensors(

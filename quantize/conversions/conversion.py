@@ -58,8 +58,8 @@ def convert(
         FolderError: If the source is broken, contradicts itself, is no GPTQ folder, or has that
             format already.
     """
-    known = get_args(CheckpointFormat)
-    require(to in known, f"to must be {' or '.join(known)}, not {to!r}")
+    formats = get_args(CheckpointFormat)
+    require(to in formats, f"to must be {' or '.join(formats)}, not {to!r}")
     target = refuse_existing(target, overwrite, [source])
     info = open_folder(resolve_model(source))
     if info.form != "gptq":

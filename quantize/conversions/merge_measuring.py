@@ -73,12 +73,12 @@ def measure(
         TextError: If there is no text.
     """
     blocks = _blocks(reference, texts, skip_bad_rows)
-    said: dict[Path, Predictions] = {}
+    predicted: dict[Path, Predictions] = {}
     for folder in (reference, *models.values()):
-        if folder not in said:
-            said[folder] = predict(load_pytorch(folder), blocks)
-    predictions = {name: said[folder] for name, folder in models.items()}
-    fidelity = compare({"reference": said[reference]}, predictions, blocks)
+        if folder not in predicted:
+            predicted[folder] = predict(load_pytorch(folder), blocks)
+    predictions = {name: predicted[folder] for name, folder in models.items()}
+    fidelity = compare({"reference": predicted[reference]}, predictions, blocks)
     return {
         name: Measured(fidelity[name]["reference"], next_token_losses(one, blocks))
         for name, one in predictions.items()

@@ -239,9 +239,9 @@ def _check_options(adapter: Path, adapter_config: Mapping[str, Any]) -> None:
         from peft import LoraConfig
     except ModuleNotFoundError as error:
         raise missing_extra("peft", "tune") from error
-    known = {field.name for field in fields(LoraConfig)}
+    names = {field.name for field in fields(LoraConfig)}
     used = {name for name, value in adapter_config.items() if value}
-    unknown = sorted(used - known)
+    unknown = sorted(used - names)
     if unknown:
         raise FolderError(
             f"{adapter} was made by a newer version of peft: the one that is installed does not "

@@ -99,23 +99,23 @@ def translated(options: Mapping[str, Any]) -> dict[str, Any]:
         return ours
     _refuse_formats(theirs)
     if "sym" in theirs:
-        _put(ours, "symmetric", _switch(theirs, "sym"), "sym")
+        _set_once(ours, "symmetric", _switch(theirs, "sym"), "sym")
     order = _order(theirs)
     if order is not None:
-        _put(ours, "order", order, "desc_act, static_groups and act_group_aware")
+        _set_once(ours, "order", order, "desc_act, static_groups and act_group_aware")
     if theirs.get("mse") is not None:
         # Theirs is the exponent of an unweighted error, 0 for no search at all.
         searched = float(theirs["mse"]) > 0
-        _put(ours, "scale_search", GptqSettings().scale_search if searched else 1, "mse")
+        _set_once(ours, "scale_search", GptqSettings().scale_search if searched else 1, "mse")
     overrides, tables = _overrides(theirs.get("dynamic") or {})
     for flag, module, name in (
         ("lm_head", HEAD, "head_bits"),
         ("embedding", EMBEDDING, "embedding_bits"),
     ):
         if theirs.get(flag) is not None and _switch(theirs, flag):
-            _put(ours, name, tables.get(module, ours.get("bits", GptqSettings().bits)), flag)
+            _set_once(ours, name, tables.get(module, ours.get("bits", GptqSettings().bits)), flag)
     if overrides:
-        _put(ours, "overrides", overrides, "dynamic")
+        _set_once(ours, "overrides", overrides, "dynamic")
     symmetric = bool(ours.get("symmetric", True)) and "symmetric=false" not in str(overrides)
     _require_checkpoint_format(theirs, symmetric)
     return ours
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
     return quantization
 
 
-def _put(ours: dict[str, Any], name: str, value: Any, theirs: str) -> None:
+def _set_once(ours: dict[str, Any], name: str, value: Any, theirs: str) -> None:
     if name in ours:
         raise SettingsError(f"give either {name} or {theirs}, not both: they are one setting")
     ours[name] = value
@@ -194,8 +194,8 @@ def _overrides(dynamic: Any) -> tuple[tuple[str, ...], dict[str, int]]:
         if module in (HEAD, EMBEDDING) and "bits" in values:
             tables[module] = values["bits"]
             continue
-        named = {"symmetric" if name == "sym" else name: value for name, value in values.items()}
-        words = (f"{name}={str(value).lower()}" for name, value in named.items())
+        renamed = {"symmetric" if name == "sym" else name: value for name, value in values.items()}
+        words = (f"{name}={str(value).lower()}" for name, value in renamed.items())
         overrides.append(f"{pattern}: {', '.join(words)}")
     return tuple(overrides), tables
 
@@ -213,10 +213,10 @@ def _refuse_formats(theirs: Mapping[str, Any]) -> None:
 
 def _require_checkpoint_format(theirs: Mapping[str, Any], symmetric: bool) -> None:
     requested = theirs.get("checkpoint_format") or theirs.get("format")
-    written = "gptq" if symmetric else "gptq_v2"
+    stored_as = "gptq" if symmetric else "gptq_v2"
     require(
-        requested in (None, written),
-        f"{'symmetric' if symmetric else 'asymmetric'} codes are written as {written}, got "
+        requested in (None, stored_as),
+        f"{'symmetric' if symmetric else 'asymmetric'} codes are written as {stored_as}, got "
         f"checkpoint_format {requested!r}; quantize.convert makes the other",
     )
 

@@ -54,8 +54,8 @@ def require_backend(backend: str, settings: GptqSettings) -> None:
         MissingExtraError: If the library is not installed or cannot be imported; the message says
             why, and what to do.
     """
-    known = get_args(Backend)
-    require(backend in known, f"backend must be one of {', '.join(known)}, not {backend!r}")
+    names = get_args(Backend)
+    require(backend in names, f"backend must be one of {', '.join(names)}, not {backend!r}")
     if backend == "auto_gptq":
         _probe_auto_gptq()
     if backend == "gptqmodel":

@@ -78,12 +78,12 @@ class PartStore:
             Number of parts, all of them readable, and with them what leaves the last layer of
             them; 0 if that is lost.
         """
-        done = 0
-        while done < len(names) and _readable(self._file(names[done])):
-            done += 1
-        layers = done - 1
+        count = 0
+        while count < len(names) and _readable(self._file(names[count])):
+            count += 1
+        layers = count - 1
         lost = 0 < layers < len(names) - 1 and not _readable(self._hidden(layers))
-        return 0 if lost else done
+        return 0 if lost else count
 
     def put(self, name: str, part: Part) -> None:
         """Store a part; when this returns it survives a kill of the process.

@@ -36,7 +36,7 @@ def fill_budget(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[st
     """
     hulls = {name: lower_hull(options) for name, options in choices.items()}
     chosen = dict.fromkeys(hulls, 0)
-    left = budget - sum(hull[0].size for hull in hulls.values())
+    bytes_left = budget - sum(hull[0].size for hull in hulls.values())
     queue: list[tuple[float, str]] = []
 
     def push(name: str) -> None:
@@ -50,9 +50,9 @@ def fill_budget(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[st
         _, name = heapq.heappop(queue)
         hull, index = hulls[name], chosen[name]
         more = hull[index + 1].size - hull[index].size
-        if more > left:
+        if more > bytes_left:
             continue  # this matrix keeps its choice; smaller changes of others may still fit
-        left -= more
+        bytes_left -= more
         chosen[name] += 1
         push(name)
     return {name: hulls[name][index] for name, index in chosen.items()}

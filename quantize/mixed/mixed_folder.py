@@ -109,7 +109,8 @@ def to_mixed(
     def summarize(folder: Path) -> None:
         summary = {
             "budget_bytes": budget,
-            "expected_bytes": sum(choice.size for choice in chosen.values()) + _rest_bytes(model),
+            "expected_bytes": sum(choice.size for choice in chosen.values())
+            + _bytes_of_others(model),
             "weight_bytes": sum(file.stat().st_size for file in weight_files(folder)),
             "expected_kl": sum(choice.cost for choice in chosen.values()),
             "modules": {
@@ -151,7 +152,7 @@ def choose(
     """
     sizes = _possible_sizes(model, settings)
     budget = size_limit(model, settings)
-    rest = _rest_bytes(model)
+    rest = _bytes_of_others(model)
     least = sum(min(by_form.values()) for by_form in sizes.values()) + rest
     if least > budget:
         parameters = describe(model.folder).parameters
@@ -160,8 +161,8 @@ def choose(
             f"({least * 8 / parameters:.2f} bits per weight), more than the limit of "
             f"{budget / 1e6:.1f} MB; raise the size or give smaller formats"
         )
-    drawn = replace(settings.gptq(), samples=settings.sensitivity_samples)
-    blocks = draw_blocks(texts, model.folder, drawn, today=today)
+    own = replace(settings.gptq(), samples=settings.sensitivity_samples)
+    blocks = draw_blocks(texts, model.folder, own, today=today)
     generator = torch.Generator().manual_seed(settings.seed)
     forms = {name: [f for f in by_form if f is not None] for name, by_form in sizes.items()}
     costs = estimate_costs(model, blocks, forms, settings.gptq(), generator)
@@ -181,7 +182,7 @@ def uniform_bytes(model: FloatModel, group_size: int) -> int:
     Returns:
         At least what the files have.
     """
-    total = _rest_bytes(model)
+    total = _bytes_of_others(model)
     for by_form in _possible_sizes(model, MixedSettings()).values():
         fours = {f: size for f, size in by_form.items() if f is not None and f.bits == 4}
         matching = [size for f, size in fours.items() if f.group_size == group_size]
@@ -304,17 +305,17 @@ def size_limit(model: FloatModel, settings: BudgetSettings) -> int:
     return q4_k_m_bytes(
         model.matrices,
         {name: (width, rows) for name, (rows, width) in tables.items()},
-        sum(math.prod(present[name].shape) for name in _rest(model)),
+        sum(math.prod(present[name].shape) for name in _other_tensors(model)),
     )
 
 
-def _rest_bytes(model: FloatModel) -> int:
+def _bytes_of_others(model: FloatModel) -> int:
     """Bytes of norms and biases, which stay as they are."""
     present = tensor_headers(model.folder)
-    return sum(present[name].size + len(name) + _HEADER_BYTES for name in _rest(model))
+    return sum(present[name].size + len(name) + _HEADER_BYTES for name in _other_tensors(model))
 
 
-def _rest(model: FloatModel) -> list[str]:
+def _other_tensors(model: FloatModel) -> list[str]:
     """Names of the tensors that are neither matrices nor tables."""
     chosen = {f"{name}.weight" for name in (*model.matrices, EMBEDDING, HEAD)}
     return [

@@ -152,8 +152,8 @@ def _through_head(
         upward = torch.empty_like(rows)
         for start in range(0, len(rows), step):
             p = (rows[start : start + step] @ head.T).softmax(dim=1)
-            drawn = p.multinomial(1, generator=generator)
-            upward[start : start + step] = head[drawn[:, 0]] - p @ head
+            tokens = p.multinomial(1, generator=generator)
+            upward[start : start + step] = head[tokens[:, 0]] - p @ head
         at_norm = torch.zeros_like(normed)
         at_norm[mask] = upward
         normed.backward(at_norm)

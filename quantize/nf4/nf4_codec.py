@@ -99,20 +99,20 @@ def _encode(weights: Tensor) -> tuple[Tensor, Tensor]:
     count = len(weights)
     codes = torch.empty((count + 1) // 2, dtype=torch.uint8)
     scales = torch.empty(-(-count // BLOCK))
-    whole = count // BLOCK * BLOCK
+    in_whole_blocks = count // BLOCK * BLOCK
     above = torch.empty(_AT_ONCE, dtype=torch.bool)
-    for start in range(0, whole, _AT_ONCE):
-        end = min(start + _AT_ONCE, whole)
+    for start in range(0, in_whole_blocks, _AT_ONCE):
+        end = min(start + _AT_ONCE, in_whole_blocks)
         blocks = weights[start:end].float().view(-1, BLOCK)
         largest = blocks.abs().amax(1)
         scales[start // BLOCK : end // BLOCK] = largest
         scaled = blocks * largest.clamp(min=_LEAST_SCALE).reciprocal_()[:, None]
         codes[start // 2 : end // 2] = _packed(_nearest(scaled.view(-1), above[: end - start]))
-    if whole < count:
-        rest = weights[whole:].float()
+    if in_whole_blocks < count:
+        rest = weights[in_whole_blocks:].float()
         scales[-1] = rest.abs().max().clamp(min=_LEAST_SCALE)
         scaled = torch.cat([rest / scales[-1], torch.zeros(count % 2)])
-        codes[whole // 2 :] = _packed(_nearest(scaled, above[: len(scaled)]))
+        codes[in_whole_blocks // 2 :] = _packed(_nearest(scaled, above[: len(scaled)]))
     return codes, scales
 
 

@@ -178,9 +178,9 @@ def _read_blocks(
     else:
         blocks = read_blocks(texts, most + apart)
         apart = min(apart, len(blocks) // 2)
-        measured = np.linspace(0, len(blocks) - 1, apart).round().astype(np.int64)
-        judging = blocks[measured]
-        training = blocks[np.setdiff1d(np.arange(len(blocks)), measured)]
+        held_out_places = np.linspace(0, len(blocks) - 1, apart).round().astype(np.int64)
+        judging = blocks[held_out_places]
+        training = blocks[np.setdiff1d(np.arange(len(blocks)), held_out_places)]
     for name, blocks in (("texts", training), ("held_out", judging)):
         if not len(blocks):
             raise TextError(f"{name} fill no block of {settings.block_length} tokens; give more")
@@ -224,10 +224,10 @@ class _Tuner:
         factors = {name: torch.ones_like(value) for name, value in start.items()}
         trained = [linear.gain for linear in self.linears.values()] + list(factors.values())
         optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, betas=(0.9, 0.95))
-        done = _load_state(work, optimizer)
+        steps_done = _load_state(work, optimizer)
         self._set_norms(start, factors)
-        with track("Tuning", total=settings.steps, unit="steps", done=done) as progress:
-            for step in range(done, settings.steps):
+        with track("Tuning", total=settings.steps, unit="steps", done=steps_done) as progress:
+            for step in range(steps_done, settings.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate_at(
                         step, settings.steps, peak=settings.learning_rate, warmup=_WARMUP

@@ -308,8 +308,8 @@ def _make(
     if variant.step == "mixed":
         options["size_mb"] = uniform_bytes(open_float(source), _MIXED_LIKE) / 1e6
     if calibrated:
-        drawn = {"samples", "block_length", "seed"}
-        options |= {k: v for k, v in settings_dict(settings).items() if k in drawn}
+        calibration = {"samples", "block_length", "seed"}
+        options |= {k: v for k, v in settings_dict(settings).items() if k in calibration}
         options |= {"skip_bad_rows": True} if settings.skip_bad_rows else {}
     target = folder / variant.name
     if not target.exists():

@@ -388,8 +388,8 @@ MUTATIONS = (
     Mutation(
         "nucleus sampling keeps every token",
         "mistill/engine/sampling.py",
-        "wanted = p * odds.sum(dtype=np.float64)",
-        "wanted = odds.sum(dtype=np.float64)",
+        "mass = p * odds.sum(dtype=np.float64)",
+        "mass = odds.sum(dtype=np.float64)",
         _SAMPLING,
     ),
     # --- measuring ------------------------------------------------------------------------------

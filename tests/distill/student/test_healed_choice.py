@@ -151,13 +151,13 @@ def test_every_state_that_is_kept_is_used_once(tmp_path: Path, monkeypatch: pyte
     """The work is that of the module's own account: L (n + 1) healed layers at most."""
     folder = tiny_model(tmp_path / "model", num_hidden_layers=6, scale=0.08)
     left: list[tuple[int, int]] = []
-    leave = healed_choice._Search._leave
+    leave = healed_choice._Search._heal_and_drop
 
     def counted(self: Any, depth: int, dropped: int, *rest: Any) -> None:
         left.append((depth, dropped))
         leave(self, depth, dropped, *rest)
 
-    monkeypatch.setattr(healed_choice._Search, "_leave", counted)
+    monkeypatch.setattr(healed_choice._Search, "_heal_and_drop", counted)
     healed_choices(folder, some_blocks(), 2)
     assert len(set(left)) == len(left)
     # (d, k) is reached with k layers gone behind the first: d > k, or nothing gone yet.

@@ -60,9 +60,9 @@ class _Plan:
 
 
 _PLANS: dict[Size, _Plan] = {
-    "quick": _Plan("demo-quick.toml", 4, 41, 145, 190),
-    "normal": _Plan("demo.toml", 12, 90, 150, 410),
-    "full": _Plan("demo-full.toml", 60, 90, 150, 610),
+    "quick": _Plan("demo-quick.toml", 4, 28, 240, 165),
+    "normal": _Plan("demo.toml", 12, 60, 250, 370),
+    "full": _Plan("demo-full.toml", 60, 60, 250, 550),
 }
 _TRAINING = "distilled"
 _BUDGET_FILE = ".demo-budget.json"

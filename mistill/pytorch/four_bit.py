@@ -59,7 +59,7 @@ def hold_codes_as(model: nn.Module, dtype: torch.dtype) -> int:
     layers: list[Any] = [module for module in model.modules() if type(module).__name__ == LAYER]
     for layer in layers:
         require_as_stored(layer)
-        codes, state = layer.weight.data, layer.weight.quant_state
+        codes = layer.weight.data
         if codes.numel() % dtype.itemsize:
             raise ArchitectureError(
                 f"{codes.numel()} bytes of 4-bit codes do not fill numbers of type {dtype}; use "
@@ -67,7 +67,6 @@ def hold_codes_as(model: nn.Module, dtype: torch.dtype) -> int:
             )
         layer.weight.data = codes.reshape(-1).view(dtype).reshape(-1, 1)
         layer.weight.quant_storage = layer.quant_storage = dtype
-        layer.quant_state = state  # found here when FSDP has made another tensor of the weight
     return len(layers)
 
 

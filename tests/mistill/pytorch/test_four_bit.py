@@ -203,6 +203,8 @@ def test_codes_held_as_floats_are_those_that_bitsandbytes_stores_so(
     state = ours.state_dict()
     for name, layer in four_bit_layers(ours).items():
         assert layer.weight.dtype == layer.quant_storage == dtype
+        # Where bitsandbytes finds it when FSDP has made another tensor of the weight.
+        assert layer.quant_state is layer.weight.quant_state
         codes = layer.weight.data.view(torch.uint8)
         assert torch.equal(codes, stored[name].weight.data.view(torch.uint8))
         # What a checkpoint holds is read again as the codes that came.

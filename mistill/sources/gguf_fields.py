@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mistill.errors import ArchitectureError, FolderError
 from mistill.shown import one_line
@@ -23,6 +23,9 @@ _PIECE = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 # Bytes of the values of each type by its number; a text and an array say their own length.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY = 8, 9
+
+ItemT = TypeVar("ItemT", str, int, float)
+_ITEMS: dict[type, str] = {str: "texts", int: "whole numbers", float: "numbers"}
 
 
 class GgufFile:
@@ -138,55 +141,23 @@ class GgufFile:
             raise self._wrong(key, "text", value)
         return value
 
-    def texts(self, key: str) -> list[str]:
-        """A list of texts.
+    def items(self, key: str, kind: type[ItemT]) -> list[ItemT]:
+        """A list of texts, whole numbers or numbers.
 
         Args:
             key: Name of the field.
+            kind: str, int or float.
 
         Returns:
-            The texts; empty if the field is an empty list.
+            The items; none if the field is an empty list.
 
         Raises:
             ArchitectureError: If the field is missing.
             FolderError: If it holds something else.
         """
-        return self._items(key, str, "texts")
-
-    def wholes(self, key: str) -> list[int]:
-        """A list of whole numbers.
-
-        Args:
-            key: Name of the field.
-
-        Returns:
-            The numbers.
-
-        Raises:
-            ArchitectureError: If the field is missing.
-            FolderError: If it holds something else.
-        """
-        return self._items(key, int, "whole numbers")
-
-    def numbers(self, key: str) -> list[float]:
-        """A list of numbers.
-
-        Args:
-            key: Name of the field.
-
-        Returns:
-            The numbers.
-
-        Raises:
-            ArchitectureError: If the field is missing.
-            FolderError: If it holds something else.
-        """
-        return self._items(key, float, "numbers")
-
-    def _items(self, key: str, kind: type[Any], words: str) -> list[Any]:
         value = self._value(key, None)
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
-            raise self._wrong(key, f"a list of {words}", value)
+            raise self._wrong(key, f"a list of {_ITEMS[kind]}", value)
         return value
 
     def _value(self, key: str, default: Any) -> Any:

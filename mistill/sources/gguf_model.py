@@ -127,7 +127,7 @@ def _config(file: GgufFile, ids: Mapping[str, int | None]) -> dict[str, Any]:
         "rms_norm_eps": _shortest(file.number("llama.attention.layer_norm_rms_epsilon")),
         "rope_parameters": read_rope(file, head_dim),
         **{name: _has_biases(file, name) for name in _BIASES},
-        "vocab_size": len(file.texts("tokenizer.ggml.tokens")),
+        "vocab_size": len(file.items("tokenizer.ggml.tokens", str)),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": ids["bos"],
         "eos_token_id": ids["eos"],

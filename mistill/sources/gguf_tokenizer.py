@@ -53,7 +53,7 @@ def special_ids(file: GgufFile) -> dict[str, int | None]:
     Raises:
         FolderError: If a name is given to something that is no token.
     """
-    count = len(file.texts(f"{_PREFIX}tokens"))
+    count = len(file.items(f"{_PREFIX}tokens", str))
     return {name: file.token(f"{_PREFIX}{name}_token_id", count) for name in (*_ENDS, *_NAMED)}
 
 
@@ -87,7 +87,7 @@ def write_tokenizer(
     template = file.text("tokenizer.chat_template")
     tokenizer = _tokenizer(file, ids, template or "")
     keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    texts = file.texts(f"{_PREFIX}tokens")
+    texts = file.items(f"{_PREFIX}tokens", str)
     # A word that is named as padding stays a word: to name it here would make it a special token.
     added = tokenizer.get_added_tokens_decoder()
     specials = {
@@ -115,7 +115,7 @@ def write_tokenizer(
 
 def _tokenizer(file: GgufFile, ids: Mapping[str, int | None], template: str) -> Tokenizer:
     """The tokenizer, with special tokens that the file types as normal ones."""
-    texts = file.texts(f"{_PREFIX}tokens")
+    texts = file.items(f"{_PREFIX}tokens", str)
     kinds = _kinds(file, len(texts))
     ends = set(ends_of(ids)) | {token for token, text in enumerate(texts) if text in _TURN_ENDS}
     mistaken = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
@@ -156,7 +156,7 @@ def _kinds(file: GgufFile, count: int) -> list[TokenType]:
     if f"{_PREFIX}token_type" not in file:
         return [TokenType.NORMAL] * count
     try:
-        kinds = [TokenType(kind) for kind in file.wholes(f"{_PREFIX}token_type")]
+        kinds = [TokenType(kind) for kind in file.items(f"{_PREFIX}token_type", int)]
     except ValueError as error:
         raise _undescribed(file, error) from error
     if len(kinds) != count:
@@ -174,7 +174,7 @@ def _built(file: GgufFile, texts: list[str], kinds: list[TokenType]) -> Tokenize
             "vocabularies gpt2 (byte-level BPE) and llama (SentencePiece)"
         )
     if model == "gpt2":
-        merges = file.texts(f"{_PREFIX}merges") if f"{_PREFIX}merges" in file else None
+        merges = file.items(f"{_PREFIX}merges", str) if f"{_PREFIX}merges" in file else None
         if merges is None:
             raise _undescribed(file, f"it lacks the field {_PREFIX}merges")
         cut = str(file.text(f"{_PREFIX}pre"))
@@ -184,7 +184,7 @@ def _built(file: GgufFile, texts: list[str], kinds: list[TokenType]) -> Tokenize
             raise
         except Exception as error:  # tokenizers raises nothing more precise
             raise _undescribed(file, error) from error
-    scores = file.numbers(f"{_PREFIX}scores") if f"{_PREFIX}scores" in file else []
+    scores = file.items(f"{_PREFIX}scores", float) if f"{_PREFIX}scores" in file else []
     if len(scores) != len(texts):
         raise _undescribed(file, f"it has {len(scores)} scores for {len(texts)} tokens")
     prefix = file.flag(f"{_PREFIX}add_space_prefix", True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mistill.cli import main
-from mistill.shown import facts_table, plain, visible
+from mistill.shown import facts_table, one_line, plain, visible
 from tests.tiny import tiny_model
 
 HOSTILE = "\x1b]0;OWNED\x07\x9b31m\u202e[link=https://example.org]x[/link][/bold]\udcff"
@@ -21,6 +21,11 @@ def test_controls_are_spelt_out_and_the_rest_stays():
     assert visible("\x1b[31m\x9b\u202e\U000e0001\udcff") == (
         "\\x1b[31m\\x9b\\u202e\\U000e0001\\udcff"
     )
+
+
+def test_an_error_of_several_lines_becomes_one_and_is_cut_where_asked_for():
+    assert one_line(ValueError("bad\n  shape:\t[2]")) == "bad shape: [2]"
+    assert one_line("bad\n  shape", 5) == "bad s"
 
 
 @given(st.text(max_size=40))

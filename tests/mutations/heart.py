@@ -503,8 +503,8 @@ MUTATIONS = (
     Mutation(
         "what was trained over four bits is merged into the weights before them twice",
         "tune/trainers/merged_folder.py",
-        "            if through_nf4 is not None and module",
-        "            if through_nf4 is None and module",
+        "        if through_nf4 is not None and module",
+        "        if through_nf4 is None and module",
         ("tests/tune/supervision/test_tuned_folder.py",),
     ),
     Mutation(

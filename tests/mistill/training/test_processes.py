@@ -137,6 +137,7 @@ def assert_same_student(two: Path, one: Path) -> None:
     [
         ("fsdp2", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}),
         ("fsdp2-offload", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}),
+        ("fsdp2-qlora", {"FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "no"}),
         ("zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
         ("zero3", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
         ("ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
@@ -161,7 +162,7 @@ def test_our_configs_say_what_their_names_say(name: str, expected: dict[str, str
 
 
 def test_all_our_configs_are_tested() -> None:
-    assert len(list(CONFIGS.glob("*.yaml"))) == 7
+    assert len(list(CONFIGS.glob("*.yaml"))) == 8
     zero2 = json.loads((CONFIGS / "zero2.json").read_text())
     assert zero2["zero_optimization"]["stage"] == 2
     assert zero2["bf16"]["enabled"]

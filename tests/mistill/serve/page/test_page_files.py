@@ -121,7 +121,7 @@ def test_every_word_is_used_and_every_word_that_is_used_is_there():
 
 def test_each_sampling_setting_is_explained():
     settings = re.findall(r'\{ name: "(\w+)"', (PAGE / "settings.js").read_text("utf-8"))
-    assert len(settings) == 9
+    assert len(settings) == 11
     for name in settings:
         assert f"set_{name}" in WORDS["en"]
         assert f"about_{name}" in WORDS["en"]

@@ -171,7 +171,7 @@ def test_biases_decide_what_is_written(server: RunningServer) -> None:
     written = server.chat(logit_bias={str(token): 100}, max_tokens=5).text
     assert written == "qqqqq"
     assert server.chat(logit_bias={str(token): -100}, max_tokens=5).status == 200
-    likely = {"logit_bias": {str(token): 20}, "max_tokens": 9, "dry_multiplier": 0}
+    likely: dict[str, Any] = {"logit_bias": {str(token): 20}, "max_tokens": 9, "dry_multiplier": 0}
     repeated = server.chat(**likely).text
     penalized = server.chat(**likely, frequency_penalty=2, presence_penalty=2).text
     assert penalized.count("q") < repeated.count("q")

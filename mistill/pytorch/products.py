@@ -41,25 +41,21 @@ def fast_products() -> Iterator[None]:
     """Let oneDNN multiply float32 matrices while the body runs, where it is faster and as exact.
 
     Nothing changes where there is a GPU, where somebody has chosen a precision of products
-    (``torch.set_float32_matmul_precision``), and on processors of other makers than AMD.
+    (``torch.set_float32_matmul_precision``, or one of ``torch.backends``), and on processors of
+    other makers than AMD.
 
     Yields:
         Nothing. torch's setting is one of the process; it is as before when the last body ends.
     """
-    if not one_dnn_is_better():
-        yield
-        return
-    with _users.lock:
-        if _users.count == 0 and torch.get_float32_matmul_precision() != _PLAIN:
-            chosen = True
-        else:
-            chosen = False
+    with _users.lock:  # held while the processor is looked at too, which changes the setting
+        by_one_dnn = (_users.count > 0 or _nothing_is_chosen()) and one_dnn_is_better()
+        if by_one_dnn:
             _users.count += 1
             torch.set_float32_matmul_precision(_BY_ONE_DNN)
     try:
         yield
     finally:
-        if not chosen:
+        if by_one_dnn:
             with _users.lock:
                 _users.count -= 1
                 if _users.count == 0:
@@ -69,6 +65,8 @@ def fast_products() -> Iterator[None]:
 @cache
 def one_dnn_is_better() -> bool:
     """Whether oneDNN is faster on this processor, and rounds no factor of a product.
+
+    It is asked where no precision of products was chosen, and leaves it so.
 
     Returns:
         The answer, which holds for the whole process.
@@ -80,12 +78,19 @@ def one_dnn_is_better() -> bool:
         or not _is_amd()
     ):
         return False
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(_BY_ONE_DNN)
     try:
         return _error_of_a_product() < _ROUNDING
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(_PLAIN)
+
+
+def _nothing_is_chosen() -> bool:
+    """Whether torch computes products as it comes."""
+    try:
+        return torch.get_float32_matmul_precision() == _PLAIN
+    except RuntimeError:  # chosen for one backend, through torch.backends
+        return False
 
 
 def _is_amd(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,17 @@ def test_a_precision_that_somebody_chose_stays(amd: None) -> None:
     assert precision() == "high"
 
 
+def test_a_precision_that_somebody_chose_for_a_backend_stays(amd: None) -> None:
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    matmul.fp32_precision = "bf16"
+    try:
+        with fast_products():
+            assert matmul.fp32_precision == "bf16"
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = "none"
+
+
 def test_a_processor_that_rounds_the_factors_keeps_mkl(
     amd: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,3 +111,28 @@ def test_processors_of_other_makers_keep_mkl(
     assert not products._is_amd(cpuinfo)
     cpuinfo.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\n")
     assert products._is_amd(cpuinfo)
+
+
+def test_threads_that_begin_together_leave_the_setting_as_it_was(
+    amd: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = Event()
+
+    def slow_look() -> float:
+        looking.set()
+        Event().wait(0.05)
+        return 1e-6
+
+    monkeypatch.setattr(products, "_error_of_a_product", slow_look)
+
+    def work() -> None:
+        with fast_products():
+            pass
+
+    threads = [Thread(target=work) for _ in range(2)]
+    threads[0].start()
+    assert looking.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert precision() == "highest"

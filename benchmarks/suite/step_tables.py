@@ -53,9 +53,15 @@ def loss_head(report: Found) -> list[str]:
 
 def training_step(report: Found) -> list[str]:
     """Tokens a second and memory of a whole training step."""
+    names = {
+        "live": "live teacher",
+        "mkl": "live teacher, products by MKL",
+        "cached": "cached targets",
+        "trl": "TRL GKDTrainer",
+    }
     rows = [
         [
-            {"live": "live teacher", "cached": "cached targets", "trl": "TRL GKDTrainer"}[method],
+            names[method],
             spread(figures["tokens_per_second"]),
             number(figures["process_peak_mib"]["median"]),
             number(figures["peak_mib"]["median"]),
@@ -64,6 +70,8 @@ def training_step(report: Found) -> list[str]:
     ]
     lines = table(["", "tokens/s", "peak of the process, MiB", "peak above rest, MiB"], rows)
     words = [f"Cached over live: {spread(report['cached_over_live'])} times the tokens a second."]
+    if "live_over_mkl" in report:
+        words.append(f"Live over live with MKL: {spread(report['live_over_mkl'])} times.")
     if "live_over_trl" in report:
         words.append(
             f"Live over TRL: {spread(report['live_over_trl'])} times, "
@@ -71,6 +79,25 @@ def training_step(report: Found) -> list[str]:
             f"{number(report['live_step_memory_over_trl']['median'], 2)} of what the step adds."
         )
     return [*lines, "", " ".join(words)]
+
+
+def products(report: Found) -> list[str]:
+    """How fast float32 matrices are multiplied, and how exactly."""
+    rows = [
+        [shape]
+        + [
+            text
+            for way in ways.values()
+            for text in (spread(way["billions_a_second"]), f"{way['relative_error']:.1e}")
+        ]
+        for shape, ways in report["shapes"].items()
+    ]
+    heads = [
+        text
+        for name in next(iter(report["shapes"].values()))
+        for text in (f"{name}, GFLOP/s", "relative error")
+    ]
+    return table(["rows x inputs x outputs", *heads], rows)
 
 
 # --- quantization -------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
     python -m benchmarks.suite.training_step TEACHER STUDENT --rivals-python PATH
 
 All train the same student on the same blocks with the same optimizer, off-policy, forward KL,
-float32. TRL's turn is its ``training_step`` and the optimizer's step, without the rest of its loop.
-Peak memory is that of the process: weights, gradients, optimizer and all. Targets are cached once,
-before anything is timed. The last line is one JSON document.
+float32. ``mkl`` is the live teacher with torch's own choice of a library for products of matrices,
+where ``mistill.pytorch.products`` chooses another. TRL's turn is its ``training_step`` and the
+optimizer's step, without the rest of its loop. Peak memory is that of the process: weights,
+gradients, optimizer and all. Targets are cached once, before anything is timed. The last line is
+one JSON document.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
-METHODS = ("live", "cached", "trl")
+METHODS = ("live", "mkl", "cached", "trl")
 
 
 def blocks_of(args: argparse.Namespace) -> TokenBlocks:
@@ -37,7 +40,7 @@ def blocks_of(args: argparse.Namespace) -> TokenBlocks:
     return blocks[: 2 * args.blocks]
 
 
-def ours(args: argparse.Namespace, targets: str | None) -> None:
+def ours(args: argparse.Namespace, targets: str | None, *, by_mkl: bool) -> None:
     """A child that trains with mistill."""
     from accelerate import Accelerator
 
@@ -78,7 +81,6 @@ def ours(args: argparse.Namespace, targets: str | None) -> None:
     halves = [blocks[: args.blocks], blocks[args.blocks :]]
     teacher.expect(halves[0])
 
-    @fast_products()  # as the training loop does
     def work() -> Mapping[str, Any]:
         waited[0] = 0.0
         started = time.perf_counter()
@@ -97,7 +99,9 @@ def ours(args: argparse.Namespace, targets: str | None) -> None:
             "process_peak_mib": peak_bytes() / 2**20,
         }
 
-    serve(work)
+    # The training loop chooses a library for its products too.
+    with nullcontext() if by_mkl else fast_products():
+        serve(work)
 
 
 class _Clocked:
@@ -204,7 +208,7 @@ def main() -> None:
     if args.child == "trl":
         trl(args)
     elif args.child:
-        ours(args, args.targets)
+        ours(args, args.targets, by_mkl=args.child == "mkl")
     else:
         print(json.dumps(compare(args)))
 
@@ -256,6 +260,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
     from_disk = samples["cached"]
     report["waited_for_cached_targets"] = summary(from_disk, "waited_for_teacher")
+    by_mkl = samples["mkl"]
+    report["live_over_mkl"] = paired_ratio(samples["live"], by_mkl, "tokens_per_second")
     report["cached_over_live"] = paired_ratio(from_disk, samples["live"], "tokens_per_second")
     if "trl" in samples:
         theirs = samples["trl"]

@@ -94,11 +94,21 @@ def test_live_and_cached_steps_take_turns(teacher: Path, cut: Path, chats: Path)
         "training_step", str(teacher), str(cut), "--texts", str(chats), "--rounds", "2",
         "--blocks", "1", "--block-length", "64", "--threads", "1",
     )  # fmt: skip
-    live, cached = (found["methods"][name]["losses"] for name in ("live", "cached"))
+    live, mkl, cached = (found["methods"][name]["losses"] for name in ("live", "mkl", "cached"))
+    assert live == pytest.approx(mkl, rel=1e-5)
+    assert found["live_over_mkl"]["median"] > 0
     # Fifty draws of the teacher give nearly its own loss on the same blocks.
     assert cached == pytest.approx(live, rel=0.2)
     assert found["cached_over_live"]["median"] > 0
     assert 0 <= found["waited_for_cached_targets"]["median"] < 1
+
+
+def test_products_are_as_exact_by_either_library() -> None:
+    found = run("products", "--rounds", "1")
+    for ways in found["shapes"].values():
+        for way in ways.values():
+            assert way["relative_error"] < 1e-6
+            assert way["billions_a_second"]["median"] > 0
 
 
 @pytest.mark.slow

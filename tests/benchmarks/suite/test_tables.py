@@ -471,9 +471,21 @@ def test_a_training_step_is_shown_beside_trl_where_it_ran() -> None:
     assert "TRL" not in " ".join(step_tables.training_step(found))
     ratio = of(1.42, 1.35, 1.49)
     found |= {"live_over_trl": ratio, "live_peak_over_trl": ratio}
-    found |= {"live_step_memory_over_trl": ratio}
+    found |= {"live_step_memory_over_trl": ratio, "live_over_mkl": of(1.8, 1.7, 1.9)}
     found["methods"] = {"live": figures, "trl": figures}
-    assert "Live over TRL: 1.42 (1.35 to 1.49) times" in step_tables.training_step(found)[-1]
+    words = step_tables.training_step(found)[-1]
+    assert "Live over live with MKL: 1.80 (1.70 to 1.90) times." in words
+    assert "Live over TRL: 1.42 (1.35 to 1.49) times" in words
+
+
+def test_products_are_shown_by_shape_and_library() -> None:
+    ways = {
+        "as torch comes": {"billions_a_second": of(105, 85, 107), "relative_error": 2.5e-7},
+        "fast products": {"billions_a_second": of(228, 221, 235), "relative_error": 3.9e-7},
+    }
+    assert rows_of(step_tables.products({"shapes": {"512 x 576 x 1536": ways}})) == [
+        ["512 x 576 x 1536", "105 (85.0 to 107)", "2.5e-07", "228 (221 to 235)", "3.9e-07"]
+    ]
 
 
 def test_rivals_are_shown_with_ratios() -> None:

@@ -157,8 +157,8 @@ class ChatServer:
             answer = parse_json(text, "the answer", SettingsError)
         except SettingsError:
             answer = {"error": text[:200].decode("utf-8", "replace")}
-        if isinstance(answer, dict) and wait.isdecimal():
-            answer["retry_after"] = float(wait)
+        if isinstance(answer, dict):
+            answer["retry_after"] = float(wait) if wait.isdecimal() else None
         return response.status, answer
 
 

@@ -58,8 +58,8 @@ def test_the_file_is_that_of_the_teacher_in_process(
         "system": "Be kind.",
     }
     here = distill.generate_conversations(chatbot, prompts, tmp_path / "here.jsonl", **options)
-    # As it comes, the server would sample with the chatbot's own repetition penalty.
-    with running(chatbot, repetition_penalty=1.0) as server:
+    # As it comes, the server would sample with the chatbot's own penalties.
+    with running(chatbot, repetition_penalty=1.0, dry_multiplier=0.0) as server:
         there = distill.generate_conversations(
             "tiny-bot",
             prompts,
@@ -89,6 +89,8 @@ def test_requests_that_fail_are_sent_again_and_others_go_on(
             return 429, {"Retry-After": "7"}, {"error": {"message": "busy"}}
         if tried[question] < 3 and number % 3 == 1:
             return 503, {}, b"<html>bad gateway</html>"
+        if tried[question] == 1 and number % 3 == 2:
+            return 503, {}, {"error": "down", "retry_after": "soon"}
         return said(body)
 
     server = scripted(answer)

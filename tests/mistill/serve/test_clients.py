@@ -312,8 +312,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     for name, task in (("winds", CHOICE), ("rolling", ROLLING), ("replies", REPLY)):
         (tasks / f"{name}.yaml").write_text(task.format(file=file), "utf-8")
-    # An export is sampled with a penalty, which evaluations in process do not heed.
-    with running(folder, min_p=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0) as server:
+    # An export is sampled with penalties, which evaluations in process do not heed.
+    plain: dict[str, Any] = {"min_p": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    with running(folder, **plain, dry_multiplier=0.0) as server:
         found: dict[str, Any] = run(
             python,
             EVALUATE,

@@ -6,7 +6,6 @@ size, rounded by GPTAQ; scales and norms tuned to the float model; an ONNX folde
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from mistill.folders.publishing import (
     publish,
     refuse_existing,
     working,
-    write_atomically,
     write_json,
 )
 from mistill.folders.renaming import remove_work
@@ -208,7 +206,7 @@ def _make_for_speed(work: Path, inputs: Mapping[str, Any], settings: CompressSet
         timed = [TimedSize(describe(folder).weight_bytes, seconds) for folder, seconds in pairs]
         size_bytes, predicted = size_for_speed(requested_speed, *timed)
         facts = {"size_mb": round(size_bytes / 1e6, 3), "predicted": round(predicted, 2)}
-        write_atomically(speeds, json.dumps(facts) + "\n")
+        write_json(speeds, facts)
     facts = read_json(speeds)
     _log.info(
         "%.1f MB are predicted to write %.0f tokens a second", facts["size_mb"], facts["predicted"]

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mistill.errors import FolderError
 from mistill.folders.folder import read_json
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.recipe import Recipe, read_recipe, run_recipe
 
 Size = Literal["quick", "normal", "full"]
@@ -133,7 +133,7 @@ def _training_tokens(recipe: Recipe, plan: _Plan, console: Console) -> int:
             f"The first steps took {seconds:.0f} s, so the student learns from {tokens:,} tokens.",
             highlight=False,
         )
-    write_atomically(file, json.dumps({"tokens": tokens}) + "\n")
+    write_json(file, {"tokens": tokens})
     return tokens
 
 

@@ -43,7 +43,7 @@ from rich.markup import escape
 
 from mistill.errors import MistillError, RecipeError, TargetExistsError
 from mistill.folders.lineage import fingerprint
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.folders.renaming import remove_leftovers
 from mistill.settings import environment_number, settings_dict, typed_options
 from mistill.shown import visible
@@ -123,7 +123,7 @@ class _State:
             return
         self.steps[name] = entry
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, json.dumps(self.steps, indent=1))
+        write_json(self.file, self.steps, indent=1)
 
 
 def _checked_state(document: Any) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ import torch
 import distill
 from benchmarks.suite.healing import figures_of, held_out_blocks, predictions_of
 from mistill.folders.json_text import read_json_file
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.sources.source import resolve_model
 from mistill.text.vocabulary import load_vocabulary
 
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if not file.is_file():
             made = _in_a_child(args, name, **more)
             made["held_out"] = judged(work / name)
-            write_atomically(file, json.dumps(made) + "\n")
+            write_json(file, made)
         found: dict[str, Any] = read_json_file(file)
         print(json.dumps({"run": name, **found}), file=sys.stderr, flush=True)
         return found

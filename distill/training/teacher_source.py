@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mistill.folders.folder import FolderInfo
 from mistill.folders.lineage import fingerprint
 from mistill.folders.location import location_of
-from mistill.folders.publishing import begun_on, day_of, write_atomically
+from mistill.folders.publishing import begun_on, day_of, write_json
 from mistill.folders.targets_folder import read_manifest
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class LiveSource:
                 lost = lost_in_four_bits(self.info, teacher, judged, settings, accelerator)
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
-                    write_atomically(note, json.dumps(lost))
+                    write_json(note, lost)
             return teacher
         return load_teacher(self.info, settings, accelerator)
 

@@ -16,13 +16,10 @@ from mistill.errors import TrainingError
 from mistill.loss.batches import make_batch
 from mistill.training.adapters import add_adapters
 from mistill.training.checkpoints import leave_out_frozen, own_randomness
-from mistill.training.lean import remember_less
 from mistill.training.loop import LoopOptions, StepSums, TrainingLoop, shares
-from mistill.training.memory import unmap_when_freed
-from mistill.training.optimizers import make_optimizer
 from mistill.training.progress import TrainingProgress
 from mistill.training.schedule import step_count
-from mistill.training.step_module import model_weights, save_plain
+from mistill.training.step_module import model_weights, prepare_step, save_plain
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,20 +66,13 @@ def train_student(
         if settings.lora_rank:
             add_adapters(student, settings.lora_rank)
             leave_out_frozen(accelerator)
-        if settings.gradient_checkpointing:
-            student.activation_checkpointing_enable({"use_reentrant": False})
-        remember_less(student)
-        if accelerator.device.type == "cpu":
-            unmap_when_freed()
-        student.train()
-        module, optimizer = accelerator.prepare(
+        module, optimizer = prepare_step(
             DistillationStep(student, settings),
-            make_optimizer(
-                student,
-                name=settings.optimizer,
-                learning_rate=settings.peak_learning_rate,
-                weight_decay=settings.weight_decay,
-            ),
+            accelerator,
+            optimizer=settings.optimizer,
+            learning_rate=settings.peak_learning_rate,
+            weight_decay=settings.weight_decay,
+            gradient_checkpointing=settings.gradient_checkpointing,
         )
         loop = TrainingLoop(
             Distillation(module, student, teacher, parts, settings, accelerator),

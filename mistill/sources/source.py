@@ -9,7 +9,6 @@ model's repository is ever run.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -41,7 +40,7 @@ from mistill.folders.folder import (
 )
 from mistill.folders.json_text import check, parse_json
 from mistill.folders.lineage import add_lineage
-from mistill.folders.publishing import creating, refuse_existing, write_atomically, write_json
+from mistill.folders.publishing import creating, refuse_existing, write_json
 from mistill.folders.renaming import link_or_copy
 from mistill.folders.schemas import ListedToken
 from mistill.folders.weight_files import AUTO_GPTQ_CONFIG, weight_index
@@ -250,7 +249,7 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
     try:
         with creating(folder, card=False) as partial:
             yield partial
-            write_atomically(sums, json.dumps(_checksums(partial)))
+            write_json(sums, _checksums(partial))
     except TargetExistsError:
         if not folder.is_dir():
             raise

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.folders.renaming import rename_synced
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         files = {file.name: _checksum(file) for file in partial.iterdir() if file.is_file()}
         document = {"progress": progress, "files": files}
-        write_atomically(partial / _PROGRESS_FILE, json.dumps(document))
+        write_json(partial / _PROGRESS_FILE, document)
         shutil.rmtree(folder, ignore_errors=True)
         rename_synced(partial, folder)
         remove_others(work, "checkpoint-", str(step))
@@ -154,7 +154,7 @@ def record_end(work: Path, progress: Mapping[str, Any]) -> None:
         work: The folder of the run.
         progress: Its end, as a JSON document.
     """
-    write_atomically(work / _END_FILE, json.dumps(progress))
+    write_json(work / _END_FILE, progress)
 
 
 def recorded_end(work: Path) -> dict[str, Any] | None:

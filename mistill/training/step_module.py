@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 from mistill.pytorch.loading import quiet_transformers
 from mistill.training.adapters import merged, scales_of
+from mistill.training.lean import remember_less
+from mistill.training.memory import unmap_when_freed
+from mistill.training.optimizers import make_optimizer
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
+
+    from mistill.training.processes import OptimizerName
 
 
 class StepModule(nn.Module):
@@ -47,6 +54,44 @@ class StepModule(nn.Module):
             Its answer.
         """
         return getattr(self, what)(*arguments)
+
+
+def prepare_step(
+    module: StepModule,
+    accelerator: Accelerator,
+    *,
+    optimizer: OptimizerName,
+    learning_rate: float,
+    weight_decay: float,
+    gradient_checkpointing: bool,
+) -> tuple[nn.Module, Optimizer]:
+    """Make a model ready to be trained, with the optimizer that moves its weights.
+
+    Args:
+        module: The model in its step; changed in place. What has no gradient stays as it is.
+        accelerator: Device, precision and processes, from ``accelerating``.
+        optimizer: Which optimizer.
+        learning_rate: The rate to start with; above 0.
+        weight_decay: Of matrices of the layers.
+        gradient_checkpointing: Whether layers are computed again on the way back.
+
+    Returns:
+        Both as the accelerator prepared them.
+    """
+    model = module.model
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    remember_less(model)
+    if accelerator.device.type == "cpu":
+        unmap_when_freed()
+    model.train()
+    prepared: tuple[nn.Module, Optimizer] = accelerator.prepare(
+        module,
+        make_optimizer(
+            model, name=optimizer, learning_rate=learning_rate, weight_decay=weight_decay
+        ),
+    )
+    return prepared
 
 
 def model_weights(weights: dict[str, Any]) -> dict[str, Any]:

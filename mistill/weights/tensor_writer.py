@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.folders.safetensors_file import (
     NUMPY_TYPES,
     NewTensor,
@@ -149,9 +148,7 @@ class TensorWriter:
             weight_map.update(dict.fromkeys(names, name))
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            write_atomically(
-                self._folder / "model.safetensors.index.json", json.dumps(index, indent=2)
-            )
+            write_json(self._folder / "model.safetensors.index.json", index)
 
 
 def _copied(body: BinaryIO, stored: StoredTensor) -> Iterator[bytes]:

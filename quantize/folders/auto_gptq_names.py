@@ -22,7 +22,7 @@ from typing import Any
 from mistill.errors import FolderError, SettingsError
 from mistill.folders.folder import AUTO_GPTQ_CONFIG, read_json, weight_files
 from mistill.folders.gptq_format import EMBEDDING, HEAD
-from mistill.folders.publishing import write_atomically, write_json
+from mistill.folders.publishing import write_json
 from mistill.settings import require, settings_from
 from quantize.options import GptqOptions
 from quantize.settings import GptqSettings
@@ -241,9 +241,7 @@ def name_as_auto_gptq(folder: Path, base_name: str) -> None:
         contents["weight_map"] = {
             name: renamed[file] for name, file in contents["weight_map"].items()
         }
-        write_atomically(
-            folder / f"{base_name}.safetensors.index.json", json.dumps(contents, indent=2)
-        )
+        write_json(folder / f"{base_name}.safetensors.index.json", contents)
         index.unlink()
     config = read_json(folder / "config.json")["quantization_config"]
     config["model_file_base_name"] = base_name

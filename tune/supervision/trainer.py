@@ -20,12 +20,9 @@ from mistill.training.adapters import (
     start_at,
 )
 from mistill.training.checkpoints import leave_out_frozen, own_randomness
-from mistill.training.lean import remember_less
 from mistill.training.loop import LoopOptions, StepSums, TrainingLoop
-from mistill.training.memory import unmap_when_freed
-from mistill.training.optimizers import make_optimizer
 from mistill.training.schedule import step_count
-from mistill.training.step_module import model_weights, save_plain
+from mistill.training.step_module import model_weights, prepare_step, save_plain
 from tune.supervision.step import SupervisedStep, accumulate_gradients, held_out_cost
 
 if TYPE_CHECKING:
@@ -118,20 +115,13 @@ def train_model(
             if settings.lora_start == "pissa":
                 starts = _starts(model, work, accelerator)
                 start_at(model, starts)
-        if settings.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        remember_less(model)
-        if accelerator.device.type == "cpu":
-            unmap_when_freed()
-        model.train()
-        module, optimizer = accelerator.prepare(
+        module, optimizer = prepare_step(
             SupervisedStep(model, settings),
-            make_optimizer(
-                model,
-                name=settings.optimizer,
-                learning_rate=settings.peak_learning_rate,
-                weight_decay=settings.weight_decay,
-            ),
+            accelerator,
+            optimizer=settings.optimizer,
+            learning_rate=settings.peak_learning_rate,
+            weight_decay=settings.weight_decay,
+            gradient_checkpointing=settings.gradient_checkpointing,
         )
         task = Supervised(module, model, starts, held_out, settings, accelerator, base)
         loop = TrainingLoop(

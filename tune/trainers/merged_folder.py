@@ -8,7 +8,6 @@ published, and the better one is taken.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from mistill.errors import FolderError, TrainingError
 from mistill.folders.folder import FolderInfo, copy_companions, read_config
-from mistill.folders.publishing import write_atomically
+from mistill.folders.publishing import write_json
 from mistill.pytorch.loading import decoded, plain_config, stored_tensors
 from mistill.pytorch.reading import reading
 from mistill.training.adapters import (
@@ -219,7 +218,7 @@ def write_plain_config(info: FolderInfo, target: Path, dtype: str | None = None)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    write_atomically(target / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(target / "config.json", config)
 
 
 def through_four_bits(weight: Tensor, dtype: torch.dtype) -> Tensor:

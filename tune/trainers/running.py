@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from mistill.errors import TrainingError
-from mistill.folders.publishing import replacing, write_atomically
+from mistill.folders.publishing import replacing, write_json
 from mistill.folders.renaming import remove
 from mistill.progress import Tracker, track
 from mistill.pytorch.products import fast_products
@@ -260,7 +260,7 @@ def run_trainer(
             "judged": {str(step): figures for step, figures in watch.judged.items()},
         }
         if processes.is_main_process:
-            write_atomically(ended, json.dumps(document))
+            write_json(ended, document)
             shutil.rmtree(work / "trainer", ignore_errors=True)
         processes.wait_for_everyone()
     document = json.loads(ended.read_text("utf-8"))
@@ -289,7 +289,7 @@ def _prepared(work: Path, metrics: Metrics) -> tuple[int, int]:
     lost, again = _steps_after(metrics.file, start), _again(work)
     metrics.keep_until(start if checkpoint else -1)
     if lost:
-        write_atomically(work / "again.json", json.dumps(again + lost))
+        write_json(work / "again.json", again + lost)
     return lost, again
 
 

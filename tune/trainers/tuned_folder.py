@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from mistill.errors import ArchitectureError, FolderError
-from mistill.folders.folder import FolderInfo, copy_companions, open_folder
-from mistill.folders.publishing import write_atomically
+from mistill.folders.folder import FolderInfo, copy_companions
+from mistill.folders.publishing import write_json
 from mistill.pytorch.loading import (
     check_weights,
     plain_config,
@@ -21,7 +20,7 @@ from mistill.pytorch.loading import (
     stored_tensors,
 )
 from mistill.pytorch.spread import require_nf4_fits
-from mistill.sources.source import resolve_model
+from mistill.sources.source import open_weights
 from mistill.training.adapters import merged_parameters
 from mistill.weights.tensor_writer import TensorWriter
 from tune.settings import Base
@@ -48,12 +47,7 @@ def tunable_folder(model: str | Path, base: Base, ranks: Sequence[int]) -> Folde
             above its width.
         MissingExtraError: If bitsandbytes is needed and not installed.
     """
-    info = open_folder(resolve_model(model))
-    if info.form == "onnx":
-        raise FolderError(
-            f"{model} is an ONNX chatbot, which cannot be tuned; give the model folder that it was "
-            "exported from"
-        )
+    info = open_weights(model)
     if info.form == "gptq":
         raise FolderError(
             f"{model} holds gptq weights, into which no adapter can be merged; give the float "
@@ -151,4 +145,4 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         folder: The folder of the tuned model.
         report: As JSON values.
     """
-    write_atomically(folder / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / REPORT_FILE, report, indent=1, ascii_only=False)

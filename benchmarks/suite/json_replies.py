@@ -25,6 +25,7 @@ from benchmarks.figures.machine import describe_machine
 from mistill.judging.checks import fits_schema
 from mistill.measures.shares import simple_interval
 from mistill.pytorch.loading import load_pytorch
+from mistill.pytorch.writing import write_replies
 from mistill.sources.source import resolve_model
 from mistill.text.answers import prompt_ids
 from mistill.text.conversation import Conversation
@@ -40,9 +41,6 @@ NAMES = (
     *("Ana", "Ben", "Chloe", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira"),
     *("Liam", "Mona", "Nils", "Olga", "Paul", "Quinn", "Rosa", "Sven", "Tara", "Uma", "Viktor"),
 )
-
-# Replies that are sampled at once.
-_AT_ONCE = 16
 
 
 def prompts_of(count: int, seed: int) -> list[str]:
@@ -81,32 +79,16 @@ def replies_of(
     """
     vocabulary = load_vocabulary(folder)
     model: Any = load_pytorch(folder)
-    ends = list(vocabulary.end_ids)
     all_ids = [
         prompt_ids(Conversation(({"role": "user", "content": prompt},)), vocabulary)
         for prompt in prompts
     ]
+    ends = vocabulary.end_ids
     torch.manual_seed(seed)
-    texts: list[str | None] = []
-    for start in range(0, len(all_ids), _AT_ONCE):
-        batch = all_ids[start : start + _AT_ONCE]
-        width = max(map(len, batch))
-        ids = torch.tensor([[0] * (width - len(one)) + one for one in batch])
-        seen = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
-        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=seen,
-            max_new_tokens=most,
-            do_sample=sampled,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-            **sampling,
-        )[:, width:]
-        for one in written.tolist():
-            stop = next((place for place, token in enumerate(one) if token in ends), None)
-            texts.append(None if stop is None else vocabulary.decode(one[:stop]))
-    return texts
+    return [
+        vocabulary.decode(reply[:-1]) if reply[-1] in ends else None
+        for reply in write_replies(model, all_ids, ends, most, sampled=sampled)
+    ]
 
 
 def shares(folder: Path, prompts: Sequence[str], most: int) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mistill.errors import TrainingError
 from mistill.judging.judge import Judge
 from mistill.preferences.reading import PromptRow
 from mistill.preferences.tokens import Answer
+from mistill.pytorch.writing import write_replies
 from mistill.text.vocabulary import Vocabulary
 from tune.settings import ReinforceSettings
 from tune.trainers.adapters import (
@@ -35,8 +34,6 @@ from tune.trainers.running import in_float32
 
 # Tokens of one step's answers on which the divergence from the start is measured.
 _KL_TOKENS = 2048
-# Held-out prompts that are answered at once.
-_PROMPTS_AT_ONCE = 8
 
 
 class Prompts:
@@ -218,32 +215,9 @@ def policy_figures(
         length; and ``truncated``, the share of answers that were cut off.
     """
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
-    ends = list(vocabulary.end_ids)
-    device = next(plain.parameters()).device
-    training = model.training
-    model.eval()
-    replies: list[list[int]] = []
-    with torch.no_grad(), quiet_trl():
-        for start in range(0, len(prompts.ids), _PROMPTS_AT_ONCE):
-            batch = prompts.ids[start : start + _PROMPTS_AT_ONCE]
-            width = max(map(len, batch))
-            ids = torch.tensor([[0] * (width - len(one)) + one for one in batch], device=device)
-            seen = torch.tensor(
-                [[0] * (width - len(one)) + [1] * len(one) for one in batch], device=device
-            )
-            written = plain.generate(
-                input_ids=ids,
-                attention_mask=seen,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=ends,
-                pad_token_id=ends[0],
-            )[:, width:]
-            replies += [_until_end(one, ends) for one in written.tolist()]
-    model.train(training)
+    ends = vocabulary.end_ids
+    with quiet_trl():
+        replies = write_replies(plain, prompts.ids, ends, max_new_tokens)
     rewards = judged(judge, prompts.rows, completion_texts(replies, vocabulary))
     mean = sum(rewards) / len(rewards)
     return {
@@ -252,8 +226,3 @@ def policy_figures(
         "tokens": sum(map(len, replies)) / len(replies),
         "truncated": sum(reply[-1] not in ends for reply in replies) / len(replies),
     }
-
-
-def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    stops = [place for place, token in enumerate(ids) if token in ends]
-    return list(ids[: stops[0] + 1] if stops else ids)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # Rows of a batch: all of them are computed until the longest reply has ended.
-_AT_ONCE = 16
+REPLIES_AT_ONCE = 16
 
 
 @torch.no_grad()
@@ -41,8 +41,8 @@ def write_replies(
     training = model.training
     model.eval()
     replies: list[list[int]] = []
-    for start in range(0, len(prompts), _AT_ONCE):
-        batch = prompts[start : start + _AT_ONCE]
+    for start in range(0, len(prompts), REPLIES_AT_ONCE):
+        batch = prompts[start : start + REPLIES_AT_ONCE]
         width = max(map(len, batch))
         padded = [[0] * (width - len(ids)) + list(ids) for ids in batch]
         seen = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]

@@ -11,21 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from mistill.errors import TextError, TrainingError
 from mistill.folders.folder import FolderInfo
 from mistill.folders.lineage import add_lineage, fingerprint, name_of_base
-from mistill.folders.publishing import publish, refuse_existing, working
+from mistill.folders.publishing import publish, refuse_existing
 from mistill.judging.judge import Judge, RewardFunction, judge_of
 from mistill.preferences.reading import PromptRow, divided, read_prompt_rows
 from mistill.settings import require, result_settings, settings_from
 from mistill.text.answers import prompt_ids, refuse_unwritten
 from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import Vocabulary
-from mistill.training.processes import precision_of_its_own
+from mistill.training.processes import precision_of_its_own, this_process
+from mistill.training.together import working_together
 from tune.settings import ReinforceSettings
 from tune.trainers.library import require_trl
 from tune.trainers.opening import open_to_tune
@@ -33,13 +34,12 @@ from tune.trainers.other_text import OtherText, check_other_text, read_other_tex
 
 if TYPE_CHECKING:
     from tune.options import ReinforceOptions
+    from tune.trainers.ending import End
+    from tune.trainers.running import Run
 
 _log = logging.getLogger(__name__)
 
 _SAME_RESULT = ("checkpoint_every", "gradient_checkpointing", "other_tokens")
-_ALONE = (
-    "reinforcement draws its answers in one process, as several would draw others than one does"
-)
 # Shares above which the run is warned of.
 _MANY_ALIKE, _MANY_CUT = 0.5, 0.3
 
@@ -62,8 +62,9 @@ def reinforce(
     call resumes from its last checkpoint when it is made again.
 
     With ``base="nf4"`` the frozen weights are held in 4 bits while training (QLoRA), and of the
-    two ways to merge the one with the higher held-out reward is taken. Several processes are
-    refused: each would draw answers of its own.
+    two ways to merge the one with the higher held-out reward is taken. Under ``accelerate launch``
+    or torchrun every process makes the same call; each draws and judges its part of the answers of
+    a step, and one of them writes. Several processes draw other answers than one does.
 
     Args:
         model: The model to tune, with a chat template: a float folder, or one in NF4 for
@@ -96,7 +97,7 @@ def reinforce(
     folder_of_judge = reward if isinstance(reward, str | Path) else None
     sources = [model] if folder_of_judge is None else [model, folder_of_judge]
     target = refuse_existing(target, overwrite, sources)
-    require_trl(settings, alone=_ALONE)
+    require_trl(settings)
     opened = judge_of(
         reward=reward,
         check=settings.check,
@@ -120,21 +121,28 @@ def reinforce(
         **vocabulary.date_key,
     }
     base = name_of_base(model, info.path)
-    with precision_of_its_own(), working(target, key, anew=overwrite) as work:
+    with (
+        precision_of_its_own(),
+        working_together(target, key, this_process(), overwrite) as work,
+    ):
         facts = _train(work, info, base, vocabulary, learned, judged, other, judge, settings)
-        add_lineage(
-            work / "result",
-            step="reinforce",
-            settings=settings,
-            source=info.path,
-            prompts=sources_of(prompts),
-            held_out=[] if held_out is None else sources_of(held_out),
-            other_texts=[] if other_texts is None else sources_of(other_texts),
-            judge=judge.name if folder_of_judge is None else str(folder_of_judge),
-            judge_fingerprint=None if folder_of_judge is None else fingerprint(folder_of_judge),
-            **facts,
-        )
-        publish(work, target, overwrite)
+        if this_process().is_main_process:
+            add_lineage(
+                work / "result",
+                step="reinforce",
+                settings=settings,
+                source=info.path,
+                prompts=sources_of(prompts),
+                held_out=[] if held_out is None else sources_of(held_out),
+                other_texts=[] if other_texts is None else sources_of(other_texts),
+                judge=judge.name if folder_of_judge is None else str(folder_of_judge),
+                judge_fingerprint=(
+                    None if folder_of_judge is None else fingerprint(folder_of_judge)
+                ),
+                **facts,
+            )
+            publish(work, target, overwrite)
+        this_process().wait_for_everyone()
     return target
 
 
@@ -224,27 +232,18 @@ def _train(
     judge: Judge,
     settings: ReinforceSettings,
 ) -> dict[str, Any]:
-    """Train, evaluate, and gather in ``work/result`` what the target will hold."""
+    """Train, evaluate, gather in ``work/result`` what the target will hold, and say what it is.
+
+    Processes that do not write have nothing to say.
+    """
     from mistill.pytorch.loading import load_pytorch
-    from mistill.training.metrics import METRICS_FILE
-    from mistill.training.processes import this_process
-    from tune.policy.training import Prompts, policy_figures, policy_trainer
+    from mistill.pytorch.writing import REPLIES_AT_ONCE
+    from tune.policy.training import Prompts, judged_answers, policy_figures, policy_trainer
     from tune.trainers.arguments import between_evaluations, step_total
-    from tune.trainers.ending import (
-        end_as_trained,
-        facts_of,
-        load_to_look_at,
-        merged_end,
-        write_end,
-    )
-    from tune.trainers.moved import forgetting
+    from tune.trainers.ending import end_as_trained, load_to_look_at, merged_end
     from tune.trainers.placing import computes_in_bfloat16, load_base, type_of_base
-    from tune.trainers.running import (
-        emptied,
-        metric_means,
-        run_trainer,
-    )
-    from tune.trainers.tuned_folder import write_report
+    from tune.trainers.running import run_trainer
+    from tune.trainers.shares import in_shares
 
     # Each step answers batch_size / samples prompts.
     steps = step_total(settings, len(learned) * settings.samples)
@@ -275,8 +274,19 @@ def _train(
         checkpoint_every=settings.checkpoint_every or every,
     )
 
+    def answered(one: Any, numbers: Sequence[int]) -> Any:
+        most = settings.max_new_tokens
+        return judged_answers(one, held_out, numbers, judge, vocabulary, most)
+
+    def evaluate(step: int) -> dict[str, float]:
+        return policy_figures(
+            in_shares(
+                range(len(judged)), lambda some: answered(trainer.model, some), REPLIES_AT_ONCE
+            )
+        )
+
     def measured(one: Any) -> dict[str, float]:
-        return policy_figures(one, held_out, judge, vocabulary, settings.max_new_tokens)
+        return policy_figures(answered(one, range(len(judged))))
 
     def stop(logs: Mapping[str, float]) -> str | None:
         moved = logs.get("kl_from_start", 0.0)
@@ -292,21 +302,14 @@ def _train(
         work,
         steps=steps,
         what=f"reinforcement ({settings.method})",
-        evaluate=lambda step: measured(trainer.model),
+        evaluate=evaluate,
         every=every,
         keep=settings.keep,
         stop=stop,
     )
-    means = metric_means(work / METRICS_FILE)
-    _warn(means, run.judged[max(run.judged)])
-    if run.kept_step == 0:
-        last = run.judged[max(run.judged)]
-        emptied(work)
-        raise TrainingError(
-            f"the model got no better: its held-out reward was {run.judged[0]['reward']:.4f} "
-            f"before and {last['reward']:.4f} after {run.steps} steps; give it more steps or "
-            "samples, another learning_rate, or prompts of which it answers some well"
-        )
+    _refuse_no_better(work, run)
+    if not this_process().is_main_process:
+        return {}
     if settings.base == "float":
         end = end_as_trained(run, trainer.model)
     else:
@@ -323,10 +326,50 @@ def _train(
             else measured(load_to_look_at(info.path, device)),
             measure=measured,
         )
+    rows = (len(learned), len(judged))
+    return _finish(work, info, base, run, end, judge.name, rows, other, start_model, settings)
+
+
+def _refuse_no_better(work: Path, run: Run) -> None:
+    """Say what kept the model from learning, and refuse it where it is no better."""
+    from mistill.training.metrics import METRICS_FILE
+    from tune.trainers.running import emptied, metric_means
+
+    last = run.judged[max(run.judged)]
+    if this_process().is_main_process:
+        _warn(metric_means(work / METRICS_FILE), last)
+    if run.kept_step == 0:
+        emptied(work)
+        raise TrainingError(
+            f"the model got no better: its held-out reward was {run.judged[0]['reward']:.4f} "
+            f"before and {last['reward']:.4f} after {run.steps} steps; give it more steps or "
+            "samples, another learning_rate, or prompts of which it answers some well"
+        )
+
+
+def _finish(
+    work: Path,
+    info: FolderInfo,
+    base: str,
+    run: Run,
+    end: End,
+    judge: str,
+    rows: tuple[int, int],
+    other: OtherText | None,
+    start_model: Callable[[], Any],
+    settings: ReinforceSettings,
+) -> dict[str, Any]:
+    from mistill.training.metrics import METRICS_FILE
+    from tune.trainers.ending import facts_of, write_end
+    from tune.trainers.moved import forgetting
+    from tune.trainers.running import metric_means
+    from tune.trainers.tuned_folder import write_report
+
+    means = metric_means(work / METRICS_FILE)
     report = {
         "method": settings.method,
-        "judge": judge.name,
-        "rows": {"learned": len(learned), "held_out": len(judged)},
+        "judge": judge,
+        "rows": {"learned": rows[0], "held_out": rows[1]},
         **end.told,
         "kl_from_start": means.get("last kl_from_start"),
         "other_text": forgetting(end.model, start_model, other),
@@ -339,7 +382,7 @@ def _train(
     write_report(work / "result", report)
     told = (
         *(*end.told, "kl_from_start", "other_text"),
-        *("steps", "kept_step", "steps_done_again", "stopped"),
+        *("steps", "kept_step", "steps_done_again", "processes", "stopped"),
     )
     return {name: report[name] for name in told}
 

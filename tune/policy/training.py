@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mistill.errors import TrainingError
 from mistill.judging.judge import Judge
 from mistill.preferences.reading import PromptRow
@@ -198,31 +201,52 @@ def judged(judge: Judge, rows: Sequence[PromptRow], answers: Sequence[str]) -> l
     return rewards
 
 
-def policy_figures(
-    model: Any, prompts: Prompts, judge: Judge, vocabulary: Vocabulary, max_new_tokens: int
-) -> dict[str, float]:
-    """What a model's likeliest answers to held-out prompts are worth.
+def judged_answers(
+    model: Any,
+    prompts: Prompts,
+    numbers: Sequence[int],
+    judge: Judge,
+    vocabulary: Vocabulary,
+    max_new_tokens: int,
+) -> NDArray[np.float64]:
+    """What a model's likeliest answers to some prompts are worth.
 
     Args:
         model: The model; adapters in it count.
         prompts: Held-out prompts.
+        numbers: Which of them are answered.
         judge: Says how good the answers are.
         vocabulary: The model's.
         max_new_tokens: Most tokens of an answer.
 
     Returns:
-        ``reward``, the mean reward; ``loss``, the same with the other sign; ``tokens``, the mean
-        length; and ``truncated``, the share of answers that were cut off.
+        Of each answer its reward, its tokens, and 1 where it was cut off, shape (N, 3).
     """
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     ends = vocabulary.end_ids
     with quiet_trl():
-        replies = write_replies(plain, prompts.ids, ends, max_new_tokens)
-    rewards = judged(judge, prompts.rows, completion_texts(replies, vocabulary))
-    mean = sum(rewards) / len(rewards)
-    return {
-        "loss": -mean,
-        "reward": mean,
-        "tokens": sum(map(len, replies)) / len(replies),
-        "truncated": sum(reply[-1] not in ends for reply in replies) / len(replies),
-    }
+        ids = [prompts.ids[number] for number in numbers]
+        replies = write_replies(plain, ids, ends, max_new_tokens)
+    rows = [prompts.rows[number] for number in numbers]
+    rewards = judged(judge, rows, completion_texts(replies, vocabulary))
+    return np.array(
+        [
+            (reward, len(reply), reply[-1] not in ends)
+            for reward, reply in zip(rewards, replies, strict=True)
+        ],
+        np.float64,
+    )
+
+
+def policy_figures(answers: NDArray[np.float64]) -> dict[str, float]:
+    """What an evaluation says of answers.
+
+    Args:
+        answers: From ``judged_answers``.
+
+    Returns:
+        ``reward``, the mean reward; ``loss``, the same with the other sign; ``tokens``, the mean
+        length; and ``truncated``, the share of answers that were cut off.
+    """
+    reward, tokens, truncated = answers.mean(axis=0).tolist()
+    return {"loss": -reward, "reward": reward, "tokens": tokens, "truncated": truncated}

@@ -26,13 +26,11 @@ from tune.settings import TrainerSettings
 _OWN_NAMES = r".*(gradient_checkpointing|is_gradient_checkpointing).*"
 
 
-def require_trl(settings: TrainerSettings, *, alone: str | None = None) -> None:
+def require_trl(settings: TrainerSettings) -> None:
     """Refuse to train without the libraries for it, or in processes that cannot share the work.
 
     Args:
         settings: How to train.
-        alone: Why one process alone can do it, as the beginning of a sentence; None where several
-            can.
 
     Raises:
         MissingExtraError: If TRL or peft is not installed.
@@ -42,10 +40,6 @@ def require_trl(settings: TrainerSettings, *, alone: str | None = None) -> None:
         if find_spec(library) is None:
             raise missing_extra(library, "tune")
     processes = environment_number("WORLD_SIZE", 1, 1)
-    require(
-        processes == 1 or alone is None,
-        f"{alone}, and a launcher has started {processes}; run the command without the launcher",
-    )
     for name in ("FSDP", "DEEPSPEED"):
         require(
             processes == 1 or os.environ.get(f"ACCELERATE_USE_{name}", "false") != "true",

@@ -24,15 +24,15 @@ RowT = TypeVar("RowT")
 def in_shares(
     rows: Sequence[RowT], compute: Callable[[Sequence[RowT]], NDArray[np.float64]], size: int
 ) -> NDArray[np.float64]:
-    """A number for each row, worked out by all processes, each for some parts of the rows.
+    """Numbers of each row, worked out by all processes, each for some parts of the rows.
 
     Args:
         rows: N rows, the same in every process.
-        compute: Gives a number for each of some rows.
+        compute: Gives a number, or as many as of every other one, for each of some rows.
         size: Rows of one part; they are computed together.
 
     Returns:
-        Shape (N,), the same in every process.
+        Shape (N,) or (N, numbers of a row), the same in every process.
     """
     state = this_process()
     starts = range(0, len(rows), size)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import tune
 from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
+from tests.tiny import SENTENCES
 from tests.tune.trainers.test_four_bits import QUICK, entries_of, report_of
 from tune.trainers.shares import filled, in_shares, order_of_run
 
@@ -28,11 +29,44 @@ step, model, target, pairs, options = sys.argv[1:]
 getattr(tune, step)(model, target, pairs=pairs, **json.loads(options))
 """
 
+# Draws of the n-th answer to a prompt come from the n-th of a few numbers, so that one process and
+# two draw alike.
+REINFORCE = """
+import json, sys
+import torch
+import trl
+torch.set_num_threads(1)
 
-def launched(words: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def drawn(probabilities, num_samples):
+    rows = torch.arange(len(probabilities), device=probabilities.device)
+    numbers = (0.1 + 0.618 * (rows % 4))[:, None] % 1
+    return (probabilities.cumsum(-1) < numbers).sum(-1, keepdim=True).clamp(max=383)
+
+def taught(self):
+    self.mask_truncated_completions = False  # a tiny model seldom ends its own
+    begin(self)
+
+def small_letters(messages, answer, **columns):
+    return sum(letter.islower() for letter in answer) / (1 + len(answer))
+
+if __name__ == "__main__":
+    begin, trl.GRPOConfig.__post_init__ = trl.GRPOConfig.__post_init__, taught
+    model, target, prompts, draw, options = sys.argv[1:]
+    if draw == "alike":
+        torch.multinomial = drawn
+    import tune
+    tune.reinforce(
+        model, target, prompts=prompts, reward=small_letters, **json.loads(options)
+    )
+"""
+
+
+def launched(
+    words: list[str], tmp_path: Path, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         *words],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc_per_node={processes}", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path,
     )  # fmt: skip
@@ -99,14 +133,72 @@ def test_two_processes_learn_as_one_does(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "program.py", "two"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [4, 0], ids=["adapters", "whole"])
+def test_two_processes_learn_from_the_same_answers_as_one_does(
+    lora_rank: int, model: Path, tmp_path: Path
+) -> None:
+    done = {}
+    for processes in (1, 2):
+        rate = 2e-2 if lora_rank else 1e-3
+        options = {**REINFORCED, "lora_rank": lora_rank, "learning_rate": rate}
+        done[processes] = reinforced(model, tmp_path, processes, "alike", options)
+    one, two = done[1], done[2]
+    steps = [
+        [entry for entry in entries_of(folder) if "kl_from_start" in entry] for folder in (one, two)
+    ]
+    assert len(steps[0]) == len(steps[1]) == 4
+    assert steps[0][-1]["reward"] != steps[0][0]["reward"]
+    for ours, theirs in zip(*steps, strict=True):
+        for name in ("loss", "grad_norm", "reward", "kl_from_start", "frac_reward_zero_std"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    reports = [report_of(folder) for folder in (one, two)]
+    assert reports[0]["after"] == pytest.approx(reports[1]["after"], rel=1e-4)
+    assert reports[1]["processes"] == read_lineage(two)[-1]["processes"] == 2
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (two, one))
+    for name, tensor in ours.items():
+        # Adam turns the last bits of a tiny gradient into a step of the learning rate's size.
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_answers_of_their_own(model: Path, tmp_path: Path) -> None:
+    options = {**REINFORCED, "steps": 24, "max_kl": 5.0, "seed": 1}
+    two = reinforced(model, tmp_path, 2, "freely", options)
+    report = report_of(two)
+    assert report["after"]["reward"] > report["before"]["reward"] + 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "from-2", "program.py", "prompts.txt"
+    ]  # fmt: skip
+
+
+REINFORCED = {**QUICK, "batch_size": 8, "micro_batch_size": 4, "samples": 4, "max_length": 100,
+              "max_new_tokens": 4, "learning_rate": 2e-2, "steps": 4, "keep": "last"}  # fmt: skip
+
+
+def reinforced(
+    model: Path, tmp_path: Path, processes: int, draw: str, options: dict[str, Any]
+) -> Path:
+    """The folder of a model that learnt from its answers in so many processes."""
+    program, prompts = tmp_path / "program.py", tmp_path / "prompts.txt"
+    program.write_text(REINFORCE)
+    prompts.write_text("".join(f"{text} {n}\n" for n in range(4) for text in SENTENCES), "utf-8")
+    target = tmp_path / f"from-{processes}"
+    done = launched(
+        [str(program), str(model), str(target), str(prompts), draw, json.dumps(options)],
+        tmp_path,
+        processes,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
 def test_what_several_processes_cannot_share_is_refused(
     model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match=r"2 processes .* batch_size of 6; make it a multiple"):
         tune.reward(model, tmp_path / "out", pairs=pairs, batch_size=6, micro_batch_size=2)
-    with pytest.raises(SettingsError, match=r"draws its answers in one process.* has started 2"):
-        tune.reinforce(model, tmp_path / "out", prompts=pairs, check="code")
     for name in ("FSDP", "DEEPSPEED"):
         monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
         with pytest.raises(SettingsError, match=f"asks for {name}, and here every process holds"):

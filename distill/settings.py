@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mistill.loss.names import DivergenceName
-from mistill.settings import TextSettings, require, require_choice, require_range
+from mistill.settings import (
+    TextSettings,
+    require,
+    require_choice,
+    require_divisor,
+    require_range,
+)
 from mistill.training.processes import OptimizerName, Precision, TrackerName, require_known_trackers
 
 ChoiceBy = Literal["log_p", "json", "regex", "code", "instructions"]
@@ -141,11 +147,7 @@ class TrainSettings(TextSettings):
             "give either tokens or epochs, which says how many they are; both are given",
         )
         require_range("block_length", self.block_length, 2)
-        require(
-            self.batch_size % self.micro_batch_size == 0,
-            f"micro_batch_size should divide batch_size, but {self.micro_batch_size} does not "
-            f"divide {self.batch_size}",
-        )
+        require_divisor("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
         for name in (
             *("learning_rate", "max_gradient_norm", "temperature"),
             *("on_policy_temperature", "loss_memory_mib"),

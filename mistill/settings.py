@@ -50,6 +50,21 @@ def require(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
+def require_divisor(name: str, value: int, of: str, whole: int) -> None:
+    """Refuse a number that does not divide another one.
+
+    Args:
+        name: Name of the number.
+        value: The number, above 0.
+        of: Name of what it should divide.
+        whole: That number.
+
+    Raises:
+        SettingsError: If it does not.
+    """
+    require(whole % value == 0, f"{name} should divide {of}, but {value} does not divide {whole}")
+
+
 def require_range(
     name: str,
     value: float | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
+from mistill.training.processes import Precision, TrackerName
 from mistill.weights.gptq_layout import ScaleType
 from quantize.settings import FloatType, Method, Order
 
@@ -86,10 +87,17 @@ class TuningOptions(TypedDict, total=False):
     skip_bad_rows: bool
     steps: int
     batch_size: int
+    micro_batch_size: int
     block_length: int
     learning_rate: float
     norms: bool
     held_out_blocks: int
+    evaluate_every: int
+    checkpoint_every: int
+    gradient_checkpointing: bool
+    loss_memory_mib: float
+    precision: Precision
+    trackers: Sequence[TrackerName]
     seed: int
 
 

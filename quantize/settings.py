@@ -1,13 +1,23 @@
-"""The settings of every way of quantizing; imports no torch."""
+"""The settings of every way of quantizing; imports no torch.
+
+They stand in one file because every step has one ``settings.py``, and several ways share theirs.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
 from typing import Any, Literal, Self, get_args
 
 from mistill.errors import SettingsError
-from mistill.settings import TextSettings, require, require_range
+from mistill.settings import TextSettings, require, require_divisor, require_range
+from mistill.training.processes import (
+    OptimizerName,
+    Precision,
+    TrackerName,
+    require_known_trackers,
+)
 from mistill.weights.gptq_layout import ModuleFormat, ScaleType
 from quantize.overrides import Override, format_of, parse_override, parse_overrides, require_grid
 
@@ -310,26 +320,62 @@ class TuningSettings(TextSettings):
 
     Attributes:
         steps: Number of optimizer steps; 50 to 200 are usual.
-        batch_size: Blocks of text per step.
+        batch_size: Blocks of text of one optimizer step, over all processes.
+        micro_batch_size: Blocks that one process computes at once; must divide batch_size. It
+            changes memory and speed, not the result.
         block_length: Tokens per block.
         learning_rate: Peak learning rate, relative to the value of each scale or norm weight. It
             rises linearly over the first tenth of the steps and falls by a half cosine after them.
         norms: Whether the weights of the norms are tuned too.
         held_out_blocks: Number of held-out blocks on which KL is measured before and after.
+        evaluate_every: Optimizer steps between two measurements, of which the best model is kept;
+            0 measures before and after alone.
+        checkpoint_every: Optimizer steps between two checkpoints; with 0 an interrupted run starts
+            again from the beginning.
+        gradient_checkpointing: Recompute the activations of each layer in the backward pass, to
+            save memory.
+        loss_memory_mib: Memory for logits, in MiB; they are computed a few rows at a time.
+        precision: float32, bfloat16 (scales and sums stay in float32), or auto: bfloat16 on a GPU,
+            float32 on a CPU.
+        trackers: Also log metrics to these: tensorboard, trackio, wandb.
         seed: Seed of the order in which blocks are read.
     """
 
     steps: int = 100
     batch_size: int = 4
+    micro_batch_size: int = 1
     block_length: int = 512
     learning_rate: float = 1e-3
     norms: bool = True
     held_out_blocks: int = 16
+    evaluate_every: int = 0
+    checkpoint_every: int = 10
+    gradient_checkpointing: bool = False
+    loss_memory_mib: float = 128.0
+    precision: Precision = "auto"
+    trackers: tuple[TrackerName, ...] = ()
     seed: int = 0
+
+    @property
+    def optimizer(self) -> OptimizerName:
+        """AdamW: so few weights move that its state is small."""
+        return "adamw"
+
+    @property
+    def max_gradient_norm(self) -> float:
+        """No gradient is scaled down."""
+        return math.inf
 
     def __post_init__(self) -> None:
         require_range("steps", self.steps, 1)
         require_range("batch_size", self.batch_size, 1)
+        require_range("micro_batch_size", self.micro_batch_size, 1)
+        require_divisor("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
+        require_range("evaluate_every", self.evaluate_every, 0)
+        require_range("checkpoint_every", self.checkpoint_every, 0)
+        require_range("loss_memory_mib", self.loss_memory_mib, 0, exclusive=True)
+        _require_one_of("precision", self.precision, get_args(Precision))
+        require_known_trackers(self.trackers)
         require_range("block_length", self.block_length, 2)
         require_range("held_out_blocks", self.held_out_blocks, 1)
         require_range("seed", self.seed, 0)

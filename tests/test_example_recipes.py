@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 from mistill.folders.folder import describe
 from mistill.folders.lineage import read_lineage
 from mistill.recipe import read_recipe, run_recipe
+from tests.launching import launched
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 TINY: dict[str, dict[str, Any]] = {
@@ -128,14 +126,7 @@ def test_eight_gpus_under_zero2_as_one_process(in_folder: Path, teacher: Path, c
 def test_eight_gpus_as_two_processes(in_folder: Path, teacher: Path, chats: Path) -> None:
     recipe = shrink("eight-gpus.toml", in_folder, teacher, chats)
     alone = run_recipe(read_recipe(recipe, out=in_folder / "alone"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "mistill", "run", str(recipe), "--out", "together", "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    done = launched(["-m", "mistill", "run", recipe, "--out", "together", "--json"], in_folder)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(said) == 1  # one process of the two speaks

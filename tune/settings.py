@@ -11,7 +11,13 @@ from typing import Literal, get_args
 
 from mistill.judging.judge import Check
 from mistill.preferences.reading import PairsOfRanking
-from mistill.settings import TextSettings, require, require_choice, require_range
+from mistill.settings import (
+    TextSettings,
+    require,
+    require_choice,
+    require_divisor,
+    require_range,
+)
 from mistill.training.processes import OptimizerName, Precision, TrackerName, require_known_trackers
 
 Base = Literal["float", "nf4"]
@@ -174,11 +180,7 @@ class SupervisedSettings(TextSettings):
             self.epochs is None or self.tokens is None,
             "epochs and tokens both say how long to train; give one of them",
         )
-        require(
-            self.batch_size % self.micro_batch_size == 0,
-            f"micro_batch_size should divide batch_size, but {self.micro_batch_size} does not "
-            f"divide {self.batch_size}",
-        )
+        require_divisor("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
         require(
             self.patience == 0 or self.evaluate_every != 0,
             "patience counts evaluations, and with evaluate_every at 0 there are none on the way; "
@@ -329,11 +331,7 @@ class TrainerSettings(TextSettings):
         for name in ("batch_size", "micro_batch_size", "steps", "checkpoint_every", "lora_alpha"):
             require_range(name, getattr(self, name), 1)
         require_range("max_length", self.max_length, 2)
-        require(
-            self.batch_size % self.micro_batch_size == 0,
-            f"micro_batch_size should divide batch_size, but {self.micro_batch_size} does not "
-            f"divide {self.batch_size}",
-        )
+        require_divisor("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
         for name in ("max_gradient_norm", "epochs"):
             require_range(name, getattr(self, name), 0, exclusive=True)
         for name in ("weight_decay", "lora_rank", "seed"):

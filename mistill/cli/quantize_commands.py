@@ -299,6 +299,10 @@ def rotate(
         {
             "Data": ("teacher", "texts", "held_out", "held_out_blocks"),
             "Training": ("steps", "batch_size", "learning_rate", "norms", "block_length", "seed"),
+            "Evaluation and resuming": ("evaluate_every", "checkpoint_every", "trackers"),
+            "Memory and speed": (
+                *("micro_batch_size", "gradient_checkpointing", "loss_memory_mib", "precision"),
+            ),
         }
     )
 )

@@ -97,6 +97,21 @@ def this_process(patience: timedelta | None = None) -> PartialState:
     return PartialState(cpu=on_cpu, **options)
 
 
+def require_copies() -> None:
+    """Refuse FSDP and DeepSpeed where every process has to hold the whole model.
+
+    Raises:
+        SettingsError: If accelerate's config asks for one of them and there are several processes.
+    """
+    processes = environment_number("WORLD_SIZE", 1, 1)
+    for name in ("FSDP", "DEEPSPEED"):
+        require(
+            processes == 1 or os.environ.get(f"ACCELERATE_USE_{name}", "false") != "true",
+            f"accelerate's config asks for {name}, and here every process holds the whole model; "
+            "use a config without it, such as examples/accelerate/ddp.yaml",
+        )
+
+
 @contextmanager
 def precision_of_its_own() -> Iterator[None]:
     """Let what runs inside choose a precision, and leave the process free to choose another.

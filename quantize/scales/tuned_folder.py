@@ -10,50 +10,43 @@ measured, and the model is published only if its KL on held-out text is lower.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mistill.errors import FolderError, TextError, TrainingError
-from mistill.folders.folder import copy_companions, open_folder, read_config
+from mistill.folders.folder import open_folder
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
-from mistill.folders.publishing import begun_on, publish, refuse_existing, replacing, working
-from mistill.measures.kl import Fidelity, Predictions, compare, kl_sum, predict
-from mistill.progress import track
-from mistill.pytorch.loading import load_pytorch, require_finite_weights, stored_tensors
-from mistill.pytorch.products import fast_products
+from mistill.folders.publishing import begun_on, publish, refuse_existing
+from mistill.measures.kl import Fidelity
+from mistill.pytorch.loading import load_pytorch, require_finite_weights
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
-from mistill.training.schedule import blocks_of_step, learning_rate_at
-from mistill.weights.gptq_layout import HEAD, read_quantization
-from mistill.weights.scaled_linear import ScaledLinear
-from mistill.weights.tensor_files import TensorFiles, read_quantized
-from mistill.weights.tensor_writer import TensorWriter
+from mistill.training.checkpoints import record_end, recorded_end
+from mistill.training.loop import best_model
+from mistill.training.metrics import METRICS_FILE, require_trackers
+from mistill.training.processes import accelerating, require_copies, this_process
+from mistill.training.progress import TrainingProgress
+from mistill.training.together import keeping_the_best, working_together
 from quantize.calibration_text import draw_up_to
 from quantize.measuring.fidelity import open_teacher
+from quantize.scales.scale_training import ScaledModel, train_scales
 from quantize.settings import TuningSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from quantize.options import TuningOptions
 
-# Positions whose logits exist at once, and steps between two states on disk.
-_ROWS_AT_ONCE = 128
-_STEPS_BETWEEN_STATES = 10
-
-# Share of the steps in which the learning rate rises.
-_WARMUP = 0.1
+# What a run may do otherwise and end with the same scales.
+_SAME_RESULT = (
+    *("checkpoint_every", "evaluate_every", "gradient_checkpointing", "loss_memory_mib"),
+    *("micro_batch_size", "trackers"),
+)
 
 
 def tune(
@@ -69,12 +62,14 @@ def tune(
 ) -> Path:
     """Train the scales and norms of a GPTQ folder against a teacher.
 
-    Both models are in memory, the quantized one as its codes. The same call resumes after an
-    interruption.
+    Both models are in memory, the quantized one as its codes. KL on held-out text is measured
+    before and after, and in between where that is asked for; the best model found is kept. The
+    same call resumes after an interruption. Under ``accelerate launch`` or torchrun every process
+    makes the same call; one of them writes.
 
     Args:
         source: A GPTQ folder; its codes and zero points are copied byte by byte.
-        target: The folder to make, in the same layout.
+        target: The folder to make, in the same layout, with ``metrics.jsonl``.
         teacher: The model to imitate: the float one that was quantized, or that one's teacher.
         texts: Text to train on; of several texts, as much of each as far as they go. Best is text
             that neither the model nor its calibration has seen.
@@ -94,6 +89,8 @@ def tune(
         TrainingError: If the tuned model is no closer to the teacher; nothing is published.
     """
     settings = settings_from(TuningSettings, settings, options)
+    require_copies()
+    require_trackers(settings.trackers)
     target = refuse_existing(target, overwrite, [source, teacher])
     check_texts(texts, skip_bad_rows=settings.skip_bad_rows)
     if held_out is not None:
@@ -117,37 +114,41 @@ def tune(
         "step": "tune",
         "source": fingerprint(info.path),
         "teacher": fingerprint(teacher_info.path),
-        "settings": result_settings(settings),
+        "settings": result_settings(settings, *_SAME_RESULT),
+        "processes": this_process().num_processes,
         "versions": installed_versions(),
         "texts": training.digest,
         "held_out": judging.digest,
         **vocabulary.date_key,
     }
-    with working(target, key, anew=overwrite) as work:
-        tuner = _Tuner(info.path, teacher_info.path, settings)
-        before, after = tuner.tune(training, judging, work)
-        if after.kl >= before.kl:
-            # The same call would end the same way: there is nothing to resume.
-            shutil.rmtree(work)
-            raise TrainingError(
-                f"tuning changed the KL to {teacher} from {before.kl:.5f} to {after.kl:.5f} nats; "
-                "the tuned model is not published; lower learning_rate (now "
-                f"{settings.learning_rate:g}) or use the model as it is"
+    state = this_process()
+    with working_together(target, key, state, overwrite) as work:
+        with keeping_the_best(work, info.path, state):
+            progress = _train(work, info.path, teacher_info.path, training, judging, settings)
+            if progress.best_step == 0:
+                raise TrainingError(
+                    f"tuning changed the KL to {teacher} from {progress.before.kl:.5f} to "
+                    f"{progress.last.kl:.5f} nats; the tuned model is not published; lower "
+                    f"learning_rate (now {settings.learning_rate:g}) or use the model as it is"
+                )
+        if state.is_main_process:
+            result = work / "result"
+            shutil.rmtree(result, ignore_errors=True)
+            shutil.copytree(best_model(work, progress.best_step), result)
+            shutil.copy(work / METRICS_FILE, result)
+            add_lineage(
+                result,
+                step="tune",
+                settings=settings,
+                source=info.path,
+                teacher=str(teacher_info.path),
+                before=asdict(progress.before),
+                after=asdict(progress.best),
+                kept_step=progress.best_step,
+                processes=state.num_processes,
             )
-        result = work / "result"
-        shutil.rmtree(result, ignore_errors=True)
-        result.mkdir()
-        tuner.write(result)
-        add_lineage(
-            result,
-            step="tune",
-            settings=settings,
-            source=info.path,
-            teacher=str(teacher_info.path),
-            before=asdict(before),
-            after=asdict(after),
-        )
-        publish(work, target, overwrite)
+            publish(work, target, overwrite)
+        state.wait_for_everyone()
     return target
 
 
@@ -187,170 +188,32 @@ def _read_blocks(
     return training, judging
 
 
-class _Tuner:
-    """A quantized model whose scales are trained, and its teacher."""
-
-    def __init__(self, folder: Path, teacher: Path, settings: TuningSettings) -> None:
-        self.folder, self.settings = folder, settings
-        self.teacher = load_pytorch(teacher)
-        self.teacher.requires_grad_(False)
-        self.model = load_pytorch(folder)
-        self.model.requires_grad_(False)
-        self.linears = dict(_replace_linears(self.model, folder))
-        self.norms = {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if settings.norms and name.endswith("norm.weight")
-        }
-        for parameter in self.norms.values():
-            parameter.requires_grad_(True)
-
-    @fast_products()
-    def tune(
-        self, training: TokenBlocks, judging: TokenBlocks, work: Path
-    ) -> tuple[Fidelity, Fidelity]:
-        """Take all steps; the fidelity to the teacher before and after."""
-        settings = self.settings
-        references = {"teacher": predict(self.teacher, judging)}
-
-        def fidelity() -> Fidelity:
-            with torch.inference_mode():
-                model = {"tuned": predict(self.model, judging)}
-                return compare(references, model, judging)["tuned"]["teacher"]
-
-        before = fidelity()
-        # A norm's weight of 0.1 and one of 10 change by the same share in a step, as scales do.
-        start = {name: parameter.detach().clone() for name, parameter in self.norms.items()}
-        factors = {name: torch.ones_like(value) for name, value in start.items()}
-        trained = [linear.gain for linear in self.linears.values()] + list(factors.values())
-        optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, betas=(0.9, 0.95))
-        steps_done = _load_state(work, optimizer)
-        self._set_norms(start, factors)
-        with track("Tuning", total=settings.steps, unit="steps", done=steps_done) as progress:
-            for step in range(steps_done, settings.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate_at(
-                        step, settings.steps, peak=settings.learning_rate, warmup=_WARMUP
-                    )
-                rows = blocks_of_step(step, len(training), settings.batch_size, settings.seed)
-                loss = self._add_gradients(training[rows])
-                for name, factor in factors.items():
-                    gradient = self.norms[name].grad
-                    factor.grad = None if gradient is None else gradient * start[name]
-                    self.norms[name].grad = None
-                optimizer.step()
-                optimizer.zero_grad()
-                self._set_norms(start, factors)
-                if (step + 1) % _STEPS_BETWEEN_STATES == 0:
-                    _save_state(work, optimizer, step + 1)
-                progress.advance(1, f"KL {loss:.4f}")
-        self._round()
-        return before, fidelity()
-
-    def _set_norms(self, start: dict[str, Tensor], factors: dict[str, Tensor]) -> None:
-        for name, parameter in self.norms.items():
-            parameter.data = start[name] * factors[name]
-
-    def _add_gradients(self, blocks: TokenBlocks) -> float:
-        """Add up the gradient of KL(teacher || model), a mean over the tokens of some blocks."""
-        total = int(blocks.kept.sum())
-        loss = 0.0
-        for row in range(len(blocks)):
-            part = blocks[row : row + 1]
-            teacher = predict(self.teacher, part)
-            ids, positions, kept = (
-                torch.from_numpy(np.ascontiguousarray(array))
-                for array in (part.ids, part.position_ids, part.kept)
-            )
-            body, head = cast(Any, self.model).model, cast(Any, self.model).lm_head
-            hidden = body(input_ids=ids, position_ids=positions, use_cache=False)[0][kept]
-            kl = torch.zeros(())
-            for first in range(0, len(hidden), _ROWS_AT_ONCE):
-                rows = slice(first, first + _ROWS_AT_ONCE)
-                kl = kl + checkpoint(
-                    _kl_through_head, hidden[rows], head, teacher, rows, use_reentrant=False
-                )
-            (kl / total).backward()
-            loss += float(kl.detach()) / total
-        return loss
-
-    def _round(self) -> None:
-        """Round everything that was trained to the values that the folder will hold."""
-        for name, tensor in self._tuned().items():
-            module, _, last = name.rpartition(".")
-            if last == "scales":
-                linear = self.linears[module]
-                stored = tensor.float() / cast(Any, linear).scales
-                linear.gain.data = stored.nan_to_num_(nan=1.0)
-            else:
-                self.norms[name].data = tensor.float()
-
-    def _tuned(self) -> dict[str, Tensor]:
-        """The tensors that changed, by name, in the types that they are stored in."""
-        files = TensorFiles(self.folder)
-        tuned = {f"{name}.scales": linear.tuned_scales() for name, linear in self.linears.items()}
-        tuned |= {name: parameter.detach() for name, parameter in self.norms.items()}
-        return {
-            name: tensor.to(getattr(torch, files.dtype(name))) for name, tensor in tuned.items()
-        }
-
-    def write(self, result: Path) -> None:
-        """Write the weights with the tuned tensors, and copy the rest of the folder."""
-        tuned = self._tuned()
-        with TensorWriter(result) as writer:
-            for name, tensor in stored_tensors(self.folder):
-                writer.add(name, tuned.get(name, tensor))
-        for name in ("config.json", "quantize_config.json"):
-            if (self.folder / name).is_file():
-                (result / name).write_bytes((self.folder / name).read_bytes())
-        copy_companions(self.folder, result)
-
-
-def _kl_through_head(hidden: Tensor, head: nn.Module, teacher: Predictions, rows: slice) -> Tensor:
-    """Sum of KL(teacher || model) over some positions, from the model's last hidden states."""
-    return kl_sum(teacher.logits(rows), head(hidden))
-
-
-def _replace_linears(model: PreTrainedModel, folder: Path) -> Iterator[tuple[str, ScaledLinear]]:
-    """Replace a model's float matrices by codes with trainable scales."""
-    layout = read_quantization(read_config(folder))
-    assert layout is not None, "open_folder calls a folder gptq only by its quantization"
-    files = TensorFiles(folder)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and f"{name}.qweight" in files and name != HEAD:
-            linear = ScaledLinear(read_quantized(files, name, layout), module.bias)
-            model.set_submodule(name, linear)
-            yield name, linear
-
-
-def _save_state(work: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        state = optimizer.state[parameter]
-        tensors |= {
-            f"{number}.value": parameter.detach(),
-            f"{number}.exp_avg": state["exp_avg"],
-            f"{number}.exp_avg_sq": state["exp_avg_sq"],
-        }
-    with replacing(work / "state.safetensors") as partial:
-        save_file(tensors, partial, metadata={"step": str(step)})
-
-
-def _load_state(work: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Load the state on disk, if there is one; the steps that were taken."""
-    from safetensors import safe_open
-
-    if not (work / "state.safetensors").is_file():
-        return 0
-    with safe_open(work / "state.safetensors", framework="pt") as file:
-        step = int(file.metadata()["step"])
-        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-            parameter.data = file.get_tensor(f"{number}.value")
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": file.get_tensor(f"{number}.exp_avg"),
-                "exp_avg_sq": file.get_tensor(f"{number}.exp_avg_sq"),
-            }
-    return step
+def _train(
+    work: Path,
+    folder: Path,
+    teacher: Path,
+    training: TokenBlocks,
+    judging: TokenBlocks,
+    settings: TuningSettings,
+) -> TrainingProgress[Fidelity]:
+    """Train to the end; a run that has ended is not run again."""
+    with accelerating(settings, logs=work) as accelerator:
+        accelerator.wait_for_everyone()
+        ended = recorded_end(work)
+        if ended is not None:
+            return TrainingProgress.from_dict(ended, Fidelity)
+        live = load_pytorch(teacher).requires_grad_(False).to(accelerator.device)
+        progress = train_scales(
+            ScaledModel(folder, norms=settings.norms),
+            live,
+            training,
+            judging,
+            settings,
+            accelerator=accelerator,
+            work=work,
+        )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            record_end(work, progress.to_dict())
+        accelerator.wait_for_everyone()
+        return progress

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from mistill.errors import missing_extra
-from mistill.settings import environment_number, require
-from mistill.training.processes import micro_batches
+from mistill.settings import environment_number
+from mistill.training.processes import micro_batches, require_copies
 from mistill.training.schedule import learning_rate_at
 from tune.settings import TrainerSettings
 
@@ -40,12 +40,7 @@ def require_trl(settings: TrainerSettings) -> None:
         if find_spec(library) is None:
             raise missing_extra(library, "tune")
     processes = environment_number("WORLD_SIZE", 1, 1)
-    for name in ("FSDP", "DEEPSPEED"):
-        require(
-            processes == 1 or os.environ.get(f"ACCELERATE_USE_{name}", "false") != "true",
-            f"accelerate's config asks for {name}, and here every process holds the whole model; "
-            "use a config without it, such as examples/accelerate/ddp.yaml",
-        )
+    require_copies()
     micro_batches(settings.batch_size, settings.micro_batch_size, processes)
 
 

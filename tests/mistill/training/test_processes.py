@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +26,7 @@ from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
 from mistill.training import processes
 from tests.distill.training.test_trained_folder import QUICK, hidden_beside
+from tests.launching import launched
 from tests.tiny import tiny_model
 
 RUN: dict[str, Any] = {**QUICK, "tokens": 900, "micro_batch_size": 1, "evaluate_every": 2}
@@ -100,20 +99,7 @@ def train_in_two(
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     words = [student, target, teacher, chats, json.dumps(options), dies_at]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(program), *map(str, words)],
-        env={
-            **os.environ,
-            **environment,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[3]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )  # fmt: skip
+    return launched([program, *words], tmp_path, environment=environment)
 
 
 def losses(folder: Path) -> list[float]:

@@ -17,9 +17,14 @@ from torch import nn
 import quantize
 from mistill.errors import FolderError, SettingsError, TextError, TrainingError, VocabularyError
 from mistill.folders.lineage import read_lineage
+from mistill.pytorch.loading import load_pytorch
+from mistill.training.processes import accelerating
 from mistill.weights.gptq_layout import QuantizedWeight
 from mistill.weights.scaled_linear import ScaledLinear
 from quantize.scales import tuned_folder as tuning
+from quantize.scales.scale_training import ScaledModel, ScaleStep, ScaleTuning
+from quantize.settings import TuningSettings
+from tests.launching import launched
 from tests.tiny import SENTENCES, tiny_model
 
 OPTIONS: dict[str, Any] = {
@@ -103,7 +108,6 @@ def test_a_tuned_model_is_closer_and_has_the_same_codes(
 def measured(model: Path, made: Path, texts: Path) -> float:
     from mistill.measures.kl import compare, predict
     from mistill.pytorch.loading import load_pytorch
-    from quantize.settings import TuningSettings
 
     settings = TuningSettings(**OPTIONS)
     _, judged = tuning._read_blocks(made, texts, None, settings, date.today())
@@ -111,11 +115,128 @@ def measured(model: Path, made: Path, texts: Path) -> float:
     return compare({"teacher": asked}, {"": found}, judged)[""]["teacher"].kl
 
 
+def test_the_gradient_of_a_step_is_that_of_the_model_written_out(
+    rough: Path, model: Path, texts: Path
+) -> None:
+    """Against whole weights, all logits and one mean over the positions of all blocks."""
+    settings = TuningSettings(**{**OPTIONS, "batch_size": 3, "micro_batch_size": 1})
+    training, judged = tuning._read_blocks(rough, texts, None, settings, date.today())
+    blocks = training[:3]
+    scaled = ScaledModel(rough, norms=True)
+    gains = {name: linear.gain for name, linear in scaled.linears.items()}
+    gains |= {name: norm.gain for name, norm in scaled.norms.items()}
+    with torch.no_grad():
+        for gain in gains.values():
+            gain.uniform_(0.9, 1.1)
+    teacher = load_pytorch(model).requires_grad_(False)
+    with accelerating(settings, logs=rough) as accelerator:
+        step = ScaleStep(scaled.model, 0.05)
+        task = ScaleTuning(step, scaled, teacher, judged, settings, accelerator)
+        sums = task.gradients(0, blocks)
+
+    twin = load_pytorch(rough).requires_grad_(False)
+    leaves = {name: gain.detach().clone().requires_grad_(True) for name, gain in gains.items()}
+    weights = {}
+    for name, module in scaled.linears.items():
+        spread: Any = leaves[name][module.groups]  # type: ignore[index]
+        weights[f"{name}.weight"] = (module.unscaled() * spread).T
+    for name in scaled.norms:
+        weights[f"{name}.weight"] = twin.get_parameter(f"{name}.weight") * leaves[name]
+    inputs = {
+        "input_ids": torch.from_numpy(np.ascontiguousarray(blocks.ids)),
+        "position_ids": torch.from_numpy(np.ascontiguousarray(blocks.position_ids)),
+        "use_cache": False,
+    }
+    kept = torch.from_numpy(blocks.kept)
+    p = teacher(**inputs).logits[kept].log_softmax(-1)
+    q = torch.func.functional_call(twin, weights, kwargs=inputs).logits[kept].log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    kl.backward()
+
+    assert sums.loss == pytest.approx(float(kl.detach()), rel=1e-5)
+    assert len(leaves) > 10
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None, name
+        assert bool(leaf.grad.any()), name
+        torch.testing.assert_close(gains[name].grad, leaf.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_model_is_judged_as_it_would_be_stored_and_learns_on_in_floats(
+    rough: Path, model: Path, texts: Path
+) -> None:
+    settings = TuningSettings(**OPTIONS)
+    _, judged = tuning._read_blocks(rough, texts, None, settings, date.today())
+    scaled = ScaledModel(rough, norms=True)
+    teacher = load_pytorch(model)
+    with accelerating(settings, logs=rough) as accelerator:
+        step = ScaleStep(scaled.model, 128)
+        task = ScaleTuning(step, scaled, teacher, judged, settings, accelerator)
+        assert task.evaluate().kl == pytest.approx(measured(model, rough, texts), rel=1e-6)
+        stored = load_file(rough / "model.safetensors")
+        assert all(torch.equal(stored[name], value) for name, value in scaled.tuned().items())
+        linear = next(iter(scaled.linears.values()))
+        # Less than half of what float16 can tell apart: it is kept, and not judged.
+        with torch.no_grad():
+            linear.gain.fill_(1 + 2e-4)
+        assert task.evaluate().kl == pytest.approx(measured(model, rough, texts), rel=1e-6)
+        assert bool((linear.gain == torch.tensor(1 + 2e-4)).all())
+
+
+def test_micro_batches_change_nothing_but_rounding(
+    tmp_path: Path, rough: Path, model: Path, texts: Path
+) -> None:
+    folders = [
+        quantize.tune(
+            rough, tmp_path / f"of-{size}", teacher=model, texts=texts, **OPTIONS,
+            micro_batch_size=size, gradient_checkpointing=size == 2,
+        )
+        for size in (1, 2)
+    ]  # fmt: skip
+    one, two = (read_lineage(folder)[-1]["after"]["kl"] for folder in folders)
+    assert one == pytest.approx(two, rel=1e-3)
+    with pytest.raises(SettingsError, match="micro_batch_size should divide batch_size"):
+        TuningSettings(batch_size=4, micro_batch_size=3)
+
+
+def test_the_best_of_all_measurements_is_kept(
+    tmp_path: Path, rough: Path, model: Path, texts: Path
+) -> None:
+    options = {**OPTIONS, "learning_rate": 0.05, "evaluate_every": 1}
+    made = quantize.tune(rough, tmp_path / "tuned", teacher=model, texts=texts, **options)
+    kls = {line["step"]: line["held_out"]["kl"] for line in lines_of(made) if "held_out" in line}
+    assert list(kls) == list(range(13))
+    step = read_lineage(made)[-1]
+    assert kls[step["kept_step"]] == min(kls.values()) == step["after"]["kl"]
+    assert measured(model, made, texts) == pytest.approx(step["after"]["kl"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_does(
+    tmp_path: Path, rough: Path, model: Path, texts: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, sys\nimport torch\ntorch.set_num_threads(1)\nimport quantize\n"
+        "source, target, teacher, texts, options = sys.argv[1:]\n"
+        "quantize.tune(source, target, teacher=teacher, texts=texts, **json.loads(options))\n"
+    )
+    folders = []
+    for processes in (1, 2):
+        folders.append(tmp_path / f"by-{processes}")
+        words = [program, rough, folders[-1], model, texts, json.dumps(OPTIONS)]
+        done = launched(words, tmp_path, processes)
+        assert done.returncode == 0, done.stderr
+    losses = [[line["loss"] for line in lines_of(folder) if "loss" in line] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, two = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=2e-3, atol=1e-5, msg=name)
+    assert [read_lineage(folder)[-1]["processes"] for folder in folders] == [1, 2]
+
+
 def test_several_texts_are_read_alike_and_what_is_judged_is_not_trained_on(
     model: Path, tmp_path: Path
 ) -> None:
-    from quantize.settings import TuningSettings
-
     files = [tmp_path / "short.txt", tmp_path / "long.txt"]
     numbers = [str(number * number) for number in range(100, 2000)]
     files[0].write_text(" ".join(numbers[:100]))
@@ -130,6 +251,10 @@ def test_several_texts_are_read_alike_and_what_is_judged_is_not_trained_on(
         assert len(own & blocks[0]) >= 4, f"little of {file.name} is trained on"
 
 
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def read_ids(model: Path, text: Path) -> Any:
     from mistill.text.blocks import pack
     from mistill.text.documents import read_documents
@@ -142,13 +267,13 @@ def test_the_learning_rate_is_above_0_in_every_step(
     tmp_path: Path, rough: Path, model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    real = torch.optim.Adam.step
+    real = torch.optim.AdamW.step
 
     def recorded(self: Any, *arguments: Any) -> Any:
         rates.append(self.param_groups[0]["lr"])
         return real(self, *arguments)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     options = {**OPTIONS, "steps": 20, "batch_size": 1}
     quantize.tune(rough, tmp_path / "tuned", teacher=model, texts=texts, **options)
 
@@ -176,15 +301,15 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     options = {**OPTIONS, "steps": 14}
     whole = quantize.tune(rough, tmp_path / "whole", teacher=model, texts=texts, **options)
-    real, taken = tuning._Tuner._add_gradients, [0]
+    real, taken = ScaleTuning.gradients, [0]
 
-    def counted(self: Any, blocks: Any) -> float:
+    def counted(self: Any, step: int, blocks: Any) -> Any:
         taken[0] += 1
         if taken[0] == 13:
             raise KeyboardInterrupt
-        return real(self, blocks)
+        return real(self, step, blocks)
 
-    monkeypatch.setattr(tuning._Tuner, "_add_gradients", counted)
+    monkeypatch.setattr(ScaleTuning, "gradients", counted)
     with pytest.raises(KeyboardInterrupt):
         quantize.tune(rough, tmp_path / "parts", teacher=model, texts=texts, **options)
     assert not (tmp_path / "parts").exists()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 import tune
 from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
+from tests.launching import launched
 from tests.mistill.training.test_processes import environment_of
 from tests.tune.supervision.test_tuned_folder import QUICK, hidden_beside, report_of
 from tune.settings import SupervisedSettings
@@ -58,12 +57,7 @@ def test_two_processes_tune_as_one_does(
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     words = [program, model, two, chats, json.dumps(options)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    done = launched(words, tmp_path)
     assert done.returncode == 0, done.stderr
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert report_of(two)["after"]["cross_entropy"] == pytest.approx(
@@ -115,18 +109,12 @@ def test_fsdp2_divides_four_bit_weights_and_learns_as_one_process_does(
     program = tmp_path / "program.py"
     program.write_text(FSDP_PROGRAM)
 
-    def launched(target: Path, dies_at: int) -> subprocess.CompletedProcess[str]:
+    def divided(target: Path, dies_at: int) -> subprocess.CompletedProcess[str]:
         words = [program, model, target, chats, json.dumps(options), dies_at]
-        return subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             *map(str, words)],
-            env={**os.environ, **environment_of("fsdp2-qlora"), "OMP_NUM_THREADS": "1",
-                 "PYTHONPATH": str(Path(__file__).parents[3])},
-            capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
+        return launched(words, tmp_path, environment=environment_of("fsdp2-qlora"))
 
     two, resumed = tmp_path / "two", tmp_path / "resumed"
-    done = launched(two, 0)
+    done = divided(two, 0)
     assert done.returncode == 0, done.stderr
     held = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("HELD")]
     assert len(held) == 2
@@ -138,9 +126,9 @@ def test_fsdp2_divides_four_bit_weights_and_learns_as_one_process_does(
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (two, one))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
-    assert launched(resumed, 4).returncode != 0
+    assert divided(resumed, 4).returncode != 0
     assert not resumed.exists()
-    again = launched(resumed, 0)
+    again = divided(resumed, 0)
     assert again.returncode == 0, again.stderr
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert (resumed / name).read_bytes() == (two / name).read_bytes(), name

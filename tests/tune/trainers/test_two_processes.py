@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 import tune
 from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
+from tests.launching import launched
 from tests.tiny import SENTENCES
 from tests.tune.trainers.test_four_bits import QUICK, entries_of, report_of
 from tune.trainers.shares import filled, in_shares, order_of_run
@@ -59,17 +57,6 @@ if __name__ == "__main__":
         model, target, prompts=prompts, reward=small_letters, **json.loads(options)
     )
 """
-
-
-def launched(
-    words: list[str], tmp_path: Path, processes: int = 2
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc_per_node={processes}", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True, text=True, check=False, timeout=600, cwd=tmp_path,
-    )  # fmt: skip
 
 
 def figures(folder: Path) -> list[float]:

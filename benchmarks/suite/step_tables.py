@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from benchmarks.suite.cells import Found, number, spread, table, value_range, with_error
 
@@ -172,6 +173,35 @@ def few_bits(report: Found) -> list[str]:
         "",
         f"{report['bits']} bits in groups of {report['group_size']}, {report['samples']} blocks of "
         f"{report['block_length']} tokens, embedding and head float; scored tokens: {scored}.",
+    ]
+
+
+def scale_tuning(report: Found) -> list[str]:
+    """KL of a quantized model before and after tuning, on every text, over seeds."""
+    texts = list(report["scored_tokens"])
+    rows = []
+    for bits, group in report["groups"].items():
+        runs = [run for run in report["runs"] if run["bits"] == int(bits)]
+        for name in ("quantized", "tuned"):
+            cells = []
+            for text in texts:
+                before, kls = (
+                    [run["held_out"][which][text]["kl"] for run in runs]
+                    for which in ("quantized", name)
+                )
+                cells.append(value_range(kls))
+                if name == "tuned":
+                    shares = [1 - kl / start for kl, start in zip(kls, before, strict=True)]
+                    cells[-1] += f", {value_range(shares, 2)} taken off"
+            seconds = number(median([run["seconds"][name] for run in runs]))
+            rows.append([f"{bits} bits, groups of {group}, {name}", *cells, seconds])
+    scored = ", ".join(f"{count:,} of {text}" for text, count in report["scored_tokens"].items())
+    return [
+        *table(["KL(float \\|\\| quantized)", *texts, "processor seconds"], rows),
+        "",
+        f"Calibrated on {', '.join(report['texts'])}; {report['tuning_tokens']:,} tokens of "
+        f"{', '.join(report['tuning_texts'])} tuned on, at {report['learning_rate']:g}; scored "
+        f"tokens: {scored}. Ranges are of {len({run['seed'] for run in report['runs']})} seeds.",
     ]
 
 

@@ -18,7 +18,7 @@ FORMS: dict[str, Callable[[Found], list[str]]] = {
     form.__name__: form
     for form in (
         *(step.loss_head, step.training_step, step.products, step.healing, step.compressing),
-        *(step.training_curve, step.few_bits),
+        *(step.training_curve, step.few_bits, step.scale_tuning),
         *(step.quantized_kl, step.against_q4_k_m, step.onnxruntime_quantizers),
         *(step.nf4_codec, step.big_model, step.big_layer),
         *(step.json_replies, step.align_then_distil),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.suite import few_bits, training_curve
+from benchmarks.suite import few_bits, scale_tuning, training_curve
 from benchmarks.suite.tables import FORMS
 from benchmarks.suite.training_curve import arguments, learning_rate, work_as_child
 from mistill.folders.lineage import read_lineage
@@ -118,3 +118,27 @@ def test_ways_of_few_bits_differ_by_method_and_text(
     sizes = [way["bytes"] for way in found["ways"]]
     assert sizes[0] == sizes[1] <= sizes[2]
     assert FORMS["few_bits"](found)
+
+
+def test_tuning_of_scales_is_measured_on_the_same_text_before_and_after(
+    model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = tmp_path / "plain.txt"
+    other.write_text("The mistral is a strong, cold wind that blows from the north. " * 40)
+    scale_tuning.main(
+        [
+            *(str(model), "--texts", str(other), "--tuning-texts", str(chats)),
+            *("--held-out", str(chats), "--bits", "3", "--seeds", "0", "1", "--samples", "4"),
+            *("--block-length", "32", "--threads", "1", "--scored-tokens", "128"),
+            *("--learning-rate", "1e-2", "--steps", "12"),
+        ]
+    )
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(run["bits"], run["seed"]) for run in found["runs"]] == [(3, 0), (3, 1)]
+    for run in found["runs"]:
+        before, after = (run["held_out"][name][chats.name]["kl"] for name in ("quantized", "tuned"))
+        assert 0 < after < before
+    assert found["tuning_tokens"] == 12 * 32
+    rows = FORMS["scale_tuning"](found)
+    assert "3 bits, groups of 32, tuned" in rows[3]
+    assert "taken off" in rows[3]

@@ -7,6 +7,7 @@ also what native code writes.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -40,7 +41,7 @@ def run_forked(words: Sequence[str], *, cwd: Path, stdin: str = "", seconds: flo
         files[0].seek(0)
         child = os.fork()
         if child == 0:
-            _run(words, cwd, files)
+            _run(words, cwd, files, seconds)
         deadline = time.monotonic() + seconds
         code: int | None = None
         while True:
@@ -58,7 +59,7 @@ def run_forked(words: Sequence[str], *, cwd: Path, stdin: str = "", seconds: flo
         return Ran(code, files[1].read(), files[2].read())
 
 
-def _run(words: Sequence[str], cwd: Path, files: Sequence[IO[str]]) -> None:
+def _run(words: Sequence[str], cwd: Path, files: Sequence[IO[str]], seconds: float) -> None:
     code = 99
     try:
         for number, file in enumerate(files):
@@ -71,6 +72,8 @@ def _run(words: Sequence[str], cwd: Path, files: Sequence[IO[str]]) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(cwd)
+        # Where it hangs it says so before it is stopped.
+        faulthandler.dump_traceback_later(0.9 * seconds, file=files[2])
         from mistill.cli.app import main
 
         # Warnings are shown as outside of the tests, where they are no errors.

@@ -211,7 +211,7 @@ def change(item: Path, dice: random.Random) -> str:
 
 def require_kept(ran: Ran, words: str) -> None:
     """Exit code 0, 1 or 2, soon; at a refusal one line; never a traceback."""
-    assert ran.code is not None, f"{words}: it was still running after {SECONDS:g} seconds"
+    assert ran.code is not None, f"{words}: still running after {SECONDS:g} s, {ran.err[-3000:]}"
     assert "Traceback" not in ran.err, f"{words}: {ran.err[-1500:]}"
     assert ran.code in (0, 1, 2), f"{words}: exit code {ran.code}, {ran.err[-500:]}"
     lines = [line for line in ran.err.splitlines() if line.strip()]

@@ -94,7 +94,7 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
         Tokens of text that were read, and seconds of processor time.
     """
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     from mistill.pytorch.loading import load_pytorch
@@ -119,13 +119,16 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
         def on_step_end(self, args: Any, state: Any, control: Any, **__: Any) -> None:
             control.should_training_stop = share() >= 1
 
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.student)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    # TRL ends where an answer leaves no room for its prompt.
     rows = [
         {"messages": row.value["messages"]}
         for row in read_rows(args.texts[0])
         if "messages" in row.value
+        and len(tokenizer.apply_chat_template(row.value["messages"], return_dict=False))
+        <= args.block_length
     ]
-    tokenizer = AutoTokenizer.from_pretrained(args.student)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
         config = GKDConfig(
             output_dir=folder,

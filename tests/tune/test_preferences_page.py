@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from mistill.cli.app import main
+from tests.scripted_server import Answer
+from tests.scripted_server import scripted as scripted
 from tests.tiny import SENTENCES, tiny_model
 from tests.tune.pairs import pair_rows
 
@@ -28,9 +30,10 @@ LESS = {
 NUMBERS = {"--best-of": "4", "--without-prompts": "40"}
 
 
-def smaller(command: str, model: Path) -> list[str]:
-    """The words of a command with smaller numbers, and the tiny model for SmolLM2."""
-    words = [str(model) if word == "@smollm2" else word for word in shlex.split(command)]
+def smaller(command: str, model: Path, server: str) -> list[str]:
+    """The words of a command with smaller numbers, the tiny model for SmolLM2, and a server."""
+    names = {"@smollm2": str(model), "http://127.0.0.1:8000/v1": server}
+    words = [names.get(word, word) for word in shlex.split(command)]
     for place, word in enumerate(words[:-1]):
         if word in NUMBERS:
             words[place + 1] = NUMBERS[word]
@@ -39,7 +42,9 @@ def smaller(command: str, model: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page_runs(model, chats, tmp_path, monkeypatch):
+def test_every_command_of_the_page_runs(model, chats, tmp_path, monkeypatch, scripted):
+    says_a: Answer = (200, {}, {"choices": [{"message": {"content": "A"}}]})
+    server = scripted(lambda body, number: says_a)
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(chats, "chats.jsonl")
     rows = "".join(json.dumps(row) + "\n" for row in pair_rows())
@@ -54,4 +59,4 @@ def test_every_command_of_the_page_runs(model, chats, tmp_path, monkeypatch):
     for command in COMMANDS:
         Path("pairs.jsonl").write_text(rows)
         # The page makes the same folder in several ways.
-        assert main([*smaller(command, model), "--overwrite"]) == 0, command
+        assert main([*smaller(command, model, server.url), "--overwrite"]) == 0, command

@@ -83,7 +83,7 @@ def test_starts_and_runs_are_judged_on_the_same_text_and_kept(
 @pytest.mark.slow
 def test_trl_learns_from_the_cut_for_as_long(deep: Path, chats: Path, tmp_path: Path):
     pytest.importorskip("trl")
-    words = [*words_for(deep, chats, tmp_path / "work"), "--tokens", "256"]
+    words = [*words_for(deep, chats, tmp_path / "work"), "--tokens", "256", "--block-length", "128"]
     given = arguments([*words, "--rivals-python", sys.executable])
     found = training_curve.run(given)
     (rival,) = [run for run in found["runs"] if "trainer" in run]

@@ -192,10 +192,11 @@ class GgufSettings:
     Attributes:
         dtype: Type of the matrices: float32, float16, or q8_0, q4_1 or q4_0, llama.cpp's blocks of
             32 codes with a scale (and an offset in q4_1). GPTQ codes that fit such blocks stay as
-            they are; other weights are rounded to the nearest code. By default the smallest type
-            that the codes of the source fit, or float16.
-        table_dtype: Type of the embedding and of the output head. By default that of the matrices,
-            or q8_0 if those have 4 bits.
+            they are; other weights are rounded to the nearest code. By default each matrix has the
+            smallest type that its codes fit, or float16 where it has none.
+        table_dtype: Type of the embedding and of the output head. By default the type that their
+            codes fit, q8_0 where they have none and the matrices have blocks, or that of the
+            matrices.
     """
 
     dtype: GgufType | None = None

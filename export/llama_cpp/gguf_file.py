@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from export.llama_cpp.gguf_tensors import BLOCK
+from export.llama_cpp.gguf_tensors import BLOCK, BLOCKS
 from export.llama_cpp.gguf_vocabulary import GgufVocabulary, read_gguf_vocabulary
 from export.settings import GgufSettings, GgufType, OnnxSettings
-from export.weights.architecture import Architecture, read_architecture
+from export.weights.architecture import EMBEDDING, HEAD, Architecture, read_architecture
 from mistill.errors import ArchitectureError, missing_extra
 from mistill.folders.folder import read_config
-from mistill.folders.gptq_format import ModuleFormat, read_quantization
+from mistill.folders.gptq_format import GptqFormat, read_quantization
 from mistill.folders.lineage import lineage_after
 from mistill.folders.publishing import creating_file
 from mistill.progress import track
@@ -95,8 +97,7 @@ def to_gguf(
         config = read_config(info.path)
         architecture = read_architecture(config)
         _require_known(architecture)
-        if chosen.dtype is None:
-            chosen = replace(chosen, dtype=usual_type(info.path))
+        types = matrix_types(info.path, chosen)
         vocabulary = load_vocabulary(info.path)
         described = read_gguf_vocabulary(info.path, vocabulary)
         if find_spec("gguf") is None:
@@ -106,37 +107,64 @@ def to_gguf(
         name, _ = _ARCHITECTURES[architecture.model_type]
         writer = GGUFWriter(partial, name)
         try:
-            _describe(writer, info.path.name, architecture, chosen)
+            _describe(writer, info.path.name, architecture, types)
             _describe_vocabulary(writer, described, vocabulary, config)
             lineage = lineage_after(info.path, step="gguf", settings=chosen)
             writer.add_string(LINEAGE_KEY, json.dumps(lineage))
-            _write_weights(writer, info.path, architecture, chosen)
+            _write_weights(writer, info.path, architecture, types)
         finally:
             writer.close()
     return Path(target).expanduser().absolute()
 
 
-def usual_type(folder: Path) -> GgufType:
-    """The type of the matrices of a model folder where none is asked for.
+def matrix_types(folder: Path, settings: GgufSettings) -> dict[str, GgufType]:
+    """The types of the matrices of a model folder, those of most weights first.
+
+    Where none is asked for, each matrix has the smallest type whose blocks hold its codes as they
+    are, float16 if it has none; beside such blocks, tables without codes become q8_0.
 
     Args:
         folder: A float, GPTQ or NF4 folder.
+        settings: The types that are asked for.
 
     Returns:
-        The smallest type whose blocks hold its codes as they are; float16 for floats.
+        Types by the names of the modules.
     """
-    layout = read_quantization(read_config(folder))
-    if layout is None or layout.activation_order:
-        return "float16"
-    forms = [
-        ModuleFormat(bits=layout.bits, group_size=layout.group_size, symmetric=layout.symmetric)
-    ]
-    forms += [form for _, form in layout.modules if form is not None]
-    if any(form.group_size % BLOCK for form in forms if form.group_size != -1):
-        return "float16"
-    if all(form.bits <= 4 for form in forms):
-        return "q4_0" if all(form.symmetric for form in forms) else "q4_1"
-    return "q8_0"
+    config = read_config(folder)
+    shapes = {
+        module: shape
+        for module, shape in read_architecture(config).shapes().items()
+        if len(shape) == 2
+    }
+    layout = None if settings.dtype else read_quantization(config)
+    types: dict[str, GgufType] = {}
+    for module in shapes:
+        table = module in (EMBEDDING, HEAD)
+        usual = settings.tables if table else settings.matrices
+        types[module] = usual if layout is None else _type_of_codes(layout, module) or usual
+        if table and settings.table_dtype is not None:
+            types[module] = settings.table_dtype
+    if settings.table_dtype is None and any(one in BLOCKS for one in types.values()):
+        uncoded = [one for one in (EMBEDDING, HEAD) if types.get(one) == "float16"]
+        types |= dict.fromkeys(uncoded if layout is not None else (), "q8_0")
+    weights: Counter[GgufType] = Counter()
+    for module, one in types.items():
+        weights[one] += prod(shapes[module])
+    return dict(sorted(types.items(), key=lambda entry: -weights[entry[1]]))
+
+
+def _type_of_codes(layout: GptqFormat, module: str) -> GgufType | None:
+    """The smallest type whose blocks hold the codes of a module; None where no type's do."""
+    form = layout.format_of(module)
+    if form is None and module == EMBEDDING:
+        form = layout.format_of(HEAD)  # of a model whose head is its embedding
+    if form is None or layout.activation_order:
+        return None
+    if form.group_size != -1 and form.group_size % BLOCK:
+        return None
+    if form.bits > 4:
+        return "q8_0"
+    return "q4_0" if form.symmetric else "q4_1"
 
 
 def _require_known(architecture: Architecture) -> None:
@@ -169,13 +197,13 @@ def _require_known(architecture: Architecture) -> None:
 
 
 def _describe(
-    writer: GGUFWriter, name: str, architecture: Architecture, settings: GgufSettings
+    writer: GGUFWriter, name: str, architecture: Architecture, types: Mapping[str, GgufType]
 ) -> None:
     from gguf import LlamaFileType, RopeScalingType
 
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(LlamaFileType[_FILE_TYPES[settings.matrices]])
+    writer.add_file_type(LlamaFileType[_FILE_TYPES[next(iter(types.values()))]])
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     writer.add_vocab_size(architecture.vocabulary_size)
     window = architecture.sliding_window
@@ -247,14 +275,14 @@ def _describe_vocabulary(
 
 
 def _write_weights(
-    writer: GGUFWriter, folder: Path, architecture: Architecture, settings: GgufSettings
+    writer: GGUFWriter, folder: Path, architecture: Architecture, types: Mapping[str, GgufType]
 ) -> None:
     from export.llama_cpp.gguf_tensors import plan_tensors, read_values
     from export.weights.folder_weights import FolderWeights
 
     _, pairs = _ARCHITECTURES[architecture.model_type]
     with FolderWeights(folder, architecture, OnnxSettings(precision="float32")) as weights:
-        tensors = plan_tensors(architecture, weights, settings)
+        tensors = plan_tensors(architecture, weights, types)
         for tensor in tensors:
             size = tensor.dtype.itemsize
             for length in tensor.stored_shape:

@@ -14,14 +14,15 @@ and into q8_0 where code - zero fits. Whatever else is rounded to the nearest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.settings import GgufSettings, GgufType
+from export.settings import GgufType
 from export.weights.architecture import EMBEDDING, HEAD, NORM, Architecture, plain_frequencies
 from export.weights.folder_weights import FolderWeights
 from mistill.errors import ExportError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 BLOCK = 32
+BLOCKS: tuple[GgufType, ...] = ("q8_0", "q4_0", "q4_1")
 ROPE_FACTORS = "rope_freqs.weight"
 
 _TABLES = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
@@ -78,7 +80,7 @@ class GgufTensor:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Its sizes as numpy holds it: bytes in place of columns if it is in blocks."""
-        if self.type in ("float32", "float16"):
+        if self.type not in BLOCKS:
             return self.shape
         from gguf import quant_shape_to_byte_shape
 
@@ -92,7 +94,7 @@ class GgufTensor:
 
 
 def plan_tensors(
-    architecture: Architecture, weights: FolderWeights, settings: GgufSettings
+    architecture: Architecture, weights: FolderWeights, types: Mapping[str, GgufType]
 ) -> list[GgufTensor]:
     """All tensors of the file, in its order.
 
@@ -102,7 +104,7 @@ def plan_tensors(
     Args:
         architecture: Architecture of the decoder.
         weights: Its weights, of which only the names are read.
-        settings: Types of the matrices.
+        types: Types of the matrices, by the names of the modules.
 
     Returns:
         Tensors without their values.
@@ -112,9 +114,8 @@ def plan_tensors(
     for module, shape in architecture.shapes().items():
         tensor_type: GgufType = "float32"
         if len(shape) == 2:
-            table = module in (EMBEDDING, HEAD)
-            tensor_type = settings.tables if table else settings.matrices
-            if tensor_type not in ("float32", "float16") and shape[1] % BLOCK:
+            tensor_type = types[module]
+            if tensor_type in BLOCKS and shape[1] % BLOCK:
                 odd.append(module)
                 tensor_type = "float16"
         name = gguf_name(module)
@@ -169,7 +170,7 @@ def read_values(
     Raises:
         ExportError: If a weight is too large for its type.
     """
-    again = 0
+    again: Counter[GgufType] = Counter()
     for tensor in tensors:
         if tensor.name == ROPE_FACTORS:
             plain = plain_frequencies(architecture.rotary.base, architecture.head_dim)
@@ -184,15 +185,17 @@ def read_values(
             if blocks is not None:
                 yield blocks if order is None else blocks[order]
                 continue
-            again += tensor.type not in ("float32", "float16")
+            again[tensor.type] += tensor.type in BLOCKS
         vector = len(tensor.shape) == 1
         values = weights.floats(tensor.source) if vector else weights.exact(module)
         yield _stored(values if order is None else values[order], tensor)
-    if again:
+    if again.total():
         _log.warning(
             "the codes of %d matrices do not fit the blocks of llama.cpp (act-order mixes their "
-            "groups, or their grid differs) and were rounded again; float16 and q8_0 lose less",
-            again,
+            "groups, or their grid differs) and were rounded again, to %s; dtype float16 loses "
+            "less",
+            again.total(),
+            ", ".join(sorted(+again)),
         )
 
 
@@ -235,7 +238,7 @@ def _stored(values: NDArray[np.float32], tensor: GgufTensor) -> NDArray[Any]:
 def _blocks_of_codes(weight: QuantizedWeight, tensor_type: GgufType) -> NDArray[np.uint8] | None:
     """Codes of a checkpoint as blocks of llama.cpp, or None if they are not of that kind."""
     groups = weight.g_idx
-    if tensor_type in ("float32", "float16") or len(groups) % BLOCK:
+    if tensor_type not in BLOCKS or len(groups) % BLOCK:
         return None
     per_block = groups.reshape(-1, BLOCK)
     if (per_block != per_block[:, :1]).any():

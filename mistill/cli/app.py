@@ -534,12 +534,13 @@ def gguf(
         The facts that were printed.
     """
     from export import to_gguf
-    from export.llama_cpp.gguf_file import usual_type
+    from export.llama_cpp.gguf_file import matrix_types
     from mistill.sources.source import resolve_model
 
     file = to_gguf(source, target, settings=settings, overwrite=overwrite)
     size = file.stat().st_size
-    dtype = settings.dtype or usual_type(resolve_model(source))
+    types = matrix_types(resolve_model(source), settings)
+    dtype = " and ".join(dict.fromkeys(types.values()))
     facts = {"path": str(file), "form": "gguf", "dtype": dtype, "bytes": size}
     return print_result(facts, f"GGUF file, {dtype}, {size / 1e6:.1f} MB", file, json)
 

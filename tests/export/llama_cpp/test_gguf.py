@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import quantize
 from export import to_gguf
 from export.llama_cpp.gguf_vocabulary import _tied_runs
-from export.settings import GgufSettings
+from export.settings import GgufSettings, OnnxSettings
+from export.weights.architecture import read_architecture
+from export.weights.folder_weights import FolderWeights
 from mistill import open_model
 from mistill.errors import (
     ExportError,
@@ -25,7 +28,7 @@ from mistill.errors import (
     TargetExistsError,
     VocabularyError,
 )
-from mistill.folders.folder import read_json
+from mistill.folders.folder import read_config, read_json
 from mistill.sources.source import resolve_model
 from mistill.sources.tokenizer_parts import read_sentencepiece
 from mistill.text.vocabulary import load_vocabulary, same_vocabulary
@@ -239,6 +242,42 @@ def test_the_codes_of_a_folder_decide_where_no_type_is_asked_for(
     assert caplog.text == ""
     assert tensors["blk.0.ffn_up.weight"].tensor_type.name == matrices
     assert tensors["token_embd.weight"].tensor_type.name == tables
+
+
+def test_each_matrix_of_mixed_bits_has_the_smallest_type_of_its_own(
+    model: Path, tmp_path: Path, caplog: Any
+):
+    source = quantize.to_rounding(
+        model,
+        tmp_path / "mixed",
+        bits=4,
+        group_size=32,
+        symmetric=False,
+        overrides=("model.layers.0: bits=8", r".*v_proj: keep"),
+        head_bits=8,
+    )
+    with caplog.at_level(logging.WARNING):
+        metadata, tensors = read(to_gguf(source, tmp_path / "tiny.gguf"))
+    types = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert types["blk.0.ffn_up.weight"] == types["blk.0.attn_q.weight"] == "Q8_0"
+    assert types["blk.1.ffn_up.weight"] == types["blk.1.attn_q.weight"] == "Q4_1"
+    assert types["blk.1.attn_v.weight"] == "F16"
+    assert types["token_embd.weight"] == "Q8_0"
+    assert metadata["general.file_type"] == 7  # most weights are in 8 bits
+    # 8-bit codes of which a zero point is far from the middle fit no block.
+    assert "were rounded again, to q8_0; dtype float16 loses less" in caplog.text
+    with FolderWeights(
+        source, read_architecture(read_config(source)), OnnxSettings(precision="float32")
+    ) as weights:
+        for name, module in (("ffn_up", "mlp.up_proj"), ("ffn_down", "mlp.down_proj")):
+            exact = weights.exact(f"model.layers.1.{module}")
+            found = dequantized(tensors[f"blk.1.{name}.weight"])
+            np.testing.assert_allclose(found, exact, atol=np.abs(exact).max() * 2e-3)
+    plain = to_gguf(source, tmp_path / "plain.gguf", dtype="float16")
+    assert (tmp_path / "tiny.gguf").stat().st_size < 0.7 * plain.stat().st_size
+    _, tensors = read(to_gguf(source, tmp_path / "tables.gguf", table_dtype="float32"))
+    assert tensors["token_embd.weight"].tensor_type.name == "F32"
+    assert tensors["blk.1.ffn_up.weight"].tensor_type.name == "Q4_1"
 
 
 def test_offsets_of_asymmetric_codes_are_rounded_to_float16_alone(model: Path, tmp_path: Path):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
-from cyclopts.exceptions import CycloptsError, UnknownOptionError
+from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
 from distill import (
@@ -46,7 +46,7 @@ from mistill.cli.outside import (
     is_lost,
     make_visible,
     refuse,
-    refuse_option,
+    refuse_words,
     require_known_method,
     speak_utf8,
     with_counts,
@@ -854,9 +854,9 @@ def _run(arguments: Sequence[str]) -> int:
                 help_on_error=False,
                 result_action="return_value",
             )
-    except UnknownOptionError as error:
-        return refuse_option(error)
-    except (MistillError, CycloptsError) as error:
+    except CycloptsError as error:
+        return refuse_words(error)
+    except MistillError as error:
         return refuse(error)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "datasets", "onnx_ir"):

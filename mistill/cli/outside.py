@@ -18,7 +18,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
-from cyclopts.exceptions import UnknownOptionError
+from cyclopts import Token
+from cyclopts.exceptions import CycloptsError, MissingArgumentError, UnknownOptionError
 
 from mistill.errors import FolderError, MistillError, SettingsError
 from mistill.folders.publishing import is_full_disk
@@ -206,8 +207,11 @@ def require_known_method(words: Sequence[str], command: str, methods: Sequence[s
         raise SettingsError(f"there is no method {words[1]}; did you mean {close[0]}?")
 
 
-def refuse_option(error: UnknownOptionError) -> int:
-    """Print that an option is unknown, and the one that says the same here, if there is one.
+def refuse_words(error: CycloptsError) -> int:
+    """Print what is wrong with the words of a command.
+
+    An unknown option is named with the one that says the same here, if there is one, and before
+    what is missing: it may be what was misspelt.
 
     Args:
         error: The command line's own.
@@ -215,12 +219,23 @@ def refuse_option(error: UnknownOptionError) -> int:
     Returns:
         The exit code.
     """
-    word = (error.token.keyword or error.token.value).split("=", 1)[0]
-    names = [name for argument in error.argument_collection for name in argument.names]
-    same = next((name for name in _NAMED_ELSEWHERE.get(word, ()) if name in names), None)
-    if same is None:
-        return refuse(error)
-    return refuse(SettingsError(f"Unknown option: {word}. Here it is {same}."))
+    if isinstance(error, MissingArgumentError) and error.app is not None:
+        unknown = next((word for word in error.unused_tokens or () if word.startswith("--")), None)
+        if unknown is not None:
+            error = UnknownOptionError(
+                msg="",
+                token=Token(value=unknown.split("=", 1)[0], source="cli"),
+                argument_collection=error.app.assemble_argument_collection(parse_docstring=True),
+                unused_tokens=error.unused_tokens,
+                command_chain=error.command_chain,
+            )
+    if isinstance(error, UnknownOptionError):
+        word = (error.token.keyword or error.token.value).split("=", 1)[0]
+        names = [name for argument in error.argument_collection for name in argument.names]
+        same = next((name for name in _NAMED_ELSEWHERE.get(word, ()) if name in names), None)
+        if same is not None:
+            return refuse(SettingsError(f"Unknown option: {word}. Here it is {same}."))
+    return refuse(error)
 
 
 def from_outside(error: BaseException) -> MistillError | None:

@@ -207,6 +207,10 @@ def test_completion_is_installed_for_a_known_shell(
         ),
         (["export", "a", "b", "--prec", "int4"], "--prec. Did you mean --precision?"),
         (["inspect", "a", "--lr", "3"], "Unknown option: --lr."),
+        # What is missing may be what was misspelt.
+        (["distill", "a", "b", "--lr", "3"], "Unknown option: --lr. Here it is --learning-rate."),
+        (["distill", "a", "b", "--text", "t"], "Unknown option: --text. Did you mean --texts?"),
+        (["distill", "a", "b", "--teacher", "t"], "--texts requires an argument."),
     ],
 )
 def test_an_option_of_another_tool_is_named_with_ours(

@@ -463,6 +463,29 @@ def test_what_is_sent_now_goes_out_after_what_was_to_go_out_soon() -> None:
     assert written == [b"ab", b"c", b"d"]
 
 
+@pytest.mark.parametrize(
+    ("cycle", "flow"),
+    [
+        (SimpleNamespace(disconnected=False), SimpleNamespace(write_paused=True)),
+        (SimpleNamespace(disconnected=True), SimpleNamespace(write_paused=False)),
+        (None, SimpleNamespace(write_paused=False)),
+        (SimpleNamespace(disconnected=False), None),
+    ],
+    ids=["does not read on", "has left", "no request", "no connection"],
+)
+def test_nothing_is_sent_at_once_to_a_client_that_cannot_take_it(cycle: Any, flow: Any) -> None:
+    sent: list[bytes] = []
+    connection: Any = SimpleNamespace(
+        cycle=cycle, flow=flow, _gathering=SimpleNamespace(send=sent.append)
+    )
+    assert not BoundedProtocol.send_part(connection, b"x")
+    assert sent == []
+    connection.cycle = SimpleNamespace(disconnected=False)
+    connection.flow = SimpleNamespace(write_paused=False)
+    assert BoundedProtocol.send_part(connection, b"x" * 17)
+    assert sent == [b"11\r\n" + b"x" * 17 + b"\r\n"]
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_a_stream_has_chunks_only_for_a_client_that_reads_them(
     version: str, apart: RunningServer, monkeypatch: pytest.MonkeyPatch
@@ -513,6 +536,13 @@ def test_an_inbox_waits_as_long_as_its_reader_whatever_it_waited_for_before() ->
             assert await inbox.take(seconds) == []
             assert loop.time() - began >= min(seconds, 0.05) - 0.002
             assert loop.time() - began < 30
+        # A timer that goes off before its reader wants to give up is set again.
+        loop.call_soon(inbox.wake)
+        assert await inbox.take(0.03) == []
+        loop.call_later(0.09, inbox.wake)
+        began = loop.time()
+        assert await inbox.take(60.0) == []
+        assert loop.time() - began >= 0.088
         waiting = loop.create_task(inbox.take(60.0))
         await asyncio.sleep(0)
         inbox.close()

@@ -16,6 +16,7 @@ import json
 import random
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -94,7 +95,7 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     )
     rivals = find_rivals((f"llama.cpp:{name}" for name in given.against), places(given))
     with ExitStack() as stack:
-        options = ("--slots", str(SLOTS), "--context", str(CONTEXT))
+        options = ("--metrics", "--slots", str(SLOTS), "--context", str(CONTEXT))
         ours = stack.enter_context(running_folder(given.chatbot, *options, threads=given.threads))
         servers = {OURS: ours}
         for rival in rivals:
@@ -313,8 +314,8 @@ def many_requests(server: Server, process: int, count: int, clients: int = 8) ->
         clients: Clients at once.
 
     Returns:
-        Replies that were not those of the same prompt alone; memory and open descriptors before
-        and after.
+        Replies that were not those of the same prompt alone; memory, what of it are keys and values
+        of texts that may go on, and open descriptors, before and after.
     """
     prompts = Prompts(server, 60, seed=5)
     asked = [prompts.next() for _ in range(30)]
@@ -333,19 +334,37 @@ def many_requests(server: Server, process: int, count: int, clients: int = 8) ->
 
     _at_once(ask, range(count, count + max(count // 3, 1)), clients)
     time.sleep(1.0)
-    before = usage_of(process)
+    before, kept = usage_of(process), [kept_bytes(server)]
     _at_once(ask, range(count), clients)
     time.sleep(2.0)
     after = usage_of(process)
+    kept.append(kept_bytes(server))
     assert before is not None
     assert after is not None
     return {
         "requests": count,
         "wrong": wrong,
         "resident_bytes": [before.resident_bytes, after.resident_bytes],
+        "kept_bytes": kept,
         "growth": after.resident_bytes / before.resident_bytes - 1,
         "descriptors": [before.descriptors, after.descriptors],
     }
+
+
+def kept_bytes(server: Server) -> int:
+    """Memory that a server of ours takes for keys and values, within a bound.
+
+    Args:
+        server: Ours, started with ``--metrics``.
+
+    Returns:
+        Bytes of the texts that are being written, and of those that may go on.
+    """
+    address = f"{server.url.removesuffix('/v1')}/metrics"
+    with urllib.request.urlopen(address, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    values = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+    return int(values["mistill_kv_cache_bytes"]) + int(values["mistill_prefix_cache_bytes"])
 
 
 def _at_once(ask: Callable[[int], None], numbers: Sequence[int], clients: int) -> None:

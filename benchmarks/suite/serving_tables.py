@@ -66,11 +66,23 @@ def _watched(found: Found) -> list[str]:
         f"- The next turn of a conversation of {later['prompt_tokens']:,.0f} tokens begins after "
         f"{1000 * later['first_token_seconds']['median']:.0f} ms.",
         f"- {many['requests']:,} requests, a tenth of them left by their clients: "
-        f"{many['wrong']} wrong replies, {growth:+.1%} of resident memory, "
+        f"{many['wrong']} wrong replies, {growth:+.1%} of resident memory{_kept(many)}, "
         f"{many['descriptors'][1] - many['descriptors'][0]:+d} open descriptors.",
         f"- Idle, it took {found['idle']['processor_seconds']:g} seconds of processor time in "
         f"{found['idle']['seconds']:g}.",
     ]
+
+
+def _kept(many: Found) -> str:
+    """What of the growth are texts that a server keeps; earlier results do not tell."""
+    if "kept_bytes" not in many:
+        return ""
+    (before, after), (kept_before, kept_after) = many["resident_bytes"], many["kept_bytes"]
+    rest = (after - kept_after) / (before - kept_before) - 1
+    return (
+        f" ({(kept_after - kept_before) / 1e6:+.0f} MB of texts that it keeps within a bound, "
+        f"and {rest:+.1%} of the rest)"
+    )
 
 
 def _range(ratios: list[float]) -> str:

@@ -25,7 +25,7 @@ _ROW_READERS = {
 }
 _COSINE = 7
 _FLOAT = 1  # onnx.TensorProto.FLOAT
-VIEWS = ("Reshape", "Transpose", "Cast", "Expand", "Squeeze", "Unsqueeze", "Identity")
+_VIEWS = ("Reshape", "Transpose", "Cast", "Expand", "Squeeze", "Unsqueeze", "Identity")
 
 # For each block of a row, the integer kernels store its scale and the sum of its weights.
 _PACKED_BLOCK_BYTES = 8
@@ -81,7 +81,7 @@ def step_cost(graph: ir.Graph) -> StepCost:
     whole: dict[str, tuple[int, int]] = {}
     rows = 0
     for node in graph.all_nodes():
-        if node.op_type in VIEWS:
+        if is_view(node):
             continue
         for index, value in enumerate(node.inputs):
             tensor = constant(value)
@@ -148,10 +148,24 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
         if producer.op_type == "Constant":
             attribute = producer.attributes.get("value")
             return None if attribute is None else attribute.as_tensor()
-        if producer.op_type not in VIEWS:
+        if not is_view(producer):
             return None
         value = producer.inputs[0]
     return None if value is None else value.const_value
+
+
+def is_view(node: ir.Node) -> bool:
+    """Whether a node only changes the shape or type of its first input, or repeats its columns.
+
+    Args:
+        node: A node of a graph.
+
+    Returns:
+        False for a Gather of rows that the graph computes, as that of an embedding is.
+    """
+    if node.op_type == "Gather":
+        return len(node.inputs) > 1 and constant(node.inputs[1]) is not None
+    return node.op_type in _VIEWS
 
 
 def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
@@ -179,6 +193,8 @@ def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
         return array.reshape(others[0].tolist())
     if producer.op_type == "Expand":
         return np.broadcast_to(array, np.broadcast_shapes(array.shape, tuple(others[0].tolist())))
+    if producer.op_type == "Gather":
+        return np.take(array, others[0], axis=producer.attributes.get_int("axis", 0))
     return None
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistill.cost_model.onnx_cost import VIEWS, StepCost, constant, step_cost
+from mistill.cost_model.onnx_cost import StepCost, constant, is_view, step_cost
 from mistill.errors import missing_extra
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _is_half(value: ir.Value | None) -> bool:
 
     halves = (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
     producer = None if value is None else value.producer()
-    while producer is not None and producer.op_type in VIEWS:
+    while producer is not None and is_view(producer):
         if producer.op_type == "Cast":
             return producer.attributes.get_int("to", 0) in [int(half) for half in halves]
         before = producer.inputs[0]

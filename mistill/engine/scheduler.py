@@ -712,10 +712,11 @@ class Scheduler:
             self._texts.exchange(source, target)
             rows = self._rows
             with self._changed:
+                touched = rows[source].touched, rows[target].touched
                 rows[source], rows[target] = rows[target], rows[source]
-            # What was written to a row takes memory there, whatever text it holds.
-            most = max(rows[source].touched, rows[target].touched)
-            rows[source].touched = rows[target].touched = most
+                # The texts have changed places; what was written to a row takes memory there still.
+                rows[source].touched = max(touched[0], len(texts[source]))
+                rows[target].touched = max(touched[1], len(texts[target]))
         return first
 
     def _choose(self, row: int, logits: NDArray[np.float32]) -> None:

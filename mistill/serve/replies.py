@@ -4,12 +4,15 @@ A reply is a job of the scheduler. What the engine writes goes into the request'
 woken once for all inboxes in which something is due after a step of the engine: a token takes a few
 milliseconds, and on a laptop whatever the loop does for one lengthens the next. A client that
 leaves ends its jobs.
+
+It is one file because the inbox, what puts into it and what takes from it are one handover between
+two threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -167,8 +170,12 @@ class Inbox:
         self.holds = False
         self._due = due
         self._events: deque[tuple[int, Event]] = deque()
-        self._there = asyncio.Event()
+        self._open = False
         self._woken = False
+        # Whoever takes and waits, until when, and a timer that goes off no later.
+        self._taker: asyncio.Future[None] | None = None
+        self._end = math.inf
+        self._timer: asyncio.TimerHandle | None = None
         self._interval = -1.0
         self._begun: set[int] = set()
 
@@ -203,12 +210,14 @@ class Inbox:
 
     def open(self) -> None:
         """Let whoever waits take what is there, from the loop."""
-        self._there.set()
+        self._open = True
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
 
     def wake(self) -> None:
         """Let whoever waits look, even if nothing is there, from the loop."""
         self._woken = True
-        self._there.set()
+        self.open()
 
     async def take(self, seconds: float | None) -> list[tuple[int, Event]]:
         """Take all that came, once something is due.
@@ -219,17 +228,49 @@ class Inbox:
         Returns:
             The events, in the order in which they came; none if none came in time.
         """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not (self._woken or (self._there.is_set() and self._events)):
-                    self._there.clear()
-                    await self._there.wait()
-        self._there.clear()
+        self._end = math.inf if seconds is None else self.loop.time() + seconds
+        while not (self._woken or (self._open and self._events)):
+            self._open = False
+            self._watch()
+            self._taker = self.loop.create_future()
+            try:
+                await self._taker
+            finally:
+                self._taker = None
+            if not self._open:
+                break
+        self._open = False
         self._woken = False
         events = []
         while self._events:
             events.append(self._events.popleft())
         return events
+
+    def close(self) -> None:
+        """Wait for nothing any more, from the loop."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _watch(self) -> None:
+        """See to it that the timer goes off no later than whoever takes wants to wait.
+
+        One that goes off earlier is left, and set again then: tokens come every few milliseconds,
+        and the end of the wait moves with each.
+        """
+        if self._timer is not None and self._timer.when() > self._end:
+            self.close()
+        if self._timer is None and self._end < math.inf:
+            self._timer = self.loop.call_at(self._end, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._taker is None or self._taker.done():
+            return
+        if self.loop.time() < self._end:
+            self._watch()
+        else:
+            self._taker.set_result(None)
 
 
 class Reply:
@@ -412,6 +453,7 @@ class Replies:
         """End what has not ended, and watch no longer."""
         if self._gone is not None:
             self._gone.cancel()
+        self._inbox.close()
         self._later.clear()
         for index in self._running:
             self._scheduler.cancel(self._replies[index].job)

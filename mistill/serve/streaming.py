@@ -226,6 +226,8 @@ async def _stream(
     of its own.
     """
     began = False
+    # The last events, which are sent with the end: a client wakes once for both.
+    last = b""
     try:
         while replies.unfinished:
             events = await replies.take(ping_seconds)
@@ -237,7 +239,9 @@ async def _stream(
                 began = True
                 await exchange.begin_stream(answer.headers)
                 content = answer.opening() + content
-            if content or not events:
+            if not replies.unfinished:
+                last = content
+            elif content or not events:
                 await exchange.stream(content or PING)
             _raise_failure(events[len(whole) :])
     except ClientGoneError:
@@ -246,10 +250,10 @@ async def _stream(
         if not began:
             raise
         exchange.facts["ending"] = "error"
-        await exchange.stream(b"data: " + refusal_of(error).body() + b"\n\n" + DONE)
+        last += b"data: " + refusal_of(error).body() + b"\n\n" + DONE
     else:
-        await exchange.stream(answer.closing() + DONE)
-    await exchange.end_stream()
+        last += answer.closing() + DONE
+    await exchange.end_stream(last)
 
 
 def _whole(answer: Answer, events: Sequence[tuple[Reply, Event]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 from tokenizers import Encoding, Tokenizer
 
@@ -91,12 +92,14 @@ class TokenizerFile:
         definition: The document.
         processor: The post-processor; None if there is none.
         file: Path of the file.
+        last_id: The highest id of a token, added ones included; -1 where there is none.
     """
 
     tokenizer: Tokenizer
     definition: dict[str, Any]
     processor: Processor | None
     file: Path
+    last_id: int
 
     def encode(self, text: str) -> Encoding:
         """Turn text into tokens, without adding special ones.
@@ -166,7 +169,9 @@ def read_tokenizer(file: Path) -> TokenizerFile:
         )
     try:
         with _without_panics(True):
-            tokenizer = Tokenizer.from_str(json.dumps({**definition, "post_processor": None}))
+            # msgspec writes a large vocabulary in a tenth of the time that json takes.
+            text = msgspec.json.encode({**definition, "post_processor": None}).decode()
+            tokenizer = Tokenizer.from_str(text)
     except BaseException as error:  # tokenizers raises nothing more precise
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
@@ -175,10 +180,10 @@ def read_tokenizer(file: Path) -> TokenizerFile:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # Every token takes some bytes of the file, and no vocabulary has more gaps than tokens.
-    last, size = max(tokenizer.get_vocab().values(), default=0), file.stat().st_size
+    last, size = max(tokenizer.get_vocab().values(), default=-1), file.stat().st_size
     if last > size:
         raise VocabularyError(f"{file} gives a token the id {last}, in a file of {size} bytes")
-    return TokenizerFile(tokenizer, definition, parsed.post_processor, file)
+    return TokenizerFile(tokenizer, definition, parsed.post_processor, file, last)
 
 
 def _growth(part: Any) -> int:

@@ -111,8 +111,7 @@ class Vocabulary:
         self._spell = speller_of(definition)
         settings = optional_json(folder / "tokenizer_config.json")
         config = optional_json(folder / "config.json")
-        tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.size = int(config.get("vocab_size", tokens))
+        self.size = int(config.get("vocab_size", file.last_id + 1))
         self.today: date | None = None
         self._templates = read_templates(folder, settings)
         self.chat_template = self._templates.get("default")

@@ -13,6 +13,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mistill.serve.http.exchange import SEND_PART, Receive, Scope, Send
 from mistill.serve.refusals import RefusalError
 from mistill.serve.settings import Limits
 
@@ -48,7 +49,10 @@ class BoundedProtocol(H11Protocol):
         self._phase = ""
         self.rests_since = self.loop.time()
         self.access_log = False  # it would hold the addresses that clients ask for
-        super().connection_made(GatheringTransport(transport, self.loop))  # type: ignore[arg-type]
+        self._gathering = GatheringTransport(transport, self.loop)
+        self._whole_app = self.app
+        self.app = self._run
+        super().connection_made(self._gathering)  # type: ignore[arg-type]
         if len(self.connections) > self.bounds.connections:
             resting = [
                 one
@@ -66,6 +70,30 @@ class BoundedProtocol(H11Protocol):
         """Count no longer."""
         self._stop_watching()
         super().connection_lost(exc)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application, which may send parts of an answer by ``send_part``."""
+        scope["extensions"] = {SEND_PART: self.send_part}
+        await self._whole_app(scope, receive, send)
+
+    def send_part(self, content: bytes) -> bool:
+        """Send a part of an answer in chunks at once, if nothing is in its way.
+
+        That is what uvicorn and h11 would write for ``http.response.body``, in a tenth of
+        the calls: a stream sends a part every few milliseconds, beside a model that computes.
+
+        Args:
+            content: The part, not empty. The head of the answer was sent before, to a client that
+                reads chunks, and has no Content-Length.
+
+        Returns:
+            False if nothing was sent, because the client has left or does not read on.
+        """
+        cycle, flow = self.cycle, self.flow
+        if cycle is None or flow is None or cycle.disconnected or flow.write_paused:
+            return False
+        self._gathering.send(b"%x\r\n%b\r\n" % (len(content), content))
+        return True
 
     @property
     def is_resting(self) -> bool:
@@ -157,6 +185,15 @@ class GatheringTransport:
         if not self._parts:
             self._loop.call_soon(self._flush)
         self._parts.append(data)
+
+    def send(self, data: bytes) -> None:
+        """Send bytes now, after those that were to be sent soon.
+
+        Args:
+            data: The bytes.
+        """
+        self._parts.append(data)
+        self._flush()
 
     def close(self) -> None:
         """Send what was written, and close."""

@@ -22,6 +22,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+SEND_PART = "mistill.send_part"
+"""The extension of ASGI by which a connection sends a part of a stream at once."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
@@ -101,6 +104,9 @@ class Exchange:
         self.began = time.monotonic()
         self._receive = receive
         self._send = send
+        # To a client of HTTP/1.0 an answer is not sent in chunks.
+        extensions = scope.get("extensions") or {} if self.version == "1.1" else {}
+        self._send_at_once: Callable[[bytes], bool] = extensions.get(SEND_PART, _not_sent)
         self._limits = limits
 
     def header(self, name: bytes) -> bytes | None:
@@ -241,11 +247,19 @@ class Exchange:
         Raises:
             ClientGoneError: If the client does not read on.
         """
-        await self._send_part(content, more=True)
+        if content and not self._send_at_once(content):
+            await self._send_part(content, more=True)
 
-    async def end_stream(self) -> None:
-        """End a stream."""
-        await self._send_part(b"", more=False)
+    async def end_stream(self, content: bytes = b"") -> None:
+        """End a stream.
+
+        Args:
+            content: Its last events.
+
+        Raises:
+            ClientGoneError: If the client does not read on.
+        """
+        await self._send_part(content, more=False)
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self.status = status
@@ -268,3 +282,8 @@ class Exchange:
                 await self._send(message)
         except TimeoutError:
             raise ClientGoneError from None
+
+
+def _not_sent(content: bytes) -> bool:
+    """Where a connection cannot send a part at once."""
+    return False

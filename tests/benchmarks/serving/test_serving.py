@@ -21,7 +21,7 @@ from benchmarks.serving.load import Level, quantiles, run_level
 from benchmarks.serving.processes import usage_of
 from benchmarks.serving.prompts import Prompts
 from benchmarks.serving.serving_report import ServingReport
-from benchmarks.serving.streams import Server
+from benchmarks.serving.streams import Server, _lines
 from mistill.errors import ServerError, SettingsError
 from tests.tiny import tiny_model
 
@@ -92,6 +92,63 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7, 50])
+def test_lines_have_the_time_of_the_piece_that_brought_their_end(cut: int) -> None:
+    body = b"".join(
+        b"%x\r\n%b\r\n" % (len(chunk), chunk)
+        for chunk in (b"data: a\n\nda", b"ta: b\r\n\r\n", b": ping\n\ndata: c", b"\n\ndata: d")
+    )
+    body += b"0\r\n\r\n"
+    pieces = [
+        (float(number), body[start : start + cut])
+        for number, start in enumerate(range(0, len(body), cut))
+    ]
+    lines = _lines(pieces, chunked=True)
+    assert [line.strip() for _, line in lines] == [b"data: a", b"data: b", b"data: c"]
+    # Where the line feed of each stands in the body.
+    ends = [body.index(end) + len(end) - 1 for end in (b"data: a\n", b"ta: b\r\n", b"\r\n\n")]
+    assert [moment for moment, _ in lines] == [end // cut for end in ends]
+
+
+def test_a_body_without_chunks_ends_where_its_length_says() -> None:
+    content = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]\n\n'
+
+    class Plain(Scripted):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._send(content)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Plain) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            reply = Server(url).reply([{"role": "user", "content": "?"}], max_tokens=1)
+        finally:
+            server.shutdown()
+    assert reply.text == "x"
+
+
+@pytest.mark.parametrize("body", [b"zz\r\ndata: x\r\n", b"", b"5\r\ndat"])
+def test_a_body_of_broken_chunks_is_refused_in_words(body: bytes) -> None:
+    class Broken(Scripted):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(body)
+            self.close_connection = True
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            with pytest.raises(ServerError, match=r"without a size|without \[DONE\]"):
+                Server(url).reply([{"role": "user", "content": "?"}], max_tokens=1)
+        finally:
+            server.shutdown()
 
 
 def test_the_times_of_a_reply_are_those_at_which_it_came(url: str) -> None:

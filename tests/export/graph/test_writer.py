@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,24 @@ def test_two_tensors_over_the_same_bytes_are_stored_once(tmp_path: Path) -> None
     np.testing.assert_array_equal(other, table.reshape(-1))
 
 
+def test_scales_of_earlier_exports_are_known_too(tmp_path: Path) -> None:
+    few = np.array([[0.5, 0.25], [3.0, 0.125], [1.0, 2.0]], np.float16)
+    with GraphWriter(tmp_path) as writer:
+        value = writer.stored("stored", few[..., None])
+        value = writer.node("Cast", [value], "wide", to=int(ir.DataType.FLOAT))
+        shapes = (writer.constant(f"to.{size}", np.array(size)) for size in ((3, 2, 4), (3, 8)))
+        value = writer.node("Expand", [value, next(shapes)], "each")
+        value = writer.node("Reshape", [value, next(shapes)], "scales")
+        writer.output(writer.node("Neg", [value], "y"), "y", [3, 8])
+        writer.save("test")
+    graph = ir.load(tmp_path / "model.onnx").graph
+    (read,) = [node.inputs[0] for node in graph if node.op_type == "Neg"]
+    said = constant_array(read)
+    assert said is not None
+    assert said.dtype == np.float32
+    assert np.array_equal(said, few.repeat(4, axis=1))
+
+
 HALVES = np.array([[0.5, 0.25, -1.5, 2.0], [3.0, 0.125, 0.0, -4.0]], np.float32)
 SMALL = {
     "in float16": (HALVES, 2 * 8),
@@ -109,6 +128,10 @@ def test_small_arrays_take_few_bytes_and_are_whole_when_loaded(
     stored = [value.const_value for value in graph.initializers.values()]
     in_file = {(one.offset, one.length) for one in stored if isinstance(one, ir.ExternalTensor)}
     assert in_file == {(0, size)}
+    # Each node takes time when the graph is loaded: one widens, one repeats.
+    nodes = Counter(node.op_type for node in graph if not str(node.name).startswith("wide"))
+    assert set(nodes) <= {"Cast", "Gather"}
+    assert max(nodes.values(), default=0) <= 2
     read = [node.inputs[0] for node in graph if str(node.name).startswith("wide")]
     for one in read:
         said = constant_array(one)

@@ -211,6 +211,26 @@ def test_bytes_are_those_of_the_codes_and_of_their_packing(tmp_path: Path) -> No
     assert lint(tmp_path, codes(block=64)).cost.packed_bytes_per_token == N * K * 5 // 8
 
 
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_scales_that_loading_widens_and_repeats_count_as_they_are_read(
+    times: int, tmp_path: Path
+) -> None:
+    blocks = K // 16
+    few = np.arange(N * blocks // times, dtype=np.float32).reshape(N, -1)
+
+    def build(writer: GraphWriter, value: ir.Value) -> ir.Value:
+        codes = writer.stored("codes", np.zeros((N, blocks, 8), np.uint8))
+        scales = writer.stored_small("scales", few.repeat(times, axis=1))
+        settings = {"bits": 4, "block_size": 16, "K": K, "N": N, "accuracy_level": 4}
+        return writer.node(
+            "MatMulNBits", [value, codes, scales], "product", domain=MICROSOFT, **settings
+        )
+
+    cost = lint(tmp_path, build).cost
+    assert cost.bytes_per_token == N * K // 2 + 4 * N * blocks
+    assert cost.packed_bytes_per_token == N * K // 2 + 8 * N * blocks
+
+
 def test_floats_are_read_as_they_are_and_a_table_row_by_row(tmp_path: Path) -> None:
     def build(writer: GraphWriter, value: ir.Value) -> ir.Value:
         ids = writer.input("ids", np.int64, ["batch", "sequence"])

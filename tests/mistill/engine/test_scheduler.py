@@ -625,6 +625,29 @@ def test_what_is_not_being_continued_takes_no_more_memory_than_it_may(model: Onn
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is given back later")
+def test_the_memory_of_each_row_is_what_was_written_to_it(model: OnnxModel) -> None:
+    most = 0
+    with Scheduler(model, slots=4) as scheduler:
+        # One long text, then short ones that leave gaps, so that rows change places.
+        lengths = [250, *(5 + 7 * number % 30 for number in range(40))]
+        sinks = [Heard() for _ in lengths]
+        for number, (length, sink) in enumerate(zip(lengths, sinks, strict=True)):
+            scheduler.submit(a_job(some_ids(length, number), sink, tokens=1 + 5 * number % 17))
+            if number == 0 or number % 7 == 0:
+                sink.wait()
+        for sink in sinks:
+            sink.wait()
+        texts = scheduler._texts
+        for number, row in enumerate(scheduler._rows):
+            written = [
+                np.flatnonzero(array[number].any(axis=(0, 2))) for array in texts._arrays.values()
+            ]
+            highest = max((int(places[-1]) + 1 for places in written if places.size), default=0)
+            assert highest <= row.touched <= highest + 1, number
+            most += highest > 200
+    assert most < 4  # the others hold short texts, which a long one elsewhere does not lengthen
+
+
 def test_a_row_that_is_released_takes_no_memory(model: OnnxModel) -> None:
     texts = TextRows(model.session, 2, model.context_length, model.vocabulary_size)
     for row in range(2):

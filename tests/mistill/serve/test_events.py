@@ -21,7 +21,7 @@ import pytest
 from mistill.chat.stream_text import TextStream
 from mistill.errors import SettingsError
 from mistill.serve import chat as chat_module
-from mistill.serve.http.connections import GatheringTransport
+from mistill.serve.http.connections import BoundedProtocol, GatheringTransport
 from mistill.serve.replies import DueInboxes, End, Failure, Inbox, Piece, Reply
 from mistill.serve.requests import ChatRequest
 from mistill.serve.settings import ServeSettings
@@ -270,7 +270,7 @@ def test_the_loop_is_woken_once_for_all_streams(clock: Clock, due: DueInboxes, l
         inbox.put(0, piece())
     due.tell()
     assert loop.wakes == 2
-    assert all(inbox._there.is_set() for inbox in inboxes)
+    assert all(inbox._open for inbox in inboxes)
 
 
 @pytest.mark.parametrize("text", ["", "x"])
@@ -444,3 +444,110 @@ def test_what_was_written_goes_out_before_a_connection_is_closed_and_not_after()
         return first.done, second.done
 
     assert asyncio.run(use()) == ([b"ab", "closed"], [b"ab", "closed"])
+
+
+def test_what_is_sent_now_goes_out_after_what_was_to_go_out_soon() -> None:
+    written: list[bytes] = []
+    transport = SimpleNamespace(write=written.append, is_closing=lambda: False)
+
+    async def use() -> None:
+        one = GatheringTransport(transport, asyncio.get_running_loop())  # type: ignore[arg-type]
+        one.write(b"a")
+        one.send(b"b")
+        assert written == [b"ab"]
+        one.send(b"c")
+        one.write(b"d")
+        await asyncio.sleep(0)
+
+    asyncio.run(use())
+    assert written == [b"ab", b"c", b"d"]
+
+
+@pytest.mark.parametrize(
+    ("cycle", "flow"),
+    [
+        (SimpleNamespace(disconnected=False), SimpleNamespace(write_paused=True)),
+        (SimpleNamespace(disconnected=True), SimpleNamespace(write_paused=False)),
+        (None, SimpleNamespace(write_paused=False)),
+        (SimpleNamespace(disconnected=False), None),
+    ],
+    ids=["does not read on", "has left", "no request", "no connection"],
+)
+def test_nothing_is_sent_at_once_to_a_client_that_cannot_take_it(cycle: Any, flow: Any) -> None:
+    sent: list[bytes] = []
+    connection: Any = SimpleNamespace(
+        cycle=cycle, flow=flow, _gathering=SimpleNamespace(send=sent.append)
+    )
+    assert not BoundedProtocol.send_part(connection, b"x")
+    assert sent == []
+    connection.cycle = SimpleNamespace(disconnected=False)
+    connection.flow = SimpleNamespace(write_paused=False)
+    assert BoundedProtocol.send_part(connection, b"x" * 17)
+    assert sent == [b"11\r\n" + b"x" * 17 + b"\r\n"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_stream_has_chunks_only_for_a_client_that_reads_them(
+    version: str, apart: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bool] = []
+    true_send = BoundedProtocol.send_part
+
+    def send(connection: BoundedProtocol, content: bytes) -> bool:
+        sent.append(true_send(connection, content))
+        return sent[-1]
+
+    monkeypatch.setattr(BoundedProtocol, "send_part", send)
+    body = json.dumps(
+        {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 90, "temperature": 0}
+        | {"stream": True, "ignore_eos": True}
+    ).encode()
+    head, _, content = apart.raw(
+        b"POST /v1/chat/completions HTTP/%b\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+        % (version.encode(), len(body), body)
+    ).partition(b"\r\n\r\n")
+    assert (b"transfer-encoding: chunked" in head.lower()) == (version == "1.1")
+    if version == "1.1":
+        parts = []
+        while content:
+            size, _, content = content.partition(b"\r\n")
+            parts.append(content[: int(size, 16)])
+            assert content[int(size, 16) :][:2] == b"\r\n"
+            content = content[int(size, 16) + 2 :]
+        assert parts.pop() == b""
+        content = b"".join(parts)
+    said_by_stream = [line.removeprefix(b"data: ") for line in content.split(b"\n\n") if line]
+    assert said_by_stream.pop() == b"[DONE]"
+    assert set(sent) == ({True} if version == "1.1" else set())
+    whole = apart.chat(max_tokens=90, ignore_eos=True)
+    assert said([json.loads(line) for line in said_by_stream])[0]["text"] == whole.text
+
+
+def test_an_inbox_waits_as_long_as_its_reader_whatever_it_waited_for_before() -> None:
+    async def take() -> None:
+        loop = asyncio.get_running_loop()
+        due = DueInboxes(20.0, Clock())
+        inbox = Inbox(loop, due)
+        for seconds in (0.02, 60.0, 0.03, 0.01):
+            if seconds == 60.0:
+                loop.call_later(0.05, inbox.wake)
+            began = loop.time()
+            assert await inbox.take(seconds) == []
+            assert loop.time() - began >= min(seconds, 0.05) - 0.002
+            assert loop.time() - began < 30
+        # A timer that goes off before its reader wants to give up is set again.
+        loop.call_soon(inbox.wake)
+        assert await inbox.take(0.03) == []
+        loop.call_later(0.09, inbox.wake)
+        began = loop.time()
+        assert await inbox.take(60.0) == []
+        assert loop.time() - began >= 0.088
+        waiting = loop.create_task(inbox.take(60.0))
+        await asyncio.sleep(0)
+        inbox.close()
+        inbox.wake()
+        assert await waiting == []
+        assert inbox._timer is None
+
+    asyncio.run(take())

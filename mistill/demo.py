@@ -61,8 +61,8 @@ class _Plan:
 
 _PLANS: dict[Size, _Plan] = {
     "quick": _Plan("demo-quick.toml", 4, 28, 240, 165),
-    "normal": _Plan("demo.toml", 12, 150, 240, 350),
-    "full": _Plan("demo-full.toml", 60, 370, 240, 550),
+    "normal": _Plan("demo.toml", 12, 129, 250, 350),
+    "full": _Plan("demo-full.toml", 60, 320, 250, 550),
 }
 _TRAINING = "distilled"
 _BUDGET_FILE = ".demo-budget.json"

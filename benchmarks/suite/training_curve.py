@@ -30,6 +30,7 @@ import torch
 
 import distill
 from benchmarks.suite.healing import figures_of, held_out_blocks, predictions_of
+from mistill.errors import SettingsError
 from mistill.folders.json_text import read_json_file
 from mistill.folders.publishing import write_json
 from mistill.sources.source import resolve_model
@@ -204,11 +205,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def recorded(name: str, **more: Any) -> dict[str, Any]:
         file = work / f"{name}.json"
+        inputs = _inputs(args, name, **more)
         if not file.is_file():
-            made = _in_a_child(args, name, **more)
+            made = _in_a_child(args, inputs)
             made["held_out"] = judged(work / name)
-            write_json(file, made)
-        found: dict[str, Any] = read_json_file(file)
+            write_json(file, {**made, "inputs": inputs})
+        found = _made_from(file, inputs)
         print(json.dumps({"run": name, **found}), file=sys.stderr, flush=True)
         return found
 
@@ -248,8 +250,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _in_a_child(args: argparse.Namespace, name: str, **more: Any) -> dict[str, Any]:
-    """Make a folder in a process of its own, and return what that process printed last."""
+def _made_from(file: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of what was made from these inputs; an earlier run may have had others."""
+    found: dict[str, Any] = read_json_file(file)
+    if found.pop("inputs", None) != inputs:
+        raise SettingsError(f"{file} was made from other inputs; give another folder for work")
+    return found
+
+
+def _inputs(args: argparse.Namespace, name: str, **more: Any) -> dict[str, Any]:
+    """What a child is told."""
     values = {
         "texts": args.texts,
         "heal-texts": args.heal_texts,
@@ -266,10 +276,16 @@ def _in_a_child(args: argparse.Namespace, name: str, **more: Any) -> dict[str, A
         "processor-seconds": [more.get("processor_seconds", 0)],
         "student": [str(Path(args.work) / more["start"])] if "start" in more else ["none"],
     }
-    words = [str(resolve_model(args.teacher)), "--child", more["do"]]
-    for option, arguments in values.items():
-        words += [f"--{option}", *map(str, arguments)]
-    return run_child(args.rivals_python if more["do"] == "trl" else sys.executable, words)
+    return {"child": more["do"], **{name: list(map(str, value)) for name, value in values.items()}}
+
+
+def _in_a_child(args: argparse.Namespace, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a folder in a process of its own, and return what that process printed last."""
+    words = [str(resolve_model(args.teacher)), "--child", inputs["child"]]
+    for option, arguments in inputs.items():
+        if option != "child":
+            words += [f"--{option}", *arguments]
+    return run_child(args.rivals_python if inputs["child"] == "trl" else sys.executable, words)
 
 
 def run_child(python: str, words: Sequence[str]) -> dict[str, Any]:

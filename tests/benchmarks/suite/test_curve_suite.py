@@ -13,6 +13,7 @@ import pytest
 from benchmarks.suite import few_bits, scale_tuning, training_curve
 from benchmarks.suite.tables import FORMS
 from benchmarks.suite.training_curve import arguments, learning_rate, work_as_child
+from mistill.errors import SettingsError
 from mistill.folders.lineage import read_lineage
 from tests.tiny import tiny_model
 
@@ -77,6 +78,10 @@ def test_starts_and_runs_are_judged_on_the_same_text_and_kept(
     made.clear()
     training_curve.main(words)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == found["runs"]
+    assert made == []
+
+    with pytest.raises(SettingsError, match=r"cut.json was made from other inputs"):
+        training_curve.main([*words, "--heal-tokens", "256"])
     assert made == []
 
 

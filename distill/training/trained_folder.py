@@ -302,35 +302,29 @@ def _train_in(
     from distill.training.evaluation import Evaluation
     from distill.training.trainer import train_student
     from mistill.pytorch.loading import load_pytorch
-    from mistill.training.checkpoints import record_end, recorded_end
+    from mistill.training.checkpoints import run_once
     from mistill.training.processes import accelerating, loading_whole
-    from mistill.training.progress import TrainingProgress
 
     with accelerating(settings, logs=work) as accelerator:
         _require_one_process(settings, accelerator.num_processes)
         if accelerator.is_main_process:
             work.mkdir(exist_ok=True)
-        accelerator.wait_for_everyone()
-        ended = recorded_end(work)
-        if ended is not None:
-            return TrainingProgress.from_dict(ended, Evaluation)
-        with loading_whole(accelerator):
-            teacher = source.open(home, judged, settings, accelerator)
-            student = load_pytorch(student_info.path, dtype=torch.float32)
-        progress = train_student(
-            student,
-            teacher,
-            training,
-            judged,
-            settings,
-            accelerator=accelerator,
-            work=work,
-        )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            record_end(work, progress.to_dict())
-        accelerator.wait_for_everyone()
-        return progress
+
+        def run() -> TrainingProgress[Evaluation]:
+            with loading_whole(accelerator):
+                teacher = source.open(home, judged, settings, accelerator)
+                student = load_pytorch(student_info.path, dtype=torch.float32)
+            return train_student(
+                student,
+                teacher,
+                training,
+                judged,
+                settings,
+                accelerator=accelerator,
+                work=work,
+            )
+
+        return run_once(work, accelerator, Evaluation, run)
 
 
 def _train_twins(
@@ -390,15 +384,13 @@ def _finish(
     """Gather in ``work/result`` what the target will hold."""
     from distill.training.fidelity import FidelityCard, trained
     from mistill.training.loop import best_model
-    from mistill.training.metrics import METRICS_FILE
+    from mistill.training.metrics import copy_metrics
 
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
     shutil.copytree(best_model(work, progress.best_step), result)
     copy_companions(student.path, result)
-    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
-    if (work / "tensorboard").is_dir():
-        shutil.copytree(work / "tensorboard", result / "tensorboard")
+    copy_metrics(work, result)
     facts = source.facts(work)
     equal_tokens, equal_time = (None if twin is None else trained(twin) for twin in twins)
     card = FidelityCard(

@@ -144,9 +144,10 @@ def matrix_types(folder: Path, settings: GgufSettings) -> dict[str, GgufType]:
         types[module] = usual if layout is None else _type_of_codes(layout, module) or usual
         if table and settings.table_dtype is not None:
             types[module] = settings.table_dtype
-    if settings.table_dtype is None and any(one in BLOCKS for one in types.values()):
+    blocks = layout is not None and any(one in BLOCKS for one in types.values())
+    if blocks and settings.table_dtype is None:
         uncoded = [one for one in (EMBEDDING, HEAD) if types.get(one) == "float16"]
-        types |= dict.fromkeys(uncoded if layout is not None else (), "q8_0")
+        types |= dict.fromkeys(uncoded, "q8_0")
     weights: Counter[GgufType] = Counter()
     for module, one in types.items():
         weights[one] += prod(shapes[module])

@@ -7,7 +7,7 @@ import logging
 import random
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 
 from mistill.folders.publishing import write_json
 from mistill.folders.renaming import rename_synced
+from mistill.training.progress import EvaluationT, TrainingProgress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -168,6 +169,35 @@ def recorded_end(work: Path) -> dict[str, Any] | None:
     """
     file = work / _END_FILE
     return json.loads(file.read_text("utf-8")) if file.exists() else None
+
+
+def run_once(
+    work: Path,
+    accelerator: Accelerator,
+    evaluation: type[EvaluationT],
+    run: Callable[[], TrainingProgress[EvaluationT]],
+) -> TrainingProgress[EvaluationT]:
+    """Run to the end and note it; a run that has ended before is not run again.
+
+    Args:
+        work: The folder of the run, which all processes see.
+        accelerator: Knows the processes.
+        evaluation: The dataclass of an evaluation.
+        run: Trains, in every process.
+
+    Returns:
+        The end of the run.
+    """
+    accelerator.wait_for_everyone()
+    ended = recorded_end(work)
+    if ended is not None:
+        return TrainingProgress.from_dict(ended, evaluation)
+    progress = run()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        record_end(work, progress.to_dict())
+    accelerator.wait_for_everyone()
+    return progress
 
 
 def remove_others(work: Path, prefix: str, wanted: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,6 +44,18 @@ def watched_by(watch: Watch | None) -> Iterator[None]:
         yield
     finally:
         _watches.reset(token)
+
+
+def copy_metrics(work: Path, result: Path) -> None:
+    """Copy what a run noted into the folder that it publishes: ``metrics.jsonl``, ``tensorboard/``.
+
+    Args:
+        work: The folder of the run.
+        result: A folder without them.
+    """
+    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
+    if (work / "tensorboard").is_dir():
+        shutil.copytree(work / "tensorboard", result / "tensorboard")
 
 
 def require_trackers(trackers: Sequence[str]) -> None:

@@ -42,14 +42,16 @@ class ScaledLinear(nn.Module):
         self.register_buffer("zeros", zeros.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the outputs.
+        """Compute the outputs, under autocast in its type.
 
         Args:
-            x: Shape (..., K), float32.
+            x: Shape (..., K).
 
         Returns:
-            Shape (..., N).
+            Shape (..., N), in the type that was computed in.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         y: Tensor = _ScaledProduct.apply(x, self.gain, self)
         return y if self.bias is None else y + self.bias
 
@@ -81,7 +83,7 @@ class _ScaledProduct(torch.autograd.Function):
         ctx.save_for_backward(x, gain)
         ctx.module = module
         groups: Any = module.groups
-        return x @ module.unscaled().mul_(gain[groups])
+        return x @ module.unscaled().mul_(gain[groups]).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -89,9 +91,9 @@ class _ScaledProduct(torch.autograd.Function):
         x, gain = ctx.saved_tensors
         groups = ctx.module.groups
         weight = ctx.module.unscaled()
-        slope = x.flatten(0, -2).T @ gradient.flatten(0, -2)
+        slope = (x.flatten(0, -2).T @ gradient.flatten(0, -2)).float()
         to_gain = torch.zeros_like(gain).index_add_(0, groups, slope.mul_(weight))
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = gradient @ weight.mul_(gain[groups]).T
+            to_x = gradient @ weight.mul_(gain[groups]).to(gradient.dtype).T
         return to_x, to_gain, None

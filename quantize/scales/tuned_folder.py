@@ -28,9 +28,9 @@ from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
-from mistill.training.checkpoints import record_end, recorded_end
+from mistill.training.checkpoints import run_once
 from mistill.training.loop import best_model
-from mistill.training.metrics import METRICS_FILE, require_trackers
+from mistill.training.metrics import copy_metrics, require_trackers
 from mistill.training.processes import accelerating, require_copies, this_process
 from mistill.training.progress import TrainingProgress
 from mistill.training.together import keeping_the_best, working_together
@@ -69,7 +69,8 @@ def tune(
 
     Args:
         source: A GPTQ folder; its codes and zero points are copied byte by byte.
-        target: The folder to make, in the same layout, with ``metrics.jsonl``.
+        target: The folder to make, in the same layout, with ``metrics.jsonl`` and, if asked
+            for, ``tensorboard/``.
         teacher: The model to imitate: the float one that was quantized, or that one's teacher.
         texts: Text to train on; of several texts, as much of each as far as they go. Best is text
             that neither the model nor its calibration has seen.
@@ -135,7 +136,7 @@ def tune(
             result = work / "result"
             shutil.rmtree(result, ignore_errors=True)
             shutil.copytree(best_model(work, progress.best_step), result)
-            shutil.copy(work / METRICS_FILE, result)
+            copy_metrics(work, result)
             add_lineage(
                 result,
                 step="tune",
@@ -198,22 +199,17 @@ def _train(
 ) -> TrainingProgress[Fidelity]:
     """Train to the end; a run that has ended is not run again."""
     with accelerating(settings, logs=work) as accelerator:
-        accelerator.wait_for_everyone()
-        ended = recorded_end(work)
-        if ended is not None:
-            return TrainingProgress.from_dict(ended, Fidelity)
-        live = load_pytorch(teacher).requires_grad_(False).to(accelerator.device)
-        progress = train_scales(
-            ScaledModel(folder, norms=settings.norms),
-            live,
-            training,
-            judging,
-            settings,
-            accelerator=accelerator,
-            work=work,
-        )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            record_end(work, progress.to_dict())
-        accelerator.wait_for_everyone()
-        return progress
+
+        def run() -> TrainingProgress[Fidelity]:
+            live = load_pytorch(teacher).requires_grad_(False).to(accelerator.device)
+            return train_scales(
+                ScaledModel(folder, norms=settings.norms),
+                live,
+                training,
+                judging,
+                settings,
+                accelerator=accelerator,
+                work=work,
+            )
+
+        return run_once(work, accelerator, Fidelity, run)

@@ -118,6 +118,7 @@ def reinforce(
         "judge": judge.name if folder_of_judge is None else fingerprint(folder_of_judge),
         "prompts": _digest(learned),
         "held_out": _digest(judged),
+        "processes": this_process().num_processes,
         **vocabulary.date_key,
     }
     base = name_of_base(model, info.path)

@@ -163,7 +163,7 @@ def _train(
     """
     from mistill.judging.likelihood import GROUP
     from mistill.pytorch.reward_model import scores
-    from mistill.training.metrics import METRICS_FILE
+    from mistill.training.metrics import copy_metrics
     from tune.scoring.training import reward_figures, reward_trainer, rows_of
     from tune.trainers.arguments import between_evaluations, step_total
     from tune.trainers.ending import facts_of
@@ -234,7 +234,7 @@ def _train(
             100 * max(longer, 1 - longer),
         )
     result = work / "result"
-    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
+    copy_metrics(work, result)
     write_report(result, report)
     told = ("before", "after", *merging, "accuracy_interval", "longer_wins", "steps", "kept_step")
     return {name: report[name] for name in (*told, "steps_done_again", "processes")}

@@ -62,7 +62,7 @@ def gather_result(
 
     from mistill.training.adapters import load_adapters
     from mistill.training.loop import best_model
-    from mistill.training.metrics import METRICS_FILE
+    from mistill.training.metrics import copy_metrics
     from tune.supervision.report import TuningReport, look_at
     from tune.trainers.merged_folder import merged_folders, moved_entries, require_better
     from tune.trainers.moved import comparison, on_other_text
@@ -103,9 +103,7 @@ def gather_result(
     )
     shutil.rmtree(result, ignore_errors=True)
     shutil.move(candidates[chosen], result)
-    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
-    if (work / "tensorboard").is_dir():
-        shutil.copytree(work / "tensorboard", result / "tensorboard")
+    copy_metrics(work, result)
     names = None if adapters is None else {f"{name}.weight" for name in adapters}
     moved, entries = moved_entries(info, result, names)
     merges = {name: one.cross_entropy for name, one in looks.items()} if adapters else {}

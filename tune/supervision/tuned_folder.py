@@ -201,9 +201,8 @@ def _train_in(
     work: Path, info: FolderInfo, reading: Reading, settings: SupervisedSettings, base: str
 ) -> TrainingProgress[HeldOut]:
     """Train to the end; a run that has ended is not run again."""
-    from mistill.training.checkpoints import record_end, recorded_end
+    from mistill.training.checkpoints import run_once
     from mistill.training.processes import accelerating, loading_whole
-    from mistill.training.progress import TrainingProgress
     from tune.supervision.trainer import HeldOut, loop_options, train_model
 
     steps = loop_options(reading.training, settings).steps
@@ -216,26 +215,21 @@ def _train_in(
         )
     with accelerating(settings, logs=work) as accelerator:
         require_divisible(settings, accelerator)
-        accelerator.wait_for_everyone()
-        ended = recorded_end(work)
-        if ended is not None:
-            return TrainingProgress.from_dict(ended, HeldOut)
-        with loading_whole(accelerator):
-            model = _load(info, settings, accelerator)
-        progress = train_model(
-            model,
-            reading.training,
-            reading.judged,
-            settings,
-            accelerator=accelerator,
-            work=work,
-            base=base,
-        )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            record_end(work, progress.to_dict())
-        accelerator.wait_for_everyone()
-        return progress
+
+        def run() -> TrainingProgress[HeldOut]:
+            with loading_whole(accelerator):
+                model = _load(info, settings, accelerator)
+            return train_model(
+                model,
+                reading.training,
+                reading.judged,
+                settings,
+                accelerator=accelerator,
+                work=work,
+                base=base,
+            )
+
+        return run_once(work, accelerator, HeldOut, run)
 
 
 def require_divisible(settings: SupervisedSettings, accelerator: Accelerator) -> None:

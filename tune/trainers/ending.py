@@ -17,7 +17,7 @@ import torch
 
 from mistill.folders.folder import FolderInfo, open_folder
 from mistill.pytorch.loading import load_pytorch
-from mistill.training.metrics import METRICS_FILE
+from mistill.training.metrics import copy_metrics
 from mistill.training.processes import this_process
 from tune.settings import Base, Keep
 from tune.trainers.merged_folder import best_merge, merged_folders, require_better
@@ -169,7 +169,7 @@ def write_end(work: Path, info: FolderInfo, base: str, end: End, settings: EndSe
         if settings.lora_rank:
             write_adapter(end.model, result / ADAPTER_FOLDER, base)
         write_merged(end.model, info.path, result)
-    shutil.copyfile(work / METRICS_FILE, result / METRICS_FILE)
+    copy_metrics(work, result)
 
 
 def facts_of(run: Run) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,71 @@ def test_the_best_of_all_measurements_is_kept(
     step = read_lineage(made)[-1]
     assert kls[step["kept_step"]] == min(kls.values()) == step["after"]["kl"]
     assert measured(model, made, texts) == pytest.approx(step["after"]["kl"], rel=1e-5)
+
+
+def test_what_a_tracker_wrote_is_published(
+    tmp_path: Path, rough: Path, model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(self: Any, step: int, blocks: Any) -> Any:
+        log = self.accelerator.project_configuration.logging_dir
+        Path(log).mkdir(exist_ok=True)
+        (Path(log) / "events").write_text("loss")
+        return real(self, step, blocks)
+
+    real = ScaleTuning.gradients
+    monkeypatch.setattr(ScaleTuning, "gradients", written)
+    made = quantize.tune(rough, tmp_path / "tuned", teacher=model, texts=texts, **OPTIONS)
+    assert (made / "tensorboard" / "events").read_text() == "loss"
+
+
+def test_a_step_in_bfloat16_keeps_scales_in_float32_and_learns_alike(
+    tmp_path: Path, rough: Path, model: Path, texts: Path
+) -> None:
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        settings = TuningSettings(**OPTIONS, precision=precision)
+        training, judged = tuning._read_blocks(rough, texts, None, settings, date.today())
+        scaled = ScaledModel(rough, norms=True)
+        teacher = load_pytorch(model).requires_grad_(False)
+        with accelerating(settings, logs=tmp_path) as accelerator:
+            step = accelerator.prepare(ScaleStep(scaled.model, 128))
+            task = ScaleTuning(step, scaled, teacher, judged, settings, accelerator)
+            task.gradients(0, training[:2])
+        gains = [linear.gain for linear in scaled.linears.values()]
+        gains += [norm.gain for norm in scaled.norms.values()]
+        assert {gain.dtype for gain in gains} == {torch.float32}
+        found = [gain.grad.flatten() for gain in gains if gain.grad is not None]
+        assert len(found) == len(gains)
+        gradients[precision] = torch.cat(found)
+    ours, theirs = gradients["bfloat16"], gradients["float32"]
+    assert not torch.equal(ours, theirs)
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
+
+    folders = [
+        quantize.tune(
+            rough, tmp_path / precision, teacher=model, texts=texts, **OPTIONS, precision=precision
+        )
+        for precision in ("float32", "bfloat16")
+    ]
+    one, two = (read_lineage(folder)[-1]["after"]["kl"] for folder in folders)
+    assert one == pytest.approx(two, rel=0.02)
+
+
+def test_where_the_loss_is_no_number_the_best_model_until_then_is_kept(
+    tmp_path: Path, rough: Path, model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, step: int, blocks: Any) -> Any:
+        sums = real(self, step, blocks)
+        return sums if step < 8 else replace(sums, loss=float("nan"))
+
+    real = ScaleTuning.gradients
+    monkeypatch.setattr(ScaleTuning, "gradients", broken)
+    options = {**OPTIONS, "evaluate_every": 2}
+    with pytest.raises(TrainingError, match=r"lower learning_rate.*kept in") as refused:
+        quantize.tune(rough, tmp_path / "tuned", teacher=model, texts=texts, **options)
+    kept = Path(str(refused.value).rpartition("kept in ")[2])
+    assert measured(model, kept, texts) < measured(model, rough, texts)
+    assert not (tmp_path / "tuned").exists()
 
 
 @pytest.mark.slow

@@ -148,29 +148,6 @@ def _checksum(file: Path) -> int:
     return checksum
 
 
-def record_end(work: Path, progress: Mapping[str, Any]) -> None:
-    """Note that a run has come to its end, so that it is not run again.
-
-    Args:
-        work: The folder of the run.
-        progress: Its end, as a JSON document.
-    """
-    write_json(work / _END_FILE, progress)
-
-
-def recorded_end(work: Path) -> dict[str, Any] | None:
-    """The end of a run that came to it before an interruption.
-
-    Args:
-        work: The folder of the run.
-
-    Returns:
-        Its end, or None if it has not come to it.
-    """
-    file = work / _END_FILE
-    return json.loads(file.read_text("utf-8")) if file.exists() else None
-
-
 def run_once(
     work: Path,
     accelerator: Accelerator,
@@ -189,13 +166,13 @@ def run_once(
         The end of the run.
     """
     accelerator.wait_for_everyone()
-    ended = recorded_end(work)
-    if ended is not None:
-        return TrainingProgress.from_dict(ended, evaluation)
+    end = work / _END_FILE
+    if end.exists():
+        return TrainingProgress.from_dict(json.loads(end.read_text("utf-8")), evaluation)
     progress = run()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        record_end(work, progress.to_dict())
+        write_json(end, progress.to_dict())
     accelerator.wait_for_everyone()
     return progress
 

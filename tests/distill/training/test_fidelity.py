@@ -15,7 +15,8 @@ from distill.training.evaluation import Evaluation
 from distill.training.fidelity import twin_settings
 from mistill.cli.inspection import inspect_folder
 from mistill.errors import SettingsError
-from mistill.training.checkpoints import record_end, recorded_end
+from mistill.training.checkpoints import run_once
+from mistill.training.processes import accelerating
 from mistill.training.progress import TrainingProgress
 
 OPTIONS: dict[str, Any] = {
@@ -136,11 +137,16 @@ def test_a_twin_that_diverges_takes_nothing_from_the_student(
 
 
 def test_a_run_that_has_ended_is_not_run_again(tmp_path: Path) -> None:
-    assert recorded_end(tmp_path) is None
-    record_end(tmp_path, progress(5.0).to_dict())
-    ended = recorded_end(tmp_path)
-    assert ended is not None
-    assert TrainingProgress.from_dict(ended, Evaluation) == progress(5.0)
+    runs = []
+
+    def run() -> TrainingProgress[Evaluation]:
+        runs.append(1)
+        return progress(5.0)
+
+    with accelerating(TrainSettings(), logs=tmp_path) as accelerator:
+        for _ in range(2):
+            assert run_once(tmp_path, accelerator, Evaluation, run) == progress(5.0)
+    assert len(runs) == 1
 
 
 def test_a_student_of_text_alone_has_no_twin() -> None:

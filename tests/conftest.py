@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,16 @@ def _one_thread() -> None:
     except ModuleNotFoundError:
         return
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_left() -> Iterator[None]:
+    """No test leaves a precision behind that training in another one would be refused for."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.AcceleratorState._shared_state:
+        state.AcceleratorState._reset_state()
+        pytest.fail("the test left accelerate's precision fixed for the whole process")
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ from mistill.loss.batches import Batch
 from mistill.loss.targets import SampledTargets, TeacherTargets
 from mistill.text.blocks import TokenBlocks
 from mistill.training.optimizers import make_optimizer
+from mistill.training.processes import precision_of_its_own
 
 LARGE: dict[str, Any] = {
     "vocab_size": 32_000,
@@ -144,6 +145,7 @@ def measured(work: Callable[[], object], device: str, rounds: int) -> dict[str, 
     return figures
 
 
+@precision_of_its_own()
 def training(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Whole optimizer steps with one kind of teacher, in micro-batches of growing size."""
     from accelerate import Accelerator

@@ -146,8 +146,8 @@ def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
         An accelerator.
 
     Raises:
-        SettingsError: If the step's blocks cannot be shared evenly among the processes, or the
-            optimizer cannot be divided among them.
+        SettingsError: If the step's blocks cannot be shared evenly among the processes, the
+            optimizer cannot be divided among them, or the process computes in another precision.
     """
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
@@ -157,9 +157,11 @@ def accelerating(batch: StepSettings, logs: Path) -> Iterator[Accelerator]:
     precision = batch.precision
     if precision == "auto":
         precision = "float32" if state.device.type == "cpu" else "bfloat16"
+    mixed_precision = "no" if precision == "float32" else "bf16"
     with precision_of_its_own():
+        _require_free_precision(mixed_precision)
         accelerator = Accelerator(
-            mixed_precision="no" if precision == "float32" else "bf16",
+            mixed_precision=mixed_precision,
             # As a plugin: a bare number would give way to one in the environment.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=steps, sync_with_dataloader=False
@@ -197,6 +199,22 @@ def micro_batches(batch_size: int, micro_batch_size: int, processes: int) -> int
             f"batch_size of {batch_size}; make it a multiple of {micro_batch_size * processes}"
         )
     return count
+
+
+def _require_free_precision(mixed_precision: str) -> None:
+    """Refuse another precision than the one that the caller's own accelerator has fixed."""
+    from accelerate import DistributedType
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state:
+        fixed = AcceleratorState()
+        require(
+            fixed.mixed_precision == mixed_precision
+            or fixed.distributed_type is DistributedType.DEEPSPEED,
+            f"an Accelerator of yours has fixed mixed_precision={fixed.mixed_precision!r} for this "
+            f"process, and training would be in {mixed_precision!r}; choose the same precision, "
+            "or train in a process of its own",
+        )
 
 
 def _configure(accelerator: Accelerator, batch: StepSettings, steps: int) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
@@ -192,6 +194,23 @@ def test_what_several_processes_cannot_do_is_refused(
     )
     with pytest.raises(SettingsError, match=words):
         processes._configure(accelerator, TrainSettings(**options), 1)
+
+
+def test_a_precision_that_the_caller_has_fixed_is_kept_and_no_other_begins(
+    tmp_path: Path,
+) -> None:
+    with processes.precision_of_its_own():
+        Accelerator(cpu=True)
+        with (
+            pytest.raises(SettingsError, match=r"fixed mixed_precision='no'.*would be in 'bf16'"),
+            processes.accelerating(TrainSettings(precision="bfloat16"), tmp_path),
+        ):
+            pass
+        with processes.accelerating(TrainSettings(precision="float32"), tmp_path):
+            pass
+        assert AcceleratorState().mixed_precision == "no"
+    with processes.accelerating(TrainSettings(precision="bfloat16"), tmp_path) as accelerator:
+        assert accelerator.mixed_precision == "bf16"
 
 
 def test_a_device_map_in_several_processes_is_refused() -> None:

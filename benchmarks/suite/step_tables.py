@@ -58,6 +58,7 @@ def training_step(report: Found) -> list[str]:
         "live": "live teacher",
         "mkl": "live teacher, products by MKL",
         "cached": "cached targets",
+        "scales": "4 bits, scales and norms, cached hidden states",
         "trl": "TRL GKDTrainer",
     }
     rows = [
@@ -73,6 +74,12 @@ def training_step(report: Found) -> list[str]:
     words = [f"Cached over live: {spread(report['cached_over_live'])} times the tokens a second."]
     if "live_over_mkl" in report:
         words.append(f"Live over live with MKL: {spread(report['live_over_mkl'])} times.")
+    if "scales_over_cached" in report:
+        words.append(
+            f"Scales over cached: {spread(report['scales_over_cached'])} times, "
+            f"{number(report['scales_peak_over_cached']['median'], 2)} of the process's peak "
+            "memory."
+        )
     if "live_over_trl" in report:
         words.append(
             f"Live over TRL: {spread(report['live_over_trl'])} times, "

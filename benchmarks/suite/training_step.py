@@ -3,11 +3,12 @@
     python -m benchmarks.suite.training_step TEACHER STUDENT --rivals-python PATH
 
 All train the same student on the same blocks with the same optimizer, off-policy, forward KL,
-float32. ``mkl`` is the live teacher with torch's own choice of a library for products of matrices,
-where ``mistill.pytorch.products`` chooses another. TRL's turn is its ``training_step`` and the
-optimizer's step, without the rest of its loop. Peak memory is that of the process: weights,
-gradients, optimizer and all. Targets are cached once, before anything is timed. The last line is
-one JSON document.
+float32. ``scales`` is the same student in four bits, of which ``quantize.tune`` trains scales and
+norms alone, from the teacher's hidden states on disk. ``mkl`` is the live teacher with torch's own
+choice of a library for products of matrices, where ``mistill.pytorch.products`` chooses another.
+TRL's turn is its ``training_step`` and the optimizer's step, without the rest of its loop. Peak
+memory is that of the process: weights, gradients, optimizer and all. The teacher is asked once for
+``cached`` and for ``scales``, before anything is timed. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mistill.text.blocks import TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.vocabulary import load_vocabulary
 
-METHODS = ("live", "mkl", "cached", "trl")
+METHODS = ("live", "mkl", "cached", "scales", "trl")
 
 
 def blocks_of(args: argparse.Namespace) -> TokenBlocks:
@@ -102,6 +103,50 @@ def ours(args: argparse.Namespace, targets: str | None, *, by_mkl: bool) -> None
     # The training loop chooses a library for its products too.
     with nullcontext() if by_mkl else fast_products():
         serve(work)
+
+
+def scales(args: argparse.Namespace) -> None:
+    """A child that tunes scales and norms with mistill; its student is a GPTQ folder."""
+    from mistill.pytorch.products import fast_products
+    from mistill.training.processes import accelerating
+    from mistill.training.step_module import prepare_step
+    from quantize.scales.scale_training import ScaledModel, ScaleStep, ScaleTuning
+    from quantize.scales.teacher_states import ask_teacher
+    from quantize.settings import TuningSettings
+
+    blocks = blocks_of(args)
+    settings = TuningSettings(batch_size=args.blocks, micro_batch_size=args.blocks)
+    with tempfile.TemporaryDirectory() as scratch, fast_products():
+        work = Path(scratch)
+        with accelerating(settings, logs=work) as accelerator:
+            said = ask_teacher(Path(args.teacher), blocks, blocks[:1], accelerator, work)
+            scaled = ScaledModel(Path(args.student), norms=True)
+            module, optimizer = prepare_step(
+                ScaleStep(scaled.model, settings.loss_memory_mib),
+                accelerator,
+                optimizer="adamw",
+                learning_rate=settings.learning_rate,
+                weight_decay=0.0,
+                gradient_checkpointing=False,
+            )
+            task = ScaleTuning(module, scaled, *said, blocks[:1], settings, accelerator)
+            halves = [blocks[: args.blocks], blocks[args.blocks :]]
+
+            def work_once() -> Mapping[str, Any]:
+                started = time.perf_counter()
+                now = halves.pop(0)
+                halves.append(now)
+                sums = task.gradients(0, now)
+                optimizer.step()
+                optimizer.zero_grad()
+                seconds = time.perf_counter() - started
+                return {
+                    "loss": sums.loss,
+                    "tokens_per_second": sums.tokens / seconds,
+                    "process_peak_mib": peak_bytes() / 2**20,
+                }
+
+            serve(work_once)
 
 
 class _Clocked:
@@ -207,6 +252,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.child == "trl":
         trl(args)
+    elif args.child == "scales":
+        scales(args)
     elif args.child:
         ours(args, args.targets, by_mkl=args.child == "mkl")
     else:
@@ -223,10 +270,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         The JSON document.
     """
     import distill
+    import quantize
 
     rest = [
-        args.teacher,
-        args.student,
         *("--texts", args.texts, "--blocks", str(args.blocks)),
         *("--block-length", str(args.block_length), "--threads", str(args.threads)),
     ]
@@ -236,11 +282,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             distill.cache_targets(
                 args.teacher, targets, texts=args.texts, block_length=args.block_length
             )
+        rounded = quantize.to_rounding(
+            args.student, Path(folder) / "rounded", bits=4, group_size=32
+        )
         commands = {}
         for method in METHODS:
+            student = str(rounded) if method == "scales" else args.student
             python = args.rivals_python if method == "trl" else sys.executable
             if python:
-                command = [python, "-m", "benchmarks.suite.training_step", "--child", method]
+                command = [python, "-m", "benchmarks.suite.training_step", args.teacher, student]
+                command += ["--child", method]
                 extra = ["--targets", str(targets)] if method == "cached" else []
                 commands[method] = [*command, *rest, *extra]
         samples = take_turns(commands, args.rounds)
@@ -263,6 +314,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     by_mkl = samples["mkl"]
     report["live_over_mkl"] = paired_ratio(samples["live"], by_mkl, "tokens_per_second")
     report["cached_over_live"] = paired_ratio(from_disk, samples["live"], "tokens_per_second")
+    by_scales = samples["scales"]
+    report["scales_over_cached"] = paired_ratio(by_scales, from_disk, "tokens_per_second")
+    report["scales_peak_over_cached"] = paired_ratio(by_scales, from_disk, "process_peak_mib")
     if "trl" in samples:
         theirs = samples["trl"]
         report["live_over_trl"] = paired_ratio(samples["live"], theirs, "tokens_per_second")

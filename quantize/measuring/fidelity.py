@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mistill.errors import SettingsError, TextError, VocabularyError
 from mistill.folders.folder import FolderInfo, context_length, read_config
@@ -55,6 +56,20 @@ def predictions(folder: str | Path, blocks: TokenBlocks) -> Predictions:
     require_readable(info)
     check_weights(info.path)
     model = LayeredModel(info.path)
+    return Predictions(last_hidden_states(model, blocks), model.table(HEAD))
+
+
+@torch.inference_mode()
+def last_hidden_states(model: LayeredModel, blocks: TokenBlocks) -> Tensor:
+    """What the head of a model reads at the positions of a text that count.
+
+    Args:
+        model: The model, of which one layer is in memory at a time.
+        blocks: The text.
+
+    Returns:
+        Hidden states after the last norm, shape (N, D), in the order of the blocks.
+    """
     batches = model.batches(blocks)
     for index in range(len(model)):
         with model.layer(index) as layer:
@@ -62,8 +77,11 @@ def predictions(folder: str | Path, blocks: TokenBlocks) -> Predictions:
                 batch.hidden = batch.through(layer)
     norm = model.final_norm()
     kept = per_batch(torch.from_numpy(blocks.kept), batches)
-    rows = [norm(batch.hidden)[mask] for batch, mask in zip(batches, kept, strict=True)]
-    return Predictions(torch.cat(rows), model.table(HEAD))
+    rows = [
+        norm(batch.hidden)[mask.to(batch.hidden.device)]
+        for batch, mask in zip(batches, kept, strict=True)
+    ]
+    return torch.cat(rows)
 
 
 def measure(

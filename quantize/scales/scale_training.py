@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mistill.folders.folder import copy_companions, read_config
 from mistill.loss.batches import Batch, last_hidden_states, make_batch
-from mistill.loss.heads import compute_dtype, read_head
+from mistill.loss.heads import read_head
 from mistill.loss.losses import HeadLoss, head_loss
 from mistill.loss.targets import DenseTargets
 from mistill.measures.kl import Fidelity, compare, predict
@@ -35,6 +35,7 @@ from mistill.weights.gptq_layout import HEAD, read_quantization
 from mistill.weights.scaled_linear import ScaledLinear
 from mistill.weights.tensor_files import TensorFiles, read_quantized
 from mistill.weights.tensor_writer import TensorWriter
+from quantize.scales.teacher_states import TeacherStates, ask_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -205,7 +206,7 @@ class ScaleStep(StepModule):
 
 def train_scales(
     scaled: ScaledModel,
-    teacher: PreTrainedModel,
+    teacher: Path,
     training: TokenBlocks,
     held_out: TokenBlocks,
     settings: TuningSettings,
@@ -217,7 +218,7 @@ def train_scales(
 
     Args:
         scaled: The quantized model; changed in place, and not left at its best.
-        teacher: The model to imitate, on the accelerator's device.
+        teacher: The folder of the model to imitate.
         training: Blocks to learn from, each with at least one kept position.
         held_out: Blocks to measure KL on.
         settings: How to tune.
@@ -232,6 +233,7 @@ def train_scales(
     Raises:
         TrainingError: If the loss is not a number.
     """
+    said, judged = ask_teacher(teacher, training, held_out, accelerator, work)
     with own_randomness(settings.seed):
         leave_out_frozen(accelerator)
         module, optimizer = prepare_step(
@@ -253,7 +255,7 @@ def train_scales(
             checkpoint_every=settings.checkpoint_every,
         )
         loop = TrainingLoop(
-            ScaleTuning(module, scaled, teacher, held_out, settings, accelerator),
+            ScaleTuning(module, scaled, said, judged, held_out, settings, accelerator),
             module,
             optimizer,
             training,
@@ -276,7 +278,8 @@ class ScaleTuning:
         self,
         module: nn.Module,
         scaled: ScaledModel,
-        teacher: PreTrainedModel,
+        teacher: TeacherStates,
+        judged: TeacherStates,
         held_out: TokenBlocks,
         settings: TuningSettings,
         accelerator: Accelerator,
@@ -286,14 +289,14 @@ class ScaleTuning:
         Args:
             module: A ``ScaleStep``, prepared by the accelerator.
             scaled: The model in it.
-            teacher: The model to imitate.
-            held_out: Text to judge on.
+            teacher: What the model to imitate says about the text that is learnt from.
+            judged: What it says about the text to judge on.
+            held_out: That text.
             settings: How to tune.
             accelerator: The one that prepared the module.
         """
-        self.module, self.scaled, self.teacher = module, scaled, teacher
+        self.module, self.scaled, self.teacher, self.judged = module, scaled, teacher, judged
         self.held_out, self.settings, self.accelerator = held_out, settings, accelerator
-        self._references = {"teacher": predict(teacher, held_out)}
 
     def announce(self, step: int, blocks: TokenBlocks) -> None:
         """Nothing has to be known ahead; see ``Task.announce``."""
@@ -305,20 +308,13 @@ class ScaleTuning:
         nats = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for _, part in shares(blocks, self.settings.micro_batch_size, self.accelerator):
             batch = make_batch(part, self.accelerator.device)
-            targets = self._targets(batch)
+            targets = self.teacher.targets(part)
             with self.accelerator.accumulate(self.module):
                 result: HeadLoss = self.module("loss", batch, targets, kept)
                 self.accelerator.backward(result.loss * share)
             nats += result.divergence
         (total,) = summed(nats[None], self.accelerator)
         return StepSums(loss=total / kept, tokens=blocks.tokens, positions=kept)
-
-    def _targets(self, batch: Batch) -> DenseTargets:
-        with torch.inference_mode(), self.accelerator.autocast():
-            hidden = last_hidden_states(self.teacher, batch.ids, batch.positions)[batch.kept]
-            head = read_head(self.teacher)
-            dtype = compute_dtype(hidden, head)
-            return DenseTargets(hidden.to(dtype), head.frozen(dtype))
 
     def explain(self, step: int, steps: int, blocks: TokenBlocks) -> None:
         """Only the learning rate can be to blame; see ``Task.explain``."""
@@ -330,7 +326,8 @@ class ScaleTuning:
         with self.scaled.rounded():
             tuned = {"tuned": predict(model, self.held_out)}
         model.train()
-        return compare(self._references, tuned, self.held_out)["tuned"]["teacher"]
+        references = {"teacher": self.judged.predictions()}
+        return compare(references, tuned, self.held_out)["tuned"]["teacher"]
 
     def height(self, evaluation: Fidelity) -> float:
         """KL(teacher || model)."""

@@ -22,7 +22,7 @@ from mistill.folders.folder import open_folder
 from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
 from mistill.folders.publishing import begun_on, publish, refuse_existing
 from mistill.measures.kl import Fidelity
-from mistill.pytorch.loading import load_pytorch, require_finite_weights
+from mistill.pytorch.loading import require_finite_weights
 from mistill.settings import require, result_settings, settings_from
 from mistill.sources.source import resolve_model
 from mistill.text.blocks import TokenBlocks
@@ -62,10 +62,11 @@ def tune(
 ) -> Path:
     """Train the scales and norms of a GPTQ folder against a teacher.
 
-    Both models are in memory, the quantized one as its codes. KL on held-out text is measured
-    before and after, and in between where that is asked for; the best model found is kept. The
-    same call resumes after an interruption. Under ``accelerate launch`` or torchrun every process
-    makes the same call; one of them writes.
+    The teacher reads the texts first, one of its layers in memory at a time; its last hidden
+    states wait on disk while the quantized model, as its codes, is trained alone. KL on held-out
+    text is measured before and after, and in between where that is asked for; the best model
+    found is kept. The same call resumes after an interruption. Under ``accelerate launch`` or
+    torchrun every process makes the same call; one of them writes.
 
     Args:
         source: A GPTQ folder; its codes and zero points are copied byte by byte.
@@ -201,10 +202,9 @@ def _train(
     with accelerating(settings, logs=work) as accelerator:
 
         def run() -> TrainingProgress[Fidelity]:
-            live = load_pytorch(teacher).requires_grad_(False).to(accelerator.device)
             return train_scales(
                 ScaledModel(folder, norms=settings.norms),
-                live,
+                teacher,
                 training,
                 judging,
                 settings,

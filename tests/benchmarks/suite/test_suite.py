@@ -101,6 +101,12 @@ def test_live_and_cached_steps_take_turns(teacher: Path, cut: Path, chats: Path)
     assert cached == pytest.approx(live, rel=0.2)
     assert found["cached_over_live"]["median"] > 0
     assert 0 <= found["waited_for_cached_targets"]["median"] < 1
+    # Few bits, and the same text and teacher.
+    scales = found["methods"]["scales"]["losses"]
+    assert scales == pytest.approx(live, rel=0.3)
+    assert scales[1] != live[1]
+    assert found["scales_over_cached"]["median"] > 0
+    assert found["scales_peak_over_cached"]["median"] > 0
 
 
 def test_products_are_as_exact_by_either_library() -> None:

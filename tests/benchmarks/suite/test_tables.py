@@ -472,9 +472,11 @@ def test_a_training_step_is_shown_beside_trl_where_it_ran() -> None:
     ratio = of(1.42, 1.35, 1.49)
     found |= {"live_over_trl": ratio, "live_peak_over_trl": ratio}
     found |= {"live_step_memory_over_trl": ratio, "live_over_mkl": of(1.8, 1.7, 1.9)}
-    found["methods"] = {"live": figures, "trl": figures}
+    found |= {"scales_over_cached": of(1.02, 1.0, 1.04), "scales_peak_over_cached": ratio}
+    found["methods"] = {"live": figures, "scales": figures, "trl": figures}
     words = step_tables.training_step(found)[-1]
     assert "Live over live with MKL: 1.80 (1.70 to 1.90) times." in words
+    assert "Scales over cached: 1.02 (1.00 to 1.04) times, 1.4 of the process" in words
     assert "Live over TRL: 1.42 (1.35 to 1.49) times" in words
 
 

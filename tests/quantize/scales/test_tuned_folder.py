@@ -24,6 +24,7 @@ from mistill.weights.gptq_layout import QuantizedWeight
 from mistill.weights.scaled_linear import ScaledLinear
 from quantize.scales import tuned_folder as tuning
 from quantize.scales.scale_training import ScaledModel, ScaleStep, ScaleTuning
+from quantize.scales.teacher_states import ask_teacher
 from quantize.settings import TuningSettings
 from tests.launching import launched
 from tests.tiny import SENTENCES, tiny_model
@@ -117,7 +118,7 @@ def measured(model: Path, made: Path, texts: Path) -> float:
 
 
 def test_the_gradient_of_a_step_is_that_of_the_model_written_out(
-    rough: Path, model: Path, texts: Path
+    tmp_path: Path, rough: Path, model: Path, texts: Path
 ) -> None:
     """Against whole weights, all logits and one mean over the positions of all blocks."""
     settings = TuningSettings(**{**OPTIONS, "batch_size": 3, "micro_batch_size": 1})
@@ -132,7 +133,8 @@ def test_the_gradient_of_a_step_is_that_of_the_model_written_out(
     teacher = load_pytorch(model).requires_grad_(False)
     with accelerating(settings, logs=rough) as accelerator:
         step = ScaleStep(scaled.model, 0.05)
-        task = ScaleTuning(step, scaled, teacher, judged, settings, accelerator)
+        said = ask_teacher(model, training, judged, accelerator, tmp_path)
+        task = ScaleTuning(step, scaled, *said, judged, settings, accelerator)
         sums = task.gradients(0, blocks)
 
     twin = load_pytorch(rough).requires_grad_(False)
@@ -163,15 +165,15 @@ def test_the_gradient_of_a_step_is_that_of_the_model_written_out(
 
 
 def test_a_model_is_judged_as_it_would_be_stored_and_learns_on_in_floats(
-    rough: Path, model: Path, texts: Path
+    tmp_path: Path, rough: Path, model: Path, texts: Path
 ) -> None:
     settings = TuningSettings(**OPTIONS)
-    _, judged = tuning._read_blocks(rough, texts, None, settings, date.today())
+    training, judged = tuning._read_blocks(rough, texts, None, settings, date.today())
     scaled = ScaledModel(rough, norms=True)
-    teacher = load_pytorch(model)
     with accelerating(settings, logs=rough) as accelerator:
         step = ScaleStep(scaled.model, 128)
-        task = ScaleTuning(step, scaled, teacher, judged, settings, accelerator)
+        said = ask_teacher(model, training, judged, accelerator, tmp_path)
+        task = ScaleTuning(step, scaled, *said, judged, settings, accelerator)
         assert task.evaluate().kl == pytest.approx(measured(model, rough, texts), rel=1e-6)
         stored = load_file(rough / "model.safetensors")
         assert all(torch.equal(stored[name], value) for name, value in scaled.tuned().items())
@@ -234,10 +236,12 @@ def test_a_step_in_bfloat16_keeps_scales_in_float32_and_learns_alike(
         settings = TuningSettings(**OPTIONS, precision=precision)
         training, judged = tuning._read_blocks(rough, texts, None, settings, date.today())
         scaled = ScaledModel(rough, norms=True)
-        teacher = load_pytorch(model).requires_grad_(False)
-        with accelerating(settings, logs=tmp_path) as accelerator:
+        work = tmp_path / f"work-{precision}"
+        work.mkdir()
+        with accelerating(settings, logs=work) as accelerator:
             step = accelerator.prepare(ScaleStep(scaled.model, 128))
-            task = ScaleTuning(step, scaled, teacher, judged, settings, accelerator)
+            said = ask_teacher(model, training, judged, accelerator, work)
+            task = ScaleTuning(step, scaled, *said, judged, settings, accelerator)
             task.gradients(0, training[:2])
         gains = [linear.gain for linear in scaled.linears.values()]
         gains += [norm.gain for norm in scaled.norms.values()]

@@ -36,6 +36,7 @@ class TrainOptions(TypedDict, total=False):
     on_policy_prompt: int
     held_out_share: float
     held_out_tokens: int
+    kept_back_share: float
     evaluate_every: int
     checkpoint_every: int
     loss_memory_mib: float

@@ -76,6 +76,9 @@ class TrainSettings(TextSettings):
         held_out_share: Share of the documents held out for evaluation, where no held-out text is
             named.
         held_out_tokens: Most tokens of held-out text to evaluate on, taken evenly from all of it.
+        kept_back_share: Share of the documents that are not trained on, chosen by a hash of their
+            tokens, so that a later step such as quantize tune has text which the student has not
+            seen; 0 trains on all.
         evaluate_every: Optimizer steps between two evaluations; 0 evaluates before and after
             training alone. The best student of all evaluations is kept.
         checkpoint_every: Optimizer steps between two checkpoints; with 0 an interrupted run starts
@@ -118,6 +121,7 @@ class TrainSettings(TextSettings):
     on_policy_prompt: int = 16
     held_out_share: float = 0.05
     held_out_tokens: int = 16_384
+    kept_back_share: float = 0.05
     evaluate_every: int = 100
     checkpoint_every: int = 100
     loss_memory_mib: float = 128.0
@@ -157,6 +161,10 @@ class TrainSettings(TextSettings):
             require_range(name, getattr(self, name), 0)
         for name in ("warmup", "cross_entropy", "on_policy"):
             require_range(name, getattr(self, name), 0, 1)
+        require(
+            0 <= self.kept_back_share < 1,
+            f"kept_back_share must be at least 0 and below 1, got {self.kept_back_share:g}",
+        )
         for name in ("mixture", "held_out_share"):
             require_range(name, getattr(self, name), 0, 1, exclusive=True)
         for name, kind in _CHOICES.items():

@@ -299,7 +299,8 @@ def _make(
                 steps=settings.tuning_steps,
                 batch_size=1,
                 learning_rate=_TUNING_RATE,
-                **shared,
+                # Other blocks than those that the codes were calibrated on, as far as text goes.
+                **{**shared, "seed": settings.seed + 1},
             )
         except TrainingError as error:
             _log.warning("the chatbot is made without tuning: %s", error)

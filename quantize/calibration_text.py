@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mistill.text.blocks import TokenBlocks, joined, pack
+from mistill.text.blocks import Document, TokenBlocks, joined, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts, sources_of
 from mistill.text.vocabulary import load_vocabulary
+from mistill.training.kept_back import is_kept_back
 from quantize.settings import GptqSettings
 
 _log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ def draw_up_to(
     *,
     skip_bad_rows: bool = False,
     today: date | None = None,
+    share_of: Callable[[str], float] = lambda _: 1.0,
 ) -> TokenBlocks:
     """Draw some blocks from the beginning of every text, or take all of a short one.
 
@@ -74,6 +77,8 @@ def draw_up_to(
         seed: Which blocks of a long text are drawn.
         skip_bad_rows: Whether rows that cannot be read are passed over and counted.
         today: The day that a chat template writes; None takes the time of reading.
+        share_of: Gives for the name of a text the share of its documents to read, those that
+            ``mistill.training.kept_back.is_kept_back`` names; 1 reads all.
 
     Returns:
         Blocks in the order of the text; those of several texts in turn.
@@ -83,24 +88,35 @@ def draw_up_to(
     """
     vocabulary = load_vocabulary(folder, today=today)
     sources = sources_of(texts)
-    share = -(-samples // len(sources))
-    pools = [
-        pack(
-            read_documents(
-                source,
-                vocabulary,
-                limit=_POOL * share * block_length,
-                skip_bad_rows=skip_bad_rows,
-                block_length=block_length,
-            ),
-            block_length,
+    most = _POOL * -(-samples // len(sources)) * block_length
+    pools = []
+    for source in sources:
+        reading = partial(
+            read_documents,
+            source,
+            vocabulary,
+            skip_bad_rows=skip_bad_rows,
+            block_length=block_length,
         )
-        for source in sources
-    ]
+        share, unseen = share_of(source), list[Document]()
+        if 0 < share < 1:
+            unseen = list(_up_to(most, (each for each in reading() if is_kept_back(each, share))))
+        if share < 1 and not unseen:
+            _log.warning("the model was trained on all of %s; give text it has not seen", source)
+        pools.append(pack(unseen or reading(limit=most), block_length))
     generator = np.random.default_rng(seed)
     counts = equal_shares(samples, [len(pool) for pool in pools])
     drawn = [_draw(pool, n, generator) for pool, n in zip(pools, counts, strict=True) if n]
     return drawn[0] if len(drawn) == 1 else joined(drawn)
+
+
+def _up_to(tokens: int, documents: Iterable[Document]) -> Iterator[Document]:
+    """Documents until they have as many tokens; nothing behind the last is read."""
+    for document in documents:
+        yield document
+        tokens -= len(document.ids)
+        if tokens <= 0:
+            return
 
 
 def equal_shares(total: int, sizes: Sequence[int]) -> list[int]:

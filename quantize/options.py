@@ -91,6 +91,7 @@ class TuningOptions(TypedDict, total=False):
     block_length: int
     learning_rate: float
     norms: bool
+    seen_text: bool
     held_out_blocks: int
     evaluate_every: int
     checkpoint_every: int

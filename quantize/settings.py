@@ -327,6 +327,8 @@ class TuningSettings(TextSettings):
         learning_rate: Peak learning rate, relative to the value of each scale or norm weight. It
             rises linearly over the first tenth of the steps and falls by a half cosine after them.
         norms: Whether the weights of the norms are tuned too.
+        seen_text: Read all of a text that the model was distilled on. Without it only the
+            documents are read that distillation kept back (its kept_back_share).
         held_out_blocks: Number of held-out blocks on which KL is measured before and after.
         evaluate_every: Optimizer steps between two measurements, of which the best model is kept;
             0 measures before and after alone.
@@ -347,6 +349,7 @@ class TuningSettings(TextSettings):
     block_length: int = 512
     learning_rate: float = 1e-3
     norms: bool = True
+    seen_text: bool = False
     held_out_blocks: int = 16
     evaluate_every: int = 0
     checkpoint_every: int = 10
@@ -391,13 +394,19 @@ class Variant:
 
     Attributes:
         name: Its name in the table and on disk.
-        step: The command: gptq, rounding, nf4 or mixed.
+        step: The command: gptq, rounding, nf4, mixed or tune.
         options: Fields of the step's settings.
+        of: The variant that it is made of; None for the source itself.
     """
 
     name: str
     step: str
     options: dict[str, Any]
+    of: str | None = None
+
+
+# Some 8,000 tokens in blocks of 512.
+_FEW_STEPS = {"steps": 16, "batch_size": 1, "held_out_blocks": 8}
 
 
 VARIANTS = (
@@ -411,7 +420,9 @@ VARIANTS = (
     Variant("gptq-64", "gptq", {"group_size": 64}),
     Variant("gptq-32", "gptq", {"group_size": 32}),
     Variant("gptq-8bit", "gptq", {"bits": 8, "group_size": 64}),
+    Variant("gptq-64-tuned", "tune", _FEW_STEPS, of="gptq-64"),
     Variant("mixed", "mixed", {}),
+    Variant("mixed-tuned", "tune", _FEW_STEPS, of="mixed"),
 )
 NAMES = tuple(variant.name for variant in VARIANTS)
 
@@ -422,9 +433,11 @@ class ComparedSettings:
 
     Attributes:
         variants: Ways to try: any of rounding-row, rounding-128, rounding-64, rounding-8bit, nf4,
-            gptq-row, gptq-128, gptq-64, gptq-32, gptq-8bit and mixed; all that fit the model if not
-            given. The number is the group size. "mixed" distributes the bytes of rounding-64,
-            those of the embedding and the head included, over all matrices.
+            gptq-row, gptq-128, gptq-64, gptq-32, gptq-8bit, gptq-64-tuned, mixed and mixed-tuned;
+            all that fit the model if not given. The number is the group size. "mixed" distributes
+            the bytes of rounding-64, those of the embedding and the head included, over all
+            matrices. A "tuned" one brings the one that it is made of: its scales and norms learn
+            from the teacher, or from the source where there is none.
         held_out_samples: Number of blocks of held-out text that every variant is measured on.
     """
 
@@ -443,9 +456,11 @@ class ComparedSettings:
         """The variants to try.
 
         Returns:
-            In the order of the table.
+            In the order in which they are made: each behind the one that it is made of.
         """
-        return tuple(v for v in VARIANTS if not self.variants or v.name in self.variants)
+        named = set(self.variants or NAMES)
+        named |= {v.of for v in VARIANTS if v.name in named and v.of is not None}
+        return tuple(v for v in VARIANTS if v.name in named)
 
 
 @dataclass(frozen=True, kw_only=True)

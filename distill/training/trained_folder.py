@@ -136,7 +136,9 @@ def train(
         f"a block_length of {settings.block_length} does not fit the models' context of {longest}; "
         "lower it",
     )
-    training, judged = read_blocks(texts, held_out, vocabulary, settings)
+    training, judged = read_blocks(
+        texts, held_out, vocabulary, settings, kept_back=settings.kept_back_share
+    )
     if settings.epochs is not None:
         tokens = max(1, round(settings.epochs * training.tokens))
         settings = replace(settings, tokens=tokens, epochs=None)

@@ -354,8 +354,8 @@ def targets(
                 *("teacher_precision", "teacher_device_map", "divide_teacher"),
             ),
             "Evaluation and checkpoints": (
-                *("evaluate_every", "held_out_share", "held_out_tokens", "checkpoint_every"),
-                *("twin", "trackers"),
+                *("evaluate_every", "held_out_share", "held_out_tokens", "kept_back_share"),
+                *("checkpoint_every", "twin", "trackers"),
             ),
         }
     )

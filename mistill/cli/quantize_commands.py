@@ -297,7 +297,7 @@ def rotate(
 @app.command(
     help_formatter=HelpPage(
         {
-            "Data": ("teacher", "texts", "held_out", "held_out_blocks"),
+            "Data": ("teacher", "texts", "seen_text", "held_out", "held_out_blocks"),
             "Training": ("steps", "batch_size", "learning_rate", "norms", "block_length", "seed"),
             "Evaluation and resuming": ("evaluate_every", "checkpoint_every", "trackers"),
             "Memory and speed": (

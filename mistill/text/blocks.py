@@ -21,10 +21,13 @@ class Document:
     Attributes:
         ids: Token ids, int64, shape (T,).
         mask: Bool, shape (T,), True where the token is to be predicted from those before it.
+        number: Its place in the text, from 0, where not all documents of the text are packed; None
+            for that among those that are.
     """
 
     ids: NDArray[np.int64]
     mask: NDArray[np.bool_]
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ def pack(documents: Iterable[Document], block_length: int) -> TokenBlocks:
     rooms: list[deque[int]] = [deque() for _ in range(block_length + 1)]  # blocks by room left
     open_rooms = 0  # bit r is set where a block has r positions left
     blocks = 0
-    for number, document in enumerate(documents):
+    for place, document in enumerate(documents):
+        number = place if document.number is None else document.number
         for start in range(0, len(document.ids), block_length):
             length = min(block_length, len(document.ids) - start)
             large_enough = open_rooms >> length << length

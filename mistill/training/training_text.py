@@ -17,6 +17,7 @@ from mistill.errors import TextError
 from mistill.text.blocks import Document, TokenBlocks, pack
 from mistill.text.documents import read_documents
 from mistill.text.rows import Texts
+from mistill.training.kept_back import without_kept_back
 
 if TYPE_CHECKING:
     from mistill.text.vocabulary import Vocabulary
@@ -47,7 +48,11 @@ class ReadingSettings(Protocol):
 
 
 def read_blocks(
-    texts: Texts, held_out: Texts | None, vocabulary: Vocabulary, settings: ReadingSettings
+    texts: Texts,
+    held_out: Texts | None,
+    vocabulary: Vocabulary,
+    settings: ReadingSettings,
+    kept_back: float = 0.0,
 ) -> tuple[TokenBlocks, TokenBlocks]:
     """Read text into blocks to learn from and blocks to judge on.
 
@@ -56,6 +61,7 @@ def read_blocks(
         held_out: Text to judge on; if None, ``held_out_share`` of the documents of ``texts``.
         vocabulary: The one that all models share.
         settings: Block length, shares and seed.
+        kept_back: Share of the documents to learn from that is left to a later step, 0 to 1.
 
     Returns:
         Training blocks and held-out blocks; every block has a kept position.
@@ -67,7 +73,7 @@ def read_blocks(
         "skip_bad_rows": settings.skip_bad_rows,
         "block_length": settings.block_length,
     }
-    documents = list(read_documents(texts, vocabulary, **reading))
+    documents = without_kept_back(read_documents(texts, vocabulary, **reading), kept_back)
     if held_out is None:
         documents, judged = split_documents(
             documents, settings.held_out_share, settings.seed, settings.block_length

@@ -19,7 +19,7 @@ import numpy as np
 
 from mistill.errors import FolderError, TextError, TrainingError
 from mistill.folders.folder import open_folder
-from mistill.folders.lineage import add_lineage, fingerprint, installed_versions
+from mistill.folders.lineage import add_lineage, fingerprint, installed_versions, read_lineage
 from mistill.folders.publishing import begun_on, publish, refuse_existing
 from mistill.measures.kl import Fidelity
 from mistill.pytorch.loading import require_finite_weights
@@ -29,6 +29,7 @@ from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts
 from mistill.text.vocabulary import load_vocabulary
 from mistill.training.checkpoints import run_once
+from mistill.training.kept_back import share_not_seen
 from mistill.training.loop import best_model
 from mistill.training.metrics import copy_metrics, require_trackers
 from mistill.training.processes import accelerating, require_copies, this_process
@@ -160,8 +161,10 @@ def _read_blocks(
     """Blocks to train on and blocks to measure on, all with something to predict.
 
     They are drawn of every text alike, and from more than is needed, as those of a calibration are,
-    so that few blocks serve both.
+    so that few blocks serve both. Of a text that the model was distilled on, only the documents
+    that were kept back then are read.
     """
+    lineage = read_lineage(folder)
 
     def read_blocks(some_texts: Texts, count: int) -> TokenBlocks:
         blocks = draw_up_to(
@@ -172,6 +175,7 @@ def _read_blocks(
             settings.seed,
             skip_bad_rows=settings.skip_bad_rows,
             today=today,
+            share_of=lambda name: 1.0 if settings.seen_text else share_not_seen(name, lineage),
         )
         return blocks[np.flatnonzero(blocks.kept.any(axis=1))]
 

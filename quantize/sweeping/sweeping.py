@@ -1,9 +1,10 @@
 """Try a named set of ways to quantize a model, and say what each costs in KL and in bytes.
 
 Every variant is made by the step that its command would run, so that what was measured is what the
-command makes, and stays in a folder of its own. All of them are calibrated on the same blocks and
-measured on the same held-out ones, a layer at a time. GPTQ looks at each layer through the
-quantized layers before it; so Hessians are a variant's own and are not shared.
+command makes, and stays in a folder of its own; a tuned one is made of another one's folder. All
+are calibrated on the same blocks and measured on the same held-out ones, a layer at a time. GPTQ
+looks at each layer through the quantized layers before it; so Hessians are a variant's own and are
+not shared.
 """
 
 from __future__ import annotations
@@ -19,14 +20,21 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
 
-from mistill.errors import ArchitectureError, FolderError, SettingsError, TargetExistsError
+from mistill.errors import (
+    ArchitectureError,
+    FolderError,
+    SettingsError,
+    TargetExistsError,
+    TextError,
+    TrainingError,
+)
 from mistill.folders.folder import describe, read_json
 from mistill.folders.lineage import fingerprint, installed_versions
 from mistill.folders.publishing import day_of, refuse_existing, write_json
 from mistill.folders.renaming import remove_finished_work, remove_leftovers
 from mistill.measures.kl import Predictions
 from mistill.progress import track
-from mistill.settings import result_settings, settings_dict, settings_from
+from mistill.settings import require, result_settings, settings_dict, settings_from
 from mistill.shown import visible
 from mistill.text.blocks import TokenBlocks
 from mistill.text.rows import Texts, check_texts, sources_of
@@ -38,6 +46,7 @@ from quantize.folders.rounding_folder import to_rounding
 from quantize.measuring.fidelity import measure, open_teacher, predictions
 from quantize.mixed.mixed_folder import to_mixed, uniform_bytes
 from quantize.nf4.nf4_folder import to_nf4
+from quantize.scales.tuned_folder import tune
 from quantize.settings import NAMES, GptqSettings, SweepSettings, Variant
 
 if TYPE_CHECKING:
@@ -185,10 +194,11 @@ def sweep(
             try:
                 exists = (folder / variant.name).is_dir()
                 if variant.name not in state["rows"] or not exists:
-                    row = _make(variant, source, folder, texts, settings, references, blocks)
+                    inputs = _Inputs(source, teacher or source, folder, texts)
+                    row = _make(variant, inputs, settings, references, blocks)
                     state["rows"][variant.name] = row
                     _write(folder, state)
-            except (ArchitectureError, SettingsError) as error:
+            except (ArchitectureError, SettingsError, TextError, TrainingError) as error:
                 skipped[variant.name] = str(error)
             progress.advance(1, variant.name)
     rows = [SweepRow(**state["rows"][v.name]) for v in variants if v.name in state["rows"]]
@@ -293,40 +303,66 @@ def _write(folder: Path, state: Mapping[str, Any]) -> None:
     write_json(folder / SWEEP_FILE, state, indent=1)
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What variants are made of.
+
+    Attributes:
+        source: The float model.
+        teacher: The model that scales learn from.
+        folder: Where the variants go.
+        texts: Text to calibrate on and to learn from.
+    """
+
+    source: str | Path
+    teacher: str | Path
+    folder: Path
+    texts: Texts
+
+
 def _make(
     variant: Variant,
-    source: str | Path,
-    folder: Path,
-    texts: Texts,
+    inputs: _Inputs,
     settings: SweepSettings,
     references: Mapping[str, Predictions],
     blocks: TokenBlocks,
 ) -> dict[str, Any]:
     """Quantize a variant unless its folder exists, and measure it."""
     options = dict(variant.options)
-    calibrated = variant.step in ("gptq", "mixed")
+    source, target = inputs.source, inputs.folder / variant.name
+    if variant.of is not None:
+        source = inputs.folder / variant.of
+        require(source.is_dir(), f"there is no {variant.of} to make it of")
+    read: set[str] = set()
     if variant.step == "mixed":
         options["size_mb"] = uniform_bytes(open_float(source), _MIXED_LIKE) / 1e6
-    if calibrated:
-        calibration = {"samples", "block_length", "seed"}
-        options |= {k: v for k, v in settings_dict(settings).items() if k in calibration}
+    if variant.step in ("gptq", "mixed"):
+        read = {"samples", "block_length", "seed"}
+    if variant.step == "tune":
+        read = {"block_length", "seed"}
+        options["teacher"] = str(inputs.teacher)
+    if read:
+        options |= {k: v for k, v in settings_dict(settings).items() if k in read}
         options |= {"skip_bad_rows": True} if settings.skip_bad_rows else {}
-    target = folder / variant.name
+    if variant.step == "tune":
+        # Other blocks than those that the codes were calibrated on, as far as the text goes.
+        options["seed"] = settings.seed + 1
     if not target.exists():
         steps: dict[str, Callable[..., Path]] = {
             "gptq": to_gptq,
             "mixed": to_mixed,
             "nf4": to_nf4,
             "rounding": to_rounding,
+            "tune": tune,
         }
-        arguments = {"texts": texts, **options} if calibrated else options
+        arguments = {"texts": inputs.texts, **options} if read else options
         steps[variant.step](source, target, **arguments)
     info = describe(target)
     fidelity = measure(target, references, blocks)
     source_fidelity, teacher = fidelity["source"], fidelity.get("teacher")
     row = SweepRow(
         name=variant.name,
-        command=_command(variant.step, source, target, texts if calibrated else None, options),
+        command=_command(variant.step, source, target, inputs.texts if read else None, options),
         weight_bytes=info.weight_bytes,
         bits_per_weight=info.bits_per_weight,
         kl=source_fidelity.kl,

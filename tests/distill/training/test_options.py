@@ -189,7 +189,7 @@ def test_a_teacher_turned_into_four_bits_says_what_that_cost(
     assert facts["after"]["kl"] < facts["before"]["kl"]
 
     small = quantize.to_nf4(teacher, tmp_path / "nf4")
-    _, judged = read_blocks(chats, None, load_vocabulary(model), TrainSettings(**SHORT))
+    _, judged = read_blocks(chats, None, load_vocabulary(model), TrainSettings(**SHORT), 0.05)
     batch = make_batch(judged, CPU)
     p, q = (logits_of(folder, batch)[None] for folder in (teacher, small))
     everywhere = torch.ones(p.shape[:2], dtype=torch.bool)

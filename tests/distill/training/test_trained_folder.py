@@ -93,7 +93,7 @@ def test_what_was_measured_is_what_lies_on_disk(
     from transformers import AutoModelForCausalLM
 
     facts = read_lineage(trained)[-1]
-    _, held_out = read_blocks(chats, None, load_vocabulary(model), TrainSettings(**QUICK))
+    _, held_out = read_blocks(chats, None, load_vocabulary(model), TrainSettings(**QUICK), 0.05)
     parts = [(held_out, make_batch(held_out, CPU))]
     student = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     found = judged(student, LiveTeacher(load_pytorch(teacher)), parts)
@@ -172,7 +172,7 @@ def test_epochs_are_as_many_tokens_as_the_text_holds_so_often(
 ) -> None:
     options = {name: value for name, value in QUICK.items() if name != "tokens"}
     vocabulary = load_vocabulary(model)
-    blocks, _ = read_blocks(chats, None, vocabulary, TrainSettings(**QUICK))
+    blocks, _ = read_blocks(chats, None, vocabulary, TrainSettings(**QUICK), 0.05)
     made = distill.train(
         model, tmp_path / "out", teacher=teacher, texts=chats, epochs=0.5, **options
     )

@@ -72,8 +72,8 @@ def test_blocks_in_any_order_get_what_the_teacher_says_of_them(
         wanted = log_probabilities(DenseTargets(states, read_head(live)))
         found = log_probabilities(said.targets(part))
         if is_low:
-            kl = (wanted.exp() * (wanted - found)).sum(dim=-1).mean()
-            assert 0 < kl < 1e-3
+            lost = (wanted.exp() * (wanted - found)).sum(dim=-1).mean()
+            assert 0 < lost < 1e-3
         else:
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     exact = predict(live, blocks[7:])

@@ -15,11 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import distill
 import quantize
+from distill.settings import TrainSettings
 from mistill.errors import FolderError, SettingsError, TextError, TrainingError, VocabularyError
 from mistill.folders.lineage import read_lineage
 from mistill.pytorch.loading import load_pytorch
+from mistill.text.documents import read_documents
+from mistill.text.vocabulary import load_vocabulary
+from mistill.training.kept_back import is_kept_back
 from mistill.training.processes import accelerating
+from mistill.training.training_text import read_blocks
 from mistill.weights.gptq_layout import QuantizedWeight
 from mistill.weights.scaled_linear import ScaledLinear
 from quantize.scales import tuned_folder as tuning
@@ -426,3 +432,52 @@ def test_what_is_wrong_is_said_at_once(
     with pytest.raises(VocabularyError, match="different vocabularies"):
         quantize.tune(rough, out, teacher=stranger, texts=texts)
     assert not out.exists()
+
+
+def test_of_text_that_the_student_was_distilled_on_only_what_was_kept_back_is_read(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"{SENTENCES[n % len(SENTENCES)]} Number {n}, {n * n} and {n + 7}." for n in range(80)]
+    seen, other = tmp_path / "seen.jsonl", tmp_path / "other.jsonl"
+    seen.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
+    other.write_text("".join(json.dumps({"text": row[::-1]}) + "\n" for row in rows), "utf-8")
+    student = distill.new_student(model, tmp_path / "cut", layers=1, choose="even")
+    trained = distill.train(
+        student, tmp_path / "trained", teacher=model, texts=seen, held_out=other, tokens=600,
+        block_length=64, kept_back_share=0.2, learning_rate=1e-3, held_out_tokens=256,
+    )  # fmt: skip
+    step = read_lineage(trained)[-1]
+    vocabulary = load_vocabulary(model)
+    everything = list(read_documents(seen, vocabulary))
+    kept = [document for document in everything if is_kept_back(document, 0.2)]
+    assert 5 < len(kept) < 30
+    learnt, _ = read_blocks(seen, other, vocabulary, TrainSettings(block_length=64), kept_back=0.2)
+    assert step["texts"] == [seen.name]
+    assert learnt.tokens == sum(len(each.ids) for each in everything) - sum(
+        len(each.ids) for each in kept
+    )
+
+    rounded = quantize.to_rounding(trained, tmp_path / "rounded", bits=3, group_size=32)
+    settings = TuningSettings(steps=8, batch_size=1, block_length=128, held_out_blocks=1)
+
+    def read(texts: Any, **options: Any) -> set[bytes]:
+        both = tuning._read_blocks(rounded, texts, None, replace(settings, **options), date.today())
+        return {
+            blocks.ids[row, start:stop].tobytes()
+            for blocks in both
+            for row, start, stop in blocks.runs.tolist()
+            if blocks.documents[row, start] >= 0
+        }
+
+    assert read(seen) == {document.ids.tobytes() for document in kept}
+    assert "give text it has not seen" not in caplog.text
+    assert len(read(seen, steps=200, seen_text=True)) == len(everything)
+    assert len(read([seen, other], steps=400)) == len(kept) + len(rows)
+
+    # An older student says of no document that it was kept back.
+    lineage = trained / "lineage.json"
+    lineage.write_text(lineage.read_text("utf-8").replace("kept_back_share", "older"), "utf-8")
+    older = quantize.to_rounding(trained, tmp_path / "older", bits=3, group_size=32)
+    blocks, _ = tuning._read_blocks(older, seen, None, replace(settings, steps=200), date.today())
+    assert blocks.tokens > sum(len(document.ids) for document in kept)
+    assert f"trained on all of {seen}; give text it has not seen" in caplog.text

@@ -13,6 +13,7 @@ import pytest
 import quantize
 from mistill.cli.app import main
 from mistill.errors import FolderError, SettingsError, TargetExistsError, VocabularyError
+from mistill.folders.lineage import read_lineage
 from mistill.measures.kl import compare, predict
 from mistill.pytorch.loading import load_pytorch
 from quantize.calibration_text import draw_blocks
@@ -48,7 +49,7 @@ def test_every_command_makes_the_folder_that_was_measured(
 ) -> None:
     assert {row.name for row in swept.rows} == {
         "rounding-row", "rounding-64", "rounding-8bit", "nf4",
-        "gptq-row", "gptq-64", "gptq-32", "gptq-8bit", "mixed",
+        "gptq-row", "gptq-64", "gptq-32", "gptq-8bit", "gptq-64-tuned", "mixed", "mixed-tuned",
     }  # fmt: skip
     for row in swept.rows:
         program, *words = shlex.split(row.command)
@@ -81,6 +82,31 @@ def test_figures_are_those_of_the_whole_models(
     assert swept.source_perplexity == pytest.approx(found["source"].reference_perplexity, rel=1e-5)
     assert swept.tokens == int(blocks.kept.sum())
     assert {"rounding-128", "gptq-128"} == swept.skipped.keys()
+
+
+def test_a_tuned_variant_brings_the_one_that_it_is_made_of(
+    swept: SweepReport, model: Path, chats: Path, held_out: Path, tmp_path: Path
+) -> None:
+    rows = {row.name: row for row in swept.rows}
+    for name in ("gptq-64", "mixed"):
+        tuned = read_lineage(swept.folder / f"{name}-tuned")
+        assert [step["step"] for step in tuned][-1] == "tune"
+        assert tuned[:-1] == read_lineage(swept.folder / name)
+        assert tuned[-1]["teacher"] == "teacher"
+        assert rows[f"{name}-tuned"].weight_bytes == rows[name].weight_bytes
+        assert rows[f"{name}-tuned"].teacher_kl != rows[name].teacher_kl
+    few = {**SMALL, "variants": ("gptq-64-tuned",)}
+    report = quantize.sweep(model, tmp_path / "few", texts=chats, held_out=held_out, **few)
+    assert {row.name for row in report.rows} | report.skipped.keys() == {"gptq-64", "gptq-64-tuned"}
+    # The text has to fill a block to learn from and one to judge on.
+    little = tmp_path / "little.txt"
+    little.write_text(" ".join(SENTENCES), "utf-8")
+    report = quantize.sweep(
+        model, tmp_path / "little", texts=little, held_out=held_out,
+        **{**few, "block_length": 256},
+    )  # fmt: skip
+    assert [row.name for row in report.rows] == ["gptq-64"]
+    assert "fill no block" in report.skipped["gptq-64-tuned"]
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(

@@ -12,6 +12,7 @@ from asyncio import selector_events
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from mistill.chat.stream_text import TextStream
 from mistill.errors import SettingsError
 from mistill.serve import chat as chat_module
 from mistill.serve.http.connections import BoundedProtocol, GatheringTransport
-from mistill.serve.replies import DueInboxes, End, Failure, Inbox, Piece, Reply
+from mistill.serve.replies import DueInboxes, End, Failure, Inbox, Piece, Replies, Reply
 from mistill.serve.requests import ChatRequest
 from mistill.serve.settings import ServeSettings
 from mistill.text.vocabulary import load_vocabulary
@@ -322,6 +323,57 @@ def test_what_waits_in_an_inbox_is_taken_with_what_is_due_or_once_its_reader_giv
         began = time.monotonic()
         assert await inbox.take(60) == []
         assert time.monotonic() - began < 30
+
+    asyncio.run(take())
+
+
+def test_a_request_that_ended_leaves_no_timer_to_its_loop() -> None:
+    """A timer holds its inbox, and all that stands in it, until it goes off."""
+
+    async def give_up(stop: Callable[[Inbox], None]) -> list[asyncio.TimerHandle]:
+        loop = asyncio.get_running_loop()
+        inbox = Inbox(loop, DueInboxes(20.0, Clock()))
+        taker = loop.create_task(inbox.take(600))
+        await asyncio.sleep(0)
+        assert len(waiting(loop)) == 1
+        taker.cancel()
+        with suppress(asyncio.CancelledError):
+            await taker
+        stop(inbox)
+        return waiting(loop)
+
+    def waiting(loop: asyncio.AbstractEventLoop) -> list[asyncio.TimerHandle]:
+        timers = loop._scheduled  # type: ignore[attr-defined]
+        return [timer for timer in timers if not timer.cancelled()]
+
+    def stop_replies(inbox: Inbox) -> None:
+        Replies(SimpleNamespace(), [], inbox, 30.0).stop()  # type: ignore[arg-type]
+
+    assert len(asyncio.run(give_up(lambda _: None))) == 1, "the test can see one that is left"
+    assert asyncio.run(give_up(Inbox.close)) == []
+    assert asyncio.run(give_up(stop_replies)) == []
+
+
+def test_a_shorter_wait_moves_the_timer_and_a_longer_one_leaves_it() -> None:
+    async def take() -> None:
+        loop = asyncio.get_running_loop()
+        inbox = Inbox(loop, DueInboxes(20.0, Clock()))
+        for seconds, most in ((600, 600), (0.05, 0.05), (0.2, 0.2)):
+            began = loop.time()
+            taker = loop.create_task(inbox.take(seconds))
+            await asyncio.sleep(0)
+            timer = inbox._timer
+            assert timer is not None
+            assert timer.when() <= began + most + 0.01
+            if seconds == 600:
+                taker.cancel()
+                with suppress(asyncio.CancelledError):
+                    await taker
+            else:
+                assert await taker == []
+                # A clock of another step than the loop's may be a moment behind.
+                assert loop.time() - began >= seconds - 0.02
+        inbox.close()
 
     asyncio.run(take())
 

@@ -6,11 +6,11 @@ A student is cut once, and once healed in closed form. From the healed start it 
 number of tokens, every run with a learning-rate schedule of its own; those that ``--more-seeds``
 names with other seeds too. From the start that was not healed TRL's GKDTrainer (off-policy,
 forward KL, its own collator) learns for as many seconds of processor time as the longest of these
-runs took, healing included, and with ``--unhealed`` mistill from as many tokens. All are judged on
-the same held-out texts, of which some should be of a kind that nobody was healed or trained on.
-Every run is a process of
-its own, whose processor time is counted from its first step on, the reading of models left out;
-a run whose record lies in ``--work`` already is not done again. The last line is one JSON document.
+runs took, healing included, and with ``--unhealed`` mistill from as many tokens, with as many
+seeds as it says. All are judged on the same held-out texts, of which some should be of a kind that
+nobody was healed or trained on. Every run is a process of its own, whose processor time is counted
+from its first step on, the reading of models left out; a run whose record lies in ``--work``
+already is not done again. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -229,8 +229,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.rivals_python:
         rival = recorded("trl", do="trl", start="cut", processor_seconds=budget)
         runs.append({"start": "cut", "seed": 0, "trainer": "TRL GKDTrainer", **rival})
-    if args.unhealed:
-        runs.append(trained("cut", most, 0))
+    runs += [trained("cut", most, seed) for seed in range(args.unhealed)]
     seeds = {tokens: args.seeds if tokens in args.more_seeds else 1 for tokens in args.tokens}
     for seed in range(args.seeds):
         for tokens in args.tokens:
@@ -373,7 +372,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", required=True, help="a folder for the students, which stay")
     parser.add_argument(
-        "--unhealed", action="store_true", help="also learn from the start that was not healed"
+        "--unhealed",
+        nargs="?",
+        type=int,
+        const=1,
+        default=0,
+        help="also learn from the start that was not healed, with so many seeds",
     )
     parser.add_argument("--rivals-python", help="Python that has trl")
     for name, kind in (("--child", str), ("--student", str), ("--target", str)):

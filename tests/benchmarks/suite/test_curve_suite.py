@@ -57,14 +57,15 @@ def test_starts_and_runs_are_judged_on_the_same_text_and_kept(
         return work_as_child(given)
 
     monkeypatch.setattr(training_curve, "run_child", here)
-    words = [*words_for(deep, chats, tmp_path / "work"), "--unhealed"]
+    words = [*words_for(deep, chats, tmp_path / "work"), "--unhealed", "2"]
     training_curve.main(words)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
 
     order = [(run["start"], run["tokens"], run["seed"]) for run in found["runs"]]
     assert order == [
         *(("cut", 0, 0), ("healed", 0, 0)),
-        *(("healed", 256, 0), ("healed", 256, 1), ("healed", 512, 0), ("cut", 512, 0)),
+        *(("healed", 256, 0), ("healed", 256, 1), ("healed", 512, 0)),
+        *(("cut", 512, 0), ("cut", 512, 1)),
     ]
     assert made[:3] == ["cut", "healed", "healed-512-0"]
     kls = [run["held_out"][chats.name]["kl"] for run in found["runs"]]

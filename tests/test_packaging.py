@@ -47,6 +47,7 @@ def test_the_wheel_holds_types_licence_texts_and_recipes(wheel):
     for name in (
         "demo-prompts.txt",
         "demo-train.jsonl",
+        "demo-plain.jsonl",
         "demo-held-out.jsonl",
         "demo.toml",
         "demo-quick.toml",

@@ -472,7 +472,7 @@ def compress(
     target: Path,
     /,
     *,
-    texts: Texts = ("@demo-train",),
+    texts: Texts = ("@demo-train", "@demo-plain"),
     held_out: Texts = ("@demo-held-out",),
     settings: Annotated[CompressSettings, Flat] = CompressSettings(),
     overwrite: bool = False,
@@ -487,7 +487,8 @@ def compress(
         source: A float model folder, a Hub id, a GGUF file, or @smollm2.
         target: The ONNX folder to write.
         texts: Text to calibrate and to tune on, best of several kinds. A .txt, .jsonl, .json,
-            .csv or .parquet file, a Hub dataset, or @demo-train.
+            .csv or .parquet file, a Hub dataset, or one that mistill ships: @demo-train
+            (conversations) and @demo-plain (plain text).
         held_out: Other text, on which the chatbot is compared with its source.
         settings: How small the chatbot is, and how much work goes into it.
         overwrite: Replace the target if it exists.

@@ -45,6 +45,7 @@ Texts = str | Path | Dataset | Sequence[str | Path | Dataset | InMemory]
 SHIPPED = {
     "@demo-train": "demo-train.jsonl",
     "@demo-held-out": "demo-held-out.jsonl",
+    "@demo-plain": "demo-plain.jsonl",
     "@demo-prompts": "demo-prompts.txt",
 }
 

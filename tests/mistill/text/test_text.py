@@ -780,6 +780,11 @@ def test_the_shipped_conversations_are_read_and_share_no_prompt(chatml: Vocabula
     assert not asked["@demo-train"] & asked["@demo-held-out"]
     shipped = {prompt[-1]["content"] for prompt in read_prompts("@demo-prompts")}
     assert asked["@demo-train"] | asked["@demo-held-out"] <= shipped
+    plain = list(read_documents("@demo-plain", chatml))
+    assert len(plain) > 70
+    assert all(bool(document.mask[1:].all()) for document in plain), "all of a text is predicted"
+    requests = {prompt[-1]["content"] for prompt in read_prompts(_DATA / "demo-plain-prompts.txt")}
+    assert not requests & shipped
     assert sum(file.stat().st_size for file in _DATA.iterdir()) < 1_000_000
     assert "Apache-2.0" in (_DATA / "README.md").read_text("utf-8")
 

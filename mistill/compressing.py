@@ -90,7 +90,7 @@ class CompressSettings(TextSettings):
     size_mb: float | None = None
     bits_per_weight: float | None = None
     tokens_per_second: float | None = None
-    samples: int = 48
+    samples: int = 96
     tuning_steps: int = 0
     block_length: int = 512
     context_length: int | None = None

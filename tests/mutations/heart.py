@@ -51,6 +51,21 @@ _STUDENT = ("tests/distill/student/test_importance.py", "tests/distill/student/t
 _HEALING = ("tests/distill/healing/test_healing.py", "tests/distill/healing/test_least_squares.py")
 
 MUTATIONS = (
+    # --- text that is kept back, and a teacher that is asked once ---------------------------------
+    Mutation(
+        "documents that are kept back are those that are trained on",
+        "mistill/training/kept_back.py",
+        "    return place < share\n",
+        "    return place >= share\n",
+        ("tests/mistill/training/test_kept_back.py",),
+    ),
+    Mutation(
+        "a block reads the teacher's states of the one before it",
+        "quantize/scales/teacher_states.py",
+        "zip([0, *ends], ends, strict=False)",
+        "zip([0, 0, *ends], [0, *ends], strict=False)",
+        ("tests/quantize/scales/test_teacher_states.py",),
+    ),
     # --- text and labels ------------------------------------------------------------------------
     Mutation(
         "labels are the tokens themselves, not the next ones",
